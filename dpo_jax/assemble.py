@@ -1,0 +1,283 @@
+"""A config -> everything a run is made of: tokenizer, models, tables, folders."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax import config as configs
+from dpo_jax import data, losses, models, optim
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.config import Config
+from dpo_jax.data.encode import cached_encode
+from dpo_jax.data.table import Table
+from dpo_jax.loop import Run, initialise
+from dpo_jax.models import Model, hf
+from dpo_jax.models.weights import weights_hash
+from dpo_jax.records import Comparison, TrainState, UserError
+from dpo_jax.sample import sample
+
+VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
+FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite")  # may change on resuming
+
+
+class Loaded(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+      model: pure functions.
+      params: host arrays.
+      hf_config: the contents of its config.json.
+    """
+
+    model: Model
+    params: Any
+    hf_config: dict[str, Any]
+
+
+def cache_folder() -> Path:
+    """Returns where tokenised data and reference columns are kept: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
+    return Path(os.environ.get("DPO_JAX_CACHE") or Path.home() / ".cache" / "dpo_jax")
+
+
+def is_run(path: str | Path) -> bool:
+    """Returns whether a folder is that of a run."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, prog: str = "dpo-jax") -> Any:
+    """Returns the config of a run folder, with overrides."""
+    return configs.parse(kind, str(Path(run) / "config.yaml"), argv, prog=prog, variants=VARIANTS)
+
+
+def model_folder(path: str) -> Path:
+    """Returns the Hugging Face folder that a path names: itself, or what a run has exported.
+
+    Raises:
+      UserError: no such folder; a run that has not finished.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; give a Hugging Face model folder or the folder of a run")
+    if not is_run(path):
+        return Path(path)
+    if not (Path(path) / "model").is_dir():
+        raise UserError(f"{path}: this run has exported no model yet; finish it with dpo-jax train")
+    return Path(path) / "model"
+
+
+def tokenizer_of(name: str) -> Any:
+    """Returns a tokenizer: a folder's, a hub id's, or that of the synthetic world."""
+    if name == "synthetic":
+        from dpo_jax.data import synthetic
+
+        return synthetic.tokenizer()
+    return hf.load_tokenizer(model_folder(name) if Path(name).is_dir() else name)
+
+
+def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
+    """Returns the policy at the start: a folder's weights, or a random draw from a config.json.
+
+    Raises:
+      UserError: neither or both are named; the tokenizer has more ids than the vocabulary.
+    """
+    if bool(options.path) == bool(options.config):
+        raise UserError("model: give model.path (weights to start from) or model.config (a config.json, random weights)")
+    params = None
+    if options.path:
+        architecture, hf_config, params = hf.load(model_folder(options.path))
+    else:
+        ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+        hf_config = hf.read_config(options.config) | ids
+        architecture = models.family(hf_config.get("model_type", "")).architecture(hf_config)
+    model = models.build(architecture, compute=options.compute, remat=options.remat)
+    if params is None:
+        params = initialise(model, seed)
+    if len(tokenizer) > architecture.vocab:
+        where = options.path or options.config
+        raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
+    return Loaded(model, params, hf_config)
+
+
+def comparisons(options: configs.Data, responses: int) -> tuple[list[Comparison], list[Comparison]]:
+    """Returns what is trained on and what is held out."""
+    first = data.load(options.name, options.path, options.split, responses)
+    if options.eval_path or options.eval_split:
+        path, split = options.eval_path or options.path, options.eval_split or options.split
+        return first, data.load(options.name, path, split, responses)
+    return data.holdout(first, options.eval_fraction)
+
+
+def tables(config: Config, tokenizer: Any, responses: int, say: Callable[[str], None]) -> tuple[Table, Table]:
+    """Returns the training and held-out tables, tokenised once; says what was read, dropped and cut.
+
+    Raises:
+      UserError: nothing is left of one of them.
+    """
+    options, out = config.data, []
+    train, held_out = comparisons(options, responses)
+    pairs = {"training": train, "held-out": held_out}
+    for what, rows in pairs.items():
+        table, report = cached_encode(
+            rows,
+            tokenizer,
+            cache_folder() / "tokens",
+            max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length,
+            truncation=options.truncation,
+            degenerate=options.degenerate,
+            add_bos=options.add_bos,
+        )
+        for line in report.lines():
+            say(f"{what} data: {line}")
+        if not len(table):
+            raise UserError(f"{what} data: no comparison is left; look at data.path and data.eval_fraction")
+        out.append(table)
+    return out[0], out[1]
+
+
+def prompt_ids(texts: Sequence[str], tokenizer: Any, add_bos: bool) -> list[list[int]]:
+    """Returns prompts as ids, as `encode` makes them; an empty one is a UserError."""
+    start = [tokenizer.bos_token_id] if add_bos else []
+    ids = [start + row for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    if not all(ids):
+        raise UserError("a prompt is empty: nothing predicts its first token; set data.add_bos")
+    return ids
+
+
+def newest(run: Path, like: TrainState) -> TrainState:
+    """Returns the state of a run's newest whole checkpoint, as host arrays; touches nothing.
+
+    Raises:
+      UserError: the run has none.
+    """
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
+    state = None
+    if (run / "checkpoints").is_dir():
+        checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+        state = checkpoints.restore(like)
+        checkpoints.close()
+    if state is None:
+        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
+    return jax.device_get(state)
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[IO[str]]:
+    """Opens a text file that appears under its name only when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        yield f
+    temporary.replace(path)
+
+
+def first_rows(table: Table, count: int | None) -> Table:
+    """Returns the first `count` comparisons of a table (None: all)."""
+    return table if count is None else table.take(np.arange(min(count, len(table))))
+
+
+def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) -> Callable[[Any], list[str]]:
+    """Returns `params -> completions as text` of tokenised prompts, drawn as the config says."""
+    options = config.samples
+    draw = partial(
+        sample,
+        model,
+        prompts=prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_id=tokenizer.eos_token_id,
+        seed=config.seed,
+    )
+    return lambda params: tokenizer.batch_decode(draw(params), skip_special_tokens=True)
+
+
+def claim_folder(config: Config) -> Path:
+    """Makes the run folder, or takes it up again if it belongs to the same config.
+
+    Raises:
+      UserError: it belongs to another config (the difference is shown), or holds something else.
+    """
+    folder = Path(config.run)
+    if is_run(folder):
+        changed = configs.difference(config_of(folder), config, FREE)
+        if changed:
+            raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    with written(folder / "config.yaml") as f:
+        f.write(configs.dump(config))
+    return folder
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run can have, by key."""
+    for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}: {getattr(config, key)} is less than 1")
+    if config.keep < 2:
+        raise UserError(f"keep: {config.keep}: keep at least 2 checkpoints, so that one is left if the newest is damaged")
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
+
+
+def run_of(config: Config, say: Callable[[str], None]) -> Run:
+    """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
+    check(config)
+    loss = losses.build(**config.loss)
+    optim.build(**config.optim)
+    tokenizer = tokenizer_of(config.model.tokenizer or config.model.path)
+    loaded = load_model(config.model, tokenizer, config.seed)
+    limit = loaded.model.architecture.max_positions
+    if config.data.max_length > limit:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+    heard: list[str] = []
+    train, held_out = tables(config, tokenizer, loss.responses, lambda line: (heard.append(line), say(line))[1])
+    held_out = first_rows(held_out, config.data.eval_examples)
+    folder = claim_folder(config)
+    (folder / "data.json").write_text(json.dumps(heard, indent=1))
+    prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
+    return Run(
+        config=config,
+        folder=folder,
+        cache=cache_folder(),
+        model=loaded.model,
+        loss=loss,
+        params=loaded.params,
+        frozen=partial(frozen_of, config, loaded) if loss.uses_reference else None,
+        train=train,
+        held_out=held_out,
+        complete=completer(config, loaded.model, tokenizer, prompts) if prompts else None,
+        prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True),
+        export=lambda params, out: hf.save(out, params, loaded.hf_config, tokenizer),
+    )
+
+
+def frozen_of(config: Config, policy: Loaded) -> tuple[Any, str]:
+    """Returns the reference's host arrays and their hash; by default those of the policy at the start.
+
+    Raises:
+      UserError: a reference of another architecture, which one table of log-probs cannot serve here.
+    """
+    params, architecture = policy.params, policy.model.architecture
+    if config.reference.path:
+        architecture, _, params = hf.load(model_folder(config.reference.path))
+        if architecture != policy.model.architecture:
+            raise UserError(f"reference.path: {config.reference.path} is of another architecture than the policy")
+    return params, weights_hash(params, architecture)
+
+
+def named(config: Config, file: str) -> Config:
+    """Returns the config with its run folder filled in, runs/<name of the YAML> by default."""
+    return dataclasses.replace(config, run=config.run or str(Path("runs") / Path(file).stem))

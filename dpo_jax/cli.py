@@ -1,0 +1,62 @@
+"""The command line: which command runs, and how its errors are told."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from dpo_jax.config import closest
+from dpo_jax.records import UserError
+
+COMMANDS = {
+    "train": ("CONFIG.yaml [--key.path value ...]", "SFT, DPO or any registered loss; resumes by itself"),
+    "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
+    "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
+    "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
+    "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
+    "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
+}
+
+
+def usage() -> str:
+    """Returns the overview of commands."""
+    lines = [f"  dpo-jax {name} {what[0]}\n      {what[1]}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Direct Preference Optimization in JAX: a model folder and a preference file in, a better model out.\n",
+            *lines,
+            "\nEvery command takes --help; every key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3",
+        ]
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs one command."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; {closest(argv[0], list(COMMANDS))}")
+    from dpo_jax import commands  # imports JAX, which the overview need not wait for
+
+    getattr(commands, f"{argv[0]}_command")(list(argv[1:]))
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is one line on standard error and exit code 2."""
+    # Nothing is fetched from a hub unless its name was given, and nobody is asked for a token.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        run(sys.argv[1:])
+    except UserError as e:
+        sys.exit(_fail(str(e)))
+    except OSError as e:
+        reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+        sys.exit(_fail(f"{e.filename or 'writing'}: {reason}; free space or mend the path, then run the command again"))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command goes on from the last checkpoint", 130))
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"dpo-jax: {message}", file=sys.stderr)
+    return code

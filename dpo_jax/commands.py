@@ -1,0 +1,246 @@
+"""What each command of the command line does: reads its arguments, assembles, calls, prints."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dpo_jax import assemble, config, data, evaluate, loop, losses, optim, report, rewards
+from dpo_jax.config import Config, Data
+from dpo_jax.models import hf
+from dpo_jax.records import UserError
+from dpo_jax.sample import sample
+from dpo_jax.step import init_state
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:
+    """Returns the arguments before the first option, one for each name, and the rest."""
+    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    if "--help" in argv and first < len(names):
+        return ["" for _ in names], argv
+    if first != len(names):
+        raise UserError(f"dpo-jax {command} takes {' and '.join(names)}, then options; given: {argv[:first]}")
+    return argv[:first], argv[first:]
+
+
+def train_command(argv: list[str]) -> None:
+    """`dpo-jax train CONFIG.yaml [--key.path value ...]`."""
+    (file,), rest = _leading(argv, "train", "CONFIG.yaml")
+    folder = _train(file, rest)
+    _say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
+
+
+def _train(file: str, argv: Sequence[str]) -> Path:
+    """Trains what a YAML says, first training the YAML that it starts from, if it names one; returns the run folder."""
+    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=assemble.VARIANTS)
+    settings = assemble.named(parsed, file)
+    if settings.model.path.endswith((".yaml", ".yml")):
+        _say(f"{file} starts from {settings.model.path}")
+        stage = _train(settings.model.path, [])
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(stage)))
+        _say(f"now {file}")
+    run = assemble.run_of(settings, _say)
+    loop.train(run, _say)
+    report.write([run.folder], run.folder / "report.html")
+    return run.folder
+
+
+@dataclass(frozen=True)
+class Evaluation(Config):
+    """A run's config, and what to measure beside its held-out comparisons."""
+
+    reward: str = ""
+    """A true reward of completions: synthetic, happy, or module:function."""
+    prompts: int = 256
+    """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
+    show: int = 3
+    """Prompts printed with both models' completions."""
+
+
+def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
+    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
+    prog = f"dpo-jax {command} RUN_OR_MODEL"
+    if assemble.is_run(path):
+        return assemble.config_of(path, argv, kind, prog)
+    settings = config.parse(kind, None, argv, prog=prog, variants=assemble.VARIANTS)
+    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
+    return dataclasses.replace(settings, model=model)
+
+
+def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
+    """Returns the parameters of a run's newest checkpoint, or those of a model folder."""
+    if not assemble.is_run(path):
+        return loaded.params
+    like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), loaded.params)
+    return assemble.newest(Path(path), like).params
+
+
+def eval_command(argv: list[str]) -> None:
+    """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
+    (path,), rest = _leading(argv, "eval", "RUN_OR_MODEL")
+    settings = _settings(path, rest, Evaluation, "eval")
+    loss = losses.build(**settings.loss)
+    if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
+        raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
+    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    _, held_out = assemble.tables(settings, tokenizer, loss.responses, _say)
+    models = {"policy": _policy(path, settings, loaded)}
+    if loss.uses_reference:
+        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+    judge = evaluate.Judge(loaded.model, loss, models, settings.batch_size, settings.data.max_length)
+    found = evaluate.summary(evaluate.held_out(judge, held_out))
+    shown: list[tuple[str, ...]] = []
+    if settings.prompts:
+        more, shown = _sampled(settings, judge, tokenizer, held_out)
+        found |= more
+    _print_metrics(found)
+    _print_samples(shown, list(models))
+    if assemble.is_run(path):
+        (Path(path) / "eval.json").write_text(json.dumps({"metrics": found}, indent=1))
+        report.write([Path(path)], Path(path) / "report.html")
+        _say(f"the policy: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
+
+
+def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table: Any) -> tuple[dict, list]:
+    """Returns KL and true rewards from samples of both models on held-out prompts, and some of the samples."""
+    prompts = evaluate.distinct_prompts(table, settings.prompts)
+    options = dataclasses.asdict(settings.samples)
+    del options["prompts"]
+    completions = evaluate.complete(judge, prompts, eos_id=tokenizer.eos_token_id, seed=settings.seed, **options)
+    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    written = {k: tokenizer.batch_decode(c, skip_special_tokens=True) for k, c in completions.items()}
+    found = {}
+    if "reference" in completions:
+        found["kl(policy || reference)"] = evaluate.interval(evaluate.kl(judge, prompts, completions["policy"]))
+    if settings.reward:
+        score = rewards.get(settings.reward)
+        for name, answers in written.items():
+            scores = [score(p, a) for p, a in zip(texts, answers, strict=True)]
+            found[f"true reward of the {name}"] = evaluate.interval(np.array(scores))
+    return found, list(zip(texts, *written.values(), strict=True))[: settings.show]
+
+
+def _print_metrics(found: dict[str, dict[str, float]]) -> None:
+    grid = Grid("on held-out data", "mean", "95% interval", "n")
+    for name, entry in found.items():
+        interval = f"{entry['low']:.4f} .. {entry['high']:.4f}"
+        grid.add_row(name.removeprefix("eval_"), f"{entry['mean']:.4f}", interval, str(entry["n"]))
+    Console().print(grid)
+
+
+def _print_samples(shown: list[tuple[str, ...]], names: list[str]) -> None:
+    if shown:
+        grid = Grid("prompt", *names, show_lines=True)
+        for row in shown:
+            grid.add_row(*(repr(text)[1:-1] for text in row))
+        Console().print(grid)
+
+
+@dataclass(frozen=True)
+class Sampling(Config):
+    """A run's config, and what to complete."""
+
+    prompt: tuple[str, ...] = ()
+    """Texts to complete."""
+
+
+def sample_command(argv: list[str]) -> None:
+    """`dpo-jax sample RUN_OR_MODEL --prompt TEXT ... [--samples.temperature 0.7]`."""
+    (path,), rest = _leading(argv, "sample", "RUN_OR_MODEL")
+    settings = _settings(path, rest, Sampling, "sample")
+    if not settings.prompt:
+        raise UserError("--prompt: give at least one text to complete")
+    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    models = {"policy": _policy(path, settings, loaded)}
+    if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
+        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+    prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data.add_bos)
+    complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
+    _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
+
+    reward: str
+    """What scores a completion: synthetic, happy, or module:function."""
+    data: Data = dataclasses.field(default_factory=Data)
+    tokenizer: str = ""
+    """By default the model's own."""
+    prompts: int | None = None
+    """How many distinct prompts of the data (None: all)."""
+    completions: int = 4
+    """Completions of each prompt."""
+    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
+    """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    batch_size: int = 256
+    """Completions sampled at a time."""
+    seed: int = 0
+
+
+def pairs_command(argv: list[str]) -> None:
+    """`dpo-jax pairs RUN_OR_MODEL OUT.jsonl --reward NAME [--data.name ... --data.path ...]`."""
+    (path, out), rest = _leading(argv, "pairs", "RUN_OR_MODEL", "OUT.jsonl")
+    settings = config.parse(Pairs, None, rest, prog="dpo-jax pairs RUN_OR_MODEL OUT.jsonl")
+    score = rewards.get(settings.reward)
+    folder = str(assemble.model_folder(path))
+    tokenizer = assemble.tokenizer_of(settings.tokenizer or folder)
+    loaded = assemble.load_model(config.Model(path=folder), tokenizer, settings.seed)
+    source = settings.data
+    rows = data.load(source.name, source.path, source.split, 0)
+    texts = list(dict.fromkeys(r.prompt for r in rows))[: settings.prompts]
+    ids = assemble.prompt_ids(texts, tokenizer, source.add_bos)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
+    repeated = [p for p in ids for _ in range(settings.completions)]
+    options = {name: getattr(settings, name) for name in names}
+    answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
+    answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    count = 0
+    with assemble.written(out) as f:
+        for i, prompt in enumerate(texts):
+            own = answers[i * settings.completions : (i + 1) * settings.completions]
+            scores = [score(prompt, a) for a in own]
+            for chosen, rejected in rewards.label(prompt, own, scores, settings.label, settings.seed):
+                f.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n")
+                count += 1
+    _say(f"{count} pairs from {len(texts)} prompts with {settings.completions} completions each: {out}")
+
+
+def export_command(argv: list[str]) -> None:
+    """`dpo-jax export RUN OUT`."""
+    (path, out), _ = _leading(argv, "export", "RUN", "OUT")
+    if not assemble.is_run(path):
+        raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
+    settings = assemble.config_of(path)
+    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
+    _say(f"wrote {out}, which transformers loads with from_pretrained")
+
+
+def report_command(argv: list[str]) -> None:
+    """`dpo-jax report RUN ... [--out FILE.html]`."""
+    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    runs, options = [Path(a) for a in argv[:first]], config.arguments(argv[first:])
+    if any(key != "out" or len(values) != 1 for key, values in options) or not runs:
+        raise UserError("dpo-jax report takes the folders of runs, then --out FILE.html; nothing else")
+    out = Path(options[-1][1][0]) if options else runs[0] / "report.html"
+    _say(f"wrote {report.write(runs, out)}")

@@ -1,0 +1,330 @@
+"""One YAML is one experiment: frozen dataclasses, strict, with dotted overrides from the command line.
+
+The YAML is flattened to arguments which stand before those of the command line, so that both are read by one parser
+and get the same errors. A loss or an optimiser is chosen by name, and its options are the keyword-only parameters of
+the function of that name: a new variant needs no line here.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import docstring_parser
+import tyro
+import yaml
+
+from dpo_jax.records import UserError
+
+T = TypeVar("T")
+Variants = Mapping[str, Mapping[str, Callable]]  # section of the config -> name -> function
+
+
+@dataclass(frozen=True)
+class Data:
+    """Comparisons, and how they become tokens."""
+
+    name: str = "files"
+    """The source, a module of dpo_jax/data: files, hh, synthetic."""
+    path: tuple[str, ...] = ()
+    """Files, a folder, or a hub id, as the source takes them."""
+    split: str = "train"
+    """The split that is trained on."""
+    eval_path: tuple[str, ...] = ()
+    """Data to evaluate on; by default that of `path`."""
+    eval_split: str = ""
+    """The split to evaluate on."""
+    eval_fraction: float = 0.05
+    """The share of prompts held out where neither eval_path nor eval_split names other data."""
+    eval_examples: int | None = 256
+    """Comparisons evaluated during training (None: all)."""
+    max_length: int = 512
+    """Longest prompt plus response, in tokens."""
+    max_prompt_length: int = 256
+    """To what the paper's truncation cuts a prompt."""
+    truncation: Literal["paper_keep_end", "paper_keep_start", "keep_start", "refuse"] = "paper_keep_end"
+    """The original's (keeping the end or the start of a prompt), TRL's keep_start, or none."""
+    degenerate: Literal["drop", "refuse", "keep"] = "drop"
+    """What to do with empty or identical responses."""
+    add_bos: bool = False
+    """Put the tokenizer's BOS before every prompt (the original never does)."""
+    row_length: int | None = None
+    """Tokens in a row; by default chosen from the data."""
+    rows: int | None = None
+    """Rows in a microbatch; by default chosen from the data."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The policy at the start."""
+
+    path: str = ""
+    """A Hugging Face folder, a run folder, or the YAML of a run, which is then trained first if need be."""
+    config: str = ""
+    """A Hugging Face config.json (or folder with one): random initialisation."""
+    tokenizer: str = ""
+    """A tokenizer's folder or hub id, or `synthetic`; by default that of `path`."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of activations and products; parameters are float32 always."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but projections, everything."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen reference."""
+
+    path: str = ""
+    """As model.path; by default the policy at the start."""
+    mode: Literal["cache", "online"] = "cache"
+    """One pass over the data, kept and reused by every later run, or just in time for every batch."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Completions of held-out prompts, written at every evaluation."""
+
+    prompts: int = 4
+    """How many prompts (0: none)."""
+    max_new_tokens: int = 64
+    """Longest completion."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the smallest set of tokens with this probability."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes all that are left."""
+
+    data: int = -1
+    """Rows of a microbatch are split, parameters copied."""
+    fsdp: int = 1
+    """Rows of a microbatch and parameters are split."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are split."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    reference: Reference = field(default_factory=Reference)
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
+    samples: Samples = field(default_factory=Samples)
+    mesh: Mesh = field(default_factory=Mesh)
+    run: str = ""
+    """The run folder; by default runs/<name of the config>."""
+    batch_size: int = 64
+    """Comparisons in a step, over all devices."""
+    epochs: int = 1
+    """Passes over the training data; max_steps may end the run earlier."""
+    max_steps: int | None = None
+    """Steps after which to stop."""
+    eval_every: int = 20_000
+    """Comparisons between evaluations, rounded down to whole steps (0: at the start and the end only)."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    max_nonfinite: int = 3
+    """Steps in a row with a loss or gradient that is not finite, none of them applied, after which to stop."""
+    seed: int = 0
+    """Of the order of the data, random initialisation and samples."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise UserError(f"{self.name}:{line}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the mapping in a YAML file; a file that is absent, or no mapping, is a UserError."""
+    try:
+        text = Path(path).read_text()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give the YAML of an experiment, as in configs/") from e
+    loader = _Loader(text)
+    loader.name = str(path)
+    try:
+        values = loader.get_single_data()
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no mapping of keys to values")
+    return values
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """Returns the end of an error message on an unknown name: the likeliest one, or all."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
+    """Returns nested values as (dotted key, texts) pairs."""
+    pairs = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            pairs += flatten(value, f"{name}.")
+        else:
+            pairs.append((name, [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]))
+    return pairs
+
+
+def arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Returns `--key value ...` and `--key=value` arguments as (dotted key, texts) pairs."""
+    pairs: list[tuple[str, list[str]]] = []
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            pairs.append((key.replace("-", "_"), [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(arg)
+        else:
+            raise UserError(f"argument {arg!r} belongs to no option; options look like --loss.beta 0.3")
+    return pairs
+
+
+def _options(kind: str, name: str, function: Callable) -> type:
+    """Returns a dataclass of `name` and the keyword-only parameters of a function, with its help texts."""
+    parsed = docstring_parser.parse(function.__doc__ or "")
+    help_of = {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+    fields: list[Any] = [("name", str, field(default=name))]
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            default = {} if p.default is p.empty else {"default": p.default}
+            annotated = Annotated[p.annotation, tyro.conf.arg(help=help_of.get(p.name, ""))]
+            fields.append((p.name, annotated, field(**default)))
+    new = dataclasses.make_dataclass(kind.capitalize(), fields, frozen=True)
+    new.__doc__ = f"{name}: {parsed.short_description}"
+    return new
+
+
+def _with_variants(base: type, pairs: Sequence[tuple[str, list[str]]], variants: Variants) -> type:
+    """Returns `base` with each section that is chosen by name replaced by that choice's own options."""
+    fields: list[Any] = []
+    for f in dataclasses.fields(base):
+        if f.name not in variants:
+            fields.append((f.name, f.type, f))
+            continue
+        assert callable(f.default_factory)
+        name = ([v[0] for k, v in pairs if k == f"{f.name}.name" and v] or [f.default_factory()["name"]])[-1]
+        if name not in variants[f.name]:
+            raise UserError(f"{f.name}.name: unknown {f.name} {name!r}; {closest(name, list(variants[f.name]))}")
+        kind = _options(f.name, name, variants[f.name][name])
+        fields.append((f.name, kind, field(default_factory=kind)))
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all options of a dataclass."""
+    keys = []
+    for f in dataclasses.fields(kind):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            keys += _keys(f.type, f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys
+
+
+def _first_sentence(box: str) -> str:
+    """Returns the message inside the parser's box as one line."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if set(line) & set("-─") and not set(line) - set("-─╭╮╰╯├┤ ")]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(" ".join(body).split())
+
+
+def _parse(kind: type[T], pairs: Sequence[tuple[str, list[str]]], where: str, prog: str) -> T:
+    """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
+    known = _keys(kind)
+    for key, _ in pairs:
+        if key not in known and key not in ("help", "h"):
+            raise UserError(f"{where}unknown key {key!r}; {closest(key, known)}")
+    args = []
+    for key, values in pairs:
+        single = len(values) == 1 and values[0].startswith("-")  # else taken for an option
+        args += [f"--{key}={values[0]}"] if single else [f"--{key}", *values]
+    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    cli = functools.partial(tyro.cli, kind, args=args, prog=prog, config=options, use_underscores=True)
+    if any(key in ("help", "h") for key, _ in pairs):
+        return cli()
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return cli()
+    except SystemExit as e:
+        raise UserError(f"{where}{_first_sentence(box.getvalue())}") from e
+
+
+def parse(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str, variants: Variants | None = None) -> T:
+    """Returns an instance of a dataclass from a YAML file, if any, and overrides.
+
+    Args:
+      kind: a dataclass, such as `Config`.
+      file: the YAML, or None.
+      argv: `--key.path value` overrides; they win over the file.
+      prog: the command, for the help text.
+      variants: sections whose options depend on their `name`.
+
+    Raises:
+      UserError: an unknown key or name, a wrong type, a value that is missing.
+    """
+    written = flatten(read_yaml(file)) if file else []
+    given = arguments(argv)
+    full = _with_variants(kind, [*written, *given], variants or {})
+    if written and not any(key == "help" for key, _ in given):
+        _parse(_with_variants(kind, written, variants or {}), written, f"{file}: ", prog)
+    # A key given again replaces the earlier one, lists included; options of another variant of the file do not apply.
+    last = {key: values for key, values in [*written, *given]}
+    renamed = [s for s in variants or {} if dict(written).get(f"{s}.name") != last.get(f"{s}.name")]
+    for section in renamed:
+        stale = {k for k, _ in written if k.startswith(f"{section}.")} - {k for k, _ in given} - set(_keys(full))
+        last = {k: v for k, v in last.items() if k not in stale}
+    parsed = _parse(full, list(last.items()), "", prog)
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    plain = {k: dataclasses.asdict(v) if k in (variants or {}) else v for k, v in values.items()}
+    return kind(**plain)
+
+
+def dump(config: Any) -> str:
+    """Returns a config as YAML that `parse` reads back to the same."""
+    return yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _listed(value: Any) -> Any:
+    """Returns nested values with tuples as lists, the form that YAML knows."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def difference(old: Any, new: Any, ignore: Sequence[str]) -> list[str]:
+    """Returns `key: old -> new` lines for each dotted key in which two configs differ."""
+    a, b = (dict(flatten(_listed(dataclasses.asdict(c)))) for c in (old, new))
+    keys = [k for k in [*a, *(k for k in b if k not in a)] if k not in ignore and a.get(k) != b.get(k)]
+    return [f"{k}: {' '.join(a.get(k, ['-']))} -> {' '.join(b.get(k, ['-']))}" for k in keys]

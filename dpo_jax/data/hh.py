@@ -1,0 +1,107 @@
+"""Anthropic's helpful and harmless dialogues (Bai et al. 2022), split and merged as the original DPO code does it."""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.data import files
+from dpo_jax.records import Comparison, UserError
+
+HUB_ID = "Anthropic/hh-rlhf"
+TURN = "\n\nAssistant:"
+
+log = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """One row: a dialogue up to the last assistant turn, and the two turns.
+
+    Attributes:
+      prompt: the chosen transcript up to and including its last `TURN`.
+      chosen: the rest of it, with its leading space.
+      rejected: the rejected transcript from the same character on.
+      same_prompt: whether the rejected transcript starts with the prompt; if not, the cut falls somewhere else in it.
+      where: for error messages.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    same_prompt: bool
+    where: str
+
+
+def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Comparison]:
+    """Yields the dialogues as comparisons, those with equal prompts next to one another.
+
+    A prompt stands where it first appears. With one response there is one example for each prompt, with the chosen
+    turn of its last row (the original's `sft_target`); with none, only the prompt.
+
+    Args:
+      path: hub ids, folders in the hub's layout (`*/<split>.jsonl.gz`), or files; nothing is `Anthropic/hh-rlhf`.
+      split: `train` or `test`.
+      responses: 0, 1 or 2.
+
+    Raises:
+      UserError: the data cannot be found, or a transcript has no assistant turn.
+    """
+    if responses not in (0, 1, 2):
+        raise UserError(f"data source 'hh' has at most 2 responses to a prompt, not {responses}")
+    prompts: dict[str, list[Pair]] = {}
+    for pair in pairs(path, split):
+        prompts.setdefault(pair.prompt, []).append(pair)
+    _tell([pair for group in prompts.values() for pair in group], len(prompts), responses)
+    for prompt, group in prompts.items():
+        if responses < 2:
+            yield Comparison(prompt, (group[-1].chosen,)[:responses], where=group[-1].where)
+        else:
+            yield from (Comparison(prompt, (pair.chosen, pair.rejected), where=pair.where) for pair in group)
+
+
+def pairs(path: tuple[str, ...], split: str) -> Iterator[Pair]:
+    """Yields every row in the order of the files; arguments and errors as in `read`."""
+    for entry in path or (HUB_ID,):
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", entry) and not files.is_data_name(entry) and not Path(entry).exists()
+        for where, row in _hub(entry, split) if hub else files.rows((entry,), split):
+            yield split_row(where, files.text(where, row, "chosen"), files.text(where, row, "rejected"))
+
+
+def split_row(where: str, chosen: str, rejected: str) -> Pair:
+    """Cuts both transcripts where the chosen one's last assistant turn begins; `UserError` where it has none."""
+    turn = chosen.rfind(TURN)
+    if turn < 0:
+        raise UserError(f"{where}: 'chosen' has no {TURN!r}; this is not a dialogue of Anthropic HH")
+    end = turn + len(TURN)
+    prompt = chosen[:end]
+    return Pair(prompt, chosen[end:], rejected[end:], rejected.startswith(prompt), where)
+
+
+def mismatched(rows: Iterable[Pair]) -> int:
+    """How many rejected transcripts do not start with their prompt, so that their response is cut elsewhere."""
+    return sum(not pair.same_prompt for pair in rows)
+
+
+def _tell(rows: list[Pair], prompts: int, responses: int) -> None:
+    if responses == 1 and prompts < len(rows):
+        log.warning("hh: %d rows have %d prompts; the last row of each is the example", len(rows), prompts)
+    if responses == 2 and (count := mismatched(rows)):
+        message = (
+            "hh: %d of %d rejected transcripts do not start with their prompt, and are cut at its length all the same"
+        )
+        log.warning(message, count, len(rows))
+
+
+def _hub(repo: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+    import datasets.exceptions
+
+    try:
+        table = datasets.load_dataset(repo, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"{repo}: no such local path, and split {split!r} cannot be loaded from the hub ({reason})"
+        raise UserError(message) from error
+    for number, row in enumerate(table, 1):
+        yield f"{repo}[{split}]:{number}", dict(row)

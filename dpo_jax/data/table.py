@@ -1,0 +1,202 @@
+"""The tokenised data as flat arrays, which a run maps from disk instead of reading them, and the report on them."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.records import Array, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """N comparisons of P responses each, end to end.
+
+    Attributes:
+      ids: int32[total], for each comparison its prompt and then its responses, best first.
+      offsets: int64[N, P + 2]; the prompt of i is `ids[offsets[i, 0]:offsets[i, 1]]`, its response p is
+        `ids[offsets[i, p + 1]:offsets[i, p + 2]]`.
+      weights: float32[N], multiply the losses.
+    """
+
+    ids: Array
+    offsets: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, tokens: Iterable[Tokens]) -> "Table":
+        """Lays comparisons that are token ids already, all of one P, end to end.
+
+        Raises:
+          ValueError: there are none, or a prompt or response has no token.
+        """
+        tokens = list(tokens)
+        parts = [part for one in tokens for part in (one.prompt, *one.responses)]
+        if not parts or not all(len(part) for part in parts):
+            raise ValueError("a table needs comparisons, and every prompt and response at least one token")
+        sizes = [[len(one.prompt), *map(len, one.responses)] for one in tokens]
+        weights = np.array([one.weight for one in tokens], np.float32)
+        return cls(np.concatenate(parts).astype(np.int32), offsets_of(sizes), weights)
+
+    def take(self, rows: Array) -> "Table":
+        """The comparisons of some rows, int[n], n >= 1, in that order, as a table in memory."""
+        return Table.of(self[int(row)] for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> Tokens:
+        prompt, *responses = (self.ids[a:b] for a, b in zip(self.offsets[index], self.offsets[index][1:], strict=False))
+        return Tokens(prompt, tuple(responses), float(self.weights[index]))
+
+    @property
+    def responses(self) -> int:
+        """P, the number of responses to a prompt."""
+        return self.offsets.shape[1] - 2
+
+    @property
+    def prompt_lengths(self) -> Array:
+        """int64[N], tokens of each prompt."""
+        return self.offsets[:, 1] - self.offsets[:, 0]
+
+    @property
+    def response_lengths(self) -> Array:
+        """int64[N, P], tokens of each response, EOS included."""
+        return np.diff(self.offsets[:, 1:], axis=1)
+
+    @property
+    def scored_lengths(self) -> Array:
+        """int64[N], scored tokens of each comparison: those of all its responses."""
+        return self.offsets[:, -1] - self.offsets[:, 1]
+
+    def lengths(self) -> Array:
+        """int64[N], tokens that each comparison takes in a row: the last of every response is only predicted."""
+        return self.offsets[:, -1] - self.offsets[:, 0] - self.responses
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hexadecimal blake2b of ids and offsets: what log-probs depend on. Weights are not part of it."""
+        return _hash(self.ids, self.offsets)
+
+    @functools.cached_property
+    def full_digest(self) -> str:
+        """Hexadecimal blake2b of everything, weights included: what proves that a file is whole."""
+        return _hash(self.ids, self.offsets, self.weights)
+
+    def save(self, folder: Path) -> None:
+        """Writes `ids.npy`, `offsets.npy` and `weights.npy` into an existing folder."""
+        for name in ("ids", "offsets", "weights"):
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Table":
+        """Maps a saved table into memory, read-only.
+
+        Raises:
+          OSError, ValueError, EOFError: a file is missing, or is not an array of the right kind.
+        """
+        names = ("ids", "offsets", "weights")
+        ids, offsets, weights = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names)
+        kinds = [(array.dtype, array.ndim) for array in (ids, offsets, weights)]
+        if kinds != [(np.int32, 1), (np.int64, 2), (np.float32, 1)] or len(offsets) != len(weights):
+            raise ValueError(f"{folder} holds no table: arrays {kinds}")
+        return cls(ids, offsets, weights)
+
+
+class Lengths(NamedTuple):
+    """Statistics of lengths in tokens."""
+
+    mean: float
+    p50: float
+    p99: float
+    max: int
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.1f}, p50 {self.p50:g}, p99 {self.p99:g}, max {self.max}"
+
+
+class Report(NamedTuple):
+    """What became of the comparisons: all counts are of comparisons unless they say otherwise.
+
+    Attributes:
+      read, kept: before and after.
+      empty_dropped, identical_dropped: with an empty response; else with two identical ones.
+      empty_kept, identical_kept: the same, under `degenerate: keep`.
+      prompt_too_long_dropped: whose prompt alone fills max_length, under `keep_start`.
+      prompts_truncated: prompts that were cut.
+      responses_truncated: responses (not comparisons) that were cut, and so have lost their EOS.
+      identical_after_truncation: kept ones whose responses have become the same; their loss teaches nothing.
+      tokens, scored: ids stored, the prompt once; those of them in responses.
+      prompt, response, whole: lengths of kept prompts, of kept responses, of prompt and longest response together.
+    """
+
+    read: int
+    kept: int
+    empty_dropped: int
+    identical_dropped: int
+    empty_kept: int
+    identical_kept: int
+    prompt_too_long_dropped: int
+    prompts_truncated: int
+    responses_truncated: int
+    identical_after_truncation: int
+    tokens: int
+    scored: int
+    prompt: Lengths
+    response: Lengths
+    whole: Lengths
+
+    def lines(self) -> list[str]:
+        """The report as lines of plain text; counts of nothing are left out, except the first line's."""
+        notes = {
+            "dropped, with an empty response": self.empty_dropped,
+            "dropped, with identical responses": self.identical_dropped,
+            "dropped, whose prompt alone fills max_length": self.prompt_too_long_dropped,
+            "kept, with an empty response": self.empty_kept,
+            "kept, with identical responses": self.identical_kept,
+            "prompts cut": self.prompts_truncated,
+            "responses cut, their EOS lost": self.responses_truncated,
+            "kept, with responses that are identical after the cut": self.identical_after_truncation,
+        }
+        spans = {"prompt": self.prompt, "response": self.response, "prompt and longest response": self.whole}
+        return [
+            f"{self.read:,} comparisons read, {self.kept:,} kept: {self.tokens:,} tokens, {self.scored:,} scored",
+            *(f"{count:,} {note}" for note, count in notes.items() if count),
+            *(f"tokens in a {name}: {span}" for name, span in spans.items()),
+        ]
+
+
+def report(table: Table, counts: Mapping[str, int]) -> Report:
+    """The report on a table, given the counts that the table itself cannot tell."""
+    statistics: dict[str, Any] = {
+        "prompt": _lengths(table.prompt_lengths),
+        "response": _lengths(table.response_lengths),
+        "whole": _lengths(table.prompt_lengths + table.response_lengths.max(axis=1)),
+    }
+    totals: dict[str, Any] = {"kept": len(table), "tokens": len(table.ids), "scored": int(table.scored_lengths.sum())}
+    names = set(Report._fields) - set(statistics) - set(totals)
+    return Report(**{name: counts.get(name, 0) for name in names}, **totals, **statistics)
+
+
+def _lengths(values: Array) -> Lengths:
+    p50, p99 = np.percentile(values, [50, 99])
+    return Lengths(float(np.mean(values)), float(p50), float(p99), int(np.max(values)))
+
+
+def offsets_of(sizes: Sequence[Sequence[int]]) -> Array:
+    """`Table.offsets`, int64[N, P + 2], of the lengths of [prompt, response 1, ...] of N comparisons end to end."""
+    ends = np.cumsum(np.array(sizes, np.int64)).reshape(len(sizes), -1)
+    starts = np.concatenate([[0], ends[:-1, -1]])
+    return np.concatenate([starts[:, None], ends], axis=1)
+
+
+def _hash(*arrays: Array) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

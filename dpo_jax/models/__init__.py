@@ -1,0 +1,125 @@
+"""Decoder-only language models as pure functions of their parameters: what the rest of the package uses."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.records import Array, UserError
+
+__all__ = ["Architecture", "Cache", "Model", "build", "families", "family"]
+
+COMPUTE = ("float32", "bfloat16")
+
+
+class Model(NamedTuple):
+    """The pure functions of one architecture. Parameters are a nested dict of float32, layers stacked on axis 0.
+
+    Attributes:
+      architecture: what it is.
+      init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
+      hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm.
+      head: params -> float32[V, D]; logits are hidden states times its transpose.
+      prefill: (params, tokens, positions, group, capacity) -> hidden [B, T, D] and a cache of `capacity` tokens,
+        the first T of them filled; `group` 0 is padding.
+      decode: (params, token [B], position [B], cache, index, mask) -> hidden [B, D] and the cache with the token at
+        place `index`; `mask` bool[B, C] says which entries are seen, the new one included.
+      axes: like params, but tuples with the logical name of each axis.
+    """
+
+    architecture: Architecture
+    init: Callable[[Array], Any]
+    hidden: Callable[[Any, Array, Array, Array, Array], Array]
+    head: Callable[[Any], Array]
+    prefill: Callable[[Any, Array, Array, Array, int], tuple[Array, Cache]]
+    decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
+    axes: Any
+
+
+def build(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:
+    """Returns the functions of an architecture.
+
+    Args:
+      architecture: what to build.
+      compute: dtype of activations and matmuls, "float32" or "bfloat16".
+      remat: what the backward pass computes again: "none"; "dots", all but projections and attention; "full".
+
+    Raises:
+      UserError: an unknown `compute` or `remat`.
+    """
+    for key, value, known in (("compute", compute, COMPUTE), ("remat", remat, tuple(POLICIES))):
+        if value not in known:
+            raise UserError(f"model.{key}: {value!r} is not known; choose one of {', '.join(known)}")
+    decoder = Decoder(architecture, compute, remat)
+    keeping = Decoder(architecture, compute, keep=True)
+    shapes = jax.eval_shape(partial(_init, decoder), jax.eval_shape(jax.random.key, 0))
+    return Model(
+        architecture,
+        init=lambda key: nn.meta.unbox(_init(decoder, key)),
+        hidden=partial(_hidden, decoder),
+        head=_tied_head if architecture.tied else _own_head,
+        prefill=partial(_prefill, keeping),
+        decode=partial(_decode, keeping),
+        axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
+    )
+
+
+def _init(decoder: Decoder, key: Array) -> Any:
+    one = jnp.zeros((1, 1), jnp.int32)
+    return decoder.init(key, one, one, Context(group=one, branch=one))["params"]
+
+
+def _hidden(decoder: Decoder, params: Any, tokens: Array, positions: Array, group: Array, branch: Array) -> Array:
+    return decoder.apply({"params": params}, tokens, positions, Context(group=group, branch=branch))[0]
+
+
+def _tied_head(params: Any) -> Array:
+    return params["embedding"]
+
+
+def _own_head(params: Any) -> Array:
+    return params["head"]
+
+
+def _prefill(decoder, params, tokens, positions, group, capacity):
+    context = Context(group=group, branch=jnp.zeros_like(group))
+    hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
+    room = [(0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
+    return hidden, tuple(jnp.pad(x, room) for x in kept)
+
+
+def _decode(decoder, params, token, position, cache, index, mask):
+    context = Context(place=index, mask=mask)
+    hidden, new = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
+    # The layers read the cache and return only their new entries, so that it is written once, in place.
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
+    return hidden[:, 0], tuple(put(old, entry) for old, entry in zip(cache, new, strict=True))
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """Returns the known values of `model_type`: the files of this folder that have a table of tensors."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(n for n in names if hasattr(importlib.import_module(f"{__name__}.{n}"), "tensors")))
+
+
+def family(model_type: str) -> ModuleType:
+    """Returns a family's module, with its `architecture(config)` and `tensors(architecture)`.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    if model_type not in families():
+        close = difflib.get_close_matches(str(model_type), families(), 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}known are {', '.join(families())}")
+    return importlib.import_module(f"{__name__}.{model_type}")

@@ -1,0 +1,218 @@
+"""What an architecture is, as plain values: the fields a family's config maps to, and its table of tensor names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax.records import UserError
+
+Config = Mapping[str, Any]  # a Hugging Face config.json
+Path = tuple[str, ...]  # the keys to a parameter
+
+# Hugging Face's names of an activation -> what it is here; "gelu_tanh" is the approximation.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings.
+
+    Attributes:
+      dims: how many leading dimensions of a head are rotated; even.
+      theta: base of the wavelengths.
+      scaling: how wavelengths are stretched for contexts longer than pretraining's: not, all by `factor`, or
+        Llama 3's way, the long ones only.
+      factor: by how much.
+      low_freq_factor: Llama 3: wavelengths above `original_positions` / this are stretched by `factor`.
+      high_freq_factor: Llama 3: wavelengths below `original_positions` / this are left alone.
+      original_positions: Llama 3: the context length of pretraining.
+    """
+
+    dims: int
+    theta: float = 10000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One decoder-only transformer: all that the parameters' shapes and the forward pass depend on.
+
+    Attributes:
+      family: `model_type` in config.json.
+      vocab: rows of the embedding; may exceed the tokenizer's size.
+      width: D.
+      layers: L.
+      heads: H.
+      kv_heads: K, which divides H.
+      head_dim: d.
+      mlp: inner width of the MLP.
+      norm: root-mean-square norm, or layer norm with bias.
+      eps: added to the variance in norms.
+      activation: of the MLP; "gelu" is the exact one.
+      gated: whether the MLP multiplies act(gate(x)) with up(x).
+      rope: rotary positions; None means a learned embedding of `max_positions` positions.
+      parallel: whether attention and MLP read the same residual, as in GPT-NeoX.
+      qkv_bias: whether the query, key and value projections have biases.
+      out_bias: whether the attention's output projection has one.
+      mlp_bias: whether the MLP's projections have them.
+      tied: whether the head is the embedding.
+      max_positions: the context length in tokens.
+      initializer_range: standard deviation of new weights.
+      residual_scale: multiplies that for the two projections that write to the residual.
+    """
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    norm: Literal["rms", "layer"]
+    eps: float
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
+    gated: bool
+    rope: Rope | None
+    parallel: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    tied: bool
+    max_positions: int
+    initializer_range: float = 0.02
+    residual_scale: float = 1.0
+
+
+class Tensor(NamedTuple):
+    """One tensor of a Hugging Face checkpoint, and the parameters it holds: several where it is fused.
+
+    Attributes:
+      shape: its shape in the file.
+      paths: of the parameters. Where the name has an `{i}` they are stacked over layers, on axis 0.
+      to_ours: the tensor -> one array a path, each a layer's.
+      to_theirs: one array a path -> the tensor.
+    """
+
+    shape: tuple[int, ...]
+    paths: tuple[Path, ...]
+    to_ours: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_theirs: Callable[..., np.ndarray]
+
+
+def plain(path: Path, *shape: int) -> Tensor:
+    """A tensor that has our layout."""
+    return Tensor(shape, (path,), lambda x: (x,), lambda x: x)
+
+
+def reshaped(path: Path, theirs: tuple[int, ...], ours: tuple[int, ...]) -> Tensor:
+    """A tensor with our order of axes, some of them merged."""
+    return Tensor(theirs, (path,), lambda x: (x.reshape(ours),), lambda x: x.reshape(theirs))
+
+
+def transposed(path: Path, theirs: tuple[int, int], ours: tuple[int, ...]) -> Tensor:
+    """A torch Linear's weight [out, in], ours [in, out], where one of the two may be several axes."""
+    return Tensor(theirs, (path,), lambda x: (x.T.reshape(ours),), lambda x: x.reshape(theirs[::-1]).T)
+
+
+def need(config: Config, key: str) -> Any:
+    """Returns the value of a key that has no default.
+
+    Raises:
+      UserError: it is missing.
+    """
+    if config.get(key) is None:
+        raise UserError(f"config.json: {key} is missing; give the model's own value")
+    return config[key]
+
+
+def get(config: Config, key: str, default: Any) -> Any:
+    """Returns the value of a key, the default if it is missing or null."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def only(config: Config, key: str, value: Any) -> None:
+    """Raises UserError unless a setting is missing or has the one value that is supported."""
+    if get(config, key, value) != value:
+        raise UserError(f"config.json: {key} = {config[key]!r} is not supported, only {value!r} is")
+
+
+def activation(config: Config, key: str, default: str) -> Any:
+    """Returns our name of an activation.
+
+    Raises:
+      UserError: it is not one of `ACTIVATIONS`.
+    """
+    name = get(config, key, default)
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: {key} = {name!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def head_dim(config: Config, width: int, heads: int) -> int:
+    """Returns the explicit `head_dim`, or D / H.
+
+    Raises:
+      UserError: H does not divide D.
+    """
+    if config.get("head_dim") is None and width % heads:
+        raise UserError(f"config.json: the width {width} is not a multiple of the {heads} heads; set head_dim")
+    return get(config, "head_dim", width // heads)
+
+
+def kv_heads(config: Config, heads: int) -> int:
+    """Returns the number of key-value heads, H if it is not given.
+
+    Raises:
+      UserError: it does not divide H.
+    """
+    number = get(config, "num_key_value_heads", heads)
+    if heads % number:
+        raise UserError(f"config.json: num_key_value_heads = {number} does not divide the {heads} query heads")
+    return number
+
+
+def rope(config: Config, dim: int, *, theta_key: str, part_key: str, part: float) -> Rope:
+    """Returns the rotary embedding of a config.json, in transformers 5's form (`rope_parameters`) or the older one.
+
+    Args:
+      config: the config.
+      dim: head dimension.
+      theta_key: the older form's key of the base.
+      part_key: the older form's key of the rotated fraction of a head.
+      part: the default of that.
+
+    Raises:
+      UserError: a kind of scaling other than none, "linear" and "llama3".
+    """
+    new = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = get(new, "rope_type", get(new, "type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are default, linear, llama3")
+    theta = float(get(new, "rope_theta", get(config, theta_key, get(config, "rope_theta", 10000.0))))
+    fraction = get(new, "partial_rotary_factor", get(config, "partial_rotary_factor", get(config, part_key, part)))
+    dims = int(dim * fraction)
+    if dims < 2 or dims % 2:
+        raise UserError(f"config.json: {dims} rotary dimensions a head; it must be an even number above 0")
+    if kind == "default":
+        return Rope(dims, theta)
+    factor = float(need(new, "factor"))
+    if kind == "linear":
+        return Rope(dims, theta, kind, factor)
+    low, high = float(need(new, "low_freq_factor")), float(need(new, "high_freq_factor"))
+    return Rope(dims, theta, kind, factor, low, high, int(need(new, "original_max_position_embeddings")))

@@ -1,0 +1,139 @@
+"""Attention over packed rows, and over a cache of keys and values: pure functions of arrays.
+
+Axis letters: R rows, T tokens, H query heads, K key-value heads, N = H / K query heads that share one key-value
+head, Q queries in a chunk, S keys that a chunk can see, d head dimension, B sequences, C capacity of a cache.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dpo_jax.records import Array
+
+CHUNK = 128  # queries at a time: below it a matmul is too small, above it the causal skip saves less
+MAX_CHUNKS = 32  # the chunks are unrolled in the program, so very long rows get larger ones
+LOWEST = -1e30  # the score of a key that is not seen; finite, so that no difference of scores is NaN
+
+_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def packed_attention(q: Array, k: Array, v: Array, group: Array, branch: Array, *, chunk: int = CHUNK) -> Array:
+    """Causal attention in which a response sees its own prompt and itself, never a sibling or a neighbour.
+
+    A query sees a key of the same `group`, if the key's `branch` is 0 or the query's, and not to its right.
+    Queries go in static chunks and a chunk computes no score to its right; the backward pass keeps only the
+    output and the log-sum-exp, and computes the scores again. Scores and softmax are float32.
+
+    Args:
+      q: [R, T, H, d] in the compute dtype.
+      k: [R, T, K, d], H a multiple of K: grouped-query attention without repeating keys.
+      v: [R, T, K, d].
+      group: int32[R, T]; 0 is padding, which sees padding.
+      branch: int32[R, T]; 0 is the prompt.
+      chunk: queries at a time.
+
+    Returns:
+      [R, T, H, d] in the dtype of q.
+    """
+    return _attend(q, k, v, group, branch, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
+
+
+def cached_attention(q: Array, keys: Array, values: Array, mask: Array) -> Array:
+    """Attention of one new query a sequence over a cache.
+
+    Args:
+      q: [B, 1, H, d] in the compute dtype.
+      keys: [B, C, K, d], the new token's included.
+      values: [B, C, K, d].
+      mask: bool[B, C], which entries of the cache are seen; at least one.
+
+    Returns:
+      [B, 1, H, d] in the dtype of q.
+    """
+    out, _ = _softmax(_by_head(q, keys.shape[2]), _by_head(keys), _by_head(values), mask[:, None])
+    return _by_token(out).astype(q.dtype)
+
+
+def _by_head(x: Array, kv_heads: int | None = None) -> Array:
+    """[R, T, K, d] -> [R, K, T, d]; with `kv_heads`, [R, T, H, d] -> [R, K, N, T, d]."""
+    if kv_heads is None:
+        return x.transpose(0, 2, 1, 3)
+    rows, length, heads, dim = x.shape
+    return x.reshape(rows, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+
+
+def _by_token(x: Array) -> Array:
+    """[R, K, N, T, d] -> [R, T, H, d], or [R, K, T, d] -> [R, T, K, d]."""
+    if x.ndim == 4:
+        return x.transpose(0, 2, 1, 3)
+    rows, kv_heads, shared, length, dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
+
+
+def _seen(group: Array, branch: Array, start: int, stop: int) -> Array:
+    """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees."""
+    query_group, key_group = group[:, start:stop, None], group[:, None, :stop]
+    query_branch, key_branch = branch[:, start:stop, None], branch[:, None, :stop]
+    causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+    return causal & (query_group == key_group) & ((key_branch == 0) | (key_branch == query_branch))
+
+
+def _scores(q: Array, k: Array, seen: Array) -> Array:
+    """Returns float32[R, K, N, Q, S], LOWEST where a key is not seen."""
+    scores = _dot("rknqd,rksd->rknqs", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(seen[:, None, None], scores, LOWEST)
+
+
+def _softmax(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array]:
+    """Returns the output [R, K, N, Q, d] and the log-sum-exp [R, K, N, Q] of some queries, in float32."""
+    scores = _scores(q, k, seen)
+    top = scores.max(-1, keepdims=True)
+    p = jnp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    out = _dot("rknqs,rksd->rknqd", p.astype(v.dtype), v) / total
+    return out, (top + jnp.log(total))[..., 0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q: Array, k: Array, v: Array, group: Array, branch: Array, chunk: int) -> Array:
+    return _attend_fwd(q, k, v, group, branch, chunk)[0]
+
+
+def _spans(length: int, chunk: int) -> list[tuple[int, int]]:
+    return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _attend_fwd(q, k, v, group, branch, chunk):
+    queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
+    parts = [
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], _seen(group, branch, a, b))
+        for a, b in _spans(q.shape[1], chunk)
+    ]
+    out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
+    # Named, so that a policy of what the backward pass keeps can keep these two and skip this function.
+    out = checkpoint_name(out, "attention")
+    lse = checkpoint_name(jnp.concatenate([lse for _, lse in parts], axis=3), "attention")
+    return out, (q, k, v, group, branch, out, lse)
+
+
+def _attend_bwd(chunk, residuals, g):
+    q, k, v, group, branch, out, lse = residuals
+    kv_heads = k.shape[2]
+    queries, keys, values, do = _by_head(q, kv_heads), _by_head(k), _by_head(v), _by_head(g, kv_heads)
+    delta = _by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
+    dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
+    for a, b in _spans(q.shape[1], chunk):
+        part, d_part = queries[..., a:b, :], do[..., a:b, :]
+        p = jnp.exp(_scores(part, keys[:, :, :b], _seen(group, branch, a, b)) - lse[..., a:b, None])
+        dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
+        ds = (p * (dp - delta[..., a:b, :]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dq.append(_dot("rknqs,rksd->rknqd", ds, keys[:, :, :b]))
+        dk = dk.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", ds, part))
+        dv = dv.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", p.astype(q.dtype), d_part))
+    dq = _by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
+    return dq, _by_token(dk).astype(k.dtype), _by_token(dv).astype(v.dtype), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,84 @@
+"""GPT-2 (DistilGPT-2, DialoGPT): its config and its tensor names. Its Conv1D weights are [in, out], as ours are."""
+
+import numpy as np
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, Config, Path, Tensor, plain, reshaped
+
+CLASS = "GPT2LMHeadModel"
+PREFIX = "transformer."
+HEAD = "lm_head.weight"
+BUFFERS = ("attn.bias", "attn.masked_bias")
+
+
+def architecture(config: Config) -> Architecture:
+    """Returns what a GPT-2 config.json describes. Dropout is always off.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    arch.only(config, "scale_attn_weights", True)
+    arch.only(config, "scale_attn_by_inverse_layer_idx", False)
+    arch.only(config, "add_cross_attention", False)
+    width, heads, layers = (arch.need(config, key) for key in ("n_embd", "n_head", "n_layer"))
+    return Architecture(
+        family="gpt2",
+        vocab=arch.need(config, "vocab_size"),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=arch.head_dim({}, width, heads),
+        mlp=arch.get(config, "n_inner", 4 * width),
+        norm="layer",
+        eps=arch.get(config, "layer_norm_epsilon", 1e-5),
+        activation=arch.activation(config, "activation_function", "gelu_new"),
+        gated=False,
+        rope=None,
+        parallel=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tied=arch.get(config, "tie_word_embeddings", True),
+        max_positions=arch.get(config, "n_positions", 1024),
+        initializer_range=arch.get(config, "initializer_range", 0.02),
+        residual_scale=(2 * layers) ** -0.5,
+    )
+
+
+def _fused(leaf: str, a: Architecture) -> Tensor:
+    """Queries, keys and values in one tensor, side by side on its last axis."""
+    lead = (a.width,) if leaf == "kernel" else ()
+    paths: tuple[Path, ...] = tuple(("layers", name, leaf) for name in "qkv")
+    ours, theirs = (*lead, a.heads, a.head_dim), (*lead, a.width)
+    return Tensor(
+        (*lead, 3 * a.width),
+        paths,
+        lambda x: tuple(part.reshape(ours) for part in np.split(x, 3, axis=-1)),
+        lambda *parts: np.concatenate([part.reshape(theirs) for part in parts], axis=-1),
+    )
+
+
+def tensors(a: Architecture) -> dict[str, Tensor]:
+    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    width, layer = a.width, "transformer.h.{i}."
+    kernel = ("layers", "o", "kernel")
+    table = {
+        "transformer.wte.weight": plain(("embedding",), a.vocab, width),
+        "transformer.wpe.weight": plain(("positions",), a.max_positions, width),
+        layer + "attn.c_attn.weight": _fused("kernel", a),
+        layer + "attn.c_attn.bias": _fused("bias", a),
+        layer + "attn.c_proj.weight": reshaped(kernel, (width, width), (a.heads, a.head_dim, width)),
+        layer + "attn.c_proj.bias": plain(("layers", "o", "bias"), width),
+        layer + "mlp.c_fc.weight": plain(("layers", "up", "kernel"), width, a.mlp),
+        layer + "mlp.c_fc.bias": plain(("layers", "up", "bias"), a.mlp),
+        layer + "mlp.c_proj.weight": plain(("layers", "down", "kernel"), a.mlp, width),
+        layer + "mlp.c_proj.bias": plain(("layers", "down", "bias"), width),
+    }
+    norms = {"transformer.ln_f.": ("final_norm",), layer + "ln_1.": ("layers", "attention_norm")}
+    for where, path in {**norms, layer + "ln_2.": ("layers", "mlp_norm")}.items():
+        table[where + "weight"] = plain((*path, "scale"), width)
+        table[where + "bias"] = plain((*path, "bias"), width)
+    if not a.tied:
+        table[HEAD] = plain(("head",), a.vocab, width)
+    return table

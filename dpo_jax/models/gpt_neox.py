@@ -1,0 +1,85 @@
+"""GPT-NeoX (Pythia, the paper's TL;DR-size models): its config and its tensor names."""
+
+import numpy as np
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, Config, Path, Tensor, plain, transposed
+
+CLASS = "GPTNeoXForCausalLM"
+PREFIX = "gpt_neox."
+HEAD = "embed_out.weight"
+BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+
+
+def architecture(config: Config) -> Architecture:
+    """Returns what a GPT-NeoX config.json describes. Dropout is always off.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    width, heads = arch.need(config, "hidden_size"), arch.need(config, "num_attention_heads")
+    dim = arch.head_dim({}, width, heads)
+    bias = arch.get(config, "attention_bias", True)
+    return Architecture(
+        family="gpt_neox",
+        vocab=arch.need(config, "vocab_size"),
+        width=width,
+        layers=arch.need(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=dim,
+        mlp=arch.need(config, "intermediate_size"),
+        norm="layer",
+        eps=arch.get(config, "layer_norm_eps", 1e-5),
+        activation=arch.activation(config, "hidden_act", "gelu"),
+        gated=False,
+        rope=arch.rope(config, dim, theta_key="rotary_emb_base", part_key="rotary_pct", part=0.25),
+        parallel=arch.get(config, "use_parallel_residual", True),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        tied=arch.get(config, "tie_word_embeddings", False),
+        max_positions=arch.get(config, "max_position_embeddings", 2048),
+        initializer_range=arch.get(config, "initializer_range", 0.02),
+    )
+
+
+def _fused(leaf: str, a: Architecture) -> Tensor:
+    """Queries, keys and values in one tensor, interleaved by head: its first axis is [H, 3, d]."""
+    tail = (a.width,) if leaf == "kernel" else ()
+    paths: tuple[Path, ...] = tuple(("layers", name, leaf) for name in "qkv")
+
+    def to_ours(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        split = x.reshape(a.heads, 3, a.head_dim, *tail)
+        return tuple(np.moveaxis(split[:, i], -1, 0) if tail else split[:, i] for i in range(3))
+
+    def to_theirs(*parts: np.ndarray) -> np.ndarray:
+        rows = [np.moveaxis(part, 0, -1) if tail else part for part in parts]
+        return np.stack(rows, axis=1).reshape(3 * a.width, *tail)
+
+    return Tensor((3 * a.width, *tail), paths, to_ours, to_theirs)
+
+
+def tensors(a: Architecture) -> dict[str, Tensor]:
+    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    width, layer = a.width, "gpt_neox.layers.{i}."
+    out, up, down = ("layers", "o", "kernel"), ("layers", "up", "kernel"), ("layers", "down", "kernel")
+    table = {
+        "gpt_neox.embed_in.weight": plain(("embedding",), a.vocab, width),
+        layer + "attention.query_key_value.weight": _fused("kernel", a),
+        layer + "attention.dense.weight": transposed(out, (width, width), (a.heads, a.head_dim, width)),
+        layer + "mlp.dense_h_to_4h.weight": transposed(up, (a.mlp, width), (width, a.mlp)),
+        layer + "mlp.dense_h_to_4h.bias": plain(("layers", "up", "bias"), a.mlp),
+        layer + "mlp.dense_4h_to_h.weight": transposed(down, (width, a.mlp), (a.mlp, width)),
+        layer + "mlp.dense_4h_to_h.bias": plain(("layers", "down", "bias"), width),
+    }
+    if a.qkv_bias:
+        table[layer + "attention.query_key_value.bias"] = _fused("bias", a)
+        table[layer + "attention.dense.bias"] = plain(("layers", "o", "bias"), width)
+    norms = {"gpt_neox.final_layer_norm.": ("final_norm",), layer + "input_layernorm.": ("layers", "attention_norm")}
+    for where, path in {**norms, layer + "post_attention_layernorm.": ("layers", "mlp_norm")}.items():
+        table[where + "weight"] = plain((*path, "scale"), width)
+        table[where + "bias"] = plain((*path, "bias"), width)
+    if not a.tied:
+        table[HEAD] = plain(("head",), a.vocab, width)
+    return table

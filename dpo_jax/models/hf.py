@@ -1,0 +1,173 @@
+"""Hugging Face model folders in and out: config.json, safetensors (never a pickle) and the tokenizer."""
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.models import family
+from dpo_jax.models.architecture import Architecture, Config
+from dpo_jax.models.weights import (
+    DTYPES,
+    INDEX,
+    read_json,
+    read_params,
+    weight_files,
+    weights_hash,
+    write_json,
+    write_params,
+)
+from dpo_jax.records import UserError
+
+__all__ = ["load", "load_tokenizer", "read_config", "save", "weights_hash"]
+
+MAX_SHARD_BYTES = 5 * 10**9
+# What an export consists of: a folder that holds anything else is never replaced.
+EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", INDEX, "*token*.json", "chat_template.*")
+EXPORTED += ("vocab.json", "merges.txt", "additional_chat_templates", "*.model")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns the contents of a config.json.
+
+    Args:
+      path: the file, or the folder that holds it.
+
+    Raises:
+      UserError: there is none, or it is not a config.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such model folder; give a local folder with a config.json")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{path}: config.json is missing; this is not a Hugging Face model folder")
+    config = read_json(file)
+    if "model_type" not in config:
+        raise UserError(f"{file}: model_type is missing; give the family, llama for example")
+    return config
+
+
+def load(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+    """Reads a model folder.
+
+    Weights come from model.safetensors or the shards of its index, in any of float64, 32, 16 and bfloat16. Buffers
+    that are no weights are skipped; any other tensor too many, too few or of another shape is an error.
+
+    Returns:
+      The architecture, the config as it is in the file, and the parameters as numpy float32.
+
+    Raises:
+      UserError: something is missing, damaged or not supported.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        if config.get("quantization_config"):
+            raise UserError("config.json: quantization_config is not supported; use the model before quantisation")
+        module = family(config["model_type"])
+        architecture = module.architecture(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return architecture, config, read_params(weight_files(folder), module, architecture)
+
+
+def save(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    hf_config: Config,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    It is written beside its place and renamed: `folder` is never half a model.
+
+    Args:
+      folder: where; what `save` wrote there before is replaced.
+      params: the parameters, numpy or on devices.
+      hf_config: config.json of the model it came from.
+      tokenizer: a transformers tokenizer to put beside, or None.
+      dtype: of the tensors in the file: "float32", "bfloat16" or "float16".
+      max_shard_bytes: more than this goes to several files with an index.
+
+    Raises:
+      UserError: an unknown dtype, or a folder with something else in it.
+    """
+    folder = Path(folder).absolute()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    module = family(hf_config["model_type"])
+    _check_replaceable(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_params(temporary, params, module, module.architecture(hf_config), dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _write_configs(temporary, {**hf_config, "architectures": [module.CLASS], "dtype": dtype}, tokenizer)
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Returns the tokenizer of a model folder or of a model on the Hugging Face hub; no remote code is run.
+
+    Args:
+      folder: a local folder, or `name` or `owner/name` on the hub.
+
+    Raises:
+      UserError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer  # here, since it takes seconds to import
+
+    name = str(folder)
+    local = Path(folder).expanduser()
+    looks_local = name.startswith(("./", "../", "/", "~")) or name.count("/") > 1
+    if looks_local and not local.exists():
+        raise UserError(f"{name}: there is no such folder to read a tokenizer from")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local if local.exists() else name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no tokenizer could be read from {where}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    return tokenizer
+
+
+def _write_configs(folder: Path, hf_config: Config, tokenizer: Any) -> None:
+    dropped = ("torch_dtype", "transformers_version", "_name_or_path")
+    config = {key: value for key, value in hf_config.items() if key not in dropped}
+    ends = hf_config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer is not None:
+        ends = [tokenizer.eos_token_id, *ends]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    generation = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
+    if ends:
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name a folder to write the model to")
+    for file in sorted(folder.iterdir()) if folder.exists() else ():
+        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in EXPORTED):
+            raise UserError(f"{folder}: holds {file.name}, which is no part of a model; choose another folder")
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""The records that pass between the layers: they are the architecture, the rest is functions from one to the next.
+
+Axis letters, everywhere: R rows, T tokens in a row, G comparisons in a row, P responses to a prompt, S scored
+tokens in a row, B = R * G comparisons, D model width, H heads, K key-value heads, V vocabulary, L layers,
+M microbatches.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # numpy on the host, jax on a device: a record is the same on both sides
+
+
+class UserError(Exception):
+    """Something a user can mend: one line that names the file, line or key, and what to do. Exit code 2."""
+
+
+class Comparison(NamedTuple):
+    """One prompt and its responses as text, best first.
+
+    Attributes:
+      prompt: the text before every response.
+      responses: P texts, best first; P = 1 is supervised fine-tuning, P = 2 a preference pair.
+      weight: multiplies the loss of this comparison.
+      where: `file:line` (or the like) for error messages.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    weight: float = 1.0
+    where: str = ""
+
+
+class Tokens(NamedTuple):
+    """One comparison as token ids, cut to length.
+
+    Attributes:
+      prompt: int32[n], n >= 1.
+      responses: P arrays int32[n_p], n_p >= 1; the last id is EOS unless the response was cut.
+      weight: multiplies the loss of this comparison.
+    """
+
+    prompt: Array
+    responses: tuple[Array, ...]
+    weight: float = 1.0
+
+
+class Batch(NamedTuple):
+    """Comparisons laid out in rows as [prompt | response 1 | ... | response P], several to a row.
+
+    A response's last token is not in the row, since its hidden state would predict nothing that is scored.
+    Every field may carry a leading axis M of microbatches.
+
+    Attributes:
+      tokens: int32[R, T], input ids; 0 where `group` is 0.
+      positions: int32[R, T], continuing from the prompt's end in every response.
+      group: int32[R, T], 1 + the comparison's place in the row; 0 is padding.
+      branch: int32[R, T], 0 for the prompt, 1 + p for response p.
+      source: int32[R, S], the place in the row whose hidden state predicts a scored token.
+      target: int32[R, S], the id of that scored token.
+      slot: int32[R, S], place * P + p, the response to which it belongs; -1 is padding.
+      weights: float32[R, G], 0 where there is no comparison.
+      ref_logps: float32[R, G, P], log pi_ref(y | x) summed over the response; NaN until it is filled in.
+    """
+
+    tokens: Array
+    positions: Array
+    group: Array
+    branch: Array
+    source: Array
+    target: Array
+    slot: Array
+    weights: Array
+    ref_logps: Array
+
+
+class Logps(NamedTuple):
+    """Sequence log-probabilities of B comparisons: all that a loss may look at.
+
+    Attributes:
+      policy: float32[B, P], log pi(y | x), summed over the response's tokens.
+      reference: float32[B, P], the same under the frozen reference.
+      lengths: float32[B, P], scored tokens of each response, EOS included.
+      present: bool[B, P], false where a response (or the whole comparison) is absent.
+      weights: float32[B], 0 for absent comparisons.
+    """
+
+    policy: Array
+    reference: Array
+    lengths: Array
+    present: Array
+    weights: Array
+
+
+class TrainState(NamedTuple):
+    """All that training changes; arrays only.
+
+    Attributes:
+      step: int32[], updates done.
+      params: pytree of float32 arrays, the policy.
+      opt_state: the optimiser's state.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any

@@ -1,0 +1,73 @@
+"""The reference column: log-probs under the frozen parameters, from a cache keyed by content or just in time."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import per_microbatch
+from dpo_jax.records import Array, Batch
+from dpo_jax.step import LogpsOf
+
+
+def make_column(logps: LogpsOf, batch_sharding: Any = None) -> Callable[[Any, Batch, Any], Array]:
+    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P]."""
+
+    def column(params: Any, batch: Batch, count: Array) -> Array:
+        shape = batch.ref_logps.shape[1:]
+        return per_microbatch(lambda micro: logps(params, micro).policy.reshape(shape), batch, count)
+
+    return jax.jit(column, out_shardings=batch_sharding)
+
+
+def key(table: Table, weights_hash: str, compute: str) -> str:
+    """Returns the cache's key: token ids (cut as they are), reference weights, compute dtype, and nothing else."""
+    return hashlib.blake2b(f"{table.digest} {weights_hash} {compute}".encode(), digest_size=16).hexdigest()
+
+
+def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, batch_size: int, put: Callable) -> Array:
+    """Returns log pi_ref of every response of the table, float32[N, P].
+
+    Args:
+      column: from `make_column`.
+      params: the frozen parameters.
+      table: N comparisons.
+      shape: the layout, which holds `batch_size` comparisons.
+      batch_size: comparisons at a time.
+      put: moves a Batch to the devices.
+    """
+    parts = []
+    for start in range(0, len(table), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(table)))
+        batch, count, places = pack.build(table, rows, shape)
+        parts.append(pack.unpack(np.asarray(column(params, put(batch), count)), places))
+    return np.concatenate(parts)
+
+
+def cached(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
+    """Returns the array kept under a name, computing and keeping it when it is absent, and whether it was there.
+
+    A file that does not hold finite numbers of that shape counts as absent and is replaced.
+    """
+    path = folder / f"{name}.npy"
+    if path.is_file():
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            values = np.empty(0)
+        if values.shape == shape and np.isfinite(values).all():
+            return values, True
+        print(f"{path}: damaged, computed again")
+    values = compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as f:
+        np.save(f, values)
+    temporary.replace(path)
+    return values, False

@@ -1,0 +1,188 @@
+"""Text from a model: generation with a cache of keys and values, compiled once a shape."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.models import Model
+from dpo_jax.records import Array, UserError
+
+MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+
+
+def sample(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Array],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | tuple[int, ...],
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[np.ndarray]:
+    """Continues each prompt until an end-of-sequence token.
+
+    The random numbers of a prompt depend on the seed and its place in `prompts` only, not on the batch it is in.
+
+    Args:
+      model: the architecture's pure functions.
+      params: its parameters.
+      prompts: ids, at least one each.
+      max_new_tokens: tokens after which a continuation is cut.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw among this many likeliest tokens only.
+      top_p: draw among the fewest likeliest tokens that hold this much probability only.
+      eos_id: the token, or tokens, that end a text.
+      seed: of the random numbers.
+      batch_size: prompts at a time.
+
+    Returns:
+      int32 ids of each continuation, without its prompt, with the end-of-sequence token if it was reached.
+
+    Raises:
+      UserError: an empty prompt, a setting out of range, or more tokens than the model has positions.
+    """
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    ends = tuple(np.atleast_1d(eos_id).tolist())
+    key = jax.random.key(seed)
+    order = np.argsort([len(p) for p in prompts], kind="stable")  # equals together: least padding
+    out: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens, group = _pad([np.asarray(prompts[i]) for i in rows], batch_size)
+        numbers = np.zeros(batch_size, np.int32)
+        numbers[: len(rows)] = rows
+        filters = _Filters(temperature > 0, top_k)
+        new, lengths = _generate(
+            (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
+            jnp.arange(batch_size) < len(rows), key, numbers, temperature, top_p,
+        )  # fmt: skip
+        new, lengths = np.asarray(new), np.asarray(lengths)
+        for row, i in enumerate(rows):
+            out[i] = new[row, : lengths[row]]
+    return out
+
+
+class _Filters(NamedTuple):
+    """What is compiled into the program: whether tokens are drawn at random, and among how many."""
+
+    random: bool
+    top_k: int | None
+
+
+class _State(NamedTuple):
+    """Between two tokens: `made` tokens a row so far, in `out` [B, N]; `alive` rows go on; `last` is the newest."""
+
+    made: Array
+    out: Array
+    lengths: Array
+    alive: Array
+    last: Array
+    cache: Any
+
+
+def filtered(logits: Array, top_k: int | None, top_p: Array | float | None) -> Array:
+    """Returns float32 logits [B, V] with -inf where a token may not be drawn, top_k applied before top_p.
+
+    The likeliest token always stays, and with it those of equal probability to the least likely that is kept.
+    """
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ranked, axis=-1)
+        kept = jnp.maximum((jnp.cumsum(p, axis=-1) - p < top_p).sum(-1, keepdims=True), 1)
+        logits = jnp.where(logits < jnp.take_along_axis(ranked, kept - 1, axis=-1), -jnp.inf, logits)
+    return logits
+
+
+def choose(logits: Array, keys: Array, filters: _Filters, temperature: Array | float, top_p: Array | None) -> Array:
+    """Returns the next token int32[B] of each row of logits float32[B, V], drawn with the row's own key."""
+    if not filters.random:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = filtered(logits / temperature, filters.top_k, top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    functions: tuple[Callable[..., Any], ...],
+    new_tokens: int,
+    filters: _Filters,
+    ends: tuple[int, ...],
+    params: Any,
+    tokens: Array,
+    group: Array,
+    alive: Array,
+    key: Array,
+    numbers: Array,
+    temperature: Array,
+    top_p: Array | None,
+) -> tuple[Array, Array]:
+    """Returns new tokens [B, N] and how many of each row are meant; prompts [B, T] end at the right."""
+    prefill, decode, head = functions
+    rows, length = tokens.shape
+    valid = jnp.pad(group > 0, ((0, 0), (0, new_tokens)), constant_values=True)
+    sizes = group.sum(-1)
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+
+    def pick(state: _State, hidden: Array, cache: Any) -> _State:
+        logits = jnp.einsum("bd,vd->bv", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
+        token = choose(logits, keys, filters, temperature, top_p)
+        ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
+        out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
+        return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
+
+    def step(state: _State) -> _State:
+        index = length + state.made - 1  # the newest token's place in the cache
+        mask = valid & (jnp.arange(length + new_tokens) <= index)
+        hidden, cache = decode(params, state.last, sizes + state.made - 1, state.cache, index, mask)
+        return pick(state, hidden, cache)
+
+    positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
+    hidden, cache = prefill(params, tokens, positions, group, length + new_tokens)
+    zeros = jnp.zeros(rows, jnp.int32)
+    first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, alive, zeros, None)
+    state = pick(first, hidden[:, -1], cache)
+    state = jax.lax.while_loop(lambda s: (s.made < new_tokens) & s.alive.any(), step, state)
+    return state.out, state.lengths
+
+
+def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and group int32[rows, T]: prompts end at the right, padding and unused rows have group 0."""
+    length = -(-max(len(p) for p in prompts) // MULTIPLE) * MULTIPLE
+    tokens, group = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        group[row, length - len(prompt) :] = 1
+    return tokens, group
+
+
+def _check(
+    model: Model, prompts: Sequence[Array], new: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raises UserError for what cannot be sampled."""
+    if new < 1:
+        raise UserError(f"max_new_tokens = {new}: it must be at least 1")
+    if temperature < 0:
+        raise UserError(f"temperature = {temperature}: it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k = {top_k}: it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p = {top_p}: it must be above 0 and at most 1")
+    sizes = [len(p) for p in prompts]
+    if 0 in sizes:
+        raise UserError(f"prompt {sizes.index(0) + 1} has no tokens; a prompt needs at least one")
+    a, most = model.architecture, max(sizes, default=0) + new
+    if a.rope is None and most > a.max_positions:
+        why = f"the longest prompt and {new} new tokens are {most}, the model has {a.max_positions} positions"
+        raise UserError(f"max_new_tokens = {new}: {why}; give a smaller number or shorter prompts")

@@ -1,0 +1,194 @@
+"""The design's rules on the code, from its syntax trees: who may import what, sizes, and what nobody may do."""
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dpo_jax"
+
+# A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
+LAYERS = (
+    {"records", "config"},
+    {"data", "models", "losses", "optim", "sharding", "metrics"},
+    {"logprobs"},
+    {"step", "reference", "sample", "rewards", "checkpoint"},
+    {"evaluate"},
+    {"loop"},
+    {"assemble"},
+    {"experiments"},
+    {"report"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units} | {"__init__": -1}
+# Within a row nobody imports another, but for these, each with its reason.
+ALLOWED = {
+    ("config", "records"): "errors a user can mend are a UserError everywhere",
+    ("reference", "step"): "the type of the function that both take",
+}
+ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
+WITHOUT_JAX = {"data", "config", "records", "metrics", "report"}
+MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+FORBIDDEN_TRUE = {"shell", "allow_pickle", "trust_remote_code"}
+
+
+def python_files(*folders):
+    files = itertools.chain.from_iterable((ROOT / folder).rglob("*") for folder in folders)
+    return sorted(f for f in files if f.is_file() and (f.suffix == ".py" or is_python_script(f)))
+
+
+def is_python_script(file):
+    return not file.suffix and file.parent.name == "scripts" and "python" in file.read_text().partition("\n")[0]
+
+
+FILES = python_files("dpo_jax")
+TREES = {file: ast.parse(file.read_text(), str(file)) for file in python_files("dpo_jax", "scripts", "tests")}
+package = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+everywhere = pytest.mark.parametrize("file", TREES, ids=lambda f: str(f.relative_to(ROOT)))
+
+
+def unit_of(file):
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree):
+    """Yields the dotted name of everything imported; `from a import b` is a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node):
+    """Returns a.b.c of an expression, or the empty text."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def calls(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@package
+def test_imports_point_one_way(file):
+    unit = unit_of(file)
+    assert unit in ROW, f"{unit} has no place in the design's layers"
+    used = {name.split(".")[1] for name in imports(TREES[file]) if name.startswith("dpo_jax.")} - {unit, "__version__"}
+    wrong = {u for u in used if ROW.get(u, len(LAYERS)) >= ROW[unit] and (unit, u) not in ALLOWED}
+    assert not wrong, f"{unit} may not import {sorted(wrong)}"
+
+
+@package
+def test_third_parties_stay_in_their_places(file):
+    unit = unit_of(file)
+    roots = {name.split(".")[0] for name in imports(TREES[file])}
+    wrong = {library for library, units in ONLY_IN.items() if library in roots and unit not in units}
+    if unit in WITHOUT_JAX:
+        wrong |= roots & {"jax", "jaxlib"}
+    assert not wrong, f"{unit} may not import {sorted(wrong)}"
+
+
+@package
+def test_compilation_is_asked_for_at_the_root_only(file):
+    names = {dotted(node) for node in ast.walk(TREES[file]) if isinstance(node, ast.Attribute)} | set(
+        imports(TREES[file])
+    )
+    if unit_of(file) not in MAY_JIT:
+        assert not names & {"jax.jit", "jax.pmap", "jax.experimental.pjit", "nn.jit"}
+
+
+@package
+def test_mesh_axes_are_named_in_sharding_only(file):
+    texts = {node.value for node in ast.walk(TREES[file]) if isinstance(node, ast.Constant)}
+    if unit_of(file) != "sharding":
+        assert not texts & {"fsdp", "tensor"}
+
+
+@package
+def test_nothing_dangerous_is_imported_or_called(file):
+    assert not {name.split(".")[0] for name in imports(TREES[file])} & FORBIDDEN_MODULES
+    assert not {dotted(call.func) for call in calls(TREES[file])} & FORBIDDEN_CALLS
+
+
+@everywhere
+def test_nothing_dangerous_is_switched_on(file):
+    switched = [
+        k.arg for c in calls(TREES[file]) for k in c.keywords if isinstance(k.value, ast.Constant) and k.value.value
+    ]
+    assert not set(switched) & FORBIDDEN_TRUE
+
+
+@everywhere
+def test_files_and_functions_are_short(file):
+    assert file.read_text().count("\n") <= 400
+    functions = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [f"{f.name} at line {f.lineno}" for f in functions if (f.end_lineno or 0) - f.lineno + 1 >= 60]
+
+
+@everywhere
+def test_no_error_is_swallowed(file):
+    handlers = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.ExceptHandler)]
+    wide = [h.lineno for h in handlers if h.type is None or dotted(h.type) in ("Exception", "BaseException")]
+    assert not wide, f"lines {wide} catch everything"
+
+
+def public(body, prefix=""):
+    """Yields the public functions, classes and methods of a module."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{node.name}.")
+
+
+@package
+def test_everything_public_has_a_docstring(file):
+    tree = TREES[file]
+    assert ast.get_docstring(tree), "the module has none"
+    overrides = {"construct_mapping"}  # documented where it is first defined
+    assert not [name for name, node in public(tree.body) if node.name not in overrides and not ast.get_docstring(node)]
+
+
+def test_importing_the_package_touches_no_device():
+    code = """
+import importlib, pkgutil, sys, dpo_jax
+names = [m.name for m in pkgutil.walk_packages(dpo_jax.__path__, "dpo_jax.") if m.name != "dpo_jax.__main__"]
+for name in names:
+    importlib.import_module(name)
+from jax._src import xla_bridge
+print(len(names), sorted(xla_bridge._backends))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(len([f for f in FILES if unit_of(f) not in ("__init__", "__main__")])), "[]"]
+
+
+def test_no_file_names_this_machine_or_a_registry():
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    # The patterns are written so that this file does not match them.
+    paths = r"(?<![\w.])/(?:work|root|farm|home/[a-z]\w+)/|/opt/(?:wheels|pypi)"
+    hosts = r"pypi[.]org|pythonhosted[.]org|registry[.]npmjs|download[.]pytorch|deb[.]debian|crates[.]io|proxy[.]golang"
+    found = []
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            for match in re.finditer(f"{paths}|{hosts}", (ROOT / name).read_text(errors="replace")):
+                found.append(f"{name}: {match.group()}")
+    assert not found

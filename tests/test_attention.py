@@ -1,0 +1,119 @@
+"""Packed attention against a dense reference written out here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import attention
+from dpo_jax.models.attention import cached_attention, packed_attention
+
+R, T, H, K, D = 2, 75, 6, 2, 8
+
+
+def layout():
+    """Two rows: padding, then comparisons of different shapes; the branch numbers return in the second group."""
+    parts = [[(1, 0, 9), (1, 1, 14), (1, 2, 6), (2, 0, 20), (2, 1, 8), (2, 2, 11), (0, 0, 7)], [(1, 0, 40), (1, 1, 35)]]
+    group = [[g for g, _, n in row for _ in range(n)] for row in parts]
+    branch = [[b for _, b, n in row for _ in range(n)] for row in parts]
+    return jnp.asarray(group), jnp.asarray(branch)
+
+
+def visible(group, branch):
+    """The rule, entry by entry."""
+    group, branch = np.asarray(group), np.asarray(branch)
+    out = np.zeros((*group.shape, group.shape[1]), bool)
+    for r in range(group.shape[0]):
+        for i in range(group.shape[1]):
+            for j in range(i + 1):
+                out[r, i, j] = group[r, i] == group[r, j] and branch[r, j] in (0, branch[r, i])
+    return out
+
+
+def dense(q, k, v, seen):
+    """Textbook attention with repeated key-value heads."""
+    k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
+    scores = jnp.einsum("rqhd,rkhd->rhqk", q, k) / jnp.sqrt(q.shape[-1])
+    p = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("rhqk,rkhd->rqhd", p, v)
+
+
+def inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((R, T, H, D), (R, T, K, D), (R, T, K, D), (R, T, H, D))
+    return [2 * jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def with_gradient(function, q, k, v, g):
+    """Returns function(q, k, v) and its gradients for a cotangent, in one program."""
+
+    def run(q, k, v, g):
+        out, back = jax.vjp(function, q, k, v)
+        return out, *back(g)
+
+    return jax.jit(run)(q, k, v, g)
+
+
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_equals_dense_attention_and_its_gradient(chunk):
+    group, branch = layout()
+    seen = visible(group, branch)
+    ours = with_gradient(lambda *x: packed_attention(*x, group, branch, chunk=chunk), *inputs())
+    theirs = with_gradient(lambda *x: dense(*x, seen), *inputs())
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+def test_the_chunks_of_very_long_rows_are_larger(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_CHUNKS", 2)
+    q, k, v, _ = inputs()
+    group, branch = layout()
+    run = jax.jit(lambda *x: packed_attention(*x, group, branch, chunk=1))
+    np.testing.assert_allclose(run(q, k, v), dense(q, k, v, visible(group, branch)), atol=1e-5)
+    assert run.lower(q, k, v).as_text().count("stablehlo.exponential") == 2
+
+
+def test_bfloat16_is_near_and_keeps_the_dtypes():
+    group, branch = layout()
+    narrow = inputs(jnp.bfloat16)
+    ours = with_gradient(lambda *x: packed_attention(*x, group, branch), *narrow)
+    seen = visible(group, branch)
+    theirs = with_gradient(lambda *x: dense(*x, seen), *(x.astype(jnp.float32) for x in narrow))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def test_padding_gives_numbers_and_reaches_nobody():
+    q, k, v, _ = inputs()
+    group, branch = layout()
+    pad = (group == 0)[..., None, None]
+    changed = [jnp.where(pad, 100.0, x) for x in (q, k, v)]
+    run = jax.jit(lambda *x: packed_attention(*x, group, branch))
+    before, after = run(q, k, v), run(*changed)
+    assert jnp.isfinite(after).all()
+    assert jnp.array_equal(jnp.where(pad, 0.0, before), jnp.where(pad, 0.0, after))
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, g = inputs()
+    group, branch = layout()
+    for out in with_gradient(lambda *x: packed_attention(*x, group, branch), 1e4 * q, k, v, g):
+        assert jnp.isfinite(out).all()
+
+
+def test_the_backward_pass_keeps_no_scores():
+    q, k, v, _ = inputs()
+    group, branch = layout()
+    back = jax.eval_shape(lambda *x: jax.vjp(lambda *y: packed_attention(*y, group, branch), *x)[1], q, k, v)
+    assert max(leaf.size for leaf in jax.tree.leaves(back)) == q.size
+
+
+def test_cached_attention_is_the_last_row_of_packed_attention():
+    q, k, v, _ = inputs()
+    group = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T])
+    whole = jax.jit(packed_attention)(q, k, v, group, jnp.zeros_like(group))
+    spare = [jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v)]
+    mask = jnp.pad(group == 1, ((0, 0), (0, 9)))
+    last = jax.jit(cached_attention)(q[:, -1:], *spare, mask)
+    np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)

@@ -1,0 +1,98 @@
+"""Configs: the file and the command line are one, and every mistake is one line."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import config
+from dpo_jax.assemble import VARIANTS
+from dpo_jax.config import Config
+from dpo_jax.records import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(tmp_path, text="", *argv):
+    file = tmp_path / "one.yaml"
+    file.write_text(text or "{}")
+    return config.parse(Config, str(file), argv, prog="dpo-jax train", variants=VARIANTS)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    c = parse(tmp_path)
+    assert c.loss == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+    assert c.optim == {
+        "name": "rmsprop", "learning_rate": 1e-6, "warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8,
+    }  # fmt: skip
+    assert (c.batch_size, c.data.max_length, c.data.max_prompt_length) == (64, 512, 256)
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    text = "loss: {name: dpo, beta: 0.5}\ndata: {path: [a, b], eval_examples: null}\nmax_steps: 5\n"
+    c = parse(tmp_path, text, "--loss.beta", "0.3", "--data.path", "c", "--max-steps", "7", "--batch_size=8")
+    assert (c.loss["beta"], c.data.path, c.max_steps, c.batch_size) == (0.3, ("c",), 7, 8)
+    assert c.data.eval_examples is None
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    """5e-7 is a string to YAML; the option's type decides."""
+    assert parse(tmp_path, "optim: {learning_rate: 5e-7}").optim["learning_rate"] == 5e-7
+
+
+def test_another_variant_on_the_command_line_drops_the_files_options_of_the_old_one(tmp_path):
+    c = parse(tmp_path, "loss: {name: dpo, beta: 0.5}", "--loss.name", "sft")
+    assert c.loss == {"name": "sft", "reduction": "sum"}
+
+
+def test_dump_reads_back(tmp_path):
+    c = parse(tmp_path, "data: {path: [a b, c]}\nsamples: {top_k: 3}\nrun: runs/x")
+    file = tmp_path / "dumped.yaml"
+    file.write_text(config.dump(c))
+    assert config.parse(Config, str(file), [], prog="x", variants=VARIANTS) == c
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("optim: {lerning_rate: 1}", [], r"one.yaml: unknown key 'optim.lerning_rate'; did you mean 'optim.learning_rate'"),
+        ("", ["--loss.betta", "1"], r"^unknown key 'loss.betta'; did you mean 'loss.beta'"),
+        ("batch_size: many", [], r"one.yaml: .*batch_size.*'many'"),
+        ("", ["--data.truncation", "keep"], r"invalid choice 'keep' .*truncation.*keep_start"),
+        ("", ["--max-steps", "1.5"], r"max_steps.*1\.5"),
+        ("loss: {name: dpoo}", [], r"loss.name: unknown loss 'dpoo'; did you mean 'dpo'"),
+        ("", ["--optim.name", "rms"], r"optim.name: unknown optim 'rms'; did you mean 'rmsprop'"),
+        ("seed: 1\nseed: 2", [], r"one.yaml:2: key 'seed' is given twice"),
+        ("- 1", [], r"one.yaml: holds no mapping"),
+        ("a: [", [], r"one.yaml: not YAML: "),
+        ("", ["stray"], r"argument 'stray' belongs to no option"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, text, argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(tmp_path, text, *argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
+        config.parse(Config, "nowhere.yaml", [], prog="x", variants=VARIANTS)
+
+
+def test_difference_names_keys(tmp_path):
+    a, b = parse(tmp_path), parse(tmp_path, "", "--loss.beta", "0.2", "--seed", "3", "--max-steps", "9")
+    assert config.difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_reads(file):
+    config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+
+
+def test_help_names_every_key(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(tmp_path, "", "--help")
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for key in ("--loss.beta", "--optim.warmup_steps", "--data.max_prompt_length", "--max_steps", "--mesh.fsdp"):
+        assert key in text
+    assert "Strength of the KL constraint" in text

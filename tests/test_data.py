@@ -1,0 +1,309 @@
+"""Sources, the split by prompt, and the order of rows."""
+
+import gzip
+import hashlib
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_jax import data
+from dpo_jax.data import files, hh, order
+from dpo_jax.records import Comparison, UserError
+
+PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
+# rows, distinct prompts, rejected with another prompt, empty chosen, empty rejected (also blank ones), identical pairs
+HH = {
+    "harmless-base": (2312, 2310, 4, 4, 2, 0),
+    "helpful-base": (2354, 2354, 2, 0, 5, 2),
+    "helpful-online": (1137, 1137, 0, 0, 3, 2),
+    "helpful-rejection-sampled": (2749, 2748, 1, 0, 1, 32),
+}
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def read(path, responses=2, split="train"):
+    return list(files.read((str(path),), split, responses))
+
+
+def test_every_kind_of_file_gives_the_same_comparisons(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [PAIR | {"weight": 0.5}, {"prompt": "é\u2028", "chosen": " c", "rejected": "", "weight": 2}]
+    names = [write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl.gz", rows), str(tmp_path / "c.json")]
+    (tmp_path / "c.json").write_text(json.dumps(rows, indent=2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in [*names, str(tmp_path / "d.parquet")]:
+        assert read(name) == [
+            Comparison("p", ("c", "r"), 0.5, f"{name}:1"),
+            Comparison("é\u2028", (" c", ""), 2.0, f"{name}:2"),
+        ]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_numbers(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\n" + json.dumps(PAIR).encode())
+    assert [comparison.where for comparison in read(file)] == [f"{file}:1", f"{file}:3"]
+
+
+def test_one_response_is_the_completion_or_each_distinct_chosen(tmp_path, caplog):
+    file = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}] * 2)
+    assert [c.responses for c in read(file, responses=1)] == [("c",)] * 2
+    rows = [PAIR, PAIR | {"rejected": "s"}, PAIR | {"chosen": "d"}]
+    file = write(tmp_path / "b.jsonl", rows)
+    assert [(c.responses, c.where[-1]) for c in read(file, responses=1)] == [(("c",), "1"), (("d",), "3")]
+    assert "1 rows repeat a prompt" in caplog.text
+
+
+def test_no_response_is_the_prompt_alone(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"prompt": "p"}])
+    assert read(file, responses=0) == [Comparison("p", (), 1.0, f"{file}:1")]
+
+
+BAD_ROWS = {
+    '{"prompt": "p"': r"a\.jsonl:2: not valid JSON",
+    "[1]": r"a\.jsonl:2: a row must be an object with named columns, not a list",
+    '{"prompt": "p", "chosen": "c"}': r"a\.jsonl:2: no column 'rejected'; the columns are: chosen, prompt",
+    '{"prompt": "p", "chosen": ["c"], "rejected": "r"}': r"a\.jsonl:2: 'chosen' must be text, not a list",
+    '{"prompt": null, "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: 'prompt' must be text, not null",
+    '{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: 'prompt' holds half of a surrogate pair",
+    '{"prompt": "p", "completion": "c"}': r"a\.jsonl:2: the loss needs pairs.*the columns are: completion, prompt",
+    '{"chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; transcripts such as Anthropic HH's",
+    '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": -1}': r"a\.jsonl:2: 'weight' must be finite and not neg",
+    '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": NaN}': r"a\.jsonl:2: 'weight' must be finite",
+    '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": 1e39}': r"a\.jsonl:2: 'weight' must be finite",
+    '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": true}': r"a\.jsonl:2: 'weight' must be a number, not a",
+    '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": null}': r"a\.jsonl:2: 'weight' must be a number, not nu",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(PAIR)}\n{bad}\n")
+    with pytest.raises(UserError, match=BAD_ROWS[bad]):
+        read(tmp_path / "a.jsonl")
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_whole(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not UTF-8 text \(invalid start byte at byte 12\)"):
+        read(tmp_path / "a.jsonl")
+    whole = gzip.compress(json.dumps(PAIR).encode())
+    for name, content in {"cut": whole[:-9], "other": b"not gzip"}.items():
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}\.jsonl\.gz:1: cannot be read"):
+            read(tmp_path / f"{name}.jsonl.gz")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as parquet after row 0"):
+        read(tmp_path / "a.parquet")
+
+
+def test_json_must_be_a_list_of_objects(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"a\.json: a \.json file must be a list of objects, not an object"):
+        read(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('{"a": 1}\n{"a": 1}')
+    with pytest.raises(UserError, match=r"b\.json: not valid JSON.*one object a line is a \.jsonl file"):
+        read(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text(json.dumps([PAIR, "x"]))
+    with pytest.raises(UserError, match=r"c\.json:2: a row must be an object with named columns, not text"):
+        read(tmp_path / "c.json")
+
+
+def test_a_folder_gives_the_files_of_the_split(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "sub/train", "train/b", "test", "train_8k", "notes"):
+        write(tmp_path / f"{name}.jsonl", [PAIR])
+    found = [str(file.relative_to(tmp_path)) for file in files.resolve([str(tmp_path)], "train")]
+    names = ["sub/train", "train/b", "train-00000-of-00002", "train-00001-of-00002"]
+    assert found == [f"{name}.jsonl" for name in names]
+    assert [c.where for c in read(tmp_path, split="test")] == [f"{tmp_path / 'test.jsonl'}:1"]
+    with pytest.raises(UserError, match=r"no file for split 'validation'; it has: notes.jsonl, sub/train.jsonl, test"):
+        read(tmp_path, split="validation")
+
+
+def test_a_folder_that_mentions_no_split_is_a_train_split(tmp_path):
+    for name in ("b", "a"):
+        write(tmp_path / f"{name}.jsonl", [PAIR])
+    assert [file.name for file in files.resolve([str(tmp_path)], "train")] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserError, match="no file for split 'test'"):
+        read(tmp_path, split="test")
+    write(tmp_path / "my_test_set.jsonl", [PAIR])
+    with pytest.raises(UserError, match="no file for split 'train'"):
+        read(tmp_path)
+
+
+def test_what_is_not_clear_is_refused(tmp_path):
+    one = write(tmp_path / "train.jsonl", [PAIR])
+    with pytest.raises(UserError, match=r"named twice by data\.path"):
+        list(files.read((one, str(tmp_path / "*.jsonl")), "train", 2))
+    write(tmp_path / "train.jsonl.gz", [PAIR])
+    with pytest.raises(UserError, match=r"train\.jsonl and train\.jsonl\.gz may be the same data"):
+        read(tmp_path)
+    for path, message in {"x.jsonl": "x.jsonl: no such file", "*.txt": "no such file"}.items():
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / path)
+    (tmp_path / "a.csv").write_text("prompt")
+    with pytest.raises(UserError, match=r"a\.csv: not a kind of file that can be read; known: \.jsonl"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no data files in this folder"):
+        read(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"data\.path names no file"):
+        list(files.read((), "train", 2))
+    with pytest.raises(UserError, match="at most 2 responses"):
+        read(one, responses=3)
+
+
+def test_load_finds_a_source_by_name(tmp_path):
+    file = write(tmp_path / "a.jsonl", [PAIR])
+    assert len(data.load("files", (file,), "train", 2)) == 1
+    assert {"files", "hh", "synthetic"} <= set(data.sources())
+    assert not {"encode", "order", "pack", "table"} & set(data.sources())
+    with pytest.raises(
+        UserError, match=r"unknown data source \(data.name\) 'file'; did you mean 'files'\? known: files,"
+    ):
+        data.load("file", (file,), "train", 2)
+    with pytest.raises(UserError, match="unknown data source"):
+        data.load("pack", (file,), "train", 2)
+    with pytest.raises(UserError, match="has no comparisons in split 'train'"):
+        data.load("files", (write(tmp_path / "b.jsonl", []),), "train", 2)
+
+
+def test_holdout_is_by_prompt_and_stays_when_data_is_added():
+    comparisons = [Comparison(f"prompt {i % 500}", ("a", "b"), where=str(i)) for i in range(1000)]
+    train, held = data.holdout(comparisons, 0.1)
+    assert len(train) + len(held) == 1000
+    assert len(held) == 100  # 50 of 500 prompts, each twice
+    assert not {c.prompt for c in train} & {c.prompt for c in held}
+    assert data.holdout(comparisons[:500], 0.1)[1] == [c for c in held if int(c.where) < 500]
+    assert data.holdout(comparisons, 0.0) == (comparisons, [])
+    assert data.prompt_hash("prompt 0") == pytest.approx(0.1170173416, abs=1e-9)
+    with pytest.raises(UserError, match="must be at least 0 and below 1, not 1"):
+        data.holdout(comparisons, 1.0)
+    with pytest.raises(UserError, match="leaves 1 of 1 comparisons to train on and 0 to evaluate"):
+        data.holdout(comparisons[:1], 0.1)
+
+
+def originals_hh(files_):
+    """The original's reading of HH, told in another way: pairs, and one (prompt, sft target) for each prompt."""
+    found = {}
+    for file in files_:
+        for line in gzip.decompress(file.read_bytes()).decode().split("\n")[:-1]:
+            row = json.loads(line)
+            head, mark, chosen = row["chosen"].rpartition("\n\nAssistant:")
+            found.setdefault(head + mark, []).append((chosen, row["rejected"][len(head) + len(mark) :]))
+    pairs = [(prompt, *pair) for prompt, group in found.items() for pair in group]
+    return pairs, [(prompt, group[-1][0]) for prompt, group in found.items()]
+
+
+def test_hh_is_read_as_the_original_reads_it(shared, caplog):
+    folder = shared / "data" / "hh"
+    pairs, examples = originals_hh(sorted(folder.glob("*/test.jsonl.gz")))
+    read_pairs = data.load("hh", (str(folder),), "test", 2)
+    assert [(c.prompt, *c.responses) for c in read_pairs] == pairs
+    assert len(pairs) == 8552
+    assert "7 of 8552 rejected transcripts do not start with their prompt" in caplog.text
+    assert [(c.prompt, *c.responses) for c in data.load("hh", (str(folder),), "test", 1)] == examples
+    assert f"8552 rows have {len(examples)} prompts" in caplog.text
+    assert [c.prompt for c in data.load("hh", (str(folder),), "test", 0)] == [prompt for prompt, _ in examples]
+
+
+@pytest.mark.parametrize("name", HH)
+def test_hh_counts(shared, name):
+    rows = list(hh.pairs((str(shared / "data" / "hh" / name),), "test"))
+    empty = [sum(not getattr(row, key).strip() for row in rows) for key in ("chosen", "rejected")]
+    same = sum(row.chosen == row.rejected for row in rows)
+    assert (len(rows), len({row.prompt for row in rows}), hh.mismatched(rows), *empty, same) == HH[name]
+
+
+def test_hh_first_rows(shared):
+    rows = data.load("hh", (str(shared / "data" / "hh" / "helpful-base" / "test.jsonl.gz"),), "test", 2)
+    first = rows[0]
+    assert first.prompt.startswith("\n\nHuman: Do you know why turkeys became the official food of thanksgiving?\n\n")
+    assert first.prompt.endswith("\n\nAssistant:")
+    assert first.where.endswith("test.jsonl.gz:1")
+    digest = hashlib.blake2b(repr([c[:2] for c in rows[:10]]).encode(), digest_size=4).hexdigest()
+    assert digest == "79c937dc"
+
+
+def test_hh_merges_equal_prompts_where_the_first_one_stands(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    turn = "\n\nHuman: {}\n\nAssistant:{}".format
+    rows = [(turn("a", " 1"), turn("a", " 2")), (turn("b", " 3"), turn("c", " 4")), (turn("a", " 5"), turn("a", " 6"))]
+    file = write(tmp_path / "x.jsonl", [{"chosen": c, "rejected": r} for c, r in rows])
+    pairs = data.load("hh", (file,), "train", 2)
+    assert [(c.prompt[9], c.responses, c.where[-1]) for c in pairs] == [
+        ("a", (" 1", " 2"), "1"),
+        ("a", (" 5", " 6"), "3"),
+        ("b", (" 3", " 4"), "2"),
+    ]
+    assert "1 of 3 rejected" in caplog.text
+    assert [c.responses for c in data.load("hh", (file,), "train", 1)] == [(" 5",), (" 3",)]
+    file = write(tmp_path / "y.jsonl", [{"chosen": "\n\nHuman: a", "rejected": ""}])
+    with pytest.raises(UserError, match=r"y\.jsonl:1: 'chosen' has no .*Assistant:'; this is not a dialogue"):
+        data.load("hh", (file,), "train", 2)
+    with pytest.raises(UserError, match="at most 2 responses"):
+        data.load("hh", (file,), "train", 3)
+
+
+def test_hh_from_the_hub(monkeypatch):
+    import datasets
+
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or [row])
+    assert data.load("hh", (), "test", 2)[0].where == "Anthropic/hh-rlhf[test]:1"
+    assert asked == [(("Anthropic/hh-rlhf",), {"split": "test"})]
+
+    def absent(*args, **options):
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(UserError, match=r"^me/mine: no such local path, and split 'test' cannot be .*hub \(offline\)$"):
+        data.load("hh", ("me/mine",), "test", 2)
+    with pytest.raises(UserError, match=r"me/mine\.jsonl: no such file"):
+        data.load("hh", ("me/mine.jsonl",), "test", 2)
+
+
+@given(rows=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(-5, 2**70), epoch=st.integers(0, 3))
+def test_an_epoch_repeats_nothing_and_a_batch_depends_on_its_step_alone(rows, batch, seed, epoch):
+    if rows < batch:
+        with pytest.raises(UserError, match=f"batch_size {batch} is more than the {rows} comparisons"):
+            order.rows_of(0, rows=rows, batch_size=batch, seed=seed)
+        return
+    steps = order.steps_per_epoch(rows, batch)
+    assert steps == rows // batch
+    numbers = range(epoch * steps, (epoch + 1) * steps)
+    batches = {step: order.rows_of(step, rows=rows, batch_size=batch, seed=seed) for step in reversed(numbers)}
+    taken = np.concatenate(list(batches.values()))
+    assert taken.dtype == np.int64
+    assert len(set(taken.tolist())) == steps * batch
+    assert set(taken.tolist()) <= set(range(rows))
+    again = order.rows_of(numbers[0], rows=rows, batch_size=batch, seed=seed)
+    np.testing.assert_array_equal(again, batches[numbers[0]])
+
+
+def test_epochs_and_seeds_have_orders_of_their_own_that_never_change():
+    def rows_of(step, seed=0):
+        return order.rows_of(step, rows=10, batch_size=10, seed=seed).tolist()
+
+    assert rows_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert rows_of(1) == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+    assert rows_of(0, seed=1) == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    rows_of_zero = order.rows_of(0, rows=10, batch_size=10, seed=0)
+    rows_of_zero[:] = 0  # the caller's own copy
+    assert rows_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    with pytest.raises(UserError, match="batch_size must be at least 1, not 0"):
+        order.steps_per_epoch(10, 0)
+    with pytest.raises(ValueError, match="step -1 is negative"):
+        rows_of(-1)

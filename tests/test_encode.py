@@ -1,0 +1,365 @@
+"""Tokenising, cutting to length, the report, and the cache of tables."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import data
+from dpo_jax.data import encode as encoding
+from dpo_jax.data.encode import cached_encode, encode
+from dpo_jax.data.table import Lengths, Table
+from dpo_jax.records import Comparison, Tokens, UserError
+
+OPTIONS = {
+    "max_length": 10,
+    "max_prompt_length": 4,
+    "truncation": "paper_keep_end",
+    "degenerate": "drop",
+    "add_bos": False,
+}
+EOS, BOS = 98, 99
+
+
+def make_tokenizer(**special):
+    """Words w0 to w97 have their number as id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"w{i}": i for i in range(98)} | {"<eos>": EOS, "<bos>": BOS}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(eos_token="<eos>", bos_token="<bos>")
+
+
+def words(start, count):
+    return " ".join(f"w{i}" for i in range(start, start + count))
+
+
+def pair(prompt, chosen, rejected, **fields):
+    """A comparison of so many tokens: the prompt from w1 on, the responses from w41 and w61 on."""
+    return Comparison(words(1, prompt), (words(41, chosen), words(61, rejected)), **{"where": "f:1", **fields})
+
+
+def ids(start, count, eos=True):
+    return [*range(start, start + count), *([EOS] if eos else [])]
+
+
+def run(comparisons, tokenizer, **options):
+    return encode(comparisons, tokenizer, **(OPTIONS | options))
+
+
+def lists(tokens):
+    return [tokens.prompt.tolist(), *(response.tolist() for response in tokens.responses)]
+
+
+# (prompt, chosen, rejected) in tokens without EOS; at most 10 in all, prompts are cut to 4.
+FIT = (6, 3, 2)  # 6 + 4 = 10
+ONE_OVER = (7, 3, 2)  # 7 + 4 = 11
+SHORT_PROMPT = (3, 8, 1)  # 3 + 9 = 12
+BOTH_LONG = (9, 7, 6)  # 9 + 8 = 17
+LONG_PROMPT_FITS = (8, 1, 1)  # 8 + 2 = 10
+CUTS = {
+    "paper_keep_end": {
+        FIT: [ids(1, 6, eos=False), ids(41, 3), ids(61, 2)],
+        ONE_OVER: [ids(4, 4, eos=False), ids(41, 3), ids(61, 2)],
+        SHORT_PROMPT: [ids(1, 3, eos=False), ids(41, 6, eos=False), ids(61, 1)],
+        BOTH_LONG: [ids(6, 4, eos=False), ids(41, 6, eos=False), ids(61, 6, eos=False)],
+        LONG_PROMPT_FITS: [ids(1, 8, eos=False), ids(41, 1), ids(61, 1)],
+    },
+    "paper_keep_start": {
+        FIT: [ids(1, 6, eos=False), ids(41, 3), ids(61, 2)],
+        ONE_OVER: [ids(1, 4, eos=False), ids(41, 3), ids(61, 2)],
+        SHORT_PROMPT: [ids(1, 3, eos=False), ids(41, 6, eos=False), ids(61, 1)],
+        BOTH_LONG: [ids(1, 4, eos=False), ids(41, 6, eos=False), ids(61, 6, eos=False)],
+        LONG_PROMPT_FITS: [ids(1, 8, eos=False), ids(41, 1), ids(61, 1)],
+    },
+    "keep_start": {
+        FIT: [ids(1, 6, eos=False), ids(41, 3), ids(61, 2)],
+        ONE_OVER: [ids(1, 7, eos=False), ids(41, 3, eos=False), ids(61, 2)],
+        SHORT_PROMPT: [ids(1, 3, eos=False), ids(41, 7, eos=False), ids(61, 1)],
+        BOTH_LONG: [ids(1, 9, eos=False), ids(41, 1, eos=False), ids(61, 1, eos=False)],
+        LONG_PROMPT_FITS: [ids(1, 8, eos=False), ids(41, 1), ids(61, 1)],
+    },
+    "refuse": {FIT: [ids(1, 6, eos=False), ids(41, 3), ids(61, 2)]},
+}
+
+
+@pytest.mark.parametrize(("mode", "sizes"), [(mode, sizes) for mode in CUTS for sizes in CUTS[mode]])
+def test_truncation(tokenizer, mode, sizes):
+    table, report = run([pair(*sizes)], tokenizer, truncation=mode)
+    expected = CUTS[mode][sizes]
+    assert lists(table[0]) == expected
+    assert report.prompts_truncated == (len(expected[0]) < sizes[0])
+    assert report.responses_truncated == sum(response[-1] != EOS for response in expected[1:])
+
+
+def test_keep_start_drops_prompts_that_leave_no_room(tokenizer):
+    table, report = run([pair(9, 1, 1), pair(10, 1, 1), pair(11, 1, 1)], tokenizer, truncation="keep_start")
+    assert len(table) == 1
+    assert (report.read, report.kept, report.prompt_too_long_dropped) == (3, 1, 2)
+
+
+def test_refuse_names_the_comparison_and_its_lengths(tokenizer):
+    with pytest.raises(UserError, match=r"^f:7: prompt of 7 tokens and response of 4 exceed data.max_length 10; raise"):
+        run([pair(*FIT), pair(*ONE_OVER, where="f:7")], tokenizer, truncation="refuse")
+
+
+def test_bos_belongs_to_the_prompt_and_is_never_cut(tokenizer):
+    table, _ = run([pair(5, 3, 2), pair(6, 3, 2), Comparison("", ("w1", "w2"))], tokenizer, add_bos=True)
+    assert lists(table[0])[0] == [BOS, 1, 2, 3, 4, 5]
+    assert lists(table[1])[0] == [BOS, 4, 5, 6]  # 1 + 6 + 4 = 11, one over
+    assert lists(table[2]) == [[BOS], [1, EOS], [2, EOS]]
+    table, _ = run([pair(6, 3, 2)], tokenizer, add_bos=True, truncation="paper_keep_start")
+    assert lists(table[0])[0] == [BOS, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("comparison", "options", "message"),
+    [
+        (Comparison("w1 <eos>", ("w1", "w2"), where="f:3"), {}, "^f:3: the prompt contains the EOS token '<eos>'"),
+        (Comparison("w1", ("w1", "<eos>"), where="f:3"), {}, "^f:3: response 2 contains the EOS token '<eos>'; remove"),
+        (Comparison("", ("w1", "w2"), where="f:3"), {}, "^f:3: the prompt has no tokens.*set data.add_bos"),
+        (Comparison("<bos> w1", ("w1", "w2"), where="f:3"), {"add_bos": True}, "^f:3: the prompt starts with the BOS"),
+        (Comparison("w1", ("w1",), where="f:3"), {}, "^f:3: 1 responses where the first comparison has 2"),
+        (
+            Comparison("w1", ("w1", " \n"), where="f:3"),
+            {"degenerate": "refuse"},
+            "^f:3: empty response; remove the row",
+        ),
+        (Comparison("w1", ("w1", "w1"), where="f:3"), {"degenerate": "refuse"}, "^f:3: identical response; remove the"),
+        (pair(1, 1, 1), {"truncation": "paper_keep_ends"}, "unknown truncation .* did you mean 'paper_keep_end'"),
+        (pair(1, 1, 1), {"degenerate": "dropp"}, "unknown choice for data.degenerate 'dropp'; did you mean 'drop'"),
+        (
+            pair(1, 1, 1),
+            {"max_prompt_length": 10},
+            "data.max_prompt_length 10 must lie between 1 and data.max_length 10",
+        ),
+        (pair(1, 1, 1), {"max_prompt_length": 0}, "data.max_prompt_length 0 must lie between 1 and"),
+        (pair(1, 1, 1), {"max_prompt_length": 1, "add_bos": True}, "data.max_prompt_length 1 must lie between 2 and"),
+        (pair(1, 1, 1), {"max_length": 1}, "data.max_length 1 leaves no room"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named(tokenizer, comparison, options, message):
+    with pytest.raises(UserError, match=message):
+        run([pair(1, 1, 1), comparison], tokenizer, **options)
+
+
+def test_modes_that_do_not_use_max_prompt_length_do_not_ask_for_it(tokenizer):
+    assert len(run([pair(1, 1, 1)], tokenizer, truncation="keep_start", max_prompt_length=256)[0]) == 1
+
+
+def test_tokenizers_that_cannot_serve():
+    with pytest.raises(UserError, match="the tokenizer has no EOS token"):
+        run([pair(1, 1, 1)], make_tokenizer(bos_token="<bos>"))
+    with pytest.raises(UserError, match=r"data\.add_bos is set but the tokenizer has no BOS token"):
+        run([pair(1, 1, 1)], make_tokenizer(eos_token="<eos>"), add_bos=True)
+    with pytest.raises(UserError, match="object is not a fast tokenizer"):
+        run([pair(1, 1, 1)], object())
+
+
+def test_nothing_left_is_an_error(tokenizer):
+    with pytest.raises(UserError, match=r"none of 1 comparisons is left to encode; counted: .*'empty_dropped': 1"):
+        run([Comparison("w1", ("w1", ""))], tokenizer)
+    with pytest.raises(UserError, match="none of 0 comparisons"):
+        run([], tokenizer)
+
+
+def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
+    comparisons = [
+        pair(2, 3, 4, weight=0.5),
+        Comparison("w1", ("", "w2")),
+        Comparison("w1", ("w2", " \t")),
+        Comparison("w1", ("", "")),
+        Comparison("w1", ("w2 w3", "w2 w3")),
+    ]
+    table, report = run(comparisons, tokenizer)
+    assert (report.read, report.kept, report.empty_dropped, report.identical_dropped) == (5, 1, 3, 1)
+    assert table.weights.tolist() == [0.5]
+    table, report = run(comparisons, tokenizer, degenerate="keep")
+    assert (report.kept, report.empty_kept, report.identical_kept, report.empty_dropped) == (5, 3, 1, 0)
+    assert lists(table[1]) == [[1], [EOS], [2, EOS]]
+    assert "3 kept, with an empty response" in report.lines()
+    alone = [Comparison("w1", ("w2",)), Comparison("w1", ("",))]
+    assert run(alone, tokenizer)[1].empty_dropped == 1
+
+
+def test_report(tokenizer):
+    comparisons = [pair(2, 3, 4), pair(4, 1, 2), Comparison("w1", (words(41, 9), words(41, 8)))]
+    _, report = run(comparisons, tokenizer)
+    assert (report.tokens, report.scored, report.identical_after_truncation) == (33, 26, 1)
+    assert report.prompt == Lengths(7 / 3, 2.0, 3.96, 4)
+    assert report.response == Lengths(26 / 6, 4.5, 6.0, 6)  # 4 5 2 3 6 6
+    assert report.whole == Lengths(7.0, 7.0, 7.0, 7)
+    assert report.lines() == [
+        "3 comparisons read, 3 kept: 33 tokens, 26 scored",
+        "2 responses cut, their EOS lost",
+        "1 kept, with responses that are identical after the cut",
+        "tokens in a prompt: mean 2.3, p50 2, p99 3.96, max 4",
+        "tokens in a response: mean 4.3, p50 4.5, p99 6, max 6",
+        "tokens in a prompt and longest response: mean 7.0, p50 7, p99 7, max 7",
+    ]
+
+
+def test_table(tokenizer, tmp_path):
+    table, _ = run([pair(2, 3, 4, weight=0.5), pair(4, 1, 2)], tokenizer)
+    assert table.offsets.tolist() == [[0, 2, 6, 11], [11, 15, 17, 20]]
+    assert table.prompt_lengths.tolist() == [2, 4]
+    assert table.response_lengths.tolist() == [[4, 5], [2, 3]]
+    assert table.scored_lengths.tolist() == [9, 5]
+    assert table.lengths().tolist() == [9, 7]  # 2 + 3 + 4 and 4 + 1 + 2
+    assert (len(table), table.responses) == (2, 2)
+    assert [array.dtype for array in (table.ids, table.offsets, table.weights)] == [np.int32, np.int64, np.float32]
+    table.save(tmp_path)
+    again = Table.open(tmp_path)
+    assert isinstance(again.ids, np.memmap)
+    assert [lists(again[i]) for i in range(2)] == [lists(table[i]) for i in range(2)]
+    assert again[0].weight == 0.5
+    assert (again.digest, again.full_digest) == (table.digest, table.full_digest)
+    np.save(tmp_path / "offsets.npy", table.offsets.astype(np.int32))
+    with pytest.raises(ValueError, match="holds no table"):
+        Table.open(tmp_path)
+
+
+def test_tables_of_ids_and_rows():
+    rows = [Tokens([1, 2], ([3], [4, 5]), 0.5), Tokens([6], ([7], [8]))]
+    table = Table.of(rows)
+    assert table.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert table.offsets.tolist() == [[0, 2, 3, 5], [5, 6, 7, 8]]
+    taken = table.take(np.array([1, 0, 1]))
+    assert [lists(taken[i])[0] for i in range(3)] == [[6], [1, 2], [6]]
+    assert taken.weights.tolist() == [1.0, 0.5, 1.0]
+    for bad in ([], [Tokens([1], ([],))], [Tokens([], ([1],))]):
+        with pytest.raises(ValueError, match="at least one token"):
+            Table.of(bad)
+
+
+def test_the_digest_is_of_ids_and_where_they_end_but_not_of_weights():
+    table = Table.of([Tokens([1, 2], ([3, 4],))])
+    assert table.digest == Table.of([Tokens([1, 2], ([3, 4],), 0.5)]).digest
+    assert table.full_digest != Table.of([Tokens([1, 2], ([3, 4],), 0.5)]).full_digest
+    assert table.digest != Table.of([Tokens([1], ([2, 3, 4],))]).digest
+    assert table.digest != Table.of([Tokens([1, 2], ([3, 5],))]).digest
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """How often texts were tokenised."""
+    calls, original = [], encoding.encode
+    monkeypatch.setattr(encoding, "encode", lambda *args, **options: calls.append(1) or original(*args, **options))
+    return calls
+
+
+def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenised):
+    rows, cache = [pair(2, 3, 4), pair(*BOTH_LONG)], tmp_path / "deep" / "cache"
+    table, report = cached_encode(rows, tokenizer, cache, **OPTIONS)
+    plain, plain_report = encode(rows, tokenizer, **OPTIONS)
+    assert (table.full_digest, report) == (plain.full_digest, plain_report)
+    tokenizer(["w1"], truncation=True, max_length=3)  # leaves its mark in the tokenizer's JSON
+    moved = [row._replace(where="elsewhere:1") for row in rows]
+    same = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
+    again, again_report = cached_encode(moved, same, cache, **OPTIONS)
+    assert len(tokenised) == 1
+    assert isinstance(again.ids, np.memmap)
+    assert (again.full_digest, again_report) == (plain.full_digest, plain_report)
+    other = [
+        ([rows[1], rows[0]], tokenizer, {}),
+        ([rows[0]._replace(weight=2.0), rows[1]], tokenizer, {}),
+        ([rows[0]._replace(prompt="w1 w2 "), rows[1]], tokenizer, {}),
+        (rows, make_tokenizer(eos_token="w97", bos_token="<bos>"), {}),
+        (rows, make_tokenizer(eos_token="<eos>", bos_token="w97"), {}),
+        *((rows, tokenizer, {key: value}) for key, value in (("max_length", 11), ("truncation", "keep_start"))),
+        (rows, tokenizer, {"add_bos": True}),
+    ]
+    for number, (comparisons, its, options) in enumerate(other, 2):
+        cached_encode(comparisons, its, cache, **(OPTIONS | options))
+        assert len(tokenised) == number
+    assert len(list(cache.iterdir())) == len(other) + 1
+
+
+def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenised):
+    cached_encode([Comparison("w1", ("w1", "w2"))], tokenizer, tmp_path, **OPTIONS)
+    cached_encode([Comparison("w1w", ("1", "w2"))], tokenizer, tmp_path, **OPTIONS)
+    assert len(tokenised) == 2
+
+
+def flip(entry):
+    content = bytearray((entry / "ids.npy").read_bytes())
+    content[-1] ^= 1
+    (entry / "ids.npy").write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "an empty array": lambda entry: (entry / "offsets.npy").write_bytes(b""),
+    "a missing array": lambda entry: (entry / "weights.npy").unlink(),
+    "no JSON": lambda entry: (entry / "report.json").write_text("{"),
+    "a report of another kind": lambda entry: (entry / "report.json").write_text("[]"),
+    "a report with other fields": lambda entry: (entry / "report.json").write_text(
+        json.dumps({"digest": json.loads((entry / "report.json").read_text())["digest"], "report": {}})
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_entry_is_made_again_and_said_so(tokenizer, tmp_path, tokenised, caplog, kind):
+    rows = [pair(2, 3, 4)]
+    _, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    (entry,) = tmp_path.iterdir()
+    DAMAGE[kind](entry)
+    again, again_report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert "is damaged" in caplog.text
+    assert (lists(again[0]), again_report) == ([ids(1, 2, eos=False), ids(41, 3), ids(61, 4)], report)
+    assert [path.name for path in tmp_path.iterdir()] == [entry.name]
+    cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert len(tokenised) == 2
+
+
+def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the cache cannot be written"):
+        cached_encode([pair(1, 1, 1)], tokenizer, tmp_path / "file", **OPTIONS)
+
+
+def originals_cut(tokenizer, prompt, chosen, rejected, keep):
+    """The original's rule in other words: budget 512, of which 256 for the prompt."""
+    eos = [tokenizer.eos_token_id]
+    p, c, r = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, chosen, rejected))
+    c, r = c + eos, r + eos
+    over = len(p) + max(len(c), len(r)) - 512
+    if over > 0 and len(p) > 256:
+        over -= len(p) - 256
+        p = p[:256] if keep == "start" else p[len(p) - 256 :]
+    if over > 0:
+        c, r = c[:256], r[:256]
+    return [p, c, r]
+
+
+@pytest.mark.parametrize(("name", "keep"), [("gpt2", "end"), ("pythia", "start")])
+def test_real_dialogues_are_cut_as_the_original_cuts_them(shared, name, keep):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    rows = data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
+    options = {"max_length": 512, "max_prompt_length": 256, "degenerate": "keep", "add_bos": False}
+    table, report = encode(rows, tokenizer, truncation=f"paper_keep_{keep}", **options)
+    assert len(table) == report.kept == 2312
+    assert (report.empty_kept, report.identical_kept) == (6, 0)
+    assert report.prompts_truncated > 20
+    for number, row in enumerate(rows):
+        expected = originals_cut(tokenizer, row.prompt, *row.responses, keep)
+        assert lists(table[number]) == expected, row.where
+
+
+def test_a_tokenizer_with_padding_of_its_own_is_not_padded(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "smollm2_sorachio")
+    options = OPTIONS | {"max_length": 100, "truncation": "refuse"}
+    table, _ = encode([Comparison("a", ("b", "b c d e f"))], tokenizer, **options)
+    assert table.offsets.tolist() == [[0, 1, 3, 9]]

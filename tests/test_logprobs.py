@@ -1,0 +1,138 @@
+"""Packed rows with a shared prompt against transformers' torch models on real text."""
+
+import originals
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dpo_jax import data, models
+from dpo_jax.data import pack
+from dpo_jax.data.encode import encode
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import batch_logps, per_microbatch, token_logps
+from dpo_jax.models import hf
+from dpo_jax.records import Tokens
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def table(shared):
+    """Six real comparisons of Anthropic HH, longest prompts and shortest, with ids folded into a small vocabulary."""
+    rows = data.load("hh", (str(shared / "data/hh/harmless-base/test.jsonl.gz"),), "test", 2)
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
+    full, _ = encode(
+        rows[:40], tokenizer, max_length=192, max_prompt_length=96, truncation="paper_keep_end", degenerate="drop",
+        add_bos=False,
+    )  # fmt: skip
+    order = np.argsort(full.lengths())
+    chosen = [full[int(i)] for i in [*order[:3], *order[-3:]]]
+    return Table.of(Tokens(t.prompt % 997, tuple(r % 997 for r in t.responses), t.weight) for t in chosen)
+
+
+@pytest.fixture(scope="module", params=list(originals.FAMILIES))
+def pair(request, tmp_path_factory):
+    """The same small random model in torch and here."""
+    folder = tmp_path_factory.mktemp(request.param)
+    originals.save_random(request.param, folder, 997)
+    architecture, _, params = hf.load(folder)
+    return originals.load(folder), models.build(architecture), params
+
+
+def packed(model, params, table, indices, shape):
+    batch, count, places = pack.build(table, indices, shape)
+
+    @jax.jit
+    def run(params, batch, count):
+        return per_microbatch(
+            lambda m: batch_logps(model, params, m, chunk=64).policy.reshape(m.ref_logps.shape), batch, count
+        )
+
+    return pack.unpack(run(params, batch, count), places)
+
+
+def test_packed_log_probs_are_those_of_separate_sequences(pair, table):
+    reference, model, params = pair
+    with torch.no_grad():
+        expected = torch.stack([originals.sequence_logps(reference, table[i]) for i in range(COUNT)]).numpy()
+    assert np.abs(expected).max() > 100  # far from trivial
+    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
+    indices = np.array([5, 0, 3, 1, 4, 2])
+    np.testing.assert_allclose(packed(model, params, table, indices, shape), expected[indices], rtol=2e-6, atol=1e-4)
+
+
+def test_any_layout_gives_the_same_log_probs(pair, table):
+    _, model, params = pair
+    indices = np.arange(COUNT)
+    first = packed(model, params, table, indices, pack.choose(table, max_length=192, batch_size=COUNT, rows=1))
+    alone = pack.choose(table, max_length=192, batch_size=COUNT, rows=3)._replace(groups=1, microbatches=2)
+    np.testing.assert_allclose(packed(model, params, table, indices, alone), first, rtol=2e-6)
+
+
+def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
+    """Of a weighted sum of all log-probs, compared tensor by tensor under Hugging Face's names."""
+    reference, model, params = pair
+    weights = np.array([[1.0, -0.5]] * COUNT, np.float32)
+    total = sum(
+        (originals.sequence_logps(reference, table[i]) * torch.tensor(weights[i])).sum() for i in range(COUNT)
+    )
+    reference.zero_grad()
+    total.backward()
+    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=4)
+    batch, count, places = pack.build(table, np.arange(COUNT), shape)
+    factor = np.zeros((shape.microbatches, shape.rows, shape.groups, 2), np.float32)
+    factor[tuple(places.T)] = weights
+
+    @jax.jit
+    @jax.grad
+    def grad(params):
+        lp = [batch_logps(model, params, jax.tree.map(lambda x, m=m: x[m], batch), chunk=64) for m in range(count)]
+        return sum((p.policy.reshape(factor[m].shape) * factor[m]).sum() for m, p in enumerate(lp))
+
+    ours = grad(params)
+    # Loading torch's gradients as if they were weights maps their names and layouts to ours.
+    for parameter in reference.parameters():
+        parameter.data = parameter.grad
+    reference.save_pretrained(tmp_path)
+    _, _, theirs = hf.load(tmp_path)
+    largest = max(np.abs(b).max() for b in jax.tree.leaves(theirs))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        # The gradient of a key's bias is 0 in exact arithmetic; such a tensor is judged by the size of the others.
+        scale = max(np.abs(b).max(), 1e-3 * largest)
+        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_chunked_head_is_log_softmax(chunks):
+    """Values and both gradients; columns beyond the chunks in use stay zero."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(29, 8)).astype(np.float32)
+    target, g = rng.integers(29, size=(2, 12)), rng.normal(size=(2, 12)).astype(np.float32)
+    used = np.arange(12) < 4 * chunks
+
+    def dense(hidden, head):
+        logits = jax.nn.log_softmax(hidden @ head.T)
+        return np.where(used, 1.0, 0.0) * jax.numpy.take_along_axis(logits, target[..., None], -1)[..., 0]
+
+    def ours(hidden, head):
+        return token_logps(hidden, head, target.astype(np.int32), np.int32(chunks), 4)
+
+    expected, pull = jax.vjp(dense, hidden, head)
+    value, ours_pull = jax.vjp(ours, hidden, head)
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+    for a, b in zip(ours_pull(g), pull(g), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_logits_of_a_batch_never_exist(pair, table):
+    """No array of the compiled gradient holds vocabulary x scored tokens of the batch; chunks bound it."""
+    _, model, params = pair
+    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
+    batch = jax.tree.map(lambda x: x[0], pack.build(table, np.arange(COUNT), shape)[0])
+    program = jax.jit(jax.grad(lambda p: batch_logps(model, p, batch, chunk=32).policy.sum()))
+    jaxpr = str(jax.make_jaxpr(program)(params))
+    assert "32" in jaxpr
+    assert f"[{shape.rows},{shape.scored},997]" not in jaxpr
+    assert f"[{shape.rows},16,997]" in jaxpr

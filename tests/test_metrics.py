@@ -1,0 +1,158 @@
+"""The metrics file, the progress display, and means with their uncertainty."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import rich.console
+
+from dpo_jax import metrics
+from dpo_jax.records import UserError
+
+
+def test_append_writes_one_json_object_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.append(path, 0, 0, {"eval_loss": np.float32(0.5)})
+    metrics.append(path, np.int32(1), 64, {"loss": float("nan"), "grad_norm": math.inf, "count": 3, "note": "x"})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "examples": 0, "eval_loss": 0.5},
+        {"step": 1, "examples": 64, "loss": None, "grad_norm": None, "count": 3, "note": "x"},
+    ]
+    assert metrics.read(path)[1]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "exam', '{"step": 4, "examples": 4, "loss": 0.5}', "\x00\x00"])
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    for step in range(6):
+        metrics.append(whole, step, step, {"loss": 1 / (step + 1)})
+    for step in range(4):
+        metrics.append(resumed, step, step, {"loss": 1 / (step + 1)})
+    with resumed.open("a") as file:
+        file.write(torn)
+    metrics.truncate(resumed, 2)
+    assert [row["step"] for row in metrics.read(resumed)] == [0, 1, 2]
+    for step in range(3, 6):
+        metrics.append(resumed, step, step, {"loss": 1 / (step + 1)})
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed.jsonl", "whole.jsonl"]
+
+
+def test_truncate_keeps_lines_of_the_step_and_their_nulls(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.append(path, 2, 2, {"loss": math.nan})
+    metrics.append(path, 2, 2, {"eval_loss": 1.0})
+    metrics.truncate(path, 2)
+    assert [row.get("eval_loss") for row in metrics.read(path)] == [None, 1.0]
+    metrics.truncate(path, 1)
+    assert path.read_text() == ""
+
+
+def test_truncate_of_no_file_makes_none(tmp_path):
+    metrics.truncate(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_torn_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
+        metrics.read(path)
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def shown(terminal, steps, seconds, every=10.0):
+    """Returns what a display of 10 steps of 8 comparisons prints."""
+    out, clock = io.StringIO(), Clock()
+    console = rich.console.Console(file=out, force_terminal=terminal, width=200)
+    with metrics.Progress(10, 8, console=console, clock=clock, every=every) as progress:
+        for step in steps:
+            clock.now = step * seconds
+            progress.update(step, {"loss": 0.5, "rewards/accuracies": 0.75, "logps/chosen": -3.0, "grad_norm": None})
+    return out.getvalue()
+
+
+def test_progress_prints_the_first_and_last_step_and_one_line_in_ten_seconds():
+    lines = shown(False, range(1, 11), 4.0).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
+    assert lines[0] == "step 1/10  loss 0.5  rewards/accuracies 0.75"
+    # 8 comparisons in 4 s; 6 steps of 4 s are left after step 4
+    assert lines[1] == "step 4/10  loss 0.5  rewards/accuracies 0.75  2 comparisons/s  0:00:24 left"
+
+
+def test_progress_of_a_resumed_run_counts_only_its_own_steps():
+    lines = shown(False, range(6, 11), 1.0, every=0.0).splitlines()
+    assert "comparisons/s" not in lines[0]
+    assert lines[1].endswith("8 comparisons/s  0:00:03 left")
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    text = shown(True, range(1, 11), 1.0)
+    assert "10/10" in text
+    assert "━" in text
+    assert "8 comparisons/s" in text
+
+
+def test_mean_interval_by_hand():
+    mean, half = metrics.mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert half == pytest.approx(1.959964 * math.sqrt(5 / 3) / 2, rel=1e-6)  # s^2 = 5/3, n = 4
+
+
+def test_mean_interval_with_weights():
+    assert metrics.mean_interval([1.0, 2.0], [3.0, 1.0])[0] == 1.25
+    values = [0.3, 1.0, 5.0, 2.0]
+    plain = metrics.mean_interval(values)
+    assert metrics.mean_interval(values, [0.25] * 4) == pytest.approx(plain)
+    assert metrics.mean_interval(np.array([*values, 99.0]), np.array([2.0] * 4 + [0.0])) == pytest.approx(plain)
+    # sum w^2 (x - m)^2 = 9 / 16 + 9 / 16, n / (n - 1) = 2, sum w = 4
+    assert metrics.mean_interval([1.0, 2.0], [3.0, 1.0])[1] == pytest.approx(1.959964 * 1.5 / 4, rel=1e-6)
+
+
+def test_mean_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [metrics.mean_interval(rng.exponential(size=200)) for _ in range(1000)]
+    covered = sum(abs(mean - 1.0) <= half for mean, half in intervals)
+    assert 920 <= covered <= 965
+
+
+def test_mean_interval_of_one_and_of_none():
+    assert metrics.mean_interval([2.0]) == (2.0, math.inf)
+    with pytest.raises(ValueError, match="no values"):
+        metrics.mean_interval([1.0], [0.0])
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        # (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z^2 = 3.841459
+        (5, 10, 0.236593, 0.763407),
+        (0, 10, 0.0, 0.277533),  # z^2 / (n + z^2)
+        (10, 10, 0.722467, 1.0),
+        (81, 263, 0.25529, 0.36621),  # Newcombe 1998, table I: 0.2553 to 0.3662
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson(successes, n, low, high):
+    assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=5e-6)
+
+
+def test_wilson_bounds_solve_its_equation():
+    for p in metrics.wilson(7.5, 20):
+        assert abs(7.5 / 20 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 20), rel=1e-6)
+
+
+@pytest.mark.parametrize("successes", [-1, 11])
+def test_wilson_refuses_what_is_no_proportion(successes):
+    with pytest.raises(ValueError, match="of 10"):
+        metrics.wilson(successes, 10)

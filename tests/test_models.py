@@ -1,0 +1,333 @@
+"""Every family against transformers' torch model: logits and gradients; layouts, recomputation and dtypes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FAMILIES, VOCAB, folder_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
+from tiny import whole_rows as whole
+
+from dpo_jax.models import build, families, family, hf
+from dpo_jax.records import UserError
+
+# What each case has beside its family's defaults.
+CASES = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}}),
+    "llama 3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu"}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox serial": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "gpt_neox tied": ("gpt_neox", {"tie_word_embeddings": True, "rotary_pct": 1.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders by case, made when first asked for."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            kind, settings = CASES[case]
+            made[case] = folder_of(kind, tmp_path_factory.mktemp("models") / case.replace(" ", "-"), **settings)
+        return made[case]
+
+    return get
+
+
+def torch_logits_and_gradients(folder, architecture, tokens, weights):
+    """Returns transformers' logits and the gradient of their weighted sum, in our layout."""
+    import torch
+
+    model = load_torch(folder)
+    logits = model(torch.tensor(tokens, dtype=torch.long)).logits
+    (logits * torch.tensor(weights)).sum().backward()
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    if "lm_head.weight" in grads:  # transformers' name in memory, which is not always the one in the file
+        grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
+    ours = {}
+    for pattern, tensor in family(architecture.family).tensors(architecture).items():
+        count = architecture.layers if "{i}" in pattern else 1
+        parts = [tensor.to_ours(grads[pattern.replace("{i}", str(i))]) for i in range(count)]
+        for path, *layers in zip(tensor.paths, *parts, strict=True):
+            ours["/".join(path)] = np.stack(layers) if "{i}" in pattern else layers[0]
+    return logits.detach().numpy(), ours
+
+
+def by_name(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def assert_equals_torch(folder, length, rtol_gradient=1e-5):
+    architecture, _, params = hf.load(folder)
+    model = build(architecture)
+    tokens = tokens_of(2, length, architecture.vocab)
+    weights = np.random.default_rng(1).normal(size=(2, length, architecture.vocab)).astype(np.float32)
+    weights /= length
+    theirs, their_grads = torch_logits_and_gradients(folder, architecture, tokens, weights)
+
+    def loss(p):
+        logits = logits_of(model, p, tokens)
+        return (logits * weights).sum(), logits
+
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert largest_difference(logits, theirs) < 1e-5
+    grads = by_name(grads)
+    assert grads.keys() == their_grads.keys()
+    # Not each by its own size: without rotary positions a bias of the keys changes nothing, its gradient is rounding.
+    least = 1e-2 * max(np.abs(theirs).max() for theirs in their_grads.values())
+    for name, theirs in their_grads.items():
+        difference = np.abs(grads[name] - theirs).max() / max(np.abs(theirs).max(), least)
+        assert difference < rtol_gradient, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_equal_transformers(folders, case):
+    assert_equals_torch(folders(case), 140 if case == "llama" else 70)  # two chunks; beyond llama 3's 64
+
+
+@pytest.mark.parametrize("name", ["tinystories-656k", "stories260k"])
+def test_real_models_equal_transformers(name):
+    assert_equals_torch(shared_model(name), 40)
+
+
+def comparison(seed):
+    """A prompt and three responses."""
+    lengths = (11, 7, 5, 9)
+    ids = tokens_of(1, sum(lengths), seed=seed)[0]
+    return np.split(ids, np.cumsum(lengths)[:-1])
+
+
+def packed(comparisons):
+    """Returns one row [1, T] of several comparisons with padding at its end, as the data is laid out."""
+    row = []
+    for place, (prompt, *responses) in enumerate(comparisons):
+        row += [(t, i, place + 1, 0) for i, t in enumerate(prompt)]
+        for p, response in enumerate(responses):
+            row += [(t, len(prompt) + i, place + 1, p + 1) for i, t in enumerate(response)]
+    row += [(0, 0, 0, 0)] * 6
+    return tuple(jnp.asarray(column)[None] for column in zip(*row, strict=True))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind):
+    architecture, _, params = hf.load(folders(kind))
+    model = build(architecture)
+    comparisons = [comparison(0), comparison(1)]
+    probe = jnp.asarray(np.random.default_rng(0).normal(size=architecture.width), jnp.float32)
+
+    def of_packed(p):
+        hidden = model.hidden(p, *packed(comparisons))[0]
+        parts, at = [], 0
+        for prompt, *responses in comparisons:
+            shared, at = hidden[at : at + len(prompt)], at + len(prompt)
+            for response in responses:
+                parts.append(jnp.concatenate([shared, hidden[at : at + len(response)]]))
+                at += len(response)
+        return jnp.concatenate(parts)
+
+    sequences = [np.concatenate([prompt, r]) for prompt, *responses in comparisons for r in responses]
+    padded = [np.stack([np.pad(column, (0, 24 - len(column))) for column in columns]) for columns in (
+        sequences, [np.arange(len(x)) for x in sequences], [np.ones_like(x) for x in sequences],
+    )]  # fmt: skip
+
+    def of_separate(p):
+        hidden = model.hidden(p, *map(jnp.asarray, padded), jnp.zeros((len(sequences), 24), jnp.int32))
+        return jnp.concatenate([row[: len(x)] for row, x in zip(hidden, sequences, strict=True)])
+
+    def both(function):
+        def loss(p):
+            hidden = function(p)
+            return jnp.tanh(hidden @ probe).sum(), hidden
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (grads, hidden), (separate_grads, separate) = both(of_packed), both(of_separate)
+    np.testing.assert_allclose(hidden, separate, atol=1e-5)
+    assert largest_difference(grads, separate_grads) < 1e-5
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_is_recomputed_does_not_change_gradients(folders, kind):
+    architecture, _, params = hf.load(folders(kind))
+    rows = whole(tokens_of(2, 40))
+    grads = []
+    for remat in ("none", "dots", "full"):
+        model = build(architecture, remat=remat)
+        grads.append(jax.jit(jax.grad(lambda p, m=model: jnp.sin(m.hidden(p, *rows)).sum()))(params))
+    assert largest_difference(grads[1], grads[0]) < 1e-6
+    assert largest_difference(grads[2], grads[0]) < 1e-6
+
+
+def test_recomputing_more_keeps_less(folders):
+    architecture, _, params = hf.load(folders("llama"))
+    rows = whole(tokens_of(4, 96))
+    sizes = []
+    for remat in ("none", "dots", "full"):
+        model = build(architecture, remat=remat)
+        back = jax.eval_shape(lambda p, m=model: jax.vjp(lambda q: m.hidden(q, *rows), p)[1], params)
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(back)))
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
+    architecture, _, params = hf.load(folders(kind))
+    tokens = tokens_of(2, 40)
+
+    def run(compute):
+        model = build(architecture, compute=compute, remat="dots")
+
+        def loss(p):
+            logits = logits_of(model, p, tokens)
+            return jnp.tanh(logits).mean(), logits
+
+        grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return jax.eval_shape(model.hidden, params, *whole(tokens)), logits, grads
+
+    (_, logits, grads), (hidden, near, near_grads) = run("float32"), run("bfloat16")
+    assert hidden.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(near_grads)} == {jnp.dtype("float32")}
+    assert jnp.abs(near - logits).max() < 0.05 * jnp.abs(logits).max()
+    least = 1e-2 * max(jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(grads))
+    for name, theirs in by_name(grads).items():
+        error = jnp.linalg.norm(by_name(near_grads)[name] - theirs) / max(jnp.linalg.norm(theirs), least)
+        assert error < 0.1, name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
+    architecture, _, params = hf.load(folders(kind))
+    model = build(architecture)
+    tokens = tokens_of(2, 24)
+    whole_hidden = jax.jit(model.hidden)(params, *whole(tokens))
+    # The second row starts 4 places later: left padding.
+    padded = jnp.asarray(np.stack([tokens[0, :16], np.pad(tokens[1, :12], (4, 0))]))
+    group = jnp.asarray([[1] * 16, [0] * 4 + [1] * 12])
+    positions = jnp.maximum(jnp.cumsum(group, -1) - 1, 0)
+    hidden, cache = jax.jit(model.prefill, static_argnums=4)(params, padded, positions, group, 24)
+    np.testing.assert_allclose(hidden[0], whole_hidden[0, :16], atol=1e-5)
+    np.testing.assert_allclose(hidden[1, 4:], whole_hidden[1, :12], atol=1e-5)
+    valid = jnp.pad(group > 0, ((0, 0), (0, 8)), constant_values=True)
+    decode = jax.jit(model.decode)
+    for index in range(16, 24):
+        position = jnp.asarray([index, index - 4])
+        token = jnp.asarray([tokens[0, index], tokens[1, index - 4]])
+        mask = valid & (jnp.arange(24) <= index)
+        hidden, cache = decode(params, token, position, cache, index, mask)
+        np.testing.assert_allclose(hidden[0], whole_hidden[0, index], atol=1e-5)
+        np.testing.assert_allclose(hidden[1], whole_hidden[1, index - 4], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
+    architecture, _, loaded = hf.load(folders(kind))
+    params = jax.jit(build(architecture).init)(jax.random.key(0))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, loaded)
+    flat = by_name(params)
+    assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
+    for name, leaf in flat.items():
+        if name.endswith(("scale", "bias")):
+            assert (leaf == (1.0 if name.endswith("scale") else 0.0)).all(), name
+            continue
+        residual = kind == "gpt2" and name.split("/")[1:2] in (["o"], ["down"])
+        assert leaf.std() == pytest.approx(0.2 * (0.5 if residual else 1.0), rel=0.1), name
+    assert not jnp.array_equal(*flat["layers/q/kernel"])  # layers differ
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_axis_has_a_name(folders, kind):
+    architecture, _, params = hf.load(folders(kind))
+    axes = build(architecture).axes
+    ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert ranks == jax.tree.map(np.ndim, params)
+    assert axes["embedding"] == ("vocab", "embed")
+    assert axes["layers"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
+    assert axes["layers"]["k"]["kernel"][2] == "kv_heads"
+    assert axes["layers"]["o"]["kernel"] == ("layers", "heads", "head_dim", "embed")
+    assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
+
+
+@pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1)])
+def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
+    architecture, _, params = hf.load(folders(kind))
+    rows = list(whole(tokens_of(1, 8)))
+    rows[field] = rows[field].at[0, 5].set(256)
+    hidden = jax.jit(build(architecture).hidden)(params, *rows)
+    assert jnp.isnan(hidden[0, 5]).all()
+
+
+def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
+    assert families() == FAMILIES
+    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gpt2, gpt_neox, llama"):
+        family("llamma")
+    with pytest.raises(UserError, match="'xlnet' is not known; known are"):
+        family("xlnet")
+
+
+LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+LLAMA |= {"intermediate_size": 48}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2}
+NEOX = LLAMA
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "change", "message"),
+    [
+        ("llama", LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
+        ("llama", LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not"),
+        ("llama", LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("llama", LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
+        ("llama", LLAMA, {"hidden_size": 30}, "30 is not a multiple of the 4 heads"),
+        ("llama", LLAMA, {"vocab_size": None}, "vocab_size is missing"),
+        ("gpt2", GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not"),
+        ("gpt2", GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
+        ("gpt2", GPT2, {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt_neox", NEOX, {"rotary_pct": 0.1}, "0 rotary dimensions"),
+        ("gpt_neox", NEOX, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_key(kind, base, change, message):
+    module = family(kind)
+    module.architecture(base)
+    with pytest.raises(UserError, match=r"^config\.json: .*" + message):
+        module.architecture({**base, **change})
+
+
+def test_both_spellings_of_rotary_settings_mean_the_same():
+    old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
+    new = family("gpt_neox").architecture(
+        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}
+    )
+    assert old == new
+    assert old.rope.dims == 4
+    scaling = {"factor": 2.0}
+    old = family("llama").architecture({**LLAMA, "rope_theta": 7.0, "rope_scaling": {**scaling, "type": "linear"}})
+    new = family("llama").architecture(
+        {**LLAMA, "rope_parameters": {**scaling, "rope_type": "linear", "rope_theta": 7.0}}
+    )
+    assert old == new
+    assert (old.rope.theta, old.rope.factor) == (7.0, 2.0)
+
+
+@pytest.mark.parametrize(("key", "value"), [("compute", "float16"), ("remat", "some")])
+def test_unknown_settings_are_refused_with_the_known_ones(key, value):
+    with pytest.raises(UserError, match=rf"model\.{key}: '{value}' is not known; choose one of"):
+        build(family("llama").architecture(LLAMA), **{key: value})

@@ -1,0 +1,211 @@
+"""The layout of comparisons in rows: one worked by hand, then properties."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.records import Tokens, UserError
+
+HAND = Table.of(
+    [
+        Tokens([11, 12, 13], ([21, 22], [31]), 0.5),  # 3 + 1 + 0 tokens in a row, 3 scored
+        Tokens([41], ([51, 52, 53], [61, 62]), 2.0),  # 1 + 2 + 1 tokens in a row, 5 scored
+    ]
+)
+IN_A_ROW = {
+    "tokens": [11, 12, 13, 21, 41, 51, 52, 61, 0, 0],
+    "positions": [0, 1, 2, 3, 0, 1, 2, 1, 0, 0],
+    "group": [1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
+    "branch": [0, 0, 0, 1, 0, 1, 1, 2, 0, 0],
+    "source": [2, 3, 2, 4, 5, 6, 4, 7, 0, 0],
+    "target": [21, 22, 31, 51, 52, 53, 61, 62, 0, 0],
+    "slot": [0, 0, 1, 2, 2, 2, 3, 3, -1, -1],
+    "weights": [0.5, 2.0, 0.0],
+}
+
+
+def test_two_comparisons_in_a_row_by_hand():
+    batch, count, places = pack.build(HAND, [0, 1], pack.Shape(2, 1, 10, 3, 10))
+    for name, expected in IN_A_ROW.items():
+        field = getattr(batch, name)
+        assert field.dtype == (np.float32 if name == "weights" else np.int32)
+        assert field[0, 0].tolist() == expected, name
+        assert not (field[1] + (name == "slot")).any(), f"{name} of the microbatch that is not used"
+    assert np.isnan(batch.ref_logps).all()
+    assert batch.ref_logps.shape == (2, 1, 3, 2)
+    assert count == 1
+    assert places.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+def test_rows_go_into_microbatches_in_order_and_values_come_back():
+    shape = pack.Shape(2, 2, 4, 1, 6)
+    column = np.array([[1, 2], [3, 4]], np.float32)
+    batch, count, places = pack.build(HAND, np.array([1, 0, 1]), shape, column)
+    assert (count, places.tolist()) == (2, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
+    assert batch.tokens.tolist() == [[[41, 51, 52, 61], [11, 12, 13, 21]], [[41, 51, 52, 61], [0, 0, 0, 0]]]
+    assert batch.weights[:, :, 0].tolist() == [[2.0, 0.5], [2.0, 0.0]]
+    np.testing.assert_array_equal(batch.ref_logps[:, :, 0], [[[3, 4], [1, 2]], [[3, 4], [np.nan, np.nan]]])
+    assert pack.unpack(batch.ref_logps, places).tolist() == [[3, 4], [1, 2], [3, 4]]
+    with pytest.raises(ValueError, match="5 comparisons take 5 rows, more than"):
+        pack.build(HAND, [0, 1, 0, 1, 0], shape)
+
+
+def test_first_fit_decreasing_by_hand():
+    shape = pack.Shape(9, 1, 10, 3, 100)
+    scored = np.ones(7, int)
+    assert pack.plan(np.array([3, 7, 3, 5, 5, 2, 3]), scored, shape) == [[1, 0], [3, 4], [2, 6, 5]]
+    assert pack.plan(np.array([2, 2, 2, 2]), scored[:4], shape) == [[0, 1, 2], [3]]  # three comparisons a row at most
+    assert pack.plan(np.array([2, 2, 2]), np.array([60, 50, 40]), shape) == [[0, 2], [1]]  # 100 scored at most
+    assert pack.plan(np.array([], int), np.array([], int), shape) == []
+
+
+def test_a_comparison_that_fits_no_row():
+    shape = pack.Shape(9, 1, 10, 3, 20)
+    for lengths, scored in (([11], [1]), ([10], [21])):
+        with pytest.raises(UserError, match=r"does not fit rows of 10 \(20 scored\); raise data.row_length"):
+            pack.plan(np.array(lengths), np.array(scored), shape)
+
+
+@st.composite
+def tables(draw):
+    responses = draw(st.integers(1, 3))
+    size = st.integers(1, 9)
+    sizes = draw(st.lists(st.tuples(size, *[size] * responses), min_size=1, max_size=12))
+    numbers = iter(range(1, 10_000))
+    return Table.of(Tokens(*_take(numbers, sizes_of)) for sizes_of in sizes)
+
+
+def _take(numbers, sizes):
+    prompt, *responses = ([next(numbers) for _ in range(size)] for size in sizes)
+    return prompt, tuple(responses), float(next(numbers))
+
+
+def shape_of(draw, table):
+    longest, scored = int(table.lengths().max()), int(table.scored_lengths.max())
+    rows = draw(st.integers(1, 4))
+    length, scored = longest + draw(st.integers(0, 30)), scored + draw(st.integers(0, 20))
+    return pack.Shape(-(-len(table) // rows), rows, length, draw(st.integers(1, 4)), scored)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_scored_token_has_its_predictor_once(given_data):
+    table = given_data.draw(tables())
+    shape = shape_of(given_data.draw, table)
+    indices = given_data.draw(st.permutations(range(len(table))))
+    batch, count, places = pack.build(table, indices, shape)
+    assert len({tuple(place) for place in places.tolist()}) == len(indices)
+    assert count == places[:, 0].max() + 1
+    assert (batch.slot >= 0).sum() == table.scored_lengths.sum()
+    assert (batch.group > 0).sum() == table.lengths().sum()
+    assert not batch.tokens[batch.group == 0].any()
+    for index, (m, r, g) in zip(indices, places.tolist(), strict=True):
+        check_one(table[index], type(batch)(*(field[m, r] for field in batch)), g)
+
+
+def check_one(tokens, row, g):
+    """A comparison's own tokens and nothing else stand in its group, and what is scored follows from them."""
+    prompt = (row.group == g + 1) & (row.branch == 0)
+    assert row.tokens[prompt].tolist() == tokens.prompt.tolist()
+    assert row.positions[prompt].tolist() == list(range(len(tokens.prompt)))
+    assert row.weights[g] == tokens.weight
+    for p, response in enumerate(tokens.responses):
+        mine = (row.group == g + 1) & (row.branch == p + 1)
+        assert row.tokens[mine].tolist() == response[:-1].tolist()
+        scored = row.slot == g * len(tokens.responses) + p
+        assert row.target[scored].tolist() == response.tolist()
+        source = row.source[scored]
+        assert prompt[source[0]]
+        assert row.positions[source].tolist() == [len(tokens.prompt) - 1 + j for j in range(len(response))]
+        assert source[1:].tolist() == np.flatnonzero(mine).tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_plan_is_a_permutation_inside_its_budgets(given_data):
+    table = given_data.draw(tables())
+    shape = shape_of(given_data.draw, table)
+    lengths, scored = table.lengths(), table.scored_lengths
+    rows = pack.plan(lengths, scored, shape)
+    assert sorted(member for row in rows for member in row) == list(range(len(table)))
+    for row in rows:
+        assert lengths[row].sum() <= shape.length
+        assert scored[row].sum() <= shape.scored
+        assert len(row) <= shape.groups
+    for earlier, row in itertools.pairwise(rows):  # first fit: what opens a row had no room before
+        free = shape.length - lengths[earlier].sum(), shape.scored - scored[earlier].sum(), shape.groups - len(earlier)
+        assert lengths[row[-1]] > free[0] or scored[row[-1]] > free[1] or free[2] < 1
+
+
+def table_of(*sizes):
+    return Table.of(Tokens([1] * prompt, tuple([2] * n for n in responses)) for prompt, *responses in sizes)
+
+
+def test_choose_holds_the_data_and_no_more_than_the_batch_needs():
+    table = table_of((40, 11, 11), (50, 11, 21))  # 60 and 80 tokens in a row, 22 and 32 scored
+    shape = pack.choose(table, max_length=512, batch_size=4)
+    assert shape == pack.Shape(4, 1, 384, 4, 192)  # 4 * 80 = 320 tokens at most: one row
+    many = pack.choose(table, max_length=512, batch_size=256)
+    assert many.rows * many.length <= 4096
+    assert many.microbatches == -(-256 // many.rows)
+    assert pack.choose(table, max_length=512, batch_size=256, length=100).length == 100
+    with pytest.raises(UserError, match=r"data\.row_length 79 is shorter than the longest comparison, 80 tokens"):
+        pack.choose(table, max_length=512, batch_size=4, length=79)
+
+
+def test_choose_never_takes_rows_longer_than_a_pair_may_need():
+    table = table_of((200, 300, 300), (200, 300, 300))  # 798 tokens
+    assert pack.choose(table, max_length=512, batch_size=64).length in (1024,)
+    longer = table_of((100, *[400] * 4))  # four responses: 1696 tokens
+    shape = pack.choose(longer, max_length=512, batch_size=8)
+    assert (shape.length, shape.scored) == (1792, 1984)
+
+
+def test_choose_shares_rows_among_devices():
+    table = table_of(*((20, 10 + n, 30 - n) for n in range(20)))
+    for devices in (1, 2, 4, 8):
+        shape = pack.choose(table, max_length=64, batch_size=64, multiple_of=devices)
+        assert shape.rows % devices == 0
+        assert shape.microbatches * shape.rows >= 64
+    assert pack.choose(table, max_length=64, batch_size=64, rows=6, multiple_of=2)[:2] == (11, 6)
+    with pytest.raises(UserError, match="5 rows in a microbatch cannot be shared by 2 devices"):
+        pack.choose(table, max_length=64, batch_size=64, rows=5, multiple_of=2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_any_batch_fits_the_chosen_shape(given_data):
+    table = given_data.draw(tables())
+    size = given_data.draw(st.integers(1, 20))
+    shape = pack.choose(table, max_length=64, batch_size=size, multiple_of=given_data.draw(st.integers(1, 3)))
+    indices = given_data.draw(st.lists(st.integers(0, len(table) - 1), min_size=size, max_size=size))
+    batch, count, places = pack.build(table, indices, shape)
+    assert 1 <= count <= shape.microbatches
+    np.testing.assert_array_equal(pack.unpack(batch.weights, places), table.weights[indices])
+
+
+def test_real_dialogues_pack_well(shared):
+    from transformers import AutoTokenizer
+
+    from dpo_jax import data
+    from dpo_jax.data import order
+    from dpo_jax.data.encode import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
+    rows = data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
+    options = {"truncation": "paper_keep_end", "degenerate": "drop", "add_bos": False}
+    table, _ = encode(rows, tokenizer, max_length=512, max_prompt_length=256, **options)
+    shape = pack.choose(table, max_length=512, batch_size=64)
+    used = slots = 0
+    for step in range(20):
+        indices = order.rows_of(step, rows=len(table), batch_size=64, seed=0)
+        _, count, _ = pack.build(table, indices, shape)
+        used += table.lengths()[indices].sum()
+        slots += count * shape.rows * shape.length
+    assert used / slots > 0.88
+    assert shape.length in (768, 1024)

@@ -1,0 +1,146 @@
+"""Rewards by name, and preference pairs from scores."""
+
+import itertools
+import math
+import sys
+
+import pytest
+
+from dpo_jax import rewards
+from dpo_jax.records import UserError
+
+TEXTS, SCORES = ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        ("Lily was happy. She smiled and hugged her friend.", 4.0),
+        ("Tom was sad and cried.", -2.0),
+        ("The HAPPY cat was sad.", 0.0),
+        ("unhappy", -1.0),
+        ("A fund for badminton, happening on a saddle", 0.0),  # words, not parts of words
+        ("The box was red.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_happy(completion, score):
+    assert rewards.get("happy")("sad sad prompt", completion) == score
+
+
+def test_no_word_is_both_happy_and_sad():
+    assert not rewards.HAPPY & rewards.SAD
+    assert min(len(rewards.HAPPY), len(rewards.SAD)) > 60
+
+
+def test_synthetic_is_the_data_sources_own():
+    from dpo_jax.data import synthetic
+
+    assert rewards.get("synthetic")("1 2", "3 4") == synthetic.reward("1 2", "3 4")
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_reward.py").write_text(
+        "scale = 2\n"
+        "def length(prompt, completion): return scale * len(completion)\n"
+        "def nan(prompt, completion): return float('nan')\n"
+        "def none(prompt, completion): return None\n"
+    )
+    (tmp_path / "broken_reward.py").write_text("import there_is_no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("my_reward", "broken_reward"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("module")
+def test_a_function_of_a_module():
+    score = rewards.get("my_reward:length")("prompt", "four")
+    assert score == 8.0
+    assert isinstance(score, float)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hapy", "unknown reward 'hapy'; did you mean 'happy'?"),
+        ("absent_module_x:f", "cannot import 'absent_module_x'"),
+        (":f", "cannot import ''"),
+        ("broken_reward:f", "No module named 'there_is_no_such_module'"),
+        ("my_reward:lenght", "my_reward has no 'lenght'; did you mean 'length'?"),
+        ("my_reward:", "my_reward has no ''"),
+        ("my_reward:scale", "scale is no function"),
+    ],
+)
+def test_what_cannot_be_found_is_said(name, message):
+    with pytest.raises(UserError) as error:
+        rewards.get(name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("name", ["my_reward:nan", "my_reward:none"])
+def test_a_score_that_is_no_finite_number_is_refused(name):
+    with pytest.raises(UserError, match=rf"reward '{name}': the score of 'text'"):
+        rewards.get(name)("prompt", "text")
+
+
+def test_ranked():
+    pairs = rewards.label("x", TEXTS, SCORES, "ranked", 0)
+    assert pairs == [("b", "a"), ("c", "a"), ("d", "a"), ("b", "c"), ("d", "c")]  # b and d have one score
+
+
+def test_best_worst():
+    assert rewards.label("x", TEXTS, SCORES, "best_worst", 0) == [("b", "a")]
+    assert rewards.label("x", TEXTS, [1.0] * 4, "best_worst", 0) == []
+    assert rewards.label("x", [], [], "best_worst", 0) == []
+
+
+def test_bradley_terry_has_all_pairs_of_distinct_completions():
+    pairs = rewards.label("x", TEXTS, SCORES, "bradley_terry", 0)
+    assert {frozenset(pair) for pair in pairs} == {frozenset(pair) for pair in itertools.combinations(TEXTS, 2)}
+    assert len(pairs) == 6
+    assert len(rewards.label("x", ["a", "b", "a", "a"], SCORES, "bradley_terry", 0)) == 3
+
+
+@pytest.mark.parametrize("difference", [-1.5, 0.0, 0.5, 3.0])
+def test_bradley_terry_frequencies(difference):
+    n = 4000
+    prompts = [f"prompt {i}" for i in range(n)]
+    pairs = [rewards.label(p, ["a", "b"], [difference, 0.0], "bradley_terry", 1)[0] for p in prompts]
+    p = 1 / (1 + math.exp(-difference))
+    assert abs(pairs.count(("a", "b")) - n * p) <= 4 * math.sqrt(n * p * (1 - p))  # 4 standard deviations
+
+
+def test_bradley_terry_is_certain_at_the_extremes():
+    assert rewards.label("x", ["a", "b"], [1e4, -1e4], "bradley_terry", 0) == [("a", "b")]
+    assert rewards.label("x", ["a", "b"], [-1e4, 1e4], "bradley_terry", 0) == [("b", "a")]
+
+
+def test_draws_depend_on_seed_and_prompt_alone():
+    def draws(prompts, seed):
+        return [tuple(rewards.label(p, TEXTS, [0.0] * 4, "bradley_terry", seed)) for p in prompts]
+
+    prompts = [f"p{i}" for i in range(50)]
+    assert draws(prompts, 0) == draws(prompts[::-1], 0)[::-1]
+    assert draws(prompts, 0) != draws(prompts, 1)
+    assert len(set(draws(prompts, 0))) > 20
+
+
+@pytest.mark.parametrize("how", ["bradley_terry", "ranked", "best_worst"])
+def test_a_text_is_never_paired_with_itself(how):
+    assert rewards.label("x", ["a", "a"], [0.0, 1.0], how, 0) == []
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_has_no_label(score):
+    with pytest.raises(UserError, match="no finite number"):
+        rewards.label("x", ["a", "b"], [0.0, score], "ranked", 0)
+
+
+def test_an_unknown_way_of_labelling_is_refused():
+    with pytest.raises(UserError, match="did you mean 'best_worst'"):
+        rewards.label("x", TEXTS, SCORES, "best-worst", 0)
