@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,7 @@ from typing import Any, Self
 import rich.console
 import rich.progress
 
-from dpo_jax.records import UserError
+from dpo_jax.records import Array, UserError
 
 Z95 = 1.959963984540054  # a normal variable lies within +-Z95 standard deviations 95% of the time
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "eval_loss", "eval_rewards/accuracies")
@@ -146,8 +146,8 @@ def _worth_showing(metrics: Mapping[str, Any]) -> Iterable[str]:
     return [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
 
 
-def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
-    """Returns the (weighted) mean and half the width of its 95% interval, by the normal approximation.
+def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, float]:
+    """Returns the (weighted) mean of n values and half the width of its 95% interval, normally approximated.
 
     The variance of a weighted mean m is n / (n - 1) * sum(w^2 (x - m)^2) / sum(w)^2 over the n values of positive
     weight, which for equal weights is the familiar s^2 / n. A single value has an infinite interval.

@@ -15,7 +15,7 @@ from dpo_jax.records import UserError
 def test_append_writes_one_json_object_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.append(path, 0, 0, {"eval_loss": np.float32(0.5)})
-    metrics.append(path, np.int32(1), 64, {"loss": float("nan"), "grad_norm": math.inf, "count": 3, "note": "x"})
+    metrics.append(path, 1, 64, {"loss": float("nan"), "grad_norm": math.inf, "count": 3, "note": "x"})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 0, "examples": 0, "eval_loss": 0.5},
         {"step": 1, "examples": 64, "loss": None, "grad_norm": None, "count": 3, "note": "x"},

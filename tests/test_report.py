@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_an_sft_run_has_only_its_own_figures(tmp_path):
 
 def test_nothing_from_data_is_obeyed(tmp_path):
     sample = json.dumps({"step": 1, "prompt": HOSTILE, "policy": HOSTILE, "reference": HOSTILE})
-    files = {
+    files: dict[str, Any] = {
         "samples_jsonl": sample + "\n",
         "data_json": json.dumps([HOSTILE]),
         "eval_json": metrics_json({HOSTILE: 1}),

@@ -85,8 +85,10 @@ def _expand(module: ModuleType, architecture: Architecture) -> Iterator[tuple[st
             yield pattern.replace("{i}", str(i)), i, tensor
 
 
-def _read_tensors(files: list[Path], module: ModuleType, shapes: Mapping[str, tuple[int, ...]], tied: bool):
-    """Yields (name without the family's prefix, float32 array) of every wanted tensor, and of a tied head.
+def _read_tensors(
+    files: list[Path], module: ModuleType, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name without the family's prefix, float32 array) of every tensor in `shapes`.
 
     Raises:
       UserError: a damaged file, or a tensor that is not wanted, of another shape or no float.
@@ -96,11 +98,10 @@ def _read_tensors(files: list[Path], module: ModuleType, shapes: Mapping[str, tu
             with safe_open(file, framework="numpy") as source:
                 for key in source.keys():  # noqa: SIM118 (it is no dict)
                     name, view = key.removeprefix(module.PREFIX), source.get_slice(key)
-                    if name in shapes:
-                        _check(file, key, view, shapes[name])
-                    elif not tied or name != module.HEAD:
+                    if name not in shapes:
                         _check_buffer(file, key, module)
                         continue
+                    _check(file, key, view, shapes[name])
                     yield name, np.asarray(source.get_tensor(key)).astype(np.float32)
         except SafetensorError as error:
             raise UserError(f"{file}: is damaged or no safetensors file ({error}); download it again") from None
@@ -132,9 +133,11 @@ def read_params(files: list[Path], module: ModuleType, architecture: Architectur
     """
     wanted = {name.removeprefix(module.PREFIX): (i, tensor) for name, i, tensor in _expand(module, architecture)}
     shapes = {name: tensor.shape for name, (_, tensor) in wanted.items()}
+    if architecture.tied:
+        shapes[module.HEAD] = (architecture.vocab, architecture.width)  # in the file it may be, again or only
     flat: dict[Keys, np.ndarray] = {}
     found, head = set(), None
-    for name, value in _read_tensors(files, module, shapes, architecture.tied):
+    for name, value in _read_tensors(files, module, shapes):
         if name not in wanted:
             head = value
             continue
@@ -147,7 +150,8 @@ def read_params(files: list[Path], module: ModuleType, architecture: Architectur
                 flat.setdefault(path, np.empty((architecture.layers, *part.shape), np.float32))[layer] = part
     if head is not None:
         found |= _tie(files[0].parent, flat, head, module, architecture)
-    _check_complete(files[0].parent, [name for name in wanted if name not in found])
+    names = [name for name, _, _ in _expand(module, architecture)]
+    _check_complete(files[0].parent, [name for name in names if name.removeprefix(module.PREFIX) not in found])
     return _nest(flat)
 
 

@@ -1,0 +1,184 @@
+"""Generation against transformers' token by token, its distribution against closed forms, and its seeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
+
+from dpo_jax import sample as sampling
+from dpo_jax.models import build, family, hf
+from dpo_jax.records import UserError
+from dpo_jax.sample import choose, filtered, sample
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(folder, model, params) by family, made when first asked for."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            folder = folder_of(kind, tmp_path_factory.mktemp("models") / kind)
+            architecture, _, params = hf.load(folder)
+            made[kind] = folder, build(architecture), jax.tree.map(jnp.asarray, params)
+        return made[kind]
+
+    return get
+
+
+def prompts_of(*lengths):
+    return [tokens_of(1, n, seed=n)[0] for n in lengths]
+
+
+def torch_greedy(folder, prompt, new, eos):
+    import torch
+
+    model = load_torch(folder)
+    ids = torch.tensor(np.asarray(prompt)[None], dtype=torch.long)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=eos, pad_token_id=0
+    )
+    return out[0, len(prompt) :].numpy()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_greedy_equals_transformers_token_by_token(models, kind):
+    folder, model, params = models(kind)
+    prompts = prompts_of(7, 1, 33, 20)
+    ours = sample(model, params, prompts, max_new_tokens=NEW, temperature=0, eos_id=EOS, batch_size=3)
+    for prompt, new in zip(prompts, ours, strict=True):
+        assert new.dtype == np.int32
+        assert new.tolist() == torch_greedy(folder, prompt, NEW, EOS).tolist()
+
+
+def test_greedy_equals_transformers_on_a_trained_model():
+    folder = shared_model("tinystories-656k")
+    architecture, _, params = hf.load(folder)
+    tokenizer = hf.load_tokenizer(folder)
+    prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The dog ran to the big tree and")]
+    ours = sample(build(architecture), params, prompts, max_new_tokens=40, temperature=0, eos_id=2)
+    for prompt, new in zip(prompts, ours, strict=True):
+        assert new.tolist() == torch_greedy(folder, prompt, 40, 2).tolist()
+
+
+def test_bfloat16_generates(models):
+    _, model, params = models("llama")
+    model = build(model.architecture, compute="bfloat16")
+    out = sample(model, params, prompts_of(5), max_new_tokens=4, temperature=0, eos_id=())
+    assert out[0].shape == (4,)
+
+
+def test_a_text_ends_with_the_first_of_its_end_tokens(models):
+    _, model, params = models("llama")
+    prompts = prompts_of(7, 20, 9)
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 3, "batch_size": 4}
+    free = sample(model, params, prompts, eos_id=(), **options)
+    assert [len(x) for x in free] == [NEW] * 3
+    ends = (int(free[0][4]), int(free[1][0]))
+    cut = sample(model, params, prompts, eos_id=ends, **options)
+    for long, short in zip(free, cut, strict=True):
+        stops = np.flatnonzero(np.isin(long, ends))
+        assert short.tolist() == long[: stops[0] + 1 if len(stops) else NEW].tolist()
+    assert len(cut[1]) == 1
+
+
+def test_draws_depend_on_the_seed_and_the_place_only(models):
+    _, model, params = models("gpt2")
+    prompts = prompts_of(7, 20, 9, 40, 3)
+    options = {"max_new_tokens": NEW, "eos_id": EOS, "top_k": 50}
+    together = sample(model, params, prompts, seed=1, batch_size=5, **options)
+    apart = sample(model, params, prompts, seed=1, batch_size=2, **options)
+    assert [x.tolist() for x in together] == [x.tolist() for x in apart]
+    other = sample(model, params, prompts, seed=2, batch_size=5, **options)
+    assert all(a.tolist() != b.tolist() for a, b in zip(together, other, strict=True))
+    same = sample(model, params, [prompts[0]] * 3, seed=1, batch_size=5, **options)
+    assert same[0].tolist() == together[0].tolist()
+    assert same[0].tolist() != same[1].tolist() != same[2].tolist()
+
+
+def test_a_shape_is_compiled_once(models):
+    _, model, params = models("gpt2")
+    options = {"max_new_tokens": 5, "eos_id": EOS, "batch_size": 2}
+    sample(model, params, prompts_of(3, 9, 31), temperature=0.5, **options)
+    before = sampling._generate._cache_size()  # noqa: SLF001
+    sample(model, params, prompts_of(32, 5), temperature=0.7, seed=8, **options)
+    assert sampling._generate._cache_size() == before  # noqa: SLF001
+    sample(model, params, prompts_of(33, 5), **options)
+    assert sampling._generate._cache_size() == before + 1  # noqa: SLF001
+
+
+LOGITS = jnp.log(jnp.asarray([[0.4, 0.1, 0.3, 0.15, 0.05]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (None, None, [0, 1, 2, 3, 4]),
+        (2, None, [0, 2]),
+        (99, None, [0, 1, 2, 3, 4]),
+        (None, 0.3, [0]),
+        (None, 0.41, [0, 2]),
+        (None, 0.71, [0, 2, 3]),
+        (None, 1e-9, [0]),
+        (None, 1.0, [0, 1, 2, 3, 4]),
+        (2, 0.55, [0]),  # of what top_k leaves, the first has 4/7 = 0.571
+        (2, 0.6, [0, 2]),
+    ],
+)
+def test_filters_keep_the_right_tokens(top_k, top_p, kept):
+    out = filtered(LOGITS, top_k, top_p)
+    assert np.flatnonzero(np.isfinite(out[0])).tolist() == kept
+    assert jnp.array_equal(out[0, jnp.asarray(kept)], LOGITS[0, jnp.asarray(kept)])
+
+
+@pytest.mark.parametrize("settings", [(5, 0.7), (3, 0.9), (40, 0.35), (2, 1.0)])
+def test_filters_equal_transformers(settings):
+    import torch
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    top_k, top_p = settings
+    logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 2
+    theirs = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, torch.tensor(logits)))
+    assert np.array_equal(np.isfinite(filtered(jnp.asarray(logits), top_k, top_p)), np.isfinite(theirs.numpy()))
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
+def test_tokens_are_drawn_with_their_probability(temperature, top_k):
+    count = 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    filters = sampling._Filters(True, top_k)  # noqa: SLF001
+    tokens = choose(jnp.repeat(LOGITS, count, axis=0), keys, filters, temperature, None)
+    p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
+    if top_k:
+        p[np.argsort(p)[:-top_k]] = 0
+    p /= p.sum()
+    found = np.bincount(tokens, minlength=5) / count
+    assert np.abs(found - p).max() < 4 * np.sqrt(0.25 / count)
+    assert (found[p == 0] == 0).all()
+
+
+def test_no_prompts_give_no_texts(models):
+    _, model, params = models("gpt2")
+    assert sample(model, params, [], max_new_tokens=3, eos_id=EOS) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: it must be at least 1"),
+        ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0"),
+        ({"top_k": 0}, "top_k = 0: it must be at least 1"),
+        ({"top_p": 0.0}, "top_p = 0.0: it must be above 0"),
+        ({"prompts": [[5], []]}, "prompt 2 has no tokens"),
+        ({"max_new_tokens": 255}, "the longest prompt and 255 new tokens are 257, the model has 256 positions"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(change, message):
+    settings = {"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 256}
+    model = build(family("gpt2").architecture(settings))
+    options = {"prompts": [[5, 6]], "max_new_tokens": 4, "eos_id": EOS} | change
+    with pytest.raises(UserError, match=message):
+        sample(model, None, options.pop("prompts"), **options)
