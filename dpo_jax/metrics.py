@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import rich.console
 import rich.progress
 
@@ -155,8 +156,8 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
     Raises:
       ValueError: no value has a positive weight.
     """
-    weights = [1.0] * len(values) if weights is None else weights
-    pairs = [(float(x), float(w)) for x, w in zip(values, weights, strict=True) if w > 0]
+    counted = np.ones(len(values)) if weights is None else weights
+    pairs = [(float(x), float(w)) for x, w in zip(values, counted, strict=True) if w > 0]
     if not pairs:
         raise ValueError("the mean of no values")
     total = math.fsum(w for _, w in pairs)
