@@ -114,32 +114,28 @@ def comparisons(options: configs.Data, responses: int) -> tuple[list[Comparison]
     return data.holdout(first, options.eval_fraction)
 
 
-def tables(config: Config, tokenizer: Any, responses: int, say: Callable[[str], None]) -> tuple[Table, Table]:
-    """Returns the training and held-out tables, tokenised once; says what was read, dropped and cut.
+def table_of(config: Config, tokenizer: Any, rows: list[Comparison], what: str, say: Callable[[str], None]) -> Table:
+    """Returns comparisons as a table, tokenised once; says what was read, dropped and cut.
 
     Raises:
-      UserError: nothing is left of one of them.
+      UserError: nothing is left.
     """
-    options, out = config.data, []
-    train, held_out = comparisons(options, responses)
-    pairs = {"training": train, "held-out": held_out}
-    for what, rows in pairs.items():
-        table, report = cached_encode(
-            rows,
-            tokenizer,
-            cache_folder() / "tokens",
-            max_length=options.max_length,
-            max_prompt_length=options.max_prompt_length,
-            truncation=options.truncation,
-            degenerate=options.degenerate,
-            add_bos=options.add_bos,
-        )
-        for line in report.lines():
-            say(f"{what} data: {line}")
-        if not len(table):
-            raise UserError(f"{what} data: no comparison is left; look at data.path and data.eval_fraction")
-        out.append(table)
-    return out[0], out[1]
+    options = config.data
+    if not rows:
+        raise UserError(f"{what} data: there is none; look at data.path and data.eval_fraction")
+    table, report = cached_encode(
+        rows,
+        tokenizer,
+        cache_folder() / "tokens",
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length,
+        truncation=options.truncation,
+        degenerate=options.degenerate,
+        add_bos=options.add_bos,
+    )
+    for line in report.lines():
+        say(f"{what} data: {line}")
+    return table
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any, add_bos: bool) -> list[list[int]]:
@@ -243,8 +239,10 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
     heard: list[str] = []
-    train, held_out = tables(config, tokenizer, loss.responses, lambda line: (heard.append(line), say(line))[1])
-    held_out = first_rows(held_out, config.data.eval_examples)
+    hear = lambda line: (heard.append(line), say(line))  # noqa: E731 - said now, and kept for the report
+    rows = comparisons(config.data, loss.responses)
+    train = table_of(config, tokenizer, rows[0], "training", hear)
+    held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)
     folder = claim_folder(config)
     (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]

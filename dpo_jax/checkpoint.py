@@ -64,7 +64,7 @@ class Checkpoints:
           read_only: touch nothing, for a reader beside a run that may still be going on.
         """
         self.folder, self.read_only = folder.absolute(), read_only
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        logging.getLogger("absl").setLevel(logging.ERROR)
         writer = {} if read_only else {"max_to_keep": keep, "cleanup_tmp_directories": True}
         options = ocp.CheckpointManagerOptions(create=not read_only, read_only=read_only, **writer)
         self.manager = ocp.CheckpointManager(self.folder, options=options)

@@ -95,7 +95,8 @@ def eval_command(argv: list[str]) -> None:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    _, held_out = assemble.tables(settings, tokenizer, loss.responses, _say)
+    _, rows = assemble.comparisons(settings.data, loss.responses)
+    held_out = assemble.table_of(settings, tokenizer, rows, "held-out", _say)
     models = {"policy": _policy(path, settings, loaded)}
     if loss.uses_reference:
         models["reference"] = assemble.frozen_of(settings, loaded)[0]

@@ -264,6 +264,7 @@ def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenise
     moved = [row._replace(where="elsewhere:1") for row in rows]
     same = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     again, again_report = cached_encode(moved, same, cache, **OPTIONS)
+    cached_encode(rows, tokenizer, cache, **OPTIONS)
     assert len(tokenised) == 1
     assert isinstance(again.ids, np.memmap)
     assert (again.full_digest, again_report) == (plain.full_digest, plain_report)
