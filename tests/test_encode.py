@@ -183,6 +183,7 @@ def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
     assert table.weights.tolist() == [0.5]
     table, report = run(comparisons, tokenizer, degenerate="keep")
     assert (report.kept, report.empty_kept, report.identical_kept, report.empty_dropped) == (5, 3, 1, 0)
+    assert report.identical_after_truncation == 0  # it is for those that a cut has made so
     assert lists(table[1]) == [[1], [EOS], [2, EOS]]
     assert "3 kept, with an empty response" in report.lines()
     alone = [Comparison("w1", ("w2",)), Comparison("w1", ("",))]

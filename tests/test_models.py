@@ -308,6 +308,14 @@ def test_what_is_not_supported_is_refused_by_key(kind, base, change, message):
         module.architecture({**base, **change})
 
 
+@pytest.mark.parametrize(("kind", "config"), [("llama", LLAMA), ("gpt2", GPT2), ("gpt_neox", NEOX)])
+def test_settings_that_are_left_out_have_transformers_defaults(kind, config):
+    from transformers import AutoConfig
+
+    full = AutoConfig.for_model(kind, **config).to_dict()
+    assert family(kind).architecture(config) == family(kind).architecture(full)
+
+
 def test_both_spellings_of_rotary_settings_mean_the_same():
     old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
     new = family("gpt_neox").architecture(

@@ -99,6 +99,13 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
 
+def test_every_token_is_drawn_anew(models):
+    _, model, params = models("gpt2")
+    uniform = jax.tree.map(jnp.zeros_like, params)
+    (out,) = sample(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
+    assert len(set(out.tolist())) > NEW / 2
+
+
 def test_a_shape_is_compiled_once(models):
     _, model, params = models("gpt2")
     options = {"max_new_tokens": 5, "eos_id": EOS, "batch_size": 2}
