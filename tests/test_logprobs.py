@@ -1,8 +1,8 @@
 """Packed rows with a shared prompt against transformers' torch models on real text."""
 
-import originals
 import jax
 import numpy as np
+import originals
 import pytest
 import torch
 from transformers import AutoTokenizer

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-import originals
 import jax
 import numpy as np
+import originals
 import pytest
 import torch
 
