@@ -88,7 +88,7 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
       UserError: neither or both are named; the tokenizer has more ids than the vocabulary.
     """
     if bool(options.path) == bool(options.config):
-        raise UserError("model: give model.path (weights to start from) or model.config (a config.json, random weights)")
+        raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
     params = None
     if options.path:
         architecture, hf_config, params = hf.load(model_folder(options.path))
@@ -223,7 +223,7 @@ def check(config: Config) -> None:
         if getattr(config, key) < 1:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")
     if config.keep < 2:
-        raise UserError(f"keep: {config.keep}: keep at least 2 checkpoints, so that one is left if the newest is damaged")
+        raise UserError(f"keep: {config.keep}: at least 2 checkpoints, so that one is left if the newest is damaged")
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
 
@@ -239,7 +239,11 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
     heard: list[str] = []
-    hear = lambda line: (heard.append(line), say(line))  # noqa: E731 - said now, and kept for the report
+
+    def hear(line: str) -> None:  # said now, and kept for the report
+        heard.append(line)
+        say(line)
+
     rows = comparisons(config.data, loss.responses)
     train = table_of(config, tokenizer, rows[0], "training", hear)
     held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)

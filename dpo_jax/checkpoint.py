@@ -7,6 +7,7 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -98,7 +99,8 @@ class Checkpoints:
         for step in sorted((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), reverse=True):
             why = problem(self.folder / str(step))
             if not why:
-                return self.manager.restore(step, args=ocp.args.StandardRestore(like))
+                restored: Any = self.manager.restore(step, args=ocp.args.StandardRestore(like))
+                return restored
             self._set_aside(step, why)
         return None
 

@@ -220,7 +220,8 @@ def pairs_command(argv: list[str]) -> None:
             own = answers[i * settings.completions : (i + 1) * settings.completions]
             scores = [score(prompt, a) for a in own]
             for chosen, rejected in rewards.label(prompt, own, scores, settings.label, settings.seed):
-                f.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False) + "\n")
+                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
     _say(f"{count} pairs from {len(texts)} prompts with {settings.completions} completions each: {out}")
 

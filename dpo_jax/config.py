@@ -300,7 +300,7 @@ def parse(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str, va
     if written and not any(key == "help" for key, _ in given):
         _parse(_with_variants(kind, written, variants or {}), written, f"{file}: ", prog)
     # A key given again replaces the earlier one, lists included; options of another variant of the file do not apply.
-    last = {key: values for key, values in [*written, *given]}
+    last = dict([*written, *given])
     renamed = [s for s in variants or {} if dict(written).get(f"{s}.name") != last.get(f"{s}.name")]
     for section in renamed:
         stale = {k for k, _ in written if k.startswith(f"{section}.")} - {k for k, _ in given} - set(_keys(full))

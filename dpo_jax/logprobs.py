@@ -107,7 +107,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) 
     chunks = -(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
     scored = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    logps = token_logps(scored, model.head(params), target, chunks.astype(jnp.int32), size)
+    logps: Array = token_logps(scored, model.head(params), target, chunks.astype(jnp.int32), size)
     # Padding goes to one more segment, which is cut off.
     segment = jnp.where(slot >= 0, slot, groups * responses)
     add = jax.vmap(partial(jax.ops.segment_sum, num_segments=groups * responses + 1))

@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
     put: Callable
     step: Callable
     like: TrainState
-    fill: Callable[[Batch], Batch] | None
+    fill: Callable[[Batch, int], Batch] | None
     column: np.ndarray | None
     evaluator: evaluate.Evaluator
     reference_samples: list[str] | None
@@ -252,28 +252,35 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
     prepared = prepare(run, say)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
     try:
-        state = checkpoints.restore(prepared.like)
-        start = 0 if state is None else int(state.step)
-        truncate(run.folder / "metrics.jsonl", start if state is not None else -1)
-        truncate(run.folder / "samples.jsonl", start if state is not None else -1)
-        if state is not None:
-            say(f"resuming at step {start} of {prepared.total_steps}")
-        state = _steps(run, prepared, checkpoints, state, start)
+        with _terminated() as asked:
+            state = _steps(run, prepared, checkpoints, _begin(run, prepared, checkpoints, say), asked)
     finally:
         checkpoints.close()
     run.export(jax.device_get(state.params), run.folder / "model")
     return run.folder / "model"
 
 
-def _steps(run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState | None, start: int) -> TrainState:
-    """Returns the state after the last step."""
-    config, total = run.config, prepared.total_steps
+def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
+    """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
+    state = checkpoints.restore(prepared.like)
+    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
+        truncate(run.folder / name, -1 if state is None else int(state.step))
+    if state is None:
+        state = _first_state(run, prepared)
+        _evaluate(run, prepared, state)
+    else:
+        say(f"resuming at step {int(state.step)} of {prepared.total_steps}")
+    return state
+
+
+def _steps(
+    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: list[int]
+) -> TrainState:
+    """Returns the state after the last step; ends the process after a step during which it was asked to end."""
+    config, total, start = run.config, prepared.total_steps, int(state.step)
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
-    with _terminated() as asked, Progress(total, config.batch_size) as progress:
+    with Progress(total, config.batch_size) as progress:
         log = _Log(run, progress)
-        if state is None:
-            state = _first_state(run, prepared)
-            _evaluate(run, prepared, state)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(batch, count)

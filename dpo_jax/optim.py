@@ -21,12 +21,12 @@ def warm_up(learning_rate: float, steps: int) -> Callable[[Array], Array]:
 def clip(max_norm: float) -> optax.GradientTransformation:
     """Returns gradient clipping by global norm as `torch.nn.utils.clip_grad_norm_`: g * min(1, max / (norm + 1e-6))."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def clipped(updates: Any, params: Any = None) -> Any:
         del params
-        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(grads) + 1e-6))
-        return jax.tree.map(lambda g: g * factor, grads), state
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, updates)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(clipped)
 
 
 def rmsprop(

@@ -105,13 +105,14 @@ def test_reward_metrics_are_trls_with_ties_half_right():
 
 def test_likelihood_metrics():
     metrics = losses.build("sft").metrics(logps((-8.0,)))
-    assert {k: float(v[0]) for k, v in metrics.items()} == pytest.approx({"loss": 8.0, "logps/chosen": -8.0, "nll": 1.6})
+    expected = {"loss": 8.0, "logps/chosen": -8.0, "nll": 1.6}
+    assert {k: float(v[0]) for k, v in metrics.items()} == pytest.approx(expected)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="unknown loss 'dop'; known: dpo, sft"):
         losses.build("dop")
-    with pytest.raises(UserError, match="loss dpo: .*'betta'.*its parameters"):
+    with pytest.raises(UserError, match=r"loss dpo: .*'betta'.*its parameters"):
         losses.build("dpo", betta=0.1)
     with pytest.raises(ValueError, match="registered twice"):
         register(responses=2, uses_reference=True)(REGISTRY["dpo"].function)
