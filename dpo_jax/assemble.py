@@ -181,6 +181,12 @@ def first_rows(table: Table, count: int | None) -> Table:
     return table if count is None else table.take(np.arange(min(count, len(table))))
 
 
+def decoded(tokenizer: Any, rows: Sequence[Any]) -> list[str]:
+    """Returns ids as texts, without special tokens; the EOS of some tokenizers is none, so it is cut off by its id."""
+    ids = [list(row)[:-1] if len(row) and row[-1] == tokenizer.eos_token_id else list(row) for row in rows]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
 def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) -> Callable[[Any], list[str]]:
     """Returns `params -> completions as text` of tokenised prompts, drawn as the config says."""
     options = config.samples
@@ -195,7 +201,7 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
         eos_id=tokenizer.eos_token_id,
         seed=config.seed,
     )
-    return lambda params: tokenizer.batch_decode(draw(params), skip_special_tokens=True)
+    return lambda params: decoded(tokenizer, draw(params))
 
 
 def claim_folder(config: Config) -> Path:
@@ -261,7 +267,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         train=train,
         held_out=held_out,
         complete=completer(config, loaded.model, tokenizer, prompts) if prompts else None,
-        prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True),
+        prompts=decoded(tokenizer, prompts),
         export=lambda params, out: hf.save(out, params, loaded.hf_config, tokenizer),
     )
 

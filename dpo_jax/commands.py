@@ -120,8 +120,8 @@ def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table:
     options = dataclasses.asdict(settings.samples)
     del options["prompts"]
     completions = evaluate.complete(judge, prompts, eos_id=tokenizer.eos_token_id, seed=settings.seed, **options)
-    texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    written = {k: tokenizer.batch_decode(c, skip_special_tokens=True) for k, c in completions.items()}
+    texts = assemble.decoded(tokenizer, prompts)
+    written = {k: assemble.decoded(tokenizer, c) for k, c in completions.items()}
     found = {}
     if "reference" in completions:
         found["kl(policy || reference)"] = evaluate.interval(evaluate.kl(judge, prompts, completions["policy"]))
@@ -145,7 +145,7 @@ def _print_samples(shown: list[tuple[str, ...]], names: list[str]) -> None:
     if shown:
         grid = Grid("prompt", *names, show_lines=True)
         for row in shown:
-            grid.add_row(*(repr(text)[1:-1] for text in row))
+            grid.add_row(*(text.replace("\n", " / ") for text in row))
         Console().print(grid)
 
 
@@ -213,16 +213,20 @@ def pairs_command(argv: list[str]) -> None:
     repeated = [p for p in ids for _ in range(settings.completions)]
     options = {name: getattr(settings, name) for name in names}
     answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
-    answers = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    count = 0
+    answers = assemble.decoded(tokenizer, answers)
+    count = spelled = 0
     with assemble.written(out) as f:
         for i, prompt in enumerate(texts):
-            own = answers[i * settings.completions : (i + 1) * settings.completions]
+            drawn = answers[i * settings.completions : (i + 1) * settings.completions]
+            own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
+            spelled += len(drawn) - len(own)
             scores = [score(prompt, a) for a in own]
             for chosen, rejected in rewards.label(prompt, own, scores, settings.label, settings.seed):
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
+    if spelled:
+        _say(f"{spelled} completions left out, whose text spells {tokenizer.eos_token!r}")
     _say(f"{count} pairs from {len(texts)} prompts with {settings.completions} completions each: {out}")
 
 

@@ -295,3 +295,14 @@ def test_a_tokenizer_that_cannot_be_used(folders, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"the tokenizer has no eos_token; set it in tokenizer_config.json"):
         hf.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_file_is_read_as_it_is(shared, tmp_path):
+    """The class of this folder's tokenizer would put a prefix before every text, which the model never saw."""
+    file = shared / "models/tinystories-656k/tokenizer_noprefix.json"
+    tokenizer = hf.load_tokenizer(file)
+    ids = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[0] == "On"
+    assert tokenizer.eos_token == "<|end_story|>"
+    tokenizer.save_pretrained(tmp_path)
+    assert hf.load_tokenizer(tmp_path)("Once upon a time", add_special_tokens=False)["input_ids"] == ids

@@ -119,11 +119,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     """Returns the tokenizer of a model folder or of a model on the Hugging Face hub; no remote code is run.
 
     Args:
-      folder: a local folder, or `name` or `owner/name` on the hub.
+      folder: a local folder, a tokenizer's json file in one (read as it is, with the folder's special tokens), or
+        `name` or `owner/name` on the hub.
 
     Raises:
       UserError: there is none, or it has no end-of-sequence token.
     """
+    if Path(folder).suffix == ".json" and Path(folder).is_file():
+        return _tokenizer_file(Path(folder))
     from transformers import AutoTokenizer  # here, since it takes seconds to import
 
     name = str(folder)
@@ -140,6 +143,15 @@ def load_tokenizer(folder: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
     return tokenizer
+
+
+def _tokenizer_file(file: Path) -> Any:
+    """Returns the tokenizer that one json file describes; the class of the folder's own might rebuild it otherwise."""
+    from transformers import PreTrainedTokenizerFast
+
+    base = load_tokenizer(file.parent)
+    names = {f"{k}_token": getattr(base, f"{k}_token") for k in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v is not None})
 
 
 def _write_configs(folder: Path, hf_config: Config, tokenizer: Any) -> None:
