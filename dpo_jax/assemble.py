@@ -16,6 +16,7 @@ from dpo_jax import config as configs
 from dpo_jax import data, losses, models, optim
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
+from dpo_jax.data import synthetic
 from dpo_jax.data.encode import cached_encode
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
@@ -72,13 +73,15 @@ def model_folder(path: str) -> Path:
     return Path(path) / "model"
 
 
-def tokenizer_of(name: str) -> Any:
-    """Returns a tokenizer: a folder's, a hub id's, or that of the synthetic world."""
+def tokenizer_of(options: configs.Model) -> Any:
+    """Returns a tokenizer: that named (a folder's, a hub id's, or that of the synthetic world), or the model's own."""
+    name = options.tokenizer
     if name == "synthetic":
-        from dpo_jax.data import synthetic
-
         return synthetic.tokenizer()
-    return hf.load_tokenizer(model_folder(name) if Path(name).is_dir() else name)
+    if not name and not options.path:
+        raise UserError("model.tokenizer: name one; a config.json has none of its own")
+    local = not name or Path(name).is_dir()
+    return hf.load_tokenizer(model_folder(name or options.path) if local else name)
 
 
 def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
@@ -239,7 +242,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     check(config)
     loss = losses.build(**config.loss)
     optim.build(**config.optim)
-    tokenizer = tokenizer_of(config.model.tokenizer or config.model.path)
+    tokenizer = tokenizer_of(config.model)
     loaded = load_model(config.model, tokenizer, config.seed)
     limit = loaded.model.architecture.max_positions
     if config.data.max_length > limit:

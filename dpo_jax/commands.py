@@ -93,7 +93,7 @@ def eval_command(argv: list[str]) -> None:
     loss = losses.build(**settings.loss)
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
-    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     _, rows = assemble.comparisons(settings.data, loss.responses)
     held_out = assemble.table_of(settings, tokenizer, rows, "held-out", _say)
@@ -163,7 +163,7 @@ def sample_command(argv: list[str]) -> None:
     settings = _settings(path, rest, Sampling, "sample")
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
-    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     models = {"policy": _policy(path, settings, loaded)}
     if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
@@ -203,8 +203,9 @@ def pairs_command(argv: list[str]) -> None:
     settings = config.parse(Pairs, None, rest, prog="dpo-jax pairs RUN_OR_MODEL OUT.jsonl")
     score = rewards.get(settings.reward)
     folder = str(assemble.model_folder(path))
-    tokenizer = assemble.tokenizer_of(settings.tokenizer or folder)
-    loaded = assemble.load_model(config.Model(path=folder), tokenizer, settings.seed)
+    model = config.Model(path=folder, tokenizer=settings.tokenizer)
+    tokenizer = assemble.tokenizer_of(model)
+    loaded = assemble.load_model(model, tokenizer, settings.seed)
     source = settings.data
     rows = data.load(source.name, source.path, source.split, 0)
     texts = list(dict.fromkeys(r.prompt for r in rows))[: settings.prompts]
@@ -236,7 +237,7 @@ def export_command(argv: list[str]) -> None:
     if not assemble.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
-    tokenizer = assemble.tokenizer_of(settings.model.tokenizer or settings.model.path)
+    tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
     _say(f"wrote {out}, which transformers loads with from_pretrained")

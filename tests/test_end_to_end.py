@@ -76,6 +76,14 @@ def assert_same_run(a, b):
     assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
 
 
+def assert_same_to_rounding(a, b):
+    """The same metrics; where margins are 0 but for rounding, at the start, accuracy is a matter of chance."""
+    for ours, theirs in zip(lines(a), lines(b), strict=True):
+        names = [k for k in ours if ours["step"] > 1 or "accuracies" not in k]
+        expected = {k: theirs[k] for k in names}
+        assert {k: ours[k] for k in names} == pytest.approx(expected, rel=2e-3, abs=2e-4), b
+
+
 def test_a_run_folder_holds_what_it_says(world):
     run = world / "runs/dpo"
     rows = lines(run)
@@ -126,6 +134,7 @@ def test_killed_and_run_again_ends_the_same(world):
     assert_same_run(world / "runs/dpo", other)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_zero(world):
     other = world / "runs/ended"
     process = command("train", "dpo.yaml", "--run", "runs/ended", cwd=world, cache=world / "cache")
@@ -142,6 +151,7 @@ def test_sigterm_saves_and_exits_zero(world):
     assert_same_run(world / "runs/dpo", other)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(world):
     """One flipped byte in the newest; an empty folder that looks newer still."""
     other = world / "runs/damaged"
@@ -162,15 +172,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(world):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_online_reference_gives_the_same_run(world):
     """Just in time or from the cache: the same losses to rounding."""
     args = ("train", "dpo.yaml", "--run", "runs/online", "--reference.mode", "online")
     code, _, err = finish(command(*args, cwd=world, cache=world / "cache"))
     assert code == 0, err
-    for a, b in zip(lines(world / "runs/dpo"), lines(world / "runs/online"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert_same_to_rounding(world / "runs/dpo", world / "runs/online")
 
 
+@pytest.mark.slow
 def test_other_runs_hit_the_reference_cache(world):
     """Changing beta, learning rate and run folder does; another compute dtype does not."""
     args = ("train", "dpo.yaml", "--max-steps", "1")
@@ -185,9 +196,9 @@ def test_other_runs_hit_the_reference_cache(world):
     assert lines(world / "runs/bf16")[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_the_trajectory(world):
     """One device, and four in three layouts."""
-    expected = lines(world / "runs/dpo")
     for i, mesh in enumerate(["1 1 1", "4 1 1", "1 4 1", "2 1 2"]):
         data, fsdp, tensor = mesh.split()
         env_devices = {"1 1 1": 1}.get(mesh, 4)
@@ -199,8 +210,7 @@ def test_devices_do_not_change_the_trajectory(world):
                  "XLA_FLAGS": f"--xla_force_host_platform_device_count={env_devices}"},
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
-        for a, b in zip(expected, lines(world / f"runs/mesh{i}"), strict=True):
-            assert a == pytest.approx(b, rel=2e-3, abs=2e-4), mesh
+        assert_same_to_rounding(world / "runs/dpo", world / f"runs/mesh{i}")
 
 
 def test_eval_sample_export_report(world):

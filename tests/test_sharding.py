@@ -45,7 +45,10 @@ def test_rows_are_split_over_data_and_fsdp():
     assert tuple(sharding.of_batch(mesh).spec) == (None, ("data", "fsdp"))
 
 
-@pytest.mark.parametrize(("sizes", "message"), [((3, 1, 1), "does not multiply to the 4"), ((-1, -1, 1), "one may be -1")])
+BAD = [((3, 1, 1), "does not multiply to the 4"), ((-1, -1, 1), "one may be -1")]
+
+
+@pytest.mark.parametrize(("sizes", "message"), BAD)
 def test_meshes_that_cannot_be(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(*sizes)
