@@ -1,0 +1,62 @@
+"""Evaluation: the KL of a policy from its reference against the sum over all responses, and intervals."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import evaluate, losses, models
+from dpo_jax.data.table import Table
+from dpo_jax.records import Tokens
+
+VOCAB, EOS = 5, 4
+
+
+@pytest.fixture(scope="module")
+def judge():
+    config = {
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "initializer_range": 0.5, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = models.build(models.family("llama").architecture(config))
+    policy, reference = (jax.jit(model.init)(jax.random.key(i)) for i in (0, 1))
+    return evaluate.Judge(model, losses.build("dpo"), {"policy": policy, "reference": reference}, 64, 16)
+
+
+def test_kl_of_samples_estimates_the_exact_one(judge):
+    """Responses of at most two tokens can be counted out: KL is a sum over all of them."""
+    prompt = np.array([1, 2], np.int32)
+    ends = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if r[0] != EOS]
+    table = Table.of(Tokens(prompt, (np.array(r, np.int32),)) for r in ends)
+    policy, reference = (evaluate.logps(judge, who, table)[:, 0] for who in ("policy", "reference"))
+    assert np.exp(policy).sum() == pytest.approx(1, abs=1e-5)
+    exact = float((np.exp(policy) * (policy - reference)).sum())
+    prompts = [prompt] * 1500
+    drawn = evaluate.complete(judge, prompts, max_new_tokens=2, eos_id=EOS, seed=0)["policy"]
+    estimate = evaluate.interval(evaluate.kl(judge, prompts, drawn))
+    assert exact > 0.3
+    assert estimate["low"] - 0.02 < exact < estimate["high"] + 0.02
+    assert estimate["high"] - estimate["low"] < 0.5 * exact
+
+
+def test_metrics_of_held_out_data_are_those_of_the_loss(judge):
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(0, VOCAB - 1, n).astype(np.int32)  # noqa: E731 - shortest here
+    table = Table.of(Tokens(ids(3), (ids(2), ids(4))) for _ in range(70))  # more than a batch
+    found = evaluate.held_out(judge, table)
+    margin = sum(s * evaluate.logps(judge, w, table) for s, w in ((1, "policy"), (-1, "reference"))) @ [1, -1]
+    np.testing.assert_allclose(found["loss"], np.log1p(np.exp(-0.1 * margin)), atol=1e-5)
+    summary = evaluate.summary(found)
+    assert summary["eval_rewards/accuracies"]["mean"] == pytest.approx((margin > 0).mean())
+    assert 0 < summary["eval_rewards/accuracies"]["low"] < summary["eval_rewards/accuracies"]["high"] < 1
+    assert summary["eval_loss"]["high"] - summary["eval_loss"]["mean"] == pytest.approx(
+        1.959964 * found["loss"].std(ddof=1) / math.sqrt(70), rel=1e-4
+    )
+
+
+def test_distinct_prompts():
+    rows = [Tokens(np.array(p, np.int32), (np.array([1], np.int32),)) for p in ([1], [2, 3], [1], [3], [4])]
+    assert [p.tolist() for p in evaluate.distinct_prompts(Table.of(rows), 3)] == [[1], [2, 3], [3]]

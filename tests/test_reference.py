@@ -1,0 +1,46 @@
+"""The reference column: what its key sees, and what a damaged file does."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import reference
+from dpo_jax.data.table import Table
+from dpo_jax.records import Tokens
+
+
+def table(token=3, weight=1.0):
+    return Table.of([Tokens(np.array([1, 2]), (np.array([token, 0]), np.array([4, 0])), weight)])
+
+
+def test_the_key_sees_tokens_weights_and_dtype_and_nothing_else():
+    key = reference.key(table(), "weights", "float32")
+    assert key == reference.key(table(weight=0.5), "weights", "float32")  # the comparison's weight is not the model's
+    assert key != reference.key(table(token=5), "weights", "float32")
+    assert key != reference.key(table(), "other", "float32")
+    assert key != reference.key(table(), "weights", "bfloat16")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None, "other shape", "not finite"])
+def test_a_column_is_computed_once_and_again_when_damaged(tmp_path, content, capsys):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return np.full((3, 2), -7.0, np.float32)
+
+    values, hit = reference.cached(tmp_path / "made", "key", compute, (3, 2))
+    assert not hit
+    np.testing.assert_array_equal(values, -7.0)
+    assert reference.cached(tmp_path / "made", "key", compute, (3, 2))[1]
+    assert len(calls) == 1
+    file = tmp_path / "made/key.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is None:
+        file.write_bytes(file.read_bytes()[:-3])
+    else:
+        np.save(file, np.full((2, 2), 1.0) if content == "other shape" else np.full((3, 2), np.nan))
+    values, hit = reference.cached(tmp_path / "made", "key", compute, (3, 2))
+    assert (hit, len(calls)) == (False, 2)
+    assert "damaged, computed again" in capsys.readouterr().out
+    np.testing.assert_array_equal(values, -7.0)
