@@ -17,6 +17,8 @@ COMMANDS = {
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 
+PLAIN = ("export", "report")  # commands whose usage says it all
+
 
 def usage() -> str:
     """Returns the overview of commands."""
@@ -37,9 +39,14 @@ def run(argv: Sequence[str]) -> None:
         return
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; {closest(argv[0], list(COMMANDS))}")
+    rest = ["--help" if a == "-h" else a for a in argv[1:]]
+    if "--help" in rest and argv[0] in PLAIN:
+        arguments, what = COMMANDS[argv[0]]
+        print(f"usage: dpo-jax {argv[0]} {arguments}\n\n{what}")
+        return
     from dpo_jax import commands  # imports JAX, which the overview need not wait for
 
-    getattr(commands, f"{argv[0]}_command")(list(argv[1:]))
+    getattr(commands, f"{argv[0]}_command")(rest)
 
 
 def main() -> None:
@@ -50,6 +57,8 @@ def main() -> None:
         run(sys.argv[1:])
     except UserError as e:
         sys.exit(_fail(str(e)))
+    except BrokenPipeError:  # whoever read the output has had enough
+        sys.exit(_fail("", 141))
     except OSError as e:
         reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
         sys.exit(_fail(f"{e.filename or 'writing'}: {reason}; free space or mend the path, then run the command again"))
@@ -58,5 +67,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"dpo-jax: {message}", file=sys.stderr)
+    if message:
+        print(f"dpo-jax: {message}", file=sys.stderr)
     return code

@@ -189,12 +189,17 @@ class Pairs:
     label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
     """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
     max_new_tokens: int = 64
+    """Longest completion."""
     temperature: float = 1.0
+    """0 is greedy."""
     top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
     top_p: float | None = None
+    """Draw from the smallest set of tokens with this probability."""
     batch_size: int = 256
     """Completions sampled at a time."""
     seed: int = 0
+    """Of the samples and the labels."""
 
 
 def pairs_command(argv: list[str]) -> None:
