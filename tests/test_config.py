@@ -90,7 +90,9 @@ def test_difference_names_keys(tmp_path):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_reads(file):
-    config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+    c = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+    assert bool(c.model.path) != bool(c.model.config)
+    assert 0 < c.optim["learning_rate"] < 0.01
 
 
 def test_help_names_every_key(tmp_path, capsys):
