@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import EOS, FAMILIES, folder_of, load_torch, logits_of, shared_model, tokens_of
+from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model, tokens_of
 
 from dpo_jax.models import build, hf
 from dpo_jax.records import UserError
@@ -25,15 +25,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by case, made when first asked for; not to be written to."""
-    made = {}
-
-    def get(case):
-        if case not in made:
-            kind, settings = CASES[case]
-            made[case] = folder_of(kind, tmp_path_factory.mktemp("models") / case, **settings)
-        return made[case]
-
-    return get
+    return folders_of(CASES, tmp_path_factory.mktemp)
 
 
 def copy(folder, to):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, VOCAB, folder_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
+from tiny import FAMILIES, VOCAB, folders_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
 from tiny import whole_rows as whole
 
 from dpo_jax.models import build, families, family, hf
@@ -38,15 +38,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by case, made when first asked for."""
-    made = {}
-
-    def get(case):
-        if case not in made:
-            kind, settings = CASES[case]
-            made[case] = folder_of(kind, tmp_path_factory.mktemp("models") / case.replace(" ", "-"), **settings)
-        return made[case]
-
-    return get
+    return folders_of(CASES, tmp_path_factory.mktemp)
 
 
 def torch_logits_and_gradients(folder, architecture, tokens, weights):

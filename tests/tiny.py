@@ -57,6 +57,19 @@ def folder_of(family: str, folder: Path, **settings) -> Path:
     return folder
 
 
+def folders_of(cases, make_folder):
+    """Returns `case -> model folder`, each made when first asked for; cases are name -> (family, settings)."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            family, settings = cases[case]
+            made[case] = folder_of(family, make_folder("models") / case.replace(" ", "-"), **settings)
+        return made[case]
+
+    return get
+
+
 def load_torch(folder: Path):
     """Returns transformers' float32 model of a folder, and asserts that the file fits it exactly."""
     import torch
