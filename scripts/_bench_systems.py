@@ -8,30 +8,58 @@ import os
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _bench_levers as levers
 import numpy as np
+
+from dpo_jax.data.table import Table
 
 BETA, LEARNING_RATE, CLIP, MAX_LENGTH = 0.1, 1e-6, 1.0, 512
 
 
 class System(NamedTuple):
-    """One way to train: a row of the table."""
+    """One way to train: a row of the table.
+
+    Attributes:
+      name: dpo_jax, TRL or the original; with what is set apart from its defaults or left out.
+      dtype: of activations and products.
+      checkpointing: TRL: recompute activations, its default.
+      precomputed: the reference's log-probs come from a pass before training.
+      grouped: batches of comparisons of like length, which are other batches than everybody else's.
+      without: the lever of `_bench_levers` that is taken away.
+    """
 
     name: str
     dtype: str
     checkpointing: bool = False
+    precomputed: bool = False
+    grouped: bool = False
+    without: str = ""
+
+    @property
+    def family(self) -> str:
+        """Whose it is."""
+        return self.name.split()[0]
 
 
-SYSTEMS = (
-    System("dpo_jax", "float32"),
-    System("TRL", "float32"),
-    System("dpo_jax", "bfloat16"),
-    System("TRL", "bfloat16"),
-    System("TRL defaults", "bfloat16", checkpointing=True),
+SYSTEMS = tuple(
+    System(dtype=dtype, **system)
+    for dtype in ("float32", "bfloat16")
+    for system in (
+        {"name": "dpo_jax"},
+        {"name": "dpo_jax cached", "precomputed": True},
+        {"name": "TRL"},
+        {"name": "TRL defaults", "checkpointing": True},
+        {"name": "TRL cached", "precomputed": True},
+        {"name": "TRL best", "precomputed": True, "grouped": True},
+        {"name": "original"},
+    )
+    # TRL's defaults are bfloat16, the original has float32 only.
+    if (dtype, system["name"]) not in (("float32", "TRL defaults"), ("bfloat16", "original"))
 )
+LEVERED = tuple(System(f"dpo_jax without {name}", "float32", without=name) for name in levers.LEVERS)
 
 
 class Step(NamedTuple):
@@ -44,9 +72,14 @@ class Step(NamedTuple):
     foreign: float = 0.0
 
 
-def order(rows: int, steps: int, batch_size: int) -> np.ndarray:
-    """Returns the rows of every step, int[steps, batch_size]."""
-    return np.random.default_rng(0).permutation(rows)[: steps * batch_size].reshape(steps, batch_size)
+def order(table: Table, steps: int, batch_size: int, grouped: bool = False) -> np.ndarray:
+    """Returns the rows of every step, int[steps, batch_size]: the same ones for all, or those sorted by length."""
+    rows = np.random.default_rng(0).permutation(len(table))[: steps * batch_size]
+    if grouped:
+        longest = (table.prompt_lengths + table.response_lengths.max(axis=1))[rows]
+        batches = rows[np.argsort(-longest, kind="stable")].reshape(steps, batch_size)
+        return np.random.default_rng(1).permutation(batches)
+    return rows.reshape(steps, batch_size)
 
 
 class Pace:
@@ -73,8 +106,10 @@ class Pace:
 
 def peak_rss_mb() -> float:
     """Returns the greatest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there counts what the parent had when it started this process
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace: Pace) -> None:
@@ -82,26 +117,30 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     import jax
 
     from dpo_jax import losses, optim, reference
-    from dpo_jax.data import pack
-    from dpo_jax.data.table import Table
-    from dpo_jax.logprobs import batch_logps
     from dpo_jax.models import build, hf
     from dpo_jax.step import init_state, make_train_step
 
     architecture, _, params = hf.load(folder / "model")
-    logps = partial(batch_logps, build(architecture, compute=system.dtype))
+    remat = "full" if system.without == "kept activations" else "none"
+    logps = levers.logps_of(system.without, build(architecture, compute=system.dtype, remat=remat))
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
     step = jax.jit(make_train_step(logps, losses.build("dpo", beta=BETA), tx), donate_argnums=0)
     column, frozen = reference.make_column(logps), jax.device_put(params)
     state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx))(frozen)  # owns what it donates
     table = Table.open(folder)
-    shape = pack.choose(table, max_length=MAX_LENGTH, batch_size=batch_size)
+    shape = levers.shape_of(system.without, table, MAX_LENGTH, batch_size)
     del params
-    for rows in order(len(table), steps, batch_size):
+
+    def build(rows: np.ndarray) -> tuple[Any, int]:
+        batch, count = levers.build(system.without, table, rows, shape)
+        return jax.device_put(batch), count
+
+    batches = order(table, steps, batch_size)
+    known = [np.asarray(column(frozen, *build(rows))) for rows in batches] if system.precomputed else []
+    for index, rows in enumerate(batches):
         pace.wait()
-        batch, count, _ = pack.build(table, rows, shape)
-        batch = jax.device_put(batch)
-        batch = batch._replace(ref_logps=column(frozen, batch, count))
+        batch, count = build(rows)
+        batch = batch._replace(ref_logps=known[index] if known else column(frozen, batch, count))
         state, metrics = step(state, batch, np.int32(count))
         loss = float(metrics["loss"])
         on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20
@@ -116,10 +155,8 @@ def measure_trl(folder: Path, system: System, steps: int, batch_size: int, pace:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    from dpo_jax.data.table import Table
-
     table = Table.open(folder)
-    chosen = [table[int(i)] for i in order(len(table), steps, batch_size).ravel()]
+    chosen = [table[int(i)] for i in order(table, steps, batch_size, system.grouped).ravel()]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(names, (ids.tolist() for ids in (t.prompt, *t.responses)), strict=True)) for t in chosen]
 
@@ -161,6 +198,49 @@ def measure_trl(folder: Path, system: System, steps: int, batch_size: int, pace:
     trainer.train()
 
 
+def measure_original(folder: Path, system: System, steps: int, batch_size: int, pace: Pace) -> None:
+    """Trains as the original code does: chosen and rejected in one padded batch, and all its logits in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy, frozen = (
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device) for _ in range(2)
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    table = Table.open(folder)
+
+    def logps(model: Any, ids: Any, seen: Any, scored: Any) -> Any:
+        logits = model(ids, attention_mask=seen).logits.float()[:, :-1].log_softmax(-1)
+        return (logits.gather(2, ids[:, 1:, None])[..., 0] * scored[:, 1:]).sum(1)
+
+    for rows in order(table, steps, batch_size):
+        pace.wait()
+        batch = [torch.from_numpy(x).to(device) for x in padded([table[int(i)] for i in rows])]
+        with torch.no_grad():
+            reference = logps(frozen, *batch)
+        chosen, rejected = (logps(policy, *batch) - reference).chunk(2)
+        loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+        optimizer.step()
+        on_device = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+        pace.done(float(loss.detach()), on_device or peak_rss_mb())
+
+
+def padded(comparisons: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids, which are tokens and which are scored, [2B, T]: all the chosen, then all the rejected."""
+    found = [np.concatenate([c.prompt, c.responses[p]]) for p in range(2) for c in comparisons]
+    prompts = np.array([len(c.prompt) for _ in range(2) for c in comparisons])[:, None]
+    lengths = np.array([len(ids) for ids in found])[:, None]
+    ids = np.zeros((len(found), int(lengths.max())), np.int64)
+    for row, one in zip(ids, found, strict=True):
+        row[: len(one)] = one
+    place = np.arange(ids.shape[1])[None]
+    return ids, (place < lengths).astype(np.int64), (place < lengths) & (place >= prompts)
+
+
 def trl_options(folder: Path, system: System, batch_size: int) -> dict[str, Any]:
     """Returns the settings of TRL that make its work ours; all others keep their defaults."""
     return {
@@ -172,7 +252,7 @@ def trl_options(folder: Path, system: System, batch_size: int) -> dict[str, Any]
         "per_device_train_batch_size": batch_size,
         "num_train_epochs": 1,
         "max_length": MAX_LENGTH,
-        "precompute_ref_log_probs": False,
+        "precompute_ref_log_probs": system.precomputed,
         "bf16": system.dtype == "bfloat16",
         "gradient_checkpointing": system.checkpointing,
         "logging_steps": 1,
@@ -184,5 +264,6 @@ def trl_options(folder: Path, system: System, batch_size: int) -> dict[str, Any]
 
 if __name__ == "__main__":
     index, folder, steps, batch_size = sys.argv[1:]
-    work = measure_ours if SYSTEMS[int(index)].name == "dpo_jax" else measure_trl
-    work(Path(folder), SYSTEMS[int(index)], int(steps), int(batch_size), Pace())
+    chosen = (*SYSTEMS, *LEVERED)[int(index)]
+    work = {"dpo_jax": measure_ours, "TRL": measure_trl, "original": measure_original}[chosen.family]
+    work(Path(folder), chosen, int(steps), int(batch_size), Pace())

@@ -1,0 +1,66 @@
+"""What a step has to compute, and how fast the machine multiplies: the yardsticks of scripts/bench."""
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+# The step's forward passes: the backward pass costs two, and the reference is one more.
+POLICY_PASSES, REFERENCE_PASSES = 3, 1
+
+
+def matmul_parameters(config: dict[str, Any]) -> int:
+    """Returns how many weights of a llama, gpt2 or gpt_neox multiply every token, embedding and head apart."""
+    width = config.get("hidden_size") or config["n_embd"]
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    inner = config.get("intermediate_size") or config.get("n_inner") or 4 * width
+    heads = config.get("num_attention_heads") or config["n_head"]
+    shared = config.get("num_key_value_heads") or heads
+    attention = 2 * width * width + 2 * width * width * shared // heads
+    gated = 3 if config["model_type"] == "llama" else 2
+    return layers * (attention + gated * width * inner)
+
+
+def useful_flops(config: dict[str, Any], prompt: Any, responses: Any, passes: int) -> float:
+    """Returns the floating-point operations that a batch needs: every prompt once, no score of a masked pair.
+
+    Args:
+      config: the model's config.json.
+      prompt: int[B], tokens of each prompt.
+      responses: int[B, P], tokens of each response; its last token is predicted and never read.
+      passes: forward passes, a backward pass counted as two.
+    """
+    width = config.get("hidden_size") or config["n_embd"]
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    prompt, responses = np.asarray(prompt, float), np.asarray(responses, float)
+    read = responses - 1
+    tokens = prompt.sum() + read.sum()
+    seen = (prompt * (prompt + 1) / 2).sum() + (read * (read + 1) / 2 + read * prompt[:, None]).sum()
+    head = 2 * width * config["vocab_size"] * responses.sum()
+    return passes * (2 * matmul_parameters(config) * tokens + 4 * width * layers * seen + head)
+
+
+def matmul_peak(dtype: str, seconds: float = 4.0) -> dict[str, float]:
+    """Returns floating-point operations a second of JAX's products in the shapes of a large layer: best and median."""
+    import jax
+    import jax.numpy as jnp
+
+    shapes = [(2048, 2048, 2048), (4096, 768, 3072), (1024, 768, 50257)]
+    if jax.default_backend() != "cpu":
+        shapes = [(8192, 8192, 8192), (16384, 4096, 16384)]
+
+    @jax.jit
+    def product(a: Any, b: Any) -> Any:
+        return jnp.einsum("mk,nk->mn", a, b, preferred_element_type=jnp.float32)
+
+    rates = []
+    for m, k, n in shapes:
+        a, b = (jnp.ones(shape, dtype) for shape in ((m, k), (n, k)))
+        product(a, b).block_until_ready()
+        end = time.perf_counter() + seconds / len(shapes)
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            product(a, b).block_until_ready()
+            rates.append(2.0 * m * k * n / (time.perf_counter() - start))
+    return {"best": max(rates), "median": statistics.median(rates)}
