@@ -44,8 +44,9 @@ def run(argv: Sequence[str]) -> None:
         arguments, what = COMMANDS[argv[0]]
         print(f"usage: dpo-jax {argv[0]} {arguments}\n\n{what}")
         return
-    from dpo_jax import commands  # imports JAX, which the overview need not wait for
+    from dpo_jax import assemble, commands  # these import JAX, which the overview need not wait for
 
+    assemble.keep_compiled()
     getattr(commands, f"{argv[0]}_command")(rest)
 
 
