@@ -17,7 +17,15 @@ def logps(policy, reference=None, lengths=None):
     policy = jnp.array([policy], jnp.float32)
     reference = jnp.zeros_like(policy) if reference is None else jnp.array([reference], jnp.float32)
     lengths = jnp.full_like(policy, 5.0) if lengths is None else jnp.array([lengths], jnp.float32)
-    return Logps(policy, reference, lengths, jnp.ones_like(policy, bool), jnp.ones(1))
+    return full(policy, reference, lengths)
+
+
+def full(policy, reference, lengths):
+    """Comparisons of which all are present, with hard labels and no scores."""
+    ones = jnp.ones(len(policy))
+    return Logps(
+        policy, reference, lengths, jnp.ones_like(policy, bool), ones, ones, jnp.zeros_like(policy), jnp.zeros(())
+    )
 
 
 def softplus(x):
@@ -54,14 +62,14 @@ def test_contract(name):
     loss = losses.build(name)
     p = loss.responses
     policy = jnp.array([[-1e4, 0.0], [0.0, -1e4], [-30.0, -20.0]], jnp.float32)[:, :p]
-    lp = Logps(policy, jnp.zeros_like(policy), jnp.full_like(policy, 7.0), jnp.ones_like(policy, bool), jnp.ones(3))
+    lp = full(policy, jnp.zeros_like(policy), jnp.full_like(policy, 7.0))
     value, pull = jax.vjp(lambda x: loss.values(lp._replace(policy=x)), policy)
     assert value.shape == (3,)
     assert value.dtype == jnp.float32
     assert np.isfinite(value).all()
     assert np.isfinite(pull(jnp.ones(3))[0]).all()
     order = jnp.array([2, 0, 1])
-    shuffled = jax.tree.map(lambda x: x[order], lp)
+    shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, lp)
     np.testing.assert_array_equal(loss.values(shuffled), value[order])
 
 
@@ -85,9 +93,8 @@ def test_pairwise_losses_refuse_other_numbers_of_responses():
 
 
 def test_reward_metrics_are_trls_with_ties_half_right():
-    lp = jax.tree.map(
-        lambda *x: jnp.concatenate(x), logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
-    )
+    three = logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
+    lp = jax.tree.map(lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], *three)
     metrics = losses.build("dpo", beta=0.5).metrics(lp)
     expected = {
         "rewards/chosen": [1.0, -0.5, 0.0],
