@@ -16,7 +16,7 @@ from dpo_jax import config as configs
 from dpo_jax import data, losses, models, optim
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
-from dpo_jax.data import synthetic
+from dpo_jax.data import order, synthetic
 from dpo_jax.data.encode import cached_encode
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
@@ -179,8 +179,11 @@ def written(path: str | Path) -> Iterator[IO[str]]:
     temporary.replace(path)
 
 
-def first_rows(table: Table, count: int | None) -> Table:
-    """Returns the first `count` comparisons of a table (None: all)."""
+def evaluated(config: Config, table: Table) -> Table:
+    """Returns the held-out comparisons that training evaluates: the first in the original's order, or as they stand."""
+    count = config.data.eval_examples
+    if config.data.order == "original":
+        return table.take(order.bind("original", table.prompts, 0)(0)[:count])
     return table if count is None else table.take(np.arange(min(count, len(table))))
 
 
@@ -255,7 +258,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
 
     rows = comparisons(config.data, loss.responses)
     train = table_of(config, tokenizer, rows[0], "training", hear)
-    held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)
+    held_out = evaluated(config, table_of(config, tokenizer, rows[1], "held-out", hear))
     folder = claim_folder(config)
     (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]

@@ -55,6 +55,8 @@ class Data:
     """What to do with empty or identical responses."""
     add_bos: bool = False
     """Put the tokenizer's BOS before every prompt (the original never does)."""
+    order: Literal["seeded", "original"] = "seeded"
+    """Rows shuffled by `seed`, or prompts exactly as the original code shuffles them."""
     row_length: int | None = None
     """Tokens in a row; by default chosen from the data."""
     rows: int | None = None

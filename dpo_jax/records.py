@@ -37,11 +37,13 @@ class Tokens(NamedTuple):
       prompt: int32[n], n >= 1.
       responses: P arrays int32[n_p], n_p >= 1; the last id is EOS unless the response was cut.
       weight: multiplies the loss of this comparison.
+      prompt_key: uint64, equal for comparisons of the same prompt, as it was before any cut.
     """
 
     prompt: Array
     responses: tuple[Array, ...]
     weight: float = 1.0
+    prompt_key: int = 0
 
 
 class Batch(NamedTuple):

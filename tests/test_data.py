@@ -5,13 +5,10 @@ import hashlib
 import json
 import logging
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dpo_jax import data
-from dpo_jax.data import files, hh, order
+from dpo_jax.data import files, hh
 from dpo_jax.records import Comparison, UserError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -273,37 +270,3 @@ def test_hh_from_the_hub(monkeypatch):
         data.load("hh", ("me/mine",), "test", 2)
     with pytest.raises(UserError, match=r"me/mine\.jsonl: no such file"):
         data.load("hh", ("me/mine.jsonl",), "test", 2)
-
-
-@given(rows=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(-5, 2**70), epoch=st.integers(0, 3))
-def test_an_epoch_repeats_nothing_and_a_batch_depends_on_its_step_alone(rows, batch, seed, epoch):
-    if rows < batch:
-        with pytest.raises(UserError, match=f"batch_size {batch} is more than the {rows} comparisons"):
-            order.rows_of(0, rows=rows, batch_size=batch, seed=seed)
-        return
-    steps = order.steps_per_epoch(rows, batch)
-    assert steps == rows // batch
-    numbers = range(epoch * steps, (epoch + 1) * steps)
-    batches = {step: order.rows_of(step, rows=rows, batch_size=batch, seed=seed) for step in reversed(numbers)}
-    taken = np.concatenate(list(batches.values()))
-    assert taken.dtype == np.int64
-    assert len(set(taken.tolist())) == steps * batch
-    assert set(taken.tolist()) <= set(range(rows))
-    again = order.rows_of(numbers[0], rows=rows, batch_size=batch, seed=seed)
-    np.testing.assert_array_equal(again, batches[numbers[0]])
-
-
-def test_epochs_and_seeds_have_orders_of_their_own_that_never_change():
-    def rows_of(step, seed=0):
-        return order.rows_of(step, rows=10, batch_size=10, seed=seed).tolist()
-
-    assert rows_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    assert rows_of(1) == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
-    assert rows_of(0, seed=1) == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
-    rows_of_zero = order.rows_of(0, rows=10, batch_size=10, seed=0)
-    rows_of_zero[:] = 0  # the caller's own copy
-    assert rows_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    with pytest.raises(UserError, match="batch_size must be at least 1, not 0"):
-        order.steps_per_epoch(10, 0)
-    with pytest.raises(ValueError, match="step -1 is negative"):
-        rows_of(-1)

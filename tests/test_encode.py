@@ -215,7 +215,9 @@ def test_table(tokenizer, tmp_path):
     assert table.scored_lengths.tolist() == [9, 5]
     assert table.lengths().tolist() == [9, 7]  # 2 + 3 + 4 and 4 + 1 + 2
     assert (len(table), table.responses) == (2, 2)
-    assert [array.dtype for array in (table.ids, table.offsets, table.weights)] == [np.int32, np.int64, np.float32]
+    kinds = [array.dtype for array in (table.ids, table.offsets, table.weights, table.prompts)]
+    assert kinds == [np.int32, np.int64, np.float32, np.uint64]
+    assert table.prompts.tolist() == [data.prompt_key(words(1, 2)), data.prompt_key(words(1, 4))]
     table.save(tmp_path)
     again = Table.open(tmp_path)
     assert isinstance(again.ids, np.memmap)
@@ -228,13 +230,14 @@ def test_table(tokenizer, tmp_path):
 
 
 def test_tables_of_ids_and_rows():
-    rows = [Tokens([1, 2], ([3], [4, 5]), 0.5), Tokens([6], ([7], [8]))]
+    rows = [Tokens([1, 2], ([3], [4, 5]), 0.5, 9), Tokens([6], ([7], [8]))]
     table = Table.of(rows)
     assert table.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert table.offsets.tolist() == [[0, 2, 3, 5], [5, 6, 7, 8]]
     taken = table.take(np.array([1, 0, 1]))
     assert [lists(taken[i])[0] for i in range(3)] == [[6], [1, 2], [6]]
     assert taken.weights.tolist() == [1.0, 0.5, 1.0]
+    assert taken.prompts.tolist() == [0, 9, 0]
     for bad in ([], [Tokens([1], ([],))], [Tokens([], ([1],))]):
         with pytest.raises(ValueError, match="at least one token"):
             Table.of(bad)

@@ -56,10 +56,15 @@ def load(name: str, path: tuple[str, ...], split: str, responses: int) -> list[C
     return comparisons
 
 
-def prompt_hash(prompt: str) -> float:
-    """A number in [0, 1) that depends on the text alone: blake2b to 64 bits, over 2**64."""
+def prompt_key(prompt: str) -> int:
+    """A number below 2**64 that depends on the text alone, equal for equal prompts: blake2b to 64 bits."""
     digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int.from_bytes(digest, "big")
+
+
+def prompt_hash(prompt: str) -> float:
+    """The same number as a fraction, in [0, 1)."""
+    return prompt_key(prompt) / 2**64
 
 
 def holdout(comparisons: Sequence[Comparison], fraction: float) -> tuple[list[Comparison], list[Comparison]]:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import unknown
+from dpo_jax.data import prompt_key, unknown
 from dpo_jax.data.table import Lengths, Report, Table, offsets_of, report
 from dpo_jax.records import Array, Comparison, UserError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CHUNK = 1024
 DEGENERATE = ("drop", "refuse", "keep")
 
@@ -66,6 +66,7 @@ def encode(
     parts: list[Array] = []
     sizes: list[list[int]] = []
     weights: list[float] = []
+    prompts: list[int] = []
     for comparison, prompt, responses in _tokenised(screened, tokenizer, add_bos):
         result = cut(prompt, responses, comparison.where)
         if result is None:
@@ -75,9 +76,10 @@ def encode(
         parts.append(np.fromiter(chain(result[0], *result[1]), np.int32))
         sizes.append([len(result[0]), *map(len, result[1])])
         weights.append(comparison.weight)
+        prompts.append(prompt_key(comparison.prompt))
     if not sizes:
         raise UserError(f"none of {len(comparisons)} comparisons is left to encode; counted: {dict(counts)}")
-    table = Table(np.concatenate(parts), offsets_of(sizes), np.array(weights, np.float32))
+    table = Table(np.concatenate(parts), offsets_of(sizes), np.array(weights, np.float32), np.array(prompts, np.uint64))
     return table, report(table, counts)
 
 

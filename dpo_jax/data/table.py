@@ -11,6 +11,14 @@ import numpy as np
 
 from dpo_jax.records import Array, Tokens
 
+# The arrays of a table: their types and numbers of axes.
+KINDS = {
+    "ids": (np.dtype(np.int32), 1),
+    "offsets": (np.dtype(np.int64), 2),
+    "weights": (np.dtype(np.float32), 1),
+    "prompts": (np.dtype(np.uint64), 1),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -21,11 +29,13 @@ class Table:
       offsets: int64[N, P + 2]; the prompt of i is `ids[offsets[i, 0]:offsets[i, 1]]`, its response p is
         `ids[offsets[i, p + 1]:offsets[i, p + 2]]`.
       weights: float32[N], multiply the losses.
+      prompts: uint64[N], equal where the prompts are, as they were before any cut.
     """
 
     ids: Array
     offsets: Array
     weights: Array
+    prompts: Array
 
     @classmethod
     def of(cls, tokens: Iterable[Tokens]) -> "Table":
@@ -40,7 +50,8 @@ class Table:
             raise ValueError("a table needs comparisons, and every prompt and response at least one token")
         sizes = [[len(one.prompt), *map(len, one.responses)] for one in tokens]
         weights = np.array([one.weight for one in tokens], np.float32)
-        return cls(np.concatenate(parts).astype(np.int32), offsets_of(sizes), weights)
+        prompts = np.array([one.prompt_key for one in tokens], np.uint64)
+        return cls(np.concatenate(parts).astype(np.int32), offsets_of(sizes), weights, prompts)
 
     def take(self, rows: Array) -> "Table":
         """The comparisons of some rows, int[n], n >= 1, in that order, as a table in memory."""
@@ -51,7 +62,7 @@ class Table:
 
     def __getitem__(self, index: int) -> Tokens:
         prompt, *responses = (self.ids[a:b] for a, b in zip(self.offsets[index], self.offsets[index][1:], strict=False))
-        return Tokens(prompt, tuple(responses), float(self.weights[index]))
+        return Tokens(prompt, tuple(responses), float(self.weights[index]), int(self.prompts[index]))
 
     @property
     def responses(self) -> int:
@@ -85,11 +96,11 @@ class Table:
     @functools.cached_property
     def full_digest(self) -> str:
         """Hexadecimal blake2b of everything, weights included: what proves that a file is whole."""
-        return _hash(self.ids, self.offsets, self.weights)
+        return _hash(self.ids, self.offsets, self.weights, self.prompts)
 
     def save(self, folder: Path) -> None:
-        """Writes `ids.npy`, `offsets.npy` and `weights.npy` into an existing folder."""
-        for name in ("ids", "offsets", "weights"):
+        """Writes each array as `<its name>.npy` into an existing folder."""
+        for name in KINDS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
@@ -99,12 +110,11 @@ class Table:
         Raises:
           OSError, ValueError, EOFError: a file is missing, or is not an array of the right kind.
         """
-        names = ("ids", "offsets", "weights")
-        ids, offsets, weights = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names)
-        kinds = [(array.dtype, array.ndim) for array in (ids, offsets, weights)]
-        if kinds != [(np.int32, 1), (np.int64, 2), (np.float32, 1)] or len(offsets) != len(weights):
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in KINDS}
+        kinds = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
+        if kinds != KINDS or len({len(array) for name, array in arrays.items() if name != "ids"}) > 1:
             raise ValueError(f"{folder} holds no table: arrays {kinds}")
-        return cls(ids, offsets, weights)
+        return cls(**arrays)
 
 
 class Lengths(NamedTuple):
