@@ -94,7 +94,7 @@ def test_real_dialogues_come_in_the_originals_order(shared):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
-    rows = list(data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2))
+    rows = data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
     limits = {"max_length": 64, "max_prompt_length": 4, "truncation": "paper_keep_end"}
     table, _ = encode(rows, tokenizer, **limits, degenerate="keep", add_bos=False)
     assert len({table[i].prompt.tobytes() for i in range(len(table))}) < len(np.unique(table.prompts)) == 2310
