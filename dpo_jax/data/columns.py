@@ -45,6 +45,8 @@ def comparisons(where: str, row: Row, responses: int) -> list[Item]:
     Raises:
       UserError: naming the row and the column that is wrong or missing.
     """
+    if isinstance(row.get("prompt"), str) and all(isinstance(row.get(key), list) for key in ("chosen", "rejected")):
+        row = {key: value for key, value in row.items() if key != "prompt"}  # it is their first turn once more
     if responses == 0:
         return [Comparison(_prompt(where, row), (), where=where)]
     fields = {"weight": _number(where, row, "weight", 1.0, 0, FLOAT32_MAX), "where": where}
@@ -153,11 +155,10 @@ def _pair(where: str, row: Row) -> Comparison:
         message = "the loss needs pairs: columns prompt, chosen, rejected"
         raise UserError(f"{where}: {message}; the columns are: {_columns(row)}")
     given = [_value(where, row, key) for key in ("chosen", "rejected")]
-    as_turns = all(isinstance(value, list) for value in given)
-    if _first(row, CONVERSATION) or ("prompt" in row and not (as_turns and isinstance(row["prompt"], str))):
+    if "prompt" in row or _first(row, CONVERSATION):
         prompt = _prompt(where, row)
         responses = tuple(_response(where, row, key, prompt) for key in ("chosen", "rejected"))
-    elif as_turns:  # a prompt in text beside them is their first turn again
+    elif all(isinstance(value, list) for value in given):
         chosen, rejected = (talk.messages(where, k, v) for k, v in zip(("chosen", "rejected"), given, strict=True))
         size = talk.common(chosen, rejected)
         if not size:

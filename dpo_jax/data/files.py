@@ -13,6 +13,7 @@ from dpo_jax.data.formats import SUFFIXES, rows_of, suffix
 from dpo_jax.records import Comparison, UserError
 
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # of the folders that `datasets` saves
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
@@ -122,7 +123,8 @@ def _entry(entry: str, split: str) -> Sequence[Path | str]:
 
 
 def _folder(folder: Path, split: str) -> list[Path]:
-    candidates = sorted(file for file in folder.rglob("*") if file.is_file() and suffix(file))
+    every = (file for file in folder.rglob("*") if file.is_file() and suffix(file))
+    candidates = sorted(file for file in every if file.name not in METADATA)
     if not candidates:
         raise UserError(f"{folder}: no data files in this folder; known kinds: {', '.join(SUFFIXES)}")
     named = [file for file in candidates if _is_of(file.relative_to(folder), split)]
