@@ -117,7 +117,7 @@ def test_a_prompt_is_written_as_it_is_read(tmp_path):
     assert data.load("files", (str(tmp_path / "a.jsonl"),), "train", 2)[0].prompt == prompt
 
 
-words = st.text(st.characters(max_codepoint=0x2FFF, exclude_characters="<|>"), max_size=12)
+words = st.text(st.characters(max_codepoint=0x2FFF, exclude_characters="<|>", exclude_categories=["Cc"]), max_size=12)
 texts = st.one_of(
     words, st.lists(words, max_size=6).map(" ".join), st.sampled_from(["\n\n", " a ", "你好。", "🙂‍↕️", "e\u0301"])
 )
