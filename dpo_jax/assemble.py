@@ -16,7 +16,7 @@ from dpo_jax import config as configs
 from dpo_jax import data, losses, models, optim
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
-from dpo_jax.data import Item, chat, order, synthetic
+from dpo_jax.data import Item, chat, noise, order, synthetic
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
 from dpo_jax.data.table import Table
@@ -118,6 +118,13 @@ def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], 
     if not options.eval_fraction:
         raise UserError("data: nothing is held out; set data.eval_fraction, data.eval_split or data.eval_path")
     return data.holdout(first, options.eval_fraction)
+
+
+def noise_in(config: Config, rows: Iterable[Item]) -> Iterable[Item]:
+    """Returns the training data with the noise that the config asks for."""
+    options = config.data
+    how = {"flip": options.flip_labels, "draw_labels": options.draw_labels, "duplicate": options.duplicate}
+    return noise.noisy(rows, **how, seed=config.seed)
 
 
 def encoding(options: configs.Data) -> dict[str, Any]:
@@ -268,7 +275,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         say(line)
 
     rows = comparisons(config.data, loss.responses)
-    train = table_of(config, tokenizer, rows[0], "training", hear)
+    train = table_of(config, tokenizer, noise_in(config, rows[0]), "training", hear)
     held_out = evaluated(config, table_of(config, tokenizer, rows[1], "held-out", hear))
     folder = claim_folder(config)
     (folder / "data.json").write_text(json.dumps(heard, indent=1))

@@ -32,9 +32,9 @@ class Data:
     """Comparisons, and how they become tokens."""
 
     name: str = "files"
-    """The source, a module of dpo_jax/data: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic."""
+    """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, or a mixture of them."""
     path: tuple[str, ...] = ()
-    """Files, a folder, or a hub id, as the source takes them."""
+    """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
     split: str = "train"
     """The split that is trained on."""
     eval_path: tuple[str, ...] = ()
@@ -63,6 +63,12 @@ class Data:
     """Arguments of the template, name=value."""
     skip_bad_rows: int = 0
     """How many rows that cannot be used are counted and left out before one is an error."""
+    flip_labels: float = 0.0
+    """Noise: the share of training pairs whose responses change places."""
+    draw_labels: bool = False
+    """Noise: training pairs ordered by a Bradley-Terry draw from their scores."""
+    duplicate: float = 0.0
+    """Noise: the share of training comparisons that come twice."""
     order: Literal["seeded", "original"] = "seeded"
     """Rows shuffled by `seed`, or prompts exactly as the original code shuffles them."""
     row_length: int | None = None

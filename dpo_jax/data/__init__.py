@@ -62,10 +62,14 @@ def attempt(function: Callable[..., T], *args: Any) -> T | UserError:
         return error
 
 
-def each(rows: Iterable[Row | UserError], convert: Callable[[str, dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+def converted(rows: Iterable[Row | UserError], convert: Callable[[str, dict[str, Any]], T]) -> Iterator[T | UserError]:
     """Yields what each row is converted to; a bad row is the error that it raises, or is already."""
-    for row in rows:
-        items = row if isinstance(row, UserError) else attempt(convert, *row)
+    return (row if isinstance(row, UserError) else attempt(convert, *row) for row in rows)
+
+
+def each(rows: Iterable[Row | UserError], convert: Callable[[str, dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+    """`converted`, where a row makes any number of items."""
+    for items in converted(rows, convert):
         yield from (items,) if isinstance(items, UserError) else items
 
 
@@ -92,7 +96,7 @@ def stream(name: str, path: tuple[str, ...], split: str, responses: int) -> Stre
     if module is None or not hasattr(module, "read"):
         raise unknown("data source (data.name)", name, sources())
     found = Stream(lambda: module.read(tuple(path), split, responses))
-    if next(iter(found), None) is None:
+    if all(isinstance(item, Note) for item in found):
         raise UserError(f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path")
     return found
 

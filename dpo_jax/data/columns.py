@@ -59,7 +59,8 @@ def comparisons(where: str, row: Row, responses: int) -> list[Item]:
     if "label" in row and not {"chosen", "rejected"} & set(row):
         return _unpaired(where, row, responses, fields)
     if responses == 2:
-        return [_pair(where, row)._replace(**fields)]
+        preference = _number(where, row, "preference", 1.0, 0, 1)
+        return [_pair(where, row)._replace(**fields, preference=preference, scores=_scores(where, row))]
     prompt, response = _example(where, row)
     return [Comparison(prompt, (response,), **fields)]
 
@@ -167,8 +168,7 @@ def _pair(where: str, row: Row) -> Comparison:
         responses = (talk.answer(where, "chosen", chosen[size:]), talk.answer(where, "rejected", rejected[size:]))
     else:
         raise UserError(f"{where}: no column 'prompt'; transcripts such as Anthropic HH's are read by data.name hh")
-    preference = _number(where, row, "preference", 1.0, 0, 1)
-    return Comparison(prompt, responses, preference=preference, scores=_scores(where, row))
+    return Comparison(prompt, responses)
 
 
 def _scores(where: str, row: Row) -> tuple[float, ...]:

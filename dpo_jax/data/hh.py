@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from dpo_jax.data import Item, Note, attempt
+from dpo_jax.data import Item, Note, converted
 from dpo_jax.data.columns import text
 from dpo_jax.data.files import rows
 from dpo_jax.records import Comparison, UserError
@@ -61,9 +61,8 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
 
 def pairs(path: tuple[str, ...], split: str) -> Iterator[Pair | UserError]:
-    """Yields every row in the order of the files; arguments and errors as in `read`."""
-    for row in rows(path or (HUB_ID,), split):
-        yield row if isinstance(row, UserError) else attempt(_pair, *row)
+    """Every row in the order of the files; arguments and errors as in `read`."""
+    return converted(rows(path or (HUB_ID,), split), _pair)
 
 
 def _pair(where: str, row: dict) -> Pair:
