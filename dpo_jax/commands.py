@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, data, evaluate, loop, losses, optim, report, rewards
 from dpo_jax.config import Config, Data
+from dpo_jax.data import chat
 from dpo_jax.models import hf
 from dpo_jax.records import UserError
 from dpo_jax.sample import sample
@@ -168,7 +169,7 @@ def sample_command(argv: list[str]) -> None:
     models = {"policy": _policy(path, settings, loaded)}
     if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
         models["reference"] = assemble.frozen_of(settings, loaded)[0]
-    prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data.add_bos)
+    prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
     _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
 
@@ -213,8 +214,9 @@ def pairs_command(argv: list[str]) -> None:
     loaded = assemble.load_model(model, tokenizer, settings.seed)
     source = settings.data
     rows = data.load(source.name, source.path, source.split, 0)
-    texts = list(dict.fromkeys(r.prompt for r in rows))[: settings.prompts]
-    ids = assemble.prompt_ids(texts, tokenizer, source.add_bos)
+    prompts = list({data.prompt_key(r.prompt): r.prompt for r in rows}.values())[: settings.prompts]
+    ids = assemble.prompt_ids(prompts, tokenizer, source)
+    texts = assemble.prompt_texts(prompts, tokenizer, source)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
     repeated = [p for p in ids for _ in range(settings.completions)]
     options = {name: getattr(settings, name) for name in names}
@@ -222,18 +224,18 @@ def pairs_command(argv: list[str]) -> None:
     answers = assemble.decoded(tokenizer, answers)
     count = spelled = 0
     with assemble.written(out) as f:
-        for i, prompt in enumerate(texts):
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             drawn = answers[i * settings.completions : (i + 1) * settings.completions]
             own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
             spelled += len(drawn) - len(own)
-            scores = [score(prompt, a) for a in own]
-            for chosen, rejected in rewards.label(prompt, own, scores, settings.label, settings.seed):
-                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            scores = [score(text, a) for a in own]
+            for chosen, rejected in rewards.label(text, own, scores, settings.label, settings.seed):
+                row = chat.as_columns(prompt) | {"chosen": chosen, "rejected": rejected}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 count += 1
     if spelled:
         _say(f"{spelled} completions left out, whose text spells {tokenizer.eos_token!r}")
-    _say(f"{count} pairs from {len(texts)} prompts with {settings.completions} completions each: {out}")
+    _say(f"{count} pairs from {len(prompts)} prompts with {settings.completions} completions each: {out}")
 
 
 def export_command(argv: list[str]) -> None:

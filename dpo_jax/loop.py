@@ -71,6 +71,7 @@ class Prepared(NamedTuple):
     evaluator: evaluate.Evaluator
     reference_samples: list[str] | None
     total_steps: int
+    order: order.Order
 
 
 def total_steps(config: Config, rows: int) -> int:
@@ -139,7 +140,13 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
-    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps)
+    rows = order.bind(config.data.order, run.train.prompts, config.seed)
+    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps, rows)
+
+
+def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
+    """Returns the rows of the training table that a step takes."""
+    return order.rows_of(step, prepared.order, rows=len(run.train), batch_size=run.config.batch_size)
 
 
 def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, table: Table, shape: Any, what: str):
@@ -160,11 +167,9 @@ def _fill(column: Callable, weights: Any, batch: Batch, count: int) -> Batch:
 
 def batches(run: Run, prepared: Prepared, start: int) -> Iterator[tuple[Batch, int]]:
     """Yields the batch of every step from `start` and its number of microbatches, built ahead by a thread."""
-    config = run.config
 
     def build(step: int) -> tuple[Batch, int]:
-        rows = order.rows_of(step, rows=len(run.train), batch_size=config.batch_size, seed=config.seed)
-        batch, count, _ = pack.build(run.train, rows, prepared.shape, prepared.column)
+        batch, count, _ = pack.build(run.train, rows_of(run, prepared, step), prepared.shape, prepared.column)
         return prepared.put(batch), count
 
     with ThreadPoolExecutor(1) as pool:
@@ -203,8 +208,8 @@ def _terminated() -> Iterator[list[int]]:
 class _Log:
     """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
 
-    def __init__(self, run: Run, progress: Progress):
-        self.run, self.progress = run, progress
+    def __init__(self, run: Run, progress: Progress, rows: Callable[[int], np.ndarray]):
+        self.run, self.progress, self.rows = run, progress, rows
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
 
@@ -233,7 +238,7 @@ class _Log:
             append(self.run.folder / "metrics.jsonl", step, done, values | extra)
         self.progress.update(step, values)
         if self.bad >= config.max_nonfinite:
-            rows = order.rows_of(step - 1, rows=len(self.run.train), batch_size=config.batch_size, seed=config.seed)
+            rows = self.rows(step - 1)
             raise UserError(
                 f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; the last "
                 f"batch held comparisons {rows.tolist()}; lower optim.learning_rate or look at those"
@@ -273,14 +278,12 @@ def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable
     return state
 
 
-def _steps(
-    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: list[int]
-) -> TrainState:
+def _steps(run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: list[int]) -> TrainState:
     """Returns the state after the last step; ends the process after a step during which it was asked to end."""
     config, total, start = run.config, prepared.total_steps, int(state.step)
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
     with Progress(total, config.batch_size) as progress:
-        log = _Log(run, progress)
+        log = _Log(run, progress, partial(rows_of, run, prepared))
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(batch, count)
