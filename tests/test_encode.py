@@ -168,6 +168,37 @@ def test_report(tokenizer):
     ]
 
 
+def test_text_that_the_tokenizer_cannot_write_is_counted():
+    tokenizer = make_tokenizer(eos_token="<eos>", unk_token="w0")
+    report = run([Comparison("w1 x", ("y z", "w2"))], tokenizer)[1]
+    assert report.unknown_tokens == 3
+    assert "3 tokens that are the tokenizer's <unk>: text which it cannot write" in report.lines()
+    assert run([Comparison("w1", ("w2", "w3"))], tokenizer)[1].unknown_tokens == 0
+
+
+def test_bad_rows_are_counted_up_to_a_limit(tokenizer):
+    items = [pair(1, 1, 1), UserError("f:2: broken"), pair(2, 2, 2), Comparison("w1", ("w1 <eos>", "w2"), where="f:4")]
+    table, report = run(items, tokenizer, skip_bad_rows=2)
+    assert (len(table), report.read, report.kept, report.bad_skipped) == (2, 4, 2, 2)
+    assert "2 bad rows left out; the first: f:2: broken" in report.lines()
+    with pytest.raises(
+        UserError, match=r"^f:4: response 1 contains the EOS .* \(bad row 2; data\.skip_bad_rows is 1\)"
+    ):
+        run(items, tokenizer, skip_bad_rows=1)
+    with pytest.raises(UserError, match=r"^f:2: broken$"):
+        run(items, tokenizer)
+    long = [pair(*FIT), pair(*ONE_OVER), Comparison("w1", ("w2", ""))]
+    refused = {"truncation": "refuse", "degenerate": "refuse", "skip_bad_rows": 2}
+    assert run(long, tokenizer, **refused)[1].bad_skipped == 2
+
+
+def test_notes_are_added_up(tokenizer):
+    items = [data.Note("ties"), pair(1, 1, 1), data.Note("ties", 2), data.Note("others")]
+    report = run(items, tokenizer)[1]
+    assert (report.read, report.notes) == (1, {"ties": 3, "others": 1})
+    assert {"3 ties", "1 others"} <= set(report.lines())
+
+
 def test_table(tokenizer, tmp_path):
     table, _ = run([pair(2, 3, 4, weight=0.5), pair(4, 1, 2)], tokenizer)
     assert table.offsets.tolist() == [[0, 2, 6, 11], [11, 15, 17, 20]]

@@ -214,6 +214,8 @@ def _finish(
         tally.counts["prompt_too_long_dropped"] += 1
         return None
     tally.counts["boundary_moved"] += moved > 0
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
+        tally.counts["unknown_tokens"] += sum(ids.count(tokenizer.unk_token_id) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
     _count_cuts(tally.counts, (head + prompt, ended), result)
     tally.keep(*result)

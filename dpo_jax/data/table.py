@@ -137,6 +137,7 @@ class Report(NamedTuple):
       responses_truncated: responses (not comparisons) that were cut, and so have lost their EOS.
       identical_after_truncation: kept ones whose responses have become the same; their loss teaches nothing.
       boundary_moved: with a token that spans the end of the prompt, under `boundary: joint`.
+      unknown_tokens: tokens (not comparisons) that stand for text which the tokenizer cannot write.
       eos_added: conversations whose template does not end a response with EOS, so that it was added.
       tokens, scored: ids stored, the prompt once; those of them in responses.
       prompt, response, whole: lengths of kept prompts, of kept responses, of prompt and longest response together.
@@ -156,6 +157,7 @@ class Report(NamedTuple):
     responses_truncated: int
     identical_after_truncation: int
     boundary_moved: int
+    unknown_tokens: int
     eos_added: int
     tokens: int
     scored: int
@@ -179,6 +181,7 @@ class Report(NamedTuple):
             "responses cut, their EOS lost": self.responses_truncated,
             "kept, with responses that are identical after the cut": self.identical_after_truncation,
             "with a token that spans the end of the prompt, and goes with the response": self.boundary_moved,
+            "tokens that are the tokenizer's <unk>: text which it cannot write": self.unknown_tokens,
             "whose chat template does not end a response with EOS, which was added": self.eos_added,
         }
         spans = {"prompt": self.prompt, "response": self.response, "prompt and longest response": self.whole}
