@@ -105,9 +105,6 @@ class Logps(NamedTuple):
       lengths: float32[B, P], scored tokens of each response, EOS included.
       present: bool[B, P], false where a response (or the whole comparison) is absent.
       weights: float32[B], 0 for absent comparisons.
-      preference: float32[B], the probability that the first response is the better one: 1 for a hard label.
-      scores: float32[B, P], a rating of each response by whoever made the data; 0 where there is none.
-      running: float32[], the loss's statistic of all steps before, for the few losses that keep one.
     """
 
     policy: Array
@@ -115,9 +112,6 @@ class Logps(NamedTuple):
     lengths: Array
     present: Array
     weights: Array
-    preference: Array = 1.0
-    scores: Array = 0.0
-    running: Array = 0.0
 
 
 class TrainState(NamedTuple):
