@@ -54,7 +54,7 @@ def keep_compiled() -> None:
 
     $JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 

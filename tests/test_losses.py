@@ -17,15 +17,7 @@ def logps(policy, reference=None, lengths=None):
     policy = jnp.array([policy], jnp.float32)
     reference = jnp.zeros_like(policy) if reference is None else jnp.array([reference], jnp.float32)
     lengths = jnp.full_like(policy, 5.0) if lengths is None else jnp.array([lengths], jnp.float32)
-    return full(policy, reference, lengths)
-
-
-def full(policy, reference, lengths):
-    """Comparisons of which all are present, with hard labels and no scores."""
-    ones = jnp.ones(len(policy))
-    return Logps(
-        policy, reference, lengths, jnp.ones_like(policy, bool), ones, ones, jnp.zeros_like(policy), jnp.zeros(())
-    )
+    return Logps(policy, reference, lengths, jnp.ones_like(policy, bool), jnp.ones(1))
 
 
 def softplus(x):
@@ -62,14 +54,14 @@ def test_contract(name):
     loss = losses.build(name)
     p = loss.responses
     policy = jnp.array([[-1e4, 0.0], [0.0, -1e4], [-30.0, -20.0]], jnp.float32)[:, :p]
-    lp = full(policy, jnp.zeros_like(policy), jnp.full_like(policy, 7.0))
+    lp = Logps(policy, jnp.zeros_like(policy), jnp.full_like(policy, 7.0), jnp.ones_like(policy, bool), jnp.ones(3))
     value, pull = jax.vjp(lambda x: loss.values(lp._replace(policy=x)), policy)
     assert value.shape == (3,)
     assert value.dtype == jnp.float32
     assert np.isfinite(value).all()
     assert np.isfinite(pull(jnp.ones(3))[0]).all()
     order = jnp.array([2, 0, 1])
-    shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, lp)
+    shuffled = jax.tree.map(lambda x: x[order], lp)
     np.testing.assert_array_equal(loss.values(shuffled), value[order])
 
 
@@ -93,8 +85,9 @@ def test_pairwise_losses_refuse_other_numbers_of_responses():
 
 
 def test_reward_metrics_are_trls_with_ties_half_right():
-    three = logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
-    lp = jax.tree.map(lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], *three)
+    lp = jax.tree.map(
+        lambda *x: jnp.concatenate(x), logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
+    )
     metrics = losses.build("dpo", beta=0.5).metrics(lp)
     expected = {
         "rewards/chosen": [1.0, -0.5, 0.0],
