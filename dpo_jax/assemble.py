@@ -156,7 +156,18 @@ def table_of(config: Config, tokenizer: Any, rows: Iterable[Item], what: str, sa
     table, report = cached_encode(rows, tokenizer, cache_folder() / "tokens", **encoding(config.data))
     for line in report.lines():
         say(f"{what} data: {line}")
+    _check_labels(table, what, config)
     return table
+
+
+def _check_labels(table: Table, what: str, config: Config) -> None:
+    """Refuses labels that the loss would not see: every loss takes all responses to be there and the first the best."""
+    soft, absent = int((table.preferences != 1).sum()), int((table.response_lengths == 0).any(axis=1).sum())
+    for count, kind in ((soft, "a soft label (preference)"), (absent, "an absent response (unpaired rows)")):
+        if count:
+            raise UserError(
+                f"{what} data: {count} comparisons with {kind}, which loss {config.loss['name']} cannot use"
+            )
 
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[str]:

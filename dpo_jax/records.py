@@ -56,15 +56,20 @@ class Tokens(NamedTuple):
 
     Attributes:
       prompt: int32[n], n >= 1.
-      responses: P arrays int32[n_p], n_p >= 1; the last id is EOS unless the response was cut.
+      responses: P arrays int32[n_p]; the last id is EOS unless the response was cut; an absent one, of which there is
+        at most P - 1, has no ids.
       weight: multiplies the loss of this comparison.
       prompt_key: uint64, equal for comparisons of the same prompt, as it was before any cut.
+      preference: the probability that the first response is the better one.
+      scores: a rating of each response, or nothing.
     """
 
     prompt: Array
     responses: tuple[Array, ...]
     weight: float = 1.0
     prompt_key: int = 0
+    preference: float = 1.0
+    scores: tuple[float, ...] = ()
 
 
 class Batch(NamedTuple):

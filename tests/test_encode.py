@@ -7,7 +7,7 @@ from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair
 from dpo_jax import data
 from dpo_jax.data import cache
 from dpo_jax.data.encode import encode
-from dpo_jax.data.table import Lengths, Table
+from dpo_jax.data.table import KINDS, Lengths, Table
 from dpo_jax.records import Comparison, Tokens, UserError
 
 
@@ -207,8 +207,8 @@ def test_table(tokenizer, tmp_path):
     assert table.scored_lengths.tolist() == [9, 5]
     assert table.lengths().tolist() == [9, 7]  # 2 + 3 + 4 and 4 + 1 + 2
     assert (len(table), table.responses) == (2, 2)
-    kinds = [array.dtype for array in (table.ids, table.offsets, table.weights, table.prompts)]
-    assert kinds == [np.int32, np.int64, np.float32, np.uint64]
+    kinds = {name: (getattr(table, name).dtype, getattr(table, name).ndim) for name in KINDS}
+    assert kinds == KINDS
     assert table.prompts.tolist() == [data.prompt_key(words(1, 2)), data.prompt_key(words(1, 4))]
     cache.write(tmp_path, [table[0], table[1]])
     again = Table.open(tmp_path)
@@ -231,8 +231,31 @@ def test_tables_of_ids_and_rows():
     assert taken.weights.tolist() == [1.0, 0.5, 1.0]
     assert taken.prompts.tolist() == [0, 9, 0]
     for bad in ([], [Tokens([1], ([],))], [Tokens([], ([1],))]):
-        with pytest.raises(ValueError, match="at least one token"):
+        with pytest.raises(ValueError, match="at least one token in its prompt"):
             Table.of(bad)
+
+
+def test_labels_scores_and_absent_responses_are_carried(tokenizer):
+    items = [
+        Comparison("w1 w2", ("w3", None), 2.0, "f:1", 0.75),
+        Comparison("w1", (None, "w4 w5"), where="f:2"),
+        Comparison("w1", ("w3", "w4"), where="f:3", scores=(2.0, -1.0)),
+    ]
+    table, report = run(items, tokenizer)
+    assert [lists(table[i]) for i in range(3)] == [
+        [[1, 2], [3, EOS], []],
+        [[1], [], [4, 5, EOS]],
+        [[1], [3, EOS], [4, EOS]],
+    ]
+    assert table.lengths().tolist() == [3, 3, 3]  # a response's last token takes no place, nor does an absent one
+    assert table.response_lengths.tolist() == [[2, 0], [0, 3], [2, 2]]
+    assert table.preferences.tolist() == [0.75, 1.0, 1.0]
+    assert table.scores.tolist() == [[0, 0], [0, 0], [2, -1]]
+    assert table[2].scores == (2.0, -1.0)
+    assert report.response == pytest.approx((9 / 4, 2.0, 2.97, 3))
+    assert report.kept == 3
+    with pytest.raises(ValueError, match="at least one token in its prompt and a response"):
+        Table.of([Tokens([1], ([], []))])
 
 
 def test_the_digest_is_of_ids_and_where_they_end_but_not_of_weights():

@@ -219,8 +219,9 @@ def _finish(
     tally.counts["eos_added"] += not rendered.ends
     _count_cuts(tally.counts, (head + prompt, ended), result)
     tally.keep(*result)
-    ids = [np.array(part, np.int32) for part in chain([result[0]], result[1])]
-    return Tokens(ids[0], tuple(ids[1:]), comparison.weight, prompt_key(comparison.prompt))
+    ids, *cut = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
+    key = prompt_key(comparison.prompt)
+    return Tokens(ids, tuple(cut), comparison.weight, key, comparison.preference, comparison.scores)
 
 
 def adds_bos(tokenizer: Any, options: Options, prompt: Any) -> bool:

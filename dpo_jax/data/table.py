@@ -18,6 +18,8 @@ KINDS = {
     "offsets": (np.dtype(np.int64), 2),
     "weights": (np.dtype(np.float32), 1),
     "prompts": (np.dtype(np.uint64), 1),
+    "preferences": (np.dtype(np.float32), 1),
+    "scores": (np.dtype(np.float32), 2),
 }
 
 
@@ -28,31 +30,39 @@ class Table:
     Attributes:
       ids: int32[total], for each comparison its prompt and then its responses, best first.
       offsets: int64[N, P + 2]; the prompt of i is `ids[offsets[i, 0]:offsets[i, 1]]`, its response p is
-        `ids[offsets[i, p + 1]:offsets[i, p + 2]]`.
+        `ids[offsets[i, p + 1]:offsets[i, p + 2]]`, empty where it is absent.
       weights: float32[N], multiply the losses.
       prompts: uint64[N], equal where the prompts are, as they were before any cut.
+      preferences: float32[N], the probability that the first response is the better one.
+      scores: float32[N, P], ratings of the responses; 0 where there is none.
     """
 
     ids: Array
     offsets: Array
     weights: Array
     prompts: Array
+    preferences: Array
+    scores: Array
 
     @classmethod
     def of(cls, tokens: Iterable[Tokens]) -> "Table":
         """Lays comparisons that are token ids already, all of one P, end to end.
 
         Raises:
-          ValueError: there are none, or a prompt or response has no token.
+          ValueError: there are none, or a prompt has no token, or none of its responses has.
         """
         tokens = list(tokens)
-        parts = [part for one in tokens for part in (one.prompt, *one.responses)]
-        if not parts or not all(len(part) for part in parts):
-            raise ValueError("a table needs comparisons, and every prompt and response at least one token")
         sizes = [[len(one.prompt), *map(len, one.responses)] for one in tokens]
-        weights = np.array([one.weight for one in tokens], np.float32)
-        prompts = np.array([one.prompt_key for one in tokens], np.uint64)
-        return cls(np.concatenate(parts).astype(np.int32), offsets_of(sizes), weights, prompts)
+        if not sizes or not all(prompt and any(responses) for prompt, *responses in sizes):
+            raise ValueError("a table needs comparisons, each with at least one token in its prompt and a response")
+        return cls(
+            ids=np.concatenate([part for one in tokens for part in (one.prompt, *one.responses)]).astype(np.int32),
+            offsets=offsets_of(sizes),
+            weights=np.array([one.weight for one in tokens], np.float32),
+            prompts=np.array([one.prompt_key for one in tokens], np.uint64),
+            preferences=np.array([one.preference for one in tokens], np.float32),
+            scores=np.array([one.scores or (0.0,) * len(one.responses) for one in tokens], np.float32),
+        )
 
     def take(self, rows: Array) -> "Table":
         """The comparisons of some rows, int[n], n >= 1, in that order, as a table in memory."""
@@ -63,7 +73,14 @@ class Table:
 
     def __getitem__(self, index: int) -> Tokens:
         prompt, *responses = (self.ids[a:b] for a, b in zip(self.offsets[index], self.offsets[index][1:], strict=False))
-        return Tokens(prompt, tuple(responses), float(self.weights[index]), int(self.prompts[index]))
+        return Tokens(
+            prompt,
+            tuple(responses),
+            float(self.weights[index]),
+            int(self.prompts[index]),
+            float(self.preferences[index]),
+            tuple(self.scores[index].tolist()),
+        )
 
     @property
     def responses(self) -> int:
@@ -77,7 +94,7 @@ class Table:
 
     @property
     def response_lengths(self) -> Array:
-        """int64[N, P], tokens of each response, EOS included."""
+        """int64[N, P], tokens of each response, EOS included; 0 where it is absent."""
         return np.diff(self.offsets[:, 1:], axis=1)
 
     @property
@@ -87,7 +104,7 @@ class Table:
 
     def lengths(self) -> Array:
         """int64[N], tokens that each comparison takes in a row: the last of every response is only predicted."""
-        return self.offsets[:, -1] - self.offsets[:, 0] - self.responses
+        return self.offsets[:, -1] - self.offsets[:, 0] - (self.response_lengths > 0).sum(axis=1)
 
     @functools.cached_property
     def digest(self) -> str:
