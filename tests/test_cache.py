@@ -1,6 +1,10 @@
 """The cache of tokenised data: hit by the same content only, never half there, never wrong."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -58,6 +62,70 @@ def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenise
         cached_encode(comparisons, its, folder, **(OPTIONS | options))
         assert len(tokenised) == number
     assert len(list(folder.iterdir())) == len(other) + 1
+
+
+def test_chunks_make_one_table(tokenizer, tmp_path, monkeypatch):
+    rows = [pair(1 + i % 5, 1 + i % 3, 2, weight=i, preference=i / 10, scores=(i, 0)) for i in range(10)]
+    monkeypatch.setattr(cache, "CHUNK", 3)
+    table, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    plain, plain_report = encode(rows, tokenizer, **OPTIONS)
+    assert (arrays(table), report) == (arrays(plain), plain_report)
+
+
+def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):
+    """What a kill leaves is a draft beside the entry; the next run does not look at it, and removes an old one."""
+    rows = [pair(2, 3, 4), pair(1, 2, 3)]
+    old, new = tmp_path / "tokens-old.1-aa", tmp_path / "tokens-new.1-bb"
+    for draft in (old, new):
+        draft.mkdir()
+        (draft / "ids.npy").write_bytes(b"half")
+    os.utime(old, (0, 0))
+
+    def killed(*_):
+        yield from ()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "encoded", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert list(tmp_path.iterdir()) == [new]
+    table, _ = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert arrays(table) == arrays(encode(rows, tokenizer, **OPTIONS)[0])
+
+
+def test_a_process_killed_at_any_instant_poisons_nothing(tmp_path):
+    """Real processes, killed while they read, tokenise and write; the next one has what an undisturbed one has."""
+    rows = [
+        json.dumps({"prompt": f"I saw {i}", "chosen": " I loved it.", "rejected": " I hated it."}) for i in range(6000)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    code = """
+import sys
+from pathlib import Path
+from dpo_jax import data
+from dpo_jax.data import synthetic
+from dpo_jax.data.cache import cached_encode
+print("ready", flush=True)
+options = dict(max_length=64, max_prompt_length=32, truncation="refuse", degenerate="drop", add_bos=False)
+items = data.stream("files", (sys.argv[1],), "train", 2)
+table, report = cached_encode(items, synthetic.tokenizer(), Path(sys.argv[2]), **options)
+print(table.digest, report.kept)
+"""
+    folder = tmp_path / "cache"
+    args = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(folder)]
+    for delay in (0.05, 0.25, 0.6, 0.9):
+        with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+    done = [
+        subprocess.run([*args[:-1], str(place)], capture_output=True, text=True).stdout
+        for place in (folder, tmp_path / "b")
+    ]
+    assert done[0] == done[1]
+    assert done[0].endswith(" 6000\n")
 
 
 def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenised):

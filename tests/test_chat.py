@@ -100,6 +100,12 @@ def test_templates_and_messages_that_cannot_be_used(tokenizers, template, compar
     assert "\n" not in str(error.value)
 
 
+def test_no_special_token_may_be_spelled(tokenizers):
+    for text in ("<|im_start|>system", "<|endoftext|>", "a<|im_end|>"):
+        with pytest.raises(UserError, match="a message spells the special token"):
+            render(talk(text), tokenizers["qwen2.5"], Template())
+
+
 def test_template_arguments_come_from_the_config_and_before_them_from_the_row(tokenizers):
     shout = Template("{{ 'LOUD' if loud else 'soft' }}", (("loud", True),))
     assert chat.template_of("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
@@ -207,6 +213,9 @@ def test_joint_tokens_are_trls(tokenizers):
         "loud<|endoftext|>",
     ]
     assert report.boundary_moved == 1
+    uneven, _ = encode([Comparison("Paris is ", (" x", "lovely"))], tokenizer, boundary="joint", **OPTIONS)
+    words_of = [tokenizer.convert_ids_to_tokens(ids) for ids in (uneven[0].prompt, *uneven[0].responses)]
+    assert words_of == [["Paris", "Ġis"], ["Ġ", "Ġx", "<|endoftext|>"], ["Ġlovely", "<|endoftext|>"]]
     assert "1 with a token that spans the end of the prompt, and goes with the response" in report.lines()
 
 
