@@ -87,7 +87,10 @@ class Batch(NamedTuple):
       target: int32[R, S], the id of that scored token.
       slot: int32[R, S], place * P + p, the response to which it belongs; -1 is padding.
       weights: float32[R, G], 0 where there is no comparison.
-      ref_logps: float32[R, G, P], log pi_ref(y | x) summed over the response; NaN until it is filled in.
+      preference: float32[R, G], the probability that the first response is the better one.
+      scores: float32[R, G, P], ratings of the responses; 0 where there is none.
+      ref_logps: float32[R, G, P, 2], log pi_ref(y | x) summed over the response, and over as many of its first tokens
+        as the comparison's shortest response has; NaN until it is filled in.
     """
 
     tokens: Array
@@ -98,25 +101,41 @@ class Batch(NamedTuple):
     target: Array
     slot: Array
     weights: Array
+    preference: Array
+    scores: Array
     ref_logps: Array
 
 
 class Logps(NamedTuple):
     """Sequence log-probabilities of B comparisons: all that a loss may look at.
 
+    The shared part of a response is as many of its first tokens as the comparison's shortest response has.
+
     Attributes:
       policy: float32[B, P], log pi(y | x), summed over the response's tokens.
       reference: float32[B, P], the same under the frozen reference.
-      lengths: float32[B, P], scored tokens of each response, EOS included.
+      policy_shared: float32[B, P], log pi summed over the shared part.
+      reference_shared: float32[B, P], the same under the reference.
+      lengths: float32[B, P], scored tokens of each response, EOS included; 0 where it is absent.
       present: bool[B, P], false where a response (or the whole comparison) is absent.
       weights: float32[B], 0 for absent comparisons.
+      preference: float32[B], the probability that the first response is the better one; 1 for a hard label.
+      scores: float32[B, P], ratings of the responses; 0 where there is none.
+      confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless it was asked for.
+      running: float32[], the statistic that a loss carries from step to step, if it has one.
     """
 
     policy: Array
     reference: Array
+    policy_shared: Array
+    reference_shared: Array
     lengths: Array
     present: Array
     weights: Array
+    preference: Array
+    scores: Array
+    confidence: Array
+    running: Array
 
 
 class TrainState(NamedTuple):

@@ -12,12 +12,28 @@ from dpo_jax.losses.registry import REGISTRY, register
 from dpo_jax.records import Logps, UserError
 
 
+def batch_of(policy, **fields):
+    """Log-probs of B comparisons, float32[B, P]: reference 0, 5 tokens a response, all there, unless given."""
+    policy = jnp.asarray(policy, jnp.float32)
+    values = {
+        "reference": jnp.zeros_like(policy),
+        "policy_shared": policy,
+        "reference_shared": jnp.zeros_like(policy),
+        "lengths": jnp.full_like(policy, 5.0),
+        "present": jnp.ones_like(policy, bool),
+        "weights": jnp.ones(len(policy)),
+        "preference": jnp.ones(len(policy)),
+        "scores": jnp.zeros_like(policy),
+        "confidence": jnp.full_like(policy, jnp.nan),
+        "running": jnp.zeros(()),
+    }
+    return Logps(policy, **values | {name: jnp.asarray(value) for name, value in fields.items()})
+
+
 def logps(policy, reference=None, lengths=None):
     """One comparison."""
-    policy = jnp.array([policy], jnp.float32)
-    reference = jnp.zeros_like(policy) if reference is None else jnp.array([reference], jnp.float32)
-    lengths = jnp.full_like(policy, 5.0) if lengths is None else jnp.array([lengths], jnp.float32)
-    return Logps(policy, reference, lengths, jnp.ones_like(policy, bool), jnp.ones(1))
+    given = {"reference": reference, "lengths": lengths}
+    return batch_of([policy], **{k: jnp.array([v], jnp.float32) for k, v in given.items() if v is not None})
 
 
 def softplus(x):
@@ -54,14 +70,14 @@ def test_contract(name):
     loss = losses.build(name)
     p = loss.responses
     policy = jnp.array([[-1e4, 0.0], [0.0, -1e4], [-30.0, -20.0]], jnp.float32)[:, :p]
-    lp = Logps(policy, jnp.zeros_like(policy), jnp.full_like(policy, 7.0), jnp.ones_like(policy, bool), jnp.ones(3))
+    lp = batch_of(policy)
     value, pull = jax.vjp(lambda x: loss.values(lp._replace(policy=x)), policy)
     assert value.shape == (3,)
     assert value.dtype == jnp.float32
     assert np.isfinite(value).all()
     assert np.isfinite(pull(jnp.ones(3))[0]).all()
     order = jnp.array([2, 0, 1])
-    shuffled = jax.tree.map(lambda x: x[order], lp)
+    shuffled = jax.tree.map(lambda x: x[order] if x.ndim else x, lp)
     np.testing.assert_array_equal(loss.values(shuffled), value[order])
 
 
@@ -86,7 +102,7 @@ def test_pairwise_losses_refuse_other_numbers_of_responses():
 
 def test_reward_metrics_are_trls_with_ties_half_right():
     lp = jax.tree.map(
-        lambda *x: jnp.concatenate(x), logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
+        lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
     )
     metrics = losses.build("dpo", beta=0.5).metrics(lp)
     expected = {

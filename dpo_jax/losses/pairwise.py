@@ -12,7 +12,7 @@ def margin(scores: Array) -> Array:
     return chosen - rejected
 
 
-@register(responses=2, uses_reference=True)
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
 def dpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
     """Direct preference optimization (Rafailov et al. 2023, eq. 7); with smoothing, conservative DPO.
 

@@ -1,28 +1,61 @@
-"""Where losses are filed under their own names."""
+"""Where losses are filed under their own names, with what they need."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from dpo_jax.records import Array
 
 
 class Entry(NamedTuple):
-    """A registered loss: the function, the P it needs, and whether it reads `Logps.reference`."""
+    """A registered loss.
 
-    function: Callable
-    responses: int
+    Attributes:
+      function: `(Logps, *, hyper-parameters) -> float32[B]`.
+      responses: the P that it needs; None for any P from 2 on.
+      uses_reference: whether it reads `Logps.reference`.
+      whole_batch: whether a comparison's value depends on others, so that it must see a step's comparisons at once.
+      statistic: `(Logps, *, the same hyper-parameters) -> float32[]`, what `Logps.running` becomes after a step, for a
+        loss that carries a number from step to step; it starts at 0.
+      soft_labels: whether a pair may be mostly, not surely, won by its first response.
+      divergences: whether other f-divergences than the reverse KL make sense in it.
+      unpaired: whether a response of a pair may be absent.
+      mismatched: whether it needs a last response that was written for another prompt.
+    """
+
+    function: Callable[..., Array]
+    responses: int | None
     uses_reference: bool
+    whole_batch: bool
+    statistic: Callable[..., Array] | None
+    soft_labels: bool
+    divergences: bool
+    unpaired: bool
+    mismatched: bool
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(*, responses: int, uses_reference: bool) -> Callable[[Callable], Callable]:
+def register(
+    *,
+    responses: int | None,
+    uses_reference: bool,
+    whole_batch: bool = False,
+    statistic: Callable[..., Array] | None = None,
+    soft_labels: bool = False,
+    divergences: bool = False,
+    unpaired: bool = False,
+    mismatched: bool = False,
+) -> Callable[[Callable], Callable]:
     """Returns a decorator that files a loss under its function's name; a name given twice is an error."""
 
     def file(function: Callable) -> Callable:
         name = function.__name__
         if name in REGISTRY:
             raise ValueError(f"loss {name!r} is registered twice")
-        REGISTRY[name] = Entry(function, responses, uses_reference)
+        flags: dict[str, Any] = {"soft_labels": soft_labels, "divergences": divergences, "unpaired": unpaired}
+        needs: dict[str, Any] = {"whole_batch": whole_batch, "statistic": statistic, "mismatched": mismatched}
+        REGISTRY[name] = Entry(function, responses, uses_reference, **needs, **flags)
         return function
 
     return file
