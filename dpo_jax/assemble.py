@@ -19,14 +19,17 @@ from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order, synthetic
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
+from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
+from dpo_jax.losses import Loss
 from dpo_jax.models import Model, hf
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Chat, TrainState, UserError
 from dpo_jax.sample import sample
+from dpo_jax.step import Sync
 
-VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
+VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite")  # may change on resuming
 
 
@@ -147,8 +150,10 @@ def encoding(options: configs.Data) -> dict[str, Any]:
     return {**{name: getattr(options, name) for name in names}, "template": template}
 
 
-def table_of(config: Config, tokenizer: Any, rows: Iterable[Item], what: str, say: Callable[[str], None]) -> Table:
-    """Returns comparisons as a table, tokenised once; says what was read, dropped and cut.
+def table_of(
+    config: Config, loss: Loss, tokenizer: Any, rows: Iterable[Item], what: str, say: Callable[[str], None]
+) -> Table:
+    """Returns comparisons as a table that the loss can use, tokenised once; says what was read, dropped and cut.
 
     Raises:
       UserError: nothing is left.
@@ -156,18 +161,60 @@ def table_of(config: Config, tokenizer: Any, rows: Iterable[Item], what: str, sa
     table, report = cached_encode(rows, tokenizer, cache_folder() / "tokens", **encoding(config.data))
     for line in report.lines():
         say(f"{what} data: {line}")
-    _check_labels(table, what, config)
+    _check_labels(table, what, loss)
+    if not loss.mismatched:
+        return table
+    table, cut = mismatched(table, config.data.max_length)
+    say(f"{what} data: each prompt has got a response to another one, {cut:,} of which were cut to fit")
     return table
 
 
-def _check_labels(table: Table, what: str, config: Config) -> None:
-    """Refuses labels that the loss would not see: every loss takes all responses to be there and the first the best."""
-    soft, absent = int((table.preferences != 1).sum()), int((table.response_lengths == 0).any(axis=1).sum())
-    for count, kind in ((soft, "a soft label (preference)"), (absent, "an absent response (unpaired rows)")):
-        if count:
-            raise UserError(
-                f"{what} data: {count} comparisons with {kind}, which loss {config.loss['name']} cannot use"
-            )
+def _check_labels(table: Table, what: str, loss: Loss) -> None:
+    """Refuses labels that the loss would not see or lacks."""
+    soft, absent = table.preferences != 1, (table.response_lengths == 0).any(axis=1)
+    unrated = (table.scores == 0).all(axis=1)
+    for rows, wrong, kind in (
+        (soft, not loss.soft_labels, "a soft label (preference), which this loss cannot use"),
+        (absent, not loss.unpaired, "an absent response (unpaired rows), which this loss cannot use"),
+        (unrated, loss.scores, "no scores of their responses, which this loss needs"),
+    ):
+        if wrong and rows.any():
+            raise UserError(f"{what} data: {int(rows.sum()):,} comparisons with {kind}")
+
+
+def responses_of(config: Config, loss: Loss) -> int:
+    """Returns how many responses the sources are to give to a prompt.
+
+    Raises:
+      UserError: another number is set than the loss can take.
+    """
+    wanted, needed = config.data.responses, loss.responses
+    if needed is None:
+        if wanted is not None and wanted < 2:
+            raise UserError(f"data.responses: {wanted}: this loss compares 2 or more")
+        return wanted or 2
+    needed -= loss.mismatched
+    if wanted not in (None, needed):
+        raise UserError(f"data.responses: {wanted}: this loss takes {needed}")
+    return needed
+
+
+def sync_of(config: Config, loss: Loss) -> Sync | None:
+    """Returns how the reference follows the policy, if it does.
+
+    Raises:
+      UserError: it cannot.
+    """
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    if not every:
+        return None
+    if every < 0 or not 0 < alpha <= 1:
+        raise UserError(f"reference: sync_every {every} is less than 0, or sync_alpha {alpha} is not in (0, 1]")
+    if not loss.uses_reference:
+        raise UserError("reference.sync_every: the loss has no reference that could follow the policy")
+    if config.reference.mode == "cache":
+        raise UserError("reference.sync_every: a reference that moves cannot be cached; set reference.mode: online")
+    return Sync(every, alpha)
 
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[str]:
@@ -281,7 +328,8 @@ def check(config: Config) -> None:
 def run_of(config: Config, say: Callable[[str], None]) -> Run:
     """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
     check(config)
-    loss = losses.build(**config.loss)
+    loss = losses.build(config.loss)
+    sync = sync_of(config, loss)
     optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
     loaded = load_model(config.model, tokenizer, config.seed)
@@ -294,9 +342,9 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         heard.append(line)
         say(line)
 
-    rows = comparisons(config.data, loss.responses)
-    train = table_of(config, tokenizer, noise_in(config, rows[0]), "training", hear)
-    held_out = evaluated(config, table_of(config, tokenizer, rows[1], "held-out", hear))
+    rows = comparisons(config.data, responses_of(config, loss))
+    train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
+    held_out = evaluated(config, table_of(config, loss, tokenizer, rows[1], "held-out", hear))
     folder = claim_folder(config)
     (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
@@ -306,6 +354,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         cache=cache_folder(),
         model=loaded.model,
         loss=loss,
+        sync=sync,
         params=loaded.params,
         frozen=partial(frozen_of, config, loaded) if loss.uses_reference else None,
         train=train,

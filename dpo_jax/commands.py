@@ -16,7 +16,7 @@ from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rew
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.models import hf
-from dpo_jax.records import UserError
+from dpo_jax.records import TrainState, UserError
 from dpo_jax.step import init_state
 
 __all__ = ["data_command", "pairs_command"]  # those that are elsewhere
@@ -66,29 +66,43 @@ def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
     return dataclasses.replace(settings, model=model)
 
 
-def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
-    """Returns the parameters of a run's newest checkpoint, or those of a model folder."""
+def _state(path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Loss) -> TrainState:
+    """Returns the state of a run's newest checkpoint, or that of a model folder's parameters before any step."""
+    moves = assemble.sync_of(settings, loss) is not None
+
+    def start(params: Any) -> TrainState:
+        return init_state(params, optim.build(**settings.optim), loss.terms, params if moves else ())
+
     if not assemble.is_run(path):
-        return loaded.params
-    like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), loaded.params)
-    return assemble.newest(Path(path), like).params
+        return TrainState(0, loaded.params, (), np.zeros(loss.terms, np.float32), ())
+    return assemble.newest(Path(path), jax.eval_shape(start, loaded.params))
+
+
+def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainState) -> dict[str, Any]:
+    """Returns the policy and, if there is one, the reference as it stands."""
+    models = {"policy": state.params}
+    uses = assemble.is_run(path) and losses.build(settings.loss).uses_reference
+    if state.reference:
+        models["reference"] = state.reference
+    elif settings.reference.path or uses:
+        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+    return models
 
 
 def eval_command(argv: list[str]) -> None:
     """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
     (path,), rest = leading(argv, "eval", "RUN_OR_MODEL")
     settings = _settings(path, rest, Evaluation, "eval")
-    loss = losses.build(**settings.loss)
+    loss = losses.build(settings.loss)
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    _, rows = assemble.comparisons(settings.data, loss.responses)
-    held_out = assemble.table_of(settings, tokenizer, rows, "held-out", say)
-    models = {"policy": _policy(path, settings, loaded)}
-    if loss.uses_reference:
-        models["reference"] = assemble.frozen_of(settings, loaded)[0]
-    judge = evaluate.Judge(loaded.model, loss, models, settings.batch_size, settings.data.max_length)
+    _, rows = assemble.comparisons(settings.data, assemble.responses_of(settings, loss))
+    held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
+    state = _state(path, settings, loaded, loss)
+    models = _models(path, settings, loaded, state)
+    judge = evaluate.Judge(loaded.model, loss, models, state.running, settings.batch_size, settings.data.max_length)
     found = evaluate.summary(evaluate.held_out(judge, held_out))
     shown: list[tuple[str, ...]] = []
     if settings.prompts:
@@ -153,9 +167,7 @@ def sample_command(argv: list[str]) -> None:
         raise UserError("--prompt: give at least one text to complete")
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    models = {"policy": _policy(path, settings, loaded)}
-    if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
-        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+    models = _models(path, settings, loaded, _state(path, settings, loaded, losses.build(settings.loss)))
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
     _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
@@ -169,7 +181,8 @@ def export_command(argv: list[str]) -> None:
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
+    state = _state(path, settings, loaded, losses.build(settings.loss))
+    hf.save(Path(out), state.params, loaded.hf_config, tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 
 

@@ -2,7 +2,8 @@
 
 The YAML is flattened to arguments which stand before those of the command line, so that both are read by one parser
 and get the same errors. A loss or an optimiser is chosen by name, and its options are the keyword-only parameters of
-the function of that name: a new variant needs no line here.
+the functions of that name: a new variant needs no line here. Such a section may be a list, and then its keys are
+counted from 0: `loss: [{name: dpo}, {name: sft}]` is `--loss.0.name dpo --loss.1.name sft`.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import docstring_parser
 import tyro
@@ -24,7 +25,8 @@ import yaml
 from dpo_jax.records import UserError
 
 T = TypeVar("T")
-Variants = Mapping[str, Mapping[str, Callable]]  # section of the config -> name -> function
+Pairs = Sequence[tuple[str, list[str]]]  # dotted keys and the texts given for them
+Variants = Mapping[str, Mapping[str, Sequence[Callable]]]  # section of the config -> name -> functions
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Data:
     """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, or a mixture of them."""
     path: tuple[str, ...] = ()
     """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
+    responses: int | None = None
+    """Responses to a prompt, for a loss of rankings; by default what the loss needs, 2 for one that takes any."""
     split: str = "train"
     """The split that is trained on."""
     eval_path: tuple[str, ...] = ()
@@ -101,6 +105,10 @@ class Reference:
     """As model.path; by default the policy at the start."""
     mode: Literal["cache", "online"] = "cache"
     """One pass over the data, kept and reused by every later run, or just in time for every batch."""
+    sync_every: int = 0
+    """Steps after which the reference follows the policy (0: never)."""
+    sync_alpha: float = 0.6
+    """How far it follows: alpha * policy + (1 - alpha) * reference."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,8 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     reference: Reference = field(default_factory=Reference)
-    loss: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
+    loss: Any = field(default_factory=lambda: {"name": "dpo"})
+    """A loss and its options, or a list of them with their weights."""
     optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
     samples: Samples = field(default_factory=Samples)
     mesh: Mesh = field(default_factory=Mesh)
@@ -206,6 +215,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             pairs += flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(v, Mapping) for v in value):
+            pairs += flatten({str(i): v for i, v in enumerate(value)}, f"{name}.")
         else:
             pairs.append((name, [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]))
     return pairs
@@ -225,22 +236,35 @@ def arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return pairs
 
 
-def _options(kind: str, name: str, function: Callable) -> type:
-    """Returns a dataclass of `name` and the keyword-only parameters of a function, with its help texts."""
-    parsed = docstring_parser.parse(function.__doc__ or "")
-    help_of = {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+def _options(kind: str, name: str, functions: Sequence[Callable]) -> type:
+    """Returns a dataclass of `name` and the keyword-only parameters of functions, with their help texts."""
     fields: list[Any] = [("name", str, field(default=name))]
-    for p in inspect.signature(function).parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            default = {} if p.default is p.empty else {"default": p.default}
-            annotated = Annotated[p.annotation, tyro.conf.arg(help=help_of.get(p.name, ""))]
-            fields.append((p.name, annotated, field(**default)))
+    docs = [docstring_parser.parse(function.__doc__ or "") for function in functions]
+    for function, doc in zip(functions, docs, strict=True):
+        help_of = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
+        for p in inspect.signature(function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY:
+                default = {} if p.default is p.empty else {"default": p.default}
+                annotated = Annotated[p.annotation, tyro.conf.arg(help=help_of.get(p.name, ""))]
+                fields.append((p.name, annotated, field(**default)))
     new = dataclasses.make_dataclass(kind.capitalize(), fields, frozen=True)
-    new.__doc__ = f"{name}: {parsed.short_description}"
+    new.__doc__ = f"{name}: {docs[0].short_description}"
     return new
 
 
-def _with_variants(base: type, pairs: Sequence[tuple[str, list[str]]], variants: Variants) -> type:
+def _chosen(pairs: Pairs, section: str, default: str) -> dict[str, str]:
+    """Returns the name that is chosen in a section, as {"": name}, or in each element of a list, {"0": name, ...}."""
+    elements = sorted({k.split(".")[1] for k, _ in pairs if k.startswith(f"{section}.") and k.split(".")[1].isdigit()})
+    names = {key: texts[0] for key, texts in pairs if texts}
+    if not elements:
+        return {"": names.get(f"{section}.name", default)}
+    for expected, element in enumerate(sorted(elements, key=int)):
+        if int(element) != expected or f"{section}.{element}.name" not in names:
+            raise UserError(f"{section}.{element}: give {section}.{expected}.name; elements of a list count from 0")
+    return {element: names[f"{section}.{element}.name"] for element in sorted(elements, key=int)}
+
+
+def _with_variants(base: type, pairs: Pairs, variants: Variants) -> type:
     """Returns `base` with each section that is chosen by name replaced by that choice's own options."""
     fields: list[Any] = []
     for f in dataclasses.fields(base):
@@ -248,22 +272,42 @@ def _with_variants(base: type, pairs: Sequence[tuple[str, list[str]]], variants:
             fields.append((f.name, f.type, f))
             continue
         assert callable(f.default_factory)
-        name = ([v[0] for k, v in pairs if k == f"{f.name}.name" and v] or [f.default_factory()["name"]])[-1]
-        if name not in variants[f.name]:
-            raise UserError(f"{f.name}.name: unknown {f.name} {name!r}; {closest(name, list(variants[f.name]))}")
-        kind = _options(f.name, name, variants[f.name][name])
+        kinds: dict[str, Any] = {}
+        for element, name in _chosen(pairs, f.name, f.default_factory()["name"]).items():
+            if name not in variants[f.name]:
+                key = ".".join(filter(None, (f.name, element, "name")))
+                raise UserError(f"{key}: unknown {f.name} {name!r}; {closest(name, list(variants[f.name]))}")
+            kinds[element] = _options(f.name, name, variants[f.name][name])
+        kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
         fields.append((f.name, kind, field(default_factory=kind)))
     return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+
+
+def _listing(section: str, kinds: Mapping[str, type]) -> type:
+    """Returns a dataclass that stands for a list of dataclasses: its options are called 0, 1, ..."""
+    fields: list[Any] = [
+        (f"element_{i}", Annotated[kind, tyro.conf.arg(name=i)], field(default_factory=kind, metadata={"name": i}))
+        for i, kind in kinds.items()
+    ]
+    return dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
+
+
+def _plain(section: Any) -> Any:
+    """Returns a section chosen by name as a dict, or a list of them as a tuple of dicts."""
+    values = dataclasses.asdict(section)
+    return tuple(values.values()) if "element_0" in values else values
 
 
 def _keys(kind: type, prefix: str = "") -> list[str]:
     """Returns the dotted names of all options of a dataclass."""
     keys = []
     for f in dataclasses.fields(kind):
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            keys += _keys(f.type, f"{prefix}{f.name}.")
+        name = prefix + f.metadata.get("name", f.name)
+        inner = get_args(f.type)[0] if f.metadata else f.type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            keys += _keys(inner, f"{name}.")
         else:
-            keys.append(prefix + f.name)
+            keys.append(name)
     return keys
 
 
@@ -275,7 +319,7 @@ def _first_sentence(box: str) -> str:
     return " ".join(" ".join(body).split())
 
 
-def _parse(kind: type[T], pairs: Sequence[tuple[str, list[str]]], where: str, prog: str) -> T:
+def _parse(kind: type[T], pairs: Pairs, where: str, prog: str) -> T:
     """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
     known = _keys(kind)
     for key, _ in pairs:
@@ -315,16 +359,20 @@ def parse(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str, va
     full = _with_variants(kind, [*written, *given], variants or {})
     if written and not any(key == "help" for key, _ in given):
         _parse(_with_variants(kind, written, variants or {}), written, f"{file}: ", prog)
-    # A key given again replaces the earlier one, lists included; options of another variant of the file do not apply.
-    last = dict([*written, *given])
-    renamed = [s for s in variants or {} if dict(written).get(f"{s}.name") != last.get(f"{s}.name")]
-    for section in renamed:
-        stale = {k for k, _ in written if k.startswith(f"{section}.")} - {k for k, _ in given} - set(_keys(full))
-        last = {k: v for k, v in last.items() if k not in stale}
+    last = _applied(written, given, full, variants or {})
     parsed = _parse(full, list(last.items()), "", prog)
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    plain = {k: dataclasses.asdict(v) if k in (variants or {}) else v for k, v in values.items()}
-    return kind(**plain)
+    return kind(**{k: _plain(v) if k in (variants or {}) else v for k, v in values.items()})
+
+
+def _applied(written: Pairs, given: Pairs, kind: type, variants: Variants) -> dict[str, list[str]]:
+    """Returns the file's keys with those of the command line over them. A key given again replaces the earlier one,
+    lists included; where a name has changed, options of the file that the new choice does not have are dropped."""
+    last, known = dict([*written, *given]), _keys(kind)
+    named = {key for key, texts in written if key.endswith(".name") and last[key] != texts}
+    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in variants}
+    stale = {k for k, _ in written if k not in dict(given) and k not in known and k.startswith(tuple(sections))}
+    return {k: v for k, v in last.items() if k not in stale}
 
 
 def dump(config: Any) -> str:

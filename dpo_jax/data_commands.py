@@ -51,7 +51,7 @@ def data_command(argv: list[str]) -> None:
     settings = config.parse(Look, file or None, rest, prog=prog, variants=assemble.VARIANTS)
     assemble.check(settings)
     tokenizer = assemble.tokenizer_of(_first_model(settings.model))
-    train, held_out = assemble.comparisons(settings.data, losses.build(**settings.loss).responses)
+    train, held_out = assemble.comparisons(settings.data, assemble.responses_of(settings, losses.build(settings.loss)))
     sides = {"training": assemble.noise_in(settings, train), "held-out": held_out}
     page = _page(Path(file).stem, sides, tokenizer, settings)
     _print(page)

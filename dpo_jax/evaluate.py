@@ -11,8 +11,8 @@ from dpo_jax import reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
-from dpo_jax.losses import Loss
-from dpo_jax.metrics import mean_interval, wilson
+from dpo_jax.losses import Loss, length_bias
+from dpo_jax.metrics import fisher, mean_interval, wilson
 from dpo_jax.models import Model
 from dpo_jax.records import Array, Tokens
 from dpo_jax.sample import sample
@@ -25,7 +25,7 @@ class Evaluator(NamedTuple):
     Attributes:
       step: the compiled eval step.
       table: N comparisons.
-      reference: float32[N, P], or None for a loss without one.
+      reference: float32[N, P, 2], or None for a loss without one.
       shape: the layout of a batch.
       batch_size: comparisons in a batch.
       put: moves a Batch to the devices.
@@ -40,17 +40,17 @@ class Evaluator(NamedTuple):
 
 
 def make_step(logps: Callable, loss: Any) -> Callable:
-    """Returns the compiled eval step, `(params, batch, count) -> metrics [M, R, G]`."""
+    """Returns the compiled eval step, `(params, running, batch, count) -> metrics [M, R, G]`."""
     return jax.jit(make_eval_step(logps, loss))
 
 
-def values(evaluator: Evaluator, params: Any) -> dict[str, np.ndarray]:
-    """Returns every metric of every comparison, float32[N] each, in the order of the table."""
+def values(evaluator: Evaluator, params: Any, running: Any) -> dict[str, np.ndarray]:
+    """Returns every metric of every comparison, float32[N] each, in the order of the table; NaN where it has none."""
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(evaluator.table), evaluator.batch_size):
         rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
         batch, count, places = pack.build(evaluator.table, rows, evaluator.shape, evaluator.reference)
-        metrics = evaluator.step(params, evaluator.put(batch), count)
+        metrics = evaluator.step(params, running, evaluator.put(batch), count)
         parts.append({k: pack.unpack(np.asarray(v), places) for k, v in metrics.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -62,12 +62,17 @@ def interval(value: np.ndarray) -> dict[str, float]:
 
 
 def summary(metrics: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Returns the `interval` of each metric, named with `eval_` in front; Wilson's for accuracy."""
-    out = {f"eval_{name}": interval(value) for name, value in metrics.items()}
-    right = metrics.get("rewards/accuracies")
-    if right is not None:
+    """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it; Wilson's
+    for accuracy, Fisher's for the correlation `length_bias`. A metric that no comparison has is left out."""
+    counted = {k: v if k.startswith("loss") else v[~np.isnan(v)] for k, v in metrics.items()}
+    out = {f"eval_{name}": interval(value) for name, value in counted.items() if len(value)}
+    if "eval_rewards/margins" in out:
+        right = counted["rewards/accuracies"]
         low, high = wilson(float(right.sum()), len(right))
         out["eval_rewards/accuracies"] |= {"low": low, "high": high}
+        bias = float(length_bias(metrics, np.ones(len(metrics["loss"]), np.float32)))
+        low, high = fisher(bias, len(right))
+        out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(right)}
     return out
 
 
@@ -78,6 +83,7 @@ class Judge(NamedTuple):
       model: pure functions of both.
       loss: whose metrics are wanted.
       params: "policy" and perhaps "reference" -> parameters.
+      running: the policy's `TrainState.running`.
       batch_size: comparisons, or completions, at a time.
       max_length: longest prompt plus response in tokens.
     """
@@ -85,12 +91,13 @@ class Judge(NamedTuple):
     model: Model
     loss: Loss
     params: dict[str, Any]
+    running: Any
     batch_size: int
     max_length: int
 
 
 def logps(judge: Judge, who: str, table: Table) -> np.ndarray:
-    """Returns the log-probs of a table under one of the models, float32[N, P]."""
+    """Returns the log-probs of a table under one of the models, float32[N, P, 2]: of responses and their shared parts."""
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
     column = reference.make_column(partial(batch_logps, judge.model))
     params = jax.device_put(judge.params[who])
@@ -101,9 +108,9 @@ def held_out(judge: Judge, table: Table) -> dict[str, np.ndarray]:
     """Returns every metric of the loss for every comparison of a table, float32[N] each."""
     column = logps(judge, "reference", table) if "reference" in judge.params else None
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    step = make_step(partial(batch_logps, judge.model), judge.loss)
+    step = make_step(partial(batch_logps, judge.model, confidence=judge.loss.confidence), judge.loss)
     evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
-    return values(evaluator, jax.device_put(judge.params["policy"]))
+    return values(evaluator, jax.device_put(judge.params["policy"]), judge.running)
 
 
 def distinct_prompts(table: Table, count: int) -> list[Array]:
@@ -130,4 +137,4 @@ def kl(judge: Judge, prompts: list[Array], completions: list[Array]) -> np.ndarr
     """
     table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
     judge = judge._replace(max_length=max(judge.max_length, int(table.lengths().max()) + 1))
-    return (logps(judge, "policy", table) - logps(judge, "reference", table))[:, 0]
+    return (logps(judge, "policy", table) - logps(judge, "reference", table))[:, 0, 0]

@@ -89,7 +89,22 @@ def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Arra
     return pad(source), pad(target), pad(slot, constant_values=-1)
 
 
-def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Logps:
+def log_collisions(hidden: Array, head: Array, chunks: Array, size: int) -> Array:
+    """Returns log sum_v p(v | hidden)^2 of each scored token, the log of how likely two draws agree; no gradient.
+
+    Args and shapes as for `token_logps`; float32[R, S].
+    """
+    hidden, weight = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
+
+    def body(j, out):
+        _, logits = _logits(hidden, weight, j, size)
+        value = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(out, value, j * size, axis=1)
+
+    return jax.lax.fori_loop(0, chunks, body, jnp.zeros(hidden.shape[:2], jnp.float32))
+
+
+def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, confidence: bool = False) -> Logps:
     """Returns the log-probs of every response of one microbatch.
 
     Args:
@@ -97,39 +112,91 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) 
       params: its parameters.
       batch: one microbatch, fields as in `Batch` without the leading axis.
       chunk: tokens whose logits exist at one time.
+      confidence: whether `Logps.confidence` is wanted, which costs the head's work once more.
 
     Returns:
       Logps of B = R * G comparisons, in the order of the rows.
     """
-    rows, groups, responses = batch.ref_logps.shape
+    rows, groups, responses, _ = batch.ref_logps.shape
     size = max(1, min(chunk // rows, batch.slot.shape[1]))
     source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
-    chunks = -(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)
+    chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
-    scored = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    logps: Array = token_logps(scored, model.head(params), target, chunks.astype(jnp.int32), size)
+    scored, head = jnp.take_along_axis(hidden, source[..., None], axis=1), model.head(params)
+    logps: Array = token_logps(scored, head, target, chunks, size)
+    add = _adder(slot, (rows, groups, responses))
+    lengths = add(jnp.ones_like(logps))
+    present = lengths > 0
+    shared = _is_shared(slot, lengths)
+    mean = jnp.full_like(lengths, jnp.nan)
+    if confidence:
+        mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size)) / jnp.maximum(lengths, 1)
+    # NaN stays in the reference only where one is missing.
+    reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
+    values = (add(logps), reference, add(jnp.where(shared, logps, 0.0)), reference_shared, lengths, present)
+    flat = [x.reshape(rows * groups, responses) for x in (*values, batch.scores, mean)]
+    weights, preference = batch.weights.reshape(-1), batch.preference.reshape(-1)
+    return Logps(*flat[:6], weights, preference, *flat[6:], jnp.zeros(()))
+
+
+def as_reference(lp: Logps, batch: Batch) -> Array:
+    """Returns the policy's log-probs of a microbatch as `Batch.ref_logps` holds the reference's."""
+    return jnp.stack([lp.policy, lp.policy_shared], axis=-1).reshape(batch.ref_logps.shape)
+
+
+def _adder(slot: Array, shape: tuple[int, int, int]) -> Callable[[Array], Array]:
+    """Returns the sum over each response's tokens, float32[R, S] -> float32[R, G, P]; slot: int32[R, S]."""
+    rows, groups, responses = shape
     # Padding goes to one more segment, which is cut off.
     segment = jnp.where(slot >= 0, slot, groups * responses)
     add = jax.vmap(partial(jax.ops.segment_sum, num_segments=groups * responses + 1))
-    shape = (rows * groups, responses)
-    policy = add(logps, segment)[:, :-1].reshape(shape)
-    lengths = add(jnp.ones_like(logps), segment)[:, :-1].reshape(shape)
-    present = lengths > 0
-    reference = jnp.where(present, batch.ref_logps.reshape(shape), 0.0)  # NaN stays only where one is missing
-    return Logps(policy, reference, lengths, present, batch.weights.reshape(-1))
+    return lambda x: add(x, segment)[:, :-1].reshape(rows, groups, responses)
 
 
-def per_microbatch(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:
-    """Returns `function` of each of the first `count` microbatches, stacked on a leading axis M, zeros beyond.
+def _is_shared(slot: Array, lengths: Array) -> Array:
+    """Returns bool[R, S], whether a scored token is among the first n of its response, where n is the length of the
+    shortest response of the comparison that is there; lengths: float32[R, G, P]."""
+    rows, _, responses = lengths.shape
+    shortest = jnp.min(jnp.where(lengths > 0, lengths, jnp.inf), axis=-1)
+    # The tokens of a response stand side by side, in the order of the slots.
+    ends = jnp.cumsum(lengths.reshape(rows, -1), axis=1)
+    start = jnp.take_along_axis(ends - lengths.reshape(rows, -1), jnp.maximum(slot, 0), axis=1)
+    limit = jnp.take_along_axis(shortest, jnp.maximum(slot, 0) // responses, axis=1)
+    return (slot >= 0) & (jnp.arange(slot.shape[1]) - start < limit)
+
+
+def over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch: Batch, count: Array) -> tuple:
+    """Returns the sum of the first results of `function(microbatch, m)` over the first `count` microbatches, and its
+    second results stacked on a leading axis M, zeros beyond.
 
     `count` is a run-time value, so that a step with fewer microbatches costs less and compiles nothing new.
     """
 
-    def body(m: Array, out: Any) -> Any:
-        value = function(jax.tree.map(lambda x: x[m], batch))
-        return jax.tree.map(lambda o, v: o.at[m].set(v), out, value)
+    def one(m: Array) -> tuple[Any, Any]:
+        return function(jax.tree.map(lambda x: x[m], batch), m)
 
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
+    def body(m: Array, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
+        summed, stacked = one(m)
+        stack = jax.tree.map(lambda all_, new: all_.at[m].set(new), so_far[1], stacked)
+        return jax.tree.map(jnp.add, so_far[0], summed), stack
+
+    summed, stacked = jax.eval_shape(one, jnp.zeros((), jnp.int32))
     many = batch.tokens.shape[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), shapes)
-    return jax.lax.fori_loop(0, count, body, zeros)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed)
+    return jax.lax.fori_loop(0, count, body, (zeros, jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), stacked)))
+
+
+def per_microbatch(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:
+    """Returns `function` of each of the first `count` microbatches, stacked on a leading axis M, zeros beyond."""
+    return over_microbatches(lambda micro, _: ((), function(micro)), batch, count)[1]
+
+
+def step_logps(logps: Callable[[Any, Batch], Logps], params: Any, batch: Batch, count: Array) -> Logps:
+    """Returns the log-probs of all comparisons of a step, float32[M * B, ...], absent ones beyond `count`."""
+    return joined(per_microbatch(partial(logps, params), batch, count))
+
+
+def joined(stacked: Logps) -> Logps:
+    """Returns log-probs that are stacked by microbatch, [M, B, ...], end to end; `running` becomes 0."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked._replace(running=()))
+    return flat._replace(running=jnp.zeros(()))

@@ -23,7 +23,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.metrics import Progress, append, truncate
 from dpo_jax.models import Model
 from dpo_jax.records import Batch, TrainState, UserError
-from dpo_jax.step import init_state, make_train_step
+from dpo_jax.step import Sync, init_state, make_train_step
 
 
 class Run(NamedTuple):
@@ -35,6 +35,7 @@ class Run(NamedTuple):
       cache: folder of reference columns.
       model: pure functions of the architecture.
       loss: bound.
+      sync: how the reference follows the policy; None where it stays.
       params: host arrays, the policy at the start.
       frozen: returns (host arrays of the reference, their hash); None for a loss without a reference.
       train: table of comparisons.
@@ -49,6 +50,7 @@ class Run(NamedTuple):
     cache: Path
     model: Model
     loss: Loss
+    sync: Sync | None
     params: Any
     frozen: Callable[[], tuple[Any, str]] | None
     train: Table
@@ -66,7 +68,9 @@ class Prepared(NamedTuple):
     put: Callable
     step: Callable
     like: TrainState
-    fill: Callable[[Batch, int], Batch] | None
+    moving: Any  # the reference at the start, if it moves
+    fill: Callable[[TrainState, Batch, int], Batch] | None
+    held_out: Callable[[TrainState], np.ndarray] | None
     column: np.ndarray | None
     evaluator: evaluate.Evaluator
     reference_samples: list[str] | None
@@ -92,7 +96,7 @@ def put_batch(batch: Batch, mesh: Any) -> Batch:
 
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
-    shapes = jax.eval_shape(lambda p: init_state(p, tx), run.params)
+    shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
     params = sharding.of_params(mesh, run.model.axes, shapes.params)
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
@@ -112,25 +116,29 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         multiple_of=sharding.row_devices(mesh),
     )
     shape, eval_shape = choose(run.train), choose(run.held_out)
-    put, logps = partial(put_batch, mesh=mesh), partial(batch_logps, run.model)
+    put = partial(put_batch, mesh=mesh)
+    logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
     tx = optim.build(**config.optim)
     params, like = shardings_of(run, tx, mesh)
     step = jax.jit(
-        make_train_step(logps, run.loss, tx),
+        make_train_step(logps, run.loss, tx, run.sync),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, like), sharding.replicated(mesh)),
     )
-    fill = column = eval_column = samples = None
+    fill = column = eval_column = samples = moving = held_out = None
     if run.frozen is not None:
         weights, name = run.frozen()
         weights = jax.device_put(weights, params)
-        make = reference.make_column(logps, sharding.of_batch(mesh))
+        make = reference.make_column(partial(batch_logps, run.model), sharding.of_batch(mesh))
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
         if config.reference.mode == "cache":
             column = columns(run.train, shape, "training")
         else:
             fill = partial(_fill, make, weights)
+        if run.sync:
+            moving = weights
+            held_out = partial(_held_out, make, run.held_out, eval_shape, config.batch_size, put)
         samples = run.complete(weights) if run.complete else None
     evaluator = evaluate.Evaluator(
         evaluate.make_step(logps, run.loss), run.held_out, eval_column, eval_shape, config.batch_size, put
@@ -141,7 +149,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
-    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps, rows)
+    return Prepared(mesh, shape, put, step, like, moving, fill, held_out, column, evaluator, samples, steps, rows)
 
 
 def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
@@ -154,15 +162,20 @@ def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, ta
     start = time.perf_counter()
     compute = partial(reference.one_pass, make, weights, table, shape, run.config.batch_size, put)
     key = reference.key(table, name, run.config.model.compute)
-    values, hit = reference.cached(run.cache / "reference", key, compute, (len(table), run.loss.responses))
+    values, hit = reference.cached(run.cache / "reference", key, compute, (len(table), table.responses, 2))
     how = "from the cache" if hit else f"computed in {time.perf_counter() - start:.1f} s"
     say(f"reference log-probs of the {what} data: {how}")
     return values
 
 
-def _fill(column: Callable, weights: Any, batch: Batch, count: int) -> Batch:
-    """Returns the batch with its reference column filled in just in time."""
-    return batch._replace(ref_logps=column(weights, batch, count))
+def _fill(column: Callable, weights: Any, state: TrainState, batch: Batch, count: int) -> Batch:
+    """Returns the batch with its reference column filled in just in time, by the state's reference if it moves."""
+    return batch._replace(ref_logps=column(state.reference or weights, batch, count))
+
+
+def _held_out(column: Callable, table: Table, shape: pack.Shape, batch_size: int, put: Callable, state: TrainState):
+    """Returns the reference column of the held-out table under a reference that moves."""
+    return reference.one_pass(column, state.reference, table, shape, batch_size, put)
 
 
 def batches(run: Run, prepared: Prepared, start: int) -> Iterator[tuple[Batch, int]]:
@@ -186,8 +199,14 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     tx = optim.build(**run.config.optim)
     where = jax.tree.map(lambda x: x.sharding, prepared.like)
     params = jax.device_put(run.params, where.params)
-    # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
-    return jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx), out_shardings=where)(params)
+    moving = () if prepared.moving is None else prepared.moving
+
+    def own(params: Any, moving: Any) -> TrainState:
+        # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
+        params, moving = jax.tree.map(lambda x: x + 0, (params, moving))
+        return init_state(params, tx, run.loss.terms, moving)
+
+    return jax.jit(own, out_shardings=where)(params, moving)
 
 
 @contextlib.contextmanager
@@ -286,7 +305,7 @@ def _steps(run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainS
         log = _Log(run, progress, partial(rows_of, run, prepared))
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
-                batch = prepared.fill(batch, count)
+                batch = prepared.fill(state, batch, count)
             state, metrics = prepared.step(state, batch, np.int32(count))
             log.step(step, metrics)
             if step % eval_steps == 0 or step == total:
@@ -307,7 +326,10 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> None:
     """Evaluates the policy on the held-out data and writes its samples."""
     step = int(state.step)
     examples = step * run.config.batch_size
-    summary = evaluate.summary(evaluate.values(prepared.evaluator, state.params))
+    evaluator = prepared.evaluator
+    if prepared.held_out is not None:
+        evaluator = evaluator._replace(reference=prepared.held_out(state))
+    summary = evaluate.summary(evaluate.values(evaluator, state.params, state.running))
     append(run.folder / "metrics.jsonl", step, examples, {name: entry["mean"] for name, entry in summary.items()})
     (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:

@@ -185,3 +185,12 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fisher(correlation: float, n: int) -> tuple[float, float]:
+    """Returns Fisher's 95% interval for a correlation over n pairs (1915: atanh is nearly normal, with variance
+    1 / (n - 3)); of fewer than 4 pairs, (-1, 1)."""
+    if n < 4 or abs(correlation) >= 1:
+        return (-1.0, 1.0) if n < 4 else (correlation, correlation)
+    centre, half = math.atanh(correlation), Z95 / math.sqrt(n - 3)
+    return math.tanh(centre - half), math.tanh(centre + half)

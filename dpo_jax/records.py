@@ -145,8 +145,12 @@ class TrainState(NamedTuple):
       step: int32[], updates done.
       params: pytree of float32 arrays, the policy.
       opt_state: the optimiser's state.
+      running: float32[K], what each of the loss's terms carries from step to step.
+      reference: pytree like params, a reference that moves; () for one that does not.
     """
 
     step: Array
     params: Any
     opt_state: Any
+    running: Array
+    reference: Any

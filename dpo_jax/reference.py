@@ -11,17 +11,16 @@ import numpy as np
 
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import per_microbatch
+from dpo_jax.logprobs import as_reference, per_microbatch
 from dpo_jax.records import Array, Batch
 from dpo_jax.step import LogpsOf
 
 
 def make_column(logps: LogpsOf, batch_sharding: Any = None) -> Callable[[Any, Batch, Any], Array]:
-    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P]."""
+    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2]."""
 
     def column(params: Any, batch: Batch, count: Array) -> Array:
-        shape = batch.ref_logps.shape[1:]
-        return per_microbatch(lambda micro: logps(params, micro).policy.reshape(shape), batch, count)
+        return per_microbatch(lambda micro: as_reference(logps(params, micro), micro), batch, count)
 
     return jax.jit(column, out_shardings=batch_sharding)
 
@@ -32,7 +31,7 @@ def key(table: Table, weights_hash: str, compute: str) -> str:
 
 
 def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, batch_size: int, put: Callable) -> Array:
-    """Returns log pi_ref of every response of the table, float32[N, P].
+    """Returns log pi_ref of every response of the table, float32[N, P, 2]: of all of it, and of its shared part.
 
     Args:
       column: from `make_column`.

@@ -1,27 +1,44 @@
 """The pure train and eval steps; whoever calls them compiles them once, with shardings and donation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logprobs import per_microbatch
-from dpo_jax.losses import Loss
+from dpo_jax.logprobs import joined, over_microbatches, step_logps
+from dpo_jax.losses import Loss, averages
 from dpo_jax.records import Array, Batch, Logps, TrainState
 
 LogpsOf = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
+Differentiable = tuple[Array, Array]  # Logps.policy and .policy_shared
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+class Sync(NamedTuple):
+    """How a reference follows the policy (TR-DPO, arXiv 2404.09656): every `every` steps it becomes
+    alpha * policy + (1 - alpha) * reference; alpha 1 is the paper's hard update, `every` 1 an exponential average.
+    """
+
+    every: int
+    alpha: float
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, reference: Any = ()) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      params: the policy.
+      tx: the optimiser.
+      terms: of the loss.
+      reference: one that is to move; () for one that stays.
+    """
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(terms), reference)
 
 
 def make_train_step(
-    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation
+    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation, sync: Sync | None = None
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """Returns `(state, batch, count) -> (state, metrics)`, pure and not yet compiled.
 
@@ -37,45 +54,75 @@ def make_train_step(
     Metrics: weighted means over the batch, float32[], under TRL's names.
     """
 
-    def objective(params: Any, micro: Batch, total: Array) -> tuple[Array, Metrics]:
-        lp = logps(params, micro)
-        share = lp.weights / total
-        metrics = {name: jnp.sum(share * value) for name, value in loss.metrics(lp).items()}
-        return metrics["loss"], metrics
-
     def step(state: TrainState, batch: Batch, count: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = _summed(objective, state.params, batch, count)
+        grads, lp = gradient(logps, loss, state, batch, count)
+        metrics = averages(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        new = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+        new = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state, running=loss.statistics(lp)
+        )
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)._replace(step=state.step + 1)
         metrics |= {"grad_norm": norm, "nonfinite": 1.0 - finite}
-        return new._replace(step=state.step + 1), metrics
+        return new if sync is None else new._replace(reference=_moved(sync, new)), metrics
 
     return step
 
 
-def _summed(objective: Callable, params: Any, batch: Batch, count: Array) -> tuple[Any, Metrics]:
-    """Returns the sums over microbatches of the gradient and the metrics of `objective`."""
+def gradient(logps: LogpsOf, loss: Loss, state: TrainState, batch: Batch, count: Array) -> tuple[Any, Logps]:
+    """Returns the gradient of the weighted mean loss of a step, like params, and the log-probs of its comparisons,
+    float32[M * B, ...].
+
+    A loss that looks across comparisons is first differentiated with respect to the log-probs of the whole step, which
+    costs a forward pass more; then each microbatch goes backward from its share of that.
+    """
     total = batch.weights.sum()
 
-    def one(m: Array) -> tuple[Any, Metrics]:
-        micro = jax.tree.map(lambda x: x[m], batch)
-        return jax.grad(objective, has_aux=True)(params, micro, total)
+    def mean(values: Differentiable, lp: Logps) -> Array:
+        lp = lp._replace(policy=values[0], policy_shared=values[1], running=state.running)
+        return jnp.sum(lp.weights / total * loss.values(lp))
 
-    shapes = jax.eval_shape(one, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.fori_loop(0, count, lambda m, sums: jax.tree.map(jnp.add, sums, one(m)), zeros)
+    ahead = None
+    if loss.whole_batch:
+        lp = step_logps(logps, state.params, batch, count)
+        slopes = jax.grad(mean)(_differentiable(lp), lp)
+        ahead = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
+
+    def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
+        def objective(params: Any) -> tuple[Array, Logps]:
+            lp = logps(params, micro)
+            if ahead is None:
+                return mean(_differentiable(lp), lp), lp
+            return sum(jnp.vdot(slope[m], value) for slope, value in zip(ahead, _differentiable(lp), strict=True)), lp
+
+        return jax.grad(objective, has_aux=True)(state.params)
+
+    grads, stacked = over_microbatches(one, batch, count)
+    return grads, joined(stacked)._replace(running=state.running)
 
 
-def make_eval_step(logps: LogpsOf, loss: Loss) -> Callable[[Any, Batch, Array], Metrics]:
-    """Returns `(params, batch, count) -> metrics`, each float32[M, R, G]: one value a comparison, not yet averaged."""
+def _differentiable(lp: Logps) -> Differentiable:
+    return lp.policy, lp.policy_shared
 
-    def step(params: Any, batch: Batch, count: Array) -> Metrics:
-        def one(micro: Batch) -> Metrics:
-            return {k: v.reshape(micro.weights.shape) for k, v in loss.metrics(logps(params, micro)).items()}
 
-        return per_microbatch(one, batch, count)
+def _moved(sync: Sync, state: TrainState) -> Any:
+    """Returns the reference after a step."""
+
+    def mixed() -> Any:
+        return jax.tree.map(lambda p, r: sync.alpha * p + (1.0 - sync.alpha) * r, state.params, state.reference)
+
+    return jax.lax.cond(state.step % sync.every == 0, mixed, lambda: state.reference)
+
+
+def make_eval_step(logps: LogpsOf, loss: Loss) -> Callable[[Any, Array, Batch, Array], Metrics]:
+    """Returns `(params, running, batch, count) -> metrics`, float32[M, R, G]: one value a comparison, not yet averaged.
+
+    `running` is `TrainState.running`. A loss that looks across comparisons sees those of one batch.
+    """
+
+    def step(params: Any, running: Array, batch: Batch, count: Array) -> Metrics:
+        lp = step_logps(logps, params, batch, count)._replace(running=running)
+        return {name: value.reshape(batch.weights.shape) for name, value in loss.metrics(lp).items()}
 
     return step

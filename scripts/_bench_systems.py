@@ -124,7 +124,7 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     remat = "full" if system.without == "kept activations" else "none"
     logps = levers.logps_of(system.without, build(architecture, compute=system.dtype, remat=remat))
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
-    step = jax.jit(make_train_step(logps, losses.build("dpo", beta=BETA), tx), donate_argnums=0)
+    step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": BETA}), tx), donate_argnums=0)
     column, frozen = reference.make_column(logps), jax.device_put(params)
     state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx))(frozen)  # owns what it donates
     table = Table.open(folder)

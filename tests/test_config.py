@@ -18,9 +18,15 @@ def parse(tmp_path, text="", *argv):
     return config.parse(Config, str(file), argv, prog="dpo-jax train", variants=VARIANTS)
 
 
+OF_EVERY_TERM = {
+    "weight": 1.0, "reference_free": False, "divergence": "reverse_kl", "divergence_alpha": 0.5, "ld_alpha": 1.0,
+    "wpo": False,
+}  # fmt: skip
+
+
 def test_defaults_are_the_papers(tmp_path):
     c = parse(tmp_path)
-    assert c.loss == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+    assert c.loss == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0} | OF_EVERY_TERM
     assert c.optim == {
         "name": "rmsprop",
         "learning_rate": 1e-6,
@@ -46,7 +52,53 @@ def test_numbers_as_yaml_reads_them(tmp_path):
 
 def test_another_variant_on_the_command_line_drops_the_files_options_of_the_old_one(tmp_path):
     c = parse(tmp_path, "loss: {name: dpo, beta: 0.5}", "--loss.name", "sft")
-    assert c.loss == {"name": "sft", "reduction": "sum"}
+    assert c.loss == {"name": "sft", "reduction": "sum"} | OF_EVERY_TERM
+
+
+LIST = "loss: [{name: dpo, beta: 0.5, weight: 0.8}, {name: sft, reduction: mean}]\nmax_steps: 3\n"
+
+
+def test_a_list_of_losses(tmp_path):
+    c = parse(tmp_path, LIST, "--loss.0.label_smoothing", "0.1", "--loss.1.weight", "2")
+    dpo = {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1} | OF_EVERY_TERM | {"weight": 0.8}
+    assert c.loss == (dpo, {"name": "sft", "reduction": "mean"} | OF_EVERY_TERM | {"weight": 2.0})
+    file = tmp_path / "dumped.yaml"
+    file.write_text(config.dump(c))
+    again = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+    assert again == c
+    other = config.parse(Config, str(file), ["--loss.1.reduction", "sum"], prog="x", variants=VARIANTS)
+    assert config.difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
+
+
+def test_a_list_on_the_command_line_alone(tmp_path):
+    c = parse(tmp_path, "", "--loss.0.name", "dpo", "--loss.1.name", "sft", "--loss.1.reduction", "mean")
+    assert [term["name"] for term in c.loss] == ["dpo", "sft"]
+    assert c.loss[1]["reduction"] == "mean"
+
+
+def test_a_lists_element_may_be_renamed(tmp_path):
+    c = parse(tmp_path, LIST, "--loss.0.name", "sft", "--loss.1.name", "dpo")
+    assert [term["name"] for term in c.loss] == ["sft", "dpo"]
+    assert "beta" not in c.loss[0]
+    assert c.loss[0]["weight"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        (LIST, ["--loss.beta", "1"], r"unknown key 'loss.beta'; did you mean 'loss.0.beta'"),
+        (LIST, ["--loss.2.beta", "1"], r"loss.2: give loss.2.name; elements of a list count from 0"),
+        (LIST, ["--loss.3.name", "dpo"], r"loss.3: give loss.2.name; elements of a list count from 0"),
+        (LIST.replace("sft", "sftt"), [], r"loss.1.name: unknown loss 'sftt'; did you mean 'sft'"),
+        (LIST.replace("beta", "betta"), [], r"one.yaml: unknown key 'loss.0.betta'; did you mean 'loss.0.beta'"),
+        (LIST.replace("0.5", "x"), [], r"one.yaml: .*loss.0.beta.*x"),
+        ("loss: []", [], r"unknown key 'loss'"),
+        ("loss: {name: dpo, beta: 0.2}", ["--loss.0.name", "dpo"], r"unknown key .loss.name.; did you mean .loss.0.name."),
+    ],
+)
+def test_lists_that_are_wrong(tmp_path, text, argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(tmp_path, text, *argv)
 
 
 def test_dump_reads_back(tmp_path):

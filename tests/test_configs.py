@@ -28,13 +28,13 @@ def abstract_batch(shape, responses):
     lead = (shape.microbatches, shape.rows)
     ints, floats = (partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
     row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.groups)
-    return Batch(*(ints(row),) * 4, *(ints(scored),) * 3, floats(places), floats((*places, responses)))
+    return Batch(*(ints(row),) * 4, *(ints(scored),) * 3, floats(places), floats(places), *(floats((*places, responses, *two)) for two in ((), (2,))))
 
 
 @pytest.mark.parametrize("name", ["hh_pythia28_sft", "hh_pythia28_dpo"])
 def test_the_papers_size_traces_to_the_first_step(name):
     c = config.parse(Config, str(ROOT / f"configs/{name}.yaml"), [], prog="x", variants=VARIANTS)
-    loss, tx = losses.build(**c.loss), optim.build(**c.optim)
+    loss, tx = losses.build(c.loss), optim.build(**c.optim)
     architecture = models.family("gpt_neox").architecture(PYTHIA_28B)
     model = models.build(architecture, compute=c.model.compute, remat=c.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))

@@ -23,7 +23,7 @@ def judge():
     }  # fmt: skip
     model = models.build(models.family("llama").architecture(config))
     policy, reference = (jax.jit(model.init)(jax.random.key(i)) for i in (0, 1))
-    return evaluate.Judge(model, losses.build("dpo"), {"policy": policy, "reference": reference}, 64, 16)
+    return evaluate.Judge(model, losses.build({"name": "dpo"}), {"policy": policy, "reference": reference}, np.zeros(1), 64, 16)
 
 
 def test_kl_of_samples_estimates_the_exact_one(judge):
@@ -31,7 +31,7 @@ def test_kl_of_samples_estimates_the_exact_one(judge):
     prompt = np.array([1, 2], np.int32)
     ends = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if r[0] != EOS]
     table = Table.of(Tokens(prompt, (np.array(r, np.int32),)) for r in ends)
-    policy, reference = (evaluate.logps(judge, who, table)[:, 0] for who in ("policy", "reference"))
+    policy, reference = (evaluate.logps(judge, who, table)[:, 0, 0] for who in ("policy", "reference"))
     assert np.exp(policy).sum() == pytest.approx(1, abs=1e-5)
     exact = float((np.exp(policy) * (policy - reference)).sum())
     prompts = [prompt] * 1500
@@ -47,7 +47,7 @@ def test_metrics_of_held_out_data_are_those_of_the_loss(judge):
     ids = lambda n: rng.integers(0, VOCAB - 1, n).astype(np.int32)  # noqa: E731 - shortest here
     table = Table.of(Tokens(ids(3), (ids(2), ids(4))) for _ in range(70))  # more than a batch
     found = evaluate.held_out(judge, table)
-    margin = sum(s * evaluate.logps(judge, w, table) for s, w in ((1, "policy"), (-1, "reference"))) @ [1, -1]
+    margin = sum(s * evaluate.logps(judge, w, table)[..., 0] for s, w in ((1, "policy"), (-1, "reference"))) @ [1, -1]
     np.testing.assert_allclose(found["loss"], np.log1p(np.exp(-0.1 * margin)), atol=1e-5)
     summary = evaluate.summary(found)
     assert summary["eval_rewards/accuracies"]["mean"] == pytest.approx((margin > 0).mean())

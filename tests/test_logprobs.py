@@ -47,7 +47,7 @@ def packed(model, params, table, indices, shape):
     @jax.jit
     def run(params, batch, count):
         return per_microbatch(
-            lambda m: batch_logps(model, params, m, chunk=64).policy.reshape(m.ref_logps.shape), batch, count
+            lambda m: batch_logps(model, params, m, chunk=64).policy.reshape(m.scores.shape), batch, count
         )
 
     return pack.unpack(run(params, batch, count), places)

@@ -57,7 +57,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "hyper", "policy", "reference", "expected"), ROWS)
 def test_value(name, hyper, policy, reference, expected):
-    np.testing.assert_allclose(losses.build(name, **hyper).values(logps(policy, reference)), [expected], rtol=1e-4)
+    np.testing.assert_allclose(losses.build({"name": name, **hyper}).values(logps(policy, reference)), [expected], rtol=1e-4)
 
 
 def test_every_loss_has_a_value_row():
@@ -67,7 +67,7 @@ def test_every_loss_has_a_value_row():
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_contract(name):
     """Unreduced, float32, finite at extreme margins, and blind to the order of the batch."""
-    loss = losses.build(name)
+    loss = losses.build({"name": name})
     p = loss.responses
     policy = jnp.array([[-1e4, 0.0], [0.0, -1e4], [-30.0, -20.0]], jnp.float32)[:, :p]
     lp = batch_of(policy)
@@ -83,28 +83,28 @@ def test_contract(name):
 
 def test_gradient_is_the_papers():
     """Section 4: weight beta * sigmoid(r_rejected - r_chosen), pushing the two responses apart."""
-    loss, lp = losses.build("dpo", beta=0.1), logps((-8.0, -12.0), REF)
+    loss, lp = losses.build({"name": "dpo", "beta": 0.1}), logps((-8.0, -12.0), REF)
     grad = jax.grad(lambda x: loss.values(lp._replace(policy=x)).sum())(lp.policy)
     weight = 0.1 / (1 + math.exp(0.1 * 2))
     np.testing.assert_allclose(grad, [[-weight, weight]], rtol=1e-6)
 
 
 def test_gradient_at_score_0_8():
-    loss = losses.build("dpo", beta=1.0)
+    loss = losses.build({"name": "dpo", "beta": 1.0})
     grad = jax.grad(lambda s: loss.values(logps((0.0, 0.0))._replace(policy=jnp.stack([s, 0.0 * s])[None])).sum())(0.8)
     assert float(grad) == pytest.approx(-0.310026, abs=1e-6)
 
 
 def test_pairwise_losses_refuse_other_numbers_of_responses():
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        losses.build("dpo").values(logps((-1.0, -2.0, -3.0)))
+    with pytest.raises(ValueError, match="log-probs of 3 responses, where dpo takes 2"):
+        losses.build({"name": "dpo"}).values(logps((-1.0, -2.0, -3.0)))
 
 
 def test_reward_metrics_are_trls_with_ties_half_right():
     lp = jax.tree.map(
         lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
     )
-    metrics = losses.build("dpo", beta=0.5).metrics(lp)
+    metrics = losses.build({"name": "dpo", "beta": 0.5}).metrics(lp)
     expected = {
         "rewards/chosen": [1.0, -0.5, 0.0],
         "rewards/rejected": [0.0, 0.5, 0.0],
@@ -112,6 +112,13 @@ def test_reward_metrics_are_trls_with_ties_half_right():
         "rewards/accuracies": [1.0, 0.0, 0.5],
         "logps/chosen": [-8.0, -11.0, -10.0],
         "logps/rejected": [-12.0, -11.0, -12.0],
+        "logratios/chosen": [2.0, -1.0, 0.0],
+        "logratios/rejected": [0.0, 1.0, 0.0],
+        "gradient_weight": [1 / (1 + math.e), 1 / (1 + 1 / math.e), 0.5],
+        "kl": [-1.0, 0.0, 0.0],
+        "lengths/chosen": [5.0, 5.0, 5.0],
+        "lengths/rejected": [5.0, 5.0, 5.0],
+        "nll": [1.6, 2.2, 2.0],
         "loss": [softplus(-1.0), softplus(1.0), math.log(2)],
     }
     assert set(metrics) == set(expected)
@@ -120,15 +127,15 @@ def test_reward_metrics_are_trls_with_ties_half_right():
 
 
 def test_likelihood_metrics():
-    metrics = losses.build("sft").metrics(logps((-8.0,)))
+    metrics = losses.build({"name": "sft"}).metrics(logps((-8.0,)))
     expected = {"loss": 8.0, "logps/chosen": -8.0, "nll": 1.6}
     assert {k: float(v[0]) for k, v in metrics.items()} == pytest.approx(expected)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="unknown loss 'dop'; known: dpo, sft"):
-        losses.build("dop")
+        losses.build({"name": "dop"})
     with pytest.raises(UserError, match=r"loss dpo: .*'betta'.*its parameters"):
-        losses.build("dpo", betta=0.1)
+        losses.build({"name": "dpo", "betta": 0.1})
     with pytest.raises(ValueError, match="registered twice"):
         register(responses=2, uses_reference=True)(REGISTRY["dpo"].function)

@@ -37,20 +37,20 @@ def test_two_comparisons_in_a_row_by_hand():
         assert field[0, 0].tolist() == expected, name
         assert not (field[1] + (name == "slot")).any(), f"{name} of the microbatch that is not used"
     assert np.isnan(batch.ref_logps).all()
-    assert batch.ref_logps.shape == (2, 1, 3, 2)
+    assert batch.ref_logps.shape == (2, 1, 3, 2, 2)
     assert count == 1
     assert places.tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
 def test_rows_go_into_microbatches_in_order_and_values_come_back():
     shape = pack.Shape(2, 2, 4, 1, 6)
-    column = np.array([[1, 2], [3, 4]], np.float32)
+    column = np.array([[[1, 10], [2, 20]], [[3, 30], [4, 40]]], np.float32)
     batch, count, places = pack.build(HAND, np.array([1, 0, 1]), shape, column)
     assert (count, places.tolist()) == (2, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
     assert batch.tokens.tolist() == [[[41, 51, 52, 61], [11, 12, 13, 21]], [[41, 51, 52, 61], [0, 0, 0, 0]]]
     assert batch.weights[:, :, 0].tolist() == [[2.0, 0.5], [2.0, 0.0]]
-    np.testing.assert_array_equal(batch.ref_logps[:, :, 0], [[[3, 4], [1, 2]], [[3, 4], [np.nan, np.nan]]])
-    assert pack.unpack(batch.ref_logps, places).tolist() == [[3, 4], [1, 2], [3, 4]]
+    np.testing.assert_array_equal(batch.ref_logps[:, :, 0], [[column[1], column[0]], [column[1], np.full((2, 2), np.nan)]])
+    np.testing.assert_array_equal(pack.unpack(batch.ref_logps, places), column[[1, 0, 1]])
     with pytest.raises(ValueError, match="5 comparisons take 5 rows, more than"):
         pack.build(HAND, [0, 1, 0, 1, 0], shape)
 

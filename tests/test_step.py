@@ -11,7 +11,7 @@ import torch
 from dpo_jax import losses, models, optim
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps
+from dpo_jax.logprobs import as_reference, batch_logps
 from dpo_jax.models import hf
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_eval_step, make_train_step
@@ -46,13 +46,13 @@ def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil
     architecture, _, params = hf.load(folder)
     model = models.build(architecture)
     logps = partial(batch_logps, model)
-    loss = loss or losses.build("dpo", beta=0.5)
+    loss = loss or losses.build({"name": "dpo", "beta": 0.5})
     tx = optim.build("rmsprop", **OPTIM)
     traced = []
     pure = make_train_step(logps, loss, tx)
     step = jax.jit(lambda *args: (traced.append(1), pure(*args))[1])
     shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=rows)
-    column = jax.jit(lambda p, m: logps(p, m).policy.reshape(m.ref_logps.shape))
+    column = jax.jit(lambda p, m: as_reference(logps(p, m), m))
     state, history = jax.jit(partial(init_state, tx=tx))(params), []
     for i in range(steps):
         batch, count, _ = pack.build(table, indices(i), shape)
@@ -134,9 +134,11 @@ def test_eval_gives_each_comparison_its_own_values(folder, table):
     logps = partial(batch_logps, models.build(architecture))
     shape = pack.choose(table, max_length=32, batch_size=24, rows=2, length=128)
     reference = np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32) * 9 - 60
-    batch, count, places = pack.build(table, np.arange(24), shape, reference)
+    column = np.stack([reference, reference], axis=-1)
+    batch, count, places = pack.build(table, np.arange(24), shape, column)
     assert count > 1
-    metrics = jax.jit(make_eval_step(logps, losses.build("dpo", beta=0.1)))(params, batch, np.int32(count))
+    step = jax.jit(make_eval_step(logps, losses.build({"name": "dpo", "beta": 0.1})))
+    metrics = step(params, np.zeros(1, np.float32), batch, np.int32(count))
     with torch.no_grad():
         policy = torch.stack([originals.sequence_logps(originals.load(folder), table[i]) for i in range(24)])
     expected = originals.preference_loss(policy, torch.tensor(reference), 0.1).numpy()

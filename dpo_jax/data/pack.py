@@ -133,7 +133,7 @@ def build(
       table: the data.
       indices: int[B], rows of the table.
       shape: the fixed sizes.
-      ref_logps: float32[N, P] by row of the table, or none.
+      ref_logps: float32[N, P, 2] by row of the table, or none.
 
     Returns:
       The batch, every field with leading axes [M, R]; the number of microbatches in use, at the front; and
@@ -172,6 +172,8 @@ def _fill(row: Batch, members: list[Tokens]) -> None:
         _span(row, token, member.prompt, 0, place + 1, 0)
         token += size
         for number, response in enumerate(member.responses):
+            if not len(response):  # absent: it takes no place
+                continue
             end = score + len(response)
             row.source[score] = start + size - 1
             row.source[score + 1 : end] = np.arange(token, token + len(response) - 1)
@@ -179,7 +181,7 @@ def _fill(row: Batch, members: list[Tokens]) -> None:
             row.slot[score:end] = place * len(member.responses) + number
             _span(row, token, response[:-1], size, place + 1, number + 1)
             token, score = token + len(response) - 1, end
-        row.weights[place] = member.weight
+        row.weights[place], row.preference[place], row.scores[place] = member.weight, member.preference, member.scores
 
 
 def _span(row: Batch, start: int, ids: Array, position: int, group: int, branch: int) -> None:
@@ -195,9 +197,10 @@ def _empty(shape: Shape, responses: int) -> Batch:
     tokens, positions, group, branch = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))
     source, target = (np.zeros((*lead, shape.scored), np.int32) for _ in range(2))
     slot = np.full((*lead, shape.scored), -1, np.int32)
-    weights = np.zeros((*lead, shape.groups), np.float32)
-    ref_logps = np.full((*lead, shape.groups, responses), np.nan, np.float32)
-    return Batch(tokens, positions, group, branch, source, target, slot, weights, ref_logps)
+    weights, preference = (np.zeros((*lead, shape.groups), np.float32) for _ in range(2))
+    scores = np.zeros((*lead, shape.groups, responses), np.float32)
+    ref_logps = np.full((*scores.shape, 2), np.nan, np.float32)
+    return Batch(tokens, positions, group, branch, source, target, slot, weights, preference, scores, ref_logps)
 
 
 def _row_lengths(longest: int, max_length: int) -> list[int]:

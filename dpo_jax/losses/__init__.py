@@ -1,82 +1,170 @@
-"""Every loss, by name.
+"""Every loss, by name, and objectives made of them.
 
 A loss is a pure function `Logps, *, hyper-parameters -> float32[B]`, unreduced, written as its equation. Its
-keyword-only parameters are its options in a config, and their help is its docstring. To add one, write the function in
-one of these files under `@register`, and give it a row in tests/test_losses.py, which fails until it has one.
+keyword-only parameters are its options in a config, beside those of every term (`terms.transformed`, `terms.weighted`), and their help is its
+docstring. To add one, write the function in one of these files under `@register`, and give it a row in
+tests/test_losses.py, which fails until it has one.
 """
 
-import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses import metrics as measures
+from dpo_jax.losses import terms
+from dpo_jax.losses.metrics import averages, length_bias
 from dpo_jax.losses.registry import REGISTRY, Entry
 from dpo_jax.records import Array, Logps, UserError
+
+__all__ = ["FUNCTIONS", "REGISTRY", "Loss", "averages", "build", "length_bias"]
 
 for _module in ("pairwise", "likelihood"):
     importlib.import_module(f"dpo_jax.losses.{_module}")
 
-FUNCTIONS: dict[str, Callable] = {name: entry.function for name, entry in REGISTRY.items()}
+Term = Mapping[str, Any]  # the name of a loss and its options
+OPTIONS = (terms.transformed, terms.weighted)  # whose keyword-only parameters every term has
+FUNCTIONS: dict[str, tuple[Callable, ...]] = {name: (entry.function, *OPTIONS) for name, entry in REGISTRY.items()}
+"""name -> the functions whose keyword-only parameters are its options."""
 
 
 class Loss(NamedTuple):
-    """A loss with its hyper-parameters bound.
+    """An objective: one loss or a weighted sum of several, with hyper-parameters bound.
 
     Attributes:
       values: Logps -> float32[B], unreduced.
-      metrics: Logps -> TRL's metric names to float32[B], the loss among them.
-      responses: P, how many responses a comparison must have.
+      metrics: Logps -> TRL's metric names to float32[B], the loss among them; NaN where a comparison has none.
+      statistics: Logps -> float32[K], what `Logps.running` becomes after a step: a number for each of the K terms.
+      terms: K.
+      responses: P, how many responses a comparison must have; None for any number from 2 on.
       uses_reference: whether `Logps.reference` must be filled in.
+      whole_batch: whether the values of some depend on others, so that a step's comparisons must be seen at once.
+      confidence: whether `Logps.confidence` must be filled in.
+      mismatched: whether the last response must be one to another prompt.
+      soft_labels, unpaired, scores: whether comparisons may have a preference below 1, may lack a response, and must
+        have ratings.
     """
 
     values: Callable[[Logps], Array]
     metrics: Callable[[Logps], dict[str, Array]]
-    responses: int
+    statistics: Callable[[Logps], Array]
+    terms: int
+    responses: int | None
     uses_reference: bool
+    whole_batch: bool
+    confidence: bool
+    mismatched: bool
+    soft_labels: bool
+    unpaired: bool
+    scores: bool
 
 
-def build(name: str, **hyper: Any) -> Loss:
-    """Returns the named loss with its hyper-parameters bound.
+class _Bound(NamedTuple):
+    """A term: its loss, the hyper-parameters of it, and the options of `transformed` and `weighted`."""
+
+    name: str
+    entry: Entry
+    hyper: dict[str, Any]
+    transform: dict[str, Any]
+    weigh: dict[str, Any]
+
+    def shown(self, lp: Logps) -> Logps:
+        """The log-probs that the loss is shown."""
+        return terms.transformed(terms.view(lp, self.entry.responses or lp.policy.shape[1]), **self.transform)
+
+    def value(self, lp: Logps) -> Array:
+        """What the term adds to the objective, float32[B]."""
+        values = partial(self.entry.function, **self.hyper)
+        shown = self.shown(lp)
+        value = terms.soft(shown, values) if self.entry.soft_labels else values(shown)
+        return terms.weighted(value, shown, **self.weigh)
+
+    def statistic(self, lp: Logps) -> Array:
+        """What the term carries to the next step, float32[]."""
+        return self.entry.statistic(self.shown(lp), **self.hyper) if self.entry.statistic else lp.running
+
+
+def build(loss: Term | Sequence[Term]) -> Loss:
+    """Returns the objective of a config: `{"name": "dpo", "beta": 0.1}`, or a list of such, which are added up.
 
     Raises:
-      UserError: no such loss, or a hyper-parameter that it does not have.
+      UserError: no such loss, a parameter that it does not have, or terms that do not go together.
     """
+    bound = [_bind(**term) for term in ([loss] if isinstance(loss, Mapping) else loss)]
+    responses = _responses(bound)
+    entries = [b.entry for b in bound]
+    return Loss(
+        values=lambda lp: jnp.sum(_each(bound, lp, _Bound.value), axis=0),
+        metrics=partial(_metrics, bound),
+        statistics=lambda lp: jax.lax.stop_gradient(_each(bound, lp, _Bound.statistic)),
+        terms=len(bound),
+        responses=responses,
+        uses_reference=any(e.uses_reference for e in entries),
+        whole_batch=any(e.whole_batch for e in entries),
+        confidence=any(b.weigh["wpo"] for b in bound),
+        mismatched=any(e.mismatched for e in entries),
+        soft_labels=all(e.soft_labels for e in entries),
+        unpaired=all(e.unpaired for e in entries),
+        scores=any(e.scores for e in entries),
+    )
+
+
+def _defaults(function: Callable) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _bind(name: str, **given: Any) -> _Bound:
+    """Returns the named loss with its hyper-parameters, and the options of a term apart."""
     if name not in REGISTRY:
         raise UserError(f"loss.name: unknown loss {name!r}; known: {', '.join(sorted(REGISTRY))}")
-    entry: Entry = REGISTRY[name]
-    try:
-        inspect.signature(entry.function).bind(None, **hyper)
-    except TypeError as e:
-        raise UserError(f"loss {name}: {e}; its parameters: {inspect.signature(entry.function)}") from e
-    values = functools.partial(entry.function, **hyper)
-    beta = hyper.get("beta", 1.0)
-    kind = reward_metrics if entry.uses_reference else likelihood_metrics
-    return Loss(values, lambda lp: {"loss": values(lp)} | kind(lp, beta), entry.responses, entry.uses_reference)
+    entry = REGISTRY[name]
+    groups = [_defaults(function) for function in FUNCTIONS[name]]
+    for key, value in given.items():
+        owner = next((group for group in groups if key in group), None)
+        if owner is None:
+            raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(k for g in groups for k in g)}")
+        owner[key] = value
+    bound = _Bound(name, entry, *groups)
+    terms.check(name, entry, bound.transform | bound.weigh)
+    return bound
 
 
-def likelihood_metrics(lp: Logps, beta: float = 1.0) -> dict[str, Array]:
-    """Returns the log-probs, float32[B], of the best response and (P > 1) of the worst; nats a token for the best."""
-    del beta
-    metrics = {"logps/chosen": lp.policy[:, 0], "nll": -lp.policy[:, 0] / jnp.maximum(lp.lengths[:, 0], 1.0)}
-    return metrics | ({"logps/rejected": lp.policy[:, -1]} if lp.policy.shape[1] > 1 else {})
+def _responses(bound: Sequence[_Bound]) -> int | None:
+    """Returns the P that all terms can do with: those of one response take the first of any number."""
+    names = [b.name for b in bound]
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"loss: {', '.join(names) or 'no term'}: give each loss once")
+    wanted = {b.name: b.entry.responses for b in bound if b.entry.responses != 1}
+    if not wanted:
+        return 1
+    known = [p for p in wanted.values() if p is not None]
+    mismatched = any(b.entry.mismatched for b in bound)
+    if mismatched and None in wanted.values():
+        raise UserError(f"loss: {', '.join(names)}: one takes every response, another one that is not an answer")
+    return max(known) if known else None
 
 
-def reward_metrics(lp: Logps, beta: float) -> dict[str, Array]:
-    """Returns TRL's reward metrics, float32[B], of the best response against the worst.
+def _each(bound: Sequence[_Bound], lp: Logps, function: Callable[[_Bound, Logps], Array]) -> Array:
+    """Returns a function of each term and the log-probs, with the statistic of that term, stacked on an axis K."""
+    needed, given = _responses(bound), lp.policy.shape[1]
+    if given != needed and (needed or given < 2):
+        raise ValueError(f"log-probs of {given} responses, where {', '.join(b.name for b in bound)} takes {needed}")
+    running = jnp.broadcast_to(lp.running, (len(bound),))
+    return jnp.stack([function(b, lp._replace(running=r)) for b, r in zip(bound, running, strict=True)])
 
-    A reward is beta * (log pi - log ref) (paper, eq. 5 without its partition function). A tie counts as half right,
-    where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and not 0.
-    """
-    rewards = beta * (lp.policy - lp.reference)
-    margin = rewards[:, 0] - rewards[:, -1]
-    return {
-        "rewards/chosen": rewards[:, 0],
-        "rewards/rejected": rewards[:, -1],
-        "rewards/accuracies": 0.5 * (jnp.sign(margin) + 1.0),
-        "rewards/margins": margin,
-        "logps/chosen": lp.policy[:, 0],
-        "logps/rejected": lp.policy[:, -1],
-    }
+
+def _metrics(bound: Sequence[_Bound], lp: Logps) -> dict[str, Array]:
+    """Returns every metric, float32[B]: the loss, those of its terms, and TRL's with the first term's beta."""
+    values = _each(bound, lp, _Bound.value)
+    answers = terms.view(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
+    metrics = {"loss": jnp.sum(values, axis=0)} | measures.likelihood(answers)
+    if len(bound) > 1:
+        metrics |= {f"loss/{b.name}": value / b.weigh["weight"] for b, value in zip(bound, values, strict=True)}
+    with_reference = [b for b in bound if b.entry.uses_reference]
+    if with_reference:
+        metrics |= measures.rewards(answers, with_reference[0].hyper.get("beta", 1.0))
+    return metrics

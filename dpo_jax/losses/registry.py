@@ -20,6 +20,7 @@ class Entry(NamedTuple):
       divergences: whether other f-divergences than the reverse KL make sense in it.
       unpaired: whether a response of a pair may be absent.
       mismatched: whether it needs a last response that was written for another prompt.
+      scores: whether it needs ratings of the responses.
     """
 
     function: Callable[..., Array]
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     divergences: bool
     unpaired: bool
     mismatched: bool
+    scores: bool
 
 
 REGISTRY: dict[str, Entry] = {}
@@ -46,6 +48,7 @@ def register(
     divergences: bool = False,
     unpaired: bool = False,
     mismatched: bool = False,
+    scores: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Returns a decorator that files a loss under its function's name; a name given twice is an error."""
 
@@ -54,7 +57,7 @@ def register(
         if name in REGISTRY:
             raise ValueError(f"loss {name!r} is registered twice")
         flags: dict[str, Any] = {"soft_labels": soft_labels, "divergences": divergences, "unpaired": unpaired}
-        needs: dict[str, Any] = {"whole_batch": whole_batch, "statistic": statistic, "mismatched": mismatched}
+        needs: dict[str, Any] = {"whole_batch": whole_batch, "statistic": statistic, "mismatched": mismatched, "scores": scores}
         REGISTRY[name] = Entry(function, responses, uses_reference, **needs, **flags)
         return function
 

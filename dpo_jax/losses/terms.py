@@ -1,0 +1,103 @@
+"""A loss as a term of an objective: what may be done to its log-probs before it, and to its values after it."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.losses import divergence as divergences
+from dpo_jax.losses.registry import Entry
+from dpo_jax.records import Array, Logps, UserError
+
+Values = Callable[[Logps], Array]
+
+
+def transformed(
+    lp: Logps,
+    *,
+    reference_free: bool = False,
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    ld_alpha: float = 1.0,
+) -> Logps:
+    """The log-probs that a term's loss is shown.
+
+    Args:
+      lp: log-probabilities of B comparisons.
+      reference_free: Take log pi_ref as 0, as the original code's option does.
+      divergence: The f-divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
+      divergence_alpha: alpha of the alpha-divergence.
+      ld_alpha: What a response's tokens count beyond the length of the shorter one (LD-DPO, arXiv 2409.06411).
+    """
+    less = 1.0 - ld_alpha
+    lp = lp._replace(
+        policy=lp.policy - less * (lp.policy - lp.policy_shared),
+        reference=lp.reference - less * (lp.reference - lp.reference_shared),
+    )
+    if reference_free:
+        lp = lp._replace(reference=jnp.zeros_like(lp.reference))
+    return divergences.transform(lp, divergence, divergence_alpha)
+
+
+def weighted(value: Array, lp: Logps, *, weight: float = 1.0, wpo: bool = False) -> Array:
+    """What a term adds to the objective, float32[B].
+
+    Args:
+      value: of its loss, float32[B].
+      lp: the log-probs.
+      weight: What the loss is multiplied by, among several terms.
+      wpo: Weigh pairs by how likely the policy is to write them (WPO, arXiv 2406.11827, eq. 2).
+    """
+    return weight * value * (likely(lp) if wpo else 1.0)
+
+
+def likely(lp: Logps) -> Array:
+    """WPO's weight of a pair, float32[B], a constant to the gradient: how likely both responses are under the policy,
+    token by token, next to what it would have drawn itself (arXiv 2406.11827, section 3)."""
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum(lp.confidence, axis=1)))
+
+
+def soft(lp: Logps, values: Values) -> Array:
+    """The expected value, float32[B], of a pairwise loss whose label is right with probability `lp.preference`."""
+    swapped = lp._replace(**{name: getattr(lp, name)[:, ::-1] for name in PAIRED})
+    return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
+
+
+PAIRED = ("policy", "reference", "policy_shared", "reference_shared", "lengths", "present", "scores", "confidence")
+
+
+def view(lp: Logps, responses: int) -> Logps:
+    """The log-probs of the first responses only."""
+    return lp._replace(**{name: getattr(lp, name)[:, :responses] for name in PAIRED})
+
+
+def check(name: str, entry: Entry, options: dict) -> None:
+    """Refuses options of a term that mean nothing for its loss.
+
+    Raises:
+      UserError: with the reason.
+    """
+    pair = entry.responses == 2 and not entry.whole_batch
+    reasons = {
+        "weight": not options["weight"] > 0 and "a term counts for more than nothing: weight > 0",
+        "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
+        "divergence": options["divergence"] != "reverse_kl" and _against_divergence(entry, options),
+        "ld_alpha": _against_ld(entry, options["ld_alpha"]),
+        "wpo": options["wpo"] and not pair and "it weighs pairs one by one, which this loss does not look at",
+    }
+    for key, reason in reasons.items():
+        if reason:
+            raise UserError(f"loss {name}: {key} {options[key]} cannot be used: {reason}")
+
+
+def _against_divergence(entry: Entry, options: dict) -> str | bool:
+    if options["reference_free"]:
+        return "without a reference there is nothing to diverge from"
+    return not entry.divergences and "the loss is defined for the reverse KL only"
+
+
+def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
+    if ld_alpha == 1 or 0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched:
+        return False
+    return "it is from 0 to 1, for losses that compare responses"
