@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dpo_jax.losses.registry import REGISTRY, Entry
 from dpo_jax.records import Array, Logps, UserError
 
-for _module in ("pairwise", "likelihood"):
+for _module in ("pairwise", "anchored", "batchwise", "unpaired", "ranked", "reference_free", "likelihood"):
     importlib.import_module(f"dpo_jax.losses.{_module}")
 
 FUNCTIONS: dict[str, Callable] = {name: entry.function for name, entry in REGISTRY.items()}
