@@ -172,11 +172,11 @@ def table_of(
 def _check_labels(table: Table, what: str, loss: Loss) -> None:
     """Refuses labels that the loss would not see or lacks."""
     soft, absent = table.preferences != 1, (table.response_lengths == 0).any(axis=1)
-    unrated = (table.scores == 0).all(axis=1)
+    unrated = table.scores[:, 0] <= table.scores[:, -1]
     for rows, wrong, kind in (
         (soft, not loss.soft_labels, "a soft label (preference), which this loss cannot use"),
         (absent, not loss.unpaired, "an absent response (unpaired rows), which this loss cannot use"),
-        (unrated, loss.scores, "no scores of their responses, which this loss needs"),
+        (unrated, loss.scores, "no score of the first response above the last's, which this loss needs"),
     ):
         if wrong and rows.any():
             raise UserError(f"{what} data: {int(rows.sum()):,} comparisons with {kind}")

@@ -102,7 +102,10 @@ def test_pairwise_losses_refuse_other_numbers_of_responses():
 
 def test_reward_metrics_are_trls_with_ties_half_right():
     lp = jax.tree.map(
-        lambda *x: jnp.concatenate(x) if x[0].ndim else x[0], logps((-8.0, -12.0), REF), logps((-11.0, -11.0), REF), logps(REF, REF)
+        lambda *x: jnp.concatenate(x) if x[0].ndim else x[0],
+        logps((-8.0, -12.0), REF),
+        logps((-11.0, -11.0), REF),
+        logps(REF, REF),
     )
     metrics = losses.build({"name": "dpo", "beta": 0.5}).metrics(lp)
     expected = {

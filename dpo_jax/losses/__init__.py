@@ -23,7 +23,7 @@ from dpo_jax.records import Array, Logps, UserError
 
 __all__ = ["FUNCTIONS", "REGISTRY", "Loss", "averages", "build", "length_bias"]
 
-for _module in ("pairwise", "likelihood"):
+for _module in ("pairwise", "anchored", "batchwise", "unpaired", "ranked", "reference_free", "likelihood"):
     importlib.import_module(f"dpo_jax.losses.{_module}")
 
 Term = Mapping[str, Any]  # the name of a loss and its options

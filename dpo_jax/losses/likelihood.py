@@ -1,25 +1,46 @@
-"""Losses of one response, P = 1: supervised fine-tuning."""
+"""Likelihood alone: supervised fine-tuning, P = 1, and unlikelihood, P = 2."""
 
 from typing import Literal
 
 import jax.numpy as jnp
 
+from dpo_jax.losses.parts import pair, per_token
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 
 @register(responses=1, uses_reference=False)
 def sft(lp: Logps, *, reduction: Literal["sum", "mean"] = "sum") -> Array:
-    """Supervised fine-tuning: the negative log-likelihood of the response.
+    """Supervised fine-tuning; on chosen responses Preferred-FT (Rafailov et al. 2023, arXiv 2305.18290, section 6).
 
         loss = -sum_t log pi(y_t | x, y_<t), or that over the number of tokens
 
+    Of several responses, as a term beside another loss, it takes the first, the chosen one.
+
     Args:
-      lp: log-probabilities of B responses.
+      lp: log-probabilities of B comparisons.
       reduction: Over a response's tokens: sum, as the original code, or mean.
 
     Returns:
       float32[B].
     """
-    nll = -lp.policy[:, 0]
-    return nll if reduction == "sum" else nll / jnp.maximum(lp.lengths[:, 0], 1.0)
+    return -(lp.policy.astype(jnp.float32) if reduction == "sum" else per_token(lp.policy, lp))[:, 0]
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def unlikelihood(lp: Logps, *, alpha: float = 0.5) -> Array:
+    """Unlikelihood, a baseline of the DPO paper (Rafailov et al. 2023, arXiv 2305.18290, appendix C.3).
+
+        loss = -log pi(y_c | x) + alpha log pi(y_r | x)
+
+    It has no least value: the rejected response may become ever less likely.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      alpha: Weight of the rejected response, within 0 and 1 (the paper: 0.05 to 1).
+
+    Returns:
+      float32[B].
+    """
+    chosen, rejected = pair(lp.policy)
+    return alpha * rejected - chosen

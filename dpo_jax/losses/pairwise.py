@@ -1,22 +1,24 @@
-"""Losses of a chosen and a rejected response, P = 2."""
+"""Losses of a chosen and a rejected response, P = 2, which compare the policy with the reference.
 
-from jax.nn import log_sigmoid
+In formulas c and r are log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens, and
+L_c and L_r their lengths in tokens. With TRL's names for hyper-parameters go TRL's values, where no other is named.
+"""
 
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.nn import log_sigmoid, relu, sigmoid
+
+from dpo_jax.losses.parts import check, log_ratios, logistic, margin, pair, per_token
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 
-def margin(scores: Array) -> Array:
-    """Returns chosen minus rejected, float[B, 2] -> float[B]; any other P is an error."""
-    chosen, rejected = scores.T
-    return chosen - rejected
-
-
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
 def dpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
-    """Direct preference optimization (Rafailov et al. 2023, eq. 7); with smoothing, conservative DPO.
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); smoothed, conservative DPO.
 
-        z = beta * [(log pi - log ref)(chosen) - (log pi - log ref)(rejected)]
+        z = beta (c - r)
         loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z)
 
     Args:
@@ -27,5 +29,204 @@ def dpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
     Returns:
       float32[B].
     """
-    z = beta * margin(lp.policy - lp.reference)
-    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+    return logistic(beta * margin(log_ratios(lp)), label_smoothing)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def sigmoid_norm(lp: Logps, *, beta: float = 5.0, label_smoothing: float = 0.0) -> Array:
+    """Length-normalised DPO (Lambert et al. 2024, arXiv 2411.15124, section 5), TRL's sigmoid_norm.
+
+        loss = -log sigmoid(beta (c / L_c - r / L_r))
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the constraint, for log-ratios of nats a token: much larger than in dpo (the paper's 5).
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    return logistic(beta * margin(per_token(log_ratios(lp), lp)), label_smoothing)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def ipo(lp: Logps, *, beta: float = 0.1) -> Array:
+    """Identity preference optimization of means over tokens (Azar et al. 2023, arXiv 2310.12036, eq. 17), as in TRL.
+
+        loss = (c / L_c - r / L_r - 1 / (2 beta))^2
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: The paper's tau; the margin goes to 1 / (2 beta) nats a token.
+
+    Returns:
+      float32[B].
+    """
+    check("beta", beta, lambda b: b > 0, "above 0")
+    return (margin(per_token(log_ratios(lp), lp)) - 1 / (2 * beta)) ** 2
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def ipo_sum(lp: Logps, *, beta: float = 0.1) -> Array:
+    """Identity preference optimization of sums (Azar et al. 2023, arXiv 2310.12036, eq. 17), as in DPO's original code.
+
+        loss = (c - r - 1 / (2 beta))^2
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: The paper's tau; the margin goes to 1 / (2 beta) nats.
+
+    Returns:
+      float32[B].
+    """
+    check("beta", beta, lambda b: b > 0, "above 0")
+    return (margin(log_ratios(lp)) - 1 / (2 * beta)) ** 2
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def hinge(lp: Logps, *, beta: float = 0.1) -> Array:
+    """Hinge loss on normalised likelihoods, RSO's choice (Liu et al. 2023, arXiv 2309.06657).
+
+        loss = max(0, 1 - beta (c - r))
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: The paper's gamma; pairs with a margin beyond 1 / beta nats are done with.
+
+    Returns:
+      float32[B].
+    """
+    return relu(1 - beta * margin(log_ratios(lp)))
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def robust(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Array:
+    """Robust DPO: its mean over flipped labels is DPO's on clean ones (Chowdhury et al. 2024, arXiv 2403.00409).
+
+        z = beta (c - r)
+        loss = [-(1 - eps) log sigmoid(z) + eps log sigmoid(-z)] / (1 - 2 eps)
+
+    It may be negative, and falls without bound where the labels are less noisy than assumed.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      label_smoothing: eps, the rate of flipped labels, from 0, which is dpo, to below one half.
+
+    Returns:
+      float32[B].
+    """
+    check("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
+    z = beta * margin(log_ratios(lp))
+    kept, flipped = (1 - label_smoothing) * log_sigmoid(z), label_smoothing * log_sigmoid(-z)
+    return (flipped - kept) / (1 - 2 * label_smoothing)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def exo_pair(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Array:
+    """Efficient exact optimization, the reverse KL of two classifiers (Ji et al. 2024, arXiv 2402.00856, eq. 16).
+
+        q = sigmoid(beta (c - r))
+        loss = q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      label_smoothing: eps, the probability that the rejected response is the better one; the paper's 1e-3, never 0.
+
+    Returns:
+      float32[B].
+    """
+    check("label_smoothing", label_smoothing, lambda eps: 0 < eps < 1, "above 0 and below 1")
+    z = beta * margin(log_ratios(lp))
+    chosen = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-label_smoothing))
+    return chosen + sigmoid(-z) * (log_sigmoid(-z) - jnp.log(label_smoothing))
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def discopop(lp: Logps, *, beta: float = 0.1, tau: float = 0.05) -> Array:
+    """DiscoPOP, a loss that a language model discovered (Lu et al. 2024, arXiv 2406.08414, eq. 5).
+
+        z = beta (c - r)
+        loss = -sigmoid(-z / tau) log sigmoid(z) + sigmoid(z / tau) e^-z
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      tau: Temperature of the passage from one to the other, below 1 (the paper's 0.05).
+
+    Returns:
+      float32[B].
+    """
+    check("tau", tau, lambda t: 0 < t < 1, "above 0 and below 1")
+    z = beta * margin(log_ratios(lp))
+    exponential = jnp.exp(log_sigmoid(z / tau) - z)  # as a product it would be 0 * inf at very negative z
+    return exponential - sigmoid(-z / tau) * log_sigmoid(z)
+
+
+@register(responses=2, uses_reference=True, divergences=True, scores=True)
+def odpo(lp: Logps, *, beta: float = 0.1, alpha: float = 1.0, offset: Literal["log", "linear"] = "log") -> Array:
+    """DPO with an offset by how much better the chosen response is (Amini et al. 2024, arXiv 2402.10571).
+
+        loss = -log sigmoid(beta (c - r) - alpha f(s_c - s_r)),   f = log or f(x) = x
+
+    with the scores s of the data; where the chosen one's is not the higher (or there are none) the value is NaN.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      alpha: Weight of the offset (the paper's 1).
+      offset: f: log, the paper's, or linear.
+
+    Returns:
+      float32[B].
+    """
+    gap = better_by(lp)
+    return logistic(beta * margin(log_ratios(lp)) - alpha * (jnp.log(gap) if offset == "log" else gap))
+
+
+def better_by(lp: Logps) -> Array:
+    """Returns by how much the first score of a comparison exceeds its last, float32[B], or NaN: no order, no loss.
+
+    An absent comparison has 1.
+    """
+    gap = lp.scores[:, 0].astype(jnp.float32) - lp.scores[:, -1].astype(jnp.float32)
+    return jnp.where(lp.weights > 0, jnp.where(gap > 0, gap, jnp.nan), 1.0)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def dpop(lp: Logps, *, beta: float = 0.3, penalty: float = 50.0) -> Array:
+    """DPO-positive: the chosen response may not become less likely than it was (Pal et al. 2024, arXiv 2402.13228).
+
+        loss = -log sigmoid(beta (c - r - lambda max(0, -c)))
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference (the paper's 0.3).
+      penalty: The paper's lambda (its 50).
+
+    Returns:
+      float32[B].
+    """
+    c, r = pair(log_ratios(lp))
+    return logistic(beta * (c - r - penalty * relu(-c)))
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+def r_dpo(lp: Logps, *, beta: float = 0.1, alpha: float = 0.01, label_smoothing: float = 0.0) -> Array:
+    """Length-regularised DPO: rewards less alpha a token (Park et al. 2024, arXiv 2403.19159).
+
+        loss = -log sigmoid(beta (c - r) + alpha (L_c - L_r))
+
+    A longer chosen response is held to be preferred in part for its length, which leaves less for the policy to learn.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      alpha: Price of a token (the paper: up to 0.01 for dialogue, up to 0.5 for summaries).
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    return logistic(beta * margin(log_ratios(lp)) + alpha * margin(lp.lengths), label_smoothing)

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
       divergences: whether other f-divergences than the reverse KL make sense in it.
       unpaired: whether a response of a pair may be absent.
       mismatched: whether it needs a last response that was written for another prompt.
-      scores: whether it needs ratings of the responses.
+      scores: whether it needs ratings of the responses, the first's above the last's.
     """
 
     function: Callable[..., Array]

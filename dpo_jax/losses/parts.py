@@ -1,0 +1,55 @@
+"""What several losses are made of. Everything is float32, whatever the log-probs are."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+
+from dpo_jax.records import Array, Logps, UserError
+
+CLAMP = 80.0  # e^80 is 6e34: beyond it float32 overflows
+
+
+def log_ratios(lp: Logps) -> Array:
+    """Returns log pi - log ref of each response, float32[B, P]."""
+    return lp.policy.astype(jnp.float32) - lp.reference.astype(jnp.float32)
+
+
+def pair(values: Array) -> tuple[Array, Array]:
+    """Returns the chosen and the rejected column of float[B, 2], float32[B] each; any other P is an error."""
+    chosen, rejected = values.astype(jnp.float32).T
+    return chosen, rejected
+
+
+def margin(values: Array) -> Array:
+    """Returns chosen minus rejected, float[B, 2] -> float32[B]; any other P is an error."""
+    chosen, rejected = pair(values)
+    return chosen - rejected
+
+
+def per_token(values: Array, lp: Logps) -> Array:
+    """Returns sums over responses, float[B, P], as means over their tokens; a response without tokens has 0."""
+    return values.astype(jnp.float32) / jnp.maximum(lp.lengths.astype(jnp.float32), 1.0)
+
+
+def logistic(z: Array, label_smoothing: float = 0.0) -> Array:
+    """Returns the loss of a classifier with logit z whose label is 1, or wrong with probability `label_smoothing`."""
+    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+
+
+def power(x: Array, a: float) -> Array:
+    """Returns (e^(a x) - 1) / a, which is x at a = 0; the exponent is held at 80, lest it overflow."""
+    zero = jnp.abs(a) < 1e-6
+    safe = jnp.where(zero, 1.0, a)
+    return jnp.where(zero, x, jnp.expm1(jnp.minimum(safe * x, CLAMP)) / safe)
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """Returns the mean of values by weights of the same shape; 0 where all of them are 0."""
+    return jnp.sum(jnp.where(weights > 0, weights * values, 0.0)) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
+def check(name: str, value: float, holds: Callable[[float], bool], what: str) -> None:
+    """Raises a UserError where a hyper-parameter has no meaning; a traced one cannot be looked at."""
+    if isinstance(value, int | float) and not holds(value):
+        raise UserError(f"loss.{name}: {value} was given, but it must be {what}")

@@ -1,0 +1,110 @@
+"""Losses of a chosen and a rejected response, P = 2, which need no reference.
+
+In formulas p_c and p_r are log pi(y | x) of the two, summed over tokens, L_c and L_r their lengths in tokens, and
+m_c = p_c / L_c, m_r = p_r / L_r.
+"""
+
+import jax.numpy as jnp
+from jax.nn import relu
+
+from dpo_jax.losses.parts import logistic, margin, pair, per_token, power
+from dpo_jax.losses.registry import register
+from dpo_jax.records import Array, Logps
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def simpo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> Array:
+    """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
+
+        loss = -log sigmoid(beta (m_c - m_r) - gamma)
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Scale of the rewards, which are means over tokens (the authors' 2).
+      gamma: Target margin of rewards, not divided by beta (the authors' gamma / beta of 0.25; TRL's simpo_gamma).
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    return logistic(beta * margin(per_token(lp.policy, lp)) - gamma, label_smoothing)
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def alphapo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.25) -> Array:
+    """SimPO with a bent reward (Gupta et al. 2025, arXiv 2501.03884).
+
+        reward(m) = beta (1 - e^(-alpha m)) / alpha
+        loss = -log sigmoid(reward(m_c) - reward(m_r) - gamma)
+
+    At alpha = 0 it is simpo. The exponent is held at 80.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Scale of the rewards.
+      gamma: Target margin of rewards.
+      alpha: How much more a likelihood counts that is already low (TRL's cpo alpha).
+
+    Returns:
+      float32[B].
+    """
+    return logistic(beta * margin(power(per_token(lp.policy, lp), -alpha)) - gamma)
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0) -> Array:
+    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, eq. 3, with its likelihood term).
+
+        loss = -log sigmoid(beta (p_c - p_r)) - w m_c
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Scale of the rewards.
+      label_smoothing: The assumed rate of flipped labels.
+      nll_weight: w (TRL's cpo_alpha), of the chosen response's negative log-likelihood a token.
+
+    Returns:
+      float32[B].
+    """
+    nll = -per_token(lp.policy, lp)[:, 0]
+    return logistic(beta * margin(lp.policy), label_smoothing) + nll_weight * nll
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def orpo(lp: Logps, *, beta: float = 0.1) -> Array:
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eqs. 4 and 7).
+
+        odds(m) = e^m / (1 - e^m)
+        loss = -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r))
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: The paper's lambda, weight of the odds ratio.
+
+    Returns:
+      float32[B].
+    """
+    means = per_token(lp.policy, lp)
+    certain = jnp.minimum(means, -1e-7)  # the odds of a certain response, or one without tokens, are infinite
+    log_odds = certain - jnp.log(-jnp.expm1(certain))
+    return -means[:, 0] + beta * logistic(margin(log_odds))
+
+
+@register(responses=2, uses_reference=False, soft_labels=True)
+def slic(lp: Logps, *, delta: float = 1.0, nll_weight: float = 0.1) -> Array:
+    """Sequence likelihood calibration from human feedback (Zhao et al. 2023, arXiv 2305.10425).
+
+        loss = max(0, delta - p_c + p_r) - lambda p_c
+
+    with the chosen response as the one to stay close to.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      delta: Margin, in nats.
+      nll_weight: The paper's lambda, of the chosen response's negative log-likelihood.
+
+    Returns:
+      float32[B].
+    """
+    chosen, rejected = pair(lp.policy)
+    return relu(delta - chosen + rejected) - nll_weight * chosen
