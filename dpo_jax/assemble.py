@@ -190,9 +190,9 @@ def responses_of(config: Config, loss: Loss) -> int:
     """
     wanted, needed = config.data.responses, loss.responses
     if needed is None:
-        if wanted is not None and wanted < 2:
-            raise UserError(f"data.responses: {wanted}: this loss compares 2 or more")
-        return wanted or 2
+        if wanted is None or wanted < 2:
+            raise UserError("data.responses: this loss ranks any number of responses from 2 on; say how many there are")
+        return wanted
     needed -= loss.mismatched
     if wanted not in (None, needed):
         raise UserError(f"data.responses: {wanted}: this loss takes {needed}")

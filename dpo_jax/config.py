@@ -38,7 +38,7 @@ class Data:
     path: tuple[str, ...] = ()
     """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
     responses: int | None = None
-    """Responses to a prompt, for a loss of rankings; by default what the loss needs, 2 for one that takes any."""
+    """Responses to a prompt; a loss of rankings wants to be told, others need a number of their own."""
     split: str = "train"
     """The split that is trained on."""
     eval_path: tuple[str, ...] = ()

@@ -143,8 +143,9 @@ class Progress:
 
 
 def _worth_showing(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """Returns `name value` for the metrics that one watches."""
-    return [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
+    """Returns `name value` for the metrics that one watches; rewards of what no comparison has are not shown."""
+    shown = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
+    return [f"{k} {v:.4g}" for k, v in shown.items() if not (math.isnan(v) and "rewards/" in k)]
 
 
 def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, float]:

@@ -41,6 +41,14 @@ def sequence_logps(model, tokens):
     return torch.stack(out)
 
 
+def token_tables(model, prompt, response):
+    """log pi(. | x, y_<t) for each token of a response, float64[n, V]."""
+    ids = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(ids).logits.double()[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits, -1).numpy()
+
+
 def preference_loss(policy, reference, beta):
     """The original's DPO loss of policy and reference log-probs [B, 2]."""
     logits = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])

@@ -1,5 +1,7 @@
 """Packed rows with a shared prompt against transformers' torch models on real text."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import originals
@@ -61,6 +63,48 @@ def test_packed_log_probs_are_those_of_separate_sequences(pair, table):
     shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
     indices = np.array([5, 0, 3, 1, 4, 2])
     np.testing.assert_allclose(packed(model, params, table, indices, shape), expected[indices], rtol=2e-6, atol=1e-4)
+
+
+def test_shared_parts_and_confidence_are_those_of_separate_sequences(pair, table):
+    """LD-DPO's log-probs of the first tokens, WPO's mean of log pi(y_t) - log sum_v pi(v)^2, against whole tables."""
+    reference, model, params = pair
+    batch, count, places = pack.build(table, np.arange(COUNT), pack.choose(table, max_length=192, batch_size=COUNT))
+    found = jax.jit(lambda b: per_microbatch(partial(batch_logps, model, params, confidence=True, chunk=64), b, count))
+    lp = jax.tree.map(np.asarray, found(batch))
+    at = lambda x: pack.unpack(x.reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
+    for i in range(COUNT):
+        short = min(len(r) for r in table[i].responses)
+        for p, ids in enumerate(table[i].responses):
+            own = originals.token_tables(reference, table[i].prompt, ids)
+            picked = own[np.arange(len(ids)), ids]
+            np.testing.assert_allclose(at(lp.policy_shared)[i, p], picked[:short].sum(), rtol=2e-6, atol=1e-4)
+            expected = (picked - np.log(np.exp(2 * own).sum(-1))).mean()
+            np.testing.assert_allclose(at(lp.confidence)[i, p], expected, rtol=1e-4)
+    assert len({tuple(len(r) for r in table[i].responses) for i in range(COUNT)}) == COUNT
+
+
+def test_confidence_is_nan_unless_asked_for(pair, table):
+    _, model, params = pair
+    batch, _, _ = pack.build(table, np.arange(COUNT), pack.choose(table, max_length=192, batch_size=COUNT))
+    lp = batch_logps(model, params, jax.tree.map(lambda x: x[0], batch))
+    assert np.isnan(lp.confidence).all()
+
+
+def test_an_absent_response_changes_nothing_for_the_others(pair, table):
+    _, model, params = pair
+    whole = [table[i] for i in range(COUNT)]
+    without = [t._replace(responses=(t.responses[0], t.responses[1][:0])) if i % 2 else t for i, t in enumerate(whole)]
+    less = Table.of(without)
+    shape = pack.choose(less, max_length=192, batch_size=COUNT, rows=2)
+    batch, count, places = pack.build(less, np.arange(COUNT), shape)
+    lp = jax.jit(lambda b: per_microbatch(partial(batch_logps, model, params, chunk=64), b, count))(batch)
+    at = lambda x: pack.unpack(np.asarray(x).reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
+    usual = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
+    expected = packed(model, params, table, np.arange(COUNT), usual)
+    expected[1::2, 1] = 0
+    np.testing.assert_allclose(at(lp.policy), expected, rtol=2e-6)
+    np.testing.assert_array_equal(at(lp.present), [[True, True], [True, False]] * (COUNT // 2))
+    np.testing.assert_allclose(at(lp.policy_shared)[1::2], expected[1::2], rtol=2e-6)  # alone, it is its own shortest
 
 
 def test_any_layout_gives_the_same_log_probs(pair, table):

@@ -13,7 +13,7 @@ from dpo_jax.records import Tokens, UserError
 
 HAND = Table.of(
     [
-        Tokens([11, 12, 13], ([21, 22], [31]), 0.5),  # 3 + 1 + 0 tokens in a row, 3 scored
+        Tokens([11, 12, 13], ([21, 22], [31]), 0.5, 0, 0.75, (4.0, 2.5)),  # 3 + 1 + 0 tokens in a row, 3 scored
         Tokens([41], ([51, 52, 53], [61, 62]), 2.0),  # 1 + 2 + 1 tokens in a row, 5 scored
     ]
 )
@@ -26,6 +26,8 @@ IN_A_ROW = {
     "target": [21, 22, 31, 51, 52, 53, 61, 62, 0, 0],
     "slot": [0, 0, 1, 2, 2, 2, 3, 3, -1, -1],
     "weights": [0.5, 2.0, 0.0],
+    "preference": [0.75, 1.0, 0.0],
+    "scores": [[4.0, 2.5], [0.0, 0.0], [0.0, 0.0]],
 }
 
 
@@ -33,7 +35,7 @@ def test_two_comparisons_in_a_row_by_hand():
     batch, count, places = pack.build(HAND, [0, 1], pack.Shape(2, 1, 10, 3, 10))
     for name, expected in IN_A_ROW.items():
         field = getattr(batch, name)
-        assert field.dtype == (np.float32 if name == "weights" else np.int32)
+        assert field.dtype == (np.float32 if name in ("weights", "preference", "scores") else np.int32)
         assert field[0, 0].tolist() == expected, name
         assert not (field[1] + (name == "slot")).any(), f"{name} of the microbatch that is not used"
     assert np.isnan(batch.ref_logps).all()

@@ -14,7 +14,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import as_reference, batch_logps
 from dpo_jax.models import hf
 from dpo_jax.records import Tokens
-from dpo_jax.step import init_state, make_eval_step, make_train_step
+from dpo_jax.step import Sync, init_state, make_eval_step, make_train_step
 
 VOCAB, BATCH, STEPS = 61, 8, 20
 OPTIM = {"learning_rate": 2e-3, "warmup_steps": 4, "max_grad_norm": 10.0}
@@ -144,3 +144,61 @@ def test_eval_gives_each_comparison_its_own_values(folder, table):
     expected = originals.preference_loss(policy, torch.tensor(reference), 0.1).numpy()
     np.testing.assert_allclose(pack.unpack(metrics["loss"], places), expected, rtol=1e-4)
     np.testing.assert_allclose(pack.unpack(metrics["logps/rejected"], places), policy[:, 1].numpy(), rtol=1e-5)
+
+
+WHOLE = losses.build({"name": "dpo", "beta": 0.5})._replace(whole_batch=True)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_loss_seen_whole_gives_the_trajectory_of_the_parts(folder, table, rows):
+    """DPO's comparisons do not look at each other, so that differentiating a step's at once must change nothing."""
+    parts, state, _ = run(folder, table, steps=6, rows=2)
+    whole, other, _ = run(folder, table, steps=6, rows=rows, loss=WHOLE)
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), state.params, other.params)
+
+
+@pytest.mark.parametrize("name", ["aot", "bco", "beta_dpo"])
+def test_losses_across_comparisons_do_not_see_microbatches(folder, table, name):
+    """Sorts, means and running statistics are of the whole step, whatever rows it is laid out in."""
+    loss = losses.build([{"name": name, "beta": 0.5}, {"name": "sft", "reduction": "mean", "weight": 0.1}])
+    first, state, _ = run(folder, table, steps=5, rows=1, loss=loss)
+    other, again, _ = run(folder, table, steps=5, rows=3, loss=loss)
+    assert first[0]["loss"] != pytest.approx(first[-1]["loss"], rel=0.01)
+    for a, b in zip(first, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-5)
+    np.testing.assert_allclose(state.running, again.running, rtol=1e-3, atol=1e-6)
+    assert state.running.shape == (2,)
+    assert (state.running[0] != 0) == (name != "aot")
+
+
+def test_the_statistic_is_carried_from_step_to_step(folder, table):
+    """bco's shift after two steps is 0.9 of that after one and 0.1 of the second step's mean reward."""
+    loss = losses.build({"name": "bco", "beta": 0.5})
+    history, _, _ = run(folder, table, steps=3, loss=loss)
+    means = [0.5 * (m["rewards/chosen"] + m["rewards/rejected"]) for m in history]
+    expected = 0.0
+    for steps, mean in enumerate(means, 1):
+        expected = 0.9 * expected + 0.1 * mean
+        assert float(run(folder, table, steps=steps, loss=loss)[1].running[0]) == pytest.approx(expected, abs=1e-6)
+    assert abs(expected) > 1e-3
+
+
+def test_a_reference_that_moves(folder, table):
+    """TR-DPO: alpha of the policy and 1 - alpha of itself every second step, and nothing in between."""
+    architecture, _, params = hf.load(folder)
+    logps = partial(batch_logps, models.build(architecture))
+    loss, tx = losses.build({"name": "dpo", "beta": 0.5}), optim.build("rmsprop", **OPTIM)
+    step = jax.jit(make_train_step(logps, loss, tx, Sync(every=2, alpha=0.25)))
+    shape = pack.choose(table, max_length=32, batch_size=BATCH)
+    state = init_state(params, tx, reference=params)
+    expected = params
+    for i in range(4):
+        batch, count, _ = pack.build(table, indices(i), shape, np.zeros((len(table), 2, 2), np.float32))
+        state, _ = step(state, batch, np.int32(count))
+        if i % 2:
+            expected = jax.tree.map(lambda p, r: 0.25 * np.asarray(p) + 0.75 * r, state.params, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.reference, expected)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.reference, params)), strict=True))

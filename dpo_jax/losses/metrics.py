@@ -49,7 +49,8 @@ def rewards(lp: Logps, beta: Array | float) -> dict[str, Array]:
 def averages(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
     """Returns the weighted mean of each metric over the comparisons that have it, float32[], and `length_bias`.
 
-    A loss that is NaN stays NaN; a metric that no comparison has is NaN.
+    A loss that is NaN stays NaN; a metric that no comparison has is NaN. Where no comparison has both responses the
+    margin is that of the means, as TRL's for KTO.
 
     Args:
       metrics: name -> float32[B].
@@ -58,6 +59,8 @@ def averages(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
     means = {name: _mean(value, weights, skip=not name.startswith("loss")) for name, value in metrics.items()}
     if "rewards/margins" in metrics:
         means["length_bias"] = length_bias(metrics, weights)
+        apart = means["rewards/chosen"] - means["rewards/rejected"]  # all that single responses can say
+        means["rewards/margins"] = jnp.where(jnp.isnan(means["rewards/margins"]), apart, means["rewards/margins"])
     return means
 
 
