@@ -183,7 +183,9 @@ def over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch
     summed, stacked = jax.eval_shape(one, jnp.zeros((), jnp.int32))
     many = batch.tokens.shape[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed)
-    return jax.lax.fori_loop(0, count, body, (zeros, jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), stacked)))
+    return jax.lax.fori_loop(
+        0, count, body, (zeros, jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), stacked))
+    )
 
 
 def per_microbatch(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:

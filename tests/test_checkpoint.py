@@ -12,7 +12,9 @@ from dpo_jax.records import TrainState
 def state(step):
     rng = np.random.default_rng(step)
     params = {"a": jax.numpy.asarray(rng.normal(size=(64, 33)).astype(np.float32))}
-    return TrainState(jax.numpy.int32(step), params, (jax.tree.map(lambda x: x * 2, params), ()), jax.numpy.zeros(1), ())
+    return TrainState(
+        jax.numpy.int32(step), params, (jax.tree.map(lambda x: x * 2, params), ()), jax.numpy.zeros(1), ()
+    )
 
 
 @pytest.fixture

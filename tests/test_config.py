@@ -93,7 +93,11 @@ def test_a_lists_element_may_be_renamed(tmp_path):
         (LIST.replace("beta", "betta"), [], r"one.yaml: unknown key 'loss.0.betta'; did you mean 'loss.0.beta'"),
         (LIST.replace("0.5", "x"), [], r"one.yaml: .*loss.0.beta.*x"),
         ("loss: []", [], r"unknown key 'loss'"),
-        ("loss: {name: dpo, beta: 0.2}", ["--loss.0.name", "dpo"], r"unknown key .loss.name.; did you mean .loss.0.name."),
+        (
+            "loss: {name: dpo, beta: 0.2}",
+            ["--loss.0.name", "dpo"],
+            r"unknown key .loss.name.; did you mean .loss.0.name.",
+        ),
     ],
 )
 def test_lists_that_are_wrong(tmp_path, text, argv, message):

@@ -28,7 +28,13 @@ def abstract_batch(shape, responses):
     lead = (shape.microbatches, shape.rows)
     ints, floats = (partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
     row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.groups)
-    return Batch(*(ints(row),) * 4, *(ints(scored),) * 3, floats(places), floats(places), *(floats((*places, responses, *two)) for two in ((), (2,))))
+    return Batch(
+        *(ints(row),) * 4,
+        *(ints(scored),) * 3,
+        floats(places),
+        floats(places),
+        *(floats((*places, responses, *two)) for two in ((), (2,))),
+    )
 
 
 @pytest.mark.parametrize("name", ["hh_pythia28_sft", "hh_pythia28_dpo"])

@@ -94,8 +94,10 @@ def test_a_run_folder_holds_what_it_says(world):
     assert evaluated[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert abs(evaluated[0]["eval_rewards/margins"]) < 1e-5
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
-    pairs = {f"{kind}/{which}" for kind in ("rewards", "logps") for which in ("chosen", "rejected")}
+    kinds = ("rewards", "logps", "logratios", "lengths")
+    pairs = {f"{kind}/{which}" for kind in kinds for which in ("chosen", "rejected")}
     others = {"rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate", "examples_per_second"}
+    others |= {"gradient_weight", "kl", "length_bias", "nll"}
     assert pairs | others <= set(metrics.read(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model"}
@@ -179,6 +181,26 @@ def test_online_reference_gives_the_same_run(world):
     code, _, err = finish(command(*args, cwd=world, cache=world / "cache"))
     assert code == 0, err
     assert_same_to_rounding(world / "runs/dpo", world / "runs/online")
+
+
+@pytest.mark.slow
+def test_what_moves_beside_the_policy_is_resumed(world):
+    """A reference that follows the policy and the running statistic of a loss: stopped half way, or not."""
+    moving = ("--reference.mode", "online", "--reference.sync_every", "2", "--loss.0.name", "bco")
+    args = ("train", "dpo.yaml", *moving, "--loss.1.name", "dpo", "--run")
+    for run, steps in (("runs/at_once", 9), ("runs/twice", 4), ("runs/twice", 9)):
+        code, out, err = finish(command(*args, run, "--max_steps", steps, cwd=world, cache=world / "cache"))
+        assert code == 0, err
+    assert "resuming at step 4 of 9" in out
+    a, b = (load_file(world / f"runs/{run}/model/model.safetensors") for run in ("at_once", "twice"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    ours, theirs = (lines(world / f"runs/{run}")[-1] for run in ("at_once", "twice"))
+    assert ours == theirs
+    code, out, err = finish(command("eval", "runs/twice", "--prompts", "0", cwd=world, cache=world / "cache"))
+    assert code == 0, err
+    found = json.loads((world / "runs/twice/eval.json").read_text())["metrics"]
+    for name in ("eval_loss", "eval_loss/bco", "eval_rewards/margins", "eval_length_bias"):
+        assert found[name]["mean"] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.slow

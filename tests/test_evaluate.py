@@ -23,7 +23,9 @@ def judge():
     }  # fmt: skip
     model = models.build(models.family("llama").architecture(config))
     policy, reference = (jax.jit(model.init)(jax.random.key(i)) for i in (0, 1))
-    return evaluate.Judge(model, losses.build({"name": "dpo"}), {"policy": policy, "reference": reference}, np.zeros(1), 64, 16)
+    return evaluate.Judge(
+        model, losses.build({"name": "dpo"}), {"policy": policy, "reference": reference}, np.zeros(1), 64, 16
+    )
 
 
 def test_kl_of_samples_estimates_the_exact_one(judge):

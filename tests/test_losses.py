@@ -57,7 +57,9 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "hyper", "policy", "reference", "expected"), ROWS)
 def test_value(name, hyper, policy, reference, expected):
-    np.testing.assert_allclose(losses.build({"name": name, **hyper}).values(logps(policy, reference)), [expected], rtol=1e-4)
+    np.testing.assert_allclose(
+        losses.build({"name": name, **hyper}).values(logps(policy, reference)), [expected], rtol=1e-4
+    )
 
 
 def test_every_loss_has_a_value_row():

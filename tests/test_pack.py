@@ -51,7 +51,9 @@ def test_rows_go_into_microbatches_in_order_and_values_come_back():
     assert (count, places.tolist()) == (2, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
     assert batch.tokens.tolist() == [[[41, 51, 52, 61], [11, 12, 13, 21]], [[41, 51, 52, 61], [0, 0, 0, 0]]]
     assert batch.weights[:, :, 0].tolist() == [[2.0, 0.5], [2.0, 0.0]]
-    np.testing.assert_array_equal(batch.ref_logps[:, :, 0], [[column[1], column[0]], [column[1], np.full((2, 2), np.nan)]])
+    np.testing.assert_array_equal(
+        batch.ref_logps[:, :, 0], [[column[1], column[0]], [column[1], np.full((2, 2), np.nan)]]
+    )
     np.testing.assert_array_equal(pack.unpack(batch.ref_logps, places), column[[1, 0, 1]])
     with pytest.raises(ValueError, match="5 comparisons take 5 rows, more than"):
         pack.build(HAND, [0, 1, 0, 1, 0], shape)

@@ -126,7 +126,9 @@ def _bind(name: str, **given: Any) -> _Bound:
     for key, value in given.items():
         owner = next((group for group in groups if key in group), None)
         if owner is None:
-            raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(k for g in groups for k in g)}")
+            raise UserError(
+                f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(k for g in groups for k in g)}"
+            )
         owner[key] = value
     bound = _Bound(name, entry, *groups)
     terms.check(name, entry, bound.transform | bound.weigh)

@@ -26,39 +26,27 @@ class Entry(NamedTuple):
     function: Callable[..., Array]
     responses: int | None
     uses_reference: bool
-    whole_batch: bool
-    statistic: Callable[..., Array] | None
-    soft_labels: bool
-    divergences: bool
-    unpaired: bool
-    mismatched: bool
-    scores: bool
+    whole_batch: bool = False
+    statistic: Callable[..., Array] | None = None
+    soft_labels: bool = False
+    divergences: bool = False
+    unpaired: bool = False
+    mismatched: bool = False
+    scores: bool = False
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(
-    *,
-    responses: int | None,
-    uses_reference: bool,
-    whole_batch: bool = False,
-    statistic: Callable[..., Array] | None = None,
-    soft_labels: bool = False,
-    divergences: bool = False,
-    unpaired: bool = False,
-    mismatched: bool = False,
-    scores: bool = False,
-) -> Callable[[Callable], Callable]:
-    """Returns a decorator that files a loss under its function's name; a name given twice is an error."""
+def register(*, responses: int | None, uses_reference: bool, **needs: Any) -> Callable[[Callable], Callable]:
+    """Returns a decorator that files a loss under its function's name, with the other fields of its `Entry`; a name
+    given twice is an error."""
 
     def file(function: Callable) -> Callable:
         name = function.__name__
         if name in REGISTRY:
             raise ValueError(f"loss {name!r} is registered twice")
-        flags: dict[str, Any] = {"soft_labels": soft_labels, "divergences": divergences, "unpaired": unpaired}
-        needs: dict[str, Any] = {"whole_batch": whole_batch, "statistic": statistic, "mismatched": mismatched, "scores": scores}
-        REGISTRY[name] = Entry(function, responses, uses_reference, **needs, **flags)
+        REGISTRY[name] = Entry(function, responses, uses_reference, **needs)
         return function
 
     return file

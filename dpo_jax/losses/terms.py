@@ -98,6 +98,6 @@ def _against_divergence(entry: Entry, options: dict) -> str | bool:
 
 
 def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
-    if ld_alpha == 1 or 0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched:
+    if ld_alpha == 1 or (0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched):
         return False
     return "it is from 0 to 1, for losses that compare responses"

@@ -1,0 +1,163 @@
+"""Losses against the policies that theory says they lead to, in a world small enough to sum over.
+
+Two prompts; the responses are all texts of one or two letters of a two-letter alphabet; a policy is a table of logits,
+its log-probs are exact, and the loss is its expectation over all comparisons with labels of known probability.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_losses import batch_of
+
+from dpo_jax import losses
+
+PROMPTS = 2
+RESPONSES = [a for n in (1, 2) for a in itertools.product("ab", repeat=n)]
+RANDOM = np.random.default_rng(3)
+REWARD = RANDOM.normal(size=(PROMPTS, len(RESPONSES)))
+REF = np.log(RANDOM.dirichlet(np.full(len(RESPONSES), 3.0), PROMPTS))
+LENGTHS = np.array([len(r) for r in RESPONSES], np.float32)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rankings(k):
+    """Every ordered choice of k responses: prompt int[N], responses int[N, k], its Plackett-Luce probability [N]."""
+    rows = list(itertools.product(range(PROMPTS), itertools.permutations(range(len(RESPONSES)), k)))
+    prompts, chosen = np.array([p for p, _ in rows]), np.array([c for _, c in rows])
+    worth = np.exp(REWARD[prompts[:, None], chosen])
+    left = np.cumsum(worth[:, ::-1], axis=1)[:, ::-1]
+    return prompts, chosen, np.prod(worth / left, axis=1)
+
+
+def pairs():
+    """Every pair once, with the Bradley-Terry probability that its first response is better."""
+    chosen = np.array(list(itertools.combinations(range(len(RESPONSES)), 2)) * PROMPTS)
+    prompts = np.repeat(np.arange(PROMPTS), len(chosen) // PROMPTS)
+    return prompts, chosen, sigmoid(np.subtract(*REWARD[prompts[:, None], chosen].T))
+
+
+def objective(loss, prompts, chosen, **fields):
+    """Returns the expected loss as a function of logits [PROMPTS, responses]."""
+    at = (prompts[:, None], chosen)
+
+    def value(logits):
+        lp = batch_of(jax.nn.log_softmax(logits)[at], reference=REF[at], lengths=LENGTHS[chosen], **fields)
+        return jnp.sum(loss.values(lp) * lp.weights) / jnp.sum(lp.weights)
+
+    return value
+
+
+def trained(value, steps=60):
+    """Returns the log-probs where the objective is least: damped Newton steps from the reference, each an improvement
+    as long as float32 can tell."""
+    slope, curvature, value = jax.jit(jax.grad(value)), jax.jit(jax.hessian(value)), jax.jit(value)
+    logits, damping = jnp.asarray(REF, jnp.float32), 1e-2
+    for _ in range(steps):
+        h = np.asarray(curvature(logits), np.float64).reshape(logits.size, logits.size)
+        g = np.asarray(slope(logits), np.float64).ravel()
+        scale = np.abs(np.diag(h)).max()
+        new = logits - np.linalg.solve(h + damping * scale * np.eye(len(h)), g).reshape(logits.shape)
+        better = float(value(new)) <= float(value(logits)) + 1e-7
+        logits, damping = (new, max(damping / 4, 1e-6)) if better else (logits, damping * 8)
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+
+def optimum(gain, reference=REF):
+    """The closed form: ref * exp(gain) / Z, as log-probs."""
+    found = reference + gain
+    return found - np.log(np.exp(found).sum(axis=1, keepdims=True))
+
+
+def distance(a, b):
+    """The larger total variation of the two prompts."""
+    return 0.5 * np.abs(np.exp(a) - np.exp(b)).sum(axis=1).max()
+
+
+def soft(loss):
+    prompts, chosen, p = pairs()
+    return objective(losses.build(loss), prompts, chosen, preference=p.astype(np.float32))
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.2, 1.0, 4.0])
+def test_dpo_reaches_the_optimal_policy(beta):
+    """pi* = ref exp(r / beta) / Z (paper, eq. 4), where the gradient is 0."""
+    value, best = soft({"name": "dpo", "beta": beta}), optimum(REWARD / beta)
+    assert distance(trained(value), best) < 1e-3
+    assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 2e-6
+    assert np.abs(jax.grad(value)(jnp.asarray(REF, jnp.float32))).max() > 1e-3 * min(beta, 1)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_plackett_luce_reaches_the_optimal_policy(k):
+    prompts, chosen, weights = rankings(k)
+    loss = losses.build({"name": "plackett_luce", "beta": 0.5})
+    value, best = objective(loss, prompts, chosen, weights=weights.astype(np.float32)), optimum(REWARD / 0.5)
+    assert distance(trained(value), best) < 1e-3
+    assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 2e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+def test_other_divergences_reach_their_optimum(divergence):
+    """beta f'(pi / ref) = r + c (f-DPO, Wang et al. 2023): the scores differ as the rewards do."""
+    loss = {"name": "dpo", "beta": 4.0, "divergence": divergence, "divergence_alpha": 0.3}
+    t = np.exp(trained(soft(loss)) - REF)
+    score = {"forward_kl": 1 - 1 / t, "js": np.log(2 * t / (1 + t)), "alpha": (t**-0.7 - 1) / -0.7}[divergence]
+    gap = 4.0 * score - REWARD
+    np.testing.assert_allclose(gap - gap[:, :1], 0, atol=5e-3)
+    assert distance(np.log(t) + REF, REF) > 0.05
+
+
+def test_ipo_reaches_its_own_optimum():
+    """ref exp(E[p(y beats y')] / tau) / Z with y' uniform (Azar et al. 2023, eq. 8), of which pairs give all but y'=y."""
+    value = soft({"name": "ipo_sum", "beta": 0.5})
+    wins = sigmoid(REWARD[:, :, None] - REWARD[:, None, :]).mean(axis=2)
+    assert distance(trained(value), optimum(wins / 0.5)) < 1e-3
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_robust_dpo_undoes_flipped_labels(beta):
+    """A quarter of the labels is flipped: robust's optimum is still the clean one, dpo's is not."""
+    prompts, chosen, p = pairs()
+    noisy = (0.75 * p + 0.25 * (1 - p)).astype(np.float32)
+    robust = losses.build({"name": "robust", "beta": beta, "label_smoothing": 0.25})
+    value, best = objective(robust, prompts, chosen, preference=noisy), optimum(REWARD / beta)
+    assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 5e-6
+    assert distance(trained(value), best) < 2e-3
+    plain = objective(losses.build({"name": "dpo", "beta": beta}), prompts, chosen, preference=noisy)
+    assert distance(trained(plain), best) > 0.02
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05])
+def test_unlikelihood_and_sft_reach_what_they_count(alpha):
+    """sum_y a(y) log pi(y), a = P(chosen) - alpha P(rejected), is greatest where pi is proportional to a, if a > 0:
+    the reference plays no part, so that likelihoods, unlike dpo, forget it."""
+    prompts, chosen, p = pairs()
+    counts = np.zeros_like(REWARD)
+    for x, (first, second), q in zip(prompts, chosen, p, strict=True):
+        counts[x, first] += q - alpha * (1 - q)
+        counts[x, second] += (1 - q) - alpha * q
+    assert (counts > 0).all()
+    value = soft({"name": "unlikelihood", "alpha": alpha})
+    assert distance(trained(value), np.log(counts / counts.sum(axis=1, keepdims=True))) < 1e-3
+
+
+def test_hinge_stops_at_a_margin_of_one():
+    """Of a response that is likelier to win, the expected hinge falls until beta times the gap is 1, then rises."""
+    prompts, chosen, p = (x[:1] for x in pairs())
+    p = np.maximum(p, 1 - p).astype(np.float32)
+    value = objective(losses.build({"name": "hinge", "beta": 0.5}), prompts, chosen, preference=p)
+
+    def slope(gap):
+        policy = REF.copy()
+        policy[prompts[0], chosen[0, 0]] += REF[prompts[0], chosen[0, 1]] - REF[prompts[0], chosen[0, 0]]
+        policy[prompts[0], chosen[0, 0]] += gap / 0.5 + np.subtract(*REF[prompts[0], chosen[0]])
+        return float(jax.grad(value)(jnp.asarray(policy, jnp.float32))[prompts[0], chosen[0, 0]])
+
+    assert slope(0.99) == pytest.approx(-0.5 * (2 * p[0] - 1), rel=1e-4)
+    assert slope(1.01) == pytest.approx(0.5 * (1 - p[0]), rel=1e-4)
