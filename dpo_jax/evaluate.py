@@ -97,7 +97,7 @@ class Judge(NamedTuple):
 
 
 def logps(judge: Judge, who: str, table: Table) -> np.ndarray:
-    """Returns the log-probs of a table under one of the models, float32[N, P, 2]: of responses and their shared parts."""
+    """Returns the log-probs of a table under one of the models, float32[N, P, 2], as `reference.one_pass`."""
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
     column = reference.make_column(partial(batch_logps, judge.model))
     params = jax.device_put(judge.params[who])

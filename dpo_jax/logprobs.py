@@ -133,10 +133,20 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size)) / jnp.maximum(lengths, 1)
     # NaN stays in the reference only where one is missing.
     reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
-    values = (add(logps), reference, add(jnp.where(shared, logps, 0.0)), reference_shared, lengths, present)
-    flat = [x.reshape(rows * groups, responses) for x in (*values, batch.scores, mean)]
-    weights, preference = batch.weights.reshape(-1), batch.preference.reshape(-1)
-    return Logps(*flat[:6], weights, preference, *flat[6:], jnp.zeros(()))
+    each = {
+        "policy": add(logps),
+        "reference": reference,
+        "policy_shared": add(jnp.where(shared, logps, 0.0)),
+        "reference_shared": reference_shared,
+        "lengths": lengths,
+        "present": present,
+        "scores": batch.scores,
+        "confidence": mean,
+    }
+    flat = {name: value.reshape(rows * groups, responses) for name, value in each.items()}
+    return Logps(
+        weights=batch.weights.reshape(-1), preference=batch.preference.reshape(-1), running=jnp.zeros(()), **flat
+    )
 
 
 def as_reference(lp: Logps, batch: Batch) -> Array:

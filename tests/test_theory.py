@@ -114,7 +114,7 @@ def test_other_divergences_reach_their_optimum(divergence):
 
 
 def test_ipo_reaches_its_own_optimum():
-    """ref exp(E[p(y beats y')] / tau) / Z with y' uniform (Azar et al. 2023, eq. 8), of which pairs give all but y'=y."""
+    """ref exp(E[p(y beats y')] / tau) / Z with y' uniform (Azar et al. 2023, arXiv 2310.12036, eq. 7)."""
     value = soft({"name": "ipo_sum", "beta": 0.5})
     wins = sigmoid(REWARD[:, :, None] - REWARD[:, None, :]).mean(axis=2)
     assert distance(trained(value), optimum(wins / 0.5)) < 1e-3

@@ -1,9 +1,9 @@
 """Every loss, by name, and objectives made of them.
 
 A loss is a pure function `Logps, *, hyper-parameters -> float32[B]`, unreduced, written as its equation. Its
-keyword-only parameters are its options in a config, beside those of every term (`terms.transformed`, `terms.weighted`), and their help is its
-docstring. To add one, write the function in one of these files under `@register`, and give it a row in
-tests/test_losses.py, which fails until it has one.
+keyword-only parameters are its options in a config, beside those that every term has (`terms.transformed` and
+`terms.weighted`), and their help is its docstring. To add one, write the function in one of these files under
+`@register`, and give it a row in tests/test_losses.py, which fails until it has one.
 """
 
 import importlib
@@ -123,12 +123,11 @@ def _bind(name: str, **given: Any) -> _Bound:
         raise UserError(f"loss.name: unknown loss {name!r}; known: {', '.join(sorted(REGISTRY))}")
     entry = REGISTRY[name]
     groups = [_defaults(function) for function in FUNCTIONS[name]]
+    known = [key for group in groups for key in group]
     for key, value in given.items():
         owner = next((group for group in groups if key in group), None)
         if owner is None:
-            raise UserError(
-                f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(k for g in groups for k in g)}"
-            )
+            raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(known)}")
         owner[key] = value
     bound = _Bound(name, entry, *groups)
     terms.check(name, entry, bound.transform | bound.weigh)
