@@ -54,6 +54,8 @@ class Evaluation(Config):
     """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
     show: int = 3
     """Prompts printed with both models' completions."""
+    per_token: str = ""
+    """A .jsonl to write the log-probs of every token of the held-out responses to, by position."""
 
 
 def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
@@ -104,6 +106,8 @@ def eval_command(argv: list[str]) -> None:
     models = _models(path, settings, loaded, state)
     judge = evaluate.Judge(loaded.model, loss, models, state.running, settings.batch_size, settings.data.max_length)
     found = evaluate.summary(evaluate.held_out(judge, held_out))
+    if settings.per_token:
+        _write_per_token(settings.per_token, judge, held_out, tokenizer)
     shown: list[tuple[str, ...]] = []
     if settings.prompts:
         more, shown = _sampled(settings, judge, tokenizer, held_out)
@@ -133,6 +137,19 @@ def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table:
             scores = [score(p, a) for p, a in zip(texts, answers, strict=True)]
             found[f"true reward of the {name}"] = evaluate.interval(np.array(scores))
     return found, list(zip(texts, *written.values(), strict=True))[: settings.show]
+
+
+def _write_per_token(path: str, judge: evaluate.Judge, table: Any, tokenizer: Any) -> None:
+    """Writes a line for each comparison: the prompt, and of each response its tokens and their log-probs by model."""
+    with assemble.written(path) as f:
+        for tokens, logps in evaluate.per_token(judge, table):
+            responses = [
+                {"tokens": tokenizer.convert_ids_to_tokens(ids.tolist())}
+                | {who: [round(float(x), 5) for x in values[p]] for who, values in logps.items()}
+                for p, ids in enumerate(tokens.responses)
+            ]
+            f.write(json.dumps({"prompt": tokenizer.decode(tokens.prompt), "responses": responses}) + "\n")
+    say(f"wrote {path}: the log-probs of {len(table):,} comparisons, token by token")
 
 
 def _print_metrics(found: dict[str, dict[str, float]]) -> None:

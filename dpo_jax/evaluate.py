@@ -1,6 +1,6 @@
 """Accuracy, margins and KL on held-out data, with confidence intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax import reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps
+from dpo_jax.logprobs import batch_logps, per_microbatch, scored_logps
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.metrics import fisher, mean_interval, wilson
 from dpo_jax.models import Model
@@ -102,6 +102,21 @@ def logps(judge: Judge, who: str, table: Table) -> np.ndarray:
     column = reference.make_column(partial(batch_logps, judge.model))
     params = jax.device_put(judge.params[who])
     return reference.one_pass(column, params, table, shape, judge.batch_size, jax.device_put)
+
+
+def per_token(judge: Judge, table: Table) -> Iterator[tuple[Tokens, dict[str, list[Array]]]]:
+    """Yields each comparison with the log-probs of its responses' tokens under each model: name -> P arrays [n_p]."""
+    shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
+    score = partial(scored_logps, judge.model)
+    step = jax.jit(lambda params, batch, count: per_microbatch(partial(score, params), batch, count))
+    models = {who: jax.device_put(params) for who, params in judge.params.items()}
+    for start in range(0, len(table), judge.batch_size):
+        rows = np.arange(start, min(start + judge.batch_size, len(table)))
+        batch, count, places = pack.build(table, rows, shape)
+        found = {who: np.asarray(step(params, jax.device_put(batch), count)) for who, params in models.items()}
+        for row, (m, r, g) in zip(rows, places, strict=True):
+            slots = [batch.slot[m, r] == g * table.responses + p for p in range(table.responses)]
+            yield table[int(row)], {who: [logps[m, r][slot] for slot in slots] for who, logps in found.items()}
 
 
 def held_out(judge: Judge, table: Table) -> dict[str, np.ndarray]:

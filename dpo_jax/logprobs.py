@@ -118,11 +118,8 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
       Logps of B = R * G comparisons, in the order of the rows.
     """
     rows, groups, responses, _ = batch.ref_logps.shape
-    size = max(1, min(chunk // rows, batch.slot.shape[1]))
-    source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
-    chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
-    scored, head = jnp.take_along_axis(hidden, source[..., None], axis=1), model.head(params)
+    scored, slot, target, chunks, size = _scored(model, params, batch, chunk)
+    head = model.head(params)
     logps: Array = token_logps(scored, head, target, chunks, size)
     add = _adder(slot, (rows, groups, responses))
     lengths = add(jnp.ones_like(logps))
@@ -147,6 +144,23 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     return Logps(
         weights=batch.weights.reshape(-1), preference=batch.preference.reshape(-1), running=jnp.zeros(()), **flat
     )
+
+
+def scored_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
+    """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
+    scored, _, target, chunks, size = _scored(model, params, batch, chunk)
+    logps: Array = token_logps(scored, model.head(params), target, chunks, size)
+    return logps[:, : batch.slot.shape[1]]
+
+
+def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array, Array, Array, Array, int]:
+    """Returns the hidden states that predict scored tokens, [R, S', D], their slots and targets, how many chunks hold
+    any, and the chunk's size in columns, of which S' is a multiple."""
+    size = max(1, min(chunk // len(batch.slot), batch.slot.shape[1]))
+    source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
+    chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
+    return jnp.take_along_axis(hidden, source[..., None], axis=1), slot, target, chunks, size
 
 
 def as_reference(lp: Logps, batch: Batch) -> Array:

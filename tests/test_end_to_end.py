@@ -237,11 +237,14 @@ def test_devices_do_not_change_the_trajectory(world):
 
 def test_eval_sample_export_report(world):
     cache = world / "cache"
-    args = ("eval", "runs/dpo", "--reward", "synthetic", "--prompts", "8")
+    args = ("eval", "runs/dpo", "--reward", "synthetic", "--prompts", "8", "--per_token", "tokens.jsonl")
     code, out, err = finish(command(*args, cwd=world, cache=cache))
     assert code == 0, err
     assert "kl(policy || reference)" in out
     assert "true reward of the policy" in out
+    rows = [json.loads(line) for line in (world / "tokens.jsonl").read_text().splitlines()]
+    chosen = rows[0]["responses"][0]
+    assert len(chosen["tokens"]) == len(chosen["policy"]) == len(chosen["reference"]) > 1
     found = json.loads((world / "runs/dpo/eval.json").read_text())["metrics"]
     last = [r for r in lines(world / "runs/dpo") if "eval_loss" in r][-1]
     assert found["eval_loss"]["mean"] == pytest.approx(last["eval_loss"], rel=1e-5)

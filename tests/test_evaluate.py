@@ -62,3 +62,18 @@ def test_metrics_of_held_out_data_are_those_of_the_loss(judge):
 def test_distinct_prompts():
     rows = [Tokens(np.array(p, np.int32), (np.array([1], np.int32),)) for p in ([1], [2, 3], [1], [3], [4])]
     assert [p.tolist() for p in evaluate.distinct_prompts(Table.of(rows), 3)] == [[1], [2, 3], [3]]
+
+
+def test_per_token_log_probs_sum_to_those_of_responses(judge):
+    rng = np.random.default_rng(1)
+    ids = lambda n: rng.integers(0, VOCAB - 1, n).astype(np.int32)  # noqa: E731 - shortest here
+    table = Table.of(Tokens(ids(2), (ids(1 + i % 5), ids(3))) for i in range(70))  # more than a batch
+    sums = {who: evaluate.logps(judge, who, table) for who in judge.params}
+    for i, (tokens, found) in enumerate(evaluate.per_token(judge, table)):
+        assert tokens.prompt.tolist() == table[i].prompt.tolist()
+        for who, responses in found.items():
+            assert [len(r) for r in responses] == [1 + i % 5, 3]
+            np.testing.assert_allclose([r.sum() for r in responses], sums[who][i, :, 0], rtol=1e-5)
+            short = min(1 + i % 5, 3)  # the shared part: in their order, from the first on
+            np.testing.assert_allclose([r[:short].sum() for r in responses], sums[who][i, :, 1], rtol=1e-5)
+    assert i == 69
