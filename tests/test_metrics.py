@@ -156,3 +156,11 @@ def test_wilson_bounds_solve_its_equation():
 def test_wilson_refuses_what_is_no_proportion(successes):
     with pytest.raises(ValueError, match="of 10"):
         metrics.wilson(successes, 10)
+
+
+def test_fishers_interval():
+    """r = 0.5 of 28 pairs: atanh(0.5) = 0.5493 within 1.96 / 5, so 0.1573 and 0.9413 before they are turned back."""
+    low, high = metrics.fisher(0.5, 28)
+    assert (low, high) == pytest.approx((math.tanh(0.5493061 - 0.3919928), math.tanh(0.5493061 + 0.3919928)), abs=1e-6)
+    assert metrics.fisher(0.0, 3) == (-1.0, 1.0)
+    assert metrics.fisher(1.0, 10) == (1.0, 1.0)

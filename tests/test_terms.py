@@ -163,3 +163,14 @@ def test_length_bias_is_the_correlation_of_margin_and_length():
     weights = np.concatenate([np.ones(40), [0.0, 1.0]])
     assert float(measures.length_bias(more, weights)) == pytest.approx(expected, abs=1e-5)
     assert float(measures.length_bias(metrics | {"lengths/chosen": np.full(40, 30.0)}, np.ones(40))) == 0
+
+
+def test_each_term_has_a_statistic_of_its_own():
+    """Of two terms, the second one's number is what its loss is shown, and moves by its own rule."""
+    lp = PAIRS._replace(running=jnp.array([5.0, 0.25]))
+    loss = losses.build([{"name": "dpo"}, {"name": "bco", "beta": 0.5}])
+    alone = losses.build({"name": "bco", "beta": 0.5})
+    single = PAIRS._replace(running=jnp.array([0.25]))
+    np.testing.assert_allclose(loss.values(lp), values({"name": "dpo"}) + alone.values(single), rtol=1e-6)
+    mean = 0.5 * float((PAIRS.policy - PAIRS.reference).mean())
+    np.testing.assert_allclose(loss.statistics(lp), [5.0, 0.9 * 0.25 + 0.1 * mean], rtol=1e-5)
