@@ -207,10 +207,10 @@ ROWS = [
     Row("beta_dpo", {}, BAD, [sp(0.1)], [[-1e-3 * s(0.1), 1e-3 * s(0.1)]]),  # its floor
     Row(
         "kto",
-        {"beta": 1.0, "desirable_weight": 2.0},
+        {"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 4.0},
         TRIPLE,
-        [(2 * (1 - s(1)) + 1 - s(2)) / 2, (2 * (1 - s(0)) + 1 - s(4)) / 2],
-        [[-ds(1), ds(2) / 2, 0.0], [-ds(0), ds(4) / 2, 0.0]],
+        [1 - s(1) + 2 * (1 - s(2)), 1 - s(0) + 2 * (1 - s(4))],
+        [[-ds(1), 2 * ds(2), 0.0], [-ds(0), 2 * ds(4), 0.0]],
     ),
     Row(
         "apo_zero_unpaired",

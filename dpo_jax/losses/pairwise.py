@@ -164,7 +164,7 @@ def discopop(lp: Logps, *, beta: float = 0.1, tau: float = 0.05) -> Array:
     return exponential - sigmoid(-z / tau) * log_sigmoid(z)
 
 
-@register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
+@register(responses=2, uses_reference=True, divergences=True)
 def odpo(lp: Logps, *, beta: float = 0.1, alpha: float = 1.0, offset: Literal["log", "linear"] = "log") -> Array:
     """DPO with an offset by how much better the chosen response is (Amini et al. 2024, arXiv 2402.10571).
 
