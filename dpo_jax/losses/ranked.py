@@ -4,18 +4,12 @@ In formulas z_k = beta (log pi(y_k | x) - log ref(y_k | x)).
 """
 
 import jax.numpy as jnp
-from jax.lax import optimization_barrier
 from jax.nn import log_softmax, logsumexp, softmax
 
 from dpo_jax.losses.pairwise import better_by
 from dpo_jax.losses.parts import log_ratios
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
-
-
-def _rewards(lp: Logps, beta: float) -> Array:
-    """Returns z, computed once: fused into two places it may be rounded in two ways, and z - max z is nowhere 0."""
-    return optimization_barrier(beta * log_ratios(lp))
 
 
 @register(responses=None, uses_reference=True, divergences=True)
@@ -33,7 +27,7 @@ def plackett_luce(lp: Logps, *, beta: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    z = _rewards(lp, beta)
+    z = beta * log_ratios(lp)
     k = jnp.arange(z.shape[1])
     lead = z[:, None, :] - z[:, :, None]  # [B, k, j]: z_j - z_k
     return logsumexp(lead, axis=2, where=k[None, :] >= k[:, None]).sum(1)
@@ -55,5 +49,5 @@ def lipo(lp: Logps, *, beta: float = 0.1) -> Array:
       float32[B].
     """
     labels = softmax(lp.scores.astype(jnp.float32))
-    loss = -(labels * log_softmax(_rewards(lp, beta))).sum(1)
+    loss = -(labels * log_softmax(beta * log_ratios(lp))).sum(1)
     return jnp.where(jnp.isnan(better_by(lp)), jnp.nan, loss)
