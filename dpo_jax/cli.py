@@ -16,12 +16,13 @@ COMMANDS = {
         "CONFIG.yaml [--out FILE.html]",
         "what the data is: counts, lengths, shortcuts; rows to read",
     ),
+    "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
     "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 
-PLAIN = ("export", "report")  # commands whose usage says it all
+PLAIN = ("export", "losses", "report")  # commands whose usage says it all
 
 
 def usage() -> str:

@@ -15,11 +15,12 @@ from rich.table import Table as Grid
 from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
+from dpo_jax.losses_command import losses_command
 from dpo_jax.models import hf
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.step import init_state
 
-__all__ = ["data_command", "pairs_command"]  # those that are elsewhere
+__all__ = ["data_command", "losses_command", "pairs_command"]  # those that are elsewhere
 
 
 def train_command(argv: list[str]) -> None:

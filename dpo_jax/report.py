@@ -275,11 +275,21 @@ def svg(fig: Figure, axes: Axes, label: str) -> str:
       axes: its only axes.
       label: of the horizontal axis.
     """
+    dress(axes, label)
+    return element(fig)
+
+
+def dress(axes: Axes, label: str) -> None:
+    """Gives axes the looks of a page, and their horizontal one a label."""
     axes.set_xlabel(label, color=INK, fontsize=9)
     axes.grid(color=INK, alpha=0.12, lw=0.6)
     axes.tick_params(colors=INK, labelsize=9, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
+
+
+def element(fig: Figure) -> str:
+    """Returns a figure whose axes are dressed as an SVG element."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpo_jax", "font.family": "sans-serif"}):
         fig.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -3,27 +3,27 @@
 import math
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.records import Logps
 
 
 def batch_of(policy, **fields):
     """Log-probs of B comparisons, float32[B, P]: reference 0, 5 tokens a response, all there, unless given."""
-    policy = jnp.asarray(policy, jnp.float32)
+    policy = np.array(policy, np.float32)
     values = {
-        "reference": jnp.zeros_like(policy),
+        "reference": np.zeros_like(policy),
         "policy_shared": policy,
-        "reference_shared": jnp.zeros_like(policy),
-        "lengths": jnp.full_like(policy, 5.0),
-        "present": jnp.ones_like(policy, bool),
-        "weights": jnp.ones(len(policy)),
-        "preference": jnp.ones(len(policy)),
-        "scores": jnp.zeros_like(policy),
-        "confidence": jnp.full_like(policy, jnp.nan),
-        "running": jnp.zeros(()),
+        "reference_shared": np.zeros_like(policy),
+        "lengths": np.full_like(policy, 5.0),
+        "present": np.ones_like(policy, bool),
+        "weights": np.ones(len(policy), np.float32),
+        "preference": np.ones(len(policy), np.float32),
+        "scores": np.zeros_like(policy),
+        "confidence": np.full_like(policy, np.nan),
+        "running": np.float32(0.0),
     }
-    return Logps(policy, **values | {name: jnp.asarray(value) for name, value in fields.items()})
+    return Logps(policy, **{k: np.asarray(fields.get(k, v), v.dtype) for k, v in values.items()})
 
 
 class Row(NamedTuple):
@@ -55,9 +55,9 @@ def log(*x):
 
 # Log-ratios 2 and -1, margin 3; a token: 1/2 and -1/2, margin 1. Log-probs a token: -2 and -6.5.
 PAIR = batch_of([[-8.0, -13.0]], reference=[[-10.0, -12.0]], lengths=[[4.0, 2.0]])
-SCORED = PAIR._replace(scores=jnp.array([[5.0, 2.0]]))
+SCORED = PAIR._replace(scores=np.array([[5.0, 2.0]]))
 FALLEN = batch_of([[-11.0, -13.0]], reference=[[-10.0, -12.0]])  # both log-ratios -1
-EVEN = batch_of([[0.5, 0.2]])._replace(policy=jnp.array([log(0.5, 0.2)]), lengths=jnp.ones((1, 2)))  # odds 1 and 1/4
+EVEN = batch_of([log(0.5, 0.2)], lengths=[[1.0, 1.0]])  # odds 1 and 1/4
 # Policy margins 1, 3, 2 against the reference's 0, 2, 5: by rank 1 - 0, 2 - 2, 3 - 5.
 THREE = batch_of([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]], reference=[[2.0, 0.0], [0.0, 0.0], [5.0, 0.0]])
 # Chosen log-ratios 1, 3, 2 against rejected 5, 0, 2: 1 - 0, 2 - 2, 3 - 5.
@@ -197,6 +197,13 @@ ROWS = [
         [[s(1), -s(1)], [s(-2), -s(-2)], [0.5, -0.5]],
     ),
     Row("aot_unpaired", {"beta": 1.0}, CROSSED, [sp(-1), sp(2), sp(0)], [[-s(-1), s(2)], [-s(2), s(-1)], [-0.5, 0.5]]),
+    Row(
+        "aot_unpaired",
+        {"beta": 1.0, "label_smoothing": 1.0},
+        CROSSED,
+        [sp(1), sp(-2), sp(0)],
+        [[s(1), -s(-2)], [s(-2), -s(1)], [0.5, -0.5]],
+    ),
     Row(  # usual margin 0.75 * 0.5 + 0.25 * 2 = 0.875, so beta = 0.1 * (1 + 0.8 * 1.125) = 0.19
         "beta_dpo",
         {"beta": 0.1, "alpha": 0.8, "decay": 0.75},
@@ -207,10 +214,10 @@ ROWS = [
     Row("beta_dpo", {}, BAD, [sp(0.1)], [[-1e-3 * s(0.1), 1e-3 * s(0.1)]]),  # its floor
     Row(
         "kto",
-        {"beta": 1.0, "desirable_weight": 2.0},
+        {"beta": 1.0, "desirable_weight": 2.0, "undesirable_weight": 4.0},
         TRIPLE,
-        [(2 * (1 - s(1)) + 1 - s(2)) / 2, (2 * (1 - s(0)) + 1 - s(4)) / 2],
-        [[-ds(1), ds(2) / 2, 0.0], [-ds(0), ds(4) / 2, 0.0]],
+        [1 - s(1) + 2 * (1 - s(2)), 1 - s(0) + 2 * (1 - s(4))],
+        [[-ds(1), 2 * ds(2), 0.0], [-ds(0), 2 * ds(4), 0.0]],
     ),
     Row(
         "apo_zero_unpaired",

@@ -49,7 +49,12 @@ def token_tables(model, prompt, response):
     return torch.log_softmax(logits, -1).numpy()
 
 
-def preference_loss(policy, reference, beta):
-    """The original's DPO loss of policy and reference log-probs [B, 2]."""
-    logits = (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
-    return -torch.nn.functional.logsigmoid(beta * logits)
+def preference_loss(policy, reference, beta, label_smoothing=0.0, ipo=False, reference_free=False):
+    """The original's loss of policy and reference log-probs [B, 2]: DPO, conservative DPO or IPO."""
+    logits = policy[:, 0] - policy[:, 1]
+    if not reference_free:
+        logits = logits - (reference[:, 0] - reference[:, 1])
+    if ipo:
+        return (logits - 1 / (2 * beta)) ** 2
+    kept, flipped = (torch.nn.functional.logsigmoid(sign * beta * logits) for sign in (1, -1))
+    return -(1 - label_smoothing) * kept - label_smoothing * flipped

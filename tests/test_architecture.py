@@ -24,7 +24,7 @@ LAYERS = (
     {"experiments"},
     {"report"},
     {"data_page"},
-    {"data_commands"},
+    {"data_commands", "losses_command"},
     {"commands"},
     {"cli"},
     {"__main__"},

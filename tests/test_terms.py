@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_losses import batch_of
+from loss_table import batch_of
 
 from dpo_jax import losses
 from dpo_jax.losses import metrics as measures

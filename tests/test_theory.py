@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_losses import batch_of
+from loss_table import batch_of
 
 from dpo_jax import losses
 
@@ -46,8 +46,11 @@ def objective(loss, prompts, chosen, **fields):
     """Returns the expected loss as a function of logits [PROMPTS, responses]."""
     at = (prompts[:, None], chosen)
 
+    given = batch_of(REF[at], reference=REF[at], lengths=LENGTHS[chosen], **fields)
+
     def value(logits):
-        lp = batch_of(jax.nn.log_softmax(logits)[at], reference=REF[at], lengths=LENGTHS[chosen], **fields)
+        policy = jax.nn.log_softmax(logits)[at]
+        lp = given._replace(policy=policy, policy_shared=policy)
         return jnp.sum(loss.values(lp) * lp.weights) / jnp.sum(lp.weights)
 
     return value

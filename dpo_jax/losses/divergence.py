@@ -1,13 +1,14 @@
 """f-DPO (Wang et al. 2023, arXiv 2309.16240): another divergence from the reference than the reverse KL."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from dpo_jax.losses.parts import log_ratios, power
-from dpo_jax.records import Array, Logps
+from dpo_jax.records import Array, Logps, UserError
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -33,16 +34,20 @@ def transform(lp: Logps, name: Divergence, alpha: float = 0.5) -> Logps:
 
     Returns:
       The same record with other `policy` and `reference`, float32[B, P]; with reverse_kl the record itself.
+
+    Raises:
+      UserError: no such divergence.
     """
     if name == "reverse_kl":
         return lp
+    if name not in SCORES:
+        raise UserError(f"loss.divergence: {name!r} is none; known: reverse_kl, {', '.join(SCORES)}")
     x = log_ratios(lp)
-    return lp._replace(policy=_score(x, name, alpha), reference=jnp.zeros_like(x))
+    return lp._replace(policy=SCORES[name](x, alpha), reference=jnp.zeros_like(x))
 
 
-def _score(x: Array, name: Divergence, alpha: float) -> Array:
-    if name == "forward_kl":
-        return power(x, -1.0)
-    if name == "js":
-        return math.log(2) + log_sigmoid(x)
-    return power(x, alpha - 1.0)
+SCORES: dict[str, Callable[[Array, float], Array]] = {
+    "forward_kl": lambda x, _: power(x, -1.0),
+    "js": lambda x, _: math.log(2) + log_sigmoid(x),
+    "alpha": lambda x, alpha: power(x, alpha - 1.0),
+}

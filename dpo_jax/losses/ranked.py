@@ -29,8 +29,8 @@ def plackett_luce(lp: Logps, *, beta: float = 0.1) -> Array:
     """
     z = beta * log_ratios(lp)
     k = jnp.arange(z.shape[1])
-    lead = z[:, None, :] - z[:, :, None]  # [B, k, j]: z_j - z_k, exact where z itself is large
-    return logsumexp(lead, axis=2, where=k[None, None, :] >= k[None, :, None]).sum(1)
+    lead = z[:, None, :] - z[:, :, None]  # [B, k, j]: z_j - z_k
+    return logsumexp(lead, axis=2, where=k[None, :] >= k[:, None]).sum(1)
 
 
 @register(responses=None, uses_reference=True, divergences=True, scores=True)

@@ -53,7 +53,7 @@ def alphapo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 
 
 @register(responses=2, uses_reference=False, soft_labels=True)
 def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0) -> Array:
-    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, eq. 3, with its likelihood term).
+    """Contrastive preference optimization with its likelihood term (Xu et al. 2024, arXiv 2401.08417, eq. 3).
 
         loss = -log sigmoid(beta (p_c - p_r)) - w m_c
 
