@@ -26,7 +26,9 @@ from dpo_jax.records import Comparison, TrainState, UserError
 from dpo_jax.sample import sample
 
 VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
-FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite")  # may change on resuming
+# May change on resuming: none of them changes what is computed, but to rounding.
+FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
+FREE += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.mode", "data.rows", "data.row_length")
 
 
 class Loaded(NamedTuple):

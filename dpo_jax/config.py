@@ -113,6 +113,8 @@ class Mesh:
     """Rows of a microbatch and parameters are split."""
     tensor: int = 1
     """Heads, MLP and vocabulary are split."""
+    mode: Literal["jit", "pmap"] = "jit"
+    """What compiles the step; pmap for plain data parallelism on one machine, by its classic name."""
 
 
 @dataclass(frozen=True)

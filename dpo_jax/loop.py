@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, optim, reference, sharding
+from dpo_jax import evaluate, optim, processes, reference, sharding
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
@@ -23,6 +23,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.metrics import Progress, append, truncate
 from dpo_jax.models import Model
 from dpo_jax.records import Batch, TrainState, UserError
+from dpo_jax.sharding import Rows
 from dpo_jax.step import init_state, make_train_step
 
 
@@ -84,11 +85,6 @@ def initialise(model: Model, seed: int) -> Any:
     return jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
 
 
-def put_batch(batch: Batch, mesh: Any) -> Batch:
-    """Returns a host batch on the devices, its rows split over them."""
-    return jax.device_put(batch, sharding.of_batch(mesh))
-
-
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx), run.params)
@@ -96,6 +92,43 @@ def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return params, like
+
+
+def in_parts(model: Model, rows: Rows, params: Any) -> Model:
+    """Returns the model for parameters as they lie on the devices, made whole where they are used: a layer at a time.
+
+    Args:
+      model: for whole parameters.
+      rows: how devices share rows.
+      params: tree of the parameters' shardings.
+    """
+    if rows.whole is None:
+        return model
+    layers = partial(rows.whole, shardings=params["layers"])
+
+    def top(tree: Any) -> Any:
+        rest = {k: v for k, v in tree.items() if k != "layers"}
+        return rows.whole(rest, {k: params[k] for k in rest}) | {"layers": tree["layers"]}
+
+    return model._replace(
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layers),
+        head=lambda tree: model.head(top(tree)),
+    )
+
+
+def compiled_step(run: Run, tx: Any, mesh: Any, rows: Rows, params: Any, like: TrainState) -> Callable:
+    """Returns the compiled train step: by `jit`, or by `pmap` over devices that each hold the whole state."""
+    if run.config.mesh.mode == "jit":
+        step = make_train_step(partial(batch_logps, in_parts(run.model, rows, params)), run.loss, tx, rows)
+        where = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+    if processes.several():
+        raise UserError("mesh.mode pmap: is for one process; take jit for several")
+    step = make_train_step(partial(batch_logps, run.model), run.loss, tx, sharding.mapped_rows(mesh))
+    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None), out_axes=None)
+    devices = sharding.row_devices(mesh)
+    by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
+    return lambda state, batch, count: mapped(state, by_device(batch), count)
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -110,20 +143,17 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         rows=config.data.rows,
         multiple_of=sharding.row_devices(mesh),
     )
-    shape, eval_shape = choose(run.train), choose(run.held_out)
-    put, logps = partial(put_batch, mesh=mesh), partial(batch_logps, run.model)
-    tx = optim.build(**config.optim)
+    shape, eval_shape = (_of_this_process(mesh, choose(table)) for table in (run.train, run.held_out))
+    put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
     params, like = shardings_of(run, tx, mesh)
-    step = jax.jit(
-        make_train_step(logps, run.loss, tx),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, like), sharding.replicated(mesh)),
-    )
+    rows = sharding.split_rows(mesh, params)
+    logps = partial(batch_logps, in_parts(run.model, rows, params))
+    step = compiled_step(run, tx, mesh, rows, params, like)
     fill = column = eval_column = samples = None
     if run.frozen is not None:
         weights, name = run.frozen()
         weights = jax.device_put(weights, params)
-        make = reference.make_column(logps, sharding.of_batch(mesh))
+        make = reference.make_column(logps, rows)
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
         if config.reference.mode == "cache":
@@ -132,7 +162,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
             fill = partial(_fill, make, weights)
         samples = run.complete(weights) if run.complete else None
     evaluator = evaluate.Evaluator(
-        evaluate.make_step(logps, run.loss), run.held_out, eval_column, eval_shape, config.batch_size, put
+        evaluate.make_step(logps, run.loss, rows), run.held_out, eval_column, eval_shape, config.batch_size, put
     )
     steps = total_steps(config, len(run.train))
     say(
@@ -140,6 +170,12 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps)
+
+
+def _of_this_process(mesh: Any, shape: pack.Shape) -> pack.Shape:
+    """Returns the layout with the rows that this process builds."""
+    parts, size = sharding.own_parts(mesh), shape.rows // sharding.row_devices(mesh)
+    return shape._replace(own=(parts.start * size, parts.stop * size))
 
 
 def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, table: Table, shape: Any, what: str):

@@ -1,6 +1,7 @@
 """The pure train and eval steps; whoever calls them compiles them once, with shardings and donation."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from dpo_jax.logprobs import per_microbatch
 from dpo_jax.losses import Loss
 from dpo_jax.records import Array, Batch, Logps, TrainState
+from dpo_jax.sharding import ALONE, Rows
 
 LogpsOf = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
@@ -21,13 +23,19 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation
+    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation, rows: Rows = ALONE
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """Returns `(state, batch, count) -> (state, metrics)`, pure and not yet compiled.
 
     The gradient is exactly that of the weighted mean loss over the whole batch, taken microbatch by microbatch in a
     loop whose trip count is a run-time value. A step whose loss or gradient is not finite changes nothing but the
     step number, and says so in the metric `nonfinite`.
+
+    Args:
+      logps: log-probs of a microbatch.
+      loss: bound.
+      tx: the optimiser.
+      rows: how devices share the rows of a microbatch.
 
     Args of the step:
       state: may be donated.
@@ -44,7 +52,7 @@ def make_train_step(
         return metrics["loss"], metrics
 
     def step(state: TrainState, batch: Batch, count: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = _summed(objective, state.params, batch, count)
+        grads, metrics = rows.sums(partial(_summed, objective, rows.total))(state.params, batch, count)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -56,9 +64,11 @@ def make_train_step(
     return step
 
 
-def _summed(objective: Callable, params: Any, batch: Batch, count: Array) -> tuple[Any, Metrics]:
+def _summed(
+    objective: Callable, everywhere: Callable[[Array], Array], params: Any, batch: Batch, count: Array
+) -> tuple[Any, Metrics]:
     """Returns the sums over microbatches of the gradient and the metrics of `objective`."""
-    total = batch.weights.sum()
+    total = everywhere(batch.weights.sum())
 
     def one(m: Array) -> tuple[Any, Metrics]:
         micro = jax.tree.map(lambda x: x[m], batch)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dpo_jax"
 # A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
 LAYERS = (
     {"records", "config"},
-    {"data", "models", "losses", "optim", "sharding", "metrics"},
+    {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
     {"step", "reference", "sample", "rewards", "checkpoint"},
     {"evaluate"},

@@ -1,0 +1,239 @@
+"""Layouts over devices: what is sent between them, and that the trajectory is one."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from dpo_jax import losses, metrics, models, optim, sharding
+from dpo_jax.data import pack, synthetic
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import batch_logps
+from dpo_jax.loop import in_parts
+from dpo_jax.records import Tokens, UserError
+from dpo_jax.step import init_state, make_train_step
+
+ROOT = Path(__file__).parent.parent
+collectives = runpy.run_path(str(ROOT / "scripts" / "_collectives.py"))["collectives"]
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+ROWS, BATCH = 8, 32
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(0)
+
+    def ids(low, high):
+        return rng.integers(1, 128, rng.integers(low, high)).astype(np.int32)
+
+    return Table.of(Tokens(ids(2, 12), (ids(2, 20), ids(2, 20))) for _ in range(64))
+
+
+@pytest.fixture(scope="module")
+def compiled(table):
+    """Returns `(data, fsdp, tensor) -> (collectives, shapes of the parameters)` of the compiled step, each made once."""
+    made = {}
+
+    def get(*sizes, compute="float32"):
+        key = (*sizes, compute)
+        if key not in made:
+            made[key] = compile_step(table, sizes, compute)
+        return made[key]
+
+    return get
+
+
+def compile_step(table, sizes, compute):
+    model = models.build(models.family("llama").architecture(CONFIG), compute=compute)
+    mesh, tx = sharding.make_mesh(*sizes), optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
+    shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx), jax.random.key(0))
+    params = sharding.of_params(mesh, model.axes, shapes.params)
+    where = sharding.of_state(mesh, params, shapes)
+    state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=ROWS, length=128)
+    batch = jax.eval_shape(lambda: pack.build(table, np.arange(BATCH), shape)[0])
+    rows = sharding.split_rows(mesh, params)
+    step = make_train_step(partial(batch_logps, in_parts(model, rows, params)), losses.build("dpo", beta=0.5), tx, rows)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of_batch(mesh)), batch)
+    out = (where, sharding.replicated(mesh))
+    program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, np.int32(1)).compile()
+    return collectives(program.as_text()), shapes.params, program
+
+
+def elements(tree):
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def test_data_parallel_sums_the_gradient_once_a_step(compiled):
+    """Not once a microbatch, and nothing else is sent but the sum of the weights."""
+    found, params, _ = compiled(4, 1, 1)
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert {c.loops for c in found} == {0}
+    scalars, gradient = sorted(found, key=lambda c: c.bytes)
+    assert scalars.bytes == 4
+    shapes = sorted(sizes for _, sizes in gradient.shapes if sizes)
+    assert shapes == sorted(x.shape for x in jax.tree.leaves(params))
+
+
+def test_fsdp_gathers_a_layer_at_a_time_and_nothing_else(compiled):
+    """Every gather is of one layer's parameter or of one outside the layers; every gradient goes to its part."""
+    found, params, _ = compiled(1, 4, 1)
+    layer = {x.shape[1:] for x in jax.tree.leaves(params["layers"])}
+    top = {v.shape for k, v in params.items() if k in ("embedding", "head")} | {(32,)}
+    gathers = [c for c in found if c.kind == "all-gather"]
+    assert {c.shapes[0][1] for c in gathers if c.loops == 2} == layer
+    assert {c.shapes[0][1] for c in gathers if c.loops == 1} == top
+    assert {len(c.shapes) for c in gathers} == {1}
+    scatters = [c for c in found if c.kind == "reduce-scatter"]
+    assert elements_of(scatters, 2) == elements(params["layers"]) // 3 // 4
+    assert elements_of(scatters, 1) == elements({k: v for k, v in params.items() if k != "layers"}) // 4
+    rest = [c for c in found if c.kind not in ("all-gather", "reduce-scatter")]
+    assert {c.kind for c in rest} == {"all-reduce"}
+    assert {sizes for c in rest for _, sizes in c.shapes} == {()}  # metrics and the gradient's norm
+    assert {c.loops for c in rest} == {0}
+
+
+def elements_of(found, loops):
+    return sum(int(np.prod(sizes)) for c in found if c.loops == loops for _, sizes in c.shapes)
+
+
+def test_tensor_parallel_never_gathers_a_parameter(compiled):
+    found, _, _ = compiled(1, 1, 4)
+    assert {c.kind for c in found} <= {"all-reduce", "all-gather", "all-to-all"}
+    # Two key-value heads cannot be split over four devices; every other array that is sent holds activations.
+    gathered = [c for c in found if c.kind == "all-gather" and c.loops]
+    assert not [c for c in gathered if not any(ROWS in sizes for _, sizes in c.shapes)]
+
+
+def test_with_both_fsdp_gathers_leave_tensor_parts_alone(compiled):
+    found, params, _ = compiled(1, 2, 2)
+    gathers = [c for c in found if c.kind == "all-gather"]
+    assert {c.devices for c in gathers} == {2}
+    sizes = {c.shapes[0][1] for c in gathers}
+    assert (32, 24) in sizes  # an MLP of 48, half on each of two devices
+    assert (64, 32) in sizes  # 128 words, half on each
+    assert not sizes & {(32, 48), (128, 32)}
+    assert elements({k: v for k, v in params.items() if k == "head"}) == 128 * 32
+
+
+def test_whole_parameters_are_not_kept_for_the_backward_pass(compiled):
+    """No array of the compiled program holds a parameter of all layers whole; nor, in bfloat16, its copy."""
+    for compute, dtype in (("float32", "f32"), ("bfloat16", "bf16")):
+        _, params, program = compiled(1, 4, 1, compute=compute)
+        text = program.as_text()
+        for leaf in jax.tree.leaves(params["layers"]):
+            assert f"{dtype}[{','.join(map(str, leaf.shape))}]" not in text
+
+
+def test_pmap_is_for_whole_parameters():
+    with pytest.raises(UserError, match="mesh.fsdp and mesh.tensor are 1"):
+        sharding.mapped_rows(sharding.make_mesh(2, 2, 1))
+
+
+# The command line on many devices.
+
+STEPS = 20
+LAYOUTS = {
+    "two devices": (2, []),
+    "four devices, pmap": (4, ["--mesh.mode", "pmap"]),
+    "8x1x1": (8, []),
+    "1x8x1": (8, ["--mesh.data", "1", "--mesh.fsdp", "8"]),
+    "2x2x2": (8, ["--mesh.fsdp", "2", "--mesh.tensor", "2"]),
+    "rows of a microbatch: 1": (1, ["--data.rows", "1"]),
+    "rows of a microbatch: 3": (1, ["--data.rows", "3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with pairs, the config of a small random model, and the run on one device."""
+    folder = tmp_path_factory.mktemp("layouts")
+    rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(220), strict=False)]
+    with (folder / "pairs.jsonl").open("w") as f:
+        for r in rows:
+            f.write(json.dumps({"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]}) + "\n")
+    config = json.loads((ROOT / "configs/models/synthetic.json").read_text())
+    (folder / "tiny.json").write_text(json.dumps(config | {"hidden_size": 32, "intermediate_size": 64}))
+    dpo = {
+        "data": {"path": ["pairs.jsonl"], "max_length": 96, "max_prompt_length": 32, "eval_fraction": 0.2},
+        "samples": {"prompts": 2, "max_new_tokens": 8},
+        "model": {"config": "tiny.json", "tokenizer": "synthetic"},
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
+        **{"batch_size": 16, "max_steps": STEPS, "epochs": 3, "save_every": 5, "eval_every": 80},
+    }
+    (folder / "dpo.yaml").write_text(yaml.safe_dump(dpo))
+    train(folder, "one", 1)
+    return folder
+
+
+def train(folder, name, devices, *options, script=("-m", "dpo_jax")):
+    env = os.environ | {
+        "DPO_JAX_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    args = [sys.executable, *script, "train", "dpo.yaml", "--run", f"runs/{name}", *options]
+    done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_one_trajectory(folder, name):
+    """Losses to 1e-5, log-probs to 1e-5 of themselves, the very same lines."""
+    ours, theirs = (metrics.read(folder / "runs" / n / "metrics.jsonl") for n in (name, "one"))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    assert len([r for r in ours if "loss" in r]) == STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        for key in {"loss", "eval_loss"} & b.keys():
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
+        for key in {"logps/chosen", "eval_logps/chosen", "rewards/margins", "grad_norm"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), (a["step"], key)
+    assert theirs[-2]["loss"] < 0.75 * theirs[1]["loss"]  # it has learned, so the comparison is no formality
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_trajectory(world, layout):
+    devices, options = LAYOUTS[layout]
+    name = "".join(c for c in layout if c.isalnum())
+    train(world, name, devices, *options)
+    assert_one_trajectory(world, name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_resumes_on_any_other_layout(world):
+    """Ten steps on 2x2x2, five under pmap, five on 1x4x1: the trajectory of one device."""
+    legs = [
+        (8, "10", ["--mesh.fsdp", "2", "--mesh.tensor", "2"]),
+        (4, "15", ["--mesh.mode", "pmap"]),
+        (4, "20", ["--mesh.data", "1", "--mesh.fsdp", "4"]),
+    ]
+    for devices, steps, options in legs:
+        out = train(world, "moved", devices, "--max-steps", steps, *options)
+    assert "resuming at step 15 of 20" in out
+    rows = metrics.read(world / "runs/moved/metrics.jsonl")
+    # Each leg evaluates at its end, which the run in one piece does not.
+    kept = [r for r in rows if "eval_loss" not in r or r["step"] % 5 == 0 and r["step"] != 15]
+    path = world / "runs/moved/metrics.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert_one_trajectory(world, "moved")
