@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import data, losses, models, optim
+from dpo_jax import data, losses, models, optim, processes
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import synthetic
@@ -28,7 +28,8 @@ from dpo_jax.sample import sample
 VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
 # May change on resuming: none of them changes what is computed, but to rounding.
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
-FREE += ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.mode", "data.rows", "data.row_length")
+FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
+FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
 
 
 class Loaded(NamedTuple):
@@ -231,9 +232,13 @@ def claim_folder(config: Config) -> Path:
             raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; give another --run")
-    folder.mkdir(parents=True, exist_ok=True)
-    with written(folder / "config.yaml") as f:
-        f.write(configs.dump(config))
+    if processes.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        with written(folder / "config.yaml") as f:
+            f.write(configs.dump(config))
+    processes.meet("the run folder")
+    if not is_run(folder):
+        raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
     return folder
 
 
@@ -265,10 +270,14 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         say(line)
 
     rows = comparisons(config.data, loss.responses)
-    train = table_of(config, tokenizer, rows[0], "training", hear)
-    held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)
+    with processes.first_before_others("the data"):  # which then find it in the cache
+        train = table_of(config, tokenizer, rows[0], "training", hear)
+        held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)
+    same = {"config": configs.dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
     folder = claim_folder(config)
-    (folder / "data.json").write_text(json.dumps(heard, indent=1))
+    if processes.first():
+        (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
     return Run(
         config=config,

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, data, evaluate, loop, losses, optim, report, rewards
+from dpo_jax import assemble, config, data, evaluate, loop, losses, optim, processes, report, rewards
 from dpo_jax.config import Config, Data
 from dpo_jax.models import hf
 from dpo_jax.records import UserError
@@ -21,7 +21,8 @@ from dpo_jax.step import init_state
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    if processes.first():
+        print(line, flush=True)
 
 
 def _leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:
@@ -35,10 +36,23 @@ def _leading(argv: list[str], command: str, *names: str) -> tuple[list[str], lis
 
 
 def train_command(argv: list[str]) -> None:
-    """`dpo-jax train CONFIG.yaml [--key.path value ...]`."""
+    """`dpo-jax train CONFIG.yaml [--key.path value ...] [--distributed auto|HOST:PORT,PROCESSES,INDEX]`."""
     (file,), rest = _leading(argv, "train", "CONFIG.yaml")
+    rest = _join(rest)
     folder = _train(file, rest)
     _say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
+
+
+def _join(argv: list[str]) -> list[str]:
+    """Makes this process one of several if `--distributed` says so; returns the other arguments."""
+    how = [values for key, values in config.arguments(argv) if key == "distributed"]
+    if not how:
+        return argv
+    if len(how) > 1 or len(how[0]) != 1:
+        raise UserError(f"--distributed: {processes.HOW}")
+    processes.join(how[0][0])
+    at = next(i for i, a in enumerate(argv) if a.partition("=")[0] == "--distributed")
+    return argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
 
 
 def _train(file: str, argv: Sequence[str]) -> Path:
@@ -52,7 +66,8 @@ def _train(file: str, argv: Sequence[str]) -> Path:
         _say(f"now {file}")
     run = assemble.run_of(settings, _say)
     loop.train(run, _say)
-    report.write([run.folder], run.folder / "report.html")
+    if processes.first():
+        report.write([run.folder], run.folder / "report.html")
     return run.folder
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, optim, processes, reference, sharding
+from dpo_jax import evaluate, optim, processes, reference, sharding, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
@@ -102,16 +101,19 @@ def in_parts(model: Model, rows: Rows, params: Any) -> Model:
       rows: how devices share rows.
       params: tree of the parameters' shardings.
     """
-    if rows.whole is None:
+    whole = rows.whole
+    if whole is None:
         return model
-    layers = partial(rows.whole, shardings=params["layers"])
 
     def top(tree: Any) -> Any:
         rest = {k: v for k, v in tree.items() if k != "layers"}
-        return rows.whole(rest, {k: params[k] for k in rest}) | {"layers": tree["layers"]}
+        return whole(rest, {k: params[k] for k in rest}) | {"layers": tree["layers"]}
+
+    def layer(tree: Any) -> Any:
+        return whole(tree, params["layers"])
 
     return model._replace(
-        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layers),
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layer),
         head=lambda tree: model.head(top(tree)),
     )
 
@@ -152,7 +154,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     fill = column = eval_column = samples = None
     if run.frozen is not None:
         weights, name = run.frozen()
-        weights = jax.device_put(weights, params)
+        weights = sharding.put(weights, params)
         make = reference.make_column(logps, rows)
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
@@ -216,31 +218,16 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     """Returns the state before the first update, laid out over the devices."""
     tx = optim.build(**run.config.optim)
     where = jax.tree.map(lambda x: x.sharding, prepared.like)
-    params = jax.device_put(run.params, where.params)
+    params = sharding.put(run.params, where.params)
     # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
     return jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx), out_shardings=where)(params)
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """Yields a list that is not empty once the process was asked to end (SIGTERM)."""
-    asked: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Log:
     """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
 
-    def __init__(self, run: Run, progress: Progress):
-        self.run, self.progress = run, progress
+    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints):
+        self.run, self.progress, self.checkpoints = run, progress, checkpoints
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
 
@@ -265,15 +252,33 @@ class _Log:
         self.bad = self.bad + 1 if values["nonfinite"] else 0
         if step % config.log_every == 0 or self.bad:
             learning_rate = float(optim.warm_up(config.optim["learning_rate"], config.optim["warmup_steps"])(step - 1))
-            extra = {"learning_rate": learning_rate, "examples_per_second": rate}
-            append(self.run.folder / "metrics.jsonl", step, done, values | extra)
+            extra = {"learning_rate": learning_rate, "examples_per_second": rate} | self.checkpoints.taken()
+            _append(self.run.folder / "metrics.jsonl", step, done, values | extra)
         self.progress.update(step, values)
         if self.bad >= config.max_nonfinite:
-            rows = order.rows_of(step - 1, rows=len(self.run.train), batch_size=config.batch_size, seed=config.seed)
             raise UserError(
-                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; the last "
-                f"batch held comparisons {rows.tolist()}; lower optim.learning_rate or look at those"
+                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; "
+                f"{_save_batch(self.run, step - 1)}; lower optim.learning_rate or look at those"
             )
+
+
+def _append(path: Path, step: int, examples: int, values: Any) -> None:
+    """Appends a line to a file of the run, once and not once a process."""
+    if processes.first():
+        append(path, step, examples, values)
+
+
+def _save_batch(run: Run, step: int) -> str:
+    """Writes the comparisons of a step as token ids; returns what they are and where."""
+    rows = order.rows_of(step, rows=len(run.train), batch_size=run.config.batch_size, seed=run.config.seed)
+    path = run.folder / f"batch-{step + 1}.jsonl"
+    if processes.first():
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows.tolist():
+                tokens = run.train[row]
+                ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}
+                file.write(json.dumps({"comparison": row, "weight": float(tokens.weight)} | ids) + "\n")
+    return f"the last batch held comparisons {rows.tolist()}, whose token ids are in {path}"
 
 
 def train(run: Run, say: Callable[[str], None] = print) -> Path:
@@ -281,28 +286,43 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
 
     Killed at any instant and called again, it ends with the same parameters, bit for bit, and the same metrics.
 
+    Several processes call it alike; what is written and said, only the first of them writes and says.
+
     Raises:
-      UserError: the loss is not finite; a checkpoint folder that cannot be used.
-      SystemExit: code 0, after SIGTERM, with everything saved.
+      UserError: the loss is not finite; a checkpoint folder that cannot be used; the folder has a writer already.
+      SystemExit: code `watch.AGAIN`, after it was asked to end, with everything saved.
     """
-    prepared = prepare(run, say)
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    try:
-        with _terminated() as asked:
-            state = _steps(run, prepared, checkpoints, _begin(run, prepared, checkpoints, say), asked)
-    finally:
-        checkpoints.close()
-    run.export(jax.device_get(state.params), run.folder / "model")
+    folder = run.folder / "checkpoints"
+    with watch.locked(folder) if processes.first() else contextlib.nullcontext(), watch.memory(run.config):
+        prepared = prepare(run, say)
+        checkpoints = Checkpoints(folder, keep=run.config.keep, best=run.config.keep_best)
+        try:
+            with watch.asked_to_end() as asked, watch.hang(run.config.hang_seconds) as alive:
+                state = _begin(run, prepared, checkpoints, say)
+                state = _steps(run, prepared, checkpoints, state, asked, alive)
+        finally:
+            checkpoints.close()
+        _export(run, state)
     return run.folder / "model"
+
+
+def _export(run: Run, state: TrainState) -> None:
+    """Writes the policy as a model folder."""
+    params = processes.fetch(state.params)
+    if processes.first():
+        run.export(params, run.folder / "model")
+    processes.meet("exported")
 
 
 def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
     """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
     state = checkpoints.restore(prepared.like)
-    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
-        truncate(run.folder / name, -1 if state is None else int(state.step))
+    if processes.first():
+        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
+            truncate(run.folder / name, -1 if state is None else int(state.step))
     if state is None:
         state = _first_state(run, prepared)
+        checkpoints.check_room(state)
         _evaluate(run, prepared, state)
     else:
         say(f"resuming at step {int(state.step)} of {prepared.total_steps}")
@@ -310,43 +330,56 @@ def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable
 
 
 def _steps(
-    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: list[int]
+    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: Callable, alive: Callable
 ) -> TrainState:
     """Returns the state after the last step; ends the process after a step during which it was asked to end."""
     config, total, start = run.config, prepared.total_steps, int(state.step)
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
-    with Progress(total, config.batch_size) as progress:
-        log = _Log(run, progress)
+    alive()
+    with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
+        log = _Log(run, progress, checkpoints)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(batch, count)
             state, metrics = prepared.step(state, batch, np.int32(count))
             log.step(step, metrics)
+            alive()
+            why, found = asked(step), None
             if step % eval_steps == 0 or step == total:
                 log.flush()
-                _evaluate(run, prepared, state)
-            if step % config.save_every == 0 or step == total or asked:
+                found = _evaluate(run, prepared, state)
+                alive()
+            if step % config.save_every == 0 or step == total or why or (found and config.keep_best):
                 log.flush()
-                checkpoints.save(state, step)
-            if asked:
+                checkpoints.save(state, step, found)
+            if why and step < total:
                 checkpoints.wait()
-                print(f"asked to end (SIGTERM): saved at step {step}; the same command goes on from there")
-                raise SystemExit(0)
+                _ended(why, step)
         log.flush()
     return state
 
 
-def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> None:
-    """Evaluates the policy on the held-out data and writes its samples."""
+def _ended(why: str, step: int) -> None:
+    """Ends a run that was asked to."""
+    if processes.first():
+        print(f"asked to end ({why}): saved at step {step}; the same command goes on from there", flush=True)
+    raise SystemExit(watch.AGAIN)
+
+
+def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, float]:
+    """Evaluates the policy on the held-out data and writes its samples; returns the metrics."""
     step = int(state.step)
     examples = step * run.config.batch_size
     summary = evaluate.summary(evaluate.values(prepared.evaluator, state.params))
-    append(run.folder / "metrics.jsonl", step, examples, {name: entry["mean"] for name, entry in summary.items()})
-    (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
+    means = {name: entry["mean"] for name, entry in summary.items()}
+    _append(run.folder / "metrics.jsonl", step, examples, means)
+    if processes.first():
+        (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
-        return
+        return means
     policy = run.complete(state.params)
     other = prepared.reference_samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}
-        append(run.folder / "samples.jsonl", step, examples, sample)
+        _append(run.folder / "samples.jsonl", step, examples, sample)
+    return means

@@ -1,7 +1,10 @@
 """Several processes as one program: how they meet, what they agree on, and who writes."""
 
+import contextlib
 import os
 import sys
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +42,17 @@ def join(how: str) -> None:
     except (RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--distributed {how}: the processes did not meet ({reason}); {HOW}") from e
+    sys.excepthook = _end_with_traceback
+
+
+def _end_with_traceback(*error: Any) -> None:
+    sys.__excepthook__(*error)
+    end(1)
+
+
+def name() -> str:
+    """Returns which of the processes this is, to stand before a message."""
+    return f"process {jax.process_index()}: "
 
 
 def several() -> bool:
@@ -67,13 +81,42 @@ def all_of(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
 
 
+def of_first(value: int) -> int:
+    """Returns the value of the first process in every process, all of which must call it."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if several() else value
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """Runs its body in the first process, then in the others, who may find what the first has made."""
+    if not first():
+        meet(name)
+    yield
+    if first():
+        meet(name)
+
+
+def check_same(what: Mapping[str, str]) -> None:
+    """Compares texts, by name, with the first process's.
+
+    Raises:
+      UserError: one differs; in every process.
+    """
+    if not several():
+        return
+    digests = np.array([zlib.crc32(text.encode()) for text in what.values()], np.uint32)
+    everywhere = multihost_utils.process_allgather(digests)
+    for index, name in np.argwhere(everywhere != everywhere[0]):
+        raise UserError(f"process {index} has another {list(what)[name]} than process 0; give all the same")
+
+
 def meet(name: str) -> None:
     """Waits until all processes have come here."""
     if several():
         multihost_utils.sync_global_devices(name)
 
 
-def end(code: int) -> None:
+def end(code: int) -> Any:
     """Ends a process that failed at once: its exit handlers would wait for the others, who may be waiting for it."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -42,7 +42,8 @@ def row_devices(mesh: jax.sharding.Mesh) -> int:
 def own_parts(mesh: jax.sharding.Mesh) -> range:
     """Returns which of the `row_devices` equal parts of a microbatch's rows lie on this process's devices."""
     count = row_devices(mesh)
-    parts = [i[1].indices(count)[0] for i in of_batch(mesh).addressable_devices_indices_map((1, count)).values()]
+    where: Any = of_batch(mesh).addressable_devices_indices_map((1, count))
+    parts = [index[1].indices(count)[0] for index in where.values()]
     return range(min(parts), max(parts) + 1)
 
 
@@ -54,13 +55,18 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
         size = x.shape[1] // len(parts)
         shape, start = (x.shape[0], size * row_devices(mesh), *x.shape[2:]), size * parts.start
 
-        def piece(index: tuple[slice, ...]) -> Any:
+        def piece(index: Any) -> Any:
             low, high, _ = index[1].indices(shape[1])
             return x[:, low - start : high - start]
 
         return jax.make_array_from_callback(shape, of_batch(mesh), piece)
 
     return jax.tree.map(one, batch)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Returns host arrays, which every process holds whole, on the devices."""
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), tree, shardings)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

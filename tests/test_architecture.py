@@ -17,7 +17,7 @@ LAYERS = (
     {"records", "config"},
     {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
-    {"step", "reference", "sample", "rewards", "checkpoint"},
+    {"step", "reference", "sample", "rewards", "checkpoint", "watch"},
     {"evaluate"},
     {"loop"},
     {"assemble"},
@@ -35,7 +35,7 @@ ALLOWED = {
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
 WITHOUT_JAX = {"data", "config", "records", "metrics", "report"}
-MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments"}
+MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_TRUE = {"shell", "allow_pickle", "trust_remote_code"}
