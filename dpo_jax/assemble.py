@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,13 +16,14 @@ from dpo_jax import config as configs
 from dpo_jax import data, losses, models, optim, processes
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
-from dpo_jax.data import synthetic
-from dpo_jax.data.encode import cached_encode
+from dpo_jax.data import Item, chat, noise, order, synthetic
+from dpo_jax.data.cache import cached_encode
+from dpo_jax.data.encode import Options, adds_bos
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
 from dpo_jax.models import Model, hf
 from dpo_jax.models.weights import weights_hash
-from dpo_jax.records import Comparison, TrainState, UserError
+from dpo_jax.records import Chat, TrainState, UserError
 from dpo_jax.sample import sample
 
 VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
@@ -56,7 +57,7 @@ def keep_compiled() -> None:
 
     $JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
@@ -120,43 +121,69 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
     return Loaded(model, params, hf_config)
 
 
-def comparisons(options: configs.Data, responses: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Returns what is trained on and what is held out."""
-    first = data.load(options.name, options.path, options.split, responses)
+def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
+    """Returns what is trained on and what is held out, each to be gone through as often as need be."""
+    first = data.stream(options.name, options.path, options.split, responses)
     if options.eval_path or options.eval_split:
         path, split = options.eval_path or options.path, options.eval_split or options.split
-        return first, data.load(options.name, path, split, responses)
+        return first, data.stream(options.name, path, split, responses)
+    if not options.eval_fraction:
+        raise UserError("data: nothing is held out; set data.eval_fraction, data.eval_split or data.eval_path")
     return data.holdout(first, options.eval_fraction)
 
 
-def table_of(config: Config, tokenizer: Any, rows: list[Comparison], what: str, say: Callable[[str], None]) -> Table:
+def noise_in(config: Config, rows: Iterable[Item]) -> Iterable[Item]:
+    """Returns the training data with the noise that the config asks for."""
+    options = config.data
+    how = {"flip": options.flip_labels, "draw_labels": options.draw_labels, "duplicate": options.duplicate}
+    return noise.noisy(rows, **how, seed=config.seed)
+
+
+def encoding(options: configs.Data) -> dict[str, Any]:
+    """Returns how text becomes tokens, as `encode` takes it."""
+    names = ("max_length", "max_prompt_length", "truncation", "degenerate", "add_bos", "boundary", "skip_bad_rows")
+    try:
+        source = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else ""
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"data.chat_template: {options.chat_template}: cannot be read ({e})") from e
+    template = chat.template_of(source, options.chat_template_kwargs)
+    return {**{name: getattr(options, name) for name in names}, "template": template}
+
+
+def table_of(config: Config, tokenizer: Any, rows: Iterable[Item], what: str, say: Callable[[str], None]) -> Table:
     """Returns comparisons as a table, tokenised once; says what was read, dropped and cut.
 
     Raises:
       UserError: nothing is left.
     """
-    options = config.data
-    if not rows:
-        raise UserError(f"{what} data: there is none; look at data.path and data.eval_fraction")
-    table, report = cached_encode(
-        rows,
-        tokenizer,
-        cache_folder() / "tokens",
-        max_length=options.max_length,
-        max_prompt_length=options.max_prompt_length,
-        truncation=options.truncation,
-        degenerate=options.degenerate,
-        add_bos=options.add_bos,
-    )
+    table, report = cached_encode(rows, tokenizer, cache_folder() / "tokens", **encoding(config.data))
     for line in report.lines():
         say(f"{what} data: {line}")
+    _check_labels(table, what, config)
     return table
 
 
-def prompt_ids(texts: Sequence[str], tokenizer: Any, add_bos: bool) -> list[list[int]]:
+def _check_labels(table: Table, what: str, config: Config) -> None:
+    """Refuses labels that the loss would not see: every loss takes all responses to be there and the first the best."""
+    soft, absent = int((table.preferences != 1).sum()), int((table.response_lengths == 0).any(axis=1).sum())
+    for count, kind in ((soft, "a soft label (preference)"), (absent, "an absent response (unpaired rows)")):
+        if count:
+            raise UserError(
+                f"{what} data: {count} comparisons with {kind}, which loss {config.loss['name']} cannot use"
+            )
+
+
+def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[str]:
+    """Returns prompts as the texts that a model continues, conversations by the chat template."""
+    return [chat.prompt_text(prompt, tokenizer, encoding(options)["template"]) for prompt in prompts]
+
+
+def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[list[int]]:
     """Returns prompts as ids, as `encode` makes them; an empty one is a UserError."""
-    start = [tokenizer.bos_token_id] if add_bos else []
-    ids = [start + row for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    how = Options(**encoding(options))
+    heads = [[tokenizer.bos_token_id] * adds_bos(tokenizer, how, prompt) for prompt in prompts]
+    rows = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
+    ids = [head + row for head, row in zip(heads, rows, strict=True)]
     if not all(ids):
         raise UserError("a prompt is empty: nothing predicts its first token; set data.add_bos")
     return ids
@@ -191,8 +218,11 @@ def written(path: str | Path) -> Iterator[IO[str]]:
     temporary.replace(path)
 
 
-def first_rows(table: Table, count: int | None) -> Table:
-    """Returns the first `count` comparisons of a table (None: all)."""
+def evaluated(config: Config, table: Table) -> Table:
+    """Returns the held-out comparisons that training evaluates: the first in the original's order, or as they stand."""
+    count = config.data.eval_examples
+    if config.data.order == "original":
+        return table.take(order.bind("original", table.prompts, 0)(0)[:count])
     return table if count is None else table.take(np.arange(min(count, len(table))))
 
 
@@ -249,6 +279,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")
     if config.keep < 2:
         raise UserError(f"keep: {config.keep}: at least 2 checkpoints, so that one is left if the newest is damaged")
+    if config.data.skip_bad_rows < 0:
+        raise UserError(f"data.skip_bad_rows: {config.data.skip_bad_rows} is less than 0")
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
 
@@ -271,8 +303,8 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
 
     rows = comparisons(config.data, loss.responses)
     with processes.first_before_others("the data"):  # which then find it in the cache
-        train = table_of(config, tokenizer, rows[0], "training", hear)
-        held_out = first_rows(table_of(config, tokenizer, rows[1], "held-out", hear), config.data.eval_examples)
+        train = table_of(config, tokenizer, noise_in(config, rows[0]), "training", hear)
+        held_out = evaluated(config, table_of(config, tokenizer, rows[1], "held-out", hear))
     same = {"config": configs.dump(config), "training data": train.digest, "held-out data": held_out.digest}
     processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
     folder = claim_folder(config)

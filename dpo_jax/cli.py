@@ -12,6 +12,10 @@ COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
     "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
     "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
+    "data": (
+        "CONFIG.yaml [--out FILE.html]",
+        "what the data is: counts, lengths, shortcuts; rows to read",
+    ),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
     "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),

@@ -5,42 +5,29 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, data, evaluate, loop, losses, optim, processes, report, rewards
-from dpo_jax.config import Config, Data
+from dpo_jax import assemble, config, evaluate, loop, losses, optim, processes, report, rewards
+from dpo_jax.config import Config
+from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.models import hf
 from dpo_jax.records import UserError
-from dpo_jax.sample import sample
 from dpo_jax.step import init_state
 
-
-def _say(line: str) -> None:
-    if processes.first():
-        print(line, flush=True)
-
-
-def _leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:
-    """Returns the arguments before the first option, one for each name, and the rest."""
-    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    if "--help" in argv and first < len(names):
-        return ["" for _ in names], argv
-    if first != len(names):
-        raise UserError(f"dpo-jax {command} takes {' and '.join(names)}, then options; given: {argv[:first]}")
-    return argv[:first], argv[first:]
+__all__ = ["data_command", "pairs_command"]  # those that are elsewhere
 
 
 def train_command(argv: list[str]) -> None:
     """`dpo-jax train CONFIG.yaml [--key.path value ...] [--distributed auto|HOST:PORT,PROCESSES,INDEX]`."""
-    (file,), rest = _leading(argv, "train", "CONFIG.yaml")
+    (file,), rest = leading(argv, "train", "CONFIG.yaml")
     rest = _join(rest)
     folder = _train(file, rest)
-    _say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
+    say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
 
 
 def _join(argv: list[str]) -> list[str]:
@@ -60,12 +47,12 @@ def _train(file: str, argv: Sequence[str]) -> Path:
     parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=assemble.VARIANTS)
     settings = assemble.named(parsed, file)
     if settings.model.path.endswith((".yaml", ".yml")):
-        _say(f"{file} starts from {settings.model.path}")
+        say(f"{file} starts from {settings.model.path}")
         stage = _train(settings.model.path, [])
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(stage)))
-        _say(f"now {file}")
-    run = assemble.run_of(settings, _say)
-    loop.train(run, _say)
+        say(f"now {file}")
+    run = assemble.run_of(settings, say)
+    loop.train(run, say)
     if processes.first():
         report.write([run.folder], run.folder / "report.html")
     return run.folder
@@ -103,7 +90,7 @@ def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
 
 def eval_command(argv: list[str]) -> None:
     """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
-    (path,), rest = _leading(argv, "eval", "RUN_OR_MODEL")
+    (path,), rest = leading(argv, "eval", "RUN_OR_MODEL")
     settings = _settings(path, rest, Evaluation, "eval")
     loss = losses.build(**settings.loss)
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
@@ -111,7 +98,7 @@ def eval_command(argv: list[str]) -> None:
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     _, rows = assemble.comparisons(settings.data, loss.responses)
-    held_out = assemble.table_of(settings, tokenizer, rows, "held-out", _say)
+    held_out = assemble.table_of(settings, tokenizer, rows, "held-out", say)
     models = {"policy": _policy(path, settings, loaded)}
     if loss.uses_reference:
         models["reference"] = assemble.frozen_of(settings, loaded)[0]
@@ -126,7 +113,7 @@ def eval_command(argv: list[str]) -> None:
     if assemble.is_run(path):
         (Path(path) / "eval.json").write_text(json.dumps({"metrics": found}, indent=1))
         report.write([Path(path)], Path(path) / "report.html")
-        _say(f"the policy: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
+        say(f"the policy: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
 
 
 def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table: Any) -> tuple[dict, list]:
@@ -174,7 +161,7 @@ class Sampling(Config):
 
 def sample_command(argv: list[str]) -> None:
     """`dpo-jax sample RUN_OR_MODEL --prompt TEXT ... [--samples.temperature 0.7]`."""
-    (path,), rest = _leading(argv, "sample", "RUN_OR_MODEL")
+    (path,), rest = leading(argv, "sample", "RUN_OR_MODEL")
     settings = _settings(path, rest, Sampling, "sample")
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
@@ -183,84 +170,21 @@ def sample_command(argv: list[str]) -> None:
     models = {"policy": _policy(path, settings, loaded)}
     if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
         models["reference"] = assemble.frozen_of(settings, loaded)[0]
-    prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data.add_bos)
+    prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
     _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
-
-    reward: str
-    """What scores a completion: synthetic, happy, or module:function."""
-    data: Data = dataclasses.field(default_factory=Data)
-    tokenizer: str = ""
-    """By default the model's own."""
-    prompts: int | None = None
-    """How many distinct prompts of the data (None: all)."""
-    completions: int = 4
-    """Completions of each prompt."""
-    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
-    """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
-    max_new_tokens: int = 64
-    """Longest completion."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the smallest set of tokens with this probability."""
-    batch_size: int = 256
-    """Completions sampled at a time."""
-    seed: int = 0
-    """Of the samples and the labels."""
-
-
-def pairs_command(argv: list[str]) -> None:
-    """`dpo-jax pairs RUN_OR_MODEL OUT.jsonl --reward NAME [--data.name ... --data.path ...]`."""
-    (path, out), rest = _leading(argv, "pairs", "RUN_OR_MODEL", "OUT.jsonl")
-    settings = config.parse(Pairs, None, rest, prog="dpo-jax pairs RUN_OR_MODEL OUT.jsonl")
-    score = rewards.get(settings.reward)
-    folder = str(assemble.model_folder(path))
-    model = config.Model(path=folder, tokenizer=settings.tokenizer)
-    tokenizer = assemble.tokenizer_of(model)
-    loaded = assemble.load_model(model, tokenizer, settings.seed)
-    source = settings.data
-    rows = data.load(source.name, source.path, source.split, 0)
-    texts = list(dict.fromkeys(r.prompt for r in rows))[: settings.prompts]
-    ids = assemble.prompt_ids(texts, tokenizer, source.add_bos)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
-    repeated = [p for p in ids for _ in range(settings.completions)]
-    options = {name: getattr(settings, name) for name in names}
-    answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
-    answers = assemble.decoded(tokenizer, answers)
-    count = spelled = 0
-    with assemble.written(out) as f:
-        for i, prompt in enumerate(texts):
-            drawn = answers[i * settings.completions : (i + 1) * settings.completions]
-            own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
-            spelled += len(drawn) - len(own)
-            scores = [score(prompt, a) for a in own]
-            for chosen, rejected in rewards.label(prompt, own, scores, settings.label, settings.seed):
-                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-    if spelled:
-        _say(f"{spelled} completions left out, whose text spells {tokenizer.eos_token!r}")
-    _say(f"{count} pairs from {len(texts)} prompts with {settings.completions} completions each: {out}")
-
-
 def export_command(argv: list[str]) -> None:
     """`dpo-jax export RUN OUT`."""
-    (path, out), _ = _leading(argv, "export", "RUN", "OUT")
+    (path, out), _ = leading(argv, "export", "RUN", "OUT")
     if not assemble.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
-    _say(f"wrote {out}, which transformers loads with from_pretrained")
+    say(f"wrote {out}, which transformers loads with from_pretrained")
 
 
 def report_command(argv: list[str]) -> None:
@@ -270,4 +194,4 @@ def report_command(argv: list[str]) -> None:
     if any(key != "out" or len(values) != 1 for key, values in options) or not runs:
         raise UserError("dpo-jax report takes the folders of runs, then --out FILE.html; nothing else")
     out = Path(options[-1][1][0]) if options else runs[0] / "report.html"
-    _say(f"wrote {report.write(runs, out)}")
+    say(f"wrote {report.write(runs, out)}")

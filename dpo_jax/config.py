@@ -32,9 +32,9 @@ class Data:
     """Comparisons, and how they become tokens."""
 
     name: str = "files"
-    """The source, a module of dpo_jax/data: files, hh, synthetic."""
+    """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, or a mixture of them."""
     path: tuple[str, ...] = ()
-    """Files, a folder, or a hub id, as the source takes them."""
+    """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
     split: str = "train"
     """The split that is trained on."""
     eval_path: tuple[str, ...] = ()
@@ -53,8 +53,24 @@ class Data:
     """The original's (keeping the end or the start of a prompt), TRL's keep_start, or none."""
     degenerate: Literal["drop", "refuse", "keep"] = "drop"
     """What to do with empty or identical responses."""
-    add_bos: bool = False
-    """Put the tokenizer's BOS before every prompt (the original never does)."""
+    add_bos: bool | None = False
+    """Put the tokenizer's BOS before every prompt (the original never does; None: as the tokenizer does)."""
+    boundary: Literal["separate", "joint"] = "separate"
+    """Prompt and response tokenised apart (the paper's code) or together (TRL)."""
+    chat_template: str = ""
+    """A file with a Jinja template for conversations; by default the tokenizer's own."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the template, name=value."""
+    skip_bad_rows: int = 0
+    """How many rows that cannot be used are counted and left out before one is an error."""
+    flip_labels: float = 0.0
+    """Noise: the share of training pairs whose responses change places."""
+    draw_labels: bool = False
+    """Noise: training pairs ordered by a Bradley-Terry draw from their scores."""
+    duplicate: float = 0.0
+    """Noise: the share of training comparisons that come twice."""
+    order: Literal["seeded", "original"] = "seeded"
+    """Rows shuffled by `seed`, or prompts exactly as the original code shuffles them."""
     row_length: int | None = None
     """Tokens in a row; by default chosen from the data."""
     rows: int | None = None

@@ -71,6 +71,7 @@ class Prepared(NamedTuple):
     evaluator: evaluate.Evaluator
     reference_samples: list[str] | None
     total_steps: int
+    order: order.Order
 
 
 def total_steps(config: Config, rows: int) -> int:
@@ -171,7 +172,13 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
-    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps)
+    rows = order.bind(config.data.order, run.train.prompts, config.seed)
+    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps, rows)
+
+
+def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
+    """Returns the rows of the training table that a step takes."""
+    return order.rows_of(step, prepared.order, rows=len(run.train), batch_size=run.config.batch_size)
 
 
 def _of_this_process(mesh: Any, shape: pack.Shape) -> pack.Shape:
@@ -198,11 +205,9 @@ def _fill(column: Callable, weights: Any, batch: Batch, count: int) -> Batch:
 
 def batches(run: Run, prepared: Prepared, start: int) -> Iterator[tuple[Batch, int]]:
     """Yields the batch of every step from `start` and its number of microbatches, built ahead by a thread."""
-    config = run.config
 
     def build(step: int) -> tuple[Batch, int]:
-        rows = order.rows_of(step, rows=len(run.train), batch_size=config.batch_size, seed=config.seed)
-        batch, count, _ = pack.build(run.train, rows, prepared.shape, prepared.column)
+        batch, count, _ = pack.build(run.train, rows_of(run, prepared, step), prepared.shape, prepared.column)
         return prepared.put(batch), count
 
     with ThreadPoolExecutor(1) as pool:
@@ -226,8 +231,8 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
 class _Log:
     """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
 
-    def __init__(self, run: Run, progress: Progress, checkpoints: Checkpoints):
-        self.run, self.progress, self.checkpoints = run, progress, checkpoints
+    def __init__(self, run: Run, progress: Progress, rows: Callable[[int], np.ndarray], checkpoints: Checkpoints):
+        self.run, self.progress, self.rows, self.checkpoints = run, progress, rows, checkpoints
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
 
@@ -258,7 +263,7 @@ class _Log:
         if self.bad >= config.max_nonfinite:
             raise UserError(
                 f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; "
-                f"{_save_batch(self.run, step - 1)}; lower optim.learning_rate or look at those"
+                f"{_save_batch(self.run, step, self.rows(step - 1))}; lower optim.learning_rate or look at those"
             )
 
 
@@ -268,10 +273,9 @@ def _append(path: Path, step: int, examples: int, values: Any) -> None:
         append(path, step, examples, values)
 
 
-def _save_batch(run: Run, step: int) -> str:
+def _save_batch(run: Run, step: int, rows: np.ndarray) -> str:
     """Writes the comparisons of a step as token ids; returns what they are and where."""
-    rows = order.rows_of(step, rows=len(run.train), batch_size=run.config.batch_size, seed=run.config.seed)
-    path = run.folder / f"batch-{step + 1}.jsonl"
+    path = run.folder / f"batch-{step}.jsonl"
     if processes.first():
         with path.open("w", encoding="utf-8") as file:
             for row in rows.tolist():
@@ -337,7 +341,7 @@ def _steps(
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
     alive()
     with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
-        log = _Log(run, progress, checkpoints)
+        log = _Log(run, progress, partial(rows_of, run, prepared), checkpoints)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(batch, count)

@@ -5,6 +5,8 @@ tokens in a row, B = R * G comparisons, D model width, H heads, K key-value head
 M microbatches.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Array = Any  # numpy on the host, jax on a device: a record is the same on both sides
@@ -14,20 +16,39 @@ class UserError(Exception):
     """Something a user can mend: one line that names the file, line or key, and what to do. Exit code 2."""
 
 
-class Comparison(NamedTuple):
-    """One prompt and its responses as text, best first.
+class Chat(NamedTuple):
+    """A conversation up to the turn that is to be answered; the tokenizer's chat template makes it text.
 
     Attributes:
-      prompt: the text before every response.
-      responses: P texts, best first; P = 1 is supervised fine-tuning, P = 2 a preference pair.
-      weight: multiplies the loss of this comparison.
-      where: `file:line` (or the like) for error messages.
+      messages: objects with `role`, `content` and what else the template reads, oldest first.
+      tools: descriptions of the functions that the model may call.
+      options: further arguments of the template.
     """
 
-    prompt: str
-    responses: tuple[str, ...]
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+class Comparison(NamedTuple):
+    """One prompt and its responses, best first.
+
+    Attributes:
+      prompt: the text before every response, or a conversation.
+      responses: P responses, best first; P = 1 is supervised fine-tuning, P = 2 a preference pair. Each is a text, an
+        assistant's message where the prompt is a conversation, or None where it is absent.
+      weight: multiplies the loss of this comparison.
+      where: `file:line` (or the like) for error messages.
+      preference: the probability that the first response is the better one.
+      scores: a rating of each response by whoever made the data, or nothing.
+    """
+
+    prompt: str | Chat
+    responses: tuple[Any, ...]
     weight: float = 1.0
     where: str = ""
+    preference: float = 1.0
+    scores: tuple[float, ...] = ()
 
 
 class Tokens(NamedTuple):
@@ -35,13 +56,20 @@ class Tokens(NamedTuple):
 
     Attributes:
       prompt: int32[n], n >= 1.
-      responses: P arrays int32[n_p], n_p >= 1; the last id is EOS unless the response was cut.
+      responses: P arrays int32[n_p]; the last id is EOS unless the response was cut; an absent one, of which there is
+        at most P - 1, has no ids.
       weight: multiplies the loss of this comparison.
+      prompt_key: uint64, equal for comparisons of the same prompt, as it was before any cut.
+      preference: the probability that the first response is the better one.
+      scores: a rating of each response, or nothing.
     """
 
     prompt: Array
     responses: tuple[Array, ...]
     weight: float = 1.0
+    prompt_key: int = 0
+    preference: float = 1.0
+    scores: tuple[float, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -82,9 +110,6 @@ class Logps(NamedTuple):
       lengths: float32[B, P], scored tokens of each response, EOS included.
       present: bool[B, P], false where a response (or the whole comparison) is absent.
       weights: float32[B], 0 for absent comparisons.
-      preference: float32[B], the probability that the first response is the better one: 1 for a hard label.
-      scores: float32[B, P], a rating of each response by whoever made the data; 0 where there is none.
-      running: float32[], the loss's statistic of all steps before, for the few losses that keep one.
     """
 
     policy: Array
@@ -92,9 +117,6 @@ class Logps(NamedTuple):
     lengths: Array
     present: Array
     weights: Array
-    preference: Array = 1.0
-    scores: Array = 0.0
-    running: Array = 0.0
 
 
 class TrainState(NamedTuple):

@@ -240,7 +240,7 @@ def figure(runs: Sequence[Run], plot: Plot) -> str:
         return ""
     if len(legend) > 1:
         axes.legend(list(legend.values()), list(legend), frameon=False, labelcolor=INK, fontsize=9)
-    return _svg(fig, axes)
+    return svg(fig, axes, "comparisons")
 
 
 def points(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -267,9 +267,15 @@ def _lost(runs: Sequence[Run], plot: Plot) -> str:
     return f' <strong class="bad">Not finite, so not drawn: {lost} of the values.</strong>' if lost else ""
 
 
-def _svg(fig: Figure, axes: Axes) -> str:
-    """Returns a figure as an SVG element in the text colour of the page, the same for the same data."""
-    axes.set_xlabel("comparisons", color=INK, fontsize=9)
+def svg(fig: Figure, axes: Axes, label: str) -> str:
+    """Returns a figure as an SVG element in the text colour of the page, the same for the same data.
+
+    Args:
+      fig: the figure.
+      axes: its only axes.
+      label: of the horizontal axis.
+    """
+    axes.set_xlabel(label, color=INK, fontsize=9)
     axes.grid(color=INK, alpha=0.12, lw=0.6)
     axes.tick_params(colors=INK, labelsize=9, length=3)
     axes.spines[["top", "right"]].set_visible(False)

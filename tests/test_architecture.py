@@ -23,6 +23,8 @@ LAYERS = (
     {"assemble"},
     {"experiments"},
     {"report"},
+    {"data_page"},
+    {"data_commands"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -34,7 +36,7 @@ ALLOWED = {
     ("reference", "step"): "the type of the function that both take",
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
-WITHOUT_JAX = {"data", "config", "records", "metrics", "report"}
+WITHOUT_JAX = {"data", "config", "records", "metrics", "report", "data_page"}
 MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}

@@ -1,35 +1,14 @@
 """Tokenising, cutting to length, the report, and the cache of tables."""
 
-import json
-
 import numpy as np
 import pytest
+from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair, words
 
 from dpo_jax import data
-from dpo_jax.data import encode as encoding
-from dpo_jax.data.encode import cached_encode, encode
-from dpo_jax.data.table import Lengths, Table
+from dpo_jax.data import cache
+from dpo_jax.data.encode import encode
+from dpo_jax.data.table import KINDS, Lengths, Table
 from dpo_jax.records import Comparison, Tokens, UserError
-
-OPTIONS = {
-    "max_length": 10,
-    "max_prompt_length": 4,
-    "truncation": "paper_keep_end",
-    "degenerate": "drop",
-    "add_bos": False,
-}
-EOS, BOS = 98, 99
-
-
-def make_tokenizer(**special):
-    """Words w0 to w97 have their number as id."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {f"w{i}": i for i in range(98)} | {"<eos>": EOS, "<bos>": BOS}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +16,14 @@ def tokenizer():
     return make_tokenizer(eos_token="<eos>", bos_token="<bos>")
 
 
-def words(start, count):
-    return " ".join(f"w{i}" for i in range(start, start + count))
-
-
-def pair(prompt, chosen, rejected, **fields):
-    """A comparison of so many tokens: the prompt from w1 on, the responses from w41 and w61 on."""
-    return Comparison(words(1, prompt), (words(41, chosen), words(61, rejected)), **{"where": "f:1", **fields})
-
-
-def ids(start, count, eos=True):
-    return [*range(start, start + count), *([EOS] if eos else [])]
-
-
 def run(comparisons, tokenizer, **options):
     return encode(comparisons, tokenizer, **(OPTIONS | options))
-
-
-def lists(tokens):
-    return [tokens.prompt.tolist(), *(response.tolist() for response in tokens.responses)]
 
 
 # (prompt, chosen, rejected) in tokens without EOS; at most 10 in all, prompts are cut to 4.
 FIT = (6, 3, 2)  # 6 + 4 = 10
 ONE_OVER = (7, 3, 2)  # 7 + 4 = 11
 SHORT_PROMPT = (3, 8, 1)  # 3 + 9 = 12
-BOTH_LONG = (9, 7, 6)  # 9 + 8 = 17
 LONG_PROMPT_FITS = (8, 1, 1)  # 8 + 2 = 10
 CUTS = {
     "paper_keep_end": {
@@ -207,6 +168,37 @@ def test_report(tokenizer):
     ]
 
 
+def test_text_that_the_tokenizer_cannot_write_is_counted():
+    tokenizer = make_tokenizer(eos_token="<eos>", unk_token="w0")
+    report = run([Comparison("w1 x", ("y z", "w2"))], tokenizer)[1]
+    assert report.unknown_tokens == 3
+    assert "3 tokens that are the tokenizer's <unk>: text which it cannot write" in report.lines()
+    assert run([Comparison("w1", ("w2", "w3"))], tokenizer)[1].unknown_tokens == 0
+
+
+def test_bad_rows_are_counted_up_to_a_limit(tokenizer):
+    items = [pair(1, 1, 1), UserError("f:2: broken"), pair(2, 2, 2), Comparison("w1", ("w1 <eos>", "w2"), where="f:4")]
+    table, report = run(items, tokenizer, skip_bad_rows=2)
+    assert (len(table), report.read, report.kept, report.bad_skipped) == (2, 4, 2, 2)
+    assert "2 bad rows left out; the first: f:2: broken" in report.lines()
+    with pytest.raises(
+        UserError, match=r"^f:4: response 1 contains the EOS .* \(bad row 2; data\.skip_bad_rows is 1\)"
+    ):
+        run(items, tokenizer, skip_bad_rows=1)
+    with pytest.raises(UserError, match=r"^f:2: broken$"):
+        run(items, tokenizer)
+    long = [pair(*FIT), pair(*ONE_OVER), Comparison("w1", ("w2", ""))]
+    refused = {"truncation": "refuse", "degenerate": "refuse", "skip_bad_rows": 2}
+    assert run(long, tokenizer, **refused)[1].bad_skipped == 2
+
+
+def test_notes_are_added_up(tokenizer):
+    items = [data.Note("ties"), pair(1, 1, 1), data.Note("ties", 2), data.Note("others")]
+    report = run(items, tokenizer)[1]
+    assert (report.read, report.notes) == (1, {"ties": 3, "others": 1})
+    assert {"3 ties", "1 others"} <= set(report.lines())
+
+
 def test_table(tokenizer, tmp_path):
     table, _ = run([pair(2, 3, 4, weight=0.5), pair(4, 1, 2)], tokenizer)
     assert table.offsets.tolist() == [[0, 2, 6, 11], [11, 15, 17, 20]]
@@ -215,117 +207,62 @@ def test_table(tokenizer, tmp_path):
     assert table.scored_lengths.tolist() == [9, 5]
     assert table.lengths().tolist() == [9, 7]  # 2 + 3 + 4 and 4 + 1 + 2
     assert (len(table), table.responses) == (2, 2)
-    assert [array.dtype for array in (table.ids, table.offsets, table.weights)] == [np.int32, np.int64, np.float32]
-    table.save(tmp_path)
+    kinds = {name: (getattr(table, name).dtype, getattr(table, name).ndim) for name in KINDS}
+    assert kinds == KINDS
+    assert table.prompts.tolist() == [data.prompt_key(words(1, 2)), data.prompt_key(words(1, 4))]
+    cache.write(tmp_path, [table[0], table[1]])
     again = Table.open(tmp_path)
     assert isinstance(again.ids, np.memmap)
     assert [lists(again[i]) for i in range(2)] == [lists(table[i]) for i in range(2)]
     assert again[0].weight == 0.5
-    assert (again.digest, again.full_digest) == (table.digest, table.full_digest)
+    assert again.digest == table.digest
     np.save(tmp_path / "offsets.npy", table.offsets.astype(np.int32))
     with pytest.raises(ValueError, match="holds no table"):
         Table.open(tmp_path)
 
 
 def test_tables_of_ids_and_rows():
-    rows = [Tokens([1, 2], ([3], [4, 5]), 0.5), Tokens([6], ([7], [8]))]
+    rows = [Tokens([1, 2], ([3], [4, 5]), 0.5, 9), Tokens([6], ([7], [8]))]
     table = Table.of(rows)
     assert table.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert table.offsets.tolist() == [[0, 2, 3, 5], [5, 6, 7, 8]]
     taken = table.take(np.array([1, 0, 1]))
     assert [lists(taken[i])[0] for i in range(3)] == [[6], [1, 2], [6]]
     assert taken.weights.tolist() == [1.0, 0.5, 1.0]
+    assert taken.prompts.tolist() == [0, 9, 0]
     for bad in ([], [Tokens([1], ([],))], [Tokens([], ([1],))]):
-        with pytest.raises(ValueError, match="at least one token"):
+        with pytest.raises(ValueError, match="at least one token in its prompt"):
             Table.of(bad)
+
+
+def test_labels_scores_and_absent_responses_are_carried(tokenizer):
+    items = [
+        Comparison("w1 w2", ("w3", None), 2.0, "f:1", 0.75),
+        Comparison("w1", (None, "w4 w5"), where="f:2"),
+        Comparison("w1", ("w3", "w4"), where="f:3", scores=(2.0, -1.0)),
+    ]
+    table, report = run(items, tokenizer)
+    assert [lists(table[i]) for i in range(3)] == [
+        [[1, 2], [3, EOS], []],
+        [[1], [], [4, 5, EOS]],
+        [[1], [3, EOS], [4, EOS]],
+    ]
+    assert table.lengths().tolist() == [3, 3, 3]  # a response's last token takes no place, nor does an absent one
+    assert table.response_lengths.tolist() == [[2, 0], [0, 3], [2, 2]]
+    assert table.preferences.tolist() == [0.75, 1.0, 1.0]
+    assert table.scores.tolist() == [[0, 0], [0, 0], [2, -1]]
+    assert table[2].scores == (2.0, -1.0)
+    assert report.response == pytest.approx((9 / 4, 2.0, 2.97, 3))
+    assert report.kept == 3
+    with pytest.raises(ValueError, match="at least one token in its prompt and a response"):
+        Table.of([Tokens([1], ([], []))])
 
 
 def test_the_digest_is_of_ids_and_where_they_end_but_not_of_weights():
     table = Table.of([Tokens([1, 2], ([3, 4],))])
     assert table.digest == Table.of([Tokens([1, 2], ([3, 4],), 0.5)]).digest
-    assert table.full_digest != Table.of([Tokens([1, 2], ([3, 4],), 0.5)]).full_digest
     assert table.digest != Table.of([Tokens([1], ([2, 3, 4],))]).digest
     assert table.digest != Table.of([Tokens([1, 2], ([3, 5],))]).digest
-
-
-@pytest.fixture
-def tokenised(monkeypatch):
-    """How often texts were tokenised."""
-    calls, original = [], encoding.encode
-    monkeypatch.setattr(encoding, "encode", lambda *args, **options: calls.append(1) or original(*args, **options))
-    return calls
-
-
-def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenised):
-    rows, cache = [pair(2, 3, 4), pair(*BOTH_LONG)], tmp_path / "deep" / "cache"
-    table, report = cached_encode(rows, tokenizer, cache, **OPTIONS)
-    plain, plain_report = encode(rows, tokenizer, **OPTIONS)
-    assert (table.full_digest, report) == (plain.full_digest, plain_report)
-    tokenizer(["w1"], truncation=True, max_length=3)  # leaves its mark in the tokenizer's JSON
-    moved = [row._replace(where="elsewhere:1") for row in rows]
-    same = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
-    again, again_report = cached_encode(moved, same, cache, **OPTIONS)
-    cached_encode(rows, tokenizer, cache, **OPTIONS)
-    assert len(tokenised) == 1
-    assert isinstance(again.ids, np.memmap)
-    assert (again.full_digest, again_report) == (plain.full_digest, plain_report)
-    other = [
-        ([rows[1], rows[0]], tokenizer, {}),
-        ([rows[0]._replace(weight=2.0), rows[1]], tokenizer, {}),
-        ([rows[0]._replace(prompt="w1 w2 "), rows[1]], tokenizer, {}),
-        (rows, make_tokenizer(eos_token="w97", bos_token="<bos>"), {}),
-        (rows, make_tokenizer(eos_token="<eos>", bos_token="w97"), {}),
-        *((rows, tokenizer, {key: value}) for key, value in (("max_length", 11), ("truncation", "keep_start"))),
-        (rows, tokenizer, {"add_bos": True}),
-    ]
-    for number, (comparisons, its, options) in enumerate(other, 2):
-        cached_encode(comparisons, its, cache, **(OPTIONS | options))
-        assert len(tokenised) == number
-    assert len(list(cache.iterdir())) == len(other) + 1
-
-
-def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenised):
-    cached_encode([Comparison("w1", ("w1", "w2"))], tokenizer, tmp_path, **OPTIONS)
-    cached_encode([Comparison("w1w", ("1", "w2"))], tokenizer, tmp_path, **OPTIONS)
-    assert len(tokenised) == 2
-
-
-def flip(entry):
-    content = bytearray((entry / "ids.npy").read_bytes())
-    content[-1] ^= 1
-    (entry / "ids.npy").write_bytes(content)
-
-
-DAMAGE = {
-    "a flipped bit": flip,
-    "an empty array": lambda entry: (entry / "offsets.npy").write_bytes(b""),
-    "a missing array": lambda entry: (entry / "weights.npy").unlink(),
-    "no JSON": lambda entry: (entry / "report.json").write_text("{"),
-    "a report of another kind": lambda entry: (entry / "report.json").write_text("[]"),
-    "a report with other fields": lambda entry: (entry / "report.json").write_text(
-        json.dumps({"digest": json.loads((entry / "report.json").read_text())["digest"], "report": {}})
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_cache_entry_is_made_again_and_said_so(tokenizer, tmp_path, tokenised, caplog, kind):
-    rows = [pair(2, 3, 4)]
-    _, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
-    (entry,) = tmp_path.iterdir()
-    DAMAGE[kind](entry)
-    again, again_report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
-    assert "is damaged" in caplog.text
-    assert (lists(again[0]), again_report) == ([ids(1, 2, eos=False), ids(41, 3), ids(61, 4)], report)
-    assert [path.name for path in tmp_path.iterdir()] == [entry.name]
-    cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
-    assert len(tokenised) == 2
-
-
-def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="the cache cannot be written"):
-        cached_encode([pair(1, 1, 1)], tokenizer, tmp_path / "file", **OPTIONS)
 
 
 def originals_cut(tokenizer, prompt, chosen, rejected, keep):

@@ -75,9 +75,7 @@ def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
     """Of a weighted sum of all log-probs, compared tensor by tensor under Hugging Face's names."""
     reference, model, params = pair
     weights = np.array([[1.0, -0.5]] * COUNT, np.float32)
-    total = sum(
-        (originals.sequence_logps(reference, table[i]) * torch.tensor(weights[i])).sum() for i in range(COUNT)
-    )
+    total = sum((originals.sequence_logps(reference, table[i]) * torch.tensor(weights[i])).sum() for i in range(COUNT))
     reference.zero_grad()
     total.backward()
     shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=4)

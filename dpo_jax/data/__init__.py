@@ -2,22 +2,48 @@
 
 A source is a module of this package with one function,
 
-    read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Comparison]
+    read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]
 
-which yields comparisons in a fixed order, each with exactly `responses` texts (2: a preference pair, best first;
+which yields comparisons in a fixed order, each with exactly `responses` responses (2: a preference pair, best first;
 1: a supervised fine-tuning example; 0: a prompt alone, to sample from) and a `where` for error messages. A response
-starts where the prompt ends: the two share no character, and `prompt + response` is the text that a model sees. A
-source raises `UserError` for what it cannot read, and logs the number of whatever it merges or leaves out. Heavy
-libraries are imported inside it.
+starts where the prompt ends: the two share no character, and `prompt + response` is the text that a model sees. A row
+that cannot be used is yielded as the `UserError` that says why, and what the source merges or leaves out as a `Note`;
+a source raises `UserError` where it cannot go on. Heavy libraries are imported inside it.
 """
 
 import difflib
 import hashlib
 import importlib
+import json
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
-from dpo_jax.records import Comparison, UserError
+from dpo_jax.records import Chat, Comparison, UserError
+
+T = TypeVar("T")
+
+
+class Note(NamedTuple):
+    """Something for the report to count: what it is, which is said after the number, and how many there are."""
+
+    text: str
+    number: int = 1
+
+
+Item = Comparison | UserError | Note
+Row = tuple[str, dict[str, Any]]
+"""`file:line`, for error messages, and an object with named columns."""
+
+
+class Stream:
+    """Items that are read anew each time they are gone through, and never held in memory together."""
+
+    def __init__(self, start: Callable[[], Iterator[Item]]):
+        self._start = start
+
+    def __iter__(self) -> Iterator[Item]:
+        return self._start()
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -28,20 +54,39 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}; {hint}known: {', '.join(names)}")
 
 
+def attempt(function: Callable[..., T], *args: Any) -> T | UserError:
+    """What a function returns, or the UserError that it raises."""
+    try:
+        return function(*args)
+    except UserError as error:
+        return error
+
+
+def converted(rows: Iterable[Row | UserError], convert: Callable[[str, dict[str, Any]], T]) -> Iterator[T | UserError]:
+    """Yields what each row is converted to; a bad row is the error that it raises, or is already."""
+    return (row if isinstance(row, UserError) else attempt(convert, *row) for row in rows)
+
+
+def each(rows: Iterable[Row | UserError], convert: Callable[[str, dict[str, Any]], Iterable[Item]]) -> Iterator[Item]:
+    """`converted`, where a row makes any number of items."""
+    for items in converted(rows, convert):
+        yield from (items,) if isinstance(items, UserError) else items
+
+
 def sources() -> list[str]:
     """Names of the modules that fulfil the contract of a source, sorted."""
     names = (info.name for info in pkgutil.iter_modules(__path__))
     return sorted(name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "read"))
 
 
-def load(name: str, path: tuple[str, ...], split: str, responses: int) -> list[Comparison]:
-    """Reads all comparisons of a split from the source `name`.
+def stream(name: str, path: tuple[str, ...], split: str, responses: int) -> Stream:
+    """The items of a split from the source `name`.
 
     Args:
       name: a module of this package.
       path: files, folders or hub ids, as the source understands them.
       split: `train`, `test` and so on.
-      responses: texts for each prompt; 2 for preference pairs, 1 for supervised fine-tuning, 0 for prompts alone.
+      responses: for each prompt; 2 for preference pairs, 1 for supervised fine-tuning, 0 for prompts alone.
 
     Raises:
       UserError: the source is unknown, cannot read its data, or has none.
@@ -50,36 +95,69 @@ def load(name: str, path: tuple[str, ...], split: str, responses: int) -> list[C
     module = importlib.import_module(f"{__name__}.{name}") if name in known else None
     if module is None or not hasattr(module, "read"):
         raise unknown("data source (data.name)", name, sources())
-    comparisons = list(module.read(tuple(path), split, responses))
-    if not comparisons:
+    found = Stream(lambda: module.read(tuple(path), split, responses))
+    if all(isinstance(item, Note) for item in found):
         raise UserError(f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path")
-    return comparisons
+    return found
 
 
-def prompt_hash(prompt: str) -> float:
-    """A number in [0, 1) that depends on the text alone: blake2b to 64 bits, over 2**64."""
-    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def comparisons(items: Iterable[Item]) -> Iterator[Comparison]:
+    """The comparisons among items; an error among them is raised, notes are passed over."""
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+        if isinstance(item, Comparison):
+            yield item
 
 
-def holdout(comparisons: Sequence[Comparison], fraction: float) -> tuple[list[Comparison], list[Comparison]]:
+def load(name: str, path: tuple[str, ...], split: str, responses: int) -> list[Comparison]:
+    """The comparisons of a split in memory; arguments and errors as for `stream`, and the first bad row is an error."""
+    return list(comparisons(stream(name, path, split, responses)))
+
+
+def prompt_key(prompt: str | Chat) -> int:
+    """A number below 2**64 that depends on the prompt alone, equal for equal prompts: blake2b to 64 bits."""
+    return int.from_bytes(hashlib.blake2b(as_bytes(prompt), digest_size=8).digest(), "big")
+
+
+def as_bytes(part: Any) -> bytes:
+    """A prompt or response as bytes, different for different ones."""
+    if isinstance(part, str):
+        return part.encode("utf-8", "surrogatepass")
+    if isinstance(part, Chat):
+        part = [*part[:2], dict(part.options)]
+    return b"\0" + json.dumps(part, sort_keys=True).encode()
+
+
+def prompt_hash(prompt: str | Chat) -> float:
+    """The prompt's key as a fraction, in [0, 1)."""
+    return prompt_key(prompt) / 2**64
+
+
+def holdout(items: Iterable[Item], fraction: float) -> tuple[Stream, Stream]:
     """Splits into (train, eval) by prompt, so that equal prompts are always on one side.
 
     Args:
-      comparisons: any number of them; their order is kept on both sides.
+      items: can be gone through again and again; their order is kept on both sides. Errors and notes go to train.
       fraction: the expected share of prompts held out, in [0, 1). The side of a prompt does not depend on the rest.
 
     Raises:
-      UserError: the fraction is out of range, or leaves a side empty.
+      UserError: the fraction is out of range; while it is gone through, if a side is empty.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.eval_fraction must be at least 0 and below 1, not {fraction}")
-    train, held = [], []
-    for comparison in comparisons:
-        (held if prompt_hash(comparison.prompt) < fraction else train).append(comparison)
-    if fraction and not (train and held):
-        raise UserError(
-            f"data.eval_fraction {fraction} leaves {len(train)} of {len(comparisons)} comparisons to train on and "
-            f"{len(held)} to evaluate; give more data, another fraction, or data.eval_split or data.eval_path"
-        )
-    return train, held
+
+    def side(held: bool) -> Iterator[Item]:
+        counts = [0, 0]
+        for item in items:
+            its = isinstance(item, Comparison) and prompt_hash(item.prompt) < fraction
+            counts[its] += isinstance(item, Comparison)
+            if its == held:
+                yield item
+        if fraction and not all(counts):
+            raise UserError(
+                f"data.eval_fraction {fraction} leaves {counts[0]} of {sum(counts)} comparisons to train on and "
+                f"{counts[1]} to evaluate; give more data, another fraction, or data.eval_split or data.eval_path"
+            )
+
+    return Stream(lambda: side(False)), Stream(lambda: side(True))

@@ -1,18 +1,15 @@
 """Anthropic's helpful and harmless dialogues (Bai et al. 2022), split and merged as the original DPO code does it."""
 
-import logging
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dpo_jax.data import files
+from dpo_jax.data import Item, Note, converted
+from dpo_jax.data.columns import text
+from dpo_jax.data.files import rows
 from dpo_jax.records import Comparison, UserError
 
 HUB_ID = "Anthropic/hh-rlhf"
 TURN = "\n\nAssistant:"
-
-log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -33,7 +30,7 @@ class Pair(NamedTuple):
     where: str
 
 
-def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Comparison]:
+def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """Yields the dialogues as comparisons, those with equal prompts next to one another.
 
     A prompt stands where it first appears. With one response there is one example for each prompt, with the chosen
@@ -51,21 +48,25 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Comparis
         raise UserError(f"data source 'hh' has at most 2 responses to a prompt, not {responses}")
     prompts: dict[str, list[Pair]] = {}
     for pair in pairs(path, split):
-        prompts.setdefault(pair.prompt, []).append(pair)
-    _tell([pair for group in prompts.values() for pair in group], len(prompts), responses)
+        if isinstance(pair, UserError):
+            yield pair
+        else:
+            prompts.setdefault(pair.prompt, []).append(pair)
     for prompt, group in prompts.items():
         if responses < 2:
             yield Comparison(prompt, (group[-1].chosen,)[:responses], where=group[-1].where)
         else:
             yield from (Comparison(prompt, (pair.chosen, pair.rejected), where=pair.where) for pair in group)
+    yield from _notes([pair for group in prompts.values() for pair in group], len(prompts), responses)
 
 
-def pairs(path: tuple[str, ...], split: str) -> Iterator[Pair]:
-    """Yields every row in the order of the files; arguments and errors as in `read`."""
-    for entry in path or (HUB_ID,):
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", entry) and not files.is_data_name(entry) and not Path(entry).exists()
-        for where, row in _hub(entry, split) if hub else files.rows((entry,), split):
-            yield split_row(where, files.text(where, row, "chosen"), files.text(where, row, "rejected"))
+def pairs(path: tuple[str, ...], split: str) -> Iterator[Pair | UserError]:
+    """Every row in the order of the files; arguments and errors as in `read`."""
+    return converted(rows(path or (HUB_ID,), split), _pair)
+
+
+def _pair(where: str, row: dict) -> Pair:
+    return split_row(where, text(where, row, "chosen"), text(where, row, "rejected"))
 
 
 def split_row(where: str, chosen: str, rejected: str) -> Pair:
@@ -83,25 +84,8 @@ def mismatched(rows: Iterable[Pair]) -> int:
     return sum(not pair.same_prompt for pair in rows)
 
 
-def _tell(rows: list[Pair], prompts: int, responses: int) -> None:
-    if responses == 1 and prompts < len(rows):
-        log.warning("hh: %d rows have %d prompts; the last row of each is the example", len(rows), prompts)
-    if responses == 2 and (count := mismatched(rows)):
-        message = (
-            "hh: %d of %d rejected transcripts do not start with their prompt, and are cut at its length all the same"
-        )
-        log.warning(message, count, len(rows))
-
-
-def _hub(repo: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import datasets
-    import datasets.exceptions
-
-    try:
-        table = datasets.load_dataset(repo, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{repo}: no such local path, and split {split!r} cannot be loaded from the hub ({reason})"
-        raise UserError(message) from error
-    for number, row in enumerate(table, 1):
-        yield f"{repo}[{split}]:{number}", dict(row)
+def _notes(pairs: list[Pair], prompts: int, responses: int) -> Iterator[Note]:
+    if responses == 1 and prompts < len(pairs):
+        yield Note("rows left out, since a later one has the same prompt", len(pairs) - prompts)
+    if responses == 2 and (count := mismatched(pairs)):
+        yield Note("rejected transcripts that do not start with their prompt, cut at its length all the same", count)

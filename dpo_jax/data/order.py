@@ -1,10 +1,15 @@
 """Which rows a step takes: a pure function of the step, so that resuming a run is knowing an integer."""
 
 import functools
+import random
+from collections.abc import Callable
 
 import numpy as np
 
 from dpo_jax.records import Array, UserError
+
+Order = Callable[[int], Array]
+"""epoch -> int64[N], the rows of a table in the order in which the epoch takes them."""
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -20,23 +25,56 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return rows // batch_size
 
 
-def rows_of(step: int, *, rows: int, batch_size: int, seed: int) -> Array:
-    """The rows of a step: int64[batch_size], without repeats inside an epoch, each epoch in an order of its own.
+def rows_of(step: int, order: Order, *, rows: int, batch_size: int) -> Array:
+    """The rows of a step: int64[batch_size], without repeats inside an epoch.
 
     Args:
       step: 0 and up, across epochs.
+      order: `seeded` or `original`, bound.
       rows: how many there are to choose from.
       batch_size: rows for each step.
-      seed: any integer; it and the epoch alone determine the epoch's order.
     """
     if step < 0:
         raise ValueError(f"step {step} is negative")
     epoch, batch = divmod(step, steps_per_epoch(rows, batch_size))
-    return _permutation(rows, seed, epoch)[batch * batch_size : (batch + 1) * batch_size].copy()
+    return order(epoch)[batch * batch_size : (batch + 1) * batch_size].copy()
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(rows: int, seed: int, epoch: int) -> Array:
+def bind(name: str, prompts: Array, seed: int) -> Order:
+    """The order of that name over a table.
+
+    Args:
+      name: `seeded` shuffles rows, each epoch from the start; `original` shuffles prompts, as the original code does.
+      prompts: uint64[N], equal where the prompts of rows are.
+      seed: any integer; has no say in `original`, whose seed is always 0.
+    """
+    if name == "original":
+        groups = _groups(prompts)
+        return functools.lru_cache(maxsize=2)(lambda epoch: _original(groups, epoch))
+    return functools.lru_cache(maxsize=2)(lambda epoch: _seeded(len(prompts), seed, epoch))
+
+
+def original_seeds(epochs: int) -> list[int]:
+    """The seeds with which the original shuffles its first epochs, of which it can have a million."""
+    return np.random.RandomState(0).randint(0, 2**32, size=1_000_000)[:epochs].tolist()
+
+
+def _seeded(rows: int, seed: int, epoch: int) -> Array:
     # Raw Philox words are fixed by its definition; numpy keeps the right to change Generator.permutation.
     words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(rows)
     return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def _original(groups: list[Array], epoch: int) -> Array:
+    """The original's `get_batch_iterator`: each epoch shuffles the order of the one before it."""
+    order = list(range(len(groups)))
+    for seed in original_seeds(epoch + 1):
+        random.Random(seed).shuffle(order)
+    return np.concatenate([groups[prompt] for prompt in order])
+
+
+def _groups(prompts: Array) -> list[Array]:
+    """The rows of each prompt, int64[n], prompts in the order in which they first appear."""
+    _, first, prompt = np.unique(prompts, return_index=True, return_inverse=True)
+    rows = np.argsort(first[prompt], kind="stable")
+    return np.split(rows, np.flatnonzero(np.diff(first[prompt][rows])) + 1)

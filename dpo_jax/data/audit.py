@@ -1,0 +1,128 @@
+"""What preference data is, before anything is trained on it: counts, contradictions, and rows as a model sees them."""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data import Item, as_bytes, attempt, prompt_key
+from dpo_jax.data.encode import Options, encode
+from dpo_jax.data.table import Table
+from dpo_jax.records import Array, Comparison, UserError
+
+COMPARED = 500  # comparisons that are tokenised in both ways
+
+
+class Counts(NamedTuple):
+    """Counts of one side of the data.
+
+    Attributes:
+      comparisons: all of them.
+      prompts: distinct ones.
+      repeated: comparisons that are the same as an earlier one.
+      identical: whose responses are the same.
+      conflicting: with the same prompt and responses as another one, in another order.
+      unpaired: with an absent response.
+      keys: uint64[N], the prompts.
+    """
+
+    comparisons: int
+    prompts: int
+    repeated: int
+    identical: int
+    conflicting: int
+    unpaired: int
+    keys: Array
+
+    def lines(self) -> list[str]:
+        """The counts as text, without those of nothing."""
+        notes = {
+            "comparisons that repeat an earlier one": self.repeated,
+            "with identical responses": self.identical,
+            "with the responses of another one in another order: conflicting labels": self.conflicting,
+            "unpaired": self.unpaired,
+        }
+        first = f"{self.comparisons:,} comparisons of {self.prompts:,} prompts"
+        return [first, *(f"{count:,} {note}" for note, count in notes.items() if count)]
+
+
+class Piece(NamedTuple):
+    """A stretch of text that a model sees, of one or more tokens, and whether they are scored."""
+
+    text: str
+    scored: bool
+
+
+def count(items: Iterable[Item]) -> Counts:
+    """Counts comparisons; 24 bytes are kept for each."""
+    prompts, ordered, unordered = array("Q"), array("Q"), array("Q")
+    identical = unpaired = 0
+    for item in items:
+        if not isinstance(item, Comparison):
+            continue
+        responses = [as_bytes(response) for response in item.responses if response is not None]
+        identical += len(set(responses)) < len(responses)
+        unpaired += len(responses) < len(item.responses)
+        prompts.append(prompt_key(item.prompt))
+        whole = [str(prompts[-1]), *(f"{as_bytes(response)}" for response in item.responses)]
+        ordered.append(prompt_key("\0".join(whole)))
+        unordered.append(prompt_key("\0".join(sorted(whole))))
+    keys = np.array(prompts, np.uint64)
+    return Counts(
+        len(keys), len(np.unique(keys)), len(keys) - len(np.unique(ordered)), identical,
+        _conflicts(np.array(ordered, np.uint64), np.array(unordered, np.uint64)), unpaired, keys,
+    )  # fmt: skip
+
+
+def _conflicts(ordered: Array, unordered: Array) -> int:
+    """Rows whose unordered key comes with several ordered ones."""
+    if not len(ordered):
+        return 0
+    _, group = np.unique(unordered, return_inverse=True)
+    distinct = np.unique(np.stack([group.astype(np.uint64), ordered], axis=1), axis=0)
+    several = np.bincount(distinct[:, 0].astype(np.int64)) > 1
+    return int(several[group].sum())
+
+
+def shared_prompts(first: Counts, second: Counts) -> int:
+    """How many comparisons of the second have a prompt that the first has too."""
+    return int(np.isin(second.keys, first.keys).sum())
+
+
+def boundary_differences(items: Iterable[Item], tokenizer: Any, options: Options) -> tuple[int, int]:
+    """(different, compared): comparisons whose tokens differ when prompt and response are tokenised together."""
+    different = compared = 0
+    for item in items:
+        if compared == COMPARED:
+            break
+        if isinstance(item, Comparison):
+            found = [attempt(_uncut, item, tokenizer, options, boundary) for boundary in ("separate", "joint")]
+            if not any(isinstance(one, UserError) for one in found):
+                compared += 1
+                different += found[0] != found[1]
+    return different, compared
+
+
+def _uncut(item: Comparison, tokenizer: Any, options: Options, boundary: str) -> list[list[int]]:
+    free = {"truncation": "refuse", "max_length": 10**9, "degenerate": "keep", "boundary": boundary}
+    table, _ = encode([item], tokenizer, **{**options._asdict(), **free})
+    return [part.tolist() for part in (table[0].prompt, *table[0].responses)]
+
+
+def pieces(table: Table, row: int, tokenizer: Any) -> list[list[Piece]]:
+    """The prompt and each response of a row, in pieces as small as tokens and whole characters allow."""
+    tokens = table[row]
+    parts = [(tokens.prompt, False), *((response, True) for response in tokens.responses)]
+    return [[Piece(text, scored) for text in _texts(ids.tolist(), tokenizer)] for ids, scored in parts]
+
+
+def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
+    """Texts that are together what all ids decode to; some tokenizers write no space before the first of them."""
+    before, start = "", 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        # A token may hold only some bytes of a character.
+        if not text.endswith("\ufffd") or end == len(ids) or end - start == 8:
+            yield text[len(before) :]
+            before, start = text, end

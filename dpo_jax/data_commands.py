@@ -1,0 +1,187 @@
+"""The commands that look at preference data, and that make it."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from dpo_jax import assemble, config, data, data_page, losses, metrics, processes, rewards
+from dpo_jax.config import Config, Data
+from dpo_jax.data import Item, audit, cache, chat
+from dpo_jax.data.encode import Options
+from dpo_jax.data.shortcuts import Shortcut, shortcuts
+from dpo_jax.records import UserError
+from dpo_jax.sample import sample
+
+
+def say(line: str) -> None:
+    """Prints a line at once; of several processes, only the first does."""
+    if processes.first():
+        print(line, flush=True)
+
+
+def leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:
+    """Returns the arguments before the first option, one for each name, and the rest."""
+    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    if "--help" in argv and first < len(names):
+        return ["" for _ in names], argv
+    if first != len(names):
+        raise UserError(f"dpo-jax {command} takes {' and '.join(names)}, then options; given: {argv[:first]}")
+    return argv[:first], argv[first:]
+
+
+@dataclass(frozen=True)
+class Look(Config):
+    """A run's config, and how to show its data."""
+
+    out: str = ""
+    """The page; by default runs/<name of the config>.data.html."""
+    show: int = 4
+    """Comparisons shown as the model sees them."""
+
+
+def data_command(argv: list[str]) -> None:
+    """`dpo-jax data CONFIG.yaml [--out FILE.html] [--show N] [--key.path value ...]`."""
+    (file,), rest = leading(argv, "data", "CONFIG.yaml")
+    prog = "dpo-jax data CONFIG.yaml"
+    settings = config.parse(Look, file or None, rest, prog=prog, variants=assemble.VARIANTS)
+    assemble.check(settings)
+    tokenizer = assemble.tokenizer_of(_first_model(settings.model))
+    train, held_out = assemble.comparisons(settings.data, losses.build(**settings.loss).responses)
+    sides = {"training": assemble.noise_in(settings, train), "held-out": held_out}
+    page = _page(Path(file).stem, sides, tokenizer, settings)
+    _print(page)
+    out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
+    with assemble.written(out) as f:
+        f.write(data_page.page(page))
+    say(f"the report: {out}")
+
+
+def _first_model(model: config.Model) -> config.Model:
+    """The model section whose tokenizer a run has: its own, or that of the YAML from which it starts."""
+    while not model.tokenizer and model.path.endswith((".yaml", ".yml")):
+        parsed = config.parse(Config, model.path, [], prog="dpo-jax data", variants=assemble.VARIANTS)
+        model = parsed.model
+    return model
+
+
+def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings: Look) -> data_page.Page:
+    """All that is found out about the data."""
+    options = assemble.encoding(settings.data)
+    counts = {side: audit.count(items) for side, items in sides.items()}
+    lines, tables = {}, {}
+    for side, items in sides.items():
+        tables[side], report = cache.cached_encode(items, tokenizer, assemble.cache_folder() / "tokens", **options)
+        lines[side] = [*counts[side].lines(), *report.lines()]
+    if shared := audit.shared_prompts(*counts.values()):
+        lines["held-out"].append(f"{shared:,} with a prompt that training has too: what is measured there was learnt")
+    different, compared = audit.boundary_differences(sides["training"], tokenizer, Options(**options))
+    note = f"{different:,} of the first {compared:,} differ in tokens between data.boundary separate and joint"
+    lines["training"].append(note)
+    table = tables["training"]
+    found = shortcuts(item for item in sides["training"] if isinstance(item, data.Comparison))
+    shown = [audit.pieces(table, row, tokenizer) for row in range(min(settings.show, len(table)))]
+    return data_page.Page(name, lines, found, shown, _lengths(table), settings.data.max_length)
+
+
+def _lengths(table: Any) -> dict[str, Any]:
+    """Lengths in tokens by what they are lengths of; of absent responses none."""
+    names = ["chosen", "rejected"] if table.responses == 2 else [f"response {i + 1}" for i in range(table.responses)]
+    lengths = {"prompt": table.prompt_lengths, **dict(zip(names, table.response_lengths.T, strict=True))}
+    return {name: values[values > 0] for name, values in lengths.items()}
+
+
+def _print(page: data_page.Page) -> None:
+    for side, lines in page.lines.items():
+        for line in lines:
+            say(f"{side} data: {line}")
+    for shortcut in page.shortcuts:
+        say(f"shortcut: {described(shortcut)}; most telling: {', '.join(name for name, _ in shortcut.top[:8])}")
+    console = Console()
+    for parts in page.rows:
+        for number, part in enumerate(parts):
+            text = Text("prompt: " if not number else f"response {number}: ", style="bold")
+            for place, piece in enumerate(part):
+                style = ("on dark_green", "on dark_cyan")[place % 2] if piece.scored else "dim"
+                text.append(piece.text, style)
+            console.print(text)
+        console.rule()
+
+
+def described(shortcut: Shortcut) -> str:
+    """A classifier's accuracy in words."""
+    low, high = metrics.wilson(shortcut.right, shortcut.total)
+    accuracy = shortcut.right / shortcut.total
+    return (
+        f"{shortcut.name} predict {accuracy:.3f} ({low:.3f} .. {high:.3f}) of {shortcut.total:,} held-out comparisons, "
+        f"chance {shortcut.chance:.3f}"
+    )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
+
+    reward: str
+    """What scores a completion: synthetic, happy, or module:function."""
+    data: Data = dataclasses.field(default_factory=Data)
+    tokenizer: str = ""
+    """By default the model's own."""
+    prompts: int | None = None
+    """How many distinct prompts of the data (None: all)."""
+    completions: int = 4
+    """Completions of each prompt."""
+    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
+    """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
+    max_new_tokens: int = 64
+    """Longest completion."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the smallest set of tokens with this probability."""
+    batch_size: int = 256
+    """Completions sampled at a time."""
+    seed: int = 0
+    """Of the samples and the labels."""
+
+
+def pairs_command(argv: list[str]) -> None:
+    """`dpo-jax pairs RUN_OR_MODEL OUT.jsonl --reward NAME [--data.name ... --data.path ...]`."""
+    (path, out), rest = leading(argv, "pairs", "RUN_OR_MODEL", "OUT.jsonl")
+    settings = config.parse(Pairs, None, rest, prog="dpo-jax pairs RUN_OR_MODEL OUT.jsonl")
+    score = rewards.get(settings.reward)
+    folder = str(assemble.model_folder(path))
+    model = config.Model(path=folder, tokenizer=settings.tokenizer)
+    tokenizer = assemble.tokenizer_of(model)
+    loaded = assemble.load_model(model, tokenizer, settings.seed)
+    source = settings.data
+    rows = data.load(source.name, source.path, source.split, 0)
+    prompts = list({data.prompt_key(r.prompt): r.prompt for r in rows}.values())[: settings.prompts]
+    ids = assemble.prompt_ids(prompts, tokenizer, source)
+    texts = assemble.prompt_texts(prompts, tokenizer, source)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
+    repeated = [p for p in ids for _ in range(settings.completions)]
+    options = {name: getattr(settings, name) for name in names}
+    answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
+    answers = assemble.decoded(tokenizer, answers)
+    count = spelled = 0
+    with assemble.written(out) as f:
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            drawn = answers[i * settings.completions : (i + 1) * settings.completions]
+            own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
+            spelled += len(drawn) - len(own)
+            scores = [score(text, a) for a in own]
+            for chosen, rejected in rewards.label(text, own, scores, settings.label, settings.seed):
+                row = chat.as_columns(prompt) | {"chosen": chosen, "rejected": rejected}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+    if spelled:
+        say(f"{spelled} completions left out, whose text spells {tokenizer.eos_token!r}")
+    say(f"{count} pairs from {len(prompts)} prompts with {settings.completions} completions each: {out}")

@@ -1,0 +1,172 @@
+"""The cache of tokenised data: hit by the same content only, never half there, never wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from words import BOTH_LONG, OPTIONS, ids, lists, make_tokenizer, pair
+
+from dpo_jax.data import cache
+from dpo_jax.data.cache import cached_encode
+from dpo_jax.data.encode import encode
+from dpo_jax.data.table import KINDS
+from dpo_jax.records import Comparison, UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(eos_token="<eos>", bos_token="<bos>")
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """How often texts were tokenised."""
+    calls, original = [], cache.encoded
+    monkeypatch.setattr(cache, "encoded", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def arrays(table):
+    return {name: getattr(table, name).tolist() for name in KINDS}
+
+
+def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenised):
+    rows, folder = [pair(2, 3, 4), pair(*BOTH_LONG)], tmp_path / "deep" / "cache"
+    table, report = cached_encode(rows, tokenizer, folder, **OPTIONS)
+    plain, plain_report = encode(rows, tokenizer, **OPTIONS)
+    assert (arrays(table), report) == (arrays(plain), plain_report)
+    tokenizer(["w1"], truncation=True, max_length=3)  # leaves its mark in the tokenizer's JSON
+    moved = [row._replace(where="elsewhere:1") for row in rows]
+    same = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
+    again, again_report = cached_encode(moved, same, folder, **OPTIONS)
+    cached_encode(rows, tokenizer, folder, **OPTIONS)
+    assert len(tokenised) == 1
+    assert isinstance(again.ids, np.memmap)
+    assert (arrays(again), again_report) == (arrays(plain), plain_report)
+    other = [
+        ([rows[1], rows[0]], tokenizer, {}),
+        ([rows[0]._replace(weight=2.0), rows[1]], tokenizer, {}),
+        ([rows[0]._replace(prompt="w1 w2 "), rows[1]], tokenizer, {}),
+        (rows, make_tokenizer(eos_token="w97", bos_token="<bos>"), {}),
+        (rows, make_tokenizer(eos_token="<eos>", bos_token="w97"), {}),
+        *((rows, tokenizer, {key: value}) for key, value in (("max_length", 11), ("truncation", "keep_start"))),
+        (rows, tokenizer, {"add_bos": True}),
+        (rows, tokenizer, {"boundary": "joint"}),
+        ([rows[0]._replace(preference=0.5), rows[1]], tokenizer, {}),
+    ]
+    for number, (comparisons, its, options) in enumerate(other, 2):
+        cached_encode(comparisons, its, folder, **(OPTIONS | options))
+        assert len(tokenised) == number
+    assert len(list(folder.iterdir())) == len(other) + 1
+
+
+def test_chunks_make_one_table(tokenizer, tmp_path, monkeypatch):
+    rows = [pair(1 + i % 5, 1 + i % 3, 2, weight=i, preference=i / 10, scores=(i, 0)) for i in range(10)]
+    monkeypatch.setattr(cache, "CHUNK", 3)
+    table, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    plain, plain_report = encode(rows, tokenizer, **OPTIONS)
+    assert (arrays(table), report) == (arrays(plain), plain_report)
+
+
+def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):
+    """What a kill leaves is a draft beside the entry; the next run does not look at it, and removes an old one."""
+    rows = [pair(2, 3, 4), pair(1, 2, 3)]
+    old, new = tmp_path / "tokens-old.1-aa", tmp_path / "tokens-new.1-bb"
+    for draft in (old, new):
+        draft.mkdir()
+        (draft / "ids.npy").write_bytes(b"half")
+    os.utime(old, (0, 0))
+
+    def killed(*_):
+        yield from ()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "encoded", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert list(tmp_path.iterdir()) == [new]
+    table, _ = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert arrays(table) == arrays(encode(rows, tokenizer, **OPTIONS)[0])
+
+
+def test_a_process_killed_at_any_instant_poisons_nothing(tmp_path):
+    """Real processes, killed while they read, tokenise and write; the next one has what an undisturbed one has."""
+    rows = [
+        json.dumps({"prompt": f"I saw {i}", "chosen": " I loved it.", "rejected": " I hated it."}) for i in range(6000)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    code = """
+import sys
+from pathlib import Path
+from dpo_jax import data
+from dpo_jax.data import synthetic
+from dpo_jax.data.cache import cached_encode
+print("ready", flush=True)
+options = dict(max_length=64, max_prompt_length=32, truncation="refuse", degenerate="drop", add_bos=False)
+items = data.stream("files", (sys.argv[1],), "train", 2)
+table, report = cached_encode(items, synthetic.tokenizer(), Path(sys.argv[2]), **options)
+print(table.digest, report.kept)
+"""
+    folder = tmp_path / "cache"
+    args = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(folder)]
+    for delay in (0.05, 0.25, 0.6, 0.9):
+        with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+    done = [
+        subprocess.run([*args[:-1], str(place)], capture_output=True, text=True).stdout
+        for place in (folder, tmp_path / "b")
+    ]
+    assert done[0] == done[1]
+    assert done[0].endswith(" 6000\n")
+
+
+def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenised):
+    cached_encode([Comparison("w1", ("w1", "w2"))], tokenizer, tmp_path, **OPTIONS)
+    cached_encode([Comparison("w1w", ("1", "w2"))], tokenizer, tmp_path, **OPTIONS)
+    assert len(tokenised) == 2
+
+
+def flip(entry):
+    content = bytearray((entry / "ids.npy").read_bytes())
+    content[-1] ^= 1
+    (entry / "ids.npy").write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "an empty array": lambda entry: (entry / "offsets.npy").write_bytes(b""),
+    "a missing array": lambda entry: (entry / "weights.npy").unlink(),
+    "no JSON": lambda entry: (entry / "report.json").write_text("{"),
+    "a report of another kind": lambda entry: (entry / "report.json").write_text("[]"),
+    "a report with other fields": lambda entry: (entry / "report.json").write_text(
+        json.dumps({"digests": json.loads((entry / "report.json").read_text())["digests"], "report": {}})
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_entry_is_made_again_and_said_so(tokenizer, tmp_path, tokenised, caplog, kind):
+    rows = [pair(2, 3, 4)]
+    _, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    (entry,) = tmp_path.iterdir()
+    DAMAGE[kind](entry)
+    again, again_report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert "is damaged" in caplog.text
+    assert (lists(again[0]), again_report) == ([ids(1, 2, eos=False), ids(41, 3), ids(61, 4)], report)
+    assert [path.name for path in tmp_path.iterdir()] == [entry.name]
+    cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
+    assert len(tokenised) == 2
+
+
+def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="the cache cannot be written"):
+        cached_encode([pair(1, 1, 1)], tokenizer, tmp_path / "file", **OPTIONS)

@@ -1,0 +1,245 @@
+"""The usual columns, in every form they come in, and what is wrong with rows."""
+
+import json
+
+import pytest
+
+from dpo_jax import data
+from dpo_jax.data import Note
+from dpo_jax.data.columns import comparisons
+from dpo_jax.records import Chat, Comparison, UserError
+
+SYSTEM, USER, REPLY = (
+    {"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("assistant", "a"))
+)
+GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+ASK = Chat((USER,))
+PAIR = Comparison(ASK, (GOOD, BAD), where="f:1")
+
+
+def read(row, responses=2):
+    return comparisons("f:1", row, responses)
+
+
+CONVERSATIONS = {
+    "prompt and turns": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "prompt and one message": {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
+    "prompt and texts": {"prompt": [USER], "chosen": "good", "rejected": "bad"},
+    "whole conversations": {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "no prompt": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "a prompt that is their first turn": {"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "messages and responses": {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "hi"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    },
+    "empty fields, as columns have them": {
+        "chosen": [USER | {"tool_calls": None}, GOOD],
+        "rejected": [USER | {"name": None}, BAD],
+    },
+    "parts of text": {
+        "chosen": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, GOOD],
+        "rejected": [USER, BAD],
+    },
+}
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_a_conversation_is_the_same_in_every_form(form):
+    assert read(CONVERSATIONS[form]) == [PAIR]
+    assert read(CONVERSATIONS[form], 1) == [PAIR._replace(responses=(GOOD,))]
+    assert read(CONVERSATIONS[form], 0) == [PAIR._replace(responses=())]
+
+
+def test_the_prompt_is_common_messages_and_never_part_of_one():
+    """Responses that begin with the same word keep it, and the last message of either is always a response."""
+    sky, blue = ({"role": "assistant", "content": text} for text in ("The sky", "The sky is blue"))
+    assert read({"chosen": [USER, sky], "rejected": [USER, blue]})[0].responses == (sky, blue)
+    assert read({"chosen": [USER, sky], "rejected": [USER, sky]})[0].responses == (sky, sky)
+    longer = [USER, REPLY, USER, GOOD]
+    assert read({"chosen": longer, "rejected": [USER, REPLY, USER, BAD]})[0].prompt == Chat((USER, REPLY, USER))
+
+
+def test_system_tools_and_template_arguments_belong_to_the_prompt():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    row = {"prompt": [USER], "chosen": "a", "rejected": "b", "system": "be brief", "chat_template_kwargs": {"x": 1}}
+    expected = Chat((SYSTEM, USER), tuple(tools), {"x": 1})
+    assert read(row | {"tools": tools})[0].prompt == expected
+    assert read(row | {"tools": json.dumps(tools)})[0].prompt == expected
+    assert read(row | {"system": "", "tools": "", "chat_template_kwargs": None})[0].prompt == ASK
+
+
+def test_the_last_turn_of_a_conversation_is_an_example():
+    assert read({"messages": [USER, REPLY, USER, GOOD]}, 1) == [
+        Comparison(Chat((USER, REPLY, USER)), (GOOD,), where="f:1")
+    ]
+    assert read({"messages": [USER, GOOD]}, 0)[0].prompt == read({"messages": [USER]}, 0)[0].prompt == ASK
+
+
+def test_an_unpaired_response_stands_where_its_label_puts_it():
+    row = {"prompt": "p", "completion": "c", "weight": 2}
+    expected = Comparison("p", ("c", None), 2.0, "f:1")
+    assert read(row | {"label": True}) == read(row | {"label": 1}) == [expected]
+    assert read(row | {"label": False}) == [expected._replace(responses=(None, "c"))]
+    assert read(row | {"label": True}, 1) == [expected._replace(responses=("c",))]
+    assert read(row | {"label": False}, 1) == [Note("unwanted responses left out")]
+    assert read({"messages": [USER, GOOD], "label": False})[0].responses == (None, GOOD)
+
+
+def test_scores_preference_and_weight():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    scored = Comparison("p", ("c", "r"), where="f:1", scores=(2.0, -1.0))
+    assert read(row | {"score_chosen": 2, "score_rejected": -1.0}) == [scored]
+    assert read(row | {"scores": [2, -1]}) == [scored]
+    soft = scored._replace(preference=0.25, scores=(1.0, 1.0), weight=0.5)
+    assert read(row | {"preference": 0.25, "scores": [1, 1], "weight": 0.5}) == [soft]
+
+
+def test_a_ranking_is_ordered_by_its_scores():
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3, 2], "weight": 2}
+    ranked = Comparison("p", ("b", "c", "a"), 2.0, "f:1", scores=(3.0, 2.0, 1.0))
+    assert read(row, 3) == [ranked]
+    assert [c[1] for c in read(row)] == [("b", "c"), ("b", "a"), ("c", "a")]
+    assert [c.scores for c in read(row)] == [(3.0, 2.0), (3.0, 1.0), (2.0, 1.0)]
+    assert read(row, 1) == [ranked._replace(responses=("b",), scores=(3.0,))]
+    tied = read(row | {"scores": [1, 3, 3]})
+    assert [c.responses for c in tied if isinstance(c, Comparison)] == [("b", "a"), ("c", "a")]
+    assert tied.count(Note("pairs of equal scores left out")) == 1
+    turns = {"prompt": [USER], "responses": [[GOOD], "bad"], "scores": [1, 0]}
+    assert read(turns) == [PAIR._replace(scores=(1.0, 0.0))]
+
+
+TEXT = {"prompt": "p", "chosen": "c", "rejected": "r"}
+TALK = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+RANK = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}
+WRONG = [
+    (TEXT | {"preference": 1.5}, 2, "'preference' must be from 0 to 1, not 1.5"),
+    (TEXT | {"preference": float("nan")}, 2, "'preference' must be from 0 to 1, not nan"),
+    (TEXT | {"preference": "x"}, 2, "'preference' must be a number, not text"),
+    (TEXT | {"scores": [1, float("nan")]}, 2, "'scores' must be finite, not nan"),
+    (TEXT | {"scores": [1]}, 2, "'scores' must be a list of two numbers"),
+    (TEXT | {"scores": [1, 1]}, 2, r"scores 1 \(chosen\) and 1 \(rejected\): a tie, which prefers neither"),
+    (TEXT | {"scores": [1, 2]}, 2, "scores 1 .* 2 .*: but it is the higher one that must be chosen"),
+    (TEXT | {"score_chosen": 1}, 2, "no column 'score_rejected'"),
+    (TEXT | {"chosen": [GOOD]}, 2, "'chosen' must be text, not a list"),
+    ({"prompt": "p", "completion": "c", "label": 2}, 2, "'label' must be true or false, not 2"),
+    ({"prompt": "p", "completion": "c", "label": "yes"}, 2, "'label' must be true or false, not 'yes'"),
+    ({"prompt": "p", "completion": "c", "label": 1.0}, 2, "'label' must be true or false, not 1.0"),
+    ({"prompt": "p", "completion": "c", "label": None}, 2, "'label' must be true or false, not None"),
+    (TALK | {"prompt": [SYSTEM]}, 2, "the prompt has no user turn"),
+    (TALK | {"prompt": [USER, REPLY]}, 2, "the prompt ends with an assistant turn"),
+    (TALK | {"prompt": [SYSTEM, USER], "system": "x"}, 2, "a system message both in the conversation and"),
+    (TALK | {"prompt": []}, 2, "'prompt' has no messages"),
+    (TALK | {"chosen": [USER]}, 2, "'chosen' does not end with an assistant turn"),
+    (TALK | {"chosen": [GOOD, USER, GOOD]}, 2, "'chosen' has 3 turns after the prompt; a response is one assistant"),
+    (TALK | {"chosen": [{"role": "wizard", "content": "x"}]}, 2, "'chosen' has a message of role 'wizard'; known: sys"),
+    (TALK | {"chosen": [{"content": "x"}]}, 2, "'chosen' has a message of role None"),
+    (TALK | {"chosen": [{"role": "assistant", "content": 3}]}, 2, "'chosen' has a message whose content is a number"),
+    (TALK | {"chosen": ["x"]}, 2, "'chosen' must hold messages with role and content, not text"),
+    (TALK | {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, 2, "content that is not text"),
+    (TALK | {"tools": "{"}, 2, "'tools' is not JSON"),
+    (TALK | {"tools": {"a": 1}}, 2, "'tools' must be a list, not an object"),
+    (TALK | {"chat_template_kwargs": [1]}, 2, "'chat_template_kwargs' must be an object, not a list"),
+    ({"chosen": [USER, GOOD], "rejected": [REPLY, BAD]}, 2, "begin with different messages, so they have no prompt"),
+    ({"chosen": [GOOD], "rejected": [BAD]}, 2, "begin with different messages, so they have no prompt"),
+    ({"messages": [USER]}, 1, "the prompt|does not end with an assistant turn|no messages"),
+    (RANK | {"scores": [1, 2]}, 3, "'scores' must be a list of numbers, one for each of 'completions'"),
+    (RANK | {"scores": [1, 2, 2]}, 3, "two responses have the same score, a tie"),
+    (RANK, 4, "3 responses, and the loss needs 4"),
+    (TEXT, 3, "the loss needs 3 ranked responses: columns prompt, completions, scores; the columns are: chosen, promp"),
+]
+
+
+@pytest.mark.parametrize(("row", "responses", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else None)
+def test_what_is_wrong_is_one_line_that_names_the_row(row, responses, message):
+    with pytest.raises(UserError, match=f"^f:1: .*({message})") as error:
+        read(row, responses)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_are_items_in_their_place(tmp_path):
+    rows = [TEXT, "{", TEXT | {"weight": -1}, [1], TEXT | {"prompt": "q"}]
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(text.encode() + b"\n\xff\n")
+    items = list(data.stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
+    assert [type(item) for item in items] == [Comparison, UserError, UserError, UserError, Comparison, UserError]
+    expected = ["2: not valid JSON", "3: 'weight' must be", "4: a row must be an object", "6: not UTF-8"]
+    errors = [str(item) for item in items if isinstance(item, UserError)]
+    assert [message in error for message, error in zip(expected, errors, strict=True)] == [True] * 4
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not valid JSON"):
+        data.load("files", (str(tmp_path / "a.jsonl"),), "train", 2)
+
+
+def test_an_empty_file_and_an_endless_line(tmp_path, monkeypatch):
+    from dpo_jax.data import formats
+
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="has no comparisons in split 'train'"):
+        data.load("files", (str(tmp_path / "empty.jsonl"),), "train", 2)
+    long = json.dumps(TEXT | {"chosen": "x" * 10_000_000})
+    (tmp_path / "long.jsonl").write_text(long)
+    assert len(data.load("files", (str(tmp_path / "long.jsonl"),), "train", 2)[0].responses[0]) == 10_000_000
+    monkeypatch.setattr(formats, "LINE_LIMIT", 2**20)
+    with pytest.raises(UserError, match=r"long\.jsonl:1: a line of more than 1 MiB; is this JSON lines\?"):
+        data.load("files", (str(tmp_path / "long.jsonl"),), "train", 2)
+
+
+def test_packed_and_columnar_files_give_the_same_rows(tmp_path):
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [TALK | {"weight": 1.0}, CONVERSATIONS["whole conversations"] | {"weight": 0.5}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for suffix, packer in {"gz": gzip, "bz2": bz2, "xz": lzma}.items():
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(packer.compress(lines))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as file:
+        file.write(lines)
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, writer in {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}.items():
+        with writer(str(tmp_path / f"{name}.arrow"), table.schema) as sink:
+            sink.write_table(table)
+    expected = [PAIR._replace(where=""), PAIR._replace(where="", weight=0.5)]
+    found = {
+        path.name: [c._replace(where="") for c in data.load("files", (str(path),), "x", 2)]
+        for path in tmp_path.iterdir()
+    }
+    assert len(found) == 7
+    assert {name for name, comparisons_ in found.items() if comparisons_ != expected} == set()
+    for name, content in {
+        "cut.jsonl.xz": lzma.compress(lines)[:-9],
+        "no.jsonl.bz2": b"no",
+        "no.arrow": b"no" * 9,
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.*cannot be read"):
+            data.load("files", (str(tmp_path / name),), "x", 2)
+
+
+def test_a_data_set_saved_by_datasets_is_read(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list([TALK] * 3).save_to_disk(tmp_path / "saved")
+    assert [c[:2] for c in data.load("files", (str(tmp_path / "saved"),), "train", 2)] == [PAIR[:2]] * 3
+
+
+def test_real_conversations(shared):
+    folder = shared / "data" / "conversations"
+    pairs = [data.load("files", (str(folder / f"dpo_{tongue}_demo.json"),), "train", 2) for tongue in ("en", "zh")]
+    assert [len(rows) for rows in pairs] == [300, 300]
+    turns = [len(row.prompt.messages) for rows in pairs for row in rows if isinstance(row.prompt, Chat)]
+    assert (len(turns), max(turns)) == (600, 13)
+    assert all(turn["role"] == "assistant" for rows in pairs for row in rows for turn in row.responses)
+    rows = data.load("files", (str(folder / "kto_en_demo.json"),), "train", 2)
+    assert len(rows) == 300
+    wanted = sum(row.responses[0] is not None for row in rows)
+    labels = json.loads((folder / "kto_en_demo.json").read_text())
+    assert wanted == sum(row["label"] for row in labels)
+    assert [row.responses[not row_["label"]]["content"] for row, row_ in zip(rows, labels, strict=True)] == [
+        row["messages"][-1]["content"] for row in labels
+    ]
