@@ -256,20 +256,24 @@ def claim_folder(config: Config) -> Path:
       UserError: it belongs to another config (the difference is shown), or holds something else.
     """
     folder = Path(config.run)
-    if is_run(folder):
-        changed = configs.difference(config_of(folder), config, FREE)
-        if changed:
-            raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
     if processes.first():
-        folder.mkdir(parents=True, exist_ok=True)
-        with written(folder / "config.yaml") as f:
-            f.write(configs.dump(config))
+        _claim(folder, config)
     processes.meet("the run folder")
     if not is_run(folder):
         raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
     return folder
+
+
+def _claim(folder: Path, config: Config) -> None:
+    if is_run(folder):
+        changed = configs.difference(config_of(folder), config, FREE)
+        if changed:
+            raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+    # A process that was killed while it claimed the folder leaves only half of its config.
+    elif folder.is_dir() and any(p.name != "config.yaml.tmp" for p in folder.iterdir()):
+        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+    with written(folder / "config.yaml") as f:
+        f.write(configs.dump(config))
 
 
 def check(config: Config) -> None:

@@ -16,6 +16,7 @@ from dpo_jax.records import UserError
 HOW = "give auto (Slurm, Cloud TPU, GKE, Open MPI) or HOST:PORT,PROCESSES,INDEX"
 HEARTBEAT = 60  # seconds of silence after which a process counts as dead, and ends all others
 MEETING = 300  # seconds for all to arrive
+LOST = ("Gloo", "NCCL", "oordination service", "onnection reset", "peer")  # in errors after another process has ended
 
 
 def join(how: str) -> None:
@@ -42,11 +43,16 @@ def join(how: str) -> None:
     except (RuntimeError, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--distributed {how}: the processes did not meet ({reason}); {HOW}") from e
-    sys.excepthook = _end_with_traceback
+    sys.excepthook = _end_with_reason
 
 
-def _end_with_traceback(*error: Any) -> None:
-    sys.__excepthook__(*error)
+def _end_with_reason(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ends this process, with one line if all that happened is that another one did."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LOST):
+        reason = str(error).strip().splitlines()[0]
+        print(f"dpo-jax: {name()}another process has ended, and says why ({reason})", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
     end(1)
 
 

@@ -76,7 +76,7 @@ def hang(seconds: float) -> Iterator[Callable[[], None]]:
 
     def alive() -> None:
         if seconds:
-            faulthandler.dump_traceback_later(seconds, exit=True)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     try:
         yield alive
