@@ -348,7 +348,7 @@ def _steps(
             state, metrics = prepared.step(state, batch, np.int32(count))
             log.step(step, metrics)
             alive()
-            why, found = asked(step), None
+            why, found = asked(), None
             if step % eval_steps == 0 or step == total:
                 log.flush()
                 found = _evaluate(run, prepared, state)

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -21,17 +22,18 @@ from dpo_jax.records import UserError
 AGAIN = 75  # exit code: ended early with all saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code: stopped at once by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_questions = itertools.count(1)
 
 
 @contextlib.contextmanager
-def asked_to_end() -> Iterator[Callable[[int], str]]:
-    """Yields a function of the step just done: why the run was asked to end, the same in every process, or "".
+def asked_to_end() -> Iterator[Callable[[], str]]:
+    """Yields a function, to be called after every step: why the run was asked to end, the same in all processes, or "".
 
     SIGTERM, the first Ctrl-C, or with several processes a notice to any of them that its machine will be taken away.
     The second Ctrl-C stops the process at once, even inside of a long compilation.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
-        yield lambda step: ""
+        yield lambda: ""
         return
     several, asked = processes.several(), list[str]()
     read, write = os.pipe()
@@ -41,7 +43,7 @@ def asked_to_end() -> Iterator[Callable[[int], str]]:
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read, asked, several), daemon=True).start()
     try:
-        yield _agreed if several else lambda step: "".join(asked[:1])
+        yield _agreed if several else lambda: "".join(asked[:1])
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -49,8 +51,10 @@ def asked_to_end() -> Iterator[Callable[[int], str]]:
         os.close(write)
 
 
-def _agreed(step: int) -> str:
-    return "a signal or notice to one of the processes" if multihost_utils.reached_preemption_sync_point(step) else ""
+def _agreed() -> str:
+    # Steps begin anew with every run of this program, and the service wants a number that grows.
+    ended = multihost_utils.reached_preemption_sync_point(next(_questions))
+    return "a signal or notice to one of the processes" if ended else ""
 
 
 def _listen(read: int, asked: list[str], several: bool) -> None:

@@ -20,7 +20,11 @@ from dpo_jax import checkpoint, metrics, watch
 from dpo_jax.data import synthetic
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("examples_per_second", "save_seconds", "save_stall_seconds")  # all that may differ between two runs of the same config
+TIMES = (
+    "examples_per_second",
+    "save_seconds",
+    "save_stall_seconds",
+)  # all that may differ between two runs of the same config
 
 
 def command(*args, cwd, cache, **kwargs):

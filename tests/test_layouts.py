@@ -1,20 +1,16 @@
 """Layouts over devices: what is sent between them, and that the trajectory is one."""
 
-import json
-import os
 import runpy
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import yaml
+import runs
 
-from dpo_jax import losses, metrics, models, optim, sharding
-from dpo_jax.data import pack, synthetic
+from dpo_jax import losses, models, optim, sharding
+from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.loop import in_parts
@@ -152,7 +148,6 @@ def test_pmap_is_for_whole_parameters():
 
 # The command line on many devices.
 
-STEPS = 20
 LAYOUTS = {
     "two devices": (2, []),
     "four devices, pmap": (4, ["--mesh.mode", "pmap"]),
@@ -166,49 +161,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with pairs, the config of a small random model, and the run on one device."""
-    folder = tmp_path_factory.mktemp("layouts")
-    rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(220), strict=False)]
-    with (folder / "pairs.jsonl").open("w") as f:
-        for r in rows:
-            f.write(json.dumps({"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]}) + "\n")
-    config = json.loads((ROOT / "configs/models/synthetic.json").read_text())
-    (folder / "tiny.json").write_text(json.dumps(config | {"hidden_size": 32, "intermediate_size": 64}))
-    dpo = {
-        "data": {"path": ["pairs.jsonl"], "max_length": 96, "max_prompt_length": 32, "eval_fraction": 0.2},
-        "samples": {"prompts": 2, "max_new_tokens": 8},
-        "model": {"config": "tiny.json", "tokenizer": "synthetic"},
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
-        **{"batch_size": 16, "max_steps": STEPS, "epochs": 3, "save_every": 5, "eval_every": 80},
-    }
-    (folder / "dpo.yaml").write_text(yaml.safe_dump(dpo))
-    train(folder, "one", 1)
+    """The folder of a small run, done on one device."""
+    folder = runs.make_world(tmp_path_factory.mktemp("layouts"))
+    runs.finish(runs.start(folder, "one"))
     return folder
-
-
-def train(folder, name, devices, *options, script=("-m", "dpo_jax")):
-    env = os.environ | {
-        "DPO_JAX_CACHE": str(folder / "cache"),
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    args = [sys.executable, *script, "train", "dpo.yaml", "--run", f"runs/{name}", *options]
-    done = subprocess.run(args, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def assert_one_trajectory(folder, name):
-    """Losses to 1e-5, log-probs to 1e-5 of themselves, the very same lines."""
-    ours, theirs = (metrics.read(folder / "runs" / n / "metrics.jsonl") for n in (name, "one"))
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    assert len([r for r in ours if "loss" in r]) == STEPS
-    for a, b in zip(ours, theirs, strict=True):
-        for key in {"loss", "eval_loss"} & b.keys():
-            assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
-        for key in {"logps/chosen", "eval_logps/chosen", "rewards/margins", "grad_norm"} & b.keys():
-            assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
-    assert theirs[-2]["loss"] < 0.75 * theirs[1]["loss"]  # it has learned, so the comparison is no formality
 
 
 @pytest.mark.slow
@@ -216,19 +172,29 @@ def assert_one_trajectory(folder, name):
 def test_one_trajectory(world, layout):
     devices, options = LAYOUTS[layout]
     name = "".join(c for c in layout if c.isalnum())
-    train(world, name, devices, *options)
-    assert_one_trajectory(world, name)
+    runs.finish(runs.start(world, name, *options, devices=devices))
+    runs.assert_one_trajectory(world, name)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_resumes_on_any_other_layout(world):
-    """Ten steps on 2x2x2, five under pmap, five on 1x4x1: the trajectory of one device."""
-    legs = [
-        (8, "10", ["--mesh.fsdp", "2", "--mesh.tensor", "2"]),
-        (4, "15", ["--mesh.mode", "pmap"]),
-        (4, "20", ["--mesh.data", "1", "--mesh.fsdp", "4"]),
-    ]
-    for devices, steps, options in legs:
-        out = train(world, "moved", devices, "--max-steps", steps, *options)
+    """Ten steps on 2x2x2, five under pmap, the rest on two processes with fsdp: the trajectory of one device."""
+    mixed, split = ["--mesh.fsdp", "2", "--mesh.tensor", "2"], ["--mesh.data", "1", "--mesh.fsdp", "4"]
+    runs.finish(runs.start(world, "moved", "--max-steps", "10", *mixed, devices=8))
+    runs.finish(runs.start(world, "moved", "--max-steps", "15", "--mesh.mode", "pmap", devices=4))
+    out, _ = runs.finish(runs.start(world, "moved", *split, launch=runs.launch_local(2, 2)))
     assert "resuming at step 15 of 20" in out
-    assert_one_trajectory(world, "moved")
+    runs.assert_one_trajectory(world, "moved")
+
+
+def test_two_processes_train_as_one(world):
+    """Each builds its own rows and holds its own part of the parameters; one of them writes."""
+    out, _ = runs.finish(runs.start(world, "two", "--mesh.fsdp", "2", launch=runs.launch_local(2, 1)))
+    assert out.count("20 steps of 16 comparisons") == 1
+    runs.assert_one_trajectory(world, "two")
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(world):
+    runs.finish(runs.start(world, "four", "--mesh.fsdp", "4", launch=runs.launch_local(4, 2)))
+    runs.assert_one_trajectory(world, "four")
