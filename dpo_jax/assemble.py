@@ -189,18 +189,23 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.D
     return ids
 
 
-def newest(run: Path, like: TrainState) -> TrainState:
-    """Returns the state of a run's newest whole checkpoint, as host arrays; touches nothing.
+def saved_state(run: Path, like: TrainState, which: str = "newest") -> TrainState:
+    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
+
+    Args:
+      run: its folder.
+      like: shapes and dtypes.
+      which: newest, best (by the run's keep_best), or a step.
 
     Raises:
-      UserError: the run has none.
+      UserError: the run has none, or not that one.
     """
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
     state = None
-    if (run / "checkpoints").is_dir():
-        checkpoints = Checkpoints(run / "checkpoints", read_only=True)
-        state = checkpoints.restore(like)
+    if folder.is_dir():
+        checkpoints = Checkpoints(folder, best=config_of(run).keep_best, read_only=True)
+        state = checkpoints.restore(like, checkpoints.step_of(which))
         checkpoints.close()
     if state is None:
         raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")

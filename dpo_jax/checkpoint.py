@@ -196,48 +196,68 @@ class Checkpoints:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
-        """Returns the newest checkpoint that is whole, or None.
+    def step_of(self, which: str) -> int | None:
+        """Returns the step that newest, best or a number means; None for the newest that is whole.
 
-        Damaged ones are moved to `damaged/` beside the folder (a reader skips them), and said so.
+        Raises:
+          UserError: there is none.
+        """
+        if which == "newest":
+            return None
+        step = (best_of(self.folder, self.best) if self.best else None) if which == "best" else which
+        if str(step) not in map(str, steps_in(self.folder)):
+            why = "the run's keep_best names no metric" if which == "best" and not self.best else "there is none such"
+            raise UserError(f"{self.folder}: checkpoint {which}: {why}; there are {steps_in(self.folder)}")
+        return int(step or 0)
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
+        """Returns the newest checkpoint that is whole and fits, or None where there is none.
+
+        Those before it that are damaged or of something else are moved to `damaged/` beside the folder (a reader skips
+        them), and said so.
 
         Args:
           like: shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
           step: takes this one or none.
 
         Raises:
-          UserError: a checkpoint of another format, or of another model or optimiser.
+          UserError: a checkpoint of another format; all that are whole are of another model or optimiser.
         """
-        skipped: set[int] = set()
+        wanted, skipped = state_shapes(like), set[int]()
         while True:
-            chosen = processes.of_first(self._newest(skipped, step) if processes.first() else -1)
+            chosen = processes.of_first(self._newest(wanted, skipped, step) if processes.first() else -1)
             if chosen < 0:
                 return None
             leaves = read_manifest(self.folder / str(chosen))["leaves"]
-            _check_same(self.folder / str(chosen), leaves, like)
             restored: Any = self.orbax.restore(self.folder / str(chosen), like)
-            sums = _checksums(restored)
-            wrong = [name for name, value in sums.items() if int(value) != leaves[name][-1]]
+            wrong = [name for name, value in _checksums(restored).items() if int(value) != leaves[name][-1]]
             if not wrong:
                 return restored
             skipped.add(chosen)
             if processes.first():
                 self._set_aside(chosen, f"{wrong[0]} is not what was saved")
 
-    def _newest(self, skipped: set[int], only: int | None) -> int:
-        """Returns the newest step whose files are whole, setting aside the damaged ones before it, or -1."""
+    def _newest(self, wanted: Mapping[str, list], skipped: set[int], only: int | None) -> int:
+        """Returns the newest step that is whole and fits, or -1; sets aside what is newer and cannot be used."""
+        foreign: dict[int, str] = {}
         for step in steps_in(self.folder):
             if step in skipped or only not in (None, step):
                 continue
-            why = problem(self.folder / str(step))
-            if not why:
+            if why := problem(self.folder / str(step)):
+                self._set_aside(step, why)
+            elif why := _foreign(read_manifest(self.folder / str(step))["leaves"], wanted):
+                foreign[step] = why
+            else:
+                for other, why in foreign.items():
+                    self._set_aside(other, why)
                 return step
-            self._set_aside(step, why)
+        for step, why in foreign.items():
+            raise UserError(f"{self.folder / str(step)}: {why}; give another --run")
         return -1
 
     def _set_aside(self, step: int, why: str) -> None:
         if self.read_only:
-            print(f"checkpoint {step}: {why}; using the one before it")
+            print(f"checkpoint {step}: {why}; passed over")
             return
         aside = self.folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
@@ -260,11 +280,11 @@ def state_shapes(state: Any) -> dict[str, list]:
     return {jax.tree_util.keystr(path): [np.dtype(x.dtype).name, list(x.shape)] for path, x in leaves}
 
 
-def _check_same(folder: Path, leaves: Mapping[str, list], like: Any) -> None:
-    """Raises UserError if a checkpoint is of something else than `like`."""
-    wanted = state_shapes(like)
+def _foreign(leaves: Mapping[str, list], wanted: Mapping[str, list]) -> str:
+    """Returns in what a checkpoint's leaves differ from those wanted, or an empty string."""
     for name in [*wanted, *(n for n in leaves if n not in wanted)]:
         found, expected = (x.get(name, ["absent"])[:2] for x in (leaves, wanted))
         if found != expected:
             why = f"{name} is {' '.join(map(str, found))} in it, {' '.join(map(str, expected))} in this run"
-            raise UserError(f"{folder}: is of another model or optimiser ({why}); give another --run")
+            return f"it is of another model or optimiser ({why})"
+    return ""

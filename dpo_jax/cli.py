@@ -17,7 +17,7 @@ COMMANDS = {
         "what the data is: counts, lengths, shortcuts; rows to read",
     ),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
-    "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
+    "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 

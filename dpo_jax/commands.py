@@ -80,12 +80,12 @@ def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
     return dataclasses.replace(settings, model=model)
 
 
-def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
-    """Returns the parameters of a run's newest checkpoint, or those of a model folder."""
+def _policy(path: str, settings: Config, loaded: assemble.Loaded, which: str = "newest") -> Any:
+    """Returns the parameters of one of a run's checkpoints, or those of a model folder."""
     if not assemble.is_run(path):
         return loaded.params
     like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), loaded.params)
-    return assemble.newest(Path(path), like).params
+    return assemble.saved_state(Path(path), like, which).params
 
 
 def eval_command(argv: list[str]) -> None:
@@ -176,14 +176,18 @@ def sample_command(argv: list[str]) -> None:
 
 
 def export_command(argv: list[str]) -> None:
-    """`dpo-jax export RUN OUT`."""
-    (path, out), _ = leading(argv, "export", "RUN", "OUT")
+    """`dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
+    (path, out), rest = leading(argv, "export", "RUN", "OUT")
+    given = config.arguments(rest)
+    if any(key != "checkpoint" or len(values) != 1 for key, values in given):
+        raise UserError("dpo-jax export takes RUN, OUT and perhaps --checkpoint newest, best or a step; nothing else")
+    which = given[-1][1][0] if given else "newest"
     if not assemble.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
+    hf.save(Path(out), _policy(path, settings, loaded, which), loaded.hf_config, tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 
 

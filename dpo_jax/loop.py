@@ -327,7 +327,9 @@ def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable
     if state is None:
         state = _first_state(run, prepared)
         checkpoints.check_room(state)
-        _evaluate(run, prepared, state)
+        known = _evaluate(run, prepared, state)
+        if run.config.keep_best not in ("", *known):
+            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}")
     else:
         say(f"resuming at step {int(state.step)} of {prepared.total_steps}")
     return state
