@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import data, losses, models, optim, processes
+from dpo_jax import data, losses, models, optim, processes, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order, synthetic
@@ -254,31 +254,32 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
     return lambda params: decoded(tokenizer, draw(params))
 
 
-def claim_folder(config: Config) -> Path:
-    """Makes the run folder, or takes it up again if it belongs to the same config.
+def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
+    """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
 
     Raises:
-      UserError: it belongs to another config (the difference is shown), or holds something else.
+      UserError: it belongs to another config (the difference is shown), or holds something else, or another process
+        is writing it.
     """
     folder = Path(config.run)
-    if processes.first():
-        _claim(folder, config)
+    lock = _claim(folder, config) if processes.first() else contextlib.nullcontext()
     processes.meet("the run folder")
     if not is_run(folder):
         raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
-    return folder
+    return folder, lock
 
 
-def _claim(folder: Path, config: Config) -> None:
-    if is_run(folder):
-        changed = configs.difference(config_of(folder), config, FREE)
-        if changed:
-            raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
-    # A process that was killed while it claimed the folder leaves only half of its config.
-    elif folder.is_dir() and any(p.name != "config.yaml.tmp" for p in folder.iterdir()):
+def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
+    begun = (watch.LOCK, "config.yaml.tmp")  # all that is there if a process was killed here
+    if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+    changed = configs.difference(config_of(folder), config, FREE) if is_run(folder) else []
+    if changed:
+        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+    lock = watch.locked(folder)
     with written(folder / "config.yaml") as f:
         f.write(configs.dump(config))
+    return lock
 
 
 def check(config: Config) -> None:
@@ -316,13 +317,14 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         held_out = evaluated(config, table_of(config, tokenizer, rows[1], "held-out", hear))
     same = {"config": configs.dump(config), "training data": train.digest, "held-out data": held_out.digest}
     processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
-    folder = claim_folder(config)
+    folder, lock = claim_folder(config)
     if processes.first():
         (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
     return Run(
         config=config,
         folder=folder,
+        lock=lock,
         cache=cache_folder(),
         model=loaded.model,
         loss=loss,

@@ -131,7 +131,7 @@ class Checkpoints:
           read_only: touch nothing, for a reader beside a run that may still be going on.
         """
         self.folder, self.keep, self.best, self.read_only = folder.absolute(), keep, best, read_only
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised, and told once
         self.orbax = ocp.StandardCheckpointer()
         self.worker = ThreadPoolExecutor(1)
         self.pending: Future | None = None
@@ -191,10 +191,19 @@ class Checkpoints:
             raise UserError(f"{self.folder}: {sizes}; free space, then run the same command again")
 
     def wait(self) -> None:
-        """Waits until the last save is on disk."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
+        """Waits until the last save is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
             pending.result()
+        except (OSError, ValueError, RuntimeError) as e:  # ValueError from orbax's writers, as when the disk is full
+            why = str(e).partition("\n")[0][:300]
+            raise UserError(f"{self.folder}: a checkpoint could not be saved ({why}); mend that, then run again") from e
 
     def step_of(self, which: str) -> int | None:
         """Returns the step that newest, best or a number means; None for the newest that is whole.

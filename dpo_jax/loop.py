@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ class Run(NamedTuple):
     Attributes:
       config: as resolved.
       folder: where everything is written.
+      lock: what holds the folder against other writers, until `train` has ended.
       cache: folder of reference columns.
       model: pure functions of the architecture.
       loss: bound.
@@ -46,6 +48,7 @@ class Run(NamedTuple):
 
     config: Config
     folder: Path
+    lock: contextlib.AbstractContextManager
     cache: Path
     model: Model
     loss: Loss
@@ -293,13 +296,12 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
     Several processes call it alike; what is written and said, only the first of them writes and says.
 
     Raises:
-      UserError: the loss is not finite; a checkpoint folder that cannot be used; the folder has a writer already.
+      UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
       SystemExit: code `watch.AGAIN`, after it was asked to end, with everything saved.
     """
-    folder = run.folder / "checkpoints"
-    with watch.locked(folder) if processes.first() else contextlib.nullcontext(), watch.memory(run.config):
+    with run.lock, watch.memory(run.config):
         prepared = prepare(run, say)
-        checkpoints = Checkpoints(folder, keep=run.config.keep, best=run.config.keep_best)
+        checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
         try:
             with watch.asked_to_end() as asked, watch.hang(run.config.hang_seconds) as alive:
                 state = _begin(run, prepared, checkpoints, say)
@@ -314,6 +316,8 @@ def _export(run: Run, state: TrainState) -> None:
     """Writes the policy as a model folder."""
     params = processes.fetch(state.params)
     if processes.first():
+        for torn in run.folder.glob(".model.*"):  # by a process that was killed while it wrote
+            shutil.rmtree(torn)
         run.export(params, run.folder / "model")
     processes.meet("exported")
 

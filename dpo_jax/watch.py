@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,6 +22,7 @@ from dpo_jax.records import UserError
 
 AGAIN = 75  # exit code: ended early with all saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # exit code: stopped at once by Ctrl-C
+LOCK = ".lock"  # in a run folder; the kernel frees it when its process ends, however that ends
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _questions = itertools.count(1)
 
@@ -106,22 +108,22 @@ def memory(config: Config) -> Iterator[None]:
         ) from e
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder against a second writer, for as long as this process lives.
+def locked(folder: Path) -> IO[str]:
+    """Holds a folder, made if need be, against a second writer, until the file that this returns is closed.
 
     Raises:
       UserError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read() or "another process"
-            raise UserError(f"{folder.parent}: {who} is writing this run; wait for it or end it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read() or "another process"
+        file.close()
+        raise UserError(f"{folder}: {who} is writing this run; wait for it or end it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

@@ -38,7 +38,9 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, name: str, *options: str, launch: tuple[str, ...] = (), devices: int = 1) -> subprocess.Popen:
+def start(
+    folder: Path, name: str, *options: str, launch: tuple[str, ...] = (), devices: int = 1, cache: str = "cache"
+) -> subprocess.Popen:
     """Starts `dpo-jax train` into runs/<name>.
 
     Args:
@@ -47,9 +49,10 @@ def start(folder: Path, name: str, *options: str, launch: tuple[str, ...] = (), 
       options: further arguments.
       launch: what stands before `train`; by default this Python.
       devices: pretend devices of a process.
+      cache: the name of its cache folder.
     """
     env = os.environ | {
-        "DPO_JAX_CACHE": str(folder / "cache"),
+        "DPO_JAX_CACHE": str(folder / cache),
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
@@ -75,6 +78,20 @@ def launch_local(processes: int, devices: int, *options: str) -> tuple[str, ...]
         str(devices),
         *options,
     )
+
+
+def peers(name: str) -> list[int]:
+    """Returns the ids of the several processes that train into runs/<name>, in their order."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                args = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # it has ended meanwhile
+                continue
+            if f"runs/{name}" in args and "--distributed" in args and "dpo_jax" in args:
+                found[int(args[args.index("--distributed") + 1].rpartition(",")[2])] = int(entry.name)
+    return [found[i] for i in sorted(found)]
 
 
 def lines(folder: Path, name: str) -> list[dict]:

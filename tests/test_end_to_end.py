@@ -102,7 +102,7 @@ def test_a_run_folder_holds_what_it_says(world):
     others = {"rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate", "examples_per_second"}
     assert pairs | others <= set(metrics.read(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
-    assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model"}
+    assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model", ".lock"}
     assert "<svg" in (run / "report.html").read_text()
     samples = metrics.read(run / "samples.jsonl")
     assert samples[0]["policy"] == samples[0]["reference"]  # same parameters, same seed

@@ -108,12 +108,12 @@ def test_out_of_memory_says_what_to_change():
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with watch.locked(tmp_path / "run/checkpoints"):
+    with watch.locked(tmp_path / "run"):
         code = f"""
 from pathlib import Path
 from dpo_jax import records, watch
 try:
-    with watch.locked(Path({str(tmp_path / "run/checkpoints")!r})):
+    with watch.locked(Path({str(tmp_path / "run")!r})):
         print("got it")
 except records.UserError as e:
     print(e)
@@ -156,28 +156,13 @@ def wait_for(folder, name, step):
     raise AssertionError(f"no step {step}")
 
 
-def peers(folder, name):
-    """Returns the ids of the processes that train into a run folder, in their order."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/cmdline", "rb") as f:
-                    args = f.read().decode().split("\0")
-            except OSError:
-                continue
-            if f"runs/{name}" in args and "--distributed" in args and "dpo_jax" in args:
-                found[int(args[args.index("--distributed") + 1].rpartition(",")[2])] = int(entry)
-    return [found[i] for i in sorted(found)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_notice_to_one_process_ends_all_with_everything_saved(world, which):
     name = f"noticed{which}"
     process = runs.start(world, name, launch=runs.launch_local(2, 1))
     wait_for(world, name, 2)
-    os.kill(peers(world, name)[which], signal.SIGTERM)
+    os.kill(runs.peers(name)[which], signal.SIGTERM)
     out, _ = runs.finish(process, watch.AGAIN)
     saved = int(re.search(r"saved at step (\d+)", out)[1])
     assert not checkpoint.problem(world / "runs" / name / "checkpoints" / str(saved))
@@ -192,7 +177,7 @@ def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world, which
     name = f"lost{which}"
     process = runs.start(world, name, launch=runs.launch_local(2, 1, "--restarts", "1"))
     wait_for(world, name, 7)
-    os.kill(peers(world, name)[which], signal.SIGKILL)
+    os.kill(runs.peers(name)[which], signal.SIGKILL)
     out, err = runs.finish(process)
     assert re.search(r"launch_local: process \d ended with code -?\d+; ending the others", err)
     assert "starting again, 0 more times at most" in err
@@ -212,7 +197,7 @@ def test_a_step_that_hangs_ends_all(world):
     """One of two processes is stopped; the other waits for it in a step, and says where."""
     process = runs.start(world, "stopped", "--hang-seconds", "5", launch=runs.launch_local(2, 1))
     wait_for(world, "stopped", 3)
-    stopped = peers(world, "stopped")[1]
+    stopped = runs.peers("stopped")[1]
     os.kill(stopped, signal.SIGSTOP)
     _, err = runs.finish(process, 1)
     assert "Timeout (0:00:05)!" in err
