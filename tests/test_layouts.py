@@ -32,7 +32,7 @@ CONFIG = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-ROWS, BATCH = 8, 32
+ROWS, BATCH = 12, 32  # no parameter has an axis of 12
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,16 @@ def elements_of(found, loops):
 def test_tensor_parallel_never_gathers_a_parameter(compiled):
     found, _, _ = compiled(1, 1, 4)
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "all-to-all"}
-    # Two key-value heads cannot be split over four devices; every other array that is sent holds activations.
-    gathered = [c for c in found if c.kind == "all-gather" and c.loops]
-    assert not [c for c in gathered if not any(ROWS in sizes for _, sizes in c.shapes)]
+    # Two key-value heads cannot be split over four devices: their kernels' gradients are put together, once a step.
+    whole = [c for c in found if c.kind == "all-gather" and not any(ROWS in sizes for _, sizes in c.shapes)]
+    assert {(c.loops, *c.shapes) for c in whole} <= {(0, ("f32", (3, 32, 2, 8)))}
+
+
+def test_logits_of_a_split_vocabulary_are_never_put_together(compiled):
+    """Of the logits of 12 rows only their log-sum-exp and the target's are sent: one number a token."""
+    found, _, _ = compiled(1, 1, 4)
+    assert not [c for c in found for _, sizes in c.shapes if ROWS in sizes and sizes[-1] == 128]
+    assert [c for c in found for _, sizes in c.shapes if c.loops == 2 and len(sizes) == 2 and sizes[0] == ROWS]
 
 
 def test_with_both_fsdp_gathers_leave_tensor_parts_alone(compiled):
