@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import data, losses, models, optim
+from dpo_jax import data, losses, models, optim, processes, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order, synthetic
@@ -30,7 +30,10 @@ from dpo_jax.sample import sample
 from dpo_jax.step import Sync
 
 VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
-FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite")  # may change on resuming
+# May change on resuming: none of them changes what is computed, but to rounding.
+FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
+FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
+FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
 
 
 class Loaded(NamedTuple):
@@ -233,18 +236,23 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.D
     return ids
 
 
-def newest(run: Path, like: TrainState) -> TrainState:
-    """Returns the state of a run's newest whole checkpoint, as host arrays; touches nothing.
+def saved_state(run: Path, like: TrainState, which: str = "newest") -> TrainState:
+    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
+
+    Args:
+      run: its folder.
+      like: shapes and dtypes.
+      which: newest, best (by the run's keep_best), or a step.
 
     Raises:
-      UserError: the run has none.
+      UserError: the run has none, or not that one.
     """
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
     state = None
-    if (run / "checkpoints").is_dir():
-        checkpoints = Checkpoints(run / "checkpoints", read_only=True)
-        state = checkpoints.restore(like)
+    if folder.is_dir():
+        checkpoints = Checkpoints(folder, best=config_of(run).keep_best, read_only=True)
+        state = checkpoints.restore(like, checkpoints.step_of(which))
         checkpoints.close()
     if state is None:
         raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
@@ -293,23 +301,32 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
     return lambda params: decoded(tokenizer, draw(params))
 
 
-def claim_folder(config: Config) -> Path:
-    """Makes the run folder, or takes it up again if it belongs to the same config.
+def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
+    """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
 
     Raises:
-      UserError: it belongs to another config (the difference is shown), or holds something else.
+      UserError: it belongs to another config (the difference is shown), or holds something else, or another process
+        is writing it.
     """
     folder = Path(config.run)
-    if is_run(folder):
-        changed = configs.difference(config_of(folder), config, FREE)
-        if changed:
-            raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
-    elif folder.is_dir() and any(folder.iterdir()):
+    lock = _claim(folder, config) if processes.first() else contextlib.nullcontext()
+    processes.meet("the run folder")
+    if not is_run(folder):
+        raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
+    return folder, lock
+
+
+def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
+    begun = (watch.LOCK, "config.yaml.tmp")  # all that is there if a process was killed here
+    if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; give another --run")
-    folder.mkdir(parents=True, exist_ok=True)
+    changed = configs.difference(config_of(folder), config, FREE) if is_run(folder) else []
+    if changed:
+        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+    lock = watch.locked(folder)
     with written(folder / "config.yaml") as f:
         f.write(configs.dump(config))
-    return folder
+    return lock
 
 
 def check(config: Config) -> None:
@@ -343,14 +360,19 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         say(line)
 
     rows = comparisons(config.data, responses_of(config, loss))
-    train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
-    held_out = evaluated(config, table_of(config, loss, tokenizer, rows[1], "held-out", hear))
-    folder = claim_folder(config)
-    (folder / "data.json").write_text(json.dumps(heard, indent=1))
+    with processes.first_before_others("the data"):  # which then find it in the cache
+        train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
+        held_out = evaluated(config, table_of(config, loss, tokenizer, rows[1], "held-out", hear))
+    same = {"config": configs.dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
+    folder, lock = claim_folder(config)
+    if processes.first():
+        (folder / "data.json").write_text(json.dumps(heard, indent=1))
     prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
     return Run(
         config=config,
         folder=folder,
+        lock=lock,
         cache=cache_folder(),
         model=loaded.model,
         loss=loss,

@@ -9,7 +9,7 @@ from dpo_jax.config import closest
 from dpo_jax.records import UserError
 
 COMMANDS = {
-    "train": ("CONFIG.yaml [--key.path value ...]", "SFT, DPO or any registered loss; resumes by itself"),
+    "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
     "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
     "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
     "data": (
@@ -18,7 +18,7 @@ COMMANDS = {
     ),
     "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
-    "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
+    "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 
@@ -73,6 +73,14 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
+    """Says what went wrong; one of several processes ends here, so that the others do not wait for it."""
+    jax = sys.modules.get("jax")  # not imported for the overview of commands
+    if jax is None or not jax.distributed.is_initialized():
+        who, leave = "", lambda code: code
+    else:
+        from dpo_jax import processes
+
+        who, leave = processes.name(), processes.end
     if message:
-        print(f"dpo-jax: {message}", file=sys.stderr)
-    return code
+        print(f"dpo-jax: {who}{message}", file=sys.stderr)
+    return leave(code)

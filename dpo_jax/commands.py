@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rewards
+from dpo_jax import assemble, config, evaluate, loop, losses, optim, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.losses_command import losses_command
@@ -24,10 +24,23 @@ __all__ = ["data_command", "losses_command", "pairs_command"]  # those that are 
 
 
 def train_command(argv: list[str]) -> None:
-    """`dpo-jax train CONFIG.yaml [--key.path value ...]`."""
+    """`dpo-jax train CONFIG.yaml [--key.path value ...] [--distributed auto|HOST:PORT,PROCESSES,INDEX]`."""
     (file,), rest = leading(argv, "train", "CONFIG.yaml")
+    rest = _join(rest)
     folder = _train(file, rest)
     say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
+
+
+def _join(argv: list[str]) -> list[str]:
+    """Makes this process one of several if `--distributed` says so; returns the other arguments."""
+    how = [values for key, values in config.arguments(argv) if key == "distributed"]
+    if not how:
+        return argv
+    if len(how) > 1 or len(how[0]) != 1:
+        raise UserError(f"--distributed: {processes.HOW}")
+    processes.join(how[0][0])
+    at = next(i for i, a in enumerate(argv) if a.partition("=")[0] == "--distributed")
+    return argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
 
 
 def _train(file: str, argv: Sequence[str]) -> Path:
@@ -41,7 +54,8 @@ def _train(file: str, argv: Sequence[str]) -> Path:
         say(f"now {file}")
     run = assemble.run_of(settings, say)
     loop.train(run, say)
-    report.write([run.folder], run.folder / "report.html")
+    if processes.first():
+        report.write([run.folder], run.folder / "report.html")
     return run.folder
 
 
@@ -69,8 +83,10 @@ def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
     return dataclasses.replace(settings, model=model)
 
 
-def _state(path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Loss) -> TrainState:
-    """Returns the state of a run's newest checkpoint, or that of a model folder's parameters before any step."""
+def _state(
+    path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Loss, which: str = "newest"
+) -> TrainState:
+    """Returns the state of one of a run's checkpoints, or that of a model folder's parameters before any step."""
     moves = assemble.sync_of(settings, loss) is not None
 
     def start(params: Any) -> TrainState:
@@ -78,7 +94,7 @@ def _state(path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Lo
 
     if not assemble.is_run(path):
         return TrainState(0, loaded.params, (), np.zeros(loss.terms, np.float32), ())
-    return assemble.newest(Path(path), jax.eval_shape(start, loaded.params))
+    return assemble.saved_state(Path(path), jax.eval_shape(start, loaded.params), which)
 
 
 def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainState) -> dict[str, Any]:
@@ -192,14 +208,18 @@ def sample_command(argv: list[str]) -> None:
 
 
 def export_command(argv: list[str]) -> None:
-    """`dpo-jax export RUN OUT`."""
-    (path, out), _ = leading(argv, "export", "RUN", "OUT")
+    """`dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
+    (path, out), rest = leading(argv, "export", "RUN", "OUT")
+    given = config.arguments(rest)
+    if any(key != "checkpoint" or len(values) != 1 for key, values in given):
+        raise UserError("dpo-jax export takes RUN, OUT and perhaps --checkpoint newest, best or a step; nothing else")
+    which = given[-1][1][0] if given else "newest"
     if not assemble.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    state = _state(path, settings, loaded, losses.build(settings.loss))
+    state = _state(path, settings, loaded, losses.build(settings.loss), which)
     hf.save(Path(out), state.params, loaded.hf_config, tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 

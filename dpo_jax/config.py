@@ -137,6 +137,8 @@ class Mesh:
     """Rows of a microbatch and parameters are split."""
     tensor: int = 1
     """Heads, MLP and vocabulary are split."""
+    mode: Literal["jit", "pmap"] = "jit"
+    """What compiles the step; pmap for plain data parallelism on one machine, by its classic name."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,14 @@ class Config:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    keep_best: str = ""
+    """A metric such as eval_loss: evaluations save too, and the checkpoint with its best value is kept as well."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     max_nonfinite: int = 3
     """Steps in a row with a loss or gradient that is not finite, none of them applied, after which to stop."""
+    hang_seconds: float = 3600.0
+    """Seconds without a step after which all stacks are printed and the process ends with code 1 (0: never)."""
     seed: int = 0
     """Of the order of the data, random initialisation and samples."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import assemble, config, data, data_page, losses, metrics, rewards
+from dpo_jax import assemble, config, data, data_page, losses, metrics, processes, rewards
 from dpo_jax.config import Config, Data
 from dpo_jax.data import Item, audit, cache, chat
 from dpo_jax.data.encode import Options
@@ -20,8 +20,9 @@ from dpo_jax.sample import sample
 
 
 def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, flush=True)
+    """Prints a line at once; of several processes, only the first does."""
+    if processes.first():
+        print(line, flush=True)
 
 
 def leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import reference
+from dpo_jax import processes, reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps, per_microbatch, scored_logps
@@ -16,6 +16,7 @@ from dpo_jax.metrics import fisher, mean_interval, wilson
 from dpo_jax.models import Model
 from dpo_jax.records import Array, Tokens
 from dpo_jax.sample import sample
+from dpo_jax.sharding import ALONE, Rows
 from dpo_jax.step import make_eval_step
 
 
@@ -39,9 +40,9 @@ class Evaluator(NamedTuple):
     put: Callable
 
 
-def make_step(logps: Callable, loss: Any) -> Callable:
+def make_step(logps: Callable, loss: Any, rows: Rows = ALONE) -> Callable:
     """Returns the compiled eval step, `(params, running, batch, count) -> metrics [M, R, G]`."""
-    return jax.jit(make_eval_step(logps, loss))
+    return jax.jit(make_eval_step(logps, loss, rows))
 
 
 def values(evaluator: Evaluator, params: Any, running: Any) -> dict[str, np.ndarray]:
@@ -51,7 +52,7 @@ def values(evaluator: Evaluator, params: Any, running: Any) -> dict[str, np.ndar
         rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
         batch, count, places = pack.build(evaluator.table, rows, evaluator.shape, evaluator.reference)
         metrics = evaluator.step(params, running, evaluator.put(batch), count)
-        parts.append({k: pack.unpack(np.asarray(v), places) for k, v in metrics.items()})
+        parts.append({k: pack.unpack(processes.fetch(v), places) for k, v in metrics.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 

@@ -217,11 +217,6 @@ def per_microbatch(function: Callable[[Batch], Any], batch: Batch, count: Array)
     return over_microbatches(lambda micro, _: ((), function(micro)), batch, count)[1]
 
 
-def step_logps(logps: Callable[[Any, Batch], Logps], params: Any, batch: Batch, count: Array) -> Logps:
-    """Returns the log-probs of all comparisons of a step, float32[M * B, ...], absent ones beyond `count`."""
-    return joined(per_microbatch(partial(logps, params), batch, count))
-
-
 def joined(stacked: Logps) -> Logps:
     """Returns log-probs that are stacked by microbatch, [M, B, ...], end to end; `running` becomes 0."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked._replace(running=()))

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import signal
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, optim, reference, sharding
+from dpo_jax import evaluate, optim, processes, reference, sharding, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
@@ -23,6 +23,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.metrics import Progress, append, truncate
 from dpo_jax.models import Model
 from dpo_jax.records import Batch, TrainState, UserError
+from dpo_jax.sharding import Rows
 from dpo_jax.step import Sync, init_state, make_train_step
 
 
@@ -32,6 +33,7 @@ class Run(NamedTuple):
     Attributes:
       config: as resolved.
       folder: where everything is written.
+      lock: what holds the folder against other writers, until `train` has ended.
       cache: folder of reference columns.
       model: pure functions of the architecture.
       loss: bound.
@@ -47,6 +49,7 @@ class Run(NamedTuple):
 
     config: Config
     folder: Path
+    lock: contextlib.AbstractContextManager
     cache: Path
     model: Model
     loss: Loss
@@ -89,11 +92,6 @@ def initialise(model: Model, seed: int) -> Any:
     return jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
 
 
-def put_batch(batch: Batch, mesh: Any) -> Batch:
-    """Returns a host batch on the devices, its rows split over them."""
-    return jax.device_put(batch, sharding.of_batch(mesh))
-
-
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
@@ -101,6 +99,48 @@ def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return params, like
+
+
+def in_parts(model: Model, rows: Rows, params: Any) -> Model:
+    """Returns the model for parameters as they lie on the devices, made whole where they are used: a layer at a time.
+
+    Args:
+      model: for whole parameters.
+      rows: how devices share rows.
+      params: tree of the parameters' shardings.
+    """
+    whole = rows.whole
+    if whole is None:
+        return model
+
+    def top(tree: Any) -> Any:
+        rest = {k: v for k, v in tree.items() if k != "layers"}
+        return whole(rest, {k: params[k] for k in rest}) | {"layers": tree["layers"]}
+
+    def layer(tree: Any) -> Any:
+        return whole(tree, params["layers"])
+
+    return model._replace(
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layer),
+        head=lambda tree: model.head(top(tree)),
+    )
+
+
+def compiled_step(run: Run, tx: Any, mesh: Any, rows: Rows, params: Any, like: TrainState) -> Callable:
+    """Returns the compiled train step: by `jit`, or by `pmap` over devices that each hold the whole state."""
+    if run.config.mesh.mode == "jit":
+        logps = partial(batch_logps, in_parts(run.model, rows, params), confidence=run.loss.confidence)
+        step = make_train_step(logps, run.loss, tx, run.sync, rows)
+        where = jax.tree.map(lambda x: x.sharding, like)
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+    if processes.several():
+        raise UserError("mesh.mode pmap: is for one process; take jit for several")
+    logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
+    step = make_train_step(logps, run.loss, tx, run.sync, sharding.mapped_rows(mesh))
+    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None), out_axes=None)
+    devices = sharding.row_devices(mesh)
+    by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
+    return lambda state, batch, count: mapped(state, by_device(batch), count)
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -115,21 +155,17 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         rows=config.data.rows,
         multiple_of=sharding.row_devices(mesh),
     )
-    shape, eval_shape = choose(run.train), choose(run.held_out)
-    put = partial(put_batch, mesh=mesh)
-    logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
-    tx = optim.build(**config.optim)
+    shape, eval_shape = (_of_this_process(mesh, choose(table)) for table in (run.train, run.held_out))
+    put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
     params, like = shardings_of(run, tx, mesh)
-    step = jax.jit(
-        make_train_step(logps, run.loss, tx, run.sync),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, like), sharding.replicated(mesh)),
-    )
+    rows = sharding.split_rows(mesh, params)
+    logps = partial(batch_logps, in_parts(run.model, rows, params))
+    step = compiled_step(run, tx, mesh, rows, params, like)
     fill = column = eval_column = samples = moving = held_out = None
     if run.frozen is not None:
         weights, name = run.frozen()
-        weights = jax.device_put(weights, params)
-        make = reference.make_column(partial(batch_logps, run.model), sharding.of_batch(mesh))
+        weights = sharding.put(weights, params)
+        make = reference.make_column(logps, rows)
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
         if config.reference.mode == "cache":
@@ -141,7 +177,12 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
             held_out = partial(_held_out, make, run.held_out, eval_shape, config.batch_size, put)
         samples = run.complete(weights) if run.complete else None
     evaluator = evaluate.Evaluator(
-        evaluate.make_step(logps, run.loss), run.held_out, eval_column, eval_shape, config.batch_size, put
+        evaluate.make_step(partial(logps, confidence=run.loss.confidence), run.loss, rows),
+        run.held_out,
+        eval_column,
+        eval_shape,
+        config.batch_size,
+        put,
     )
     steps = total_steps(config, len(run.train))
     say(
@@ -155,6 +196,12 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
 def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
     """Returns the rows of the training table that a step takes."""
     return order.rows_of(step, prepared.order, rows=len(run.train), batch_size=run.config.batch_size)
+
+
+def _of_this_process(mesh: Any, shape: pack.Shape) -> pack.Shape:
+    """Returns the layout with the rows that this process builds."""
+    parts, size = sharding.own_parts(mesh), shape.rows // sharding.row_devices(mesh)
+    return shape._replace(own=(parts.start * size, parts.stop * size))
 
 
 def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, table: Table, shape: Any, what: str):
@@ -198,7 +245,7 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     """Returns the state before the first update, laid out over the devices."""
     tx = optim.build(**run.config.optim)
     where = jax.tree.map(lambda x: x.sharding, prepared.like)
-    params = jax.device_put(run.params, where.params)
+    params = sharding.put(run.params, where.params)
     moving = () if prepared.moving is None else prepared.moving
 
     def own(params: Any, moving: Any) -> TrainState:
@@ -209,26 +256,11 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     return jax.jit(own, out_shardings=where)(params, moving)
 
 
-@contextlib.contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """Yields a list that is not empty once the process was asked to end (SIGTERM)."""
-    asked: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Log:
     """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
 
-    def __init__(self, run: Run, progress: Progress, rows: Callable[[int], np.ndarray]):
-        self.run, self.progress, self.rows = run, progress, rows
+    def __init__(self, run: Run, progress: Progress, rows: Callable[[int], np.ndarray], checkpoints: Checkpoints):
+        self.run, self.progress, self.rows, self.checkpoints = run, progress, rows, checkpoints
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
 
@@ -253,15 +285,32 @@ class _Log:
         self.bad = self.bad + 1 if values["nonfinite"] else 0
         if step % config.log_every == 0 or self.bad:
             learning_rate = float(optim.warm_up(config.optim["learning_rate"], config.optim["warmup_steps"])(step - 1))
-            extra = {"learning_rate": learning_rate, "examples_per_second": rate}
-            append(self.run.folder / "metrics.jsonl", step, done, values | extra)
+            extra = {"learning_rate": learning_rate, "examples_per_second": rate} | self.checkpoints.taken()
+            _append(self.run.folder / "metrics.jsonl", step, done, values | extra)
         self.progress.update(step, values)
         if self.bad >= config.max_nonfinite:
-            rows = self.rows(step - 1)
             raise UserError(
-                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; the last "
-                f"batch held comparisons {rows.tolist()}; lower optim.learning_rate or look at those"
+                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; "
+                f"{_save_batch(self.run, step, self.rows(step - 1))}; lower optim.learning_rate or look at those"
             )
+
+
+def _append(path: Path, step: int, examples: int, values: Any) -> None:
+    """Appends a line to a file of the run, once and not once a process."""
+    if processes.first():
+        append(path, step, examples, values)
+
+
+def _save_batch(run: Run, step: int, rows: np.ndarray) -> str:
+    """Writes the comparisons of a step as token ids; returns what they are and where."""
+    path = run.folder / f"batch-{step}.jsonl"
+    if processes.first():
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows.tolist():
+                tokens = run.train[row]
+                ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}
+                file.write(json.dumps({"comparison": row, "weight": float(tokens.weight)} | ids) + "\n")
+    return f"the last batch held comparisons {rows.tolist()}, whose token ids are in {path}"
 
 
 def train(run: Run, say: Callable[[str], None] = print) -> Path:
@@ -269,73 +318,106 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
 
     Killed at any instant and called again, it ends with the same parameters, bit for bit, and the same metrics.
 
+    Several processes call it alike; what is written and said, only the first of them writes and says.
+
     Raises:
-      UserError: the loss is not finite; a checkpoint folder that cannot be used.
-      SystemExit: code 0, after SIGTERM, with everything saved.
+      UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
+      SystemExit: code `watch.AGAIN`, after it was asked to end, with everything saved.
     """
-    prepared = prepare(run, say)
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    try:
-        with _terminated() as asked:
-            state = _steps(run, prepared, checkpoints, _begin(run, prepared, checkpoints, say), asked)
-    finally:
-        checkpoints.close()
-    run.export(jax.device_get(state.params), run.folder / "model")
+    with run.lock, watch.memory(run.config):
+        prepared = prepare(run, say)
+        checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
+        try:
+            with watch.asked_to_end() as asked, watch.hang(run.config.hang_seconds) as alive:
+                state = _begin(run, prepared, checkpoints, say)
+                state = _steps(run, prepared, checkpoints, state, asked, alive)
+        finally:
+            checkpoints.close()
+        _export(run, state)
     return run.folder / "model"
+
+
+def _export(run: Run, state: TrainState) -> None:
+    """Writes the policy as a model folder."""
+    params = processes.fetch(state.params)
+    if processes.first():
+        for torn in run.folder.glob(".model.*"):  # by a process that was killed while it wrote
+            shutil.rmtree(torn)
+        run.export(params, run.folder / "model")
+    processes.meet("exported")
 
 
 def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
     """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
     state = checkpoints.restore(prepared.like)
-    for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
-        truncate(run.folder / name, -1 if state is None else int(state.step))
+    if processes.first():
+        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
+            truncate(run.folder / name, -1 if state is None else int(state.step))
     if state is None:
         state = _first_state(run, prepared)
-        _evaluate(run, prepared, state)
+        checkpoints.check_room(state)
+        known = _evaluate(run, prepared, state)
+        if run.config.keep_best not in ("", *known):
+            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}")
     else:
         say(f"resuming at step {int(state.step)} of {prepared.total_steps}")
     return state
 
 
-def _steps(run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: list[int]) -> TrainState:
+def _steps(
+    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: Callable, alive: Callable
+) -> TrainState:
     """Returns the state after the last step; ends the process after a step during which it was asked to end."""
     config, total, start = run.config, prepared.total_steps, int(state.step)
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
-    with Progress(total, config.batch_size) as progress:
-        log = _Log(run, progress, partial(rows_of, run, prepared))
+    alive()
+    with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
+        log = _Log(run, progress, partial(rows_of, run, prepared), checkpoints)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(state, batch, count)
             state, metrics = prepared.step(state, batch, np.int32(count))
             log.step(step, metrics)
+            alive()
+            why, found = asked(), None
             if step % eval_steps == 0 or step == total:
                 log.flush()
-                _evaluate(run, prepared, state)
-            if step % config.save_every == 0 or step == total or asked:
+                found = _evaluate(run, prepared, state)
+                alive()
+            if step % config.save_every == 0 or step == total or why or (found and config.keep_best):
                 log.flush()
-                checkpoints.save(state, step)
-            if asked:
+                checkpoints.save(state, step, found)
+            if why and step < total:
                 checkpoints.wait()
-                print(f"asked to end (SIGTERM): saved at step {step}; the same command goes on from there")
-                raise SystemExit(0)
+                _ended(why, step)
         log.flush()
     return state
 
 
-def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> None:
-    """Evaluates the policy on the held-out data and writes its samples."""
+def _ended(why: str, step: int) -> None:
+    """Ends a run that was asked to."""
+    if processes.first():
+        print(f"asked to end ({why}): saved at step {step}; the same command goes on from there", flush=True)
+    raise SystemExit(watch.AGAIN)
+
+
+def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, float]:
+    """Evaluates the policy on the held-out data and writes its samples; returns the metrics."""
     step = int(state.step)
     examples = step * run.config.batch_size
     evaluator = prepared.evaluator
     if prepared.held_out is not None:
         evaluator = evaluator._replace(reference=prepared.held_out(state))
     summary = evaluate.summary(evaluate.values(evaluator, state.params, state.running))
-    append(run.folder / "metrics.jsonl", step, examples, {name: entry["mean"] for name, entry in summary.items()})
-    (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
+    means = {name: entry["mean"] for name, entry in summary.items()}
+    _append(run.folder / "metrics.jsonl", step, examples, means)
+    if processes.first():
+        (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
-        return
+        return means
     policy = run.complete(state.params)
     other = prepared.reference_samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}
-        append(run.folder / "samples.jsonl", step, examples, sample)
+        _append(run.folder / "samples.jsonl", step, examples, sample)
+    return means

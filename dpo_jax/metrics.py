@@ -92,6 +92,7 @@ class Progress:
         batch_size: int,
         *,
         console: rich.console.Console | None = None,
+        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
         every: float = 10.0,
     ):
@@ -101,11 +102,12 @@ class Progress:
           total: steps at the end of the run.
           batch_size: comparisons in a step.
           console: where to; standard error by default, which leaves standard output to results.
+          quiet: show nothing.
           clock: seconds.
           every: seconds between lines where there is no terminal.
         """
         self._total, self._batch_size, self._clock, self._every = total, batch_size, clock, every
-        self._console = console or rich.console.Console(stderr=True)
+        self._console = console or rich.console.Console(stderr=True, quiet=quiet)
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._printed = -math.inf
         columns = ("{task.completed}/{task.total}", rich.progress.BarColumn(), "{task.fields[shown]}")

@@ -9,20 +9,22 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax import processes
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import as_reference, per_microbatch
 from dpo_jax.records import Array, Batch
+from dpo_jax.sharding import ALONE, Rows
 from dpo_jax.step import LogpsOf
 
 
-def make_column(logps: LogpsOf, batch_sharding: Any = None) -> Callable[[Any, Batch, Any], Array]:
-    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2]."""
+def make_column(logps: LogpsOf, rows: Rows = ALONE) -> Callable[[Any, Batch, Any], Array]:
+    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2], lying as the batch does."""
 
     def column(params: Any, batch: Batch, count: Array) -> Array:
         return per_microbatch(lambda micro: as_reference(logps(params, micro), micro), batch, count)
 
-    return jax.jit(column, out_shardings=batch_sharding)
+    return jax.jit(rows.each(column))
 
 
 def key(table: Table, weights_hash: str, compute: str) -> str:
@@ -45,8 +47,22 @@ def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, bat
     for start in range(0, len(table), batch_size):
         rows = np.arange(start, min(start + batch_size, len(table)))
         batch, count, places = pack.build(table, rows, shape)
-        parts.append(pack.unpack(np.asarray(column(params, put(batch), count)), places))
+        parts.append(pack.unpack(processes.fetch(column(params, put(batch), count)), places))
     return np.concatenate(parts)
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
+    """Returns the finite numbers of that shape in a file, or None."""
+    if not path.is_file():
+        return None
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        values = np.empty(0)
+    if values.shape == shape and np.isfinite(values).all():
+        return values
+    print(f"{path}: damaged, computed again")
+    return None
 
 
 def cached(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
@@ -55,14 +71,10 @@ def cached(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[i
     A file that does not hold finite numbers of that shape counts as absent and is replaced.
     """
     path = folder / f"{name}.npy"
-    if path.is_file():
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError):
-            values = np.empty(0)
-        if values.shape == shape and np.isfinite(values).all():
-            return values, True
-        print(f"{path}: damaged, computed again")
+    values = _kept(path, shape)
+    # Either all processes have it, each perhaps on a disk of its own, or all compute it together.
+    if processes.all_of(values is not None):
+        return values, True
     values = compute()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import processes
 from dpo_jax.models import Model
 from dpo_jax.records import Array, UserError
 
@@ -64,7 +65,7 @@ def sample(
             (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
             jnp.arange(batch_size) < len(rows), key, numbers, temperature, top_p,
         )  # fmt: skip
-        new, lengths = np.asarray(new), np.asarray(lengths)
+        new, lengths = processes.fetch((new, lengths))
         for row, i in enumerate(rows):
             out[i] = new[row, : lengths[row]]
     return out

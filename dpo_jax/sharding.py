@@ -1,15 +1,20 @@
 """The mesh, and which axis of an array lies along which axis of it: the only file that names mesh axes."""
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.records import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # rows of a microbatch are split over both
+MAPPED = "devices"  # the one axis of pmap
 # A model's logical axis -> the mesh axis that splits it; all others are whole on every device.
 RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
@@ -34,6 +39,36 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
 def row_devices(mesh: jax.sharding.Mesh) -> int:
     """Returns over how many devices the rows of a microbatch are split."""
     return math.prod(mesh.shape[a] for a in ROWS)
+
+
+def own_parts(mesh: jax.sharding.Mesh) -> range:
+    """Returns which of the `row_devices` equal parts of a microbatch's rows lie on this process's devices."""
+    count = row_devices(mesh)
+    where: Any = of_batch(mesh).addressable_devices_indices_map((1, count))
+    parts = [index[1].indices(count)[0] for index in where.values()]
+    return range(min(parts), max(parts) + 1)
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """Returns a Batch on the devices of all processes, from the rows that this process has built, its `own_parts`."""
+    parts = own_parts(mesh)
+
+    def one(x: Any) -> jax.Array:
+        size = x.shape[1] // len(parts)
+        shape, start = (x.shape[0], size * row_devices(mesh), *x.shape[2:]), size * parts.start
+
+        def piece(index: Any) -> Any:
+            low, high, _ = index[1].indices(shape[1])
+            return x[:, low - start : high - start]
+
+        return jax.make_array_from_callback(shape, of_batch(mesh), piece)
+
+    return jax.tree.map(one, batch)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Returns host arrays, which every process holds whole, on the devices."""
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), tree, shardings)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -82,3 +117,129 @@ def of_state(mesh: jax.sharding.Mesh, params: Any, state: Any) -> Any:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+class Rows(NamedTuple):
+    """How the devices share the rows of a microbatch: each works through its own and nothing is sent between them
+    before the step's last microbatch, save that the gradient of a parameter in parts goes to its parts at once.
+
+    Values by row are arrays [M, R * n, ...] with n of them for each row.
+
+    Attributes:
+      total: a sum over the rows of a batch as the step sees it -> the sum over all rows.
+      sums: `(params, batch, count, known) -> (tree like params, values by row)`, made to run on all devices: the trees
+        are summed over them, and every device gets the values of all rows. `known` is whole on every device.
+      all: `(params, batch, count) -> values by row`, made to run on all devices, each of which gets those of all rows.
+      each: `(params, batch, count) -> arrays [M, R, ...]`, made to run on all devices; values stay with their rows.
+      own: values of all rows -> those of a device's own; to be called inside of `sums`.
+      whole: parameters, or their `layers` for one layer, as they lie on a device -> whole, for use inside of the
+        functions above; None where they are so.
+    """
+
+    total: Callable[[Any], Any]
+    sums: Callable[[Callable], Callable]
+    all: Callable[[Callable], Callable]
+    each: Callable[[Callable], Callable]
+    own: Callable[[Any], Any]
+    whole: Callable[[Any, Any], Any] | None
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+ALONE = Rows(_same, _same, _same, _same, _same, None)  # one device has all the rows
+
+
+def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
+    """Returns how rows are shared on a mesh.
+
+    Args:
+      mesh: from `make_mesh`.
+      params: tree of the parameters' shardings.
+    """
+    axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
+    if not axes:
+        return ALONE
+    # A kernel that XLA cannot split by itself may be called where every axis is manual.
+    manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
+    specs = jax.tree.map(lambda s: PartitionSpec(*(a if a in axes else None for a in s.spec)), params)
+    rows, everywhere = PartitionSpec(None, axes), PartitionSpec()
+
+    def run(function: Callable, out: Any, *more: PartitionSpec) -> Callable:
+        where = (specs, rows, everywhere, *more)
+        return jax.shard_map(function, mesh=mesh, in_specs=where, out_specs=out, axis_names=manual, check_vma=False)
+
+    def sums(function: Callable) -> Callable:
+        def body(*args: Any) -> Any:
+            tree, values = function(*args)
+            rest = jax.tree.map(lambda x, spec: _sum_over(x, [a for a in axes if a not in spec]), tree, specs)
+            return rest, _of_all_rows(values, axes)
+
+        return run(body, (specs, everywhere), everywhere)
+
+    return Rows(
+        total=_same,
+        sums=sums,
+        all=lambda function: run(lambda *args: _of_all_rows(function(*args), axes), everywhere),
+        each=lambda function: run(function, rows),
+        own=partial(_own_rows, axes),
+        whole=partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else None,
+    )
+
+
+def mapped_rows(mesh: jax.sharding.Mesh) -> Rows:
+    """Returns how rows are shared under `pmap`; a mesh that splits parameters is a UserError."""
+    if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
+        raise UserError("mesh.mode pmap: every device holds all parameters, so mesh.fsdp and mesh.tensor are 1")
+
+    def sums(function: Callable) -> Callable:
+        def body(*args: Any) -> Any:
+            tree, values = function(*args)
+            return jax.lax.psum(tree, MAPPED), _of_all_rows(values, MAPPED)
+
+        return body
+
+    return ALONE._replace(
+        total=partial(jax.lax.psum, axis_name=MAPPED),
+        sums=sums,
+        all=lambda function: lambda *args: _of_all_rows(function(*args), MAPPED),
+        own=partial(_own_rows, MAPPED),
+    )
+
+
+def _of_all_rows(tree: Any, axes: Any) -> Any:
+    """Returns values by row, of a device's own rows, as those of all rows; sent as one array."""
+    leaves, kind = jax.tree.flatten(tree)
+    flat = [x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in leaves]
+    together = jax.lax.all_gather(jnp.concatenate(flat, axis=2), axes, axis=1, tiled=True)
+    parts = jnp.split(together, list(itertools.accumulate(x.shape[2] for x in flat))[:-1], axis=2)
+    return kind.unflatten(
+        p.reshape(*p.shape[:2], *x.shape[2:]).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)
+    )
+
+
+def _own_rows(axes: Any, values: Any) -> Any:
+    size = values.shape[1] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index(axes) * size, size, axis=1)
+
+
+def _sum_over(x: Any, axes: list[str]) -> Any:
+    return jax.lax.psum(x, tuple(axes)) if axes else x
+
+
+def _gather(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
+    """Returns parameters whole along fsdp; a layer's have one axis less than the stack of layers in `shardings`."""
+
+    def one(x: Any, sharding: NamedSharding) -> Any:
+        spec = sharding.spec[len(sharding.spec) - x.ndim :]
+        if "fsdp" not in spec:
+            return x
+        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=spec.index("fsdp"), tiled=True)
+        if mesh.shape["tensor"] == 1:
+            return gather(x)
+        # Left to itself, XLA would make the array whole along `tensor` too.
+        kept = PartitionSpec(*(a if a == "tensor" else None for a in spec))
+        return jax.shard_map(gather, in_specs=kept, out_specs=kept, axis_names={"tensor"}, check_vma=False)(x)
+
+    return jax.tree.map(one, tree, shardings)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logprobs import joined, over_microbatches, step_logps
+from dpo_jax.logprobs import joined, over_microbatches, per_microbatch
 from dpo_jax.losses import Loss, averages
 from dpo_jax.records import Array, Batch, Logps, TrainState
+from dpo_jax.sharding import ALONE, Rows
 
 LogpsOf = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
@@ -38,13 +39,20 @@ def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, re
 
 
 def make_train_step(
-    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation, sync: Sync | None = None
+    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation, sync: Sync | None = None, rows: Rows = ALONE
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
     """Returns `(state, batch, count) -> (state, metrics)`, pure and not yet compiled.
 
     The gradient is exactly that of the weighted mean loss over the whole batch, taken microbatch by microbatch in a
     loop whose trip count is a run-time value. A step whose loss or gradient is not finite changes nothing but the
     step number, and says so in the metric `nonfinite`.
+
+    Args:
+      logps: log-probs of a microbatch.
+      loss: bound.
+      tx: the optimiser.
+      sync: how the reference follows the policy, if it does.
+      rows: how devices share the rows of a microbatch.
 
     Args of the step:
       state: may be donated.
@@ -55,7 +63,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch, count: Array) -> tuple[TrainState, Metrics]:
-        grads, lp = gradient(logps, loss, state, batch, count)
+        grads, lp = gradient(logps, loss, state, batch, count, rows)
         metrics = averages(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -70,36 +78,53 @@ def make_train_step(
     return step
 
 
-def gradient(logps: LogpsOf, loss: Loss, state: TrainState, batch: Batch, count: Array) -> tuple[Any, Logps]:
+def gradient(
+    logps: LogpsOf, loss: Loss, state: TrainState, batch: Batch, count: Array, rows: Rows = ALONE
+) -> tuple[Any, Logps]:
     """Returns the gradient of the weighted mean loss of a step, like params, and the log-probs of its comparisons,
     float32[M * B, ...].
 
     A loss that looks across comparisons is first differentiated with respect to the log-probs of the whole step, which
     costs a forward pass more; then each microbatch goes backward from its share of that.
     """
-    total = batch.weights.sum()
+    total = rows.total(batch.weights.sum())
 
-    def mean(values: Differentiable, lp: Logps) -> Array:
-        lp = lp._replace(policy=values[0], policy_shared=values[1], running=state.running)
+    def mean(values: Differentiable, lp: Logps, total: Array, running: Array) -> Array:
+        lp = lp._replace(policy=values[0], policy_shared=values[1], running=running)
         return jnp.sum(lp.weights / total * loss.values(lp))
 
-    ahead = None
+    slopes = None
     if loss.whole_batch:
-        lp = step_logps(logps, state.params, batch, count)
-        slopes = jax.grad(mean)(_differentiable(lp), lp)
-        ahead = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
+        lp = joined(rows.all(_stacked(logps))(state.params, batch, count))
+        slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
+        slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
 
-    def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
-        def objective(params: Any) -> tuple[Array, Logps]:
-            lp = logps(params, micro)
-            if ahead is None:
-                return mean(_differentiable(lp), lp), lp
-            return sum(jnp.vdot(slope[m], value) for slope, value in zip(ahead, _differentiable(lp), strict=True)), lp
+    def sums(params: Any, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
+        total, running, slopes = known
+        slopes = jax.tree.map(rows.own, slopes)
 
-        return jax.grad(objective, has_aux=True)(state.params)
+        def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
+            def objective(params: Any) -> tuple[Array, Logps]:
+                lp = logps(params, micro)._replace(running=())
+                if slopes is None:
+                    return mean(_differentiable(lp), lp, total, running), lp
+                return sum(jnp.vdot(s[m], x) for s, x in zip(slopes, _differentiable(lp), strict=True)), lp
 
-    grads, stacked = over_microbatches(one, batch, count)
+            return jax.grad(objective, has_aux=True)(params)
+
+        return over_microbatches(one, batch, count)
+
+    grads, stacked = rows.sums(sums)(state.params, batch, count, (total, state.running, slopes))
     return grads, joined(stacked)._replace(running=state.running)
+
+
+def _stacked(logps: LogpsOf) -> Callable[[Any, Batch, Array], Logps]:
+    """Returns `(params, batch, count) -> log-probs [M, B, ...]` of a whole step."""
+
+    def stacked(params: Any, batch: Batch, count: Array) -> Logps:
+        return per_microbatch(lambda micro: logps(params, micro)._replace(running=()), batch, count)
+
+    return stacked
 
 
 def _differentiable(lp: Logps) -> Differentiable:
@@ -115,14 +140,14 @@ def _moved(sync: Sync, state: TrainState) -> Any:
     return jax.lax.cond(state.step % sync.every == 0, mixed, lambda: state.reference)
 
 
-def make_eval_step(logps: LogpsOf, loss: Loss) -> Callable[[Any, Array, Batch, Array], Metrics]:
+def make_eval_step(logps: LogpsOf, loss: Loss, rows: Rows = ALONE) -> Callable[[Any, Array, Batch, Array], Metrics]:
     """Returns `(params, running, batch, count) -> metrics`, float32[M, R, G]: one value a comparison, not yet averaged.
 
     `running` is `TrainState.running`. A loss that looks across comparisons sees those of one batch.
     """
 
     def step(params: Any, running: Array, batch: Batch, count: Array) -> Metrics:
-        lp = step_logps(logps, params, batch, count)._replace(running=running)
+        lp = joined(rows.all(_stacked(logps))(params, batch, count))._replace(running=running)
         return {name: value.reshape(batch.weights.shape) for name, value in loss.metrics(lp).items()}
 
     return step

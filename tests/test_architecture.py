@@ -15,9 +15,9 @@ PACKAGE = ROOT / "dpo_jax"
 # A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
 LAYERS = (
     {"records", "config"},
-    {"data", "models", "losses", "optim", "sharding", "metrics"},
+    {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
-    {"step", "reference", "sample", "rewards", "checkpoint"},
+    {"step", "reference", "sample", "rewards", "checkpoint", "watch"},
     {"evaluate"},
     {"loop"},
     {"assemble"},
@@ -37,7 +37,7 @@ ALLOWED = {
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
 WITHOUT_JAX = {"data", "config", "records", "metrics", "report", "data_page"}
-MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments"}
+MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_TRUE = {"shell", "allow_pickle", "trust_remote_code"}

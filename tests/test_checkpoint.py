@@ -1,12 +1,16 @@
 """Checkpoints: what is saved comes back bit for bit, and what is damaged is noticed."""
 
+import json
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import checkpoint
+from dpo_jax import checkpoint, sharding
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.records import TrainState
+from dpo_jax.records import TrainState, UserError
 
 
 def state(step):
@@ -105,3 +109,115 @@ def test_a_state_may_be_donated_while_it_is_saved(tmp_path, like):
     jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(current))
     checkpoints.close()
     assert_is(restored(tmp_path / "c", like), 1)
+
+
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    change(manifest)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_every_leaf_is_checked_once_it_is_back(saved, like, capsys):
+    """Whatever happens between disk and device: here the files are right, and the leaf is not what was saved."""
+    name = ".params['a']"
+    edit_manifest(saved / "9", lambda m: m["leaves"][name].__setitem__(2, m["leaves"][name][2] ^ 1))
+    assert not checkpoint.problem(saved / "9")
+    assert_is(restored(saved, like), 6)
+    assert f"checkpoint 9: {name} is not what was saved; moved to" in capsys.readouterr().out
+
+
+def test_checksums_see_every_bit_and_every_place():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 7, 3)).astype(np.float32)
+    plain = int(checkpoint.checksums(x)[""])
+    for bit in range(32):
+        flipped = x.copy()
+        flipped.view(np.uint32)[3, 2, 1] ^= np.uint32(1 << bit)
+        assert int(checkpoint.checksums(flipped)[""]) != plain
+    swapped = x.copy()
+    swapped[1, 2], swapped[4, 0] = x[4, 0], x[1, 2]
+    assert int(checkpoint.checksums(swapped)[""]) != plain
+    assert int(checkpoint.checksums(x[:, ::-1])[""]) != plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_checksums_do_not_depend_on_the_layout(dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)) * 9).astype(dtype)
+    plain = int(checkpoint.checksums(x)[""])
+    for sizes in ((1, 4, 1), (1, 2, 2)):
+        mesh = sharding.make_mesh(*sizes)
+        axes, shapes = {"x": ("vocab", "embed")}, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        laid = jax.device_put(x, sharding.of_params(mesh, axes, shapes)["x"])
+        assert int(jax.jit(checkpoint.checksums)(laid)[""]) == plain
+
+
+def test_another_format_is_refused(saved, like):
+    edit_manifest(saved / "9", lambda m: m.update(format=99))
+    with pytest.raises(UserError, match=r"9: format 99, made with jax .* this version reads format 1: go on with the"):
+        restored(saved, like)
+    assert (saved / "9").exists()
+
+
+def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(saved, like, tmp_path, capsys):
+    other = TrainState(jnp.int32(12), {"b": jnp.zeros(3)}, ())
+    checkpoints = Checkpoints(tmp_path / "other")
+    checkpoints.save(other, 12)
+    checkpoints.close()
+    shutil.move(tmp_path / "other/12", saved / "12")
+    assert_is(restored(saved, like), 9)
+    message = r"checkpoint 12: it is of another model or optimiser (.params['a'] is absent in it, float32 [64, 33] in"
+    assert message in capsys.readouterr().out
+    assert not (saved / "12").exists()
+
+
+def test_if_all_are_of_something_else_nothing_is_touched(saved, like):
+    bigger = like._replace(params={"a": jax.ShapeDtypeStruct((64, 34), np.float32)})
+    with pytest.raises(
+        UserError, match=r"9: .*\.params\['a'\] is float32 \[64, 33\] in it, float32 \[64, 34\] in this"
+    ):
+        restored(saved, bigger)
+    assert {p.name for p in saved.iterdir()} == {"6", "9"}
+
+
+LOSSES = {3: 0.9, 6: 0.5, 9: 0.7, 12: 0.8, 15: 0.95}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_loss", 6), ("eval_rewards/accuracies", 15), ("", None)])
+def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2, best=metric)
+    for step, loss in LOSSES.items():
+        checkpoints.save(state(step), step, {"eval_loss": loss, "eval_rewards/accuracies": loss})
+    checkpoints.save(state(16), 16)  # no evaluation at this step
+    checkpoints.wait()
+    assert set(checkpoint.steps_in(tmp_path / "c")) == {15, 16} | ({best} if best else set())
+    if best:
+        assert checkpoints.step_of("best") == best
+    else:
+        with pytest.raises(UserError, match="keep_best names no metric"):
+            checkpoints.step_of("best")
+    assert checkpoints.step_of("newest") is None
+    assert checkpoints.step_of("16") == 16
+    with pytest.raises(UserError, match=r"checkpoint 4: there is none such; there are \[16, 15"):
+        checkpoints.step_of("4")
+    checkpoints.close()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17_000))
+    with pytest.raises(UserError, match=r"1\.7e-05 GB are free, a checkpoint takes 1\.86e-05 GB; free space"):
+        checkpoints.save(state(1), 1)  # two arrays of 64 x 33 floats and a step: 16,900 bytes, and a tenth more
+    checkpoints.close()
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_what_a_save_took_is_told_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert checkpoints.taken() == {}
+    checkpoints.save(state(1), 1)
+    checkpoints.wait()
+    taken = checkpoints.taken()
+    assert 0 < taken["save_stall_seconds"] <= taken["save_seconds"] < 60
+    assert checkpoints.taken() == {}
+    checkpoints.close()

@@ -214,3 +214,17 @@ def test_real_dialogues_pack_well(shared):
         slots += count * shape.rows * shape.length
     assert used / slots > 0.88
     assert shape.length in (768, 1024)
+
+
+def test_a_process_builds_its_own_rows_as_they_are_in_the_whole():
+    """Parts laid side by side are the whole batch, and places are those of the whole."""
+    column = np.array([[1, 2], [3, 4]], np.float32)
+    shape, rows = pack.Shape(2, 4, 8, 2, 9), np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
+    whole, count, places = pack.build(HAND, rows, shape, column)
+    parts = [pack.build(HAND, rows, shape._replace(own=own), column) for own in ((0, 1), (1, 3), (3, 4))]
+    assert whole.tokens.any(axis=-1).sum() == 5
+    for field, *own in zip(whole, *(part for part, _, _ in parts), strict=True):
+        np.testing.assert_array_equal(field, np.concatenate(own, axis=1))
+    for _, other_count, other_places in parts:
+        assert other_count == count
+        np.testing.assert_array_equal(other_places, places)

@@ -37,6 +37,7 @@ class Shape(NamedTuple):
       length: T, tokens in a row.
       groups: G, the most comparisons in a row.
       scored: S, the most scored tokens in a row.
+      own: (first, end) of the rows of a microbatch that this process builds; None for all.
     """
 
     microbatches: int
@@ -44,6 +45,7 @@ class Shape(NamedTuple):
     length: int
     groups: int
     scored: int
+    own: tuple[int, int] | None = None
 
 
 def choose(
@@ -136,8 +138,9 @@ def build(
       ref_logps: float32[N, P, 2] by row of the table, or none.
 
     Returns:
-      The batch, every field with leading axes [M, R]; the number of microbatches in use, at the front; and
-      int64[B, 3], the microbatch, row and place of each comparison. `ref_logps` is NaN where nothing is known.
+      The batch, every field with leading axes [M, R], or only the process's own rows of R; the number of microbatches
+      in use, at the front; and int64[B, 3], the microbatch, row of R and place of each comparison, the same in every
+      process. `ref_logps` is NaN where nothing is known.
 
     Raises:
       UserError: a comparison does not fit the shape.
@@ -149,13 +152,16 @@ def build(
     if len(rows) > shape.microbatches * shape.rows:
         raise ValueError(f"{len(indices)} comparisons take {len(rows)} rows, more than {shape} has")
     places = np.zeros((len(indices), 3), np.int64)
+    start, end = shape.own or (0, shape.rows)
     for number, members in enumerate(rows):
-        at = divmod(number, shape.rows)
-        _fill(Batch(*(field[at] for field in batch)), [table[int(indices[member])] for member in members])
+        microbatch, row = divmod(number, shape.rows)
         for place, member in enumerate(members):
-            places[member] = (*at, place)
-    if ref_logps is not None:
-        batch.ref_logps[tuple(places.T)] = ref_logps[indices]
+            places[member] = (microbatch, row, place)
+        if start <= row < end:
+            fields = Batch(*(field[microbatch, row - start] for field in batch))
+            _fill(fields, [table[int(indices[member])] for member in members])
+            if ref_logps is not None:
+                fields.ref_logps[: len(members)] = ref_logps[indices[members]]
     return batch, -(-len(rows) // shape.rows), places
 
 
@@ -193,7 +199,8 @@ def _span(row: Batch, start: int, ids: Array, position: int, group: int, branch:
 
 
 def _empty(shape: Shape, responses: int) -> Batch:
-    lead = (shape.microbatches, shape.rows)
+    start, end = shape.own or (0, shape.rows)
+    lead = (shape.microbatches, end - start)
     tokens, positions, group, branch = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))
     source, target = (np.zeros((*lead, shape.scored), np.int32) for _ in range(2))
     slot = np.full((*lead, shape.scored), -1, np.int32)

@@ -27,7 +27,8 @@ class Model(NamedTuple):
     Attributes:
       architecture: what it is.
       init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
-      hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm.
+      hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
+        `whole`, a function, each layer's parameters go through it just before they are used.
       head: params -> float32[V, D]; logits are hidden states times its transpose.
       prefill: (params, tokens, positions, group, capacity) -> hidden [B, T, D] and a cache of `capacity` tokens,
         the first T of them filled; `group` 0 is padding.
@@ -38,7 +39,7 @@ class Model(NamedTuple):
 
     architecture: Architecture
     init: Callable[[Array], Any]
-    hidden: Callable[[Any, Array, Array, Array, Array], Array]
+    hidden: Callable[..., Array]
     head: Callable[[Any], Array]
     prefill: Callable[[Any, Array, Array, Array, int], tuple[Array, Cache]]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
@@ -78,8 +79,9 @@ def _init(decoder: Decoder, key: Array) -> Any:
     return decoder.init(key, one, one, Context(group=one, branch=one))["params"]
 
 
-def _hidden(decoder: Decoder, params: Any, tokens: Array, positions: Array, group: Array, branch: Array) -> Array:
-    return decoder.apply({"params": params}, tokens, positions, Context(group=group, branch=branch))[0]
+def _hidden(decoder, params, tokens, positions, group, branch, whole=None):
+    context = Context(group=group, branch=branch)
+    return decoder.clone(whole=whole).apply({"params": params}, tokens, positions, context)[0]
 
 
 def _tied_head(params: Any) -> Array:

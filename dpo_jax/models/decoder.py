@@ -28,6 +28,12 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
 }
 
+
+def _no_whole_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps all but what makes parameters whole, and their copies in another dtype: the backward pass does it again."""
+    return primitive.name not in ("all_gather", "shard_map", "convert_element_type")
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -243,12 +249,14 @@ class Decoder(nn.Module):
       compute: dtype of the activations.
       remat: a name of `POLICIES`.
       keep: whether it returns the keys and values of the tokens it reads.
+      whole: one layer's parameters as they lie on the devices -> as the layer needs them; None: they are so.
     """
 
     architecture: Architecture
     compute: str = "float32"
     remat: str = "none"
     keep: bool = False
+    whole: Callable[[Any], Any] | None = None
 
     @nn.compact
     def __call__(
@@ -279,8 +287,12 @@ class Decoder(nn.Module):
 
     def _layers(self) -> Callable[..., tuple[Array, Cache | None]]:
         block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=POLICIES[self.remat], prevent_cse=False)
+        policy = POLICIES[self.remat]
+        if self.whole is not None:
+            whole, policy = self.whole, policy or _no_whole_parameters
+            block = nn.map_variables(Block, "params", lambda v: {"params": whole(v["params"])})
+        if policy is not None:
+            block = nn.remat(block, policy=policy, prevent_cse=False)
         axes: Any = (0, nn.broadcast)
         scan = nn.scan(
             block,

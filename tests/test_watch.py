@@ -1,0 +1,225 @@
+"""What happens to a run from outside: signals, a hang, memory, a second writer, a lost process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import runs
+
+from dpo_jax import checkpoint, metrics, processes, watch
+from dpo_jax.config import Config, Data, Model
+from dpo_jax.records import UserError
+
+LOOP = """
+import time
+from dpo_jax import watch
+with watch.asked_to_end() as asked:
+    print("begun", flush=True)
+    while True:
+        time.sleep(0.02)
+        if asked() and {polite}:
+            print("asked:", asked(), flush=True)
+            raise SystemExit(watch.AGAIN)
+"""
+
+
+def loop(polite):
+    env = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP.format(polite=polite)],
+        env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_told_at_the_end_of_a_step(number):
+    process = loop(polite=True)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert out == f"asked: {number.name}\n"
+    assert process.returncode == 75
+
+
+def test_the_second_ctrl_c_stops_at_once():
+    process = loop(polite=False)
+    process.send_signal(signal.SIGINT)
+    assert "Ctrl-C again stops at once" in process.stderr.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "stopped at once" in err
+    assert process.returncode == 130
+
+
+def test_signals_are_as_before_afterwards():
+    before = {s: signal.getsignal(s) for s in watch.SIGNALS}
+    with watch.asked_to_end() as asked:
+        assert not asked()
+    assert {s: signal.getsignal(s) for s in watch.SIGNALS} == before
+
+
+def test_a_hang_prints_stacks_and_ends_the_process():
+    code = """
+import time
+from dpo_jax import watch
+with watch.hang(0.5) as alive:
+    for _ in range(4):
+        alive()
+        time.sleep(0.3)
+    print("alive", flush=True)
+    def stuck_here():
+        time.sleep(60)
+    stuck_here()
+"""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "alive\n")
+    assert "in stuck_here" in done.stderr
+    assert time.monotonic() - start < 50
+
+
+def test_out_of_memory_says_what_to_change():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nlong list of buffers")
+    config = Config(data=Data(rows=8), model=Model(remat="none", compute="float32"))
+    with pytest.raises(UserError) as told, watch.memory(config):
+        raise full
+    assert re.search(
+        r"allocating 8 bytes.*data.rows below 8, model.remat full, model.compute bfloat16", str(told.value)
+    )
+    assert "\n" not in str(told.value)
+    with pytest.raises(UserError) as told, watch.memory(Config(model=Model(remat="full", compute="bfloat16"))):
+        raise full
+    assert "data.rows 1, more devices along mesh.fsdp" in str(told.value)
+    other = jax.errors.JaxRuntimeError("INTERNAL: else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="else"), watch.memory(config):
+        raise other
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with watch.locked(tmp_path / "run"):
+        code = f"""
+from pathlib import Path
+from dpo_jax import records, watch
+try:
+    with watch.locked(Path({str(tmp_path / "run")!r})):
+        print("got it")
+except records.UserError as e:
+    print(e)
+"""
+        env = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+        second = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert f"process {os.getpid()} on " in second.stdout
+    assert "is writing this run" in second.stdout
+    third = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert third.stdout == "got it\n"
+
+
+BAD = ["", "here", "host:1,2", "host:1,2,x", "host:1,2,2", "host,2,0", "host:1,0,0", "host:1,2,-1"]
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_processes_that_cannot_be(how):
+    with pytest.raises(UserError, match=r"--distributed .*give auto .* or HOST:PORT,PROCESSES,INDEX"):
+        processes.join(how)
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a small run, done by two processes."""
+    folder = runs.make_world(tmp_path_factory.mktemp("watch"))
+    runs.finish(runs.start(folder, "one", launch=runs.launch_local(2, 1)))
+    return folder
+
+
+def wait_for(folder, name, step):
+    """Waits until a run has written the metrics of a step."""
+    path, deadline = folder / "runs" / name / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_notice_to_one_process_ends_all_with_everything_saved(world, which):
+    name = f"noticed{which}"
+    process = runs.start(world, name, launch=runs.launch_local(2, 1))
+    wait_for(world, name, 2)
+    os.kill(runs.peers(name)[which], signal.SIGTERM)
+    out, _ = runs.finish(process, watch.AGAIN)
+    saved = int(re.search(r"saved at step (\d+)", out)[1])
+    assert not checkpoint.problem(world / "runs" / name / "checkpoints" / str(saved))
+    out, _ = runs.finish(runs.start(world, name, launch=runs.launch_local(2, 1)))
+    assert f"resuming at step {saved} of 20" in out
+    runs.assert_same_run(world, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world, which):
+    name = f"lost{which}"
+    process = runs.start(world, name, launch=runs.launch_local(2, 1, "--restarts", "1"))
+    wait_for(world, name, 7)
+    os.kill(runs.peers(name)[which], signal.SIGKILL)
+    out, err = runs.finish(process)
+    assert re.search(r"launch_local: process \d ended with code -?\d+; ending the others", err)
+    assert "starting again, 0 more times at most" in err
+    assert re.search(r"resuming at step \d+ of 20", out)
+    runs.assert_same_run(world, name)
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_is_told_and_ends_all(world):
+    process = runs.start(world, "failed", "--optim.learning_rate", "nan", launch=runs.launch_local(2, 1))
+    _, err = runs.finish(process, 2)
+    assert re.search(r"dpo-jax: process \d: optim.learning_rate: nan", err)
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_ends_all(world):
+    """One of two processes is stopped; the other waits for it in a step, and says where."""
+    process = runs.start(world, "stopped", "--hang-seconds", "5", launch=runs.launch_local(2, 1))
+    wait_for(world, "stopped", 3)
+    stopped = runs.peers("stopped")[1]
+    os.kill(stopped, signal.SIGSTOP)
+    _, err = runs.finish(process, 1)
+    assert "Timeout (0:00:05)!" in err
+    assert "loop.py" in err
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(world):
+    process = runs.start(world, "taken")
+    wait_for(world, "taken", 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    _, err = runs.finish(runs.start(world, "taken"), 2)
+    assert f"process {process.pid} on " in err
+    os.kill(process.pid, signal.SIGCONT)
+    runs.finish(process)
+
+
+@pytest.mark.slow
+def test_a_sick_run_saves_the_batch(world):
+    options = ("--optim.learning_rate", "1e30", "--optim.warmup_steps", "0", "--max_nonfinite", "2")
+    _, err = runs.finish(runs.start(world, "sick", *options), 2)
+    path = re.search(r"token ids are in (\S+);", err)[1]
+    rows = [json.loads(line) for line in (world / path).read_text().splitlines()]
+    assert len(rows) == 16
+    assert all(len(row["responses"]) == 2 and row["prompt"] for row in rows)
