@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dpo_jax import config, losses, report
+from dpo_jax import assemble, config, losses, report
 from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, UserError
 
@@ -127,8 +127,8 @@ def write_plot(out: Path, names: Sequence[str]) -> Path:
         report.dress(axes, "margin c - r (beta 1, one token a response, scores 3 and 1)")
     legend = fig.axes[0].get_legend_handles_labels()
     fig.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=report.INK, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report.element(fig), encoding="utf-8")
+    with assemble.written(out) as file:
+        file.write(report.element(fig))
     return out
 
 

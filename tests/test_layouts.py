@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 import runs
+from jax.sharding import AxisType
 
 from dpo_jax import losses, models, optim, sharding
 from dpo_jax.data import pack

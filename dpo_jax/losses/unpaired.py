@@ -37,7 +37,7 @@ def kto(lp: Logps, *, beta: float = 0.1, desirable_weight: float = 1.0, undesira
     Args:
       lp: log-probabilities of B comparisons of three responses, all of a step.
       beta: Strength of the KL constraint to the reference.
-      desirable_weight: w_c; with unequal numbers n the paper wants w_c n_c / (w_r n_r) near 1.
+      desirable_weight: w_c; for unequal numbers the paper wants w_c n_c / (w_r n_r) within 1 and 4/3 (eq. 8).
       undesirable_weight: w_r.
 
     Returns:
