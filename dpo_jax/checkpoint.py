@@ -100,6 +100,8 @@ def problem(folder: Path) -> str:
         return "it was not finished"
     except ValueError:
         return "its manifest is damaged"
+    if not expected:
+        return "its manifest names no files"
     for name, digest in expected.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
