@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,12 @@ VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, func
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
+
+
+# A password in an address; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
+SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
+)
 
 
 class Loaded(NamedTuple):
@@ -320,6 +327,7 @@ def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
     begun = (watch.LOCK, "config.yaml.tmp")  # all that is there if a process was killed here
     if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+    _check_links(folder)
     changed = configs.difference(config_of(folder), config, FREE) if is_run(folder) else []
     if changed:
         raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
@@ -329,8 +337,24 @@ def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
     return lock
 
 
+def _check_links(folder: Path) -> None:
+    """Refuses a run folder from which a link leads elsewhere, where a run would then write or delete."""
+    inside = [p for part in (folder, folder / "checkpoints", folder / "model") if part.is_dir() for p in part.iterdir()]
+    for path in inside:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: a link that leads out of the run folder, {path.resolve()}; remove it")
+
+
+def _check_secrets(config: Config) -> None:
+    """Refuses values with a password or token in them, which the run folder and its report would show to others."""
+    for key, values in configs.flatten(dataclasses.asdict(config)):
+        if any(SECRET.search(value) for value in values):
+            raise UserError(f"{key}: holds a password or token; give it by the environment (HF_TOKEN) or a login file")
+
+
 def check(config: Config) -> None:
     """Refuses values that no run can have, by key."""
+    _check_secrets(config)
     for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")

@@ -78,12 +78,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
       ValueError: it is damaged.
       UserError: it is of another version's format.
     """
-    content = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(content, dict) or "files" not in content:
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(content, dict) or "format" not in content:
         raise ValueError("no manifest")
     if content.get("format") != FORMAT:
         made = f"format {content.get('format')}, made with jax {content.get('jax')}, orbax {content.get('orbax')}"
         raise UserError(f"{folder}: {made}; this version reads format {FORMAT}: go on with the version that wrote it")
+    if not all(isinstance(content.get(part), dict) for part in ("files", "leaves", "metrics")):
+        raise ValueError("no whole manifest")
     return content
 
 
@@ -95,8 +100,12 @@ def problem(folder: Path) -> str:
         return "it was not finished"
     except ValueError:
         return "its manifest is damaged"
+    if not expected:
+        return "its manifest names no files"
     for name, digest in expected.items():
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its manifest names {name}"
         if not path.is_file() or _digest(path) != digest:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""

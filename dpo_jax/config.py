@@ -180,9 +180,19 @@ class Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice instead of taking the last."""
+    """Safe YAML that refuses a key given twice instead of taking the last, and aliases, whose few lines can stand for
+    more text than there is memory.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise UserError(f"{self.name}:{event.start_mark.line + 1}: alias *{event.anchor}: write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep=deep)  # which says what it is instead
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -195,13 +205,14 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the mapping in a YAML file; a file that is absent, or no mapping, is a UserError."""
     try:
         text = Path(path).read_text()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give the YAML of an experiment, as in configs/") from e
-    loader = _Loader(text)
-    loader.name = str(path)
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or "it is no text"
+        raise UserError(f"{path}: cannot be read ({why}); give the YAML of an experiment, as in configs/") from e
     try:
+        loader = _Loader(text)
+        loader.name = str(path)
         values = loader.get_single_data()
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no mapping of keys to values")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,14 @@ def launch_local(processes: int, devices: int, *options: str) -> tuple[str, ...]
     )
 
 
+def wait_for(folder: Path, name: str, step: int) -> None:
+    """Waits until a run has written the metrics of a step."""
+    path, deadline = folder / "runs" / name / "metrics.jsonl", time.monotonic() + 200
+    while not (path.exists() and any(row["step"] >= step for row in metrics.read(path))):
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+
+
 def peers(name: str) -> list[int]:
     """Returns the ids of the several processes that train into runs/<name>, in their order."""
     found = {}
@@ -90,7 +99,8 @@ def peers(name: str) -> list[int]:
             except OSError:  # it has ended meanwhile
                 continue
             if f"runs/{name}" in args and "--distributed" in args and "dpo_jax" in args:
-                found[int(args[args.index("--distributed") + 1].rpartition(",")[2])] = int(entry.name)
+                index = args[args.index("--distributed") + 1].rpartition(",")[2]
+                found[int(entry.name) if index == "auto" else int(index)] = int(entry.name)
     return [found[i] for i in sorted(found)]
 
 

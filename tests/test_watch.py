@@ -12,7 +12,7 @@ import jax
 import pytest
 import runs
 
-from dpo_jax import checkpoint, metrics, processes, watch
+from dpo_jax import checkpoint, processes, watch
 from dpo_jax.config import Config, Data, Model
 from dpo_jax.records import UserError
 
@@ -146,22 +146,12 @@ def world(tmp_path_factory):
     return folder
 
 
-def wait_for(folder, name, step):
-    """Waits until a run has written the metrics of a step."""
-    path, deadline = folder / "runs" / name / "metrics.jsonl", time.monotonic() + 200
-    while time.monotonic() < deadline:
-        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_notice_to_one_process_ends_all_with_everything_saved(world, which):
     name = f"noticed{which}"
     process = runs.start(world, name, launch=runs.launch_local(2, 1))
-    wait_for(world, name, 2)
+    runs.wait_for(world, name, 2)
     os.kill(runs.peers(name)[which], signal.SIGTERM)
     out, _ = runs.finish(process, watch.AGAIN)
     saved = int(re.search(r"saved at step (\d+)", out)[1])
@@ -176,7 +166,7 @@ def test_a_notice_to_one_process_ends_all_with_everything_saved(world, which):
 def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world, which):
     name = f"lost{which}"
     process = runs.start(world, name, launch=runs.launch_local(2, 1, "--restarts", "1"))
-    wait_for(world, name, 7)
+    runs.wait_for(world, name, 7)
     os.kill(runs.peers(name)[which], signal.SIGKILL)
     out, err = runs.finish(process)
     assert re.search(r"launch_local: process \d ended with code -?\d+; ending the others", err)
@@ -196,7 +186,7 @@ def test_a_failure_of_one_process_is_told_and_ends_all(world):
 def test_a_step_that_hangs_ends_all(world):
     """One of two processes is stopped; the other waits for it in a step, and says where."""
     process = runs.start(world, "stopped", "--hang-seconds", "5", launch=runs.launch_local(2, 1))
-    wait_for(world, "stopped", 3)
+    runs.wait_for(world, "stopped", 3)
     stopped = runs.peers("stopped")[1]
     os.kill(stopped, signal.SIGSTOP)
     _, err = runs.finish(process, 1)
@@ -207,7 +197,7 @@ def test_a_step_that_hangs_ends_all(world):
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(world):
     process = runs.start(world, "taken")
-    wait_for(world, "taken", 1)
+    runs.wait_for(world, "taken", 1)
     os.kill(process.pid, signal.SIGSTOP)
     _, err = runs.finish(runs.start(world, "taken"), 2)
     assert f"process {process.pid} on " in err

@@ -33,15 +33,25 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / INDEX).exists():
-        files = [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
-        for file in files:
-            if not file.exists():
-                raise UserError(f"{file}: is missing, {INDEX} names it; download the folder again")
-        return files
+        return _shards_of(folder)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         how = "convert it with transformers: model.save_pretrained(folder, safe_serialization=True)"
         raise UserError(f"{folder}: has its weights only as a pickle, which is never read; {how}")
     raise UserError(f"{folder}: there are no weights; {WEIGHTS} or {INDEX} is needed")
+
+
+def _shards_of(folder: Path) -> list[Path]:
+    """Returns the files that an index names, all of which lie beside it."""
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must name a file for each tensor; download the folder again")
+    files = [folder / name for name in sorted(set(named.values()))]
+    for file in files:
+        if file.parent != folder or file.suffix != ".safetensors":
+            raise UserError(f"{folder / INDEX}: names {str(file)!r}, which is no safetensors file beside it")
+        if not file.exists():
+            raise UserError(f"{file}: is missing, {INDEX} names it; download the folder again")
+    return files
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object")

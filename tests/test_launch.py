@@ -1,0 +1,118 @@
+"""The launchers for clusters, with stand-ins for the clusters' own commands that run everything on this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from dpo_jax import watch
+
+SCRIPTS = runs.ROOT / "scripts"
+# Two tasks, each told who it is as Slurm does; ends with the highest exit code, having ended all if one fails.
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys, time
+args = sys.argv[1:]
+while args[0].startswith("--"):
+    args.pop(0)
+def task(i):
+    who = {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost",
+           "SLURM_STEP_NUM_NODES": "1"}}
+    return subprocess.Popen(args, env=os.environ | who, start_new_session=True)
+tasks = [task(i) for i in range(2)]
+while None in (codes := [t.poll() for t in tasks]):
+    if any(codes):
+        time.sleep(1)
+        for t in tasks:
+            if t.poll() is None:
+                os.killpg(t.pid, signal.SIGKILL)
+    time.sleep(0.05)
+sys.exit(max(c if c >= 0 else 128 - c for c in codes))
+"""
+SCONTROL = '#!/bin/sh\necho "scontrol $@" >>"$CALLS"\n'
+# Notes what it was asked, then ends with the next of the codes in a file.
+GCLOUD = """#!/bin/sh
+echo "$@" >>"$CALLS"
+code=$(head -n 1 "$CODES")
+sed -i 1d "$CODES"
+exit "$code"
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """Puts the clusters' commands on the path; returns the file of their calls."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "gcloud": GCLOUD}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("SLURM_JOB_ID", "123")  # from which JAX makes the port
+    monkeypatch.setenv("PYTHON", sys.executable)
+    return tmp_path / "calls"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder of a small run, done by two processes."""
+    folder = runs.make_world(tmp_path_factory.mktemp("launch"))
+    runs.finish(runs.start(folder, "one", launch=runs.launch_local(2, 1)))
+    return folder
+
+
+SLURM = ("bash", str(SCRIPTS / "launch_slurm"))
+
+
+@pytest.mark.slow
+def test_slurm_starts_again_after_a_crash(world, stand_ins):
+    process = runs.start(world, "crashed", launch=SLURM)
+    runs.wait_for(world, "crashed", 7)
+    os.kill(runs.peers("crashed")[1], signal.SIGKILL)
+    out, err = runs.finish(process)
+    assert re.search(r"launch_slurm: ended with code \d+; starting again", err)
+    assert re.search(r"resuming at step \d+ of 20", out)
+    runs.assert_same_run(world, "crashed")
+    assert not list(world.glob(".launch-*"))
+
+
+@pytest.mark.slow
+def test_slurm_requeues_what_was_asked_to_end(world, stand_ins):
+    process = runs.start(world, "asked", launch=SLURM)
+    runs.wait_for(world, "asked", 2)
+    os.kill(runs.peers("asked")[0], signal.SIGTERM)
+    _, err = runs.finish(process)
+    assert "all is saved; back to the queue" in err
+    assert stand_ins.read_text() == "scontrol requeue 123\n"
+
+
+@pytest.mark.slow
+def test_slurm_does_not_try_again_what_a_user_must_mend(world, stand_ins):
+    _, err = runs.finish(runs.start(world, "wrong", "--optim.learning_rate", "nan", launch=SLURM), 2)
+    assert "optim.learning_rate: nan" in err
+    assert "starting again" not in err
+
+
+@pytest.mark.parametrize(
+    ("codes", "tries", "ends"),
+    [([0], 1, 0), ([1, 255, 0], 3, 0), ([2, 0], 1, 2), ([watch.AGAIN, 0], 2, 0), ([1, 1, 1, 1, 0], 3, 1)],
+)
+def test_a_tpu_pod_is_started_again(stand_ins, tmp_path, codes, tries, ends):
+    (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
+    done = subprocess.run(
+        [SCRIPTS / "launch_tpu_pod", "pod", "zone", "/a folder", "train", "x.yaml", "--run", "it's"],
+        env=os.environ | {"CODES": str(tmp_path / "codes"), "RESTARTS": "2", "WAIT": "0"}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == ends
+    calls = stand_ins.read_text().splitlines()
+    command = r"cd /a\ folder && .venv/bin/python -m dpo_jax train x.yaml --run it\'s --distributed auto"
+    expected = f"compute tpus tpu-vm ssh pod --zone zone --worker=all --command {command}"
+    assert [call.strip() for call in calls] == [expected] * tries
+
+
+def test_a_tpu_pod_without_arguments_is_told_how():
+    done = subprocess.run([SCRIPTS / "launch_tpu_pod"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "scripts/launch_tpu_pod NAME ZONE DIRECTORY train x.yaml" in done.stderr
