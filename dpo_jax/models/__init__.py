@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array, UserError
 
-__all__ = ["Architecture", "Cache", "Model", "build", "families", "family"]
+__all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "families", "family"]
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -28,7 +29,8 @@ class Model(NamedTuple):
       architecture: what it is.
       init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
       hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm.
-      head: params -> float32[V, D]; logits are hidden states times its transpose.
+      head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
+        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states.
       prefill: (params, tokens, positions, group, capacity) -> hidden [B, T, D] and a cache of `capacity` tokens,
         the first T of them filled; `group` 0 is padding.
       decode: (params, token [B], position [B], cache, index, mask) -> hidden [B, D] and the cache with the token at
@@ -66,7 +68,7 @@ def build(architecture: Architecture, *, compute: str = "float32", remat: str = 
         architecture,
         init=lambda key: nn.meta.unbox(_init(decoder, key)),
         hidden=partial(_hidden, decoder),
-        head=_tied_head if architecture.tied else _own_head,
+        head=partial(_head, architecture),
         prefill=partial(_prefill, keeping),
         decode=partial(_decode, keeping),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
@@ -82,12 +84,9 @@ def _hidden(decoder: Decoder, params: Any, tokens: Array, positions: Array, grou
     return decoder.apply({"params": params}, tokens, positions, Context(group=group, branch=branch))[0]
 
 
-def _tied_head(params: Any) -> Array:
-    return params["embedding"]
-
-
-def _own_head(params: Any) -> Array:
-    return params["head"]
+def _head(architecture: Architecture, params: Any) -> Array:
+    weight = params["embedding" if architecture.tied else "head"]
+    return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
 
 def _prefill(decoder, params, tokens, positions, group, capacity):

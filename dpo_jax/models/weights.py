@@ -15,8 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.models.architecture import Architecture, Tensor
-from dpo_jax.models.architecture import Path as Keys
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.layout import Path as Keys
+from dpo_jax.models.layout import Tensor, to_ours, to_theirs
 from dpo_jax.records import Array, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -143,7 +144,7 @@ def read_params(files: list[Path], module: ModuleType, architecture: Architectur
             continue
         found.add(name)
         layer, tensor = wanted[name]
-        for path, part in zip(tensor.paths, tensor.to_ours(value), strict=True):
+        for (path, *_), part in zip(tensor.parts, to_ours(tensor, value), strict=True):
             if layer is None:
                 flat[path] = np.ascontiguousarray(part)
             else:
@@ -164,7 +165,7 @@ def _tie(
         why = f"{module.HEAD} differs from the embedding though the config ties them"
         raise UserError(f"{folder}: {why}; set tie_word_embeddings to false in config.json")
     table = module.tensors(architecture)
-    return {name.removeprefix(module.PREFIX) for name, tensor in table.items() if tensor.paths == (key,)}
+    return {name.removeprefix(module.PREFIX) for name, tensor in table.items() if tensor.parts[0].path == key}
 
 
 def _check_complete(folder: Path, missing: list[str]) -> None:
@@ -222,8 +223,8 @@ def write_params(
 
     def tensor_of(name: str) -> np.ndarray:
         layer, tensor = table[name]
-        parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
-        return np.ascontiguousarray(tensor.to_theirs(*parts).astype(kind))
+        parts = [flat[part.path] if layer is None else flat[part.path][layer] for part in tensor.parts]
+        return np.ascontiguousarray(to_theirs(tensor, parts).astype(kind))
 
     sizes = {name: math.prod(tensor.shape) * kind.itemsize for name, (_, tensor) in table.items()}
     shards = _shards(sizes, limit)
