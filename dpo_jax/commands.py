@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
-from dpo_jax.models import hf
+from dpo_jax.models import described, hf
 from dpo_jax.records import UserError
 from dpo_jax.step import init_state
 
@@ -171,6 +171,21 @@ def export_command(argv: list[str]) -> None:
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
+
+
+def models_command(argv: list[str]) -> None:
+    """`dpo-jax models`."""
+    leading(argv, "models")
+    grid = Grid("model_type", "class in transformers", "what it is")
+    for row in described():
+        grid.add_row(*row)
+    Console().print(grid)
+    say(
+        "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
+        "Rotary positions: default, linear, llama3. What else a config.json asks for is refused by its key.\n"
+        "To add one: a file dpo_jax/models/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
+        "row in tests/tiny.py, from which the tests compare it with transformers."
+    )
 
 
 def report_command(argv: list[str]) -> None:

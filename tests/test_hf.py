@@ -14,9 +14,8 @@ from dpo_jax.models import build, hf
 from dpo_jax.records import UserError
 
 CASES = {
-    "gpt2": ("gpt2", {}),
+    **{name: (name, {}) for name in FAMILIES},
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
-    "gpt_neox": ("gpt_neox", {}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
 }
@@ -247,7 +246,7 @@ def test_a_save_that_fails_leaves_the_old_export(folders, tmp_path):
     assert_same(hf.load(tmp_path / "out")[2], params)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "llama"])
 def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
     architecture, _, params = hf.load(folders(kind))
     name = hf.weights_hash(params, architecture)

@@ -7,7 +7,7 @@ import pytest
 from tiny import FAMILIES, VOCAB, folders_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
 from tiny import whole_rows as whole
 
-from dpo_jax.models import build, families, family, hf
+from dpo_jax.models import build, family, hf
 from dpo_jax.models.layout import to_ours
 from dpo_jax.records import UserError
 
@@ -288,65 +288,13 @@ def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
     assert jnp.isnan(hidden[0, 5]).all()
 
 
-def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
-    assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gemma, gemma2,"):
-        family("llamma")
-    with pytest.raises(UserError, match="'xlnet' is not known; known are"):
-        family("xlnet")
-
-
-LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-LLAMA |= {"intermediate_size": 48}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2}
-NEOX = LLAMA
-
-
-@pytest.mark.parametrize(
-    ("kind", "base", "change", "message"),
-    [
-        ("llama", LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
-        ("llama", LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not"),
-        ("llama", LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
-        ("llama", LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
-        ("llama", LLAMA, {"hidden_size": 30}, "30 is not a multiple of the 4 heads"),
-        ("llama", LLAMA, {"vocab_size": None}, "vocab_size is missing"),
-        ("gpt2", GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not"),
-        ("gpt2", GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
-        ("gpt2", GPT2, {"add_cross_attention": True}, "add_cross_attention"),
-        ("gpt_neox", NEOX, {"rotary_pct": 0.1}, "0 rotary dimensions"),
-        ("gpt_neox", NEOX, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_key(kind, base, change, message):
-    module = family(kind)
-    module.architecture(base)
-    with pytest.raises(UserError, match=r"^config\.json: .*" + message):
-        module.architecture({**base, **change})
-
-
-@pytest.mark.parametrize(("kind", "config"), [("llama", LLAMA), ("gpt2", GPT2), ("gpt_neox", NEOX)])
-def test_settings_that_are_left_out_have_transformers_defaults(kind, config):
-    from transformers import AutoConfig
-
-    full = AutoConfig.for_model(kind, **config).to_dict()
-    assert family(kind).architecture(config) == family(kind).architecture(full)
-
-
-def test_both_spellings_of_rotary_settings_mean_the_same():
-    old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
-    new = family("gpt_neox").architecture(
-        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}
-    )
-    assert old == new
-    assert old.rope.dims == 4
-    scaling = {"factor": 2.0}
-    old = family("llama").architecture({**LLAMA, "rope_theta": 7.0, "rope_scaling": {**scaling, "type": "linear"}})
-    new = family("llama").architecture(
-        {**LLAMA, "rope_parameters": {**scaling, "rope_type": "linear", "rope_theta": 7.0}}
-    )
-    assert old == new
-    assert (old.rope.theta, old.rope.factor) == (7.0, 2.0)
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), [("compute", "float16"), ("remat", "some")])

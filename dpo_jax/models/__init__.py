@@ -17,7 +17,7 @@ from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array, UserError
 
-__all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "families", "family"]
+__all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "described", "families", "family"]
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -104,6 +104,12 @@ def _decode(decoder, params, token, position, cache, index, mask):
     return hidden[:, 0], tuple(put(old, entry) for old, entry in zip(cache, new, strict=True))
 
 
+def described() -> list[tuple[str, str, str]]:
+    """Returns of each family its `model_type`, its class in transformers, and a line that says what it is."""
+    modules = [(name, family(name)) for name in families()]
+    return [(name, module.CLASS, (module.__doc__ or "").splitlines()[0]) for name, module in modules]
+
+
 @cache
 def families() -> tuple[str, ...]:
     """Returns the known values of `model_type`: the files of this folder that have a table of tensors."""
@@ -120,5 +126,7 @@ def family(model_type: str) -> ModuleType:
     if model_type not in families():
         close = difflib.get_close_matches(str(model_type), families(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}known are {', '.join(families())}")
+        how = "a new one is a file in dpo_jax/models/, see dpo-jax models"
+        known = f"known are {', '.join(families())}; {how}"
+        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}{known}")
     return importlib.import_module(f"{__name__}.{model_type}")

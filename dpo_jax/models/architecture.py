@@ -179,22 +179,25 @@ def kv_heads(config: Config, heads: int) -> int:
     return number
 
 
-def rope(config: Config, dim: int, *, theta: str | float = "rope_theta", part: tuple[str, float] = ("", 1.0)) -> Rope:
+def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
     """Returns the rotary embedding of a config.json, in transformers 5's form (`rope_parameters`) or the older one.
 
     Args:
       config: the config.
       dim: head dimension.
-      theta: the older form's key of the base, or the base itself where it has no key.
-      part: the older form's key of the rotated fraction of a head, and its default.
+      theta: the older form's key of the base.
+      part: the older form's key of the rotated fraction of a head, and its default; None where all of it is rotated.
 
     Raises:
-      UserError: a kind of scaling other than none, "linear" and "llama3".
+      UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where there can be none.
     """
     new = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = get(config, theta, 10000.0) if isinstance(theta, str) else theta
-    fraction = get(config, "partial_rotary_factor", get(config, part[0], part[1]))
-    return rope_of(new, dim, base, fraction, config.get("original_max_position_embeddings"))
+    if part is None:
+        only(config, "partial_rotary_factor", 1.0)
+        only(new, "partial_rotary_factor", 1.0)
+        part = ("", 1.0)
+    fraction = get(config, "partial_rotary_factor", get(config, *part))
+    return rope_of(new, dim, get(config, theta, 10000.0), fraction, config.get("original_max_position_embeddings"))
 
 
 def rope_of(new: Config, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None) -> Rope:

@@ -30,7 +30,7 @@ def architecture(config: Config) -> Architecture:
     return gemma2.like(
         config,
         "gemma3_text",
-        every=config["sliding_window_pattern"],
+        every=arch.get(config, "sliding_window_pattern", 6),
         qk_norm="head",
         rope=arch.rope_of(whole, dim, arch.get(config, "rope_theta", 1e6)),
         window_rope=arch.rope_of(near, dim, arch.get(config, "rope_local_base_freq", 1e4)),

@@ -1,4 +1,4 @@
-"""GPT-2 (DistilGPT-2, DialoGPT): its config and its tensor names. Its Conv1D weights are [in, out], as ours are."""
+"""GPT-2 (large is the paper's for film reviews), DistilGPT-2: learned positions, projections stored as ours are."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, Config

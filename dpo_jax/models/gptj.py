@@ -1,4 +1,4 @@
-"""GPT-J (the 6B of the paper's TL;DR runs): its config and its tensor names."""
+"""GPT-J (6B is the paper's for summaries): attention and MLP side by side after one norm, a head with a bias."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Llama (and what shares its shape, SmolLM2 or TinyLlama for example): its config and its tensor names.
+"""Llama 2 to 3.2, TinyLlama, SmolLM2 and many more: rotary positions, gated MLP, shared key-value heads.
 
 Mistral, Qwen, Phi-3, Gemma and OLMo 2 are told by how they differ: `like` and `table` are theirs too.
 """

@@ -1,4 +1,4 @@
-"""OPT (125M to 66B, all but 350M): its config and its tensor names. The first position has row 2 of its embedding."""
+"""OPT (125M to 66B, all but 350M): learned positions, the first of which has row 2 of their embedding."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, Config

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (mini, medium): Llama with fused projections, a rotated part of each head, and maybe a window."""
+"""Phi-3 and Phi-4 of 4k to 16k tokens: Llama with fused projections, a rotated part of each head, maybe a window."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama
@@ -22,7 +22,9 @@ def architecture(config: Config) -> Architecture:
     arch.only(config, "layer_types", None)
     layers = arch.need(config, "num_hidden_layers")
     kinds = None if config["sliding_window"] is None else ["sliding_attention"] * layers
-    return llama.like(config, "phi3", windows=arch.windows(config, layers, kinds))
+    dim = arch.head_dim(config, arch.need(config, "hidden_size"), arch.need(config, "num_attention_heads"))
+    rope = arch.rope(config, dim, part=("partial_rotary_factor", 1.0))
+    return llama.like(config, "phi3", rope=rope, windows=arch.windows(config, layers, kinds))
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
