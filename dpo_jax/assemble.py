@@ -21,7 +21,7 @@ from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
-from dpo_jax.models import Model, hf
+from dpo_jax.models import Model, hf, hub
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Chat, TrainState, UserError
 from dpo_jax.sample import sample
@@ -69,13 +69,16 @@ def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, pr
 
 
 def model_folder(path: str) -> Path:
-    """Returns the Hugging Face folder that a path names: itself, or what a run has exported.
+    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
 
     Raises:
-      UserError: no such folder; a run that has not finished.
+      UserError: no such folder or model of the hub; a run that has not finished.
     """
+    if hub.is_name(path):
+        return hub.fetched(path)
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; give a Hugging Face model folder or the folder of a run")
+        kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
+        raise UserError(f"{path}: no such folder; give {kinds}")
     if not is_run(path):
         return Path(path)
     if not (Path(path) / "model").is_dir():

@@ -82,7 +82,8 @@ class Model:
     """The policy at the start."""
 
     path: str = ""
-    """A Hugging Face folder, a run folder, or the YAML of a run, which is then trained first if need be."""
+    """A Hugging Face folder, owner/name of the hub (or owner/name@revision), a run folder, or the YAML of a run, which
+    is then trained first if need be."""
     config: str = ""
     """A Hugging Face config.json (or folder with one): random initialisation."""
     tokenizer: str = ""

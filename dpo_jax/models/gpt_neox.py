@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia (2.8B is the paper's for dialogue): attention and MLP side by side, a rotated part of each head."""
+"""GPT-NeoX, Pythia (2.8B is the paper's for dialogue): attention and MLP side by side, a rotated part of each head."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, Config

@@ -120,7 +120,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Args:
       folder: a local folder, a tokenizer's json file in one (read as it is, with the folder's special tokens), or
-        `name` or `owner/name` on the hub.
+        `name` or `owner/name` on the hub, maybe with `@revision`.
 
     Raises:
       UserError: there is none, or it has no end-of-sequence token.
@@ -135,7 +135,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     if looks_local and not local.exists():
         raise UserError(f"{name}: there is no such folder to read a tokenizer from")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local if local.exists() else name, trust_remote_code=False)
+        found, revision = (local, "") if local.exists() else name.partition("@")[::2]
+        tokenizer = AutoTokenizer.from_pretrained(found, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
