@@ -35,13 +35,19 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: pure functions.
-      params: host arrays.
+      params: host arrays, or stored ones.
       hf_config: the contents of its config.json.
+      generation: the contents of its generation_config.json.
     """
 
     model: Model
     params: Any
     hf_config: dict[str, Any]
+    generation: dict[str, Any]
+
+    def save(self, params: Any, out: Path, tokenizer: Any) -> None:
+        """Writes parameters of this model as a Hugging Face folder."""
+        hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
 
 
 def cache_folder() -> Path:
@@ -105,9 +111,11 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
     """
     if bool(options.path) == bool(options.config):
         raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
-    params = None
+    params, generation = None, {}
     if options.path:
-        architecture, hf_config, params = hf.load(model_folder(options.path))
+        folder = model_folder(options.path)
+        architecture, hf_config, params = hf.stored(folder)
+        generation = hf.read_generation(folder)
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         hf_config = hf.read_config(options.config) | ids
@@ -118,7 +126,7 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
     if len(tokenizer) > architecture.vocab:
         where = options.path or options.config
         raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
-    return Loaded(model, params, hf_config)
+    return Loaded(model, params, hf_config, generation)
 
 
 def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -315,19 +323,19 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         held_out=held_out,
         complete=completer(config, loaded.model, tokenizer, prompts) if prompts else None,
         prompts=decoded(tokenizer, prompts),
-        export=lambda params, out: hf.save(out, params, loaded.hf_config, tokenizer),
+        export=partial(loaded.save, tokenizer=tokenizer),
     )
 
 
 def frozen_of(config: Config, policy: Loaded) -> tuple[Any, str]:
-    """Returns the reference's host arrays and their hash; by default those of the policy at the start.
+    """Returns the reference's host or stored arrays and their hash; by default those of the policy at the start.
 
     Raises:
       UserError: a reference of another architecture, which one table of log-probs cannot serve here.
     """
     params, architecture = policy.params, policy.model.architecture
     if config.reference.path:
-        architecture, _, params = hf.load(model_folder(config.reference.path))
+        architecture, _, params = hf.stored(model_folder(config.reference.path))
         if architecture != policy.model.architecture:
             raise UserError(f"reference.path: {config.reference.path} is of another architecture than the policy")
     return params, weights_hash(params, architecture)

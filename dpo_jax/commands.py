@@ -69,7 +69,7 @@ def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
 def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
     """Returns the parameters of a run's newest checkpoint, or those of a model folder."""
     if not assemble.is_run(path):
-        return loaded.params
+        return hf.whole(loaded.params)
     like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), loaded.params)
     return assemble.newest(Path(path), like).params
 
@@ -87,7 +87,7 @@ def eval_command(argv: list[str]) -> None:
     held_out = assemble.table_of(settings, tokenizer, rows, "held-out", say)
     models = {"policy": _policy(path, settings, loaded)}
     if loss.uses_reference:
-        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+        models["reference"] = hf.whole(assemble.frozen_of(settings, loaded)[0])
     judge = evaluate.Judge(loaded.model, loss, models, settings.batch_size, settings.data.max_length)
     found = evaluate.summary(evaluate.held_out(judge, held_out))
     shown: list[tuple[str, ...]] = []
@@ -155,7 +155,7 @@ def sample_command(argv: list[str]) -> None:
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     models = {"policy": _policy(path, settings, loaded)}
     if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
-        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+        models["reference"] = hf.whole(assemble.frozen_of(settings, loaded)[0])
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
     _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
@@ -169,7 +169,7 @@ def export_command(argv: list[str]) -> None:
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    hf.save(Path(out), _policy(path, settings, loaded), loaded.hf_config, tokenizer)
+    loaded.save(_policy(path, settings, loaded), Path(out), tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 
 

@@ -35,8 +35,8 @@ class Run(NamedTuple):
       cache: folder of reference columns.
       model: pure functions of the architecture.
       loss: bound.
-      params: host arrays, the policy at the start.
-      frozen: returns (host arrays of the reference, their hash); None for a loss without a reference.
+      params: host or stored arrays, the policy at the start.
+      frozen: returns (host or stored arrays of the reference, their hash); None for a loss without a reference.
       train: table of comparisons.
       held_out: table of comparisons to evaluate on.
       complete: (params) -> completions of the sample prompts as text; None for no samples.
@@ -123,7 +123,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     fill = column = eval_column = samples = None
     if run.frozen is not None:
         weights, name = run.frozen()
-        weights = jax.device_put(weights, params)
+        weights = sharding.put(weights, params)
         make = reference.make_column(logps, sharding.of_batch(mesh))
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
@@ -185,7 +185,7 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     """Returns the state before the first update, laid out over the devices."""
     tx = optim.build(**run.config.optim)
     where = jax.tree.map(lambda x: x.sharding, prepared.like)
-    params = jax.device_put(run.params, where.params)
+    params = sharding.put(run.params, where.params)
     # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
     return jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx), out_shardings=where)(params)
 
@@ -261,7 +261,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
             state = _steps(run, prepared, checkpoints, _begin(run, prepared, checkpoints, say), asked)
     finally:
         checkpoints.close()
-    run.export(jax.device_get(state.params), run.folder / "model")
+    run.export(state.params, run.folder / "model")
     return run.folder / "model"
 
 

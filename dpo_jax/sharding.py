@@ -36,6 +36,18 @@ def row_devices(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[a] for a in ROWS)
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """Returns host arrays, or stored ones that every process can read, on the devices.
+
+    Of a stored one each process reads the blocks of its devices only, one array after another.
+    """
+
+    def one(x: Any, where: NamedSharding) -> jax.Array:
+        return jax.block_until_ready(jax.make_array_from_callback(x.shape, where, lambda index: x[index]))
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -54,14 +54,17 @@ def test_greedy_equals_transformers_token_by_token(models, kind):
         assert new.tolist() == torch_greedy(folder, prompt, NEW, EOS).tolist()
 
 
-def test_greedy_equals_transformers_on_a_trained_model():
-    folder = shared_model("tinystories-656k")
+@pytest.mark.parametrize("name", ["tinystories-656k", "stories260k"])
+def test_greedy_equals_transformers_on_a_trained_model(name):
+    folder = shared_model(name)
     architecture, _, params = hf.load(folder)
     tokenizer = hf.load_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The dog ran to the big tree and")]
-    ours = sample(build(architecture), params, prompts, max_new_tokens=40, temperature=0, eos_id=2)
+    ours = sample(build(architecture), params, prompts, max_new_tokens=200, temperature=0, eos_id=())
     for prompt, new in zip(prompts, ours, strict=True):
-        assert new.tolist() == torch_greedy(folder, prompt, 40, 2).tolist()
+        theirs = torch_greedy(folder, prompt, 200, None)
+        assert tokenizer.decode(new) == tokenizer.decode(theirs)
+        assert new.tolist() == theirs.tolist()
 
 
 def test_bfloat16_generates(models):

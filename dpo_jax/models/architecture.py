@@ -1,6 +1,6 @@
 """What an architecture is, as plain values, and how a family's config.json is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -223,13 +223,13 @@ def rope_of(new: Config, dim: int, theta: float = 10000.0, fraction: float = 1.0
     return Rope(dims, theta, kind, factor, low, high, original)
 
 
-def windows(config: Config, layers: int, kinds: list[str] | None) -> tuple[int, ...]:
+def windows(config: Config, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:
     """Returns the window of each layer, from `layer_types` (or `kinds`, its default) and `sliding_window`.
 
     Raises:
       UserError: a kind of layer that is not supported, too many or too few of them, or no size of the window.
     """
-    kinds = get(config, "layer_types", kinds) or ["full_attention"] * layers
+    kinds = [*(get(config, "layer_types", kinds) or ["full_attention"] * layers)]
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             known = "full_attention, sliding_attention"

@@ -52,7 +52,7 @@ def _windows(config: Config, layers: int) -> tuple[int, ...]:
         raise arch.UserError(f"config.json: attention_types names {len(kinds)} layers, num_layers is {layers}")
     named = {"global": "full_attention", "local": "sliding_attention"}
     size = arch.get(config, "window_size", 256)
-    return arch.windows({"sliding_window": size}, layers, [named.get(kind, kind) for kind in kinds])
+    return arch.windows({"sliding_window": size}, layers, [str(named.get(kind, kind)) for kind in kinds])
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:

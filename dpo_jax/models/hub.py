@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.records import UserError
 
@@ -36,9 +37,10 @@ def fetched(path: str) -> Path:
     assert match is not None
     name, revision = match.groups()
     patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its bases: all errors of the HTTP client
     try:
         folder = Path(snapshot_download(name, revision=revision, **patterns))
-    except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # its bases: all errors of the HTTP client
+    except failures as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: no such folder, and the hub has given no such model: {reason}") from error
     if not any(folder.glob("*.safetensors")):
