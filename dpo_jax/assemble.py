@@ -21,7 +21,8 @@ from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
-from dpo_jax.models import Model, hf, hub
+from dpo_jax.models import Model, hf, hub, lora
+from dpo_jax.models.lora import Lora
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Chat, TrainState, UserError
 from dpo_jax.sample import sample
@@ -38,16 +39,35 @@ class Loaded(NamedTuple):
       params: host arrays, or stored ones.
       hf_config: the contents of its config.json.
       generation: the contents of its generation_config.json.
+      name: its folder, or its name on the hub.
+      adapters: host arrays, if only adapters of it are trained.
+      lora: what they are, likewise.
     """
 
     model: Model
     params: Any
     hf_config: dict[str, Any]
     generation: dict[str, Any]
+    name: str = ""
 
-    def save(self, params: Any, out: Path, tokenizer: Any) -> None:
-        """Writes parameters of this model as a Hugging Face folder."""
+    adapters: Any = None
+    lora: Lora | None = None
+
+    def policy(self, trained: Any) -> Any:
+        """Returns the policy's parameters, in the host's memory, from what is trained."""
+        return trained if self.lora is None else lora.joined(hf.whole(self.params), trained, self.lora)
+
+    def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as a Hugging Face folder, adapters merged."""
+        params = trained if self.lora is None else lora.merged(self.params, trained, self.lora)
         hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
+
+    def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as `save` does and, where adapters are trained, these beside it, as PEFT has them."""
+        self.save(trained, out, tokenizer)
+        if self.lora is not None:
+            base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+            lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
 
 
 def cache_folder() -> Path:
@@ -103,8 +123,8 @@ def tokenizer_of(options: configs.Model) -> Any:
     return hf.load_tokenizer(model_folder(name or options.path) if local else name)
 
 
-def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
-    """Returns the policy at the start: a folder's weights, or a random draw from a config.json.
+def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: configs.Lora | None = None) -> Loaded:
+    """Returns the policy at the start: a folder's weights, or a random draw from a config.json, and adapters if any.
 
     Raises:
       UserError: neither or both are named; the tokenizer has more ids than the vocabulary.
@@ -126,7 +146,13 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
     if len(tokenizer) > architecture.vocab:
         where = options.path or options.config
         raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
-    return Loaded(model, params, hf_config, generation)
+    adapters, kind = None, None
+    if adapted and adapted.path:
+        adapters, kind = lora.load(Path(adapted.path), architecture)
+    elif adapted and adapted.rank:
+        kind = Lora(adapted.rank, adapted.alpha, adapted.targets)
+        adapters = lora.init(architecture, kind, seed)
+    return Loaded(model, params, hf_config, generation, options.path, adapters, kind)
 
 
 def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -295,7 +321,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     loss = losses.build(**config.loss)
     optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
-    loaded = load_model(config.model, tokenizer, config.seed)
+    loaded = load_model(config.model, tokenizer, config.seed, config.lora)
     limit = loaded.model.architecture.max_positions
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
@@ -317,13 +343,15 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         cache=cache_folder(),
         model=loaded.model,
         loss=loss,
-        params=loaded.params,
+        params=loaded.params if loaded.lora is None else loaded.adapters,
         frozen=partial(frozen_of, config, loaded) if loss.uses_reference else None,
         train=train,
         held_out=held_out,
         complete=completer(config, loaded.model, tokenizer, prompts) if prompts else None,
         prompts=decoded(tokenizer, prompts),
-        export=partial(loaded.save, tokenizer=tokenizer),
+        export=partial(loaded.export, tokenizer=tokenizer),
+        base=None if loaded.lora is None else loaded.params,
+        lora=loaded.lora,
     )
 
 

@@ -66,11 +66,12 @@ def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
     return dataclasses.replace(settings, model=model)
 
 
-def _policy(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
-    """Returns the parameters of a run's newest checkpoint, or those of a model folder."""
+def _trained(path: str, settings: Config, loaded: assemble.Loaded) -> Any:
+    """Returns what is trained, of a run's newest checkpoint or, whole, of a model folder."""
+    trained = loaded.params if loaded.lora is None else loaded.adapters
     if not assemble.is_run(path):
-        return hf.whole(loaded.params)
-    like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), loaded.params)
+        return hf.whole(trained)
+    like = jax.eval_shape(lambda p: init_state(p, optim.build(**settings.optim)), trained)
     return assemble.newest(Path(path), like).params
 
 
@@ -82,10 +83,10 @@ def eval_command(argv: list[str]) -> None:
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     _, rows = assemble.comparisons(settings.data, loss.responses)
     held_out = assemble.table_of(settings, tokenizer, rows, "held-out", say)
-    models = {"policy": _policy(path, settings, loaded)}
+    models = {"policy": loaded.policy(_trained(path, settings, loaded))}
     if loss.uses_reference:
         models["reference"] = hf.whole(assemble.frozen_of(settings, loaded)[0])
     judge = evaluate.Judge(loaded.model, loss, models, settings.batch_size, settings.data.max_length)
@@ -152,8 +153,8 @@ def sample_command(argv: list[str]) -> None:
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    models = {"policy": _policy(path, settings, loaded)}
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
+    models = {"policy": loaded.policy(_trained(path, settings, loaded))}
     if settings.reference.path or (assemble.is_run(path) and losses.build(**settings.loss).uses_reference):
         models["reference"] = hf.whole(assemble.frozen_of(settings, loaded)[0])
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
@@ -168,8 +169,8 @@ def export_command(argv: list[str]) -> None:
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    loaded.save(_policy(path, settings, loaded), Path(out), tokenizer)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
+    loaded.save(_trained(path, settings, loaded), Path(out), tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 
 

@@ -95,6 +95,20 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: only they are trained and kept, and the reference is the model without them."""
+
+    rank: int = 0
+    """Their rank; 0 trains the whole model."""
+    alpha: float = 16.0
+    """What adapters add is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Modules that are adapted, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
+    path: str = ""
+    """A PEFT folder with the adapters to start from, of which rank, alpha and targets are taken."""
+
+
+@dataclass(frozen=True)
 class Reference:
     """The frozen reference."""
 
@@ -138,6 +152,7 @@ class Config:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     reference: Reference = field(default_factory=Reference)
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
     optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})

@@ -21,8 +21,9 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
 from dpo_jax.metrics import Progress, append, truncate
-from dpo_jax.models import Model
-from dpo_jax.records import Batch, TrainState, UserError
+from dpo_jax.models import Model, lora
+from dpo_jax.models.lora import Lora
+from dpo_jax.records import Array, Batch, Logps, TrainState, UserError
 from dpo_jax.step import init_state, make_train_step
 
 
@@ -35,13 +36,15 @@ class Run(NamedTuple):
       cache: folder of reference columns.
       model: pure functions of the architecture.
       loss: bound.
-      params: host or stored arrays, the policy at the start.
+      params: host or stored arrays, what is trained, at the start: all of the policy, or its adapters.
       frozen: returns (host or stored arrays of the reference, their hash); None for a loss without a reference.
       train: table of comparisons.
       held_out: table of comparisons to evaluate on.
       complete: (params) -> completions of the sample prompts as text; None for no samples.
       prompts: the sample prompts as text.
       export: (params, folder) writes the model.
+      base: host or stored arrays of the model that adapters are for; None where all of the policy is trained.
+      lora: what the adapters are; None likewise.
     """
 
     config: Config
@@ -56,15 +59,21 @@ class Run(NamedTuple):
     complete: Callable[[Any], list[str]] | None
     prompts: list[str]
     export: Callable[[Any, Path], None]
+    base: Any = None
+    lora: Lora | None = None
 
 
 class Prepared(NamedTuple):
-    """A run on its devices: compiled functions, layouts, columns."""
+    """A run on its devices: compiled functions, layouts, columns.
+
+    `policy` makes the policy's parameters of what is trained.
+    """
 
     mesh: Any
     shape: pack.Shape
     put: Callable
     step: Callable
+    policy: Callable[[Any], Any]
     like: TrainState
     fill: Callable[[Batch, int], Batch] | None
     column: np.ndarray | None
@@ -93,10 +102,29 @@ def put_batch(batch: Batch, mesh: Any) -> Batch:
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx), run.params)
-    params = sharding.of_params(mesh, run.model.axes, shapes.params)
+    axes = run.model.axes if run.lora is None else lora.axes(run.model.axes, run.params)
+    params = sharding.of_params(mesh, axes, shapes.params)
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return params, like
+
+
+def policy_of(run: Run, base: Any, params: Any) -> Any:
+    """Returns the policy's parameters from what is trained and, where that is adapters, the base on the devices."""
+    return params if run.lora is None else lora.joined(base, params, run.lora)
+
+
+def compiled_step(run: Run, tx: Any, mesh: Any, like: TrainState, base: Any) -> Callable:
+    """Returns the compiled train step; the base of adapters is an argument, so that the program does not hold it."""
+
+    def step(state: TrainState, batch: Batch, count: Array, base: Any) -> tuple[TrainState, Any]:
+        def logps(params: Any, micro: Batch) -> Logps:
+            return batch_logps(run.model, policy_of(run, base, params), micro)
+
+        return make_train_step(logps, run.loss, tx)(state, batch, count)
+
+    where = jax.tree.map(lambda x: x.sharding, like), sharding.replicated(mesh)
+    return partial(jax.jit(step, donate_argnums=0, out_shardings=where), base=base)
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -114,16 +142,13 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     shape, eval_shape = choose(run.train), choose(run.held_out)
     put, logps = partial(put_batch, mesh=mesh), partial(batch_logps, run.model)
     tx = optim.build(**config.optim)
-    params, like = shardings_of(run, tx, mesh)
-    step = jax.jit(
-        make_train_step(logps, run.loss, tx),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, like), sharding.replicated(mesh)),
-    )
+    trained, like = shardings_of(run, tx, mesh)
+    params = trained if run.lora is None else sharding.of_params(mesh, run.model.axes, run.base)
+    base = None if run.lora is None else sharding.put(run.base, params)
     fill = column = eval_column = samples = None
     if run.frozen is not None:
         weights, name = run.frozen()
-        weights = sharding.put(weights, params)
+        weights = base if weights is run.base else sharding.put(weights, params)
         make = reference.make_column(logps, sharding.of_batch(mesh))
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
@@ -141,7 +166,9 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
-    return Prepared(mesh, shape, put, step, like, fill, column, evaluator, samples, steps, rows)
+    policy = partial(policy_of, run, base)
+    step = compiled_step(run, tx, mesh, like, base)
+    return Prepared(mesh, shape, put, step, policy, like, fill, column, evaluator, samples, steps, rows)
 
 
 def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
@@ -307,12 +334,13 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> None:
     """Evaluates the policy on the held-out data and writes its samples."""
     step = int(state.step)
     examples = step * run.config.batch_size
-    summary = evaluate.summary(evaluate.values(prepared.evaluator, state.params))
+    params = prepared.policy(state.params)
+    summary = evaluate.summary(evaluate.values(prepared.evaluator, params))
     append(run.folder / "metrics.jsonl", step, examples, {name: entry["mean"] for name, entry in summary.items()})
     (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
         return
-    policy = run.complete(state.params)
+    policy = run.complete(params)
     other = prepared.reference_samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}

@@ -249,7 +249,7 @@ def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
         np.testing.assert_allclose(hidden[1], whole_hidden[1, index - 4], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
 def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
     architecture, _, loaded = hf.load(folders(kind))
     params = jax.jit(build(architecture).init)(jax.random.key(0))

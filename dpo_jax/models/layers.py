@@ -114,7 +114,10 @@ def rotate(x: Array, angles: tuple[Array, Array] | None) -> Array:
 
 
 class Linear(nn.Module):
-    """A projection's parameters: `kernel` [*inputs, *outputs] and, if wanted, `bias` [*outputs]."""
+    """A projection's parameters: `kernel` [*inputs, *outputs] and, if wanted, `bias` [*outputs].
+
+    Where it is given adapters, `lora_a` [*inputs, r] and `lora_b` [r, *outputs], their product is added.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -130,7 +133,11 @@ class Linear(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
         kernel = self.param("kernel", weights, (*self.inputs, *self.outputs))
         bias = self.param("bias", zeros, self.outputs) if self.bias else None
-        return checkpoint_name(project(x, kernel, bias, count), "projection")
+        y: Array = project(x, kernel, bias, count)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            y = y + project(project(x, a, None, count), b, None, 1)
+        return checkpoint_name(y, "projection")
 
 
 class Norm(nn.Module):
