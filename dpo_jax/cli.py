@@ -19,6 +19,7 @@ COMMANDS = {
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
     "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
     "models": ("", "the families of models that can be loaded"),
+    "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rewards
+from dpo_jax import assemble, config, evaluate, loop, losses, optim, plan, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.models import described, hf
@@ -172,6 +172,39 @@ def export_command(argv: list[str]) -> None:
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     loaded.save(_trained(path, settings, loaded), Path(out), tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
+
+
+@dataclass(frozen=True)
+class Planning(Config):
+    """A run's config, and the devices that it is planned for."""
+
+    devices: int = 0
+    """How many devices (0: those that are here)."""
+    memory: float = 80.0
+    """GB of memory that each has."""
+
+
+def plan_command(argv: list[str]) -> None:
+    """`dpo-jax plan CONFIG.yaml [--devices N] [--memory GB] [--key.path value ...]`."""
+    (file,), rest = leading(argv, "plan", "CONFIG.yaml")
+    settings = config.parse(Planning, file or None, rest, prog="dpo-jax plan CONFIG.yaml", variants=assemble.VARIANTS)
+    if settings.devices:  # processors stand for them: the compiler needs no more than their number
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", settings.devices)
+    made = plan.of(plan.resolved(settings))
+    grid = Grid("on each device", "GB")
+    for name, value in (*made.memory._asdict().items(), ("together", made.memory.total)):
+        grid.add_row(name, f"{value / plan.GB:.2f}")
+    Console().print(grid)
+    say(
+        f"{made.parameters:,} parameters, {made.trained:,} of them trained; {jax.device_count()} device(s); up to "
+        f"{made.shape.microbatches} microbatches of {made.shape.rows} rows x {made.shape.length} tokens"
+    )
+    lines = plan.advice(made, int(settings.memory * plan.GB))
+    share = made.memory.total / (settings.memory * plan.GB)
+    say(f"{share:.0%} of {settings.memory:g} GB" + (": it does not fit; what would help:" if lines else ": it fits"))
+    for line in lines:
+        say(f"  {line}")
 
 
 def models_command(argv: list[str]) -> None:
