@@ -1,5 +1,7 @@
 """Generation against transformers' token by token, its distribution against closed forms, and its seeds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,18 @@ def test_every_token_is_drawn_anew(models):
     uniform = jax.tree.map(jnp.zeros_like, params)
     (out,) = sample(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
     assert len(set(out.tolist())) > NEW / 2
+
+
+def test_tokens_are_drawn_from_capped_logits(models):
+    _, model, params = models("gemma2")
+    steep = {**params, "embedding": params["embedding"] * 100}  # without the cap one token has all of the probability
+    options = {"max_new_tokens": NEW, "eos_id": (), "batch_size": 1}
+    (greedy,) = sample(model, steep, prompts_of(7), temperature=0, **options)
+    free = build(dataclasses.replace(model.architecture, logit_cap=None))
+    (drawn,) = sample(free, steep, prompts_of(7), **options)
+    assert drawn.tolist() == greedy.tolist()
+    (capped,) = sample(model, steep, prompts_of(7), **options)
+    assert (capped != greedy).sum() > NEW / 2
 
 
 def test_a_shape_is_compiled_once(models):
