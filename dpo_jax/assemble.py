@@ -24,7 +24,8 @@ from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
 from dpo_jax.loop import Run, initialise
 from dpo_jax.losses import Loss
-from dpo_jax.models import Model, hf
+from dpo_jax.models import Model, hf, hub, lora
+from dpo_jax.models.lora import Lora
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Chat, TrainState, UserError
 from dpo_jax.sample import sample
@@ -48,13 +49,38 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: pure functions.
-      params: host arrays.
+      params: host arrays, or stored ones.
       hf_config: the contents of its config.json.
+      generation: the contents of its generation_config.json.
+      name: its folder, or its name on the hub.
+      adapters: host arrays, if only adapters of it are trained.
+      lora: what they are, likewise.
     """
 
     model: Model
     params: Any
     hf_config: dict[str, Any]
+    generation: dict[str, Any]
+    name: str = ""
+
+    adapters: Any = None
+    lora: Lora | None = None
+
+    def policy(self, trained: Any) -> Any:
+        """Returns the policy's parameters, in the host's memory, from what is trained."""
+        return trained if self.lora is None else lora.joined(hf.whole(self.params), trained, self.lora)
+
+    def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as a Hugging Face folder, adapters merged."""
+        params = trained if self.lora is None else lora.merged(self.params, trained, self.lora)
+        hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
+
+    def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as `save` does and, where adapters are trained, these beside it, as PEFT has them."""
+        self.save(trained, out, tokenizer)
+        if self.lora is not None:
+            base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+            lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
 
 
 def cache_folder() -> Path:
@@ -82,13 +108,16 @@ def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, pr
 
 
 def model_folder(path: str) -> Path:
-    """Returns the Hugging Face folder that a path names: itself, or what a run has exported.
+    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
 
     Raises:
-      UserError: no such folder; a run that has not finished.
+      UserError: no such folder or model of the hub; a run that has not finished.
     """
+    if hub.is_name(path):
+        return hub.fetched(path)
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; give a Hugging Face model folder or the folder of a run")
+        kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
+        raise UserError(f"{path}: no such folder; give {kinds}")
     if not is_run(path):
         return Path(path)
     if not (Path(path) / "model").is_dir():
@@ -107,17 +136,19 @@ def tokenizer_of(options: configs.Model) -> Any:
     return hf.load_tokenizer(model_folder(name or options.path) if local else name)
 
 
-def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
-    """Returns the policy at the start: a folder's weights, or a random draw from a config.json.
+def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: configs.Lora | None = None) -> Loaded:
+    """Returns the policy at the start: a folder's weights, or a random draw from a config.json, and adapters if any.
 
     Raises:
       UserError: neither or both are named; the tokenizer has more ids than the vocabulary.
     """
     if bool(options.path) == bool(options.config):
         raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
-    params = None
+    params, generation = None, {}
     if options.path:
-        architecture, hf_config, params = hf.load(model_folder(options.path))
+        folder = model_folder(options.path)
+        architecture, hf_config, params = hf.stored(folder)
+        generation = hf.read_generation(folder)
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         hf_config = hf.read_config(options.config) | ids
@@ -128,7 +159,13 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int) -> Loaded:
     if len(tokenizer) > architecture.vocab:
         where = options.path or options.config
         raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
-    return Loaded(model, params, hf_config)
+    adapters, kind = None, None
+    if adapted and adapted.path:
+        adapters, kind = lora.load(Path(adapted.path), architecture)
+    elif adapted and adapted.rank:
+        kind = Lora(adapted.rank, adapted.alpha, adapted.targets)
+        adapters = lora.init(architecture, kind, seed)
+    return Loaded(model, params, hf_config, generation, options.path, adapters, kind)
 
 
 def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -222,6 +259,8 @@ def sync_of(config: Config, loss: Loss) -> Sync | None:
         raise UserError(f"reference: sync_every {every} is less than 0, or sync_alpha {alpha} is not in (0, 1]")
     if not loss.uses_reference:
         raise UserError("reference.sync_every: the loss has no reference that could follow the policy")
+    if config.lora.rank or config.lora.path:
+        raise UserError("reference.sync_every: with lora the reference is the model without adapters, which stays")
     if config.reference.mode == "cache":
         raise UserError("reference.sync_every: a reference that moves cannot be cached; set reference.mode: online")
     return Sync(every, alpha)
@@ -373,7 +412,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     sync = sync_of(config, loss)
     optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
-    loaded = load_model(config.model, tokenizer, config.seed)
+    loaded = load_model(config.model, tokenizer, config.seed, config.lora)
     limit = loaded.model.architecture.max_positions
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
@@ -401,25 +440,27 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         model=loaded.model,
         loss=loss,
         sync=sync,
-        params=loaded.params,
+        params=loaded.params if loaded.lora is None else loaded.adapters,
         frozen=partial(frozen_of, config, loaded) if loss.uses_reference else None,
         train=train,
         held_out=held_out,
         complete=completer(config, loaded.model, tokenizer, prompts) if prompts else None,
         prompts=decoded(tokenizer, prompts),
-        export=lambda params, out: hf.save(out, params, loaded.hf_config, tokenizer),
+        export=partial(loaded.export, tokenizer=tokenizer),
+        base=None if loaded.lora is None else loaded.params,
+        lora=loaded.lora,
     )
 
 
 def frozen_of(config: Config, policy: Loaded) -> tuple[Any, str]:
-    """Returns the reference's host arrays and their hash; by default those of the policy at the start.
+    """Returns the reference's host or stored arrays and their hash; by default those of the policy at the start.
 
     Raises:
       UserError: a reference of another architecture, which one table of log-probs cannot serve here.
     """
     params, architecture = policy.params, policy.model.architecture
     if config.reference.path:
-        architecture, _, params = hf.load(model_folder(config.reference.path))
+        architecture, _, params = hf.stored(model_folder(config.reference.path))
         if architecture != policy.model.architecture:
             raise UserError(f"reference.path: {config.reference.path} is of another architecture than the policy")
     return params, weights_hash(params, architecture)

@@ -19,15 +19,17 @@ COMMANDS = {
     "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
     "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
+    "models": ("", "the families of models that can be loaded"),
+    "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
 
-PLAIN = ("export", "losses", "report")  # commands whose usage says it all
+PLAIN = ("export", "losses", "models", "report")  # commands whose usage says it all
 
 
 def usage() -> str:
     """Returns the overview of commands."""
-    lines = [f"  dpo-jax {name} {what[0]}\n      {what[1]}" for name, what in COMMANDS.items()]
+    lines = [f"{f'  dpo-jax {name} {what[0]}'.rstrip()}\n      {what[1]}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "Direct Preference Optimization in JAX: a model folder and a preference file in, a better model out.\n",
@@ -47,7 +49,7 @@ def run(argv: Sequence[str]) -> None:
     rest = ["--help" if a == "-h" else a for a in argv[1:]]
     if "--help" in rest and argv[0] in PLAIN:
         arguments, what = COMMANDS[argv[0]]
-        print(f"usage: dpo-jax {argv[0]} {arguments}\n\n{what}")
+        print(f"usage: dpo-jax {argv[0]} {arguments}".rstrip() + f"\n\n{what}")
         return
     from dpo_jax import assemble, commands  # these import JAX, which the overview need not wait for
 

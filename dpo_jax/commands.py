@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, loop, losses, optim, processes, report, rewards
+from dpo_jax import assemble, config, evaluate, loop, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.losses_command import losses_command
-from dpo_jax.models import hf
+from dpo_jax.models import described, hf
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.step import init_state
 
@@ -88,23 +88,24 @@ def _state(
 ) -> TrainState:
     """Returns the state of one of a run's checkpoints, or that of a model folder's parameters before any step."""
     moves = assemble.sync_of(settings, loss) is not None
+    trained = loaded.params if loaded.lora is None else loaded.adapters
 
     def start(params: Any) -> TrainState:
         return init_state(params, optim.build(**settings.optim), loss.terms, params if moves else ())
 
     if not assemble.is_run(path):
-        return TrainState(0, loaded.params, (), np.zeros(loss.terms, np.float32), ())
-    return assemble.saved_state(Path(path), jax.eval_shape(start, loaded.params), which)
+        return TrainState(0, hf.whole(trained), (), np.zeros(loss.terms, np.float32), ())
+    return assemble.saved_state(Path(path), jax.eval_shape(start, trained), which)
 
 
 def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainState) -> dict[str, Any]:
     """Returns the policy and, if there is one, the reference as it stands."""
-    models = {"policy": state.params}
+    models = {"policy": loaded.policy(state.params)}
     uses = assemble.is_run(path) and losses.build(settings.loss).uses_reference
     if state.reference:
         models["reference"] = state.reference
     elif settings.reference.path or uses:
-        models["reference"] = assemble.frozen_of(settings, loaded)[0]
+        models["reference"] = hf.whole(assemble.frozen_of(settings, loaded)[0])
     return models
 
 
@@ -116,7 +117,7 @@ def eval_command(argv: list[str]) -> None:
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     _, rows = assemble.comparisons(settings.data, assemble.responses_of(settings, loss))
     held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
     state = _state(path, settings, loaded, loss)
@@ -200,7 +201,7 @@ def sample_command(argv: list[str]) -> None:
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     models = _models(path, settings, loaded, _state(path, settings, loaded, losses.build(settings.loss)))
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
@@ -218,10 +219,58 @@ def export_command(argv: list[str]) -> None:
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = assemble.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     state = _state(path, settings, loaded, losses.build(settings.loss), which)
-    hf.save(Path(out), state.params, loaded.hf_config, tokenizer)
+    loaded.save(state.params, Path(out), tokenizer)
     say(f"wrote {out}, which transformers loads with from_pretrained")
+
+
+@dataclass(frozen=True)
+class Planning(Config):
+    """A run's config, and the devices that it is planned for."""
+
+    devices: int = 0
+    """How many devices (0: those that are here)."""
+    memory: float = 80.0
+    """GB of memory that each has."""
+
+
+def plan_command(argv: list[str]) -> None:
+    """`dpo-jax plan CONFIG.yaml [--devices N] [--memory GB] [--key.path value ...]`."""
+    (file,), rest = leading(argv, "plan", "CONFIG.yaml")
+    settings = config.parse(Planning, file or None, rest, prog="dpo-jax plan CONFIG.yaml", variants=assemble.VARIANTS)
+    if settings.devices:  # processors stand for them: the compiler needs no more than their number
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", settings.devices)
+    made = plan.of(plan.resolved(settings))
+    grid = Grid("on each device", "GB")
+    for name, value in (*made.memory._asdict().items(), ("together", made.memory.total)):
+        grid.add_row(name, f"{value / plan.GB:.2f}")
+    Console().print(grid)
+    say(
+        f"{made.parameters:,} parameters, {made.trained:,} of them trained; {jax.device_count()} device(s); up to "
+        f"{made.shape.microbatches} microbatches of {made.shape.rows} rows x {made.shape.length} tokens"
+    )
+    lines = plan.advice(made, int(settings.memory * plan.GB))
+    share = made.memory.total / (settings.memory * plan.GB)
+    say(f"{share:.0%} of {settings.memory:g} GB" + (": it does not fit; what would help:" if lines else ": it fits"))
+    for line in lines:
+        say(f"  {line}")
+
+
+def models_command(argv: list[str]) -> None:
+    """`dpo-jax models`."""
+    leading(argv, "models")
+    grid = Grid("model_type", "class in transformers", "what it is")
+    for row in described():
+        grid.add_row(*row)
+    Console().print(grid)
+    say(
+        "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
+        "Rotary positions: default, linear, llama3. What else a config.json asks for is refused by its key.\n"
+        "To add one: a file dpo_jax/models/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
+        "row in tests/tiny.py, from which the tests compare it with transformers."
+    )
 
 
 def report_command(argv: list[str]) -> None:

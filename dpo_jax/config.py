@@ -86,7 +86,8 @@ class Model:
     """The policy at the start."""
 
     path: str = ""
-    """A Hugging Face folder, a run folder, or the YAML of a run, which is then trained first if need be."""
+    """A Hugging Face folder, owner/name of the hub (or owner/name@revision), a run folder, or the YAML of a run, which
+    is then trained first if need be."""
     config: str = ""
     """A Hugging Face config.json (or folder with one): random initialisation."""
     tokenizer: str = ""
@@ -95,6 +96,20 @@ class Model:
     """The dtype of activations and products; parameters are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but projections, everything."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: only they are trained and kept, and the reference is the model without them."""
+
+    rank: int = 0
+    """Their rank; 0 trains the whole model."""
+    alpha: float = 16.0
+    """What adapters add is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Modules that are adapted, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
+    path: str = ""
+    """A PEFT folder with the adapters to start from, of which rank, alpha and targets are taken."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ class Config:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     reference: Reference = field(default_factory=Reference)
     loss: Any = field(default_factory=lambda: {"name": "dpo"})
     """A loss and its options, or a list of them with their weights."""

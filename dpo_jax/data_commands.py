@@ -15,6 +15,7 @@ from dpo_jax.config import Config, Data
 from dpo_jax.data import Item, audit, cache, chat
 from dpo_jax.data.encode import Options
 from dpo_jax.data.shortcuts import Shortcut, shortcuts
+from dpo_jax.models import hf
 from dpo_jax.records import UserError
 from dpo_jax.sample import sample
 
@@ -169,7 +170,7 @@ def pairs_command(argv: list[str]) -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
     repeated = [p for p in ids for _ in range(settings.completions)]
     options = {name: getattr(settings, name) for name in names}
-    answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
+    answers = sample(loaded.model, hf.whole(loaded.params), repeated, eos_id=tokenizer.eos_token_id, **options)
     answers = assemble.decoded(tokenizer, answers)
     count = spelled = 0
     with assemble.written(out) as f:

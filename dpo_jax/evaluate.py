@@ -17,7 +17,7 @@ from dpo_jax.models import Model
 from dpo_jax.records import Array, Tokens
 from dpo_jax.sample import sample
 from dpo_jax.sharding import ALONE, Rows
-from dpo_jax.step import make_eval_step
+from dpo_jax.step import make_eval_step, only_trained
 
 
 class Evaluator(NamedTuple):
@@ -40,13 +40,16 @@ class Evaluator(NamedTuple):
     put: Callable
 
 
-def make_step(logps: Callable, loss: Any, rows: Rows = ALONE) -> Callable:
-    """Returns the compiled eval step, `(params, running, batch, count) -> metrics [M, R, G]`."""
-    return jax.jit(make_eval_step(logps, loss, rows))
+def make_step(logps: Callable, loss: Any, rows: Rows = ALONE, policy: Callable = only_trained) -> Callable:
+    """Returns the compiled eval step, `((trained, base), running, batch, count) -> metrics [M, R, G]`."""
+    return jax.jit(make_eval_step(logps, loss, rows, policy))
 
 
-def values(evaluator: Evaluator, params: Any, running: Any) -> dict[str, np.ndarray]:
-    """Returns every metric of every comparison, float32[N] each, in the order of the table; NaN where it has none."""
+def values(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
+    """Returns every metric of every comparison, float32[N] each, in the order of the table; NaN where it has none.
+
+    `params` is (trained, base).
+    """
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(evaluator.table), evaluator.batch_size):
         rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
@@ -126,7 +129,7 @@ def held_out(judge: Judge, table: Table) -> dict[str, np.ndarray]:
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
     step = make_step(partial(batch_logps, judge.model, confidence=judge.loss.confidence), judge.loss)
     evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
-    return values(evaluator, jax.device_put(judge.params["policy"]), judge.running)
+    return values(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
 
 
 def distinct_prompts(table: Table, count: int) -> list[Array]:

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models import Model
+from dpo_jax.models import Model, capped, capped_slope
 from dpo_jax.records import Array, Batch, Logps
 
 CHUNK = 512  # tokens whose logits exist at one time
 
 
-def _logits(hidden: Array, head: Array, j: Array, size: int) -> tuple[Array, Array]:
+def _logits(hidden: Array, head: Array, j: Array, size: int, cap: float | None) -> tuple[Array, Array]:
     """Returns chunk j of the hidden states [R, size, D] and its float32 logits [R, size, V]."""
     h = jax.lax.dynamic_slice_in_dim(hidden, j * size, size, axis=1)
-    return h, jnp.einsum("rsd,vd->rsv", h, head, preferred_element_type=jnp.float32)
+    return h, capped(jnp.einsum("rsd,vd->rsv", h, head, preferred_element_type=jnp.float32), cap)
 
 
 def _is_target(target: Array, j: Array, size: int, vocab: int) -> Array:
@@ -25,8 +25,8 @@ def _is_target(target: Array, j: Array, size: int, vocab: int) -> Array:
     return t[..., None] == jnp.arange(vocab)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def token_logps(hidden: Array, head: Array, target: Array, chunks: Array, size: int) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def token_logps(hidden: Array, head: Array, target: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
     """Returns log p(target | hidden) of each scored token, computed `size` columns at a time.
 
     The backward pass computes the logits again, so that memory does not grow with S * V.
@@ -37,19 +37,20 @@ def token_logps(hidden: Array, head: Array, target: Array, chunks: Array, size: 
       target: int32[R, S].
       chunks: int32[], how many chunks hold scored tokens; the rest is left at 0.
       size: columns in a chunk.
+      cap: of the logits, see `capped`.
 
     Returns:
       float32[R, S].
     """
-    return _token_logps_fwd(hidden, head, target, chunks, size)[0]
+    return _token_logps_fwd(hidden, head, target, chunks, size, cap)[0]
 
 
-def _token_logps_fwd(hidden, head, target, chunks, size):
+def _token_logps_fwd(hidden, head, target, chunks, size, cap):
     weight = head.astype(hidden.dtype)
 
     def body(j, carry):
         picked, total = carry
-        _, logits = _logits(hidden, weight, j, size)
+        _, logits = _logits(hidden, weight, j, size, cap)
         hit = _is_target(target, j, size, head.shape[0])
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=j * size, axis=1)
         lse = jax.nn.logsumexp(logits, axis=-1)
@@ -60,16 +61,17 @@ def _token_logps_fwd(hidden, head, target, chunks, size):
     return picked - lse, (hidden, head, target, chunks, lse)
 
 
-def _token_logps_bwd(size, residuals, g):
+def _token_logps_bwd(size, cap, residuals, g):
     hidden, head, target, chunks, lse = residuals
     weight = head.astype(hidden.dtype)
 
     def body(j, carry):
         d_hidden, d_head = carry
-        h, logits = _logits(hidden, weight, j, size)
+        h, logits = _logits(hidden, weight, j, size, cap)
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=j * size, slice_size=size, axis=1)
         hit = _is_target(target, j, size, head.shape[0])
-        d = (cut(g)[..., None] * (hit - jnp.exp(logits - cut(lse)[..., None]))).astype(hidden.dtype)
+        d = cut(g)[..., None] * (hit - jnp.exp(logits - cut(lse)[..., None])) * capped_slope(logits, cap)
+        d = d.astype(hidden.dtype)
         d_h = jnp.einsum("rsv,vd->rsd", d, weight, preferred_element_type=jnp.float32).astype(hidden.dtype)
         d_head += jnp.einsum("rsv,rsd->vd", d, h, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, j * size, axis=1), d_head
@@ -89,7 +91,7 @@ def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Arra
     return pad(source), pad(target), pad(slot, constant_values=-1)
 
 
-def log_collisions(hidden: Array, head: Array, chunks: Array, size: int) -> Array:
+def log_collisions(hidden: Array, head: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
     """Returns log sum_v p(v | hidden)^2 of each scored token, the log of how likely two draws agree; no gradient.
 
     Args and shapes as for `token_logps`; float32[R, S].
@@ -97,7 +99,7 @@ def log_collisions(hidden: Array, head: Array, chunks: Array, size: int) -> Arra
     hidden, weight = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
 
     def body(j, out):
-        _, logits = _logits(hidden, weight, j, size)
+        _, logits = _logits(hidden, weight, j, size, cap)
         value = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
         return jax.lax.dynamic_update_slice_in_dim(out, value, j * size, axis=1)
 
@@ -119,15 +121,17 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     """
     rows, groups, responses, _ = batch.ref_logps.shape
     scored, slot, target, chunks, size = _scored(model, params, batch, chunk)
-    head = model.head(params)
-    logps: Array = token_logps(scored, head, target, chunks, size)
+    head, cap = model.head(params), model.architecture.logit_cap
+    logps: Array = token_logps(scored, head, target, chunks, size, cap)
     add = _adder(slot, (rows, groups, responses))
     lengths = add(jnp.ones_like(logps))
     present = lengths > 0
     shared = _is_shared(slot, lengths)
     mean = jnp.full_like(lengths, jnp.nan)
     if confidence:
-        mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size)) / jnp.maximum(lengths, 1)
+        mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap)) / jnp.maximum(
+            lengths, 1
+        )
     # NaN stays in the reference only where one is missing.
     reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
     each = {
@@ -149,7 +153,8 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
 def scored_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
     """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
-    logps: Array = token_logps(scored, model.head(params), target, chunks, size)
+    cap = model.architecture.logit_cap
+    logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
     return logps[:, : batch.slot.shape[1]]
 
 

@@ -21,10 +21,11 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
 from dpo_jax.metrics import Progress, append, truncate
-from dpo_jax.models import Model
+from dpo_jax.models import Model, lora
+from dpo_jax.models.lora import Lora
 from dpo_jax.records import Batch, TrainState, UserError
 from dpo_jax.sharding import Rows
-from dpo_jax.step import Sync, init_state, make_train_step
+from dpo_jax.step import Sync, init_state, make_train_step, only_trained
 
 
 class Run(NamedTuple):
@@ -38,13 +39,15 @@ class Run(NamedTuple):
       model: pure functions of the architecture.
       loss: bound.
       sync: how the reference follows the policy; None where it stays.
-      params: host arrays, the policy at the start.
-      frozen: returns (host arrays of the reference, their hash); None for a loss without a reference.
+      params: host or stored arrays, what is trained, at the start: all of the policy, or its adapters.
+      frozen: returns (host or stored arrays of the reference, their hash); None for a loss without a reference.
       train: table of comparisons.
       held_out: table of comparisons to evaluate on.
       complete: (params) -> completions of the sample prompts as text; None for no samples.
       prompts: the sample prompts as text.
       export: (params, folder) writes the model.
+      base: host or stored arrays of the model that adapters are for; None where all of the policy is trained.
+      lora: what the adapters are; None likewise.
     """
 
     config: Config
@@ -61,15 +64,22 @@ class Run(NamedTuple):
     complete: Callable[[Any], list[str]] | None
     prompts: list[str]
     export: Callable[[Any, Path], None]
+    base: Any = None
+    lora: Lora | None = None
 
 
 class Prepared(NamedTuple):
-    """A run on its devices: compiled functions, layouts, columns."""
+    """A run on its devices: compiled functions, layouts, columns.
+
+    `policy` makes the policy's parameters of what is trained and of the `base` of adapters.
+    """
 
     mesh: Any
     shape: pack.Shape
     put: Callable
     step: Callable
+    base: Any
+    policy: Callable[[Any, Any], Any]
     like: TrainState
     moving: Any  # the reference at the start, if it moves
     fill: Callable[[TrainState, Batch, int], Batch] | None
@@ -95,10 +105,50 @@ def initialise(model: Model, seed: int) -> Any:
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
-    params = sharding.of_params(mesh, run.model.axes, shapes.params)
+    axes = run.model.axes if run.lora is None else lora.axes(run.model.axes, run.params)
+    params = sharding.of_params(mesh, axes, shapes.params)
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return params, like
+
+
+class Parts(NamedTuple):
+    """How what a policy is made of lies on the devices.
+
+    Attributes:
+      mesh: of the devices.
+      trained: tree of shardings of what is trained.
+      base: of the model that adapters are for; None where all of the policy is trained.
+      policy: (trained, base) -> the policy's parameters.
+      rows: how devices share the rows of a batch.
+      model: pure functions of the policy's parameters as they lie.
+    """
+
+    mesh: Any
+    trained: Any
+    base: Any
+    policy: Callable[[Any, Any], Any]
+    rows: Rows
+    model: Model
+
+
+def parts_of(run: Run, mesh: Any, trained: Any) -> Parts:
+    """Returns how the policy lies on a mesh, given the shardings of what is trained."""
+    if run.lora is None:
+        rows = sharding.split_rows(mesh, (trained, None))
+        return Parts(mesh, trained, None, only_trained, rows, in_parts(run.model, rows, trained))
+    adapted = run.lora
+
+    def policy(adapters: Any, base: Any) -> Any:
+        return lora.joined(base, adapters, adapted)
+
+    base = sharding.of_params(mesh, run.model.axes, run.base)
+    shapes = jax.eval_shape(
+        policy, run.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
+    )
+    whole = sharding.of_params(mesh, lora.joined_axes(run.model.axes, run.params), shapes)
+    rows = sharding.split_rows(mesh, (trained, base))
+    return Parts(mesh, trained, base, policy, rows, in_parts(run.model, rows, whole))
 
 
 def in_parts(model: Model, rows: Rows, params: Any) -> Model:
@@ -126,21 +176,22 @@ def in_parts(model: Model, rows: Rows, params: Any) -> Model:
     )
 
 
-def compiled_step(run: Run, tx: Any, mesh: Any, rows: Rows, params: Any, like: TrainState) -> Callable:
-    """Returns the compiled train step: by `jit`, or by `pmap` over devices that each hold the whole state."""
+def compiled_step(run: Run, tx: Any, parts: Parts, like: TrainState) -> Any:
+    """Returns the compiled train step `(state, batch, count, base)`: by `jit`, or by `pmap` over devices that each hold
+    the whole state. The base of adapters is an argument, so that the program does not hold it."""
     if run.config.mesh.mode == "jit":
-        logps = partial(batch_logps, in_parts(run.model, rows, params), confidence=run.loss.confidence)
-        step = make_train_step(logps, run.loss, tx, run.sync, rows)
-        where = jax.tree.map(lambda x: x.sharding, like)
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh)))
+        logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
+        step = make_train_step(logps, run.loss, tx, run.sync, parts.rows, parts.policy)
+        where = jax.tree.map(lambda x: x.sharding, like), sharding.replicated(parts.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=where)
     if processes.several():
         raise UserError("mesh.mode pmap: is for one process; take jit for several")
     logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
-    step = make_train_step(logps, run.loss, tx, run.sync, sharding.mapped_rows(mesh))
-    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None), out_axes=None)
-    devices = sharding.row_devices(mesh)
+    step = make_train_step(logps, run.loss, tx, run.sync, sharding.mapped_rows(parts.mesh), parts.policy)
+    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None), out_axes=None)
+    devices = sharding.row_devices(parts.mesh)
     by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
-    return lambda state, batch, count: mapped(state, by_device(batch), count)
+    return lambda state, batch, count, base: mapped(state, by_device(batch), count, base)
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -157,15 +208,17 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     )
     shape, eval_shape = (_of_this_process(mesh, choose(table)) for table in (run.train, run.held_out))
     put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
-    params, like = shardings_of(run, tx, mesh)
-    rows = sharding.split_rows(mesh, params)
-    logps = partial(batch_logps, in_parts(run.model, rows, params))
-    step = compiled_step(run, tx, mesh, rows, params, like)
+    trained, like = shardings_of(run, tx, mesh)
+    parts = parts_of(run, mesh, trained)
+    step = compiled_step(run, tx, parts, like)
+    params = trained if parts.base is None else parts.base
+    base = None if parts.base is None else sharding.put(run.base, params)
     fill = column = eval_column = samples = moving = held_out = None
     if run.frozen is not None:
         weights, name = run.frozen()
-        weights = sharding.put(weights, params)
-        make = reference.make_column(logps, rows)
+        weights = base if weights is run.base else sharding.put(weights, params)
+        rows = sharding.split_rows(mesh, params)
+        make = reference.make_column(partial(batch_logps, in_parts(run.model, rows, params)), rows)
         columns = partial(_column, run, make, weights, name, put, say)
         eval_column = columns(run.held_out, eval_shape, "held-out")
         if config.reference.mode == "cache":
@@ -177,7 +230,9 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
             held_out = partial(_held_out, make, run.held_out, eval_shape, config.batch_size, put)
         samples = run.complete(weights) if run.complete else None
     evaluator = evaluate.Evaluator(
-        evaluate.make_step(partial(logps, confidence=run.loss.confidence), run.loss, rows),
+        evaluate.make_step(
+            partial(batch_logps, parts.model, confidence=run.loss.confidence), run.loss, parts.rows, parts.policy
+        ),
         run.held_out,
         eval_column,
         eval_shape,
@@ -190,7 +245,23 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
-    return Prepared(mesh, shape, put, step, like, moving, fill, held_out, column, evaluator, samples, steps, rows)
+    return Prepared(
+        mesh,
+        shape,
+        put,
+        step,
+        base,
+        parts.policy,
+        like,
+        moving,
+        fill,
+        held_out,
+        column,
+        evaluator,
+        samples,
+        steps,
+        rows,
+    )
 
 
 def rows_of(run: Run, prepared: Prepared, step: int) -> np.ndarray:
@@ -376,7 +447,7 @@ def _steps(
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(state, batch, count)
-            state, metrics = prepared.step(state, batch, np.int32(count))
+            state, metrics = prepared.step(state, batch, np.int32(count), prepared.base)
             log.step(step, metrics)
             alive()
             why, found = asked(), None
@@ -408,14 +479,15 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, floa
     evaluator = prepared.evaluator
     if prepared.held_out is not None:
         evaluator = evaluator._replace(reference=prepared.held_out(state))
-    summary = evaluate.summary(evaluate.values(evaluator, state.params, state.running))
+    params = state.params, prepared.base
+    summary = evaluate.summary(evaluate.values(evaluator, params, state.running))
     means = {name: entry["mean"] for name, entry in summary.items()}
     _append(run.folder / "metrics.jsonl", step, examples, means)
     if processes.first():
         (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
         return means
-    policy = run.complete(state.params)
+    policy = run.complete(prepared.policy(*params))
     other = prepared.reference_samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import processes
-from dpo_jax.models import Model
+from dpo_jax.models import Model, capped
 from dpo_jax.records import Array, UserError
 
 MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
@@ -60,7 +60,7 @@ def sample(
         tokens, group = _pad([np.asarray(prompts[i]) for i in rows], batch_size)
         numbers = np.zeros(batch_size, np.int32)
         numbers[: len(rows)] = rows
-        filters = _Filters(temperature > 0, top_k)
+        filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
         new, lengths = _generate(
             (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
             jnp.arange(batch_size) < len(rows), key, numbers, temperature, top_p,
@@ -72,10 +72,11 @@ def sample(
 
 
 class _Filters(NamedTuple):
-    """What is compiled into the program: whether tokens are drawn at random, and among how many."""
+    """What is compiled into the program: whether tokens are drawn at random, among how many, and the logits' cap."""
 
     random: bool
     top_k: int | None
+    cap: float | None = None
 
 
 class _State(NamedTuple):
@@ -136,7 +137,8 @@ def _generate(
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
-        logits = jnp.einsum("bd,vd->bv", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weight = head(params).astype(hidden.dtype)
+        logits = capped(jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32), filters.cap)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
         token = choose(logits, keys, filters, temperature, top_p)
         ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)

@@ -67,8 +67,14 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Returns host arrays, which every process holds whole, on the devices."""
-    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), tree, shardings)
+    """Returns host arrays, which every process holds whole, or stored ones, which every process can read, on the
+    devices. Of a stored one each process reads the blocks of its devices only, one array after another.
+    """
+
+    def one(x: Any, where: NamedSharding) -> jax.Array:
+        return jax.block_until_ready(jax.make_array_from_callback(x.shape, where, lambda index: x[index]))
+
+    return jax.tree.map(one, tree, shardings)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -127,8 +133,8 @@ class Rows(NamedTuple):
 
     Attributes:
       total: a sum over the rows of a batch as the step sees it -> the sum over all rows.
-      sums: `(params, batch, count, known) -> (tree like params, values by row)`, made to run on all devices: the trees
-        are summed over them, and every device gets the values of all rows. `known` is whole on every device.
+      sums: `((trained, base), batch, count, known) -> (tree like trained, values by row)`, made to run on all devices:
+        the trees are summed over them, and every device gets the values of all rows. `known` is whole on every device.
       all: `(params, batch, count) -> values by row`, made to run on all devices, each of which gets those of all rows.
       each: `(params, batch, count) -> arrays [M, R, ...]`, made to run on all devices; values stay with their rows.
       own: values of all rows -> those of a device's own; to be called inside of `sums`.
@@ -156,7 +162,7 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
 
     Args:
       mesh: from `make_mesh`.
-      params: tree of the parameters' shardings.
+      params: tree of the parameters' shardings; for `sums` a pair, of what is trained and of what is not.
     """
     axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
     if not axes:
@@ -173,10 +179,10 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
     def sums(function: Callable) -> Callable:
         def body(*args: Any) -> Any:
             tree, values = function(*args)
-            rest = jax.tree.map(lambda x, spec: _sum_over(x, [a for a in axes if a not in spec]), tree, specs)
+            rest = jax.tree.map(lambda x, spec: _sum_over(x, [a for a in axes if a not in spec]), tree, specs[0])
             return rest, _of_all_rows(values, axes)
 
-        return run(body, (specs, everywhere), everywhere)
+        return run(body, (specs[0], everywhere), everywhere)
 
     return Rows(
         total=_same,

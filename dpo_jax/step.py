@@ -14,6 +14,7 @@ from dpo_jax.sharding import ALONE, Rows
 
 LogpsOf = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
+PolicyOf = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
 Differentiable = tuple[Array, Array]  # Logps.policy and .policy_shared
 
 
@@ -24,6 +25,12 @@ class Sync(NamedTuple):
 
     every: int
     alpha: float
+
+
+def only_trained(trained: Any, base: Any) -> Any:
+    """Returns the policy's parameters where all of them are trained."""
+    del base
+    return trained
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, reference: Any = ()) -> TrainState:
@@ -39,9 +46,14 @@ def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, re
 
 
 def make_train_step(
-    logps: LogpsOf, loss: Loss, tx: optax.GradientTransformation, sync: Sync | None = None, rows: Rows = ALONE
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
-    """Returns `(state, batch, count) -> (state, metrics)`, pure and not yet compiled.
+    logps: LogpsOf,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    sync: Sync | None = None,
+    rows: Rows = ALONE,
+    policy: PolicyOf = only_trained,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns `(state, batch, count, base=None) -> (state, metrics)`, pure and not yet compiled.
 
     The gradient is exactly that of the weighted mean loss over the whole batch, taken microbatch by microbatch in a
     loop whose trip count is a run-time value. A step whose loss or gradient is not finite changes nothing but the
@@ -53,17 +65,19 @@ def make_train_step(
       tx: the optimiser.
       sync: how the reference follows the policy, if it does.
       rows: how devices share the rows of a microbatch.
+      policy: makes the policy's parameters of what is trained and what is not.
 
     Args of the step:
       state: may be donated.
       batch: fields [M, R, ...].
       count: int32[], the microbatches that hold anything.
+      base: what is not trained: the parameters that adapters are for.
 
     Metrics: weighted means over the batch, float32[], under TRL's names.
     """
 
-    def step(state: TrainState, batch: Batch, count: Array) -> tuple[TrainState, Metrics]:
-        grads, lp = gradient(logps, loss, state, batch, count, rows)
+    def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
+        grads, lp = gradient(_of_parts(logps, policy), loss, state, base, batch, count, rows)
         metrics = averages(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -79,15 +93,15 @@ def make_train_step(
 
 
 def gradient(
-    logps: LogpsOf, loss: Loss, state: TrainState, batch: Batch, count: Array, rows: Rows = ALONE
+    logps: LogpsOf, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, rows: Rows
 ) -> tuple[Any, Logps]:
     """Returns the gradient of the weighted mean loss of a step, like params, and the log-probs of its comparisons,
-    float32[M * B, ...].
+    float32[M * B, ...]; `logps` takes (trained, base).
 
     A loss that looks across comparisons is first differentiated with respect to the log-probs of the whole step, which
     costs a forward pass more; then each microbatch goes backward from its share of that.
     """
-    total = rows.total(batch.weights.sum())
+    total, parts = rows.total(batch.weights.sum()), (state.params, base)
 
     def mean(values: Differentiable, lp: Logps, total: Array, running: Array) -> Array:
         lp = lp._replace(policy=values[0], policy_shared=values[1], running=running)
@@ -95,26 +109,26 @@ def gradient(
 
     slopes = None
     if loss.whole_batch:
-        lp = joined(rows.all(_stacked(logps))(state.params, batch, count))
+        lp = joined(rows.all(_stacked(logps))(parts, batch, count))
         slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
         slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
 
-    def sums(params: Any, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
-        total, running, slopes = known
+    def sums(parts: tuple, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
+        (trained, base), (total, running, slopes) = parts, known
         slopes = jax.tree.map(rows.own, slopes)
 
         def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
-            def objective(params: Any) -> tuple[Array, Logps]:
-                lp = logps(params, micro)._replace(running=())
+            def objective(trained: Any) -> tuple[Array, Logps]:
+                lp = logps((trained, base), micro)._replace(running=())
                 if slopes is None:
                     return mean(_differentiable(lp), lp, total, running), lp
                 return sum(jnp.vdot(s[m], x) for s, x in zip(slopes, _differentiable(lp), strict=True)), lp
 
-            return jax.grad(objective, has_aux=True)(params)
+            return jax.grad(objective, has_aux=True)(trained)
 
         return over_microbatches(one, batch, count)
 
-    grads, stacked = rows.sums(sums)(state.params, batch, count, (total, state.running, slopes))
+    grads, stacked = rows.sums(sums)(parts, batch, count, (total, state.running, slopes))
     return grads, joined(stacked)._replace(running=state.running)
 
 
@@ -125,6 +139,11 @@ def _stacked(logps: LogpsOf) -> Callable[[Any, Batch, Array], Logps]:
         return per_microbatch(lambda micro: logps(params, micro)._replace(running=()), batch, count)
 
     return stacked
+
+
+def _of_parts(logps: LogpsOf, policy: PolicyOf) -> LogpsOf:
+    """Returns log-probs of a policy that is given as (trained, base)."""
+    return lambda parts, micro: logps(policy(*parts), micro)
 
 
 def _differentiable(lp: Logps) -> Differentiable:
@@ -140,14 +159,18 @@ def _moved(sync: Sync, state: TrainState) -> Any:
     return jax.lax.cond(state.step % sync.every == 0, mixed, lambda: state.reference)
 
 
-def make_eval_step(logps: LogpsOf, loss: Loss, rows: Rows = ALONE) -> Callable[[Any, Array, Batch, Array], Metrics]:
-    """Returns `(params, running, batch, count) -> metrics`, float32[M, R, G]: one value a comparison, not yet averaged.
+def make_eval_step(
+    logps: LogpsOf, loss: Loss, rows: Rows = ALONE, policy: PolicyOf = only_trained
+) -> Callable[[tuple, Array, Batch, Array], Metrics]:
+    """Returns `((trained, base), running, batch, count) -> metrics`, float32[M, R, G]: a value for each comparison, not
+    yet averaged.
 
     `running` is `TrainState.running`. A loss that looks across comparisons sees those of one batch.
     """
 
-    def step(params: Any, running: Array, batch: Batch, count: Array) -> Metrics:
-        lp = joined(rows.all(_stacked(logps))(params, batch, count))._replace(running=running)
-        return {name: value.reshape(batch.weights.shape) for name, value in loss.metrics(lp).items()}
+    def step(parts: tuple, running: Array, batch: Batch, count: Array) -> Metrics:
+        found = rows.all(_stacked(_of_parts(logps, policy)))(parts, batch, count)
+        metrics = loss.metrics(joined(found)._replace(running=running))
+        return {name: value.reshape(batch.weights.shape) for name, value in metrics.items()}
 
     return step

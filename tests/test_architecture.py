@@ -21,6 +21,7 @@ LAYERS = (
     {"evaluate"},
     {"loop"},
     {"assemble"},
+    {"plan"},
     {"experiments"},
     {"report"},
     {"data_page"},

@@ -1,39 +1,53 @@
 """Packed attention against a dense reference written out here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax.models import attention
-from dpo_jax.models.attention import cached_attention, packed_attention
+from dpo_jax.models.attention import Rows, Scoring, cached_attention, packed_attention
 
 R, T, H, K, D = 2, 75, 6, 2, 8
+PLAIN = Scoring(D**-0.5)
 
 
-def layout():
+def layout(window=None):
     """Two rows: padding, then comparisons of different shapes; the branch numbers return in the second group."""
     parts = [[(1, 0, 9), (1, 1, 14), (1, 2, 6), (2, 0, 20), (2, 1, 8), (2, 2, 11), (0, 0, 7)], [(1, 0, 40), (1, 1, 35)]]
     group = [[g for g, _, n in row for _ in range(n)] for row in parts]
     branch = [[b for _, b, n in row for _ in range(n)] for row in parts]
-    return jnp.asarray(group), jnp.asarray(branch)
+    # Positions continue from the prompt's end in every response.
+    lengths = [{(g, b): n for g, b, n in row} for row in parts]
+    positions = [
+        [i + (known[g, 0] if b else 0) for g, b, n in row for i in range(n)]
+        for row, known in zip(parts, lengths, strict=True)
+    ]
+    rows = Rows(jnp.asarray(group), jnp.asarray(branch))
+    return rows if window is None else rows._replace(positions=jnp.asarray(positions), window=jnp.int32(window))
 
 
-def visible(group, branch):
+def visible(rows):
     """The rule, entry by entry."""
-    group, branch = np.asarray(group), np.asarray(branch)
+    group, branch = np.asarray(rows.group), np.asarray(rows.branch)
     out = np.zeros((*group.shape, group.shape[1]), bool)
     for r in range(group.shape[0]):
         for i in range(group.shape[1]):
             for j in range(i + 1):
                 out[r, i, j] = group[r, i] == group[r, j] and branch[r, j] in (0, branch[r, i])
+                if rows.window is not None:
+                    out[r, i, j] &= int(rows.positions[r, i]) - int(rows.positions[r, j]) < rows.window
     return out
 
 
-def dense(q, k, v, seen):
+def dense(q, k, v, seen, scoring=PLAIN):
     """Textbook attention with repeated key-value heads."""
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
-    scores = jnp.einsum("rqhd,rkhd->rhqk", q, k) / jnp.sqrt(q.shape[-1])
+    scores = jnp.einsum("rqhd,rkhd->rhqk", q, k) * scoring.scale
+    if scoring.cap:
+        scores = scoring.cap * jnp.tanh(scores / scoring.cap)
     p = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("rhqk,rkhd->rqhd", p, v)
 
@@ -54,12 +68,15 @@ def with_gradient(function, q, k, v, g):
     return jax.jit(run)(q, k, v, g)
 
 
-@pytest.mark.parametrize("chunk", [32, 128])
-def test_equals_dense_attention_and_its_gradient(chunk):
-    group, branch = layout()
-    seen = visible(group, branch)
-    ours = with_gradient(lambda *x: packed_attention(*x, group, branch, chunk=chunk), *inputs())
-    theirs = with_gradient(lambda *x: dense(*x, seen), *inputs())
+@pytest.mark.parametrize(
+    ("chunk", "window", "scoring"),
+    [(32, None, PLAIN), (128, None, PLAIN), (32, 9, PLAIN), (32, None, Scoring(0.5, 2.0)), (128, 2, Scoring(1.0, 5.0))],
+)
+def test_equals_dense_attention_and_its_gradient(chunk, window, scoring):
+    rows = layout(window)
+    seen = visible(rows)
+    ours = with_gradient(lambda *x: packed_attention(*x, rows, scoring, chunk=chunk), *inputs())
+    theirs = with_gradient(lambda *x: dense(*x, seen, scoring), *inputs())
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
@@ -67,17 +84,17 @@ def test_equals_dense_attention_and_its_gradient(chunk):
 def test_the_chunks_of_very_long_rows_are_larger(monkeypatch):
     monkeypatch.setattr(attention, "MAX_CHUNKS", 2)
     q, k, v, _ = inputs()
-    group, branch = layout()
-    run = jax.jit(lambda *x: packed_attention(*x, group, branch, chunk=1))
-    np.testing.assert_allclose(run(q, k, v), dense(q, k, v, visible(group, branch)), atol=1e-5)
+    rows = layout()
+    run = jax.jit(lambda *x: packed_attention(*x, rows, PLAIN, chunk=1))
+    np.testing.assert_allclose(run(q, k, v), dense(q, k, v, visible(rows)), atol=1e-5)
     assert run.lower(q, k, v).as_text().count("stablehlo.exponential") == 2
 
 
 def test_bfloat16_is_near_and_keeps_the_dtypes():
-    group, branch = layout()
+    rows = layout()
     narrow = inputs(jnp.bfloat16)
-    ours = with_gradient(lambda *x: packed_attention(*x, group, branch), *narrow)
-    seen = visible(group, branch)
+    ours = with_gradient(lambda *x: packed_attention(*x, rows, PLAIN), *narrow)
+    seen = visible(rows)
     theirs = with_gradient(lambda *x: dense(*x, seen), *(x.astype(jnp.float32) for x in narrow))
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == jnp.bfloat16
@@ -86,10 +103,10 @@ def test_bfloat16_is_near_and_keeps_the_dtypes():
 
 def test_padding_gives_numbers_and_reaches_nobody():
     q, k, v, _ = inputs()
-    group, branch = layout()
-    pad = (group == 0)[..., None, None]
+    rows = layout()
+    pad = (rows.group == 0)[..., None, None]
     changed = [jnp.where(pad, 100.0, x) for x in (q, k, v)]
-    run = jax.jit(lambda *x: packed_attention(*x, group, branch))
+    run = jax.jit(lambda *x: packed_attention(*x, rows, PLAIN))
     before, after = run(q, k, v), run(*changed)
     assert jnp.isfinite(after).all()
     assert jnp.array_equal(jnp.where(pad, 0.0, before), jnp.where(pad, 0.0, after))
@@ -97,23 +114,24 @@ def test_padding_gives_numbers_and_reaches_nobody():
 
 def test_large_scores_do_not_overflow():
     q, k, v, g = inputs()
-    group, branch = layout()
-    for out in with_gradient(lambda *x: packed_attention(*x, group, branch), 1e4 * q, k, v, g):
+    rows = layout()
+    for out in with_gradient(lambda *x: packed_attention(*x, rows, PLAIN), 1e4 * q, k, v, g):
         assert jnp.isfinite(out).all()
 
 
 def test_the_backward_pass_keeps_no_scores():
     q, k, v, _ = inputs()
-    group, branch = layout()
-    back = jax.eval_shape(lambda *x: jax.vjp(lambda *y: packed_attention(*y, group, branch), *x)[1], q, k, v)
+    rows = layout()
+    back = jax.eval_shape(lambda *x: jax.vjp(lambda *y: packed_attention(*y, rows, PLAIN), *x)[1], q, k, v)
     assert max(leaf.size for leaf in jax.tree.leaves(back)) == q.size
 
 
 def test_cached_attention_is_the_last_row_of_packed_attention():
     q, k, v, _ = inputs()
     group = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T])
-    whole = jax.jit(packed_attention)(q, k, v, group, jnp.zeros_like(group))
+    rows, scoring = Rows(group, jnp.zeros_like(group)), Scoring(0.7, 3.0)
+    whole = jax.jit(partial(packed_attention, scoring=scoring))(q, k, v, rows)
     spare = [jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v)]
     mask = jnp.pad(group == 1, ((0, 0), (0, 9)))
-    last = jax.jit(cached_attention)(q[:, -1:], *spare, mask)
+    last = jax.jit(partial(cached_attention, scoring=scoring))(q[:, -1:], *spare, mask)
     np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)

@@ -274,6 +274,8 @@ def test_hh_from_the_hub(monkeypatch):
     assert asked[0] == (("Anthropic/hh-rlhf",), {"split": "test"})
     list(files.rows(("me/mine:one",), "dev"))
     assert asked[-1] == (("me/mine", "one"), {"split": "dev"})
+    list(files.rows(("me/mine:one@v1.0",), "dev"))
+    assert asked[-1] == (("me/mine", "one"), {"split": "dev", "revision": "v1.0"})
 
     def absent(*args, **options):
         raise ConnectionError("offline\nand more")

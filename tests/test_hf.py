@@ -8,15 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model, tokens_of
+from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model, tokens_of, torch_model
 
+from dpo_jax import assemble, config
 from dpo_jax.models import build, hf
 from dpo_jax.records import UserError
 
 CASES = {
-    "gpt2": ("gpt2", {}),
+    **{name: (name, {}) for name in FAMILIES},
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
-    "gpt_neox": ("gpt_neox", {}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
 }
@@ -92,6 +92,33 @@ def test_the_tokenizers_eos_comes_before_the_configs(tmp_path):
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [7, 2]
 
 
+def test_dtype_generation_tokenizer_and_template_survive_a_round_trip(shared, tmp_path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/qwen2.5")
+    theirs = torch_model("qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).to(torch.bfloat16)
+    theirs.generation_config = GenerationConfig(temperature=0.7, top_p=0.8, do_sample=True, eos_token_id=[5, 9])
+    theirs.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    loaded = assemble.load_model(config.Model(path=str(source)), tokenizer, 0)
+    loaded.save(loaded.params, out, hf.load_tokenizer(source))
+    ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16, name
+        assert torch.equal(a, b), name
+    one, two = (AutoConfig.from_pretrained(folder).to_dict() for folder in (source, out))
+    assert {k: v for k, v in one.items() if k != "_name_or_path"} == {k: two[k] for k in one if k != "_name_or_path"}
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["temperature"] == 0.7
+    assert written["top_p"] == 0.8
+    assert written["eos_token_id"] == [tokenizer.eos_token_id, 5, 9]
+    again = AutoTokenizer.from_pretrained(out)
+    assert again.chat_template == tokenizer.chat_template
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
 def test_shards_and_their_index(folders, tmp_path):
     _, config, params = hf.load(folders("llama"))
     hf.save(tmp_path / "out", params, config, max_shard_bytes=20_000)
@@ -155,6 +182,11 @@ def cut(tensors, _):
     tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:, :-1]
 
 
+def drop_several(tensors, _):
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        del tensors[name]
+
+
 def add(tensors, _):
     tensors["model.layers.0.mlp.experts.weight"] = np.zeros(3, np.float32)
 
@@ -176,6 +208,7 @@ def unknown(_, config):
     ("damage", "message"),
     [
         (drop, r"tensor model.layers.1.mlp.up_proj.weight is missing; the file does not fit config.json"),
+        (drop_several, r"tensors model.norm.weight, model.layers.0.mlp.up_proj.weight are missing"),
         (cut, r"layers.1.mlp.up_proj.weight has shape \(48, 31\), but by config.json it should be \(48, 32\)"),
         (add, r"tensor model.layers.0.mlp.experts.weight is not part of a LlamaForCausalLM"),
         (integers, "tensor model.norm.weight is I8; only F32"),
@@ -247,7 +280,7 @@ def test_a_save_that_fails_leaves_the_old_export(folders, tmp_path):
     assert_same(hf.load(tmp_path / "out")[2], params)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "llama"])
 def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
     architecture, _, params = hf.load(folders(kind))
     name = hf.weights_hash(params, architecture)
@@ -261,6 +294,15 @@ def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
     assert hf.weights_hash(params, architecture) == name
     other = type(architecture)(**{**vars(architecture), "eps": 1e-3})
     assert hf.weights_hash(params, other) != name
+
+
+def test_code_that_a_folder_names_is_not_run_and_said_so(folders, tmp_path, capsys):
+    folder, _, hf_config = copy(folders("llama"), tmp_path / "m")
+    (folder / "modeling_own.py").write_text("raise SystemExit(9)")
+    own = {**hf_config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(own))
+    hf.load(folder)
+    assert "auto_map names code, which is never run; it is read as the LlamaForCausalLM" in capsys.readouterr().out
 
 
 def test_rows_beyond_the_tokenizer_are_kept():

@@ -69,7 +69,7 @@ def compile_step(table, sizes, compute):
     state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=ROWS, length=128)
     batch = jax.eval_shape(lambda: pack.build(table, np.arange(BATCH), shape)[0])
-    rows = sharding.split_rows(mesh, params)
+    rows = sharding.split_rows(mesh, (params, None))
     step = make_train_step(
         partial(batch_logps, in_parts(model, rows, params)), losses.build({"name": "dpo", "beta": 0.5}), tx, rows=rows
     )
@@ -174,7 +174,7 @@ def two_steps(table, sizes, mapped=False):
         batch = jax.tree.map(lambda x: x.reshape(x.shape[0], sizes[0], -1, *x.shape[2:]), batch)
     else:
         params = sharding.of_params(mesh, model.axes, start)
-        rows = sharding.split_rows(mesh, params)
+        rows = sharding.split_rows(mesh, (params, None))
         step = jax.jit(make_train_step(partial(batch_logps, in_parts(model, rows, params)), loss, tx, rows=rows))
         state = sharding.put(jax.device_get(state), sharding.of_state(mesh, params, state))
         batch = sharding.put_batch(mesh, batch)

@@ -146,8 +146,8 @@ def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
         np.testing.assert_allclose(a / scale, b / scale, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_chunked_head_is_log_softmax(chunks):
+@pytest.mark.parametrize(("chunks", "cap"), [(1, None), (3, None), (3, 2.5)])
+def test_chunked_head_is_log_softmax(chunks, cap):
     """Values and both gradients; columns beyond the chunks in use stay zero."""
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 12, 8)).astype(np.float32), rng.normal(size=(29, 8)).astype(np.float32)
@@ -155,11 +155,12 @@ def test_chunked_head_is_log_softmax(chunks):
     used = np.arange(12) < 4 * chunks
 
     def dense(hidden, head):
-        logits = jax.nn.log_softmax(hidden @ head.T)
+        logits = hidden @ head.T
+        logits = jax.nn.log_softmax(cap * jax.numpy.tanh(logits / cap) if cap else logits)
         return np.where(used, 1.0, 0.0) * jax.numpy.take_along_axis(logits, target[..., None], -1)[..., 0]
 
     def ours(hidden, head):
-        return token_logps(hidden, head, target.astype(np.int32), np.int32(chunks), 4)
+        return token_logps(hidden, head, target.astype(np.int32), np.int32(chunks), 4, cap)
 
     expected, pull = jax.vjp(dense, hidden, head)
     value, ours_pull = jax.vjp(ours, hidden, head)

@@ -7,7 +7,8 @@ import pytest
 from tiny import FAMILIES, VOCAB, folders_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
 from tiny import whole_rows as whole
 
-from dpo_jax.models import build, families, family, hf
+from dpo_jax.models import build, family, hf
+from dpo_jax.models.layout import to_ours
 from dpo_jax.records import UserError
 
 # What each case has beside its family's defaults.
@@ -21,17 +22,40 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 BIASES = {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu", "rope_parameters": LINEAR}
+SLIDING = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+NEAR = {"rope_type": "default", "rope_theta": 300.0}
 CASES = {
-    "llama": ("llama", {}),
+    **{name: (name, {}) for name in FAMILIES},
     "llama 3, tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama with biases": ("llama", BIASES),
-    "gpt2": ("gpt2", {}),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu"}),
-    "gpt_neox": ("gpt_neox", {}),
     "gpt_neox serial": (
         "gpt_neox",
         {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True, "rotary_pct": 1.0},
     ),
+    "gptj tied, whole heads rotated": ("gptj", {"tie_word_embeddings": True, "rotary_dim": 16, "n_inner": 40}),
+    "gpt_neo untied": ("gpt_neo", {"tie_word_embeddings": False, "intermediate_size": 40, "window_size": 3}),
+    "opt without biases": ("opt", {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"}),
+    "mistral without a window": ("mistral", {"sliding_window": None, "head_dim": 16, "num_key_value_heads": 4}),
+    "qwen2 with windows": ("qwen2", SLIDING),
+    "qwen3 with windows and biases": (
+        "qwen3",
+        {"layer_types": ["sliding_attention", "full_attention"], **SLIDING, "attention_bias": True},
+    ),
+    "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": None, "num_key_value_heads": 1}),
+    "gemma with biases": ("gemma", {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 1}),
+    "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text with scaling": (
+        "gemma3_text",
+        {
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": NEAR},
+            "final_logit_softcapping": 3.0,
+            "layer_types": None,
+            "sliding_window_pattern": 2,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
 
@@ -54,9 +78,9 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     ours = {}
     for pattern, tensor in family(architecture.family).tensors(architecture).items():
         count = architecture.layers if "{i}" in pattern else 1
-        parts = [tensor.to_ours(grads[pattern.replace("{i}", str(i))]) for i in range(count)]
-        for path, *layers in zip(tensor.paths, *parts, strict=True):
-            ours["/".join(path)] = np.stack(layers) if "{i}" in pattern else layers[0]
+        parts = [to_ours(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
+        for part, *layers in zip(tensor.parts, *parts, strict=True):
+            ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
     return logits.detach().numpy(), ours
 
 
@@ -124,7 +148,7 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
     probe = jnp.asarray(np.random.default_rng(0).normal(size=architecture.width), jnp.float32)
 
     def of_packed(p):
-        hidden = model.hidden(p, *packed(comparisons))[0]
+        hidden = model.hidden(p, *packed(comparisons))[0, :, : architecture.width]
         parts, at = [], 0
         for prompt, *responses in comparisons:
             shared, at = hidden[at : at + len(prompt)], at + len(prompt)
@@ -140,7 +164,7 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
 
     def of_separate(p):
         hidden = model.hidden(p, *map(jnp.asarray, padded), jnp.zeros((len(sequences), 24), jnp.int32))
-        return jnp.concatenate([row[: len(x)] for row, x in zip(hidden, sequences, strict=True)])
+        return jnp.concatenate([row[: len(x), : architecture.width] for row, x in zip(hidden, sequences, strict=True)])
 
     def both(function):
         def loss(p):
@@ -225,7 +249,7 @@ def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
         np.testing.assert_allclose(hidden[1], whole_hidden[1, index - 4], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
 def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
     architecture, _, loaded = hf.load(folders(kind))
     params = jax.jit(build(architecture).init)(jax.random.key(0))
@@ -234,11 +258,12 @@ def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
     assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
     for name, leaf in flat.items():
         if name.endswith(("scale", "bias")):
-            assert (leaf == (1.0 if name.endswith("scale") else 0.0)).all(), name
+            one = 0.0 if kind.startswith("gemma") else 1.0  # the scale less 1
+            assert (leaf == (one if name.endswith("scale") else 0.0)).all(), name
             continue
         residual = kind == "gpt2" and name.split("/")[1:2] in (["o"], ["down"])
         assert leaf.std() == pytest.approx(0.2 * (0.5 if residual else 1.0), rel=0.1), name
-    assert not jnp.array_equal(*flat["layers/q/kernel"])  # layers differ
+    assert not jnp.array_equal(*flat["layers/q/kernel"][:2])  # layers differ
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -263,65 +288,13 @@ def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
     assert jnp.isnan(hidden[0, 5]).all()
 
 
-def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
-    assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gpt2, gpt_neox, llama"):
-        family("llamma")
-    with pytest.raises(UserError, match="'xlnet' is not known; known are"):
-        family("xlnet")
-
-
-LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-LLAMA |= {"intermediate_size": 48}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2}
-NEOX = LLAMA
-
-
-@pytest.mark.parametrize(
-    ("kind", "base", "change", "message"),
-    [
-        ("llama", LLAMA, {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
-        ("llama", LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' is not"),
-        ("llama", LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
-        ("llama", LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
-        ("llama", LLAMA, {"hidden_size": 30}, "30 is not a multiple of the 4 heads"),
-        ("llama", LLAMA, {"vocab_size": None}, "vocab_size is missing"),
-        ("gpt2", GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not"),
-        ("gpt2", GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
-        ("gpt2", GPT2, {"add_cross_attention": True}, "add_cross_attention"),
-        ("gpt_neox", NEOX, {"rotary_pct": 0.1}, "0 rotary dimensions"),
-        ("gpt_neox", NEOX, {"hidden_act": "mish"}, "hidden_act = 'mish'"),
-    ],
-)
-def test_what_is_not_supported_is_refused_by_key(kind, base, change, message):
-    module = family(kind)
-    module.architecture(base)
-    with pytest.raises(UserError, match=r"^config\.json: .*" + message):
-        module.architecture({**base, **change})
-
-
-@pytest.mark.parametrize(("kind", "config"), [("llama", LLAMA), ("gpt2", GPT2), ("gpt_neox", NEOX)])
-def test_settings_that_are_left_out_have_transformers_defaults(kind, config):
-    from transformers import AutoConfig
-
-    full = AutoConfig.for_model(kind, **config).to_dict()
-    assert family(kind).architecture(config) == family(kind).architecture(full)
-
-
-def test_both_spellings_of_rotary_settings_mean_the_same():
-    old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
-    new = family("gpt_neox").architecture(
-        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}
-    )
-    assert old == new
-    assert old.rope.dims == 4
-    scaling = {"factor": 2.0}
-    old = family("llama").architecture({**LLAMA, "rope_theta": 7.0, "rope_scaling": {**scaling, "type": "linear"}})
-    new = family("llama").architecture(
-        {**LLAMA, "rope_parameters": {**scaling, "rope_type": "linear", "rope_theta": 7.0}}
-    )
-    assert old == new
-    assert (old.rope.theta, old.rope.factor) == (7.0, 2.0)
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), [("compute", "float16"), ("remat", "some")])

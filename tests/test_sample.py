@@ -1,5 +1,7 @@
 """Generation against transformers' token by token, its distribution against closed forms, and its seeds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,14 +56,17 @@ def test_greedy_equals_transformers_token_by_token(models, kind):
         assert new.tolist() == torch_greedy(folder, prompt, NEW, EOS).tolist()
 
 
-def test_greedy_equals_transformers_on_a_trained_model():
-    folder = shared_model("tinystories-656k")
+@pytest.mark.parametrize("name", ["tinystories-656k", "stories260k"])
+def test_greedy_equals_transformers_on_a_trained_model(name):
+    folder = shared_model(name)
     architecture, _, params = hf.load(folder)
     tokenizer = hf.load_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The dog ran to the big tree and")]
-    ours = sample(build(architecture), params, prompts, max_new_tokens=40, temperature=0, eos_id=2)
+    ours = sample(build(architecture), params, prompts, max_new_tokens=200, temperature=0, eos_id=())
     for prompt, new in zip(prompts, ours, strict=True):
-        assert new.tolist() == torch_greedy(folder, prompt, 40, 2).tolist()
+        theirs = torch_greedy(folder, prompt, 200, None)
+        assert tokenizer.decode(new) == tokenizer.decode(theirs)
+        assert new.tolist() == theirs.tolist()
 
 
 def test_bfloat16_generates(models):
@@ -104,6 +109,18 @@ def test_every_token_is_drawn_anew(models):
     uniform = jax.tree.map(jnp.zeros_like, params)
     (out,) = sample(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
     assert len(set(out.tolist())) > NEW / 2
+
+
+def test_tokens_are_drawn_from_capped_logits(models):
+    _, model, params = models("gemma2")
+    steep = {**params, "embedding": params["embedding"] * 100}  # without the cap one token has all of the probability
+    options = {"max_new_tokens": NEW, "eos_id": (), "batch_size": 1}
+    (greedy,) = sample(model, steep, prompts_of(7), temperature=0, **options)
+    free = build(dataclasses.replace(model.architecture, logit_cap=None))
+    (drawn,) = sample(free, steep, prompts_of(7), **options)
+    assert drawn.tolist() == greedy.tolist()
+    (capped,) = sample(model, steep, prompts_of(7), **options)
+    assert (capped != greedy).sum() > NEW / 2
 
 
 def test_a_shape_is_compiled_once(models):

@@ -138,7 +138,7 @@ def test_eval_gives_each_comparison_its_own_values(folder, table):
     batch, count, places = pack.build(table, np.arange(24), shape, column)
     assert count > 1
     step = jax.jit(make_eval_step(logps, losses.build({"name": "dpo", "beta": 0.1})))
-    metrics = step(params, np.zeros(1, np.float32), batch, np.int32(count))
+    metrics = step((params, None), np.zeros(1, np.float32), batch, np.int32(count))
     with torch.no_grad():
         policy = torch.stack([originals.sequence_logps(originals.load(folder), table[i]) for i in range(24)])
     expected = originals.preference_loss(policy, torch.tensor(reference), 0.1).numpy()

@@ -8,31 +8,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.models import capped
+
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-FAMILIES = ("gpt2", "gpt_neox", "llama")
+WINDOW = 8  # less than any sequence in the tests
 VOCAB = 128
 EOS = 2
 
-_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "initializer_range": 0.2}
+_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.2}
+_SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 256}
+_LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
+# Heads that are not D / H wide, and a scale of scores that is not that of their width.
+_GEMMA = {**_LLAMA, "head_dim": 16}
+_GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
 _ARGUMENTS = {
-    "llama": {
+    "gemma": _GEMMA,
+    "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**_GEMMA2, "num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
+    "gpt2": _GPT2,
+    "gpt_neo": {
         "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": WINDOW,
         "max_position_embeddings": 256,
     },
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256},
-    "gpt_neox": {
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 256,
-        "rotary_pct": 0.25,
-    },
+    "gpt_neox": {**_SIZES, "num_attention_heads": 2, "intermediate_size": 48, "rotary_pct": 0.25},
+    "gptj": {**_GPT2, "n_head": 2, "rotary_dim": 8},
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": WINDOW},
+    "olmo2": _LLAMA,
+    "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi3": {**_LLAMA, "sliding_window": WINDOW},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 16},
 }
+FAMILIES = tuple(_ARGUMENTS)
 
 
 def torch_model(family: str, **settings):
@@ -41,13 +54,15 @@ def torch_model(family: str, **settings):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **{**_IDS, **_ARGUMENTS[family], **settings})
+    if family == "opt":
+        config.init_std = config.initializer_range
     config._attn_implementation = "eager"  # noqa: SLF001 (the only way before the model is made)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
-                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name))
+            if p.ndim == 1:  # gemma stores the scale of a norm less 1
+                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
     return model
 
 
@@ -96,8 +111,9 @@ def whole_rows(tokens):
 
 def logits_of(model, params, tokens):
     """Returns float32 logits [R, T, V] of whole rows."""
-    hidden = model.hidden(params, *whole_rows(tokens))
-    return jnp.einsum("rtd,vd->rtv", hidden, model.head(params).astype(hidden.dtype), preferred_element_type="float32")
+    hidden, head = model.hidden(params, *whole_rows(tokens)), model.head(params)
+    logits = jnp.einsum("rtd,vd->rtv", hidden, head.astype(hidden.dtype), preferred_element_type="float32")
+    return capped(logits, model.architecture.logit_cap)
 
 
 def largest_difference(ours, theirs) -> float:

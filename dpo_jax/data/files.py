@@ -14,7 +14,7 @@ from dpo_jax.records import Comparison, UserError
 
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # of the folders that `datasets` saves
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
@@ -40,8 +40,8 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 def rows(path: Sequence[str], split: str) -> Iterator[Row | UserError]:
     """Yields (`file:line`, object) for every row of the files or hub ids that `path` names, in order.
 
-    A hub id is `owner/name`, or `owner/name:config` for one of its configurations. Its copy on this disk, which is
-    made first, is mapped into memory.
+    A hub id is `owner/name`, or `owner/name:config` for one of its configurations, either with `@revision` if it is
+    to be that branch, tag or commit. Its copy on this disk, which is made first, is mapped into memory.
     """
     for entry in resolve(path, split):
         yield from rows_of(entry) if isinstance(entry, Path) else _hub(entry, split)
@@ -59,8 +59,10 @@ def _hub(name: str, split: str) -> Iterator[Row]:
 
     match = HUB_ID.fullmatch(name)
     assert match is not None
+    *names, revision = match.groups()
+    options = {"split": split} | ({"revision": revision} if revision else {})
     try:
-        table = datasets.load_dataset(*filter(None, match.groups()), split=split)
+        table = datasets.load_dataset(*filter(None, names), **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"{name}: no such local path, and split {split!r} cannot be loaded from the hub ({reason})"

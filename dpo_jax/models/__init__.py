@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array, UserError
 
-__all__ = ["Architecture", "Cache", "Model", "build", "families", "family"]
+__all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "described", "families", "family"]
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -29,7 +30,8 @@ class Model(NamedTuple):
       init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
       hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
         `whole`, a function, each layer's parameters go through it just before they are used.
-      head: params -> float32[V, D]; logits are hidden states times its transpose.
+      head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
+        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states.
       prefill: (params, tokens, positions, group, capacity) -> hidden [B, T, D] and a cache of `capacity` tokens,
         the first T of them filled; `group` 0 is padding.
       decode: (params, token [B], position [B], cache, index, mask) -> hidden [B, D] and the cache with the token at
@@ -67,7 +69,7 @@ def build(architecture: Architecture, *, compute: str = "float32", remat: str = 
         architecture,
         init=lambda key: nn.meta.unbox(_init(decoder, key)),
         hidden=partial(_hidden, decoder),
-        head=_tied_head if architecture.tied else _own_head,
+        head=partial(_head, architecture),
         prefill=partial(_prefill, keeping),
         decode=partial(_decode, keeping),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
@@ -84,12 +86,9 @@ def _hidden(decoder, params, tokens, positions, group, branch, whole=None):
     return decoder.clone(whole=whole).apply({"params": params}, tokens, positions, context)[0]
 
 
-def _tied_head(params: Any) -> Array:
-    return params["embedding"]
-
-
-def _own_head(params: Any) -> Array:
-    return params["head"]
+def _head(architecture: Architecture, params: Any) -> Array:
+    weight = params["embedding" if architecture.tied else "head"]
+    return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
 
 def _prefill(decoder, params, tokens, positions, group, capacity):
@@ -105,6 +104,12 @@ def _decode(decoder, params, token, position, cache, index, mask):
     # The layers read the cache and return only their new entries, so that it is written once, in place.
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
     return hidden[:, 0], tuple(put(old, entry) for old, entry in zip(cache, new, strict=True))
+
+
+def described() -> list[tuple[str, str, str]]:
+    """Returns of each family its `model_type`, its class in transformers, and a line that says what it is."""
+    modules = [(name, family(name)) for name in families()]
+    return [(name, module.CLASS, (module.__doc__ or "").splitlines()[0]) for name, module in modules]
 
 
 @cache
@@ -123,5 +128,7 @@ def family(model_type: str) -> ModuleType:
     if model_type not in families():
         close = difflib.get_close_matches(str(model_type), families(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}known are {', '.join(families())}")
+        how = "a new one is a file in dpo_jax/models/, see dpo-jax models"
+        known = f"known are {', '.join(families())}; {how}"
+        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}{known}")
     return importlib.import_module(f"{__name__}.{model_type}")

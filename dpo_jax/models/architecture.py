@@ -1,15 +1,12 @@
-"""What an architecture is, as plain values: the fields a family's config maps to, and its table of tensor names."""
+"""What an architecture is, as plain values, and how a family's config.json is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, Literal
 
 from dpo_jax.records import UserError
 
 Config = Mapping[str, Any]  # a Hugging Face config.json
-Path = tuple[str, ...]  # the keys to a parameter
 
 # Hugging Face's names of an activation -> what it is here; "gelu_tanh" is the approximation.
 ACTIVATIONS = {
@@ -73,6 +70,19 @@ class Architecture:
       max_positions: the context length in tokens.
       initializer_range: standard deviation of new weights.
       residual_scale: multiplies that for the two projections that write to the residual.
+      head_bias: whether the head has a bias.
+      pre_norm: whether attention and MLP read the normalised residual.
+      post_norm: whether what they add to it is normalised.
+      shared_norm: whether both read the same normalised residual, as in GPT-J.
+      norm_offset: is added to the scale of a norm: 1 where the file has the scale less 1.
+      qk_norm: whether queries and keys are normalised: each head by itself, or all heads together.
+      windows: of each layer, how many tokens a query sees, itself included; 0 is all. Empty means all everywhere.
+      window_rope: rotary positions in layers with a window, if they are others.
+      score_scale: multiplies the scores of attention; None means d ** -0.5.
+      score_cap: c in c * tanh(score / c); None means no cap.
+      logit_cap: the same of the logits.
+      embedding_scale: multiplies the embedding of a token.
+      position_offset: the row of the learned embedding that the first position has.
     """
 
     family: str
@@ -96,37 +106,19 @@ class Architecture:
     max_positions: int
     initializer_range: float = 0.02
     residual_scale: float = 1.0
-
-
-class Tensor(NamedTuple):
-    """One tensor of a Hugging Face checkpoint, and the parameters it holds: several where it is fused.
-
-    Attributes:
-      shape: its shape in the file.
-      paths: of the parameters. Where the name has an `{i}` they are stacked over layers, on axis 0.
-      to_ours: the tensor -> one array a path, each a layer's.
-      to_theirs: one array a path -> the tensor.
-    """
-
-    shape: tuple[int, ...]
-    paths: tuple[Path, ...]
-    to_ours: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    to_theirs: Callable[..., np.ndarray]
-
-
-def plain(path: Path, *shape: int) -> Tensor:
-    """A tensor that has our layout."""
-    return Tensor(shape, (path,), lambda x: (x,), lambda x: x)
-
-
-def reshaped(path: Path, theirs: tuple[int, ...], ours: tuple[int, ...]) -> Tensor:
-    """A tensor with our order of axes, some of them merged."""
-    return Tensor(theirs, (path,), lambda x: (x.reshape(ours),), lambda x: x.reshape(theirs))
-
-
-def transposed(path: Path, theirs: tuple[int, int], ours: tuple[int, ...]) -> Tensor:
-    """A torch Linear's weight [out, in], ours [in, out], where one of the two may be several axes."""
-    return Tensor(theirs, (path,), lambda x: (x.T.reshape(ours),), lambda x: x.reshape(theirs[::-1]).T)
+    head_bias: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    shared_norm: bool = False
+    norm_offset: float = 0.0
+    qk_norm: Literal["head", "all"] | None = None
+    windows: tuple[int, ...] = ()
+    window_rope: Rope | None = None
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    position_offset: int = 0
 
 
 def need(config: Config, key: str) -> Any:
@@ -187,26 +179,38 @@ def kv_heads(config: Config, heads: int) -> int:
     return number
 
 
-def rope(config: Config, dim: int, *, theta_key: str, part_key: str, part: float) -> Rope:
+def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
     """Returns the rotary embedding of a config.json, in transformers 5's form (`rope_parameters`) or the older one.
 
     Args:
       config: the config.
       dim: head dimension.
-      theta_key: the older form's key of the base.
-      part_key: the older form's key of the rotated fraction of a head.
-      part: the default of that.
+      theta: the older form's key of the base.
+      part: the older form's key of the rotated fraction of a head, and its default; None where all of it is rotated.
+
+    Raises:
+      UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where there can be none.
+    """
+    new = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if part is None:
+        only(config, "partial_rotary_factor", 1.0)
+        only(new, "partial_rotary_factor", 1.0)
+        part = ("", 1.0)
+    fraction = get(config, "partial_rotary_factor", get(config, *part))
+    return rope_of(new, dim, get(config, theta, 10000.0), fraction, config.get("original_max_position_embeddings"))
+
+
+def rope_of(new: Config, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None) -> Rope:
+    """Returns the rotary embedding that `rope_parameters` describe; the other arguments are its defaults.
 
     Raises:
       UserError: a kind of scaling other than none, "linear" and "llama3".
     """
-    new = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = get(new, "rope_type", get(new, "type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are default, linear, llama3")
-    theta = float(get(new, "rope_theta", get(config, theta_key, get(config, "rope_theta", 10000.0))))
-    fraction = get(new, "partial_rotary_factor", get(config, "partial_rotary_factor", get(config, part_key, part)))
-    dims = int(dim * fraction)
+    theta = float(get(new, "rope_theta", theta))
+    dims = int(dim * get(new, "partial_rotary_factor", fraction))
     if dims < 2 or dims % 2:
         raise UserError(f"config.json: {dims} rotary dimensions a head; it must be an even number above 0")
     if kind == "default":
@@ -215,4 +219,26 @@ def rope(config: Config, dim: int, *, theta_key: str, part_key: str, part: float
     if kind == "linear":
         return Rope(dims, theta, kind, factor)
     low, high = float(need(new, "low_freq_factor")), float(need(new, "high_freq_factor"))
-    return Rope(dims, theta, kind, factor, low, high, int(need(new, "original_max_position_embeddings")))
+    original = original or int(need(new, "original_max_position_embeddings"))
+    return Rope(dims, theta, kind, factor, low, high, original)
+
+
+def windows(config: Config, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:
+    """Returns the window of each layer, from `layer_types` (or `kinds`, its default) and `sliding_window`.
+
+    Raises:
+      UserError: a kind of layer that is not supported, too many or too few of them, or no size of the window.
+    """
+    kinds = [*(get(config, "layer_types", kinds) or ["full_attention"] * layers)]
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            known = "full_attention, sliding_attention"
+            raise UserError(f"config.json: layer_types has {kind!r}, which is not supported; known are {known}")
+    if len(kinds) != layers:
+        raise UserError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
+    if "sliding_attention" not in kinds:
+        return ()
+    size = need(config, "sliding_window")
+    if size < 1:
+        raise UserError(f"config.json: sliding_window = {size}: it must be at least 1")
+    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)

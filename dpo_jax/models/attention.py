@@ -5,6 +5,7 @@ head, Q queries in a chunk, S keys that a chunk can see, d head dimension, B seq
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,42 @@ LOWEST = -1e30  # the score of a key that is not seen; finite, so that no differ
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def packed_attention(q: Array, k: Array, v: Array, group: Array, branch: Array, *, chunk: int = CHUNK) -> Array:
+class Rows(NamedTuple):
+    """What of a row each of its tokens sees: not to its right, of the same group, the prompt and its own branch.
+
+    Attributes:
+      group: int32[R, T]; 0 is padding, which sees padding.
+      branch: int32[R, T]; 0 is the prompt.
+      positions: int32[R, T], or None where there is no window.
+      window: int32[], keys at this distance in `positions` or farther are not seen.
+    """
+
+    group: Array
+    branch: Array
+    positions: Array = None
+    window: Array = None
+
+
+class Scoring(NamedTuple):
+    """How a query scores a key: cap * tanh(scale * q.k / cap), or scale * q.k where `cap` is None."""
+
+    scale: float
+    cap: float | None = None
+
+
+def capped(x: Array, cap: float | None) -> Array:
+    """Returns cap * tanh(x / cap), which is nearly x where x is small; x itself where `cap` is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def capped_slope(y: Array, cap: float | None) -> Array | float:
+    """Returns the derivative of `capped` from its value."""
+    return 1.0 if cap is None else 1.0 - jnp.square(y / cap)
+
+
+def packed_attention(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, chunk: int = CHUNK) -> Array:
     """Causal attention in which a response sees its own prompt and itself, never a sibling or a neighbour.
 
-    A query sees a key of the same `group`, if the key's `branch` is 0 or the query's, and not to its right.
     Queries go in static chunks and a chunk computes no score to its right; the backward pass keeps only the
     output and the log-sum-exp, and computes the scores again. Scores and softmax are float32.
 
@@ -30,17 +63,17 @@ def packed_attention(q: Array, k: Array, v: Array, group: Array, branch: Array, 
       q: [R, T, H, d] in the compute dtype.
       k: [R, T, K, d], H a multiple of K: grouped-query attention without repeating keys.
       v: [R, T, K, d].
-      group: int32[R, T]; 0 is padding, which sees padding.
-      branch: int32[R, T]; 0 is the prompt.
+      rows: which keys a query sees.
+      scoring: how it scores them.
       chunk: queries at a time.
 
     Returns:
       [R, T, H, d] in the dtype of q.
     """
-    return _attend(q, k, v, group, branch, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
+    return _attend(q, k, v, rows, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
-def cached_attention(q: Array, keys: Array, values: Array, mask: Array) -> Array:
+def cached_attention(q: Array, keys: Array, values: Array, mask: Array, scoring: Scoring) -> Array:
     """Attention of one new query a sequence over a cache.
 
     Args:
@@ -48,11 +81,12 @@ def cached_attention(q: Array, keys: Array, values: Array, mask: Array) -> Array
       keys: [B, C, K, d], the new token's included.
       values: [B, C, K, d].
       mask: bool[B, C], which entries of the cache are seen; at least one.
+      scoring: how they are scored.
 
     Returns:
       [B, 1, H, d] in the dtype of q.
     """
-    out, _ = _softmax(_by_head(q, keys.shape[2]), _by_head(keys), _by_head(values), mask[:, None])
+    out, _ = _softmax(_by_head(q, keys.shape[2]), _by_head(keys), _by_head(values), mask[:, None], scoring)
     return _by_token(out).astype(q.dtype)
 
 
@@ -72,23 +106,19 @@ def _by_token(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
 
 
-def _seen(group: Array, branch: Array, start: int, stop: int) -> Array:
+def _seen(rows: Rows, start: int, stop: int) -> Array:
     """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees."""
-    query_group, key_group = group[:, start:stop, None], group[:, None, :stop]
-    query_branch, key_branch = branch[:, start:stop, None], branch[:, None, :stop]
+    query, key = (jax.tree.map(cut, rows._replace(window=None)) for cut in (
+        lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
+    ))  # fmt: skip
     causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-    return causal & (query_group == key_group) & ((key_branch == 0) | (key_branch == query_branch))
+    seen = causal & (query.group == key.group) & ((key.branch == 0) | (key.branch == query.branch))
+    return seen if rows.window is None else seen & (query.positions - key.positions < rows.window)
 
 
-def _scores(q: Array, k: Array, seen: Array) -> Array:
-    """Returns float32[R, K, N, Q, S], LOWEST where a key is not seen."""
-    scores = _dot("rknqd,rksd->rknqs", q, k) * q.shape[-1] ** -0.5
-    return jnp.where(seen[:, None, None], scores, LOWEST)
-
-
-def _softmax(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array]:
+def _softmax(q: Array, k: Array, v: Array, seen: Array, scoring: Scoring) -> tuple[Array, Array]:
     """Returns the output [R, K, N, Q, d] and the log-sum-exp [R, K, N, Q] of some queries, in float32."""
-    scores = _scores(q, k, seen)
+    scores = jnp.where(seen[:, None, None], _scores(q, k, scoring), LOWEST)
     top = scores.max(-1, keepdims=True)
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
@@ -96,44 +126,52 @@ def _softmax(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, Array]:
     return out, (top + jnp.log(total))[..., 0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q: Array, k: Array, v: Array, group: Array, branch: Array, chunk: int) -> Array:
-    return _attend_fwd(q, k, v, group, branch, chunk)[0]
+def _scores(q: Array, k: Array, scoring: Scoring) -> Array:
+    """Returns float32[R, K, N, Q, S], of the keys that are not seen as well."""
+    return capped(_dot("rknqd,rksd->rknqs", q, k) * scoring.scale, scoring.cap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, chunk: int) -> Array:
+    return _attend_fwd(q, k, v, rows, scoring, chunk)[0]
 
 
 def _spans(length: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
-def _attend_fwd(q, k, v, group, branch, chunk):
+def _attend_fwd(q, k, v, rows, scoring, chunk):
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], _seen(group, branch, a, b))
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], _seen(rows, a, b), scoring)
         for a, b in _spans(q.shape[1], chunk)
     ]
     out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
     # Named, so that a policy of what the backward pass keeps can keep these two and skip this function.
     out = checkpoint_name(out, "attention")
     lse = checkpoint_name(jnp.concatenate([lse for _, lse in parts], axis=3), "attention")
-    return out, (q, k, v, group, branch, out, lse)
+    return out, (q, k, v, rows, out, lse)
 
 
-def _attend_bwd(chunk, residuals, g):
-    q, k, v, group, branch, out, lse = residuals
+def _attend_bwd(scoring, chunk, residuals, g):
+    q, k, v, rows, out, lse = residuals
     kv_heads = k.shape[2]
     queries, keys, values, do = _by_head(q, kv_heads), _by_head(k), _by_head(v), _by_head(g, kv_heads)
     delta = _by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for a, b in _spans(q.shape[1], chunk):
         part, d_part = queries[..., a:b, :], do[..., a:b, :]
-        p = jnp.exp(_scores(part, keys[:, :, :b], _seen(group, branch, a, b)) - lse[..., a:b, None])
+        scores = _scores(part, keys[:, :, :b], scoring)
+        seen = _seen(rows, a, b)[:, None, None]
+        p = jnp.exp(jnp.where(seen, scores, LOWEST) - lse[..., a:b, None])
         dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
-        ds = (p * (dp - delta[..., a:b, :]) * q.shape[-1] ** -0.5).astype(q.dtype)
+        slope = scoring.scale * capped_slope(scores, scoring.cap)
+        ds = (p * (dp - delta[..., a:b, :]) * slope).astype(q.dtype)
         dq.append(_dot("rknqs,rksd->rknqd", ds, keys[:, :, :b]))
         dk = dk.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", ds, part))
         dv = dv.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", p.astype(q.dtype), d_part))
     dq = _by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
-    return dq, _by_token(dk).astype(k.dtype), _by_token(dv).astype(v.dtype), None, None
+    return dq, _by_token(dk).astype(k.dtype), _by_token(dv).astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,9 +1,8 @@
-"""GPT-2 (DistilGPT-2, DialoGPT): its config and its tensor names. Its Conv1D weights are [in, out], as ours are."""
-
-import numpy as np
+"""GPT-2 (large is the paper's for film reviews), DistilGPT-2: learned positions, projections stored as ours are."""
 
 from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, Config, Path, Tensor, plain, reshaped
+from dpo_jax.models.architecture import Architecture, Config
+from dpo_jax.models.layout import Part, Tensor, plain
 
 CLASS = "GPT2LMHeadModel"
 PREFIX = "transformer."
@@ -46,29 +45,22 @@ def architecture(config: Config) -> Architecture:
     )
 
 
-def _fused(leaf: str, a: Architecture) -> Tensor:
+def _fused(leaf: str, a: Architecture, *lead: int) -> Tensor:
     """Queries, keys and values in one tensor, side by side on its last axis."""
-    lead = (a.width,) if leaf == "kernel" else ()
-    paths: tuple[Path, ...] = tuple(("layers", name, leaf) for name in "qkv")
-    ours, theirs = (*lead, a.heads, a.head_dim), (*lead, a.width)
-    return Tensor(
-        (*lead, 3 * a.width),
-        paths,
-        lambda x: tuple(part.reshape(ours) for part in np.split(x, 3, axis=-1)),
-        lambda *parts: np.concatenate([part.reshape(theirs) for part in parts], axis=-1),
-    )
+    parts = (Part(("layers", name, leaf), take=(slice(None),) * len(lead) + (i,)) for i, name in enumerate("qkv"))
+    return Tensor((*((size,) for size in lead), (3, a.heads, a.head_dim)), tuple(parts))
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
     """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
     width, layer = a.width, "transformer.h.{i}."
-    kernel = ("layers", "o", "kernel")
+    out = Part(("layers", "o", "kernel"))
     table = {
         "transformer.wte.weight": plain(("embedding",), a.vocab, width),
         "transformer.wpe.weight": plain(("positions",), a.max_positions, width),
-        layer + "attn.c_attn.weight": _fused("kernel", a),
+        layer + "attn.c_attn.weight": _fused("kernel", a, width),
         layer + "attn.c_attn.bias": _fused("bias", a),
-        layer + "attn.c_proj.weight": reshaped(kernel, (width, width), (a.heads, a.head_dim, width)),
+        layer + "attn.c_proj.weight": Tensor(((a.heads, a.head_dim), (width,)), (out,)),
         layer + "attn.c_proj.bias": plain(("layers", "o", "bias"), width),
         layer + "mlp.c_fc.weight": plain(("layers", "up", "kernel"), width, a.mlp),
         layer + "mlp.c_fc.bias": plain(("layers", "up", "bias"), a.mlp),

@@ -1,9 +1,8 @@
-"""GPT-NeoX (Pythia, the paper's TL;DR-size models): its config and its tensor names."""
-
-import numpy as np
+"""GPT-NeoX, Pythia (2.8B is the paper's for dialogue): attention and MLP side by side, a rotated part of each head."""
 
 from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, Config, Path, Tensor, plain, transposed
+from dpo_jax.models.architecture import Architecture, Config
+from dpo_jax.models.layout import Part, Tensor, linear, plain
 
 CLASS = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."
@@ -33,7 +32,7 @@ def architecture(config: Config) -> Architecture:
         eps=arch.get(config, "layer_norm_eps", 1e-5),
         activation=arch.activation(config, "hidden_act", "gelu"),
         gated=False,
-        rope=arch.rope(config, dim, theta_key="rotary_emb_base", part_key="rotary_pct", part=0.25),
+        rope=arch.rope(config, dim, theta="rotary_emb_base", part=("rotary_pct", 0.25)),
         parallel=arch.get(config, "use_parallel_residual", True),
         qkv_bias=bias,
         out_bias=bias,
@@ -44,20 +43,10 @@ def architecture(config: Config) -> Architecture:
     )
 
 
-def _fused(leaf: str, a: Architecture) -> Tensor:
-    """Queries, keys and values in one tensor, interleaved by head: its first axis is [H, 3, d]."""
-    tail = (a.width,) if leaf == "kernel" else ()
-    paths: tuple[Path, ...] = tuple(("layers", name, leaf) for name in "qkv")
-
-    def to_ours(x: np.ndarray) -> tuple[np.ndarray, ...]:
-        split = x.reshape(a.heads, 3, a.head_dim, *tail)
-        return tuple(np.moveaxis(split[:, i], -1, 0) if tail else split[:, i] for i in range(3))
-
-    def to_theirs(*parts: np.ndarray) -> np.ndarray:
-        rows = [np.moveaxis(part, 0, -1) if tail else part for part in parts]
-        return np.stack(rows, axis=1).reshape(3 * a.width, *tail)
-
-    return Tensor((3 * a.width, *tail), paths, to_ours, to_theirs)
+def _fused(leaf: str, a: Architecture, *inputs: int) -> Tensor:
+    """Queries, keys and values in one tensor, interleaved by head."""
+    parts = (Part(("layers", name, leaf), len(inputs), (slice(None), i)) for i, name in enumerate("qkv"))
+    return Tensor(((a.heads, 3, a.head_dim), *((size,) for size in inputs)), tuple(parts))
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
@@ -66,11 +55,11 @@ def tensors(a: Architecture) -> dict[str, Tensor]:
     out, up, down = ("layers", "o", "kernel"), ("layers", "up", "kernel"), ("layers", "down", "kernel")
     table = {
         "gpt_neox.embed_in.weight": plain(("embedding",), a.vocab, width),
-        layer + "attention.query_key_value.weight": _fused("kernel", a),
-        layer + "attention.dense.weight": transposed(out, (width, width), (a.heads, a.head_dim, width)),
-        layer + "mlp.dense_h_to_4h.weight": transposed(up, (a.mlp, width), (width, a.mlp)),
+        layer + "attention.query_key_value.weight": _fused("kernel", a, width),
+        layer + "attention.dense.weight": linear(out, (width,), (a.heads, a.head_dim)),
+        layer + "mlp.dense_h_to_4h.weight": linear(up, (a.mlp,), (width,)),
         layer + "mlp.dense_h_to_4h.bias": plain(("layers", "up", "bias"), a.mlp),
-        layer + "mlp.dense_4h_to_h.weight": transposed(down, (width, a.mlp), (a.mlp, width)),
+        layer + "mlp.dense_4h_to_h.weight": linear(down, (width,), (a.mlp,)),
         layer + "mlp.dense_4h_to_h.bias": plain(("layers", "down", "bias"), width),
     }
     if a.qkv_bias:

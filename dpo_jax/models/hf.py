@@ -9,11 +9,11 @@ from typing import Any
 
 from dpo_jax.models import family
 from dpo_jax.models.architecture import Architecture, Config
+from dpo_jax.models.stored import stored_params, whole
 from dpo_jax.models.weights import (
     DTYPES,
     INDEX,
     read_json,
-    read_params,
     weight_files,
     weights_hash,
     write_json,
@@ -21,7 +21,7 @@ from dpo_jax.models.weights import (
 )
 from dpo_jax.records import UserError
 
-__all__ = ["load", "load_tokenizer", "read_config", "save", "weights_hash"]
+__all__ = ["load", "load_tokenizer", "read_config", "read_generation", "save", "stored", "weights_hash", "whole"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What an export consists of: a folder that holds anything else is never replaced.
@@ -50,14 +50,27 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_generation(folder: str | Path) -> dict[str, Any]:
+    """Returns the contents of a model folder's generation_config.json, nothing if it has none."""
+    file = Path(folder) / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
 def load(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
-    """Reads a model folder.
+    """Reads a model folder, as `stored` does, with its parameters as numpy float32."""
+    architecture, config, params = stored(folder)
+    return architecture, config, whole(params)
+
+
+def stored(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+    """Opens a model folder, all but reading its weights.
 
     Weights come from model.safetensors or the shards of its index, in any of float64, 32, 16 and bfloat16. Buffers
     that are no weights are skipped; any other tensor too many, too few or of another shape is an error.
 
     Returns:
-      The architecture, the config as it is in the file, and the parameters as numpy float32.
+      The architecture; the config as it is in the file, but with the dtype that the weights have; and the parameters,
+      which are read block by block when they are put on devices.
 
     Raises:
       UserError: something is missing, damaged or not supported.
@@ -71,7 +84,12 @@ def load(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, An
         architecture = module.architecture(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return architecture, config, read_params(weight_files(folder), module, architecture)
+    if "auto_map" in config:
+        print(
+            f"{folder}: its auto_map names code, which is never run; it is read as the {module.CLASS} it claims to be"
+        )
+    params, dtype = stored_params(weight_files(folder), module, architecture)
+    return architecture, {**config, "dtype": dtype}, params
 
 
 def save(
@@ -79,7 +97,8 @@ def save(
     params: Mapping[str, Any],
     hf_config: Config,
     tokenizer: Any = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    generation: Config | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a model folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
@@ -88,16 +107,18 @@ def save(
 
     Args:
       folder: where; what `save` wrote there before is replaced.
-      params: the parameters, numpy or on devices.
+      params: the parameters: numpy, on devices, or stored.
       hf_config: config.json of the model it came from.
       tokenizer: a transformers tokenizer to put beside, or None.
-      dtype: of the tensors in the file: "float32", "bfloat16" or "float16".
+      dtype: of the tensors in the file: "float32", "bfloat16" or "float16"; None is that of the model it came from.
+      generation: generation_config.json of the model it came from, or nothing.
       max_shard_bytes: more than this goes to several files with an index.
 
     Raises:
       UserError: an unknown dtype, or a folder with something else in it.
     """
     folder = Path(folder).absolute()
+    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     module = family(hf_config["model_type"])
@@ -109,7 +130,8 @@ def save(
         write_params(temporary, params, module, module.architecture(hf_config), dtype, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _write_configs(temporary, {**hf_config, "architectures": [module.CLASS], "dtype": dtype}, tokenizer)
+        config = {**hf_config, "architectures": [module.CLASS], "dtype": dtype}
+        _write_configs(temporary, config, tokenizer, dict(generation or {}))
         _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -120,7 +142,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     Args:
       folder: a local folder, a tokenizer's json file in one (read as it is, with the folder's special tokens), or
-        `name` or `owner/name` on the hub.
+        `name` or `owner/name` on the hub, maybe with `@revision`.
 
     Raises:
       UserError: there is none, or it has no end-of-sequence token.
@@ -135,7 +157,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     if looks_local and not local.exists():
         raise UserError(f"{name}: there is no such folder to read a tokenizer from")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local if local.exists() else name, trust_remote_code=False)
+        found, revision = (local, "") if local.exists() else name.partition("@")[::2]
+        tokenizer = AutoTokenizer.from_pretrained(found, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         where = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -154,15 +177,15 @@ def _tokenizer_file(file: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v is not None})
 
 
-def _write_configs(folder: Path, hf_config: Config, tokenizer: Any) -> None:
+def _write_configs(folder: Path, hf_config: Config, tokenizer: Any, generation: dict[str, Any]) -> None:
     dropped = ("torch_dtype", "transformers_version", "_name_or_path")
     config = {key: value for key, value in hf_config.items() if key not in dropped}
-    ends = hf_config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    if tokenizer is not None:
-        ends = [tokenizer.eos_token_id, *ends]
+    ends = [] if tokenizer is None else [tokenizer.eos_token_id]
+    for known in (generation.get("eos_token_id"), hf_config.get("eos_token_id")):
+        ends += known if isinstance(known, list) else [known]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
-    generation = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
+    ids = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
+    generation = {**ids, **generation}
     if ends:
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "config.json", config)

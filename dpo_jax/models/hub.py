@@ -1,0 +1,51 @@
+"""Models of the Hugging Face hub: a name and maybe a revision become a folder of the hub's own cache on this disk."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.records import UserError
+
+NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# All that is ever fetched: weights as safetensors, settings and tokenizers, from the top of the repository.
+WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
+UNWANTED = ("*/*", "consolidated*", "training_args*", "optimizer*")
+
+
+def is_name(path: str) -> bool:
+    """Returns whether a path can only mean a model of the hub: `owner/name` or `owner/name@revision`."""
+    return not Path(path).expanduser().exists() and NAME.fullmatch(path) is not None
+
+
+@cache
+def fetched(path: str) -> Path:
+    """Returns the folder of a model of the hub, fetching what is not yet in the hub's cache.
+
+    No code and no pickle is fetched. $HF_HUB_OFFLINE, $HF_HOME, $HF_ENDPOINT and $HF_TOKEN mean what they always do.
+
+    Args:
+      path: `owner/name`, or `owner/name@revision` with a branch, a tag or a commit.
+
+    Raises:
+      UserError: there is no such model or revision, no network, or no permission.
+    """
+    from huggingface_hub import snapshot_download  # here, since it takes a while to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    match = NAME.fullmatch(path)
+    assert match is not None
+    name, revision = match.groups()
+    patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its bases: all errors of the HTTP client
+    try:
+        folder = Path(snapshot_download(name, revision=revision, **patterns))
+    except failures as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: no such folder, and the hub has given no such model: {reason}") from error
+    if not any(folder.glob("*.safetensors")):
+        how = "convert it with transformers: model.save_pretrained(folder, safe_serialization=True)"
+        raise UserError(f"{path}: the hub has no safetensors of it, and a pickle is never read; {how}")
+    if revision != folder.name:
+        print(f"{path}: revision {folder.name}; {name}@{folder.name} is always this one")
+    return folder

@@ -1,0 +1,255 @@
+"""LoRA (arXiv 2106.09685): a pytree of low-rank additions to projections, in PEFT's folders in and out.
+
+A projection W gets W + alpha / rank * A B; adapters have leaves `lora_a` [L, *inputs, r] and `lora_b` [L, r, *outputs]
+where W has `kernel` [L, *inputs, *outputs]. The model without them is the base, untouched: it serves as the reference.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dpo_jax.models import family
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.layout import Part, Tensor, shape_of, to_ours, to_theirs
+from dpo_jax.models.weights import read_json, write_json
+from dpo_jax.records import Array, UserError
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ALL = "all-linear"
+# What PEFT can vary and this cannot: key -> the one value that is supported, which is its default.
+FIXED = {
+    **{"bias": "none", "fan_in_fan_out": None, "use_rslora": False, "use_dora": False, "lora_bias": False},
+    **{"modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None},
+    **{
+        "layer_replication": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "alora_invocation_tokens": None,
+    },
+}
+
+
+class Lora(NamedTuple):
+    """Which projections are adapted, and how.
+
+    Attributes:
+      rank: r.
+      alpha: additions are multiplied by alpha / r.
+      targets: names of modules as transformers has them, `q_proj` or `attn.c_attn` for example, or `all-linear`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
+    """Returns the modules that are adapted, `{i}` standing for the layer, each with the tensor of its weight.
+
+    Raises:
+      UserError: a target that names no projection.
+    """
+    table = family(architecture.family).tensors(architecture)
+    known = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in table.items()
+        if "{i}" in name and tensor.parts[0].path[-1] == "kernel"
+    }
+    matched = {target: [n for n in known if target == ALL or f".{n}".endswith(f".{target}")] for target in targets}
+    for target, names in matched.items():
+        if not names:
+            listed = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            raise UserError(f"lora.targets: {target!r} is no projection of a {architecture.family}; it has {listed}")
+    return {name: tensor for name, tensor in known.items() if any(name in names for names in matched.values())}
+
+
+def init(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
+    """Returns adapters as host arrays, A drawn as PEFT does (uniform up to 1 / sqrt(inputs)), B zero: nothing changes.
+
+    Raises:
+      UserError: a rank below 1, no target, or a target that names no projection.
+    """
+    if lora.rank < 1 or not lora.targets:
+        raise UserError("lora: rank must be at least 1, and targets must name a module")
+    rng, adapters = np.random.default_rng(seed), {}
+    for tensor in modules(architecture, lora.targets).values():
+        for part in tensor.parts:
+            inputs, outputs = _sides(tensor, part)
+            size = (architecture.layers, *inputs, lora.rank)
+            a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
+            b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
+            adapters[part.path[1]] = {"lora_a": a.astype(np.float32), "lora_b": b}
+    return {"layers": adapters}
+
+
+def joined(base: Any, adapters: Any, lora: Lora) -> Any:
+    """Returns the parameters of the adapted model: those of the base, which are not copied, and its adapters."""
+    layers, scale = dict(base["layers"]), lora.alpha / lora.rank
+    for name, leaves in adapters["layers"].items():
+        layers[name] = {**layers[name], "lora_a": leaves["lora_a"], "lora_b": leaves["lora_b"] * scale}
+    return {**base, "layers": layers}
+
+
+def axes(of_base: Any, adapters: Any) -> Any:
+    """Returns the logical names of the axes of adapters, from those of the base."""
+
+    def one(name: str) -> dict[str, tuple[str, ...]]:
+        kernel = of_base["layers"][name]["kernel"]
+        count = adapters["layers"][name]["lora_a"].ndim - 1  # with layers
+        return {"lora_a": (*kernel[:count], "rank"), "lora_b": (kernel[0], "rank", *kernel[count:])}
+
+    return {"layers": {name: one(name) for name in adapters["layers"]}}
+
+
+def joined_axes(of_base: Any, adapters: Any) -> Any:
+    """Returns the logical names of the axes of what `joined` returns."""
+    layers = dict(of_base["layers"])
+    for name, leaves in axes(of_base, adapters)["layers"].items():
+        layers[name] = {**layers[name], **leaves}
+    return {**of_base, "layers": layers}
+
+
+class _Merged:
+    """A kernel with its addition, made a layer at a time."""
+
+    def __init__(self, kernel: Array, a: Array, b: Array):
+        self.leaves = kernel, a, b
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        kernel, a, b = (np.asarray(x[layer], np.float32) for x in self.leaves)
+        return kernel + np.tensordot(a, b, 1)
+
+
+def merged(base: Any, adapters: Any, lora: Lora) -> Any:
+    """Returns the parameters of a plain model that equals the adapted one, for a folder; layers are made one by one."""
+    params = joined(base, adapters, lora)
+    layers = dict(params["layers"])
+    for name in adapters["layers"]:
+        kernel, a, b = (layers[name][key] for key in ("kernel", "lora_a", "lora_b"))
+        rest = {key: value for key, value in base["layers"][name].items() if key != "kernel"}
+        layers[name] = {**rest, "kernel": _Merged(kernel, a, b)}
+    return {**params, "layers": layers}
+
+
+def _sides(tensor: Tensor, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the input and the output axes of a projection with us."""
+    count = part.inputs or len(tensor.split[0])  # GPT-2 stores [in, out], the others [out, in]
+    shape = shape_of(tensor, part)
+    return shape[:count], shape[count:]
+
+
+def _outputs(tensor: Tensor, rank: int) -> Tensor:
+    """Returns the tensor with `rank` inputs: that of B, or of its transpose where the weight is [in, out]."""
+    if tensor.parts[0].inputs:
+        return Tensor((tensor.split[0], (rank,)), tuple(part._replace(inputs=1) for part in tensor.parts))
+    return Tensor(((rank,), tensor.split[1]), tensor.parts)
+
+
+def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
+    """Writes adapters as PEFT does.
+
+    The parts of a fused projection have an A each: together they are one adapter of as many times the rank.
+
+    Args:
+      folder: where; made if need be.
+      adapters: host arrays or on devices.
+      lora: what they are.
+      architecture: of the base.
+      base: the folder or name of the base.
+    """
+    tensors, ranks = {}, {}
+    chosen = modules(architecture, lora.targets)
+    for name, tensor in chosen.items():
+        leaves = [adapters["layers"][part.path[1]] for part in tensor.parts]
+        if len(leaves) > 1:
+            ranks[name.rpartition(".")[2]] = len(leaves)
+        for i in range(architecture.layers):
+            where = f"base_model.model.{name.replace('{i}', str(i))}.lora_"
+            a = [np.asarray(leaf["lora_a"][i]).reshape(-1, lora.rank).T for leaf in leaves]
+            tensors[f"{where}A.weight"] = np.ascontiguousarray(np.concatenate(a))
+            tensors[f"{where}B.weight"] = _their_b(tensor, [np.asarray(leaf["lora_b"][i]) for leaf in leaves])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    settings = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True},
+        **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
+        "target_modules": sorted({name.rpartition("{i}.")[2] for name in chosen}),
+        "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
+        "rank_pattern": {name: lora.rank * count for name, count in ranks.items()},
+        "alpha_pattern": {name: lora.alpha * count for name, count in ranks.items()},
+    }
+    write_json(folder / SETTINGS, settings)
+
+
+def _their_b(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
+    """Returns B [out, r] of a module; of a fused one the parts' side by side, each over its own outputs."""
+    blank, columns = [np.zeros_like(part) for part in parts], []
+    for i, part in enumerate(parts):
+        b = to_theirs(_outputs(tensor, len(part)), [*blank[:i], part, *blank[i + 1 :]])
+        columns.append(b if tensor.parts[0].inputs else b.T)
+    return np.ascontiguousarray(np.concatenate(columns, axis=1))
+
+
+def load(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora]:
+    """Returns the adapters in a PEFT folder as host arrays, and what they are.
+
+    Raises:
+      UserError: it holds no LoRA, one that does not fit the model, or a setting that is not supported.
+    """
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: holds no LoRA; {SETTINGS} with peft_type LORA is needed")
+    for key, value in FIXED.items():
+        if key != "fan_in_fan_out" and (settings.get(key) or value) != value:
+            raise UserError(f"{folder / SETTINGS}: {key} = {settings[key]!r} is not supported")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are") from None
+    names = settings.get("target_modules") or ()
+    targets = tuple([names] if isinstance(names, str) else names)
+    lora = Lora(int(settings["r"]), float(settings["lora_alpha"]), targets)
+    adapters = {"layers": dict(_read(folder, tensors, settings, lora, architecture))}
+    if tensors:
+        raise UserError(
+            f"{folder / WEIGHTS}: tensor {min(tensors)} is not part of the adapter of a {architecture.family}"
+        )
+    return adapters, lora
+
+
+def _read(
+    folder: Path, tensors: dict[str, Any], settings: Mapping[str, Any], lora: Lora, architecture: Architecture
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yields (name of a projection, its leaves), and takes what it reads from `tensors`."""
+    for name, tensor in modules(architecture, lora.targets).items():
+        keys = [f"base_model.model.{name.replace('{i}', str(i))}.lora_" for i in range(architecture.layers)]
+        try:
+            a, b = (np.stack([tensors.pop(f"{key}{side}.weight") for key in keys]).astype(np.float32) for side in "AB")
+        except KeyError as error:
+            raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
+        rank, (inputs, _) = a.shape[1], _sides(tensor, tensor.parts[0])
+        theirs = b if tensor.parts[0].inputs else b.transpose(0, 2, 1)
+        wanted = _outputs(tensor, rank).shape
+        if theirs.shape[1:] != wanted or a.shape[2] != math.prod(inputs):
+            raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
+        short = name.rpartition(".")[2]
+        alpha = (settings.get("alpha_pattern") or {}).get(short, lora.alpha)
+        scale = (alpha / rank) / (lora.alpha / lora.rank)
+        ours = [to_ours(_outputs(tensor, rank), layer) for layer in theirs]
+        for i, part in enumerate(tensor.parts):
+            leaf = a.transpose(0, 2, 1).reshape(len(a), *inputs, rank), np.stack([layer[i] for layer in ours]) * scale
+            yield part.path[1], dict(zip(("lora_a", "lora_b"), _own(leaf, i, len(tensor.parts)), strict=True))
+
+
+def _own(leaf: tuple[np.ndarray, np.ndarray], place: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of a fused adapter what this part uses, where each part has a share of the rank, as `save` writes it."""
+    a, b = leaf
+    size, left = divmod(b.shape[1], count)
+    mine = slice(place * size, (place + 1) * size)
+    others = np.delete(b, mine, axis=1)
+    return (a, b) if left or count == 1 or others.any() else (a[..., mine], b[:, mine])

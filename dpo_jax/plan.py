@@ -1,0 +1,209 @@
+"""What a run needs of each device, before anything of it exists: its step is compiled for shapes alone."""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import assemble, losses, models, optim, sharding
+from dpo_jax.config import Config
+from dpo_jax.data import pack
+from dpo_jax.logprobs import CHUNK
+from dpo_jax.loop import Run, compiled_step, parts_of, shardings_of
+from dpo_jax.models import hf, lora
+from dpo_jax.records import Batch, UserError
+
+GB = 2**30
+TOKENS = 4096  # on a device, in a microbatch whose rows are not set
+
+
+class Memory(NamedTuple):
+    """Bytes on each device while a step runs.
+
+    Attributes:
+      trained: float32 masters of what is trained.
+      frozen: the base of adapters, or the reference where it is computed just in time.
+      optimiser: its state.
+      gradients: summed over microbatches in float32.
+      logits: the chunk of the head that exists at one time, and its gradient.
+      activations: what else the compiler needs: activations, casts, workspace.
+      batch: the comparisons of a step.
+    """
+
+    trained: int
+    frozen: int
+    optimiser: int
+    gradients: int
+    logits: int
+    activations: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class Plan(NamedTuple):
+    """What a run needs.
+
+    Attributes:
+      config: the run's.
+      parameters: of the model; of them are trained.
+      trained: numbers that are trained.
+      shape: the layout of a batch.
+      memory: on each device.
+    """
+
+    config: Config
+    parameters: int
+    trained: int
+    shape: pack.Shape
+    memory: Memory
+
+
+def of(config: Config) -> Plan:
+    """Returns what a run needs on the devices that JAX sees; reads a config.json, no weights and no data.
+
+    Raises:
+      UserError: settings that no run can have.
+    """
+    run, loss = traced(config), losses.build(config.loss)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    tx, shape = optim.build(**config.optim), shape_of(config, sharding.row_devices(mesh))
+    trained, like = shardings_of(run, tx, mesh)
+    parts = parts_of(run, mesh, trained)
+    base = None if parts.base is None else laid(run.base, parts.base)
+    batch = jax.tree.map(partial(placed, where=sharding.of_batch(mesh)), batch_of(shape, responses_of(config, loss)))
+    count_of = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = compiled_step(run, tx, parts, like).lower(like, batch, count_of, base).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    gradients = held(laid(run.params, trained))
+    logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * run.model.architecture.vocab // sharding.row_devices(mesh)
+    frozen = base
+    if base is None and loss.uses_reference and config.reference.mode == "online":
+        frozen = like.params
+    memory = Memory(
+        held(like.params),
+        held(frozen),
+        held(like.opt_state),
+        min(gradients, temporary),
+        min(logits, max(0, temporary - gradients)),
+        max(0, temporary - gradients - logits),
+        held(batch),
+    )
+    whole = run.params if run.base is None else run.base
+    return Plan(config, count(whole), count(run.params), shape, memory)
+
+
+def traced(config: Config) -> Run:
+    """Returns a run that has shapes for parameters, and no data."""
+    source = config.model.config or str(assemble.model_folder(config.model.path))
+    hf_config = hf.read_config(source)
+    architecture = models.family(hf_config["model_type"]).architecture(hf_config)
+    model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)
+    params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    kind = adapters = None
+    loss = losses.build(config.loss)
+    if config.lora.path:
+        adapters, kind = lora.load(Path(config.lora.path), architecture)
+    elif config.lora.rank:
+        kind = lora.Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
+        adapters = lora.init(architecture, kind, 0)
+    none: Any = None
+    return Run(
+        config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=assemble.sync_of(config, loss),
+        params=params if kind is None else adapters, frozen=None, train=none, held_out=none, complete=None, prompts=[],
+        export=none, base=None if kind is None else params, lora=kind,
+    )  # fmt: skip
+
+
+def shape_of(config: Config, devices: int) -> pack.Shape:
+    """Returns the layout of a batch whose rows are full: as set, or rows of 2 * max_length in microbatches of 4096."""
+    length = config.data.row_length or 2 * config.data.max_length
+    rows = config.data.rows or devices * max(1, TOKENS // length)
+    groups = min(config.batch_size, max(1, length // 64))
+    return pack.Shape(math.ceil(config.batch_size / rows), rows, length, groups, length)
+
+
+def responses_of(config: Config, loss: losses.Loss) -> int:
+    """Returns P of a batch."""
+    return assemble.responses_of(config, loss) + loss.mismatched
+
+
+def batch_of(shape: pack.Shape, responses: int) -> Batch:
+    """Returns the shapes of a batch."""
+    lead = (shape.microbatches, shape.rows)
+    ints, floats = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.groups)
+    answers = (*places, responses)
+    fields = [ints(row)] * 4 + [ints(scored)] * 3 + [floats(places)] * 2 + [floats(answers), floats((*answers, 2))]
+    return Batch(*fields)
+
+
+def placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array that lies somewhere."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def laid(tree: Any, where: Any) -> Any:
+    """Returns the shapes of a tree of arrays that lie somewhere."""
+    return jax.tree.map(placed, tree, where)
+
+
+def held(tree: Any) -> int:
+    """Returns the bytes that each device holds of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def count(tree: Any) -> int:
+    """Returns how many numbers a tree has."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def advice(plan: Plan, memory: int) -> list[str]:
+    """Returns what to change where a run does not fit `memory` bytes, most effective first; nothing where it fits.
+
+    What lies on a device all the time can be split further or not be trained; what a step needs for a while can be
+    computed again, or be made of fewer rows.
+    """
+    config, need = plan.config, plan.memory
+    if need.total <= memory:
+        return []
+    lasting = need.trained + need.frozen + need.optimiser + need.gradients
+    lines = []
+    if lasting > 0.8 * memory:
+        times = 2 ** math.ceil(math.log2(lasting / (0.6 * memory)))
+        lines.append(f"mesh.fsdp {config.mesh.fsdp * times}: {times} times as many devices share the parameters")
+        if not config.lora.rank and not config.lora.path:
+            lines.append("lora.rank 16: only adapters have gradients and an optimiser, and the base is the reference")
+    if config.reference.mode == "online" and need.frozen:
+        lines.append("reference.mode cache: no second model while training")
+    stronger = {"none": "dots", "dots": "full"}.get(config.model.remat)
+    if stronger and need.activations > 0.1 * memory:
+        lines.append(f"model.remat {stronger}: the backward pass computes more again and keeps less")
+    each = plan.shape.rows // max(1, jax.device_count() // config.mesh.tensor)
+    if each > 1 and need.activations > 0.1 * memory:
+        lines.append(f"data.rows {plan.shape.rows // each}: one row on each device at a time instead of {each}")
+    return lines or ["shorter rows (data.max_length), or devices with more memory"]
+
+
+def resolved(config: Config) -> Config:
+    """Returns the config with the model that training starts from, where that is another run's YAML.
+
+    Raises:
+      UserError: the model is neither named there.
+    """
+    path = config.model.path
+    if not path.endswith((".yaml", ".yml")):
+        return config
+    start = assemble.configs.parse(Config, path, [], prog="dpo-jax plan", variants=assemble.VARIANTS)
+    if not start.model.path and not start.model.config:
+        raise UserError(f"{path}: names no model.path or model.config")
+    model = dataclasses.replace(config.model, path=start.model.path, config=start.model.config)
+    return resolved(dataclasses.replace(config, model=model))

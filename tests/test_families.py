@@ -1,0 +1,129 @@
+"""What each family makes of a config.json: its defaults, its spellings, and what it refuses."""
+
+import pytest
+from tiny import FAMILIES, VOCAB
+
+from dpo_jax import cli
+from dpo_jax.models import families, family
+from dpo_jax.records import UserError
+
+
+def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
+    assert families() == FAMILIES
+    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gemma, gemma2,"):
+        family("llamma")
+    with pytest.raises(UserError, match=r"'xlnet' is not known; known are .*; a new one is a file in dpo_jax/models/"):
+        family("xlnet")
+
+
+LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+LLAMA |= {"intermediate_size": 48}
+GROUPED = {**LLAMA, "num_key_value_heads": 2}  # where the default is a number that does not divide the 4 heads
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2}
+GPTJ = {**GPT2, "rotary_dim": 4}
+NEO = {"vocab_size": VOCAB, "hidden_size": 32, "num_heads": 4, "num_layers": 24}
+OPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 48}
+NEOX = LLAMA
+CONFIGS = {
+    **{"gemma": GROUPED, "gemma2": LLAMA, "gemma3_text": {**LLAMA, "num_hidden_layers": 8}, "gpt2": GPT2},
+    **{"gpt_neo": NEO, "gpt_neox": NEOX, "gptj": GPTJ, "llama": LLAMA, "mistral": GROUPED, "olmo2": LLAMA, "opt": OPT},
+    **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED},
+}
+SCALED = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
+        ("llama", {"rope_scaling": SCALED}, "rope_type = 'yarn' is not supported; known are default, linear, llama3"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
+        ("llama", {"hidden_size": 30}, "30 is not a multiple of the 4 heads"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True is not"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False is not supported, only True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt_neox", {"rotary_pct": 0.1}, "0 rotary dimensions"),
+        ("gpt_neox", {"hidden_act": "mish"}, "hidden_act = 'mish'"),
+        ("gpt_neo", {"num_layers": 2}, "attention_types names 24 layers, num_layers is 2"),
+        ("gpt_neo", {"attention_types": [[["global", "sparse"], 12]]}, "layer_types has 'sparse', which is not"),
+        ("gptj", {"rotary_dim": None}, "rotary_dim is missing"),
+        ("gptj", {"rotary_dim": 10}, "rotary_dim = 10 is more than a head's 8 dimensions"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim = 16 is not supported, only 32 is"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm = True"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True is not supported, only False"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types = .* is not supported"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0: it must be at least 1"),
+        ("qwen2", {"attention_bias": False}, "attention_bias = False is not supported, only True"),
+        ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type = 'mrope' is not supported"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 30}, "sliding_window is missing"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 30 layers"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias = True"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention', which is not"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope' is not supported"),
+        ("phi3", {"attention_bias": True}, "attention_bias = True"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma2", {"hidden_activation": "xielu"}, "hidden_activation = 'xielu' is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'yarn' is not"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'yarn' is not"),
+        ("olmo2", {"mlp_bias": True}, "mlp_bias = True"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_key(kind, change, message):
+    module, base = family(kind), CONFIGS[kind]
+    module.architecture(base)
+    with pytest.raises(UserError, match=r"^config\.json: .*" + message):
+        module.architecture({**base, **change})
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_settings_that_are_left_out_have_transformers_defaults(kind):
+    from transformers import AutoConfig
+
+    config = CONFIGS[kind]
+    full = AutoConfig.for_model(kind, **config).to_dict()
+    assert family(kind).architecture(config) == family(kind).architecture(full)
+    # Null is what transformers writes for what has no value; what has a default here must take it for that.
+    nulls = {key: None for key, value in full.items() if value is None}
+    assert family(kind).architecture({**config, **nulls}) == family(kind).architecture(config)
+
+
+def test_both_spellings_of_rotary_settings_mean_the_same():
+    old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
+    new = family("gpt_neox").architecture(
+        {**NEOX, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 500.0}}
+    )
+    assert old == new
+    assert old.rope.dims == 4
+    scaling = {"factor": 2.0}
+    old = family("llama").architecture({**LLAMA, "rope_theta": 7.0, "rope_scaling": {**scaling, "type": "linear"}})
+    new = family("llama").architecture(
+        {**LLAMA, "rope_parameters": {**scaling, "rope_type": "linear", "rope_theta": 7.0}}
+    )
+    assert old == new
+    assert (old.rope.theta, old.rope.factor) == (7.0, 2.0)
+
+
+def test_the_older_form_of_gemma_3_and_the_newer_mean_the_same():
+    new = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 7.0}}
+    new["sliding_attention"] = {"rope_type": "default", "rope_theta": 5.0}
+    old = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 7.0, "rope_local_base_freq": 5.0}
+    architecture = family("gemma3_text").architecture
+    config = CONFIGS["gemma3_text"]
+    assert architecture({**config, **old}) == architecture({**config, "rope_parameters": new})
+    assert architecture(config).windows == (4096,) * 5 + (0,) + (4096,) * 2
+
+
+def test_the_command_names_every_family(capsys):
+    cli.run(["models"])
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in FAMILIES)
+    assert "To add one: a file dpo_jax/models/<model_type>.py" in out
+    with pytest.raises(UserError, match="dpo-jax models takes"):
+        cli.run(["models", "llama"])

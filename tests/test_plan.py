@@ -1,0 +1,91 @@
+"""What a run is said to need: exact where it can be counted, less where less is kept, advice where it is too much."""
+
+import json
+
+import pytest
+
+from dpo_jax import cli, plan
+from dpo_jax.assemble import VARIANTS
+from dpo_jax.config import Config, parse
+from dpo_jax.data import pack
+from dpo_jax.records import UserError
+
+LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+LLAMA |= {"intermediate_size": 128}
+# Embedding and head; four projections of attention, three of the MLP and two norms a layer; the last norm.
+COUNT = 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+ADAPTED = 2 * (4 * (64 + 64) + 3 * (64 + 128)) * 2  # rank 2
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Options -> the config of a run of a small Llama."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+
+    def config_of(*options):
+        fixed = ("--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8")
+        return parse(Config, None, [*fixed, *options], prog="x", variants=VARIANTS)
+
+    return config_of
+
+
+def test_what_can_be_counted_is_exact(config_of):
+    one = plan.of(config_of())
+    assert one.parameters == one.trained == COUNT
+    assert one.memory.trained == one.memory.gradients == 4 * COUNT
+    assert one.memory.optimiser == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
+    assert one.memory.frozen == 0
+    assert one.shape == pack.Shape(1, 128, 128, 2, 128)
+    batch = 32 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
+    assert one.memory.batch == batch
+    adamw = plan.of(config_of("--optim.name", "adamw", "--mesh.fsdp", "4"))
+    whole = 2 * 4  # the counts of Adam and of the schedule
+    assert adamw.memory.optimiser == pytest.approx(2 * COUNT, abs=whole)
+    assert adamw.memory.trained == COUNT  # a quarter of 4 bytes each: all axes that are split are multiples of 4
+
+
+def test_adapters_need_little_beside_the_frozen_base(config_of):
+    found = plan.of(config_of("--lora.rank", "2"))
+    assert (found.parameters, found.trained) == (COUNT, ADAPTED)
+    assert found.memory.frozen == 4 * COUNT
+    assert found.memory.trained == found.memory.optimiser - 4 == 4 * ADAPTED
+
+
+def test_keeping_less_and_fewer_rows_need_less(config_of):
+    online = plan.of(config_of("--reference.mode", "online", "--data.rows", "16"))
+    less = plan.of(config_of("--model.remat", "full", "--data.rows", "16"))
+    fewer = plan.of(config_of("--model.remat", "full", "--data.rows", "4"))
+    assert online.memory.activations > less.memory.activations > fewer.memory.activations
+    assert (online.memory.frozen, less.memory.frozen) == (4 * COUNT, 0)
+
+
+def test_advice_says_what_would_help(config_of):
+    config = config_of("--reference.mode", "online")
+    need = plan.Memory(trained=40, frozen=40, optimiser=40, gradients=40, logits=1, activations=99, batch=0)
+    found = plan.Plan(config, 1, 1, pack.Shape(1, 8, 128, 2, 128), need)
+    assert plan.advice(found, 260) == []
+    lines = plan.advice(found, 100)
+    # 160 last, which is to be at most 60 of 100: a quarter of it is.
+    assert [line.partition(":")[0] for line in lines] == [
+        "mesh.fsdp 4", "lora.rank 16", "reference.mode cache", "model.remat dots", "data.rows 4",
+    ]  # fmt: skip
+    small = found._replace(memory=need._replace(trained=1, frozen=0, optimiser=1, gradients=1))
+    assert [line.partition(":")[0] for line in plan.advice(small, 50)] == ["model.remat dots", "data.rows 4"]
+    bare = found._replace(shape=pack.Shape(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
+    assert plan.advice(bare, 50) == ["shorter rows (data.max_length), or devices with more memory"]
+
+
+def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "sft.yaml").write_text("model: {config: config.json, tokenizer: synthetic}\n")
+    (tmp_path / "dpo.yaml").write_text("model: {path: sft.yaml}\nbatch_size: 4\ndata: {max_length: 32}\n")
+    cli.run(["plan", "dpo.yaml", "--memory", "0.0001"])
+    out = capsys.readouterr().out
+    assert f"{COUNT:,} parameters, {COUNT:,} of them trained; 4 device(s); up to 1 microbatches" in out
+    assert "it does not fit; what would help:" in out
+    assert "  mesh.fsdp" in out
+    cli.run(["plan", "dpo.yaml", "--lora.rank", "2"])
+    assert "of 80 GB: it fits" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        cli.run(["plan", "dpo.yaml", "--model.path", "nowhere"])

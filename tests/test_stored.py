@@ -1,0 +1,80 @@
+"""Parameters that stay in their files until they are looked at: any block of them, and no more than that."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+from tiny import FAMILIES, folders_of
+
+from dpo_jax import sharding
+from dpo_jax.models import build, hf, layout, stored
+from dpo_jax.records import UserError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders by family, made when first asked for."""
+    return folders_of({name: (name, {}) for name in FAMILIES}, tmp_path_factory.mktemp)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_parameters_are_read_block_by_block(folders, kind):
+    _, _, stored = hf.stored(folders(kind))
+    rng = np.random.default_rng(0)
+    for leaf in jax.tree.leaves(stored):
+        whole = np.asarray(leaf)
+        assert whole.shape == leaf.shape
+        for _ in range(4):
+            low = [int(rng.integers(0, size)) for size in leaf.shape]
+            high = [int(rng.integers(a + 1, size + 1)) for a, size in zip(low, leaf.shape, strict=True)]
+            index = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+            assert np.array_equal(leaf[index], whole[index])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "phi3"])
+def test_a_device_reads_its_part_of_the_files_only(folders, kind, monkeypatch):
+    architecture, _, params = hf.stored(folders(kind))
+    taken = []
+
+    def spied(tensor, part, index, read):
+        taken.append(0)
+
+        class Counted:
+            def __getitem__(self, block):
+                taken[-1] += np.prod([b.stop - b.start for b in block])
+                return read[block]
+
+        return layout.cut(tensor, part, index, Counted())
+
+    monkeypatch.setattr(stored, "cut", spied)
+    for name in ("q", "k", "v"):
+        leaf = params["layers"][name]["kernel"]
+        taken.clear()
+        heads = leaf.shape[2] // 2 or 1
+        block = leaf[:, :, :heads]
+        # GPT-2 has queries, keys and values side by side: of these one is read, and its heads are cut in memory.
+        assert sum(taken) == block.size * (leaf.shape[2] // heads if kind == "gpt2" else 3 if kind == "gpt_neox" else 1)
+    taken.clear()
+    assert params["layers"]["up"]["kernel"][:1, : architecture.width // 2].size == sum(taken)
+    assert params["embedding"][:3].size == taken[-1]
+
+
+def test_stored_parameters_are_put_on_devices_as_host_arrays_are(folders):
+    architecture, _, params = hf.stored(folders("gpt2"))
+    mesh = sharding.make_mesh(1, 2, 2)
+    where = sharding.of_params(mesh, build(architecture).axes, params)
+    ours = sharding.put(params, where)
+    assert ours["layers"]["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(hf.whole(params)), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        assert np.array_equal(a, b)
+
+
+def test_a_tensor_in_two_files_is_refused(folders, tmp_path):
+    _, hf_config, params = hf.load(folders("llama"))
+    hf.save(tmp_path / "out", params, hf_config, max_shard_bytes=20_000)
+    first, second = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
+    save_file({**load_file(first), **load_file(second)}, second, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{second.name}: tensor .* is in {first.name} too; remove one of them"):
+        hf.load(tmp_path / "out")
