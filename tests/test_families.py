@@ -16,6 +16,12 @@ def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
         family("xlnet")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_mixtures_of_experts_are_refused_as_such(kind):
+    with pytest.raises(UserError, match=f"'{kind}' is a mixture of experts, which is not supported"):
+        family(kind)
+
+
 LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 48}
 GROUPED = {**LLAMA, "num_key_value_heads": 2}  # where the default is a number that does not divide the 4 heads
