@@ -100,6 +100,17 @@ def test_settings_that_are_left_out_have_transformers_defaults(kind):
     assert family(kind).architecture({**config, **nulls}) == family(kind).architecture(config)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_of_the_upper_layers_are_transformers(kind):
+    from transformers import AutoConfig
+
+    config = {**CONFIGS[kind], "num_hidden_layers": 5, "use_sliding_window": True, "max_window_layers": 2}
+    architecture = family(kind).architecture({**config, "sliding_window": 7})
+    full = AutoConfig.for_model(kind, **config, sliding_window=7).to_dict()
+    assert architecture == family(kind).architecture(full)
+    assert architecture.windows == (0, 0, 7, 7, 7)
+
+
 def test_both_spellings_of_rotary_settings_mean_the_same():
     old = family("gpt_neox").architecture({**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 500})
     new = family("gpt_neox").architecture(
