@@ -151,7 +151,7 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: confi
         generation = hf.read_generation(folder)
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        hf_config = hf.read_config(options.config) | ids
+        hf_config = hf.read_config(options.config) | ids | {"dtype": "float32"}  # what it is trained and written in
         architecture = models.family(hf_config.get("model_type", "")).architecture(hf_config)
     model = models.build(architecture, compute=options.compute, remat=options.remat)
     if params is None:

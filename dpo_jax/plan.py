@@ -14,7 +14,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
 from dpo_jax.loop import Run, compiled_step, parts_of, shardings_of
-from dpo_jax.models import hf, lora
+from dpo_jax.models import hf, hub, lora
 from dpo_jax.records import Batch, UserError
 
 GB = 2**30
@@ -102,7 +102,8 @@ def of(config: Config) -> Plan:
 
 def traced(config: Config) -> Run:
     """Returns a run that has shapes for parameters, and no data."""
-    source = config.model.config or str(assemble.model_folder(config.model.path))
+    path = config.model.path
+    source = config.model.config or (hub.config_of(path) if hub.is_name(path) else assemble.model_folder(path))
     hf_config = hf.read_config(source)
     architecture = models.family(hf_config["model_type"]).architecture(hf_config)
     model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)

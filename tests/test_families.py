@@ -16,6 +16,12 @@ def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
         family("xlnet")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
+def test_mixtures_of_experts_are_refused_as_such(kind):
+    with pytest.raises(UserError, match=f"'{kind}' is a mixture of experts, which is not supported"):
+        family(kind)
+
+
 LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 48}
 GROUPED = {**LLAMA, "num_key_value_heads": 2}  # where the default is a number that does not divide the 4 heads
@@ -92,6 +98,17 @@ def test_settings_that_are_left_out_have_transformers_defaults(kind):
     # Null is what transformers writes for what has no value; what has a default here must take it for that.
     nulls = {key: None for key, value in full.items() if value is None}
     assert family(kind).architecture({**config, **nulls}) == family(kind).architecture(config)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_of_the_upper_layers_are_transformers(kind):
+    from transformers import AutoConfig
+
+    config = {**CONFIGS[kind], "num_hidden_layers": 5, "use_sliding_window": True, "max_window_layers": 2}
+    architecture = family(kind).architecture({**config, "sliding_window": 7})
+    full = AutoConfig.for_model(kind, **config, sliding_window=7).to_dict()
+    assert architecture == family(kind).architecture(full)
+    assert architecture.windows == (0, 0, 7, 7, 7)
 
 
 def test_both_spellings_of_rotary_settings_mean_the_same():

@@ -147,6 +147,11 @@ def test_a_name_becomes_the_folder_of_its_copy(cached, capsys, shared):
         assemble.model_folder("org/name@other")
 
 
+def test_a_config_needs_no_weights(cached):
+    (cached / "config.json").write_text("{}")
+    assert hub.config_of("org/name") == cached / "config.json"
+
+
 def test_a_model_that_is_only_a_pickle_is_refused(cached):
     (cached / "config.json").write_text("{}")
     with pytest.raises(UserError, match="org/name: the hub has no safetensors of it, and a pickle is never read"):

@@ -1,5 +1,7 @@
 """Parameters that stay in their files until they are looked at: any block of them, and no more than that."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,20 @@ def test_stored_parameters_are_put_on_devices_as_host_arrays_are(folders):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(hf.whole(params)), strict=True):
         assert a.dtype == b.dtype == np.float32
         assert np.array_equal(a, b)
+
+
+def test_files_that_change_while_they_are_in_use_are_noticed(folders, tmp_path):
+    _, hf_config, params = hf.load(folders("llama"))
+    hf.save(tmp_path / "out", params, hf_config)
+    opened = hf.stored(tmp_path / "out")[2]["embedding"]
+    assert np.array_equal(opened[:2], params["embedding"][:2])
+    file = tmp_path / "out/model.safetensors"
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(UserError, match=r"model.safetensors: was changed or removed while it was in use"):
+        np.asarray(opened)
+    file.unlink()
+    with pytest.raises(UserError, match="was changed or removed"):
+        opened[0]
 
 
 def test_a_tensor_in_two_files_is_refused(folders, tmp_path):

@@ -20,6 +20,7 @@ from dpo_jax.records import Array, UserError
 __all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "described", "families", "family"]
 
 COMPUTE = ("float32", "bfloat16")
+ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}  # nobody means a family of a similar name
 
 
 class Model(NamedTuple):
@@ -125,6 +126,9 @@ def family(model_type: str) -> ModuleType:
     Raises:
       UserError: there is none of this name.
     """
+    for absent, why in ABSENT.items():
+        if absent in str(model_type):
+            raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
         close = difflib.get_close_matches(str(model_type), families(), 1)
         hint = f"did you mean {close[0]}? " if close else ""

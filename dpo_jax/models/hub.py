@@ -30,22 +30,36 @@ def fetched(path: str) -> Path:
     Raises:
       UserError: there is no such model or revision, no network, or no permission.
     """
-    from huggingface_hub import snapshot_download  # here, since it takes a while to import
-    from huggingface_hub.errors import HfHubHTTPError
-
-    match = NAME.fullmatch(path)
-    assert match is not None
-    name, revision = match.groups()
-    patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
-    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its bases: all errors of the HTTP client
-    try:
-        folder = Path(snapshot_download(name, revision=revision, **patterns))
-    except failures as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: no such folder, and the hub has given no such model: {reason}") from error
+    folder, (name, revision) = _copied(path, WANTED), _parts(path)
     if not any(folder.glob("*.safetensors")):
         how = "convert it with transformers: model.save_pretrained(folder, safe_serialization=True)"
         raise UserError(f"{path}: the hub has no safetensors of it, and a pickle is never read; {how}")
     if revision != folder.name:
         print(f"{path}: revision {folder.name}; {name}@{folder.name} is always this one")
     return folder
+
+
+def config_of(path: str) -> Path:
+    """Returns the config.json of a model of the hub without fetching its weights; the rest is as in `fetched`."""
+    return _copied(path, ("config.json",)) / "config.json"
+
+
+def _parts(path: str) -> tuple[str, str | None]:
+    match = NAME.fullmatch(path)
+    assert match is not None
+    return match[1], match[2]
+
+
+def _copied(path: str, wanted: tuple[str, ...]) -> Path:
+    """Returns the folder of the hub's cache with the files that are wanted."""
+    from huggingface_hub import snapshot_download  # here, since it takes a while to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name, revision = _parts(path)
+    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its bases: all errors of the HTTP client
+    patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(UNWANTED)}
+    try:
+        return Path(snapshot_download(name, revision=revision, **patterns))
+    except failures as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: no such folder, and the hub has given no such model: {reason}") from error

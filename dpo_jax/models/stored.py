@@ -27,13 +27,25 @@ class _Place(NamedTuple):
 
     file: Path
     key: str
+    stamp: tuple[int, int]
     tensor: Tensor
     part: Part
 
     def read(self, index: Index) -> np.ndarray:
-        """Returns a block of it, float32."""
+        """Returns a block of it, float32.
+
+        Raises:
+          UserError: the file is another one than when it was opened.
+        """
+        if not self.file.exists() or _stamp(self.file) != self.stamp:
+            raise UserError(f"{self.file}: was changed or removed while it was in use; put it back and run again")
         with safe_open(self.file, framework="numpy") as source:
             return cut(self.tensor, self.part, index, source.get_slice(self.key)).astype(np.float32)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Stored:
@@ -78,6 +90,7 @@ class _Header(NamedTuple):
 
     file: Path
     key: str
+    stamp: tuple[int, int]
     shape: tuple[int, ...]
     stored: str
 
@@ -90,13 +103,14 @@ def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
     """
     found: dict[str, _Header] = {}
     for file in files:
+        stamp = _stamp(file)
         try:
             with safe_open(file, framework="numpy") as source:
                 for key in source.keys():  # noqa: SIM118 (it is no dict)
                     name, view = key.removeprefix(module.PREFIX), source.get_slice(key)
                     if name in found:
                         raise UserError(f"{file}: tensor {key} is in {found[name].file.name} too; remove one of them")
-                    found[name] = _Header(file, key, tuple(view.get_shape()), view.get_dtype())
+                    found[name] = _Header(file, key, stamp, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
             raise UserError(f"{file}: is damaged or no safetensors file ({error}); download it again") from None
     return found
@@ -153,7 +167,7 @@ def stored_params(files: list[Path], module: ModuleType, architecture: Architect
     places: dict[Keys, list[_Place]] = {}
     for name, (_, tensor) in table.items():  # layers in their order
         for part in tensor.parts:
-            places.setdefault(part.path, []).append(_Place(*found[name][:2], tensor, part))
+            places.setdefault(part.path, []).append(_Place(*found[name][:3], tensor, part))
     stacked = {part.path: layer is not None for layer, tensor in table.values() for part in tensor.parts}
     return _nest({path: Stored(of, stacked[path]) for path, of in places.items()}), _dtype(found)
 
