@@ -251,6 +251,15 @@ MISTAKES = [
     (["train", "dpo.yaml", "--optim.learning_rate", "nan", "--run", "r5"], r"optim.learning_rate: nan"),
     (["train", "dpo.yaml", "--mesh.fsdp", "3", "--run", "r6"], r"mesh: .* does not multiply to"),
     (["train", "dpo.yaml", "--keep", "1", "--run", "r7"], r"keep: 1: at least 2"),
+    (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds: -1.0 is less than 0"),
+    (
+        ["train", "dpo.yaml", "--mesh.mode", "pmap", "--mesh.fsdp", "2", "--run", "r9"],
+        r"mesh.mode pmap: every device holds",
+    ),
+    (
+        ["train", "dpo.yaml", "--keep-best", "eval_los", "--run", "r10"],
+        r"keep_best: no evaluation has 'eval_los'; known:",
+    ),
     (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"give --reference.path"),
     (["export", "runs", "x"], r"runs: not the folder of a run"),
     (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: there is none such; there are \[12, 9\]"),
