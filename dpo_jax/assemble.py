@@ -399,6 +399,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")
     if config.keep < 2:
         raise UserError(f"keep: {config.keep}: at least 2 checkpoints, so that one is left if the newest is damaged")
+    if not config.hang_seconds >= 0:
+        raise UserError(f"hang_seconds: {config.hang_seconds} is less than 0; 0 is never")
     if config.data.skip_bad_rows < 0:
         raise UserError(f"data.skip_bad_rows: {config.data.skip_bad_rows} is less than 0")
     if not 0 <= config.data.eval_fraction < 1:

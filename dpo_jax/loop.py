@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, optim, processes, reference, sharding, watch
+from dpo_jax import evaluate, journal, optim, processes, reference, sharding, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
+from dpo_jax.journal import Journal
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
-from dpo_jax.metrics import Progress, append, truncate
+from dpo_jax.metrics import Progress, truncate
 from dpo_jax.models import Model, lora
 from dpo_jax.models.lora import Lora
 from dpo_jax.records import Batch, TrainState, UserError
@@ -327,63 +328,6 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     return jax.jit(own, out_shardings=where)(params, moving)
 
 
-class _Log:
-    """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
-
-    def __init__(self, run: Run, progress: Progress, rows: Callable[[int], np.ndarray], checkpoints: Checkpoints):
-        self.run, self.progress, self.rows, self.checkpoints = run, progress, rows, checkpoints
-        self.pending: tuple[int, Any] | None = None
-        self.bad, self.clock = 0, (time.perf_counter(), 0)
-
-    def step(self, step: int, metrics: Any) -> None:
-        """Takes the metrics of update number `step`, still on the device."""
-        self.flush()
-        self.pending = (step, metrics)
-
-    def flush(self) -> None:
-        """Writes what is pending.
-
-        Raises:
-          UserError: too many steps in a row were not finite.
-        """
-        if self.pending is None:
-            return
-        (step, metrics), self.pending = self.pending, None
-        config, values = self.run.config, {k: float(v) for k, v in jax.device_get(metrics).items()}
-        now, done = time.perf_counter(), step * config.batch_size
-        rate = (done - self.clock[1]) / (now - self.clock[0]) if self.clock[1] else None
-        self.clock = (now, done)
-        self.bad = self.bad + 1 if values["nonfinite"] else 0
-        if step % config.log_every == 0 or self.bad:
-            learning_rate = float(optim.warm_up(config.optim["learning_rate"], config.optim["warmup_steps"])(step - 1))
-            extra = {"learning_rate": learning_rate, "examples_per_second": rate} | self.checkpoints.taken()
-            _append(self.run.folder / "metrics.jsonl", step, done, values | extra)
-        self.progress.update(step, values)
-        if self.bad >= config.max_nonfinite:
-            raise UserError(
-                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; "
-                f"{_save_batch(self.run, step, self.rows(step - 1))}; lower optim.learning_rate or look at those"
-            )
-
-
-def _append(path: Path, step: int, examples: int, values: Any) -> None:
-    """Appends a line to a file of the run, once and not once a process."""
-    if processes.first():
-        append(path, step, examples, values)
-
-
-def _save_batch(run: Run, step: int, rows: np.ndarray) -> str:
-    """Writes the comparisons of a step as token ids; returns what they are and where."""
-    path = run.folder / f"batch-{step}.jsonl"
-    if processes.first():
-        with path.open("w", encoding="utf-8") as file:
-            for row in rows.tolist():
-                tokens = run.train[row]
-                ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}
-                file.write(json.dumps({"comparison": row, "weight": float(tokens.weight)} | ids) + "\n")
-    return f"the last batch held comparisons {rows.tolist()}, whose token ids are in {path}"
-
-
 def train(run: Run, say: Callable[[str], None] = print) -> Path:
     """Trains, resuming from the newest whole checkpoint; returns the folder of the exported model.
 
@@ -443,7 +387,8 @@ def _steps(
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
     alive()
     with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
-        log = _Log(run, progress, partial(rows_of, run, prepared), checkpoints)
+        rows = partial(rows_of, run, prepared)
+        log = Journal(config, run.folder, run.train, progress, rows, checkpoints.taken)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.fill is not None:
                 batch = prepared.fill(state, batch, count)
@@ -482,7 +427,7 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, floa
     params = state.params, prepared.base
     summary = evaluate.summary(evaluate.values(evaluator, params, state.running))
     means = {name: entry["mean"] for name, entry in summary.items()}
-    _append(run.folder / "metrics.jsonl", step, examples, means)
+    journal.append(run.folder / "metrics.jsonl", step, examples, means)
     if processes.first():
         (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
@@ -491,5 +436,5 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, floa
     other = prepared.reference_samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}
-        _append(run.folder / "samples.jsonl", step, examples, sample)
+        journal.append(run.folder / "samples.jsonl", step, examples, sample)
     return means

@@ -1,8 +1,35 @@
-"""Which collectives a compiled program has, read from XLA's own text of it."""
+"""Which collectives the compiled train step of a small model has, read from XLA's own text of it."""
 
 import math
 import re
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax import losses, models, optim, sharding
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import batch_logps
+from dpo_jax.loop import in_parts
+from dpo_jax.records import Tokens
+from dpo_jax.step import init_state, make_train_step
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+COMPARISONS = 32
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
@@ -59,3 +86,33 @@ def _group(line: str) -> int:
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(tiled[1])
     return 0
+
+
+def compiled_step(
+    sizes: tuple[int, int, int], rows: int, compute: str = "float32"
+) -> tuple[list[Collective], Any, Any]:
+    """Returns the collectives of the train step on a mesh, the shapes of the parameters, and the program.
+
+    Args:
+      sizes: data, fsdp, tensor: all devices there are.
+      rows: of a microbatch, over all devices.
+      compute: dtype of activations.
+    """
+    rng = np.random.default_rng(0)
+    draw = partial(rng.integers, 1, 128, dtype=np.int32)
+    table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(2 * COMPARISONS))
+    model = models.build(models.family("llama").architecture(CONFIG), compute=compute)
+    mesh, tx = sharding.make_mesh(*sizes), optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
+    shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx), jax.random.key(0))
+    params = sharding.of_params(mesh, model.axes, shapes.params)
+    where = sharding.of_state(mesh, params, shapes)
+    state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    shape = pack.choose(table, max_length=32, batch_size=COMPARISONS, rows=rows, length=128)
+    batch = jax.eval_shape(lambda: pack.build(table, np.arange(COMPARISONS), shape)[0])
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of_batch(mesh)), batch)
+    shared = sharding.split_rows(mesh, (params, None))
+    logps = partial(batch_logps, in_parts(model, shared, params))
+    step = make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, rows=shared)
+    out = (where, sharding.replicated(mesh))
+    program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, np.int32(1)).compile()
+    return collectives(program.as_text()), shapes.params, program

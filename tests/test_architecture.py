@@ -17,7 +17,7 @@ LAYERS = (
     {"records", "config"},
     {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
-    {"step", "reference", "sample", "rewards", "checkpoint", "watch"},
+    {"step", "reference", "sample", "rewards", "checkpoint", "watch", "journal"},
     {"evaluate"},
     {"loop"},
     {"assemble"},

@@ -116,3 +116,44 @@ def test_a_tpu_pod_without_arguments_is_told_how():
     done = subprocess.run([SCRIPTS / "launch_tpu_pod"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "scripts/launch_tpu_pod NAME ZONE DIRECTORY train x.yaml" in done.stderr
+
+
+WHO = """
+import sys
+from dpo_jax import processes
+processes.join("auto")
+import jax
+print(jax.process_index(), jax.process_count(), processes.first())
+"""
+SCHEDULERS = {
+    "Slurm": lambda i: {
+        "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_NODES": "1",
+    },
+    "Open MPI": lambda i: {
+        "OMPI_MCA_orte_hnp_uri": "319488.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_say_who_and_how_many_the_processes_are(scheduler):
+    env = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WHO], env=env | SCHEDULERS[scheduler](i), stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    said = [p.communicate(timeout=100)[0].splitlines() for p in both]
+    assert [[line for line in out if "Gloo" not in line] for out in said] == [["0 2 True"], ["1 2 False"]]
+
+
+def test_without_a_scheduler_auto_is_told_to_give_an_address():
+    command = [sys.executable, "-m", "dpo_jax", "train", "x.yaml", "--distributed", "auto"]
+    env = {k: v for k, v in os.environ.items() if "SLURM" not in k} | {"PYTHONPATH": str(runs.ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"dpo-jax: --distributed auto: .* or HOST:PORT,PROCESSES,INDEX\n", done.stderr)

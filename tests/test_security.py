@@ -155,7 +155,7 @@ def test_scripts_in_samples_are_shown_as_text(tmp_path):
 
 # Whatever bytes.
 
-FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = [
     "data",
     "loss",

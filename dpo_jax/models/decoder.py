@@ -28,8 +28,8 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 def _no_whole_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all but what makes parameters whole, and their copies in another dtype: the backward pass does it again."""
-    return primitive.name not in ("all_gather", "shard_map", "convert_element_type")
+    """Keeps all but what makes parameters whole: the backward pass does that again."""
+    return primitive.name not in ("all_gather", "shard_map")
 
 
 class Context(NamedTuple):
