@@ -1,47 +1,31 @@
 """A config -> everything a run is made of: tokenizer, models, tables, folders."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import data, losses, models, optim, processes, watch
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax import data, keys, losses, models, optim, processes
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order, synthetic
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
 from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
-from dpo_jax.loop import Run, initialise
+from dpo_jax.folders import cache_folder, check_secrets, claim_folder, is_run
 from dpo_jax.losses import Loss
 from dpo_jax.models import Model, hf, hub, lora
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.weights import weights_hash
-from dpo_jax.records import Chat, TrainState, UserError
+from dpo_jax.prepare import Run, initialise
+from dpo_jax.records import Chat, UserError
 from dpo_jax.sample import sample
 from dpo_jax.step import Sync
-
-VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
-# May change on resuming: none of them changes what is computed, but to rounding.
-FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
-FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
-FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
-
-
-# A password in an address; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
-SECRET = re.compile(
-    r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
-)
 
 
 class Loaded(NamedTuple):
@@ -81,30 +65,6 @@ class Loaded(NamedTuple):
         if self.lora is not None:
             base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
             lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
-
-
-def cache_folder() -> Path:
-    """Returns where tokenised data and reference columns are kept: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
-    return Path(os.environ.get("DPO_JAX_CACHE") or Path.home() / ".cache" / "dpo_jax")
-
-
-def keep_compiled() -> None:
-    """Has JAX keep compiled programs beside the other caches, so that a second run starts at once.
-
-    $JAX_COMPILATION_CACHE_DIR names another folder.
-    """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-
-
-def is_run(path: str | Path) -> bool:
-    """Returns whether a folder is that of a run."""
-    return (Path(path) / "config.yaml").is_file()
-
-
-def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, prog: str = "dpo-jax") -> Any:
-    """Returns the config of a run folder, with overrides."""
-    return configs.parse(kind, str(Path(run) / "config.yaml"), argv, prog=prog, variants=VARIANTS)
 
 
 def model_folder(path: str) -> Path:
@@ -282,40 +242,6 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.D
     return ids
 
 
-def saved_state(run: Path, like: TrainState, which: str = "newest") -> TrainState:
-    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
-
-    Args:
-      run: its folder.
-      like: shapes and dtypes.
-      which: newest, best (by the run's keep_best), or a step.
-
-    Raises:
-      UserError: the run has none, or not that one.
-    """
-    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
-    state = None
-    if folder.is_dir():
-        checkpoints = Checkpoints(folder, best=config_of(run).keep_best, read_only=True)
-        state = checkpoints.restore(like, checkpoints.step_of(which))
-        checkpoints.close()
-    if state is None:
-        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
-    return jax.device_get(state)
-
-
-@contextlib.contextmanager
-def written(path: str | Path) -> Iterator[IO[str]]:
-    """Opens a text file that appears under its name only when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        yield f
-    temporary.replace(path)
-
-
 def evaluated(config: Config, table: Table) -> Table:
     """Returns the held-out comparisons that training evaluates: the first in the original's order, or as they stand."""
     count = config.data.eval_examples
@@ -347,53 +273,9 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
     return lambda params: decoded(tokenizer, draw(params))
 
 
-def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
-    """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
-
-    Raises:
-      UserError: it belongs to another config (the difference is shown), or holds something else, or another process
-        is writing it.
-    """
-    folder = Path(config.run)
-    lock = _claim(folder, config) if processes.first() else contextlib.nullcontext()
-    processes.meet("the run folder")
-    if not is_run(folder):
-        raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
-    return folder, lock
-
-
-def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
-    begun = (watch.LOCK, "config.yaml.tmp")  # all that is there if a process was killed here
-    if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
-    _check_links(folder)
-    changed = configs.difference(config_of(folder), config, FREE) if is_run(folder) else []
-    if changed:
-        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
-    lock = watch.locked(folder)
-    with written(folder / "config.yaml") as f:
-        f.write(configs.dump(config))
-    return lock
-
-
-def _check_links(folder: Path) -> None:
-    """Refuses a run folder from which a link leads elsewhere, where a run would then write or delete."""
-    inside = [p for part in (folder, folder / "checkpoints", folder / "model") if part.is_dir() for p in part.iterdir()]
-    for path in inside:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path}: a link that leads out of the run folder, {path.resolve()}; remove it")
-
-
-def _check_secrets(config: Config) -> None:
-    """Refuses values with a password or token in them, which the run folder and its report would show to others."""
-    for key, values in configs.flatten(dataclasses.asdict(config)):
-        if any(SECRET.search(value) for value in values):
-            raise UserError(f"{key}: holds a password or token; give it by the environment (HF_TOKEN) or a login file")
-
-
 def check(config: Config) -> None:
     """Refuses values that no run can have, by key."""
-    _check_secrets(config)
+    check_secrets(config)
     for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")
@@ -428,7 +310,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     with processes.first_before_others("the data"):  # which then find it in the cache
         train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
         held_out = evaluated(config, table_of(config, loss, tokenizer, rows[1], "held-out", hear))
-    same = {"config": configs.dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    same = {"config": keys.dump(config), "training data": train.digest, "held-out data": held_out.digest}
     processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
     folder, lock = claim_folder(config)
     if processes.first():

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dpo_jax.config import closest
+from dpo_jax.keys import closest
 from dpo_jax.records import UserError
 
 COMMANDS = {
@@ -51,9 +51,9 @@ def run(argv: Sequence[str]) -> None:
         arguments, what = COMMANDS[argv[0]]
         print(f"usage: dpo-jax {argv[0]} {arguments}".rstrip() + f"\n\n{what}")
         return
-    from dpo_jax import assemble, commands  # these import JAX, which the overview need not wait for
+    from dpo_jax import commands, folders  # these import JAX, which the overview need not wait for
 
-    assemble.keep_compiled()
+    folders.keep_compiled()
     getattr(commands, f"{argv[0]}_command")(rest)
 
 

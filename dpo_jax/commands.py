@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, loop, losses, optim, plan, processes, report, rewards
+from dpo_jax import assemble, config, evaluate, folders, keys, loop, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say
 from dpo_jax.losses_command import losses_command
@@ -33,7 +33,7 @@ def train_command(argv: list[str]) -> None:
 
 def _join(argv: list[str]) -> list[str]:
     """Makes this process one of several if `--distributed` says so; returns the other arguments."""
-    how = [values for key, values in config.arguments(argv) if key == "distributed"]
+    how = [values for key, values in keys.arguments(argv) if key == "distributed"]
     if not how:
         return argv
     if len(how) > 1 or len(how[0]) != 1:
@@ -45,7 +45,7 @@ def _join(argv: list[str]) -> list[str]:
 
 def _train(file: str, argv: Sequence[str]) -> Path:
     """Trains what a YAML says, first training the YAML that it starts from, if it names one; returns the run folder."""
-    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=assemble.VARIANTS)
+    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=folders.VARIANTS)
     settings = assemble.named(parsed, file)
     if settings.model.path.endswith((".yaml", ".yml")):
         say(f"{file} starts from {settings.model.path}")
@@ -76,9 +76,9 @@ class Evaluation(Config):
 def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
     """Returns the config of a run with overrides, or the overrides alone for a model folder."""
     prog = f"dpo-jax {command} RUN_OR_MODEL"
-    if assemble.is_run(path):
-        return assemble.config_of(path, argv, kind, prog)
-    settings = config.parse(kind, None, argv, prog=prog, variants=assemble.VARIANTS)
+    if folders.is_run(path):
+        return folders.config_of(path, argv, kind, prog)
+    settings = config.parse(kind, None, argv, prog=prog, variants=folders.VARIANTS)
     model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
     return dataclasses.replace(settings, model=model)
 
@@ -93,15 +93,15 @@ def _state(
     def start(params: Any) -> TrainState:
         return init_state(params, optim.build(**settings.optim), loss.terms, params if moves else ())
 
-    if not assemble.is_run(path):
+    if not folders.is_run(path):
         return TrainState(0, hf.whole(trained), (), np.zeros(loss.terms, np.float32), ())
-    return assemble.saved_state(Path(path), jax.eval_shape(start, trained), which)
+    return folders.saved_state(Path(path), jax.eval_shape(start, trained), which)
 
 
 def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainState) -> dict[str, Any]:
     """Returns the policy and, if there is one, the reference as it stands."""
     models = {"policy": loaded.policy(state.params)}
-    uses = assemble.is_run(path) and losses.build(settings.loss).uses_reference
+    uses = folders.is_run(path) and losses.build(settings.loss).uses_reference
     if state.reference:
         models["reference"] = state.reference
     elif settings.reference.path or uses:
@@ -114,7 +114,7 @@ def eval_command(argv: list[str]) -> None:
     (path,), rest = leading(argv, "eval", "RUN_OR_MODEL")
     settings = _settings(path, rest, Evaluation, "eval")
     loss = losses.build(settings.loss)
-    if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
+    if loss.uses_reference and not folders.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
@@ -132,7 +132,7 @@ def eval_command(argv: list[str]) -> None:
         found |= more
     _print_metrics(found)
     _print_samples(shown, list(models))
-    if assemble.is_run(path):
+    if folders.is_run(path):
         (Path(path) / "eval.json").write_text(json.dumps({"metrics": found}, indent=1))
         report.write([Path(path)], Path(path) / "report.html")
         say(f"the policy: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
@@ -159,7 +159,7 @@ def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table:
 
 def _write_per_token(path: str, judge: evaluate.Judge, table: Any, tokenizer: Any) -> None:
     """Writes a line for each comparison: the prompt, and of each response its tokens and their log-probs by model."""
-    with assemble.written(path) as f:
+    with folders.written(path) as f:
         for tokens, logps in evaluate.per_token(judge, table):
             responses = [
                 {"tokens": tokenizer.convert_ids_to_tokens(ids.tolist())}
@@ -211,13 +211,13 @@ def sample_command(argv: list[str]) -> None:
 def export_command(argv: list[str]) -> None:
     """`dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
     (path, out), rest = leading(argv, "export", "RUN", "OUT")
-    given = config.arguments(rest)
+    given = keys.arguments(rest)
     if any(key != "checkpoint" or len(values) != 1 for key, values in given):
         raise UserError("dpo-jax export takes RUN, OUT and perhaps --checkpoint newest, best or a step; nothing else")
     which = given[-1][1][0] if given else "newest"
-    if not assemble.is_run(path):
+    if not folders.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
-    settings = assemble.config_of(path)
+    settings = folders.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     state = _state(path, settings, loaded, losses.build(settings.loss), which)
@@ -238,7 +238,7 @@ class Planning(Config):
 def plan_command(argv: list[str]) -> None:
     """`dpo-jax plan CONFIG.yaml [--devices N] [--memory GB] [--key.path value ...]`."""
     (file,), rest = leading(argv, "plan", "CONFIG.yaml")
-    settings = config.parse(Planning, file or None, rest, prog="dpo-jax plan CONFIG.yaml", variants=assemble.VARIANTS)
+    settings = config.parse(Planning, file or None, rest, prog="dpo-jax plan CONFIG.yaml", variants=folders.VARIANTS)
     if settings.devices:  # processors stand for them: the compiler needs no more than their number
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.devices)
@@ -276,7 +276,7 @@ def models_command(argv: list[str]) -> None:
 def report_command(argv: list[str]) -> None:
     """`dpo-jax report RUN ... [--out FILE.html]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    runs, options = [Path(a) for a in argv[:first]], config.arguments(argv[first:])
+    runs, options = [Path(a) for a in argv[:first]], keys.arguments(argv[first:])
     if any(key != "out" or len(values) != 1 for key, values in options) or not runs:
         raise UserError("dpo-jax report takes the folders of runs, then --out FILE.html; nothing else")
     out = Path(options[-1][1][0]) if options else runs[0] / "report.html"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import assemble, config, data, data_page, losses, metrics, processes, rewards
+from dpo_jax import assemble, config, data, data_page, folders, losses, metrics, processes, rewards
 from dpo_jax.config import Config, Data
 from dpo_jax.data import Item, audit, cache, chat
 from dpo_jax.data.encode import Options
@@ -50,7 +50,7 @@ def data_command(argv: list[str]) -> None:
     """`dpo-jax data CONFIG.yaml [--out FILE.html] [--show N] [--key.path value ...]`."""
     (file,), rest = leading(argv, "data", "CONFIG.yaml")
     prog = "dpo-jax data CONFIG.yaml"
-    settings = config.parse(Look, file or None, rest, prog=prog, variants=assemble.VARIANTS)
+    settings = config.parse(Look, file or None, rest, prog=prog, variants=folders.VARIANTS)
     assemble.check(settings)
     tokenizer = assemble.tokenizer_of(_first_model(settings.model))
     train, held_out = assemble.comparisons(settings.data, assemble.responses_of(settings, losses.build(settings.loss)))
@@ -58,7 +58,7 @@ def data_command(argv: list[str]) -> None:
     page = _page(Path(file).stem, sides, tokenizer, settings)
     _print(page)
     out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
-    with assemble.written(out) as f:
+    with folders.written(out) as f:
         f.write(data_page.page(page))
     say(f"the report: {out}")
 
@@ -66,7 +66,7 @@ def data_command(argv: list[str]) -> None:
 def _first_model(model: config.Model) -> config.Model:
     """The model section whose tokenizer a run has: its own, or that of the YAML from which it starts."""
     while not model.tokenizer and model.path.endswith((".yaml", ".yml")):
-        parsed = config.parse(Config, model.path, [], prog="dpo-jax data", variants=assemble.VARIANTS)
+        parsed = config.parse(Config, model.path, [], prog="dpo-jax data", variants=folders.VARIANTS)
         model = parsed.model
     return model
 
@@ -77,7 +77,7 @@ def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings:
     counts = {side: audit.count(items) for side, items in sides.items()}
     lines, tables = {}, {}
     for side, items in sides.items():
-        tables[side], report = cache.cached_encode(items, tokenizer, assemble.cache_folder() / "tokens", **options)
+        tables[side], report = cache.cached_encode(items, tokenizer, folders.cache_folder() / "tokens", **options)
         lines[side] = [*counts[side].lines(), *report.lines()]
     if shared := audit.shared_prompts(*counts.values()):
         lines["held-out"].append(f"{shared:,} with a prompt that training has too: what is measured there was learnt")
@@ -173,7 +173,7 @@ def pairs_command(argv: list[str]) -> None:
     answers = sample(loaded.model, hf.whole(loaded.params), repeated, eos_id=tokenizer.eos_token_id, **options)
     answers = assemble.decoded(tokenizer, answers)
     count = spelled = 0
-    with assemble.written(out) as f:
+    with folders.written(out) as f:
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             drawn = answers[i * settings.completions : (i + 1) * settings.completions]
             own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dpo_jax import assemble, config, losses, report
+from dpo_jax import folders, keys, losses, report
 from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, UserError
 
@@ -52,12 +52,12 @@ class Description(NamedTuple):
 def losses_command(argv: Sequence[str]) -> None:
     """`dpo-jax losses [NAME ...] [--plot FILE.svg]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    names, options = list(argv[:first]) or list(losses.REGISTRY), config.arguments(argv[first:])
+    names, options = list(argv[:first]) or list(losses.REGISTRY), keys.arguments(argv[first:])
     if any(key != "plot" or len(values) != 1 for key, values in options):
         raise UserError("dpo-jax losses takes names of losses, then --plot FILE.svg; nothing else")
     for name in names:
         if name not in losses.REGISTRY:
-            raise UserError(f"unknown loss {name!r}; {config.closest(name, list(losses.REGISTRY))}")
+            raise UserError(f"unknown loss {name!r}; {keys.closest(name, list(losses.REGISTRY))}")
     if options:
         print(f"wrote {write_plot(Path(options[-1][1][0]), names)}")
         return
@@ -127,7 +127,7 @@ def write_plot(out: Path, names: Sequence[str]) -> Path:
         report.dress(axes, "margin c - r (beta 1, one token a response, scores 3 and 1)")
     legend = fig.axes[0].get_legend_handles_labels()
     fig.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=report.INK, fontsize=9)
-    with assemble.written(out) as file:
+    with folders.written(out) as file:
         file.write(report.element(fig))
     return out
 

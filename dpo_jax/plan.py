@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import assemble, losses, models, optim, sharding
+from dpo_jax import assemble, folders, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
-from dpo_jax.loop import Run, compiled_step, parts_of, shardings_of
 from dpo_jax.models import hf, hub, lora
+from dpo_jax.prepare import Run, compiled_step, parts_of, shardings_of
 from dpo_jax.records import Batch, UserError
 
 GB = 2**30
@@ -203,7 +203,7 @@ def resolved(config: Config) -> Config:
     path = config.model.path
     if not path.endswith((".yaml", ".yml")):
         return config
-    start = assemble.configs.parse(Config, path, [], prog="dpo-jax plan", variants=assemble.VARIANTS)
+    start = assemble.configs.parse(Config, path, [], prog="dpo-jax plan", variants=folders.VARIANTS)
     if not start.model.path and not start.model.config:
         raise UserError(f"{path}: names no model.path or model.config")
     model = dataclasses.replace(config.model, path=start.model.path, config=start.model.config)

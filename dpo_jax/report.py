@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dpo_jax import config, metrics
+from dpo_jax import keys, metrics
 from dpo_jax.records import UserError
 
 COLOURS = ("#3b7dd8", "#e0802b", "#3a9d5d", "#c94f4f", "#8a63c9", "#9a7b4f", "#d06fa8", "#7f7f7f", "#a5a52f", "#2fa5a5")
@@ -93,12 +93,12 @@ def load(folder: Path) -> Run:
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no run folder (it has no metrics.jsonl); give one that `dpo-jax train` made")
     lines = metrics.read(folder / "metrics.jsonl")
-    settings = config.read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    settings = keys.read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     samples = metrics.read(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
     last = max((s.get("step", 0) for s in samples), default=0)
     return Run(
         name=folder.resolve().name,
-        config={key: " ".join(values) for key, values in config.flatten(settings)},
+        config={key: " ".join(values) for key, values in keys.flatten(settings)},
         lines=lines,
         final=_numbers(_read_json(folder / "eval.json", {}).get("metrics", {})) or _last(lines),
         data=[str(line) for line in _read_json(folder / "data.json", [])],

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import config
+from dpo_jax import keys
 from dpo_jax.data import synthetic
 from dpo_jax.records import UserError
 
@@ -53,7 +53,7 @@ def get(name: str) -> Reward:
     """
     reward = _imported(name) if ":" in name else REWARDS.get(name)
     if reward is None:
-        raise UserError(f"unknown reward {name!r}; {config.closest(name, list(REWARDS))} (or give module:function)")
+        raise UserError(f"unknown reward {name!r}; {keys.closest(name, list(REWARDS))} (or give module:function)")
 
     def checked(prompt: str, completion: str) -> float:
         return _finite(reward(prompt, completion), f"reward {name!r}", completion)
@@ -70,7 +70,7 @@ def _imported(name: str) -> Callable[..., Any]:
         raise UserError(f"reward {name!r}: cannot import {module_name!r} ({e}); is its folder in PYTHONPATH?") from e
     function = getattr(module, attribute, None)
     if function is None:
-        known = config.closest(attribute, [n for n in vars(module) if not n.startswith("_")])
+        known = keys.closest(attribute, [n for n in vars(module) if not n.startswith("_")])
         raise UserError(f"reward {name!r}: {module_name} has no {attribute!r}; {known}")
     if not callable(function):
         raise UserError(f"reward {name!r}: {attribute} is no function (prompt, completion) -> float")
@@ -106,7 +106,7 @@ def label(
       UserError: an unknown `how`, or a score that is not finite.
     """
     if how not in LABELLERS:
-        raise UserError(f"unknown way of labelling {how!r}; {config.closest(how, list(LABELLERS))}")
+        raise UserError(f"unknown way of labelling {how!r}; {keys.closest(how, list(LABELLERS))}")
     texts = zip(completions, scores, strict=True)
     scored = [(text, _finite(score, f"prompt {prompt[:60]!r}", text)) for text, score in texts]
     digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()

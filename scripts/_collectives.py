@@ -12,7 +12,7 @@ from dpo_jax import losses, models, optim, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
-from dpo_jax.loop import in_parts
+from dpo_jax.prepare import in_parts
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 

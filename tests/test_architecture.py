@@ -14,11 +14,12 @@ PACKAGE = ROOT / "dpo_jax"
 
 # A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
 LAYERS = (
-    {"records", "config"},
+    {"records", "keys", "config"},
     {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
     {"step", "reference", "sample", "rewards", "checkpoint", "watch", "journal"},
     {"evaluate"},
+    {"prepare", "folders"},
     {"loop"},
     {"assemble"},
     {"plan"},
@@ -34,11 +35,13 @@ ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units} | {"__in
 # Within a row nobody imports another, but for these, each with its reason.
 ALLOWED = {
     ("config", "records"): "errors a user can mend are a UserError everywhere",
+    ("keys", "records"): "likewise",
+    ("config", "keys"): "YAML and arguments are read as keys",
     ("reference", "step"): "the type of the function that both take",
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
-WITHOUT_JAX = {"data", "config", "records", "metrics", "report", "data_page"}
-MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments", "checkpoint"}
+WITHOUT_JAX = {"data", "keys", "config", "records", "metrics", "report", "data_page"}
+MAY_JIT = {"loop", "prepare", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_TRUE = {"shell", "allow_pickle", "trust_remote_code"}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config
-from dpo_jax.assemble import VARIANTS
+from dpo_jax import config, keys
 from dpo_jax.config import Config
+from dpo_jax.folders import VARIANTS
 from dpo_jax.records import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -63,11 +63,11 @@ def test_a_list_of_losses(tmp_path):
     dpo = {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1} | OF_EVERY_TERM | {"weight": 0.8}
     assert c.loss == (dpo, {"name": "sft", "reduction": "mean"} | OF_EVERY_TERM | {"weight": 2.0})
     file = tmp_path / "dumped.yaml"
-    file.write_text(config.dump(c))
+    file.write_text(keys.dump(c))
     again = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
     assert again == c
     other = config.parse(Config, str(file), ["--loss.1.reduction", "sum"], prog="x", variants=VARIANTS)
-    assert config.difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
+    assert keys.difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
 
 
 def test_a_list_on_the_command_line_alone(tmp_path):
@@ -108,7 +108,7 @@ def test_lists_that_are_wrong(tmp_path, text, argv, message):
 def test_dump_reads_back(tmp_path):
     c = parse(tmp_path, "data: {path: [a b, c]}\nsamples: {top_k: 3}\nrun: runs/x")
     file = tmp_path / "dumped.yaml"
-    file.write_text(config.dump(c))
+    file.write_text(keys.dump(c))
     assert config.parse(Config, str(file), [], prog="x", variants=VARIANTS) == c
 
 
@@ -141,7 +141,7 @@ def test_missing_file():
 
 def test_difference_names_keys(tmp_path):
     a, b = parse(tmp_path), parse(tmp_path, "", "--loss.beta", "0.2", "--seed", "3", "--max-steps", "9")
-    assert config.difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
+    assert keys.difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import config, losses, models, optim, sharding
-from dpo_jax.assemble import VARIANTS
 from dpo_jax.config import Config
 from dpo_jax.data import pack
+from dpo_jax.folders import VARIANTS
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.records import Batch
 from dpo_jax.step import init_state, make_train_step

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from dpo_jax import cli, plan
-from dpo_jax.assemble import VARIANTS
 from dpo_jax.config import Config, parse
 from dpo_jax.data import pack
+from dpo_jax.folders import VARIANTS
 from dpo_jax.records import UserError
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

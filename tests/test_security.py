@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dpo_jax import assemble, config, losses, optim, report
+from dpo_jax import assemble, config, folders, keys, losses, optim, report
 from dpo_jax.checkpoint import problem
 from dpo_jax.config import Config, Data, Model
 from dpo_jax.data import stream
@@ -72,7 +72,7 @@ def test_a_yaml_bomb_is_refused_at_its_first_alias(tmp_path):
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 12)]
     (tmp_path / "bomb.yaml").write_text("\n".join(["l0: &l0 [lol]", *levels]))
     with pytest.raises(UserError, match=r"bomb.yaml:2: alias \*l0: write the value out"):
-        config.read_yaml(tmp_path / "bomb.yaml")
+        keys.read_yaml(tmp_path / "bomb.yaml")
 
 
 HOSTILE = {
@@ -89,7 +89,7 @@ def test_a_config_that(tmp_path, kind):
     text, message = HOSTILE[kind]
     (tmp_path / "x.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as told:
-        config.read_yaml(tmp_path / "x.yaml")
+        keys.read_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(told.value)
 
 
@@ -116,13 +116,13 @@ def test_a_run_folder_from_which_a_link_leads_is_refused(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
     settings = Config(run=str(run), optim={"name": "rmsprop", "learning_rate": 1e-6})
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text(config.dump(config.parse(Config, None, [], prog="x", variants=VARIANTS)))
+    (run / "config.yaml").write_text(keys.dump(config.parse(Config, None, [], prog="x", variants=VARIANTS)))
     outside.mkdir()
     if name == "checkpoints":
         (run / "checkpoints").rmdir()
     (run / name).symlink_to(outside)
     with pytest.raises(UserError, match=r"a link that leads out of the run folder, .*outside; remove it"):
-        assemble.claim_folder(settings)
+        folders.claim_folder(settings)
     assert list(outside.iterdir()) == []
 
 

@@ -1,0 +1,129 @@
+"""Folders of runs and caches: who may write there, and what is read back."""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+from dpo_jax import config as configs
+from dpo_jax import keys, losses, optim, processes, watch
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.config import Config
+from dpo_jax.records import TrainState, UserError
+
+VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
+# May change on resuming: none of them changes what is computed, but to rounding.
+FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
+FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
+FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
+# A password in an address; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
+SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
+)
+
+
+def cache_folder() -> Path:
+    """Returns where tokenised data and reference columns are kept: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
+    return Path(os.environ.get("DPO_JAX_CACHE") or Path.home() / ".cache" / "dpo_jax")
+
+
+def keep_compiled() -> None:
+    """Has JAX keep compiled programs beside the other caches, so that a second run starts at once.
+
+    $JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+
+
+def is_run(path: str | Path) -> bool:
+    """Returns whether a folder is that of a run."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, prog: str = "dpo-jax") -> Any:
+    """Returns the config of a run folder, with overrides."""
+    return configs.parse(kind, str(Path(run) / "config.yaml"), argv, prog=prog, variants=VARIANTS)
+
+
+def saved_state(run: Path, like: TrainState, which: str = "newest") -> TrainState:
+    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
+
+    Args:
+      run: its folder.
+      like: shapes and dtypes.
+      which: newest, best (by the run's keep_best), or a step.
+
+    Raises:
+      UserError: the run has none, or not that one.
+    """
+    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
+    state = None
+    if folder.is_dir():
+        checkpoints = Checkpoints(folder, best=config_of(run).keep_best, read_only=True)
+        state = checkpoints.restore(like, checkpoints.step_of(which))
+        checkpoints.close()
+    if state is None:
+        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
+    return jax.device_get(state)
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[IO[str]]:
+    """Opens a text file that appears under its name only when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        yield f
+    temporary.replace(path)
+
+
+def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
+    """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
+
+    Raises:
+      UserError: it belongs to another config (the difference is shown), or holds something else, or another process
+        is writing it.
+    """
+    folder = Path(config.run)
+    lock = _claim(folder, config) if processes.first() else contextlib.nullcontext()
+    processes.meet("the run folder")
+    if not is_run(folder):
+        raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
+    return folder, lock
+
+
+def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
+    begun = (watch.LOCK, "config.yaml.tmp")  # all that is there if a process was killed here
+    if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
+        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+    _check_links(folder)
+    changed = keys.difference(config_of(folder), config, FREE) if is_run(folder) else []
+    if changed:
+        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+    lock = watch.locked(folder)
+    with written(folder / "config.yaml") as f:
+        f.write(keys.dump(config))
+    return lock
+
+
+def _check_links(folder: Path) -> None:
+    """Refuses a run folder from which a link leads elsewhere, where a run would then write or delete."""
+    inside = [p for part in (folder, folder / "checkpoints", folder / "model") if part.is_dir() for p in part.iterdir()]
+    for path in inside:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: a link that leads out of the run folder, {path.resolve()}; remove it")
+
+
+def check_secrets(config: Config) -> None:
+    """Refuses values with a password or token in them, which the run folder and its report would show to others."""
+    for key, values in configs.flatten(dataclasses.asdict(config)):
+        if any(SECRET.search(value) for value in values):
+            raise UserError(f"{key}: holds a password or token; give it by the environment (HF_TOKEN) or a login file")

@@ -1,0 +1,286 @@
+"""A run, and what is done once before its first step: layouts, compiled functions, reference columns."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax import evaluate, optim, processes, reference, sharding
+from dpo_jax.config import Config
+from dpo_jax.data import order, pack
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import batch_logps
+from dpo_jax.losses import Loss
+from dpo_jax.models import Model, lora
+from dpo_jax.models.lora import Lora
+from dpo_jax.records import Batch, TrainState, UserError
+from dpo_jax.sharding import Rows
+from dpo_jax.step import Sync, init_state, make_train_step, only_trained
+
+
+class Run(NamedTuple):
+    """All that a run is made of, assembled.
+
+    Attributes:
+      config: as resolved.
+      folder: where everything is written.
+      lock: what holds the folder against other writers, until `train` has ended.
+      cache: folder of reference columns.
+      model: pure functions of the architecture.
+      loss: bound.
+      sync: how the reference follows the policy; None where it stays.
+      params: host or stored arrays, what is trained, at the start: all of the policy, or its adapters.
+      frozen: returns (host or stored arrays of the reference, their hash); None for a loss without a reference.
+      train: table of comparisons.
+      held_out: table of comparisons to evaluate on.
+      complete: (params) -> completions of the sample prompts as text; None for no samples.
+      prompts: the sample prompts as text.
+      export: (params, folder) writes the model.
+      base: host or stored arrays of the model that adapters are for; None where all of the policy is trained.
+      lora: what the adapters are; None likewise.
+    """
+
+    config: Config
+    folder: Path
+    lock: contextlib.AbstractContextManager
+    cache: Path
+    model: Model
+    loss: Loss
+    sync: Sync | None
+    params: Any
+    frozen: Callable[[], tuple[Any, str]] | None
+    train: Table
+    held_out: Table
+    complete: Callable[[Any], list[str]] | None
+    prompts: list[str]
+    export: Callable[[Any, Path], None]
+    base: Any = None
+    lora: Lora | None = None
+
+
+class Prepared(NamedTuple):
+    """A run on its devices: compiled functions, layouts, columns.
+
+    `policy` makes the policy's parameters of what is trained and of the `base` of adapters.
+    """
+
+    mesh: Any
+    shape: pack.Shape
+    put: Callable
+    step: Callable
+    base: Any
+    policy: Callable[[Any, Any], Any]
+    like: TrainState
+    moving: Any  # the reference at the start, if it moves
+    fill: Callable[[TrainState, Batch, int], Batch] | None
+    held_out: Callable[[TrainState], np.ndarray] | None
+    column: np.ndarray | None
+    evaluator: evaluate.Evaluator
+    reference_samples: list[str] | None
+    total_steps: int
+    order: order.Order
+
+
+def total_steps(config: Config, rows: int) -> int:
+    """Returns the number of updates of a run over a table of `rows` comparisons."""
+    steps = config.epochs * order.steps_per_epoch(rows, config.batch_size)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def initialise(model: Model, seed: int) -> Any:
+    """Returns random parameters as host arrays."""
+    return jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
+
+
+def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
+    """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
+    shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
+    axes = run.model.axes if run.lora is None else lora.axes(run.model.axes, run.params)
+    params = sharding.of_params(mesh, axes, shapes.params)
+    where = sharding.of_state(mesh, params, shapes)
+    like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    return params, like
+
+
+class Parts(NamedTuple):
+    """How what a policy is made of lies on the devices.
+
+    Attributes:
+      mesh: of the devices.
+      trained: tree of shardings of what is trained.
+      base: of the model that adapters are for; None where all of the policy is trained.
+      policy: (trained, base) -> the policy's parameters.
+      rows: how devices share the rows of a batch.
+      model: pure functions of the policy's parameters as they lie.
+    """
+
+    mesh: Any
+    trained: Any
+    base: Any
+    policy: Callable[[Any, Any], Any]
+    rows: Rows
+    model: Model
+
+
+def parts_of(run: Run, mesh: Any, trained: Any) -> Parts:
+    """Returns how the policy lies on a mesh, given the shardings of what is trained."""
+    if run.lora is None:
+        rows = sharding.split_rows(mesh, (trained, None))
+        return Parts(mesh, trained, None, only_trained, rows, in_parts(run.model, rows, trained))
+    adapted = run.lora
+
+    def policy(adapters: Any, base: Any) -> Any:
+        return lora.joined(base, adapters, adapted)
+
+    base = sharding.of_params(mesh, run.model.axes, run.base)
+    shapes = jax.eval_shape(
+        policy, run.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
+    )
+    whole = sharding.of_params(mesh, lora.joined_axes(run.model.axes, run.params), shapes)
+    rows = sharding.split_rows(mesh, (trained, base))
+    return Parts(mesh, trained, base, policy, rows, in_parts(run.model, rows, whole))
+
+
+def in_parts(model: Model, rows: Rows, params: Any) -> Model:
+    """Returns the model for parameters as they lie on the devices, made whole where they are used: a layer at a time.
+
+    Args:
+      model: for whole parameters.
+      rows: how devices share rows.
+      params: tree of the parameters' shardings.
+    """
+    whole = rows.whole
+    if whole is None:
+        return model
+
+    def top(tree: Any) -> Any:
+        rest = {k: v for k, v in tree.items() if k != "layers"}
+        return whole(rest, {k: params[k] for k in rest}) | {"layers": tree["layers"]}
+
+    def layer(tree: Any) -> Any:
+        return whole(tree, params["layers"])
+
+    return model._replace(
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layer),
+        head=lambda tree: model.head(top(tree)),
+    )
+
+
+def compiled_step(run: Run, tx: Any, parts: Parts, like: TrainState) -> Any:
+    """Returns the compiled train step `(state, batch, count, base)`: by `jit`, or by `pmap` over devices that each hold
+    the whole state. The base of adapters is an argument, so that the program does not hold it."""
+    if run.config.mesh.mode == "jit":
+        logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
+        step = make_train_step(logps, run.loss, tx, run.sync, parts.rows, parts.policy)
+        where = jax.tree.map(lambda x: x.sharding, like), sharding.replicated(parts.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=where)
+    if processes.several():
+        raise UserError("mesh.mode pmap: is for one process; take jit for several")
+    logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
+    step = make_train_step(logps, run.loss, tx, run.sync, sharding.mapped_rows(parts.mesh), parts.policy)
+    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None), out_axes=None)
+    devices = sharding.row_devices(parts.mesh)
+    by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
+    return lambda state, batch, count, base: mapped(state, by_device(batch), count, base)
+
+
+def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
+    """Returns the run on its devices: everything that is done once, before the first step."""
+    config = run.config
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    choose = partial(
+        pack.choose,
+        max_length=config.data.max_length,
+        batch_size=config.batch_size,
+        length=config.data.row_length,
+        rows=config.data.rows,
+        multiple_of=sharding.row_devices(mesh),
+    )
+    shape, eval_shape = (_of_this_process(mesh, choose(table)) for table in (run.train, run.held_out))
+    put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
+    trained, like = shardings_of(run, tx, mesh)
+    parts = parts_of(run, mesh, trained)
+    step = compiled_step(run, tx, parts, like)
+    params = trained if parts.base is None else parts.base
+    base = None if parts.base is None else sharding.put(run.base, params)
+    fill = column = eval_column = samples = moving = held_out = None
+    if run.frozen is not None:
+        weights, name = run.frozen()
+        weights = base if weights is run.base else sharding.put(weights, params)
+        rows = sharding.split_rows(mesh, params)
+        make = reference.make_column(partial(batch_logps, in_parts(run.model, rows, params)), rows)
+        columns = partial(_column, run, make, weights, name, put, say)
+        eval_column = columns(run.held_out, eval_shape, "held-out")
+        if config.reference.mode == "cache":
+            column = columns(run.train, shape, "training")
+        else:
+            fill = partial(_fill, make, weights)
+        if run.sync:
+            moving = weights
+            held_out = partial(_held_out, make, run.held_out, eval_shape, config.batch_size, put)
+        samples = run.complete(weights) if run.complete else None
+    evaluator = evaluate.Evaluator(
+        evaluate.make_step(
+            partial(batch_logps, parts.model, confidence=run.loss.confidence), run.loss, parts.rows, parts.policy
+        ),
+        run.held_out,
+        eval_column,
+        eval_shape,
+        config.batch_size,
+        put,
+    )
+    steps = total_steps(config, len(run.train))
+    say(
+        f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
+        f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+    rows = order.bind(config.data.order, run.train.prompts, config.seed)
+    return Prepared(
+        mesh,
+        shape,
+        put,
+        step,
+        base,
+        parts.policy,
+        like,
+        moving,
+        fill,
+        held_out,
+        column,
+        evaluator,
+        samples,
+        steps,
+        rows,
+    )
+
+
+def _of_this_process(mesh: Any, shape: pack.Shape) -> pack.Shape:
+    """Returns the layout with the rows that this process builds."""
+    parts, size = sharding.own_parts(mesh), shape.rows // sharding.row_devices(mesh)
+    return shape._replace(own=(parts.start * size, parts.stop * size))
+
+
+def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, table: Table, shape: Any, what: str):
+    """Returns the reference column of a table, from the cache or by one pass over it."""
+    start = time.perf_counter()
+    compute = partial(reference.one_pass, make, weights, table, shape, run.config.batch_size, put)
+    key = reference.key(table, name, run.config.model.compute)
+    values, hit = reference.cached(run.cache / "reference", key, compute, (len(table), table.responses, 2))
+    how = "from the cache" if hit else f"computed in {time.perf_counter() - start:.1f} s"
+    say(f"reference log-probs of the {what} data: {how}")
+    return values
+
+
+def _fill(column: Callable, weights: Any, state: TrainState, batch: Batch, count: int) -> Batch:
+    """Returns the batch with its reference column filled in just in time, by the state's reference if it moves."""
+    return batch._replace(ref_logps=column(state.reference or weights, batch, count))
+
+
+def _held_out(column: Callable, table: Table, shape: pack.Shape, batch_size: int, put: Callable, state: TrainState):
+    """Returns the reference column of the held-out table under a reference that moves."""
+    return reference.one_pass(column, state.reference, table, shape, batch_size, put)
