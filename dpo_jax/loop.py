@@ -30,7 +30,7 @@ def batches(run: Run, prepared: Prepared, start: int) -> Iterator[tuple[Batch, i
     """Yields the batch of every step from `start` and its number of microbatches, built ahead by a thread."""
 
     def build(step: int) -> tuple[Batch, int]:
-        batch, count, _ = pack.build(run.train, rows_of(run, prepared, step), prepared.shape, prepared.column)
+        batch, count, _ = pack.build(run.train, rows_of(run, prepared, step), prepared.shape, prepared.frozen.column)
         return prepared.put(batch), count
 
     with ThreadPoolExecutor(1) as pool:
@@ -47,14 +47,13 @@ def _first_state(run: Run, prepared: Prepared) -> TrainState:
     tx = optim.build(**run.config.optim)
     where = jax.tree.map(lambda x: x.sharding, prepared.like)
     params = sharding.put(run.params, where.params)
-    moving = () if prepared.moving is None else prepared.moving
 
     def own(params: Any, moving: Any) -> TrainState:
         # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
         params, moving = jax.tree.map(lambda x: x + 0, (params, moving))
         return init_state(params, tx, run.loss.terms, moving)
 
-    return jax.jit(own, out_shardings=where)(params, moving)
+    return jax.jit(own, out_shardings=where)(params, prepared.frozen.moving)
 
 
 def train(run: Run, say: Callable[[str], None] = print) -> Path:
@@ -119,8 +118,8 @@ def _steps(
         rows = partial(rows_of, run, prepared)
         log = Journal(config, run.folder, run.train, progress, rows, checkpoints.taken)
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
-            if prepared.fill is not None:
-                batch = prepared.fill(state, batch, count)
+            if prepared.frozen.fill is not None:
+                batch = prepared.frozen.fill(state, batch, count)
             state, metrics = prepared.step(state, batch, np.int32(count), prepared.base)
             log.step(step, metrics)
             alive()
@@ -151,8 +150,8 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, floa
     step = int(state.step)
     examples = step * run.config.batch_size
     evaluator = prepared.evaluator
-    if prepared.held_out is not None:
-        evaluator = evaluator._replace(reference=prepared.held_out(state))
+    if prepared.frozen.again is not None:
+        evaluator = evaluator._replace(reference=prepared.frozen.again(state))
     params = state.params, prepared.base
     summary = evaluate.summary(evaluate.values(evaluator, params, state.running))
     means = {name: entry["mean"] for name, entry in summary.items()}
@@ -161,8 +160,8 @@ def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, floa
         (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:
         return means
-    policy = run.complete(prepared.policy(*params))
-    other = prepared.reference_samples or [None] * len(policy)
+    policy = run.complete(prepared.parts.policy(*params))
+    other = prepared.frozen.samples or [None] * len(policy)
     for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
         sample = {"prompt": prompt, "policy": ours, "reference": theirs}
         journal.append(run.folder / "samples.jsonl", step, examples, sample)

@@ -63,25 +63,70 @@ class Run(NamedTuple):
     lora: Lora | None = None
 
 
-class Prepared(NamedTuple):
-    """A run on its devices: compiled functions, layouts, columns.
+class Parts(NamedTuple):
+    """How what a policy is made of lies on the devices.
 
-    `policy` makes the policy's parameters of what is trained and of the `base` of adapters.
+    Attributes:
+      mesh: of the devices.
+      trained: tree of shardings of what is trained.
+      base: of the model that adapters are for; None where all of the policy is trained.
+      policy: (trained, base) -> the policy's parameters.
+      rows: how devices share the rows of a batch.
+      model: pure functions of the policy's parameters as they lie.
     """
 
     mesh: Any
+    trained: Any
+    base: Any
+    policy: Callable[[Any, Any], Any]
+    rows: Rows
+    model: Model
+
+
+class Frozen(NamedTuple):
+    """The reference on the devices; nothing of it for a loss without one.
+
+    Attributes:
+      column: float32[N, P, 2], of the training data, if it is computed ahead.
+      fill: (state, batch, count) -> the batch with its column, if it is computed just in time.
+      held_out: float32[N, P, 2], of the held-out data.
+      moving: its parameters at the start, if it moves.
+      again: state -> `held_out` once more, if it moves.
+      samples: its completions of the sample prompts.
+    """
+
+    column: np.ndarray | None = None
+    fill: Callable[[TrainState, Batch, int], Batch] | None = None
+    held_out: np.ndarray | None = None
+    moving: Any = ()
+    again: Callable[[TrainState], np.ndarray] | None = None
+    samples: list[str] | None = None
+
+
+class Prepared(NamedTuple):
+    """A run on its devices: compiled functions, layouts, columns.
+
+    Attributes:
+      parts: how the policy lies on the devices.
+      shape: of a batch.
+      put: moves a Batch to the devices.
+      step: the compiled train step.
+      base: what adapters are for, on the devices.
+      like: shapes and shardings of the state.
+      frozen: the reference.
+      evaluator: of the held-out data.
+      total_steps: of the run.
+      order: of the training data.
+    """
+
+    parts: Parts
     shape: pack.Shape
     put: Callable
     step: Callable
     base: Any
-    policy: Callable[[Any, Any], Any]
     like: TrainState
-    moving: Any  # the reference at the start, if it moves
-    fill: Callable[[TrainState, Batch, int], Batch] | None
-    held_out: Callable[[TrainState], np.ndarray] | None
-    column: np.ndarray | None
+    frozen: Frozen
     evaluator: evaluate.Evaluator
-    reference_samples: list[str] | None
     total_steps: int
     order: order.Order
 
@@ -105,26 +150,6 @@ def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     return params, like
-
-
-class Parts(NamedTuple):
-    """How what a policy is made of lies on the devices.
-
-    Attributes:
-      mesh: of the devices.
-      trained: tree of shardings of what is trained.
-      base: of the model that adapters are for; None where all of the policy is trained.
-      policy: (trained, base) -> the policy's parameters.
-      rows: how devices share the rows of a batch.
-      model: pure functions of the policy's parameters as they lie.
-    """
-
-    mesh: Any
-    trained: Any
-    base: Any
-    policy: Callable[[Any, Any], Any]
-    rows: Rows
-    model: Model
 
 
 def parts_of(run: Run, mesh: Any, trained: Any) -> Parts:
@@ -205,31 +230,13 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
     trained, like = shardings_of(run, tx, mesh)
     parts = parts_of(run, mesh, trained)
-    step = compiled_step(run, tx, parts, like)
-    params = trained if parts.base is None else parts.base
-    base = None if parts.base is None else sharding.put(run.base, params)
-    fill = column = eval_column = samples = moving = held_out = None
-    if run.frozen is not None:
-        weights, name = run.frozen()
-        weights = base if weights is run.base else sharding.put(weights, params)
-        rows = sharding.split_rows(mesh, params)
-        make = reference.make_column(partial(batch_logps, in_parts(run.model, rows, params)), rows)
-        columns = partial(_column, run, make, weights, name, put, say)
-        eval_column = columns(run.held_out, eval_shape, "held-out")
-        if config.reference.mode == "cache":
-            column = columns(run.train, shape, "training")
-        else:
-            fill = partial(_fill, make, weights)
-        if run.sync:
-            moving = weights
-            held_out = partial(_held_out, make, run.held_out, eval_shape, config.batch_size, put)
-        samples = run.complete(weights) if run.complete else None
+    base = None if parts.base is None else sharding.put(run.base, parts.base)
+    frozen = Frozen() if run.frozen is None else _frozen(run, parts, base, (shape, eval_shape), put, say)
+    logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
     evaluator = evaluate.Evaluator(
-        evaluate.make_step(
-            partial(batch_logps, parts.model, confidence=run.loss.confidence), run.loss, parts.rows, parts.policy
-        ),
+        evaluate.make_step(logps, run.loss, parts.rows, parts.policy),
         run.held_out,
-        eval_column,
+        frozen.held_out,
         eval_shape,
         config.batch_size,
         put,
@@ -239,23 +246,29 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
+    step = compiled_step(run, tx, parts, like)
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
-    return Prepared(
-        mesh,
-        shape,
-        put,
-        step,
-        base,
-        parts.policy,
-        like,
-        moving,
-        fill,
-        held_out,
-        column,
-        evaluator,
-        samples,
-        steps,
-        rows,
+    return Prepared(parts, shape, put, step, base, like, frozen, evaluator, steps, rows)
+
+
+def _frozen(run: Run, parts: Parts, base: Any, shapes: tuple[pack.Shape, pack.Shape], put: Any, say: Any) -> Frozen:
+    """Returns the reference on the devices; that of adapters is their base, which is there already."""
+    assert run.frozen is not None
+    params = parts.trained if parts.base is None else parts.base
+    weights, name = run.frozen()
+    weights = base if weights is run.base else sharding.put(weights, params)
+    rows = sharding.split_rows(parts.mesh, params)
+    make = reference.make_column(partial(batch_logps, in_parts(run.model, rows, params)), rows)
+    columns = partial(_column, run, make, weights, name, put, say)
+    cached = run.config.reference.mode == "cache"
+    again = partial(_held_out, make, run.held_out, shapes[1], run.config.batch_size, put)
+    return Frozen(
+        held_out=columns(run.held_out, shapes[1], "held-out"),
+        column=columns(run.train, shapes[0], "training") if cached else None,
+        fill=None if cached else partial(_fill, make, weights),
+        moving=weights if run.sync else (),
+        again=again if run.sync else None,
+        samples=run.complete(weights) if run.complete else None,
     )
 
 

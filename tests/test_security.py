@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dpo_jax import assemble, config, folders, keys, losses, optim, report
+from dpo_jax import assemble, config, folders, keys, report
 from dpo_jax.checkpoint import problem
 from dpo_jax.config import Config, Data, Model
 from dpo_jax.data import stream
 from dpo_jax.models import hf, weights
 from dpo_jax.records import UserError
 
-VARIANTS = {"loss": losses.FUNCTIONS, "optim": optim.FUNCTIONS}
+VARIANTS = folders.VARIANTS
 
 # Model folders.
 
