@@ -23,7 +23,7 @@ def message(where: str, key: str, value: Any) -> Message:
         raise UserError(f"{where}: {key!r} must hold messages with role and content, not {type_name(value)}")
     found: Message = {OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items() if part is not None}
     role, content = found.get("role"), found.get("content", "")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: {key!r} has a message of role {role!r}; known: {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _joined(where, key, content)
