@@ -49,7 +49,7 @@ class Evaluation(Config):
     """A run's config, and what to measure beside its held-out comparisons."""
 
     reward: str = ""
-    """A true reward of completions: synthetic, happy, or module:function."""
+    """A true reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
     prompts: int = 256
     """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
     show: int = 3
@@ -130,8 +130,7 @@ def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table:
     if settings.reward:
         score = rewards.get(settings.reward)
         for name, answers in written.items():
-            scores = [score(p, a) for p, a in zip(texts, answers, strict=True)]
-            found[f"true reward of the {name}"] = evaluate.interval(np.array(scores))
+            found[f"true reward of the {name}"] = evaluate.interval(score(texts, answers))
     return found, list(zip(texts, *written.values(), strict=True))[: settings.show]
 
 

@@ -127,7 +127,7 @@ class Pairs:
     """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
 
     reward: str
-    """What scores a completion: synthetic, happy, or module:function."""
+    """What scores a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
     data: Data = dataclasses.field(default_factory=Data)
     tokenizer: str = ""
     """By default the model's own."""
@@ -176,7 +176,7 @@ def pairs_command(argv: list[str]) -> None:
             drawn = answers[i * settings.completions : (i + 1) * settings.completions]
             own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
             spelled += len(drawn) - len(own)
-            scores = [score(text, a) for a in own]
+            scores = score([text] * len(own), own)
             for chosen, rejected in rewards.label(text, own, scores, settings.label, settings.seed):
                 row = chat.as_columns(prompt) | {"chosen": chosen, "rejected": rejected}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
