@@ -166,9 +166,8 @@ def pairs_command(argv: list[str]) -> None:
     ids = assemble.prompt_ids(prompts, tokenizer, source)
     texts = assemble.prompt_texts(prompts, tokenizer, source)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
-    repeated = [p for p in ids for _ in range(settings.completions)]
-    options = {name: getattr(settings, name) for name in names}
-    answers = sample(loaded.model, loaded.params, repeated, eos_id=tokenizer.eos_token_id, **options)
+    options = {name: getattr(settings, name) for name in names} | {"copies": settings.completions}
+    answers = sample(loaded.model, loaded.params, ids, eos_id=tokenizer.eos_token_id, **options)
     answers = assemble.decoded(tokenizer, answers)
     count = spelled = 0
     with assemble.written(out) as f:

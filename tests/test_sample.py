@@ -99,6 +99,17 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
 
+@pytest.mark.parametrize("batch_size", [3, 6, 40])
+def test_copies_are_the_same_prompt_again(models, batch_size):
+    """Copies of a prompt that fit a batch together, that do not, and prompts of which several fit."""
+    _, model, params = models("gpt2")
+    prompts, options = prompts_of(7, 33, 9), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": batch_size}
+    apart = sample(model, params, [p for p in prompts for _ in range(5)], **options)
+    shared = sample(model, params, prompts, copies=5, **options)
+    assert [x.tolist() for x in shared] == [x.tolist() for x in apart]
+    assert len({tuple(x.tolist()) for x in shared}) == 15
+
+
 def test_every_token_is_drawn_anew(models):
     _, model, params = models("gpt2")
     uniform = jax.tree.map(jnp.zeros_like, params)
@@ -176,6 +187,7 @@ def test_no_prompts_give_no_texts(models):
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens = 0: it must be at least 1"),
+        ({"copies": 0}, "copies = 0: it must be at least 1"),
         ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0"),
         ({"top_k": 0}, "top_k = 0: it must be at least 1"),
         ({"top_p": 0.0}, "top_p = 0.0: it must be above 0"),
