@@ -17,6 +17,7 @@ COMMANDS = {
         "what the data is: counts, lengths, shortcuts; rows to read",
     ),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
+    "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often its responses are judged better"),
     "export": ("RUN OUT", "the newest checkpoint as a Hugging Face folder"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }

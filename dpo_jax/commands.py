@@ -14,12 +14,13 @@ from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, evaluate, loop, losses, optim, report, rewards
 from dpo_jax.config import Config
-from dpo_jax.data_commands import data_command, leading, pairs_command, say
+from dpo_jax.data_commands import data_command, leading, pairs_command, say, settings_of
 from dpo_jax.models import hf
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.step import init_state
+from dpo_jax.winrate_command import winrate_command
 
-__all__ = ["data_command", "pairs_command"]  # those that are elsewhere
+__all__ = ["data_command", "pairs_command", "winrate_command"]  # those that are elsewhere
 
 
 def train_command(argv: list[str]) -> None:
@@ -56,16 +57,6 @@ class Evaluation(Config):
     """Prompts printed with both models' completions."""
 
 
-def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
-    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
-    prog = f"dpo-jax {command} RUN_OR_MODEL"
-    if assemble.is_run(path):
-        return assemble.config_of(path, argv, kind, prog)
-    settings = config.parse(kind, None, argv, prog=prog, variants=assemble.VARIANTS)
-    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
-    return dataclasses.replace(settings, model=model)
-
-
 def _state(path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Loss) -> TrainState:
     """Returns the state of a run's newest checkpoint, or that of a model folder's parameters before any step."""
     moves = assemble.sync_of(settings, loss) is not None
@@ -92,7 +83,7 @@ def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainSt
 def eval_command(argv: list[str]) -> None:
     """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
     (path,), rest = leading(argv, "eval", "RUN_OR_MODEL")
-    settings = _settings(path, rest, Evaluation, "eval")
+    settings = settings_of(path, rest, Evaluation, "eval")
     loss = losses.build(settings.loss)
     if loss.uses_reference and not assemble.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
@@ -161,7 +152,7 @@ class Sampling(Config):
 def sample_command(argv: list[str]) -> None:
     """`dpo-jax sample RUN_OR_MODEL --prompt TEXT ... [--samples.temperature 0.7]`."""
     (path,), rest = leading(argv, "sample", "RUN_OR_MODEL")
-    settings = _settings(path, rest, Sampling, "sample")
+    settings = settings_of(path, rest, Sampling, "sample")
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
     tokenizer = assemble.tokenizer_of(settings.model)

@@ -34,6 +34,16 @@ def leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list
     return argv[:first], argv[first:]
 
 
+def settings_of(path: str, argv: list[str], kind: type, command: str) -> Any:
+    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
+    prog = f"dpo-jax {command} RUN_OR_MODEL"
+    if assemble.is_run(path):
+        return assemble.config_of(path, argv, kind, prog)
+    settings = config.parse(kind, None, argv, prog=prog, variants=assemble.VARIANTS)
+    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
+    return dataclasses.replace(settings, model=model)
+
+
 @dataclass(frozen=True)
 class Look(Config):
     """A run's config, and how to show its data."""

@@ -18,13 +18,14 @@ LAYERS = (
     {"data", "models", "losses", "optim", "sharding", "metrics"},
     {"logprobs"},
     {"step", "reference", "sample", "rewards", "checkpoint"},
-    {"evaluate"},
+    {"evaluate", "winrate"},
     {"loop"},
     {"assemble"},
     {"experiments"},
     {"report"},
-    {"data_page"},
+    {"data_page", "winrate_page"},
     {"data_commands"},
+    {"winrate_command"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -36,7 +37,7 @@ ALLOWED = {
     ("reference", "step"): "the type of the function that both take",
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
-WITHOUT_JAX = {"data", "config", "records", "metrics", "report", "data_page"}
+WITHOUT_JAX = {"data", "config", "records", "metrics", "report", "data_page", "winrate_page"}
 MAY_JIT = {"loop", "evaluate", "reference", "sample", "experiments"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}

@@ -41,7 +41,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
-            def log_message(self, *args):
+            def log_message(self, format, *args):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -264,7 +264,7 @@ def test_answers_are_understood(answer, score):
 
 def reads_longer(question):
     """A judge without a bias: prefers the longer of the two replies."""
-    first, second = re.search(r"Reply A:\n(.*)\n\nReply B:\n(.*)\n\nFirst say", question, re.DOTALL).groups()
+    ((first, second),) = re.findall(r"Reply A:\n(.*)\n\nReply B:\n(.*)\n\nFirst say", question, re.DOTALL)
     return f"Length.\nBetter: {'A' if len(first) > len(second) else 'B'}"
 
 
