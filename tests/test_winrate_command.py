@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     }  # fmt: skip
     model = models.build(models.family("llama").architecture(config))
     for i, name in enumerate(("one", "two")):
-        hf.save(folder / name, jax.device_get(model.init(jax.random.key(i))), config, tokenizer)
+        hf.save(folder / name, jax.device_get(jax.jit(model.init)(jax.random.key(i))), config, tokenizer)
     rows = [r for r, _ in zip(synthetic.read((), "test", 2), range(30), strict=False)]
     lines = [json.dumps({"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]}) for r in rows]
     (folder / "pairs.jsonl").write_text("\n".join(lines))
