@@ -110,10 +110,23 @@ def test_the_backward_pass_keeps_no_scores():
 
 
 def test_cached_attention_is_the_last_row_of_packed_attention():
+    """Two rows of which one begins with padding; T - 8 tokens are the prompt, 7 follow it, and then the new one. A
+    third and a fourth sequence share the prompts and have the other's tokens after them."""
     q, k, v, _ = inputs()
-    group = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T])
-    whole = jax.jit(packed_attention)(q, k, v, group, jnp.zeros_like(group))
-    spare = [jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v)]
-    mask = jnp.pad(group == 1, ((0, 0), (0, 9)))
-    last = jax.jit(cached_attention)(q[:, -1:], *spare, mask)
+    group, prompt = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T]), T - 8
+
+    def again(x):
+        """Of each prompt the row itself, and one that goes on as the other does."""
+        own, other = x[:, prompt:], x[::-1, prompt:]
+        rows = [jnp.concatenate([x[i, :prompt], y[i]])[None] for i in (0, 1) for y in (own, other)]
+        return jnp.concatenate(rows)
+
+    rows = [again(x) for x in (q, k, v)]
+    groups = jnp.repeat(group, 2, axis=0)
+    whole = jax.jit(packed_attention)(*rows, groups, jnp.zeros_like(groups))
+    spare = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9), (0, 0)), constant_values=7.0)  # noqa: E731
+    prompts = [x[:, :prompt].swapaxes(1, 2) for x in (k, v)]
+    own = [spare(x[:, prompt:-1].swapaxes(1, 2)) for x in rows[1:]]
+    new = [x[:, -1:] for x in rows]
+    last = jax.jit(cached_attention)(*new, (*prompts, *own), group[:, :prompt] == 1, 7)
     np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)

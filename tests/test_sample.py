@@ -178,6 +178,31 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     assert (found[p == 0] == 0).all()
 
 
+@pytest.mark.parametrize("vocab", [sampling.BLOCK - 1, sampling.BLOCK, 3 * sampling.BLOCK + 40])
+def test_tokens_are_drawn_with_their_probability_from_many(vocab):
+    """Of the whole vocabulary by a chi-squared statistic; every third token cannot be drawn, the last one among them."""
+    count, rng = 200_000, np.random.default_rng(0)
+    p = rng.random(vocab) * (np.arange(vocab, 0, -1) % 3 != 1)
+    p /= p.sum()
+    with np.errstate(divide="ignore"):
+        logits = jnp.asarray(np.log(p) + 7, jnp.float32)
+    found = np.bincount(sampling.drawn(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count)))
+    assert len(found) <= vocab
+    found = np.pad(found, (0, vocab - len(found)))
+    assert (found[p == 0] == 0).all()
+    kept = p > 0
+    statistic = ((found - count * p)[kept] ** 2 / (count * p[kept])).sum()
+    free = kept.sum() - 1
+    assert abs(statistic - free) < 5 * np.sqrt(2 * free)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1 - 2**-24, 1.0])
+def test_what_has_no_probability_is_never_reached(fraction):
+    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    place = int(sampling._reached(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
+    assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
+
+
 def test_no_prompts_give_no_texts(models):
     _, model, params = models("gpt2")
     assert sample(model, params, [], max_new_tokens=3, eos_id=EOS) == []

@@ -40,20 +40,33 @@ def packed_attention(q: Array, k: Array, v: Array, group: Array, branch: Array, 
     return _attend(q, k, v, group, branch, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
-def cached_attention(q: Array, keys: Array, values: Array, mask: Array) -> Array:
-    """Attention of one new query a sequence over a cache.
+def cached_attention(q: Array, k: Array, v: Array, cache: tuple[Array, ...], valid: Array, place: Array) -> Array:
+    """Attention of one new token a sequence over a cache, in which the sequences of a prompt share its part.
 
     Args:
-      q: [B, 1, H, d] in the compute dtype.
-      keys: [B, C, K, d], the new token's included.
-      values: [B, C, K, d].
-      mask: bool[B, C], which entries of the cache are seen; at least one.
+      q: [B, 1, H, d] in the compute dtype; the B / P sequences of a prompt follow each other.
+      k: [B, 1, K, d], the new token's.
+      v: [B, 1, K, d].
+      cache: keys and values of the prompts [P, K, T, d], then those of the sequences' own tokens [B, K, N, d].
+      valid: bool[P, T], which tokens of the prompts are some.
+      place: int32[], how many own tokens there are so far.
 
     Returns:
       [B, 1, H, d] in the dtype of q.
     """
-    out, _ = _softmax(_by_head(q, keys.shape[2]), _by_head(keys), _by_head(values), mask[:, None])
-    return _by_token(out).astype(q.dtype)
+    prompt_keys, prompt_values, own_keys, own_values = cache
+    (prompts, kv_heads, length, dim), (rows, _, room, _) = prompt_keys.shape, own_keys.shape
+    q = q.reshape(rows, kv_heads, -1, dim)
+    k, v = k.reshape(rows, kv_heads, 1, dim), v.reshape(rows, kv_heads, 1, dim)
+    # All queries of a prompt meet its keys in one product, so that these are read once.
+    shared = _dot("pnkgd,pktd->pnkgt", q.reshape(prompts, -1, *q.shape[1:]), prompt_keys)
+    shared = jnp.where(valid[:, None, None, None], shared, LOWEST).reshape(*q.shape[:-1], length)
+    own = jnp.where(jnp.arange(room) < place, _dot("bkgd,bktd->bkgt", q, own_keys), LOWEST)
+    p = jnp.concatenate([shared, own, _dot("bkgd,bktd->bkgt", q, k)], axis=-1) * dim**-0.5
+    p = jax.nn.softmax(p, axis=-1).astype(v.dtype)
+    shared = _dot("pnkgt,pktd->pnkgd", p[..., :length].reshape(prompts, -1, *q.shape[1:3], length), prompt_values)
+    own = _dot("bkgt,bktd->bkgd", p[..., length:-1], own_values) + _dot("bkgt,bktd->bkgd", p[..., -1:], v)
+    return (shared.reshape(own.shape) + own).reshape(rows, 1, -1, dim).astype(v.dtype)
 
 
 def _by_head(x: Array, kv_heads: int | None = None) -> Array:

@@ -1,7 +1,7 @@
 """One decoder for all families. Linen holds the parameters, and scans over layers; the mathematics is functions.
 
-Axis letters as in `records`; B sequences and C capacity of a cache beside them. Parameters are float32, with layers
-stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute in float32.
+Axis letters as in `records`; a cache has P prompts of T tokens, and B sequences with room for N more. Parameters are
+float32, with layers stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute in float32.
 """
 
 import math
@@ -19,7 +19,8 @@ from dpo_jax.models.architecture import Architecture, Rope
 from dpo_jax.models.attention import cached_attention, packed_attention
 from dpo_jax.records import Array
 
-Cache = tuple[Array, ...]  # keys and values, [L, B, C, K, d] in the compute dtype
+# Keys and values of prompts [L, P, K, T, d], then of what follows them [L, B, K, N, d], in the compute dtype.
+Cache = tuple[Array, ...]
 
 # What the backward pass keeps, by name; the rest is computed again.
 POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -44,8 +45,8 @@ class Context(NamedTuple):
       sin: float32[R, T, 1, dims / 2].
       group: int32[R, T]; None when decoding.
       branch: int32[R, T]; None when decoding.
-      place: int32[], the place in the cache of the token to decode; None for whole rows.
-      mask: bool[B, C], which entries of the cache are seen; None for whole rows.
+      place: int32[], how many tokens follow the prompts in the cache; None for whole rows.
+      mask: bool[P, T], which tokens of the prompts in the cache are some; None for whole rows.
     """
 
     cos: Array = None
@@ -193,8 +194,7 @@ def _attention(a: Architecture, x: Array, cache: Cache | None, context: Context)
     if cache is None:
         mixed = packed_attention(q, k, v, context.group, context.branch)
     else:
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.place, axis=1)
-        mixed = cached_attention(q, put(cache[0], k), put(cache[1], v), context.mask)
+        mixed = cached_attention(q, k, v, cache, context.mask, context.place)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), (k, v)
