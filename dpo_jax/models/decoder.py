@@ -1,7 +1,8 @@
 """One decoder for all families. Linen holds the parameters, and scans over layers; the mathematics is functions.
 
 Axis letters as in `records`; a cache has P prompts of T tokens, and B sequences with room for N more. Parameters are
-float32, with layers stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute in float32.
+float32, with layers stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute
+in float32.
 """
 
 import math
