@@ -75,6 +75,8 @@ def test_a_reward_judges_the_best_of_several_against_the_data(winrate, tmp_path,
         assert row["reward"][0] == pytest.approx(mean)
         assert row["words"] == pytest.approx(np.mean([len(j["response"].split()) for j in own]))
         assert row["kl_bound"] == kl_bound(row["best_of"])
+    cool, hot = ([j["response"] for j in judged if (j["temperature"], j["best_of"]) == (t, 1)] for t in (0.5, 2))
+    assert sum(a != b for a, b in zip(cool, hot, strict=True)) > 6
     assert all(a["reward"][0] <= b["reward"][0] for a, b in itertools.pairwise(rows) if b["best_of"] > 1)
     out = capsys.readouterr().out
     assert "12 prompts, against the data's responses" in out
