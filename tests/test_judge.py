@@ -152,8 +152,8 @@ def test_the_key_is_written_nowhere_and_none_is_sent_without_one(tmp_path, monke
 
 def test_a_redirection_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    with serving(echo) as other, serving(lambda body: (307, {"Location": other.url}, {})) as server:
-        with pytest.raises(UserError, match="307"):
+    with serving(echo) as other, serving(lambda body: (302, {"Location": other.url}, {})) as server:
+        with pytest.raises(UserError, match="302"):
             client_of(server, tmp_path).ask(["?"])
         assert not other.seen
 

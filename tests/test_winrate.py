@@ -111,7 +111,7 @@ def test_the_best_of_the_first_n():
 
 
 def test_a_tally_by_hand():
-    win, loss, tie = Verdict(1.0, True, ""), Verdict(0.0, True, ""), Verdict(0.5, False, "")
+    win, loss, tie = Verdict(1.0, True, ""), Verdict(0.0, False, ""), Verdict(0.5, False, "")
     unread = Verdict(None, False, "")
     matches = [
         (win, Verdict(1.0, False, "")),  # won in both orders
@@ -125,8 +125,8 @@ def test_a_tally_by_hand():
     found = winrate.tally(matches)
     assert (found.wins.mean, found.wins.n) == ((1 + 0.5 + 0.5 + 0 + 0.5 + 0) / 6, 6)
     assert (found.ties, found.unread) == (3, 2)
-    # Read first and preferred: the two wins shown first, and the second order's loss of a shown second.
-    assert (found.first.mean, found.first.n) == (3 / 5, 5)
+    # Of the five that prefer one, all but the win of a where it was read second prefer the one read first.
+    assert (found.first.mean, found.first.n) == (4 / 5, 5)
     assert (found.agree.mean, found.agree.n) == (2 / 3, 3)
 
 
