@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
+    "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often its responses are judged better"),
     "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
     "models": ("", "the families of models that can be loaded"),
     "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),

@@ -14,13 +14,14 @@ from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, evaluate, folders, keys, loop, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
-from dpo_jax.data_commands import data_command, leading, pairs_command, say
+from dpo_jax.data_commands import data_command, leading, pairs_command, say, settings_of
 from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.step import init_state
+from dpo_jax.winrate_command import winrate_command
 
-__all__ = ["data_command", "losses_command", "pairs_command"]  # those that are elsewhere
+__all__ = ["data_command", "losses_command", "pairs_command", "winrate_command"]  # those that are elsewhere
 
 
 def train_command(argv: list[str]) -> None:
@@ -64,23 +65,13 @@ class Evaluation(Config):
     """A run's config, and what to measure beside its held-out comparisons."""
 
     reward: str = ""
-    """A true reward of completions: synthetic, happy, or module:function."""
+    """A true reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
     prompts: int = 256
     """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
     show: int = 3
     """Prompts printed with both models' completions."""
     per_token: str = ""
     """A .jsonl to write the log-probs of every token of the held-out responses to, by position."""
-
-
-def _settings(path: str, argv: list[str], kind: type, command: str) -> Any:
-    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
-    prog = f"dpo-jax {command} RUN_OR_MODEL"
-    if folders.is_run(path):
-        return folders.config_of(path, argv, kind, prog)
-    settings = config.parse(kind, None, argv, prog=prog, variants=folders.VARIANTS)
-    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
-    return dataclasses.replace(settings, model=model)
 
 
 def _state(
@@ -112,7 +103,7 @@ def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainSt
 def eval_command(argv: list[str]) -> None:
     """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
     (path,), rest = leading(argv, "eval", "RUN_OR_MODEL")
-    settings = _settings(path, rest, Evaluation, "eval")
+    settings = settings_of(path, rest, Evaluation, "eval")
     loss = losses.build(settings.loss)
     if loss.uses_reference and not folders.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
@@ -152,8 +143,7 @@ def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table:
     if settings.reward:
         score = rewards.get(settings.reward)
         for name, answers in written.items():
-            scores = [score(p, a) for p, a in zip(texts, answers, strict=True)]
-            found[f"true reward of the {name}"] = evaluate.interval(np.array(scores))
+            found[f"true reward of the {name}"] = evaluate.interval(score(texts, answers))
     return found, list(zip(texts, *written.values(), strict=True))[: settings.show]
 
 
@@ -197,7 +187,7 @@ class Sampling(Config):
 def sample_command(argv: list[str]) -> None:
     """`dpo-jax sample RUN_OR_MODEL --prompt TEXT ... [--samples.temperature 0.7]`."""
     (path,), rest = leading(argv, "sample", "RUN_OR_MODEL")
-    settings = _settings(path, rest, Sampling, "sample")
+    settings = settings_of(path, rest, Sampling, "sample")
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
     tokenizer = assemble.tokenizer_of(settings.model)

@@ -36,6 +36,16 @@ def leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list
     return argv[:first], argv[first:]
 
 
+def settings_of(path: str, argv: list[str], kind: type, command: str) -> Any:
+    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
+    prog = f"dpo-jax {command} RUN_OR_MODEL"
+    if folders.is_run(path):
+        return folders.config_of(path, argv, kind, prog)
+    settings = config.parse(kind, None, argv, prog=prog, variants=folders.VARIANTS)
+    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
+    return dataclasses.replace(settings, model=model)
+
+
 @dataclass(frozen=True)
 class Look(Config):
     """A run's config, and how to show its data."""
@@ -129,7 +139,7 @@ class Pairs:
     """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
 
     reward: str
-    """What scores a completion: synthetic, happy, or module:function."""
+    """What scores a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
     data: Data = dataclasses.field(default_factory=Data)
     tokenizer: str = ""
     """By default the model's own."""
@@ -168,9 +178,8 @@ def pairs_command(argv: list[str]) -> None:
     ids = assemble.prompt_ids(prompts, tokenizer, source)
     texts = assemble.prompt_texts(prompts, tokenizer, source)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
-    repeated = [p for p in ids for _ in range(settings.completions)]
-    options = {name: getattr(settings, name) for name in names}
-    answers = sample(loaded.model, hf.whole(loaded.params), repeated, eos_id=tokenizer.eos_token_id, **options)
+    options = {name: getattr(settings, name) for name in names} | {"copies": settings.completions}
+    answers = sample(loaded.model, hf.whole(loaded.params), ids, eos_id=tokenizer.eos_token_id, **options)
     answers = assemble.decoded(tokenizer, answers)
     count = spelled = 0
     with folders.written(out) as f:
@@ -178,7 +187,7 @@ def pairs_command(argv: list[str]) -> None:
             drawn = answers[i * settings.completions : (i + 1) * settings.completions]
             own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
             spelled += len(drawn) - len(own)
-            scores = [score(text, a) for a in own]
+            scores = score([text] * len(own), own)
             for chosen, rejected in rewards.label(text, own, scores, settings.label, settings.seed):
                 row = chat.as_columns(prompt) | {"chosen": chosen, "rejected": rejected}
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
 """Text from a model: generation with a cache of keys and values, compiled once a shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from dpo_jax.models import Model, capped
 from dpo_jax.records import Array, UserError
 
 MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+BLOCK = 128  # tokens of the vocabulary that are drawn among together
 
 
 def sample(
@@ -20,6 +21,7 @@ def sample(
     params: Any,
     prompts: Sequence[Array],
     *,
+    copies: int = 1,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -28,47 +30,64 @@ def sample(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Continues each prompt until an end-of-sequence token.
+    """Continues each prompt until an end-of-sequence token, as often as `copies` says.
 
-    The random numbers of a prompt depend on the seed and its place in `prompts` only, not on the batch it is in.
+    The prompt is read once for all its copies. The random numbers of a continuation depend on the seed and its place in
+    the result only, not on the batch it is in: copies are as the same prompt given so often.
 
     Args:
       model: the architecture's pure functions.
       params: its parameters.
       prompts: ids, at least one each.
+      copies: continuations of each prompt.
       max_new_tokens: tokens after which a continuation is cut.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draw among this many likeliest tokens only.
       top_p: draw among the fewest likeliest tokens that hold this much probability only.
       eos_id: the token, or tokens, that end a text.
       seed: of the random numbers.
-      batch_size: prompts at a time.
+      batch_size: continuations at a time.
 
     Returns:
-      int32 ids of each continuation, without its prompt, with the end-of-sequence token if it was reached.
+      int32 ids of each continuation, those of a prompt together, without the prompt, with the end-of-sequence token if
+      it was reached.
 
     Raises:
       UserError: an empty prompt, a setting out of range, or more tokens than the model has positions.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     ends = tuple(np.atleast_1d(eos_id).tolist())
     key = jax.random.key(seed)
-    order = np.argsort([len(p) for p in prompts], kind="stable")  # equals together: least padding
-    out: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens, group = _pad([np.asarray(prompts[i]) for i in rows], batch_size)
-        numbers = np.zeros(batch_size, np.int32)
-        numbers[: len(rows)] = rows
-        filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
+    filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
+    out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
+    for chosen, numbers in _batches([len(p) for p in prompts], copies, batch_size):
+        tokens, group = _pad([np.asarray(prompts[i]) for i in chosen], len(numbers))
         new, lengths = _generate(
             (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
-            jnp.arange(batch_size) < len(rows), key, numbers, temperature, top_p,
+            numbers.ravel(), key, temperature, top_p,
         )  # fmt: skip
         new, lengths = processes.fetch((new, lengths))
-        for row, i in enumerate(rows):
-            out[i] = new[row, : lengths[row]]
+        for row, number in enumerate(numbers.ravel()):
+            if number >= 0:
+                out[number] = new[row, : lengths[row]]
     return out
+
+
+def _batches(lengths: list[int], copies: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields places of prompts, and the places of their continuations int32[prompts, continuations], -1 where none is.
+
+    Every batch has the same shape, and prompts of like lengths are together, for the least padding.
+    """
+    many = min(copies, batch_size)
+    few = max(1, min(batch_size // many, len(lengths)))
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), few):
+        chosen = order[start : start + few]
+        for first in range(0, copies, many):
+            numbers = np.full((few, many), -1, np.int32)
+            those = np.arange(first, min(first + many, copies))
+            numbers[: len(chosen), : len(those)] = chosen[:, None] * copies + those
+            yield chosen, numbers
 
 
 class _Filters(NamedTuple):
@@ -110,8 +129,30 @@ def choose(logits: Array, keys: Array, filters: _Filters, temperature: Array | f
     """Returns the next token int32[B] of each row of logits float32[B, V], drawn with the row's own key."""
     if not filters.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filtered(logits / temperature, filters.top_k, top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return drawn(filtered(logits / temperature, filters.top_k, top_p), keys)
+
+
+def drawn(logits: Array, keys: Array) -> Array:
+    """Returns a token int32[B] of each row of logits float32[B, V], drawn with probability softmax(logits).
+
+    First a block of tokens is drawn by its sum, then one of the block: two random numbers a row, where the usual way
+    of adding noise to every logit takes V.
+    """
+    vocab = logits.shape[-1]
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(len(logits), -1, BLOCK)
+    numbers = jax.vmap(partial(jax.random.uniform, shape=(2,)))(keys)
+    block = _reached(blocks.sum(-1), numbers[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return block * BLOCK + _reached(inside, numbers[:, 1])
+
+
+def _reached(weights: Array, fraction: Array) -> Array:
+    """Returns int32[B]: the first place at which the sum of weights [B, K] so far is above a fraction [B] of all."""
+    so_far = jnp.cumsum(weights, axis=-1)
+    # A fraction just below 1 may round to the whole sum, which is reached at the last weight that is not 0.
+    reached = (so_far > fraction[:, None] * so_far[:, -1:]) | (so_far >= so_far[:, -1:])
+    return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -123,17 +164,16 @@ def _generate(
     params: Any,
     tokens: Array,
     group: Array,
-    alive: Array,
-    key: Array,
     numbers: Array,
+    key: Array,
     temperature: Array,
     top_p: Array | None,
 ) -> tuple[Array, Array]:
-    """Returns new tokens [B, N] and how many of each row are meant; prompts [B, T] end at the right."""
+    """Returns new tokens [B, N] and how many of each row are meant; prompts [P, T] end at the right, and the
+    continuations `numbers` [B] of a prompt follow each other."""
     prefill, decode, head = functions
-    rows, length = tokens.shape
-    valid = jnp.pad(group > 0, ((0, 0), (0, new_tokens)), constant_values=True)
-    sizes = group.sum(-1)
+    rows, copies = len(numbers), len(numbers) // len(tokens)
+    sizes = jnp.repeat(group.sum(-1), copies)
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
@@ -146,16 +186,15 @@ def _generate(
         return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
 
     def step(state: _State) -> _State:
-        index = length + state.made - 1  # the newest token's place in the cache
-        mask = valid & (jnp.arange(length + new_tokens) <= index)
-        hidden, cache = decode(params, state.last, sizes + state.made - 1, state.cache, index, mask)
+        before = state.made - 1  # the newest token is not yet in the cache
+        hidden, cache = decode(params, state.last, sizes + before, state.cache, group > 0, before)
         return pick(state, hidden, cache)
 
     positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
-    hidden, cache = prefill(params, tokens, positions, group, length + new_tokens)
+    hidden, cache = prefill(params, tokens, positions, group, copies, new_tokens)
     zeros = jnp.zeros(rows, jnp.int32)
-    first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, alive, zeros, None)
-    state = pick(first, hidden[:, -1], cache)
+    first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
+    state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
     state = jax.lax.while_loop(lambda s: (s.made < new_tokens) & s.alive.any(), step, state)
     return state.out, state.lengths
 
@@ -171,9 +210,17 @@ def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(
-    model: Model, prompts: Sequence[Array], new: int, temperature: float, top_k: int | None, top_p: float | None
+    model: Model,
+    prompts: Sequence[Array],
+    copies: int,
+    new: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> None:
     """Raises UserError for what cannot be sampled."""
+    if copies < 1:
+        raise UserError(f"copies = {copies}: it must be at least 1")
     if new < 1:
         raise UserError(f"max_new_tokens = {new}: it must be at least 1")
     if temperature < 0:

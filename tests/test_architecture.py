@@ -18,15 +18,16 @@ LAYERS = (
     {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
     {"logprobs"},
     {"step", "reference", "sample", "rewards", "checkpoint", "watch", "journal"},
-    {"evaluate"},
+    {"evaluate", "winrate"},
     {"prepare", "folders"},
     {"loop"},
     {"assemble"},
     {"plan"},
     {"experiments"},
     {"report"},
-    {"data_page"},
+    {"data_page", "winrate_page"},
     {"data_commands", "losses_command"},
+    {"winrate_command"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -40,7 +41,7 @@ ALLOWED = {
     ("reference", "step"): "the type of the function that both take",
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
-WITHOUT_JAX = {"data", "keys", "config", "records", "metrics", "report", "data_page"}
+WITHOUT_JAX = {"data", "keys", "config", "records", "metrics", "report", "data_page", "winrate_page"}
 MAY_JIT = {"loop", "prepare", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import attention
-from dpo_jax.models.attention import Rows, Scoring, cached_attention, packed_attention
+from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
 
 R, T, H, K, D = 2, 75, 6, 2, 8
 PLAIN = Scoring(D**-0.5)
@@ -126,12 +126,28 @@ def test_the_backward_pass_keeps_no_scores():
     assert max(leaf.size for leaf in jax.tree.leaves(back)) == q.size
 
 
-def test_cached_attention_is_the_last_row_of_packed_attention():
+@pytest.mark.parametrize("window", [None, 4, 12])
+def test_cached_attention_is_the_last_row_of_packed_attention(window):
+    """Two rows of which one begins with padding; T - 8 tokens are the prompt, 7 follow it, and then the new one. A
+    third and a fourth sequence share the prompts and have the other's tokens after them."""
     q, k, v, _ = inputs()
-    group = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T])
-    rows, scoring = Rows(group, jnp.zeros_like(group)), Scoring(0.7, 3.0)
-    whole = jax.jit(partial(packed_attention, scoring=scoring))(q, k, v, rows)
-    spare = [jnp.pad(x, ((0, 0), (0, 9), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v)]
-    mask = jnp.pad(group == 1, ((0, 0), (0, 9)))
-    last = jax.jit(partial(cached_attention, scoring=scoring))(q[:, -1:], *spare, mask)
+    group, prompt = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T]), T - 8
+
+    def again(x):
+        """Of each prompt the row itself, and one that goes on as the other does."""
+        own, other = x[:, prompt:], x[::-1, prompt:]
+        rows = [jnp.concatenate([x[i, :prompt], y[i]])[None] for i in (0, 1) for y in (own, other)]
+        return jnp.concatenate(rows)
+
+    rows, scoring = [again(x) for x in (q, k, v)], Scoring(0.7, 3.0)
+    groups = jnp.repeat(group, 2, axis=0)
+    positions = None if window is None else jnp.maximum(jnp.cumsum(groups, axis=1) - 1, 0)
+    seen = Rows(groups, jnp.zeros_like(groups), positions, window)
+    whole = jax.jit(partial(packed_attention, scoring=scoring))(*rows, seen)
+    spare = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9), (0, 0)), constant_values=7.0)  # noqa: E731
+    prompts = [x[:, :prompt].swapaxes(1, 2) for x in (k, v)]
+    own = [spare(x[:, prompt:-1].swapaxes(1, 2)) for x in rows[1:]]
+    new = [x[:, -1:] for x in rows]
+    cached = jax.jit(partial(cached_attention, scoring=scoring))
+    last = cached(*new, (*prompts, *own), Seen(group[:, :prompt] == 1, jnp.int32(7), window))
     np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)

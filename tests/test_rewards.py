@@ -4,10 +4,12 @@ import itertools
 import math
 import sys
 
+import numpy as np
 import pytest
 
 from dpo_jax import rewards
 from dpo_jax.records import UserError
+from dpo_jax.rewards import words
 
 TEXTS, SCORES = ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0]
 
@@ -25,27 +27,32 @@ TEXTS, SCORES = ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0]
     ],
 )
 def test_happy(completion, score):
-    assert rewards.get("happy")("sad sad prompt", completion) == score
+    assert rewards.get("happy")(["sad sad prompt"], [completion]) == [score]
 
 
 def test_no_word_is_both_happy_and_sad():
-    assert not rewards.HAPPY & rewards.SAD
-    assert min(len(rewards.HAPPY), len(rewards.SAD)) > 60
+    assert not words.HAPPY & words.SAD
+    assert min(len(words.HAPPY), len(words.SAD)) > 60
 
 
 def test_synthetic_is_the_data_sources_own():
     from dpo_jax.data import synthetic
 
-    assert rewards.get("synthetic")("1 2", "3 4") == synthetic.reward("1 2", "3 4")
+    texts = [" Great, superb!", " Awful."]
+    found = rewards.get("synthetic")(["", ""], texts)
+    assert found.tolist() == [synthetic.reward("", text) for text in texts]
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(
         "scale = 2\n"
-        "def length(prompt, completion): return scale * len(completion)\n"
-        "def nan(prompt, completion): return float('nan')\n"
-        "def none(prompt, completion): return None\n"
+        "def length(prompts, completions): return [scale * len(c) for c in completions]\n"
+        "def as_trl(completions, **kwargs): return [float(len(p) > 3) for p in kwargs['prompts']]\n"
+        "def nan(prompts, completions): return [float('nan')]\n"
+        "def none(prompts, completions): return [None]\n"
+        "def short(prompts, completions): return [1.0]\n"
+        "def single(prompt, completion): return 1.0\n"
     )
     (tmp_path / "broken_reward.py").write_text("import there_is_no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -56,9 +63,16 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("module")
 def test_a_function_of_a_module():
-    score = rewards.get("my_reward:length")("prompt", "four")
-    assert score == 8.0
-    assert isinstance(score, float)
+    scores = rewards.get("my_reward:length")(["p", "prompt"], ["four", ""])
+    assert scores.tolist() == [8.0, 0.0]
+    assert scores.dtype == np.float64
+    assert rewards.get("my_reward:as_trl")(["p", "prompt"], ["four", ""]).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.usefixtures("module")
+def test_a_score_for_each_completion():
+    with pytest.raises(UserError, match="1 scores for 2 completions"):
+        rewards.get("my_reward:short")(["p", "p"], ["a", "b"])
 
 
 @pytest.mark.usefixtures("module")
@@ -72,6 +86,10 @@ def test_a_function_of_a_module():
         ("my_reward:lenght", "my_reward has no 'lenght'; did you mean 'length'?"),
         ("my_reward:", "my_reward has no ''"),
         ("my_reward:scale", "scale is no function"),
+        ("my_reward:single", "it must take the keywords prompts and completions"),
+        ("logistic:absent.json", "absent.json: cannot be read as JSON"),
+        ("logistik", "did you mean 'logistic:FILE'?"),
+        ("vader:", "cannot import 'vader'"),
     ],
 )
 def test_what_cannot_be_found_is_said(name, message):
@@ -85,7 +103,7 @@ def test_what_cannot_be_found_is_said(name, message):
 @pytest.mark.parametrize("name", ["my_reward:nan", "my_reward:none"])
 def test_a_score_that_is_no_finite_number_is_refused(name):
     with pytest.raises(UserError, match=rf"reward '{name}': the score of 'text'"):
-        rewards.get(name)("prompt", "text")
+        rewards.get(name)(["prompt"], ["text"])
 
 
 def test_ranked():

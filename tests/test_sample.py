@@ -104,6 +104,17 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
 
+@pytest.mark.parametrize("batch_size", [3, 6, 40])
+def test_copies_are_the_same_prompt_again(models, batch_size):
+    """Copies of a prompt that fit a batch together, that do not, and prompts of which several fit."""
+    _, model, params = models("gpt2")
+    prompts, options = prompts_of(7, 33, 9), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": batch_size}
+    apart = sample(model, params, [p for p in prompts for _ in range(5)], **options)
+    shared = sample(model, params, prompts, copies=5, **options)
+    assert [x.tolist() for x in shared] == [x.tolist() for x in apart]
+    assert len({tuple(x.tolist()) for x in shared}) == 15
+
+
 def test_every_token_is_drawn_anew(models):
     _, model, params = models("gpt2")
     uniform = jax.tree.map(jnp.zeros_like, params)
@@ -184,6 +195,31 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     assert (found[p == 0] == 0).all()
 
 
+@pytest.mark.parametrize("vocab", [sampling.BLOCK - 1, sampling.BLOCK, 3 * sampling.BLOCK + 40])
+def test_tokens_are_drawn_with_their_probability_from_many(vocab):
+    """Of the whole vocabulary by a chi-squared statistic; every third token, the last one too, cannot be drawn."""
+    count, rng = 50_000, np.random.default_rng(0)
+    p = rng.random(vocab) * (np.arange(vocab, 0, -1) % 3 != 1)
+    p /= p.sum()
+    with np.errstate(divide="ignore"):
+        logits = jnp.asarray(np.log(p) + 7, jnp.float32)
+    found = np.bincount(sampling.drawn(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count)))
+    assert len(found) <= vocab
+    found = np.pad(found, (0, vocab - len(found)))
+    assert (found[p == 0] == 0).all()
+    kept = p > 0
+    statistic = ((found - count * p)[kept] ** 2 / (count * p[kept])).sum()
+    free = kept.sum() - 1
+    assert abs(statistic - free) < 5 * np.sqrt(2 * free)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1 - 2**-24, 1.0])
+def test_what_has_no_probability_is_never_reached(fraction):
+    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    place = int(sampling._reached(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
+    assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
+
+
 def test_no_prompts_give_no_texts(models):
     _, model, params = models("gpt2")
     assert sample(model, params, [], max_new_tokens=3, eos_id=EOS) == []
@@ -193,6 +229,7 @@ def test_no_prompts_give_no_texts(models):
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens = 0: it must be at least 1"),
+        ({"copies": 0}, "copies = 0: it must be at least 1"),
         ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0"),
         ({"top_k": 0}, "top_k = 0: it must be at least 1"),
         ({"top_p": 0.0}, "top_p = 0.0: it must be above 0"),

@@ -33,10 +33,11 @@ class Model(NamedTuple):
         `whole`, a function, each layer's parameters go through it just before they are used.
       head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
         `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states.
-      prefill: (params, tokens, positions, group, capacity) -> hidden [B, T, D] and a cache of `capacity` tokens,
-        the first T of them filled; `group` 0 is padding.
-      decode: (params, token [B], position [B], cache, index, mask) -> hidden [B, D] and the cache with the token at
-        place `index`; `mask` bool[B, C] says which entries are seen, the new one included.
+      prefill: (params, tokens, positions, group, copies, room) -> hidden [P, T, D] of P prompts, which end at the
+        right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
+        `group` 0 is padding.
+      decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the tokens,
+        before which each sequence has `place` others; `valid` bool[P, T] says which tokens of the prompts are some.
       axes: like params, but tuples with the logical name of each axis.
     """
 
@@ -44,7 +45,7 @@ class Model(NamedTuple):
     init: Callable[[Array], Any]
     hidden: Callable[..., Array]
     head: Callable[[Any], Array]
-    prefill: Callable[[Any, Array, Array, Array, int], tuple[Array, Cache]]
+    prefill: Callable[[Any, Array, Array, Array, int, int], tuple[Array, Cache]]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
 
@@ -92,19 +93,22 @@ def _head(architecture: Architecture, params: Any) -> Array:
     return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
 
-def _prefill(decoder, params, tokens, positions, group, capacity):
+def _prefill(decoder, params, tokens, positions, group, copies, room):
     context = Context(group=group, branch=jnp.zeros_like(group))
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
-    room = [(0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0)]
-    return hidden, tuple(jnp.pad(x, room) for x in kept)
+    keys, values = (x.swapaxes(2, 3) for x in kept)
+    layers, prompts, kv_heads, _, dim = keys.shape
+    own = jnp.zeros((layers, prompts * copies, kv_heads, room, dim), keys.dtype)
+    return hidden, (keys, values, own, own)
 
 
-def _decode(decoder, params, token, position, cache, index, mask):
-    context = Context(place=index, mask=mask)
+def _decode(decoder, params, token, position, cache, valid, place):
+    context = Context(place=place, mask=valid)
     hidden, new = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
     # The layers read the cache and return only their new entries, so that it is written once, in place.
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2)
-    return hidden[:, 0], tuple(put(old, entry) for old, entry in zip(cache, new, strict=True))
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
+    own = tuple(put(old, entry.swapaxes(2, 3)) for old, entry in zip(cache[2:], new, strict=True))
+    return hidden[:, 0], (*cache[:2], *own)
 
 
 def described() -> list[tuple[str, str, str]]:

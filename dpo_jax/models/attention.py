@@ -73,21 +73,59 @@ def packed_attention(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring,
     return _attend(q, k, v, rows, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
-def cached_attention(q: Array, keys: Array, values: Array, mask: Array, scoring: Scoring) -> Array:
-    """Attention of one new query a sequence over a cache.
+class Seen(NamedTuple):
+    """Which tokens of a cache the new token of each sequence sees.
+
+    Attributes:
+      valid: bool[P, T], which tokens of the prompts are some; prompts end at the right.
+      place: int32[], how many own tokens there are so far.
+      window: int32[], keys at this distance or farther are not seen; None where there is no window.
+    """
+
+    valid: Array
+    place: Array
+    window: Array = None
+
+    def prompt(self) -> Array:
+        """Which tokens of the prompts are seen, bool[P, T]."""
+        length = self.valid.shape[1]
+        near = True if self.window is None else length + self.place - jnp.arange(length) < self.window
+        return self.valid & near
+
+    def own(self, room: int) -> Array:
+        """Which of the places for own tokens are seen, bool[N]."""
+        distance = self.place - jnp.arange(room)
+        return (distance > 0) & (True if self.window is None else distance < self.window)
+
+
+def cached_attention(q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: Seen, scoring: Scoring) -> Array:
+    """Attention of one new token a sequence over a cache, in which the sequences of a prompt share its part.
 
     Args:
-      q: [B, 1, H, d] in the compute dtype.
-      keys: [B, C, K, d], the new token's included.
-      values: [B, C, K, d].
-      mask: bool[B, C], which entries of the cache are seen; at least one.
+      q: [B, 1, H, d] in the compute dtype; the B / P sequences of a prompt follow each other.
+      k: [B, 1, K, d], the new token's.
+      v: [B, 1, K, d].
+      cache: keys and values of the prompts [P, K, T, d], then those of the sequences' own tokens [B, K, N, d].
+      seen: which of them are seen.
       scoring: how they are scored.
 
     Returns:
       [B, 1, H, d] in the dtype of q.
     """
-    out, _ = _softmax(_by_head(q, keys.shape[2]), _by_head(keys), _by_head(values), mask[:, None], scoring)
-    return _by_token(out).astype(q.dtype)
+    prompt_keys, prompt_values, own_keys, own_values = cache
+    (prompts, kv_heads, length, dim), (rows, _, room, _) = prompt_keys.shape, own_keys.shape
+    q = q.reshape(rows, kv_heads, -1, dim)
+    k, v = k.reshape(rows, kv_heads, 1, dim), v.reshape(rows, kv_heads, 1, dim)
+    # All queries of a prompt meet its keys in one product, so that these are read once.
+    shared = _dot("pnkgd,pktd->pnkgt", q.reshape(prompts, -1, *q.shape[1:]), prompt_keys)
+    own, new = (_dot("bkgd,bktd->bkgt", q, keys) for keys in (own_keys, k))
+    shared, own, new = (capped(scoring.scale * x, scoring.cap) for x in (shared, own, new))
+    shared = jnp.where(seen.prompt()[:, None, None, None], shared, LOWEST).reshape(*q.shape[:-1], length)
+    p = jnp.concatenate([shared, jnp.where(seen.own(room), own, LOWEST), new], axis=-1)
+    p = jax.nn.softmax(p, axis=-1).astype(v.dtype)
+    shared = _dot("pnkgt,pktd->pnkgd", p[..., :length].reshape(prompts, -1, *q.shape[1:3], length), prompt_values)
+    own = _dot("bkgt,bktd->bkgd", p[..., length:-1], own_values) + _dot("bkgt,bktd->bkgd", p[..., -1:], v)
+    return (shared.reshape(own.shape) + own).reshape(rows, 1, -1, dim).astype(v.dtype)
 
 
 def _by_head(x: Array, kv_heads: int | None = None) -> Array:

@@ -1,7 +1,8 @@
 """One decoder for all families. Linen holds the parameters, and scans over layers; the mathematics is functions.
 
-Axis letters as in `records`; B sequences and C capacity of a cache beside them. Parameters are float32, with layers
-stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute in float32.
+Axis letters as in `records`; a cache has P prompts of T tokens, and B sequences with room for N more. Parameters are
+float32, with layers stacked on axis 0; activations are in the compute dtype, and matmuls accumulate and norms compute
+in float32.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import Rows, Scoring, cached_attention, packed_attention
+from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
 from dpo_jax.models.layers import Linear, Norm, activate, frequencies, rotate
 from dpo_jax.records import Array
 
-Cache = tuple[Array, ...]  # keys and values, [L, B, C, K, d] in the compute dtype
+# Keys and values of prompts [L, P, K, T, d], then of what follows them [L, B, K, N, d], in the compute dtype.
+Cache = tuple[Array, ...]
 
 # What the backward pass keeps, by name; the rest is computed again.
 POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -39,8 +41,8 @@ class Context(NamedTuple):
       group: int32[R, T]; None when decoding.
       branch: int32[R, T]; None when decoding.
       positions: int32[R, T]; None when decoding.
-      place: int32[], the place in the cache of the token to decode; None for whole rows.
-      mask: bool[B, C], which entries of the cache are seen; None for whole rows. A sequence's are side by side.
+      place: int32[], how many tokens follow the prompts in the cache; None for whole rows.
+      mask: bool[P, T], which tokens of the prompts in the cache are some; None for whole rows.
       angles: the cosine and the sine of rotary angles, float32[R, T, 1, dims / 2] each, of every kind of layer: all,
         or those without a window and those with one. Empty with learned positions.
     """
@@ -81,11 +83,7 @@ def _attention(
         positions = None if reach is None else context.positions
         mixed = packed_attention(q, k, v, Rows(context.group, context.branch, positions, reach), scoring)
     else:
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=context.place, axis=1)
-        mask = context.mask
-        if reach is not None:
-            mask &= context.place - jnp.arange(mask.shape[1]) < reach
-        mixed = cached_attention(q, put(cache[0], k), put(cache[1], v), mask, scoring)
+        mixed = cached_attention(q, k, v, cache, Seen(context.mask, context.place, reach), scoring)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), (k, v)
@@ -182,7 +180,7 @@ class Decoder(nn.Module):
         ropes = [rope for rope in (a.rope, a.window_rope) if rope is not None]
         angles = [positions[..., None, None].astype(jnp.float32) * frequencies(rope) for rope in ropes]
         context = context._replace(positions=positions, angles=tuple((jnp.cos(x), jnp.sin(x)) for x in angles))
-        windows = _windows(a, tokens.shape[1] if cache is None else cache[0].shape[2])
+        windows = _windows(a, tokens.shape[1] if cache is None else cache[0].shape[3] + cache[2].shape[3])
         x, kept = self._layers()(x, cache, windows, context)
         x = Norm(a, name="final_norm")(x)
         if a.head_bias:

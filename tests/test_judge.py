@@ -1,0 +1,336 @@
+"""Judges: verdicts by hand, orders counted, and questions to a local server that speaks the protocol."""
+
+import contextlib
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from dpo_jax.records import UserError
+from dpo_jax.rewards import judge as judging
+from dpo_jax.rewards.endpoint import Client, Endpoint
+from dpo_jax.rewards.judge import Match, Verdict
+
+SECRET = "sk-0123456789"  # of no real service
+
+
+class Server:
+    """Answers with what `say` returns of a request: a text, or (status, headers, JSON) for a failure."""
+
+    def __init__(self, say):
+        outer, self.seen, self.headers, lock = self, [], [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.seen.append((self.path, body))
+                    outer.headers.append(dict(self.headers))
+                found = say(body)
+                usage = {"prompt_tokens": 100, "completion_tokens": 10}
+                if isinstance(found, str):
+                    found = 200, {}, {"choices": [{"message": {"content": found}}], "usage": usage}
+                status, headers, content = found
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+            def log_message(self, format, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+@contextlib.contextmanager
+def serving(say):
+    server = Server(say)
+    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def client_of(server, cache, waits=None, **settings):
+    sleep = (lambda s: None) if waits is None else waits.append
+    return Client(Endpoint("a-model", server.url, **settings), cache, sleep)
+
+
+def echo(body):
+    return "you said " + body["messages"][0]["content"]
+
+
+def test_answers_come_in_order_and_each_question_is_asked_once(tmp_path):
+    questions = [f"question {i}" for i in range(20)] + ["question 3"]
+    with serving(echo) as server:
+        client = client_of(server, tmp_path)
+        assert client.ask(questions) == [f"you said {q}" for q in questions]
+        assert (client.asked, client.found) == (20, 0)
+        path, body = server.seen[0]
+        assert path == "/v1/chat/completions"
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("a-model", 0, 300)
+        assert body["messages"][0]["role"] == "user"
+        again = client_of(server, tmp_path)
+        assert again.ask(questions[:5]) == [f"you said {q}" for q in questions[:5]]
+        assert (again.asked, again.found) == (0, 5)
+        assert len(server.seen) == 20
+        other = client_of(server, tmp_path, body=("temperature=1", "stop=x"))
+        other.ask(questions[:1])  # another request is another question
+        assert (server.seen[-1][1]["temperature"], server.seen[-1][1]["stop"]) == (1, "x")
+        assert "max_tokens" not in server.seen[-1][1]
+        next(tmp_path.glob("*/*.json")).write_text("{damaged")
+        assert client_of(server, tmp_path).ask(questions[:20]) == [f"you said {q}" for q in questions[:20]]
+        assert len(server.seen) in (21, 22)  # 21 if the damaged one is that of the other request
+
+
+def test_what_fails_in_passing_is_tried_again_after_growing_waits(tmp_path):
+    failures = [
+        (429, {"Retry-After": "17"}, {}),
+        (503, {}, {}),
+        (500, {}, b"<html>"),
+        (429, {"Retry-After": "soon"}, {}),
+    ]
+    left = list(failures)
+    with serving(lambda body: left.pop(0) if left else "yes") as server:
+        waits = []
+        assert client_of(server, tmp_path, waits).ask(["?"]) == ["yes"]
+        assert len(server.seen) == 5
+    assert waits[0] == 17
+    for wait, centre in zip(waits[1:], (2, 4, 8), strict=True):
+        assert 0.75 * centre <= wait <= 1.25 * centre
+
+
+def test_retries_end(tmp_path):
+    with serving(lambda body: (503, {}, {"error": {"message": "too\nbusy"}})) as server:
+        with pytest.raises(UserError, match="no answer after 3 tries: 503 Service Unavailable: too busy"):
+            client_of(server, tmp_path, retries=2).ask(["?"])
+        assert len(server.seen) == 3
+    waits = []
+    with pytest.raises(UserError, match=r"no answer after 2 tries: .*refused"):
+        client_of(server, tmp_path, waits, retries=1).ask(["?"])  # nobody listens any more
+    assert len(waits) == 1
+
+
+def test_a_refusal_is_said_at_once_and_never_with_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", SECRET)
+    with serving(lambda body: (401, {}, {"error": {"message": f"Incorrect key: {SECRET}"}})) as server:
+        with pytest.raises(UserError, match=r"401 Unauthorized: Incorrect key: .*is \$MY_KEY set") as error:
+            client_of(server, tmp_path, key="MY_KEY").ask(["?"])
+        assert SECRET not in str(error.value)
+        assert len(server.seen) == 1
+        assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
+
+
+def test_the_key_is_written_nowhere_and_none_is_sent_without_one(tmp_path, monkeypatch):
+    with serving(echo) as server:
+        client_of(server, tmp_path).ask(["?"])
+        assert "Authorization" not in server.headers[0]
+        monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+        client_of(server, tmp_path).ask(["??"])
+        assert server.headers[1]["Authorization"] == f"Bearer {SECRET}"
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and SECRET in f.read_text()]
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nX: y")
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY: holds characters that no key has"):
+        client_of(server, tmp_path)
+
+
+def test_a_redirection_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with serving(echo) as other, serving(lambda body: (302, {"Location": other.url}, {})) as server:
+        with pytest.raises(UserError, match="302"):
+            client_of(server, tmp_path).ask(["?"])
+        assert not other.seen
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", "not JSON"),
+        ({"error": "x"}, "no chat completion"),
+        ([1], "no chat completion"),
+        ({"choices": []}, "no chat"),
+    ],
+)
+def test_another_protocol_is_refused(tmp_path, content, message):
+    with serving(lambda body: (200, {}, content)) as server, pytest.raises(UserError, match=message):
+        client_of(server, tmp_path).ask(["?"])
+
+
+def test_an_empty_answer_is_one(tmp_path):
+    with serving(lambda body: (200, {}, {"choices": [{"message": {"content": None}}]})) as server:
+        assert client_of(server, tmp_path).ask(["?"]) == [""]
+
+
+def test_cost_is_counted_and_limited_and_the_next_call_goes_on(tmp_path):
+    prices = {"price_in": 1000.0, "price_out": 20_000.0}  # 100 and 10 tokens: 0.1 + 0.2 an answer
+    questions = [str(i) for i in range(10)]
+    with serving(echo) as server:
+        client = client_of(server, tmp_path, parallel=1, max_cost=0.7, **prices)
+        with pytest.raises(UserError, match=r"max_cost: 3 answers cost 0\.9 of at most 0\.7"):
+            client.ask(questions)
+        assert len(server.seen) == 3
+        again = client_of(server, tmp_path, parallel=1, **prices)
+        again.ask(questions)
+        assert (again.found, again.asked) == (3, 7)
+        assert again.cost == pytest.approx(2.1)
+    no_usage = (200, {}, {"choices": [{"message": {"content": "x"}}]})
+    with serving(lambda body: no_usage) as server, pytest.raises(UserError, match="max_cost cannot be kept"):
+        client_of(server, tmp_path, max_cost=1.0, **prices).ask(["?"])
+
+
+def test_requests_keep_their_rate(tmp_path):
+    with serving(echo) as server:
+        waits = []
+        client_of(server, tmp_path, waits, parallel=1, per_minute=60).ask([str(i) for i in range(4)])
+    assert len(waits) == 3  # nobody sleeps here, so each has to wait longer by a second
+    assert np.allclose(np.round(waits), [1, 2, 3])
+
+
+def test_requests_are_under_way_together(tmp_path):
+    together = threading.Barrier(4, timeout=20)
+
+    def say(body):
+        together.wait()
+        return "yes"
+
+    with serving(say) as server:
+        assert client_of(server, tmp_path, parallel=4).ask(list("abcd")) == ["yes"] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": ""}, "endpoint.model: name the model"),
+        ({"base_url": "file:///etc"}, "does not start with http"),
+        ({"parallel": 0}, "endpoint.parallel: 0 is less than 1"),
+        ({"per_minute": 0.0}, "endpoint.per_minute: 0.0 is less than"),
+        ({"max_cost": 1.0}, "give endpoint.price_in and endpoint.price_out"),
+        ({"body": ("temperature",)}, "endpoint.body: 'temperature': give name=value"),
+        ({"body": ("model=x",)}, "neither model"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        Client(Endpoint(**({"model": "m"} | settings)), tmp_path)
+
+
+MATCH = Match("What is it?", "the longer answer", "short")
+
+
+def test_a_reward_as_a_judge():
+    judge = judging.by_reward(lambda prompts, texts: np.array([float(len(t)) for t in texts]))
+    matches = [MATCH, MATCH._replace(a="x"), MATCH._replace(a="equal")]
+    assert judge(matches) == [
+        (Verdict(1.0, None, "17 against 5"),),
+        (Verdict(0.0, None, "1 against 5"),),
+        (Verdict(0.5, None, "5 against 5"),),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("A is longer.\nBetter: A", 1.0),
+        ("Because.\n\nbetter: **B**.", 0.0),
+        ('Better: "A"\nNo, wait.\nBetter: B\n', 0.0),
+        ("Better: tie", 0.5),
+        ("**Better:** a tie", 0.5),
+        ("Better: A or B", None),
+        ("A is better than B", None),
+        ("Better: C", None),
+        ("", None),
+    ],
+)
+def test_answers_are_understood(answer, score):
+    assert judging.understood(answer, a_first=True) == score
+    assert judging.understood(answer, a_first=False) == (None if score is None else 1 - score)
+
+
+def reads_longer(question):
+    """A judge without a bias: prefers the longer of the two replies."""
+    ((first, second),) = re.findall(r"Reply A:\n(.*)\n\nReply B:\n(.*)\n\nFirst say", question, re.DOTALL)
+    return f"Length.\nBetter: {'A' if len(first) > len(second) else 'B'}"
+
+
+def test_a_model_as_a_judge_whatever_the_order():
+    asked = []
+
+    def ask(questions):
+        asked.extend(questions)
+        return [reads_longer(q) for q in questions]
+
+    for order in ("random", "both"):
+        judge = judging.by_asking(ask, "dialogue", order, seed=0)
+        matches = [
+            MATCH,
+            MATCH._replace(a="x"),
+            *(MATCH._replace(prompt=str(i)) for i in range(20)),
+            MATCH._replace(a="short"),
+        ]
+        found = judge(matches)
+        assert [v[0].score for v in found] == [1.0, 0.0, *[1.0] * 20, 0.5]
+        assert found[-1] == (Verdict(0.5, None, "the same text"),)
+        assert len({v[0].a_first for v in found[:-1]}) == (2 if order == "random" else 1)
+        assert {len(v) for v in found[:-1]} == {1 if order == "random" else 2}
+    assert found[0][1].a_first is not found[0][0].a_first
+    assert len(asked) == 22 + 44
+
+
+def test_a_judge_that_takes_the_first_is_found_out():
+    judge = judging.by_asking(lambda qs: ["Better: A"] * len(qs), "summary", "both", seed=0)
+    ((one, two),) = judge([MATCH])
+    assert (one.score, one.a_first, two.score, two.a_first) == (1.0, True, 0.0, False)
+
+
+def test_the_order_is_a_fair_draw_of_the_seed_and_the_match():
+    matches = [Match(f"p{i}", "a", "b") for i in range(1000)]
+    drawn = [judging.starts(m, 0) for m in matches]
+    assert abs(sum(drawn) - 500) < 4 * 250**0.5
+    assert drawn == [judging.starts(m, 0) for m in matches]
+    assert drawn != [judging.starts(m, 1) for m in matches]
+
+
+def test_texts_are_filled_in_as_they_are():
+    match = Match("Say {second} {x} \\1", "{prompt}", " b ")
+    assert judging.filled("{prompt}|{first}|{second}|{other}", match, True) == "Say {second} {x} \\1|{prompt}|b|{other}"
+    assert judging.filled("{first}|{second}", match, False) == "b|{prompt}"
+
+
+def test_questions(tmp_path):
+    for name, text in judging.QUESTIONS.items():
+        assert judging.template_of(name) == text
+        assert all(place in text for place in ("{prompt}", "{first}", "{second}", "\nBetter: A\n"))
+    own = tmp_path / "own.txt"
+    own.write_text("{prompt} {first} {second} Better: A, B or tie")
+    assert judging.template_of(str(own)) == own.read_text()
+    own.write_text("{prompt} {first} Better:")
+    with pytest.raises(UserError, match=r"lacks \{second\}"):
+        judging.template_of(str(own))
+    with pytest.raises(UserError, match="'dialog' is none of summary, concise, dialogue"):
+        judging.template_of("dialog")
+    with pytest.raises(UserError, match="order: 'first'"):
+        judging.by_asking(list, "summary", "first", 0)
+
+
+def test_waiting_for_the_rate_is_in_seconds(tmp_path):
+    """The one real wait: 2 requests at 600 a minute are 0.1 s apart."""
+    with serving(echo) as server:
+        start = time.monotonic()
+        Client(Endpoint("m", server.url, per_minute=600, parallel=1), tmp_path).ask(["a", "b"])
+        assert time.monotonic() - start >= 0.1

@@ -1,0 +1,142 @@
+"""Win rates and the best of N against sums over every response there is, and tallies by hand."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import evaluate, losses, models, winrate
+from dpo_jax.data.table import Table
+from dpo_jax.records import Tokens
+from dpo_jax.rewards.judge import Match, Verdict, by_reward
+from dpo_jax.sample import sample
+
+VOCAB, EOS = 5, 4
+PROMPT = np.array([1, 2], np.int32)
+RESPONSES = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if r[0] != EOS]
+
+
+def score(response):
+    """Any score with ties."""
+    return float((3 * response[0] + 5 * response[-1]) % 7)
+
+
+SCORES = np.array([score(r) for r in RESPONSES])
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Two policies over responses of at most two tokens: model, parameters, and each response's probability."""
+    config = {
+        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "initializer_range": 0.5, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = models.build(models.family("llama").architecture(config))
+    params = {who: jax.jit(model.init)(jax.random.key(i)) for i, who in enumerate(("policy", "reference"))}
+    judge = evaluate.Judge(model, losses.build({"name": "dpo"}), params, np.zeros(1), 64, 16)
+    table = Table.of(Tokens(PROMPT, (np.array(r, np.int32),)) for r in RESPONSES)
+    p = {who: np.exp(evaluate.logps(judge, who, table)[:, 0, 0].astype(np.float64)) for who in params}
+    assert all(x.sum() == pytest.approx(1, abs=1e-5) for x in p.values())
+    return model, params, {who: x / x.sum() for who, x in p.items()}
+
+
+def drawn(world, who, prompts, copies, seed):
+    """Scores of samples, float[prompts, copies]."""
+    model, params, _ = world
+    options = {"max_new_tokens": 2, "eos_id": EOS, "seed": seed, "batch_size": 512}
+    found = sample(model, params[who], [PROMPT] * prompts, copies=copies, **options)
+    return np.array([score(tuple(r.tolist())) for r in found]).reshape(prompts, copies)
+
+
+def best_distribution(p, n):
+    """P(y) of the first response of the highest score among n draws, which are exchangeable: among those of one score,
+    in proportion to p."""
+    out = np.zeros_like(p)
+    for s in np.unique(SCORES):
+        at, below = p[s == SCORES].sum(), p[s > SCORES].sum()
+        out[s == SCORES] = p[s == SCORES] / at * ((below + at) ** n - below**n)
+    return out
+
+
+def test_the_win_rate_is_the_exact_one(world):
+    _, _, p = world
+    wins = (SCORES[:, None] > SCORES) + 0.5 * (SCORES[:, None] == SCORES)
+    exact = float(p["policy"] @ wins @ p["reference"])
+    count = 4000
+    a, b = (drawn(world, who, count, 1, seed)[:, 0] for seed, who in enumerate(("policy", "reference")))
+    judge = by_reward(lambda prompts, texts: np.array([float(t) for t in texts]))
+    found = winrate.tally(judge([Match("", str(x), str(y)) for x, y in zip(a, b, strict=True)])).wins
+    assert abs(exact - 0.5) > 0.025
+    assert found.low < exact < found.high
+    assert found.n == count
+    assert found.high - found.low < 0.04
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_the_best_of_n_is_distributed_as_it_must_be_and_within_its_bound(world, n):
+    p = world[2]["reference"]
+    exact = best_distribution(p, n)
+    assert exact.sum() == pytest.approx(1)
+    assert float(exact @ np.log(exact / p)) <= winrate.kl_bound(n) + 1e-12
+    scores = drawn(world, "reference", 2500, 8, 3)
+    chosen = np.take_along_axis(scores, winrate.best_of(scores, n)[:, None], axis=1)[:, 0]
+    values = np.unique(SCORES)
+    expected = np.array([exact[v == SCORES].sum() for v in values])
+    found = np.array([(chosen == v).mean() for v in values])
+    assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / len(chosen))
+
+
+@pytest.mark.parametrize("n", [2, 5, 128])
+def test_the_bound_is_reached_where_every_response_is_rare(n):
+    """Of 100,000 equally likely responses of different scores the best of n is i with (i^n - (i - 1)^n) / 100,000^n."""
+    places = np.arange(0, 100_001) / 100_000
+    best = np.diff(places**n)
+    kl = float((best * np.log(np.maximum(best, 1e-300) * 100_000)).sum())
+    assert kl == pytest.approx(winrate.kl_bound(n), abs=2e-3)
+    assert kl <= winrate.kl_bound(n)
+
+
+def test_the_bound_by_hand():
+    assert winrate.kl_bound(1) == 0
+    assert winrate.kl_bound(2) == pytest.approx(math.log(2) - 0.5)
+    assert winrate.kl_bound(128) == pytest.approx(3.8598, abs=1e-4)
+
+
+def test_the_best_of_the_first_n():
+    scores = [[1.0, 3.0, 3.0, 5.0], [2.0, 1.0, 0.0, -1.0]]
+    assert [winrate.best_of(scores, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 0], [3, 0]]
+
+
+def test_a_tally_by_hand():
+    win, loss, tie = Verdict(1.0, True, ""), Verdict(0.0, False, ""), Verdict(0.5, False, "")
+    unread = Verdict(None, False, "")
+    matches = [
+        (win, Verdict(1.0, False, "")),  # won in both orders
+        (win, Verdict(0.0, False, "")),  # whichever is first
+        (tie, tie),
+        (loss, unread),
+        (unread,),
+        (Verdict(0.5, None, ""),),
+        (Verdict(0.0, None, ""),),
+    ]
+    found = winrate.tally(matches)
+    assert (found.wins.mean, found.wins.n) == ((1 + 0.5 + 0.5 + 0 + 0.5 + 0) / 6, 6)
+    assert (found.ties, found.unread) == (3, 2)
+    # Of the five that prefer one, all but the win of a where it was read second prefer the one read first.
+    assert (found.first.mean, found.first.n) == (4 / 5, 5)
+    assert (found.agree.mean, found.agree.n) == (2 / 3, 3)
+
+
+def test_nothing_to_tally():
+    found = winrate.tally([])
+    assert math.isnan(found.wins.mean)
+    assert found.wins[1:] == (0.0, 1.0, 0)
+
+
+def test_the_interval_is_wilsons():
+    """Wilson 1927, of 3 of 10: 0.1078 to 0.6032."""
+    found = winrate.share(3, 10)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)

@@ -1,0 +1,95 @@
+"""Word lists and the logistic regression against sums by hand, and against real reviews."""
+
+import gzip
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from dpo_jax import rewards
+from dpo_jax.records import UserError
+from dpo_jax.rewards.words import ngrams
+
+
+def written(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_word_list_adds_up_every_occurrence(tmp_path):
+    path = written(tmp_path / "list.json", {"good": 1, "bad": -2.5})
+    found = rewards.get(f"words:{path}")(["good good"] * 3, ["Good, GOOD; bad goodness", "", "badly"])
+    assert found.tolist() == [-0.5, 0.0, 0.0]
+
+
+def test_ngrams_are_a_set_of_words_and_neighbours():
+    assert ngrams("It's bad,<br />bad! Is IT?") == {
+        *("it's", "bad", "!", "is", "it", "?"),
+        *("it's bad", "bad bad", "bad !", "! is", "is it", "it ?"),
+    }
+    assert ngrams("") == set()
+
+
+def test_a_logistic_regression_reads_prompt_and_completion_as_one_text(tmp_path):
+    weights = {"not": -0.5, "not good": -2.0, "good": 1.0, "good good": 10.0}
+    path = written(tmp_path / "lr.json", {"bias": 0.25, "weights": weights})
+    found = rewards.get(f"logistic:{path}")(["It is not", "", "Good", ""], [" good", "good", " day. Good", "a"])
+    assert found.tolist() == [0.25 - 0.5 - 2.0 + 1.0, 1.25, 1.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("words", {"good": "1"}, "the weight of 'good' is '1', no finite number"),
+        ("words", {"good": True}, "the weight of 'good' is True"),
+        ("words", {"Good": 1}, "'Good' is no word"),
+        ("words", ["good"], "holds no JSON object"),
+        ("logistic", {"good": 1}, "no logistic regression"),
+        ("logistic", {"bias": 0, "weights": [1]}, "no logistic regression"),
+        ("logistic", {"bias": None, "weights": {}}, "the weight of 'bias' is None"),
+        ("logistic", {"bias": 0, "weights": {"a": math.nan}}, "the weight of 'a' is nan"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path, kind, content, message):
+    path = written(tmp_path / "x.json", content)
+    with pytest.raises(UserError, match=message) as error:
+        rewards.get(f"{kind}:{path}")
+    assert str(path) in str(error.value)
+
+
+def test_the_logistic_regression_of_real_reviews_is_right_about_nine_of_ten(shared):
+    """The figure of 90.5% is of 25,000 reviews; these 2,000 have a standard error of 0.7%."""
+    with gzip.open(shared / "data/imdb/test_2k.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    score = rewards.get(f"logistic:{shared / 'data/sentiment_lr/weights.json.gz'}")
+    found = score([""] * len(rows), [row["text"] for row in rows])
+    right = sum((s > 0) == (row["label"] == 1) for s, row in zip(found, rows, strict=True))
+    assert abs(right / len(rows) - 0.905) < 0.02
+
+
+def test_vader_is_refused_where_it_is_not_installed(monkeypatch):
+    from dpo_jax.rewards import words
+
+    words._analyser.cache_clear()  # noqa: SLF001
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(UserError, match=r"install dpo_jax\[vader\]"):
+        rewards.get("vader")(["p"], ["c"])
+
+
+def test_vader_is_its_compound_score_of_the_completion(monkeypatch):
+    """The package is optional: this stands in for it with its interface."""
+    from dpo_jax.rewards import words
+
+    class Analyser:
+        def polarity_scores(self, text):
+            return {"neg": 0.0, "compound": len(text) / 10}
+
+    module = types.SimpleNamespace(SentimentIntensityAnalyzer=Analyser)
+    monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
+    words._analyser.cache_clear()  # noqa: SLF001
+    assert rewards.get("vader")(["prompt"], ["four"]).tolist() == [0.4]
+    words._analyser.cache_clear()  # noqa: SLF001
