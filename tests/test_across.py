@@ -71,7 +71,10 @@ def two_steps(table, sizes, mapped=False):
     return jax.device_get((metrics, state))
 
 
-@pytest.mark.parametrize("layout", [(4, 1, 1), (1, 2, 1), (2, 1, 2), "pmap"], ids=str)
+SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in ((1, 2, 1), (4, 1, 1), "pmap")]
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 2), *SLOW], ids=str)
 def test_a_loss_across_comparisons_sees_those_of_all_devices(table, layout):
     """Ranks and means are of the whole step, and each device goes backward from its own comparisons' slopes."""
     metrics, state = two_steps(table, (1, 1, 1))

@@ -159,7 +159,7 @@ def test_another_format_is_refused(saved, like):
 
 
 def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(saved, like, tmp_path, capsys):
-    other = TrainState(jnp.int32(12), {"b": jnp.zeros(3)}, ())
+    other = TrainState(jnp.int32(12), {"b": jnp.zeros(3)}, (), jnp.zeros(1), ())
     checkpoints = Checkpoints(tmp_path / "other")
     checkpoints.save(other, 12)
     checkpoints.close()
