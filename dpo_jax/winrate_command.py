@@ -16,6 +16,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import chat
 from dpo_jax.data_commands import say, settings_of
 from dpo_jax.metrics import mean_interval
+from dpo_jax.models import hf
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Array, UserError
 from dpo_jax.rewards.endpoint import Client, Endpoint
@@ -151,7 +152,7 @@ def _drawn(policy: Policy, temperature: float, copies: int, seed: int, settings:
         texts = json.loads(path.read_text(encoding="utf-8"))
     else:
         ends = {"eos_id": policy.tokenizer.eos_token_id, "batch_size": settings.batch_size}
-        ids = sample(policy.loaded.model, policy.loaded.params, policy.prompts, **options, **ends)
+        ids = sample(policy.loaded.model, hf.whole(policy.loaded.params), policy.prompts, **options, **ends)
         texts = assemble.decoded(policy.tokenizer, ids)
         with folders.written(path) as f:
             json.dump(texts, f)

@@ -235,16 +235,14 @@ def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
     padded = jnp.asarray(np.stack([tokens[0, :16], np.pad(tokens[1, :12], (4, 0))]))
     group = jnp.asarray([[1] * 16, [0] * 4 + [1] * 12])
     positions = jnp.maximum(jnp.cumsum(group, -1) - 1, 0)
-    hidden, cache = jax.jit(model.prefill, static_argnums=4)(params, padded, positions, group, 24)
+    hidden, cache = jax.jit(model.prefill, static_argnums=(4, 5))(params, padded, positions, group, 1, 8)
     np.testing.assert_allclose(hidden[0], whole_hidden[0, :16], atol=1e-5)
     np.testing.assert_allclose(hidden[1, 4:], whole_hidden[1, :12], atol=1e-5)
-    valid = jnp.pad(group > 0, ((0, 0), (0, 8)), constant_values=True)
     decode = jax.jit(model.decode)
     for index in range(16, 24):
         position = jnp.asarray([index, index - 4])
         token = jnp.asarray([tokens[0, index], tokens[1, index - 4]])
-        mask = valid & (jnp.arange(24) <= index)
-        hidden, cache = decode(params, token, position, cache, index, mask)
+        hidden, cache = decode(params, token, position, cache, group > 0, index - 16)
         np.testing.assert_allclose(hidden[0], whole_hidden[0, index], atol=1e-5)
         np.testing.assert_allclose(hidden[1], whole_hidden[1, index - 4], atol=1e-5)
 
