@@ -89,6 +89,7 @@ def _takes(entry: Entry) -> str:
         "no reference": not entry.uses_reference,
         "soft labels": entry.soft_labels,
         "f-divergences": entry.divergences,
+        "scores": entry.scores,
         "a step at once": entry.whole_batch,
     }
     return ", ".join(text for text, holds in said.items() if holds)

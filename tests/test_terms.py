@@ -96,6 +96,7 @@ def test_a_soft_label_is_label_smoothing():
         ([{"name": "dpo"}, {"name": "dpo", "beta": 1.0}], "dpo, dpo: give each loss once"),
         ({"name": "dpo", "weight": 0.0}, "loss dpo: weight 0.0 cannot be used: a term counts for more than nothing"),
         ({"name": "dpo", "weight": math.nan}, "weight nan"),
+        ({"name": "dpo", "beta": -1.0}, "loss dpo: beta -1.0 is not a finite number above 0"),
         ({"name": "sft", "reference_free": True}, "sft: reference_free True cannot be used: it has no reference"),
         ({"name": "sft", "divergence": "js"}, "divergence js cannot be used: the loss is defined for the reverse KL"),
         ({"name": "dpo", "divergence": "js", "reference_free": True}, "without a reference there is nothing to"),

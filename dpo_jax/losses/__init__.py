@@ -8,6 +8,7 @@ keyword-only parameters are its options in a config, beside those that every ter
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,6 +130,9 @@ def _bind(name: str, **given: Any) -> _Bound:
         if owner is None:
             raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(known)}")
         owner[key] = value
+    beta = groups[0].get("beta", 1.0)
+    if isinstance(beta, int | float) and not 0 < beta < math.inf:  # a traced one cannot be looked at
+        raise UserError(f"loss {name}: beta {beta} is not a finite number above 0")
     bound = _Bound(name, entry, *groups)
     terms.check(name, entry, bound.transform | bound.weigh)
     return bound
