@@ -59,7 +59,7 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     tx = optim.build("rmsprop", learning_rate=1e-6, warmup_steps=0)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
     shape = pack.choose(table, max_length=prompt + response, batch_size=batch_size)
-    batch, count, _ = pack.build(table, np.arange(batch_size), shape, np.zeros((batch_size, 2), np.float32))
+    batch, count, _ = pack.build(table, np.arange(batch_size), shape, np.zeros((batch_size, 2, 2), np.float32))
     step = make_train_step(partial(batch_logps, model), losses.build({"name": "dpo"}), tx)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.int32(count)).compile()
     batch = jax.device_put(batch)

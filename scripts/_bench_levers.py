@@ -78,14 +78,15 @@ def _separate(table: Table, rows: np.ndarray, shape: pack.Shape) -> tuple[Batch,
                 source[at][out] = token + np.arange(len(one.prompt) - 1, len(ids))
                 target[at][out], slot[at][out] = response, 2 * place + p
                 token, score = row.stop, out.stop
-    ref_logps = np.full((*weights.shape, 2), np.nan, np.float32)
-    batch = Batch(tokens, positions, group, branch, source, target, slot, weights, ref_logps)
+    hard, scores = (weights > 0).astype(np.float32), np.zeros((*weights.shape, 2), np.float32)
+    ref_logps = np.full((*scores.shape, 2), np.nan, np.float32)
+    batch = Batch(tokens, positions, group, branch, source, target, slot, weights, hard, scores, ref_logps)
     return batch, -(-len(plan) // shape.rows)
 
 
 def _everywhere(batch: Batch) -> Batch:
     """Has as many logits computed as a row has tokens: those that nothing scores go to a place that is thrown away."""
-    places = batch.weights.shape[-1] * batch.ref_logps.shape[-1]
+    places = batch.weights.shape[-1] * batch.scores.shape[-1]
     extra = max(0, batch.tokens.shape[-1] - batch.slot.shape[-1])
     widen = partial(np.pad, pad_width=[(0, 0), (0, 0), (0, extra)])
     slot = widen(batch.slot, constant_values=-1)
