@@ -120,7 +120,7 @@ def _steps(
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.frozen.fill is not None:
                 batch = prepared.frozen.fill(state, batch, count)
-            state, metrics = prepared.step(state, batch, np.int32(count), prepared.base)
+            state, metrics = prepared.step(state, batch, np.int32(count))
             log.step(step, metrics)
             alive()
             why, found = asked(), None

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from dpo_jax.records import Array, UserError
 
@@ -90,6 +91,7 @@ def build(name: str, **options: float) -> optax.GradientTransformation:
     if name not in FUNCTIONS:
         raise UserError(f"optim.name: unknown optimiser {name!r}; known: {', '.join(sorted(FUNCTIONS))}")
     for key, value in options.items():
-        if not 0 <= value < float("inf"):
+        # A traced value cannot be looked at; it was checked as a number before.
+        if not isinstance(value, Tracer) and not 0 <= value < float("inf"):
             raise UserError(f"optim.{key}: {value} is not a finite number >= 0")
     return FUNCTIONS[name](**options)

@@ -14,7 +14,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
 from dpo_jax.models import hf, hub, lora
-from dpo_jax.prepare import Run, compiled_step, parts_of, shardings_of
+from dpo_jax.prepare import Run, compiled_step, numbers, parts_of, shardings_of
 from dpo_jax.records import Batch, UserError
 
 GB = 2**30
@@ -80,7 +80,7 @@ def of(config: Config) -> Plan:
     base = None if parts.base is None else laid(run.base, parts.base)
     batch = jax.tree.map(partial(placed, where=sharding.of_batch(mesh)), batch_of(shape, responses_of(config, loss)))
     count_of = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = compiled_step(run, tx, parts, like).lower(like, batch, count_of, base).compile()
+    compiled = compiled_step(run, parts, like).lower(like, batch, count_of, base, numbers(config)).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     gradients = held(laid(run.params, trained))
     logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * run.model.architecture.vocab // sharding.row_devices(mesh)

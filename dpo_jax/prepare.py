@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, optim, processes, reference, sharding
+from dpo_jax import evaluate, losses, optim, processes, reference, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
@@ -196,22 +196,39 @@ def in_parts(model: Model, rows: Rows, params: Any) -> Model:
     )
 
 
-def compiled_step(run: Run, tx: Any, parts: Parts, like: TrainState) -> Any:
-    """Returns the compiled train step `(state, batch, count, base)`: by `jit`, or by `pmap` over devices that each hold
-    the whole state. The base of adapters is an argument, so that the program does not hold it."""
-    if run.config.mesh.mode == "jit":
-        logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
-        step = make_train_step(logps, run.loss, tx, run.sync, parts.rows, parts.policy)
+def numbers(config: Config) -> dict[str, Any]:
+    """Returns the hyper-parameters that a step takes as arguments, so that other values compile nothing new."""
+
+    def of(section: Any) -> Any:
+        return {name: value for name, value in section.items() if isinstance(value, float)}
+
+    terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
+    return {"loss": [of(term) for term in terms], "optim": of(config.optim)}
+
+
+def compiled_step(run: Run, parts: Parts, like: TrainState) -> Any:
+    """Returns the compiled train step `(state, batch, count, base, numbers)`: by `jit`, or by `pmap` over devices that
+    each hold the whole state. The base of adapters is an argument, so that the program does not hold it."""
+    config = run.config
+    terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
+    mapped = config.mesh.mode == "pmap"
+    if mapped and processes.several():
+        raise UserError("mesh.mode pmap: is for one process; take jit for several")
+    rows = sharding.mapped_rows(parts.mesh) if mapped else parts.rows
+    logps = partial(batch_logps, run.model if mapped else parts.model, confidence=run.loss.confidence)
+
+    def step(state: TrainState, batch: Batch, count: Any, base: Any, numbers: Any) -> Any:
+        loss = losses.build([{**term, **given} for term, given in zip(terms, numbers["loss"], strict=True)])
+        tx = optim.build(**{**config.optim, **numbers["optim"]})
+        return make_train_step(logps, loss, tx, run.sync, rows, parts.policy)(state, batch, count, base)
+
+    if not mapped:
         where = jax.tree.map(lambda x: x.sharding, like), sharding.replicated(parts.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=where)
-    if processes.several():
-        raise UserError("mesh.mode pmap: is for one process; take jit for several")
-    logps = partial(batch_logps, run.model, confidence=run.loss.confidence)
-    step = make_train_step(logps, run.loss, tx, run.sync, sharding.mapped_rows(parts.mesh), parts.policy)
-    mapped = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None), out_axes=None)
+    each = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None, None), out_axes=None)
     devices = sharding.row_devices(parts.mesh)
     by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
-    return lambda state, batch, count, base: mapped(state, by_device(batch), count, base)
+    return lambda state, batch, *rest: each(state, by_device(batch), *rest)
 
 
 def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
@@ -246,8 +263,12 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
-    step = compiled_step(run, tx, parts, like)
+    compiled, given = compiled_step(run, parts, like), numbers(config)
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
+
+    def step(state: TrainState, batch: Batch, count: Any) -> Any:
+        return compiled(state, batch, count, base, given)
+
     return Prepared(parts, shape, put, step, base, like, frozen, evaluator, steps, rows)
 
 

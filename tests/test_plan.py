@@ -2,9 +2,10 @@
 
 import json
 
+import jax
 import pytest
 
-from dpo_jax import cli, plan
+from dpo_jax import cli, optim, plan, prepare, sharding
 from dpo_jax.config import Config, parse
 from dpo_jax.data import pack
 from dpo_jax.folders import VARIANTS
@@ -89,3 +90,19 @@ def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatc
     assert "of 80 GB: it fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere: no such folder"):
         cli.run(["plan", "dpo.yaml", "--model.path", "nowhere"])
+
+
+def test_other_hyper_parameters_are_the_same_program(config_of):
+    """Numbers are arguments of the step, so that a sweep over beta or the learning rate compiles once."""
+
+    def program(*options):
+        config = config_of(*options)
+        run, mesh = plan.traced(config), sharding.make_mesh()
+        trained, like = prepare.shardings_of(run, optim.build(**config.optim), mesh)
+        step = prepare.compiled_step(run, prepare.parts_of(run, mesh, trained), like)
+        batch = plan.batch_of(plan.shape_of(config, 8), 2)
+        return step.lower(like, batch, jax.ShapeDtypeStruct((), "int32"), None, prepare.numbers(config)).as_text()
+
+    first = program()
+    assert program("--loss.beta", "0.7", "--loss.label_smoothing", "0.1", "--optim.learning_rate", "1e-3") == first
+    assert program("--loss.name", "ipo") != first

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dpo_jax.losses import divergence as divergences
 from dpo_jax.losses.registry import Entry
@@ -79,6 +80,8 @@ def check(name: str, entry: Entry, options: dict) -> None:
       UserError: with the reason.
     """
     pair = entry.responses == 2 and not entry.whole_batch
+    if any(isinstance(value, Tracer) for value in options.values()):
+        return  # they were checked as numbers before the program was traced
     reasons = {
         "weight": not options["weight"] > 0 and "a term counts for more than nothing: weight > 0",
         "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
