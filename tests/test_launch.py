@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 
+import launched
 import pytest
-import runs
 
 from dpo_jax import watch
 
-SCRIPTS = runs.ROOT / "scripts"
+SCRIPTS = launched.ROOT / "scripts"
 # Two tasks, each told who it is as Slurm does; ends with the highest exit code, having ended all if one fails.
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys, time
@@ -58,8 +58,8 @@ def stand_ins(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The folder of a small run, done by two processes."""
-    folder = runs.make_world(tmp_path_factory.mktemp("launch"))
-    runs.finish(runs.start(folder, "one", launch=runs.launch_local(2, 1)))
+    folder = launched.make_world(tmp_path_factory.mktemp("launch"))
+    launched.finish(launched.start(folder, "one", launch=launched.launch_local(2, 1)))
     return folder
 
 
@@ -68,29 +68,29 @@ SLURM = ("bash", str(SCRIPTS / "launch_slurm"))
 
 @pytest.mark.slow
 def test_slurm_starts_again_after_a_crash(world, stand_ins):
-    process = runs.start(world, "crashed", launch=SLURM)
-    runs.wait_for(world, "crashed", 7)
-    os.kill(runs.peers("crashed")[1], signal.SIGKILL)
-    out, err = runs.finish(process)
+    process = launched.start(world, "crashed", launch=SLURM)
+    launched.wait_for(world, "crashed", 7)
+    os.kill(launched.peers("crashed")[1], signal.SIGKILL)
+    out, err = launched.finish(process)
     assert re.search(r"launch_slurm: ended with code \d+; starting again", err)
     assert re.search(r"resuming at step \d+ of 20", out)
-    runs.assert_same_run(world, "crashed")
+    launched.assert_same_run(world, "crashed")
     assert not list(world.glob(".launch-*"))
 
 
 @pytest.mark.slow
 def test_slurm_requeues_what_was_asked_to_end(world, stand_ins):
-    process = runs.start(world, "asked", launch=SLURM)
-    runs.wait_for(world, "asked", 2)
-    os.kill(runs.peers("asked")[0], signal.SIGTERM)
-    _, err = runs.finish(process)
+    process = launched.start(world, "asked", launch=SLURM)
+    launched.wait_for(world, "asked", 2)
+    os.kill(launched.peers("asked")[0], signal.SIGTERM)
+    _, err = launched.finish(process)
     assert "all is saved; back to the queue" in err
     assert stand_ins.read_text() == "scontrol requeue 123\n"
 
 
 @pytest.mark.slow
 def test_slurm_does_not_try_again_what_a_user_must_mend(world, stand_ins):
-    _, err = runs.finish(runs.start(world, "wrong", "--optim.learning_rate", "nan", launch=SLURM), 2)
+    _, err = launched.finish(launched.start(world, "wrong", "--optim.learning_rate", "nan", launch=SLURM), 2)
     assert "optim.learning_rate: nan" in err
     assert "starting again" not in err
 
@@ -140,7 +140,7 @@ SCHEDULERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers_say_who_and_how_many_the_processes_are(scheduler):
-    env = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": ""}
+    env = os.environ | {"PYTHONPATH": str(launched.ROOT), "XLA_FLAGS": ""}
     both = [
         subprocess.Popen(
             [sys.executable, "-c", WHO], env=env | SCHEDULERS[scheduler](i), stdout=subprocess.PIPE, text=True
@@ -153,7 +153,7 @@ def test_schedulers_say_who_and_how_many_the_processes_are(scheduler):
 
 def test_without_a_scheduler_auto_is_told_to_give_an_address():
     command = [sys.executable, "-m", "dpo_jax", "train", "x.yaml", "--distributed", "auto"]
-    env = {k: v for k, v in os.environ.items() if "SLURM" not in k} | {"PYTHONPATH": str(runs.ROOT)}
+    env = {k: v for k, v in os.environ.items() if "SLURM" not in k} | {"PYTHONPATH": str(launched.ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"dpo-jax: --distributed auto: .* or HOST:PORT,PROCESSES,INDEX\n", done.stderr)

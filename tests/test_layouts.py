@@ -5,9 +5,9 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import launched
 import numpy as np
 import pytest
-import runs
 
 from dpo_jax import sharding
 from dpo_jax.records import UserError
@@ -145,8 +145,8 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The folder of a small run, done on one device."""
-    folder = runs.make_world(tmp_path_factory.mktemp("layouts"))
-    runs.finish(runs.start(folder, "one"))
+    folder = launched.make_world(tmp_path_factory.mktemp("layouts"))
+    launched.finish(launched.start(folder, "one"))
     return folder
 
 
@@ -155,29 +155,29 @@ def world(tmp_path_factory):
 def test_one_trajectory(world, layout):
     devices, options = LAYOUTS[layout]
     name = "".join(c for c in layout if c.isalnum())
-    runs.finish(runs.start(world, name, *options, devices=devices))
-    runs.assert_one_trajectory(world, name)
+    launched.finish(launched.start(world, name, *options, devices=devices))
+    launched.assert_one_trajectory(world, name)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_resumes_on_any_other_layout(world):
     """Ten steps on 2x2x2, five under pmap, the rest on two processes with fsdp: the trajectory of one device."""
     mixed, split = ["--mesh.fsdp", "2", "--mesh.tensor", "2"], ["--mesh.data", "1", "--mesh.fsdp", "4"]
-    runs.finish(runs.start(world, "moved", "--max-steps", "10", *mixed, devices=8))
-    runs.finish(runs.start(world, "moved", "--max-steps", "15", "--mesh.mode", "pmap", devices=4))
-    out, _ = runs.finish(runs.start(world, "moved", *split, launch=runs.launch_local(2, 2)))
+    launched.finish(launched.start(world, "moved", "--max-steps", "10", *mixed, devices=8))
+    launched.finish(launched.start(world, "moved", "--max-steps", "15", "--mesh.mode", "pmap", devices=4))
+    out, _ = launched.finish(launched.start(world, "moved", *split, launch=launched.launch_local(2, 2)))
     assert "resuming at step 15 of 20" in out
-    runs.assert_one_trajectory(world, "moved")
+    launched.assert_one_trajectory(world, "moved")
 
 
 def test_two_processes_train_as_one(world):
     """Each builds its own rows and holds its own part of the parameters; one of them writes."""
-    out, _ = runs.finish(runs.start(world, "two", "--mesh.fsdp", "2", launch=runs.launch_local(2, 1)))
+    out, _ = launched.finish(launched.start(world, "two", "--mesh.fsdp", "2", launch=launched.launch_local(2, 1)))
     assert out.count("20 steps of 16 comparisons") == 1
-    runs.assert_one_trajectory(world, "two")
+    launched.assert_one_trajectory(world, "two")
 
 
 @pytest.mark.slow
 def test_four_processes_train_as_one(world):
-    runs.finish(runs.start(world, "four", "--mesh.fsdp", "4", launch=runs.launch_local(4, 2)))
-    runs.assert_one_trajectory(world, "four")
+    launched.finish(launched.start(world, "four", "--mesh.fsdp", "4", launch=launched.launch_local(4, 2)))
+    launched.assert_one_trajectory(world, "four")

@@ -9,8 +9,8 @@ import sys
 import time
 
 import jax
+import launched
 import pytest
-import runs
 
 from dpo_jax import checkpoint, processes, watch
 from dpo_jax.config import Config, Data, Model
@@ -30,7 +30,7 @@ with watch.asked_to_end() as asked:
 
 
 def loop(polite):
-    env = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+    env = os.environ | {"PYTHONPATH": str(launched.ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", LOOP.format(polite=polite)],
         env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -83,7 +83,10 @@ with watch.hang(0.5) as alive:
 """
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(launched.ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (1, "alive\n")
     assert "in stuck_here" in done.stderr
@@ -118,7 +121,7 @@ try:
 except records.UserError as e:
     print(e)
 """
-        env = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+        env = os.environ | {"PYTHONPATH": str(launched.ROOT)}
         second = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert f"process {os.getpid()} on " in second.stdout
     assert "is writing this run" in second.stdout
@@ -141,73 +144,73 @@ def test_processes_that_cannot_be(how):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The folder of a small run, done by two processes."""
-    folder = runs.make_world(tmp_path_factory.mktemp("watch"))
-    runs.finish(runs.start(folder, "one", launch=runs.launch_local(2, 1)))
+    folder = launched.make_world(tmp_path_factory.mktemp("watch"))
+    launched.finish(launched.start(folder, "one", launch=launched.launch_local(2, 1)))
     return folder
 
 
 @pytest.mark.slow
 def test_a_notice_to_one_process_ends_all_with_everything_saved(world):
     name = "noticed"
-    process = runs.start(world, name, launch=runs.launch_local(2, 1))
-    runs.wait_for(world, name, 2)
-    os.kill(runs.peers(name)[1], signal.SIGTERM)
-    out, _ = runs.finish(process, watch.AGAIN)
+    process = launched.start(world, name, launch=launched.launch_local(2, 1))
+    launched.wait_for(world, name, 2)
+    os.kill(launched.peers(name)[1], signal.SIGTERM)
+    out, _ = launched.finish(process, watch.AGAIN)
     saved = int(re.search(r"saved at step (\d+)", out)[1])
     assert not checkpoint.problem(world / "runs" / name / "checkpoints" / str(saved))
-    out, _ = runs.finish(runs.start(world, name, launch=runs.launch_local(2, 1)))
+    out, _ = launched.finish(launched.start(world, name, launch=launched.launch_local(2, 1)))
     assert f"resuming at step {saved} of 20" in out
-    runs.assert_same_run(world, name)
+    launched.assert_same_run(world, name)
 
 
 @pytest.mark.slow
 def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world):
     """The one at which the others meet."""
     name = "lost"
-    process = runs.start(world, name, launch=runs.launch_local(2, 1, "--restarts", "1"))
-    runs.wait_for(world, name, 7)
-    os.kill(runs.peers(name)[0], signal.SIGKILL)
-    out, err = runs.finish(process)
+    process = launched.start(world, name, launch=launched.launch_local(2, 1, "--restarts", "1"))
+    launched.wait_for(world, name, 7)
+    os.kill(launched.peers(name)[0], signal.SIGKILL)
+    out, err = launched.finish(process)
     assert re.search(r"launch_local: process \d ended with code -?\d+; ending the others", err)
     assert "starting again, 0 more times at most" in err
     assert re.search(r"resuming at step \d+ of 20", out)
-    runs.assert_same_run(world, name)
+    launched.assert_same_run(world, name)
 
 
 @pytest.mark.slow
 def test_a_failure_of_one_process_is_told_and_ends_all(world):
-    process = runs.start(world, "failed", "--optim.learning_rate", "nan", launch=runs.launch_local(2, 1))
-    _, err = runs.finish(process, 2)
+    process = launched.start(world, "failed", "--optim.learning_rate", "nan", launch=launched.launch_local(2, 1))
+    _, err = launched.finish(process, 2)
     assert re.search(r"dpo-jax: process \d: optim.learning_rate: nan", err)
 
 
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_all(world):
     """One of two processes is stopped; the other waits for it in a step, and says where."""
-    process = runs.start(world, "stopped", "--hang-seconds", "5", launch=runs.launch_local(2, 1))
-    runs.wait_for(world, "stopped", 3)
-    stopped = runs.peers("stopped")[1]
+    process = launched.start(world, "stopped", "--hang-seconds", "5", launch=launched.launch_local(2, 1))
+    launched.wait_for(world, "stopped", 3)
+    stopped = launched.peers("stopped")[1]
     os.kill(stopped, signal.SIGSTOP)
-    _, err = runs.finish(process, 1)
+    _, err = launched.finish(process, 1)
     assert "Timeout (0:00:05)!" in err
     assert "loop.py" in err
 
 
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(world):
-    process = runs.start(world, "taken")
-    runs.wait_for(world, "taken", 1)
+    process = launched.start(world, "taken")
+    launched.wait_for(world, "taken", 1)
     os.kill(process.pid, signal.SIGSTOP)
-    _, err = runs.finish(runs.start(world, "taken"), 2)
+    _, err = launched.finish(launched.start(world, "taken"), 2)
     assert f"process {process.pid} on " in err
     os.kill(process.pid, signal.SIGCONT)
-    runs.finish(process)
+    launched.finish(process)
 
 
 @pytest.mark.slow
 def test_a_sick_run_saves_the_batch(world):
     options = ("--optim.learning_rate", "1e30", "--optim.warmup_steps", "0", "--max_nonfinite", "2")
-    _, err = runs.finish(runs.start(world, "sick", *options), 2)
+    _, err = launched.finish(launched.start(world, "sick", *options), 2)
     path = re.search(r"token ids are in (\S+);", err)[1]
     rows = [json.loads(line) for line in (world / path).read_text().splitlines()]
     assert len(rows) == 16
