@@ -187,12 +187,12 @@ def test_a_failure_of_one_process_is_told_and_ends_all(world):
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_all(world):
     """One of two processes is stopped; the other waits for it in a step, and says where."""
-    process = launched.start(world, "stopped", "--hang-seconds", "5", launch=launched.launch_local(2, 1))
+    process = launched.start(world, "stopped", "--hang-seconds", "30", launch=launched.launch_local(2, 1))
     launched.wait_for(world, "stopped", 3)
     stopped = launched.peers("stopped")[1]
     os.kill(stopped, signal.SIGSTOP)
     _, err = launched.finish(process, 1)
-    assert "Timeout (0:00:05)!" in err
+    assert "Timeout (0:00:30)!" in err
     assert "loop.py" in err
 
 
