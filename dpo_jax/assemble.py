@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -334,6 +335,16 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         base=None if loaded.lora is None else loaded.params,
         lora=loaded.lora,
     )
+
+
+def variant_of(run: Run, config: Config) -> Run:
+    """Returns a run that differs from another in `prepare.numbers` only, with a folder of its own."""
+    loss = losses.build(config.loss)
+    optim.build(**config.optim)
+    folder, lock = claim_folder(config)
+    if processes.first():
+        shutil.copy(run.folder / "data.json", folder / "data.json")
+    return run._replace(config=config, folder=folder, lock=lock, loss=loss)
 
 
 def frozen_of(config: Config, policy: Loaded) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ from dpo_jax.records import UserError
 
 COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
+    "sweep": ("CONFIG.yaml --key VALUE,VALUE,...", "a run for every combination of values, for less than one by one"),
     "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
     "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
     "data": (

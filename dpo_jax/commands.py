@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,31 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, folders, keys, loop, losses, optim, plan, processes, report, rewards
+from dpo_jax import assemble, config, evaluate, folders, keys, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, pairs_command, say, settings_of
 from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
 from dpo_jax.records import TrainState, UserError
+from dpo_jax.stages import trained
 from dpo_jax.step import init_state
+from dpo_jax.sweep_command import sweep_command
 from dpo_jax.winrate_command import winrate_command
 
-__all__ = ["data_command", "losses_command", "pairs_command", "winrate_command"]  # those that are elsewhere
+__all__ = [
+    "data_command",
+    "losses_command",
+    "pairs_command",
+    "sweep_command",
+    "winrate_command",
+]  # elsewhere
 
 
 def train_command(argv: list[str]) -> None:
     """`dpo-jax train CONFIG.yaml [--key.path value ...] [--distributed auto|HOST:PORT,PROCESSES,INDEX]`."""
     (file,), rest = leading(argv, "train", "CONFIG.yaml")
     rest = _join(rest)
-    folder = _train(file, rest)
+    folder = trained(file, rest)
     say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
 
 
@@ -42,22 +49,6 @@ def _join(argv: list[str]) -> list[str]:
     processes.join(how[0][0])
     at = next(i for i, a in enumerate(argv) if a.partition("=")[0] == "--distributed")
     return argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-
-
-def _train(file: str, argv: Sequence[str]) -> Path:
-    """Trains what a YAML says, first training the YAML that it starts from, if it names one; returns the run folder."""
-    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=folders.VARIANTS)
-    settings = assemble.named(parsed, file)
-    if settings.model.path.endswith((".yaml", ".yml")):
-        say(f"{file} starts from {settings.model.path}")
-        stage = _train(settings.model.path, [])
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(stage)))
-        say(f"now {file}")
-    run = assemble.run_of(settings, say)
-    loop.train(run, say)
-    if processes.first():
-        report.write([run.folder], run.folder / "report.html")
-    return run.folder
 
 
 @dataclass(frozen=True)

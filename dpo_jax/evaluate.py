@@ -14,7 +14,7 @@ from dpo_jax.logprobs import batch_logps, per_microbatch, scored_logps
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.metrics import fisher, mean_interval, wilson
 from dpo_jax.models import Model
-from dpo_jax.records import Array, Tokens
+from dpo_jax.records import Array, Batch, Tokens
 from dpo_jax.sample import sample
 from dpo_jax.sharding import ALONE, Rows
 from dpo_jax.step import make_eval_step, only_trained
@@ -30,6 +30,7 @@ class Evaluator(NamedTuple):
       shape: the layout of a batch.
       batch_size: comparisons in a batch.
       put: moves a Batch to the devices.
+      numbers: hyper-parameters that the step takes as arguments.
     """
 
     step: Callable
@@ -38,11 +39,19 @@ class Evaluator(NamedTuple):
     shape: pack.Shape
     batch_size: int
     put: Callable
+    numbers: Any = ()
 
 
-def make_step(logps: Callable, loss: Any, rows: Rows = ALONE, policy: Callable = only_trained) -> Callable:
-    """Returns the compiled eval step, `((trained, base), running, batch, count) -> metrics [M, R, G]`."""
-    return jax.jit(make_eval_step(logps, loss, rows, policy))
+def make_step(
+    logps: Callable, loss_of: Callable[[Any], Loss], rows: Rows = ALONE, policy: Callable = only_trained
+) -> Callable:
+    """Returns the compiled eval step, `((trained, base), running, batch, count, numbers) -> metrics [M, R, G]`, of the
+    loss that `loss_of` makes of the numbers."""
+
+    def step(params: tuple, running: Array, batch: Batch, count: Array, numbers: Any) -> dict[str, Array]:
+        return make_eval_step(logps, loss_of(numbers), rows, policy)(params, running, batch, count)
+
+    return jax.jit(step)
 
 
 def values(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
@@ -54,7 +63,7 @@ def values(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[
     for start in range(0, len(evaluator.table), evaluator.batch_size):
         rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
         batch, count, places = pack.build(evaluator.table, rows, evaluator.shape, evaluator.reference)
-        metrics = evaluator.step(params, running, evaluator.put(batch), count)
+        metrics = evaluator.step(params, running, evaluator.put(batch), count, evaluator.numbers)
         parts.append({k: pack.unpack(processes.fetch(v), places) for k, v in metrics.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -127,7 +136,7 @@ def held_out(judge: Judge, table: Table) -> dict[str, np.ndarray]:
     """Returns every metric of the loss for every comparison of a table, float32[N] each."""
     column = logps(judge, "reference", table) if "reference" in judge.params else None
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    step = make_step(partial(batch_logps, judge.model, confidence=judge.loss.confidence), judge.loss)
+    step = make_step(partial(batch_logps, judge.model, confidence=judge.loss.confidence), lambda _: judge.loss)
     evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
     return values(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
 

@@ -1,12 +1,13 @@
 """The only place with effects in sequence: step, log, evaluate, save, resume."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,17 +68,40 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
       UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
       SystemExit: code `watch.AGAIN`, after it was asked to end, with everything saved.
     """
-    with run.lock, watch.memory(run.config):
-        prepared = prepare(run, say)
-        checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
-        try:
-            with watch.asked_to_end() as asked, watch.hang(run.config.hang_seconds) as alive:
-                state = _begin(run, prepared, checkpoints, say)
-                state = _steps(run, prepared, checkpoints, state, asked, alive)
-        finally:
-            checkpoints.close()
-        _export(run, state)
-    return run.folder / "model"
+    return train_together([run], say)[0]
+
+
+def train_together(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Path]:
+    """Trains runs that differ in `prepare.numbers` only, as `train` does each, in one program and on the same batches;
+    returns the folders of the exported models."""
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            held.enter_context(run.lock)
+        held.enter_context(watch.memory(runs[0].config))
+        prepared = prepare(runs, say)
+        with contextlib.ExitStack() as saving:
+            members = [_member(run, evaluator) for run, evaluator in zip(runs, prepared.evaluators, strict=True)]
+            for member in members:
+                saving.callback(member.checkpoints.close)
+            asked = saving.enter_context(watch.asked_to_end())
+            alive = saving.enter_context(watch.hang(runs[0].config.hang_seconds))
+            states = _steps(members, prepared, _begin(members, prepared, say), asked, alive)
+        for run, state in zip(runs, states, strict=True):
+            _export(run, state)
+    return [run.folder / "model" for run in runs]
+
+
+class Member(NamedTuple):
+    """One of the runs that train together, with what is its own."""
+
+    run: Run
+    evaluator: evaluate.Evaluator
+    checkpoints: Checkpoints
+
+
+def _member(run: Run, evaluator: evaluate.Evaluator) -> Member:
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
+    return Member(run, evaluator, checkpoints)
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -90,52 +114,75 @@ def _export(run: Run, state: TrainState) -> None:
     processes.meet("exported")
 
 
-def _begin(run: Run, prepared: Prepared, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
-    """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
-    state = checkpoints.restore(prepared.like)
+def _begin(members: Sequence[Member], prepared: Prepared, say: Callable[[str], None]) -> list[TrainState]:
+    """Returns the states to go on from: the newest whole checkpoints of one step, or the start, which is evaluated."""
+    found = [m.checkpoints.restore(prepared.like) for m in members]
+    steps = {-1 if state is None else int(state.step) for state in found}
+    if len(steps) > 1:  # killed while they were saved, one after another: those of the step before are there still
+        found = [m.checkpoints.restore(prepared.like, min(steps)) for m in members]
+    states = [state for state in found if state is not None]
+    if len(states) < len(members):
+        if max(steps) >= 0:
+            say("the runs have no checkpoint of one step in common: they start again")
+        return [_first(member, prepared) for member in members]
+    say(f"resuming at step {min(steps)} of {prepared.total_steps}")
+    for member in members:
+        _forget(member.run, min(steps))
+    return states
+
+
+def _forget(run: Run, step: int) -> None:
+    """Drops what a run wrote after a step, since it will be written again."""
     if processes.first():
-        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
-            truncate(run.folder / name, -1 if state is None else int(state.step))
-    if state is None:
-        state = _first_state(run, prepared)
-        checkpoints.check_room(state)
-        known = _evaluate(run, prepared, state)
-        if run.config.keep_best not in ("", *known):
-            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}")
-    else:
-        say(f"resuming at step {int(state.step)} of {prepared.total_steps}")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            truncate(run.folder / name, step)
+
+
+def _first(member: Member, prepared: Prepared) -> TrainState:
+    """Returns the state before the first update, evaluated."""
+    _forget(member.run, -1)
+    state = _first_state(member.run, prepared)
+    member.checkpoints.check_room(state)
+    known, best = _evaluate(member, prepared, state), member.run.config.keep_best
+    if best not in ("", *known):
+        raise UserError(f"keep_best: no evaluation has {best!r}; known: {', '.join(sorted(known))}")
     return state
 
 
 def _steps(
-    run: Run, prepared: Prepared, checkpoints: Checkpoints, state: TrainState, asked: Callable, alive: Callable
-) -> TrainState:
-    """Returns the state after the last step; ends the process after a step during which it was asked to end."""
-    config, total, start = run.config, prepared.total_steps, int(state.step)
+    members: Sequence[Member], prepared: Prepared, states: list[TrainState], asked: Callable, alive: Callable
+) -> list[TrainState]:
+    """Returns the states after the last step; ends the process after a step during which it was asked to end."""
+    run, total, start = members[0].run, prepared.total_steps, int(states[0].step)
+    config = run.config
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
     alive()
     with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
         rows = partial(rows_of, run, prepared)
-        log = Journal(config, run.folder, run.train, progress, rows, checkpoints.taken)
+        logs = [Journal(m.run.config, m.run.folder, run.train, progress, rows, m.checkpoints.taken) for m in members]
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.frozen.fill is not None:
-                batch = prepared.frozen.fill(state, batch, count)
-            state, metrics = prepared.step(state, batch, np.int32(count))
-            log.step(step, metrics)
+                batch = prepared.frozen.fill(states[0], batch, count)
+            states, metrics = prepared.step(states, batch, np.int32(count))
+            for log, values in zip(logs, metrics, strict=True):
+                log.step(step, values)
             alive()
-            why, found = asked(), None
-            if step % eval_steps == 0 or step == total:
-                log.flush()
-                found = _evaluate(run, prepared, state)
+            why, now = asked(), step % eval_steps == 0 or step == total
+            save = step % config.save_every == 0 or step == total or why or (now and config.keep_best)
+            for member, log, state in zip(members, logs, states, strict=True):
+                if now or save:
+                    log.flush()
+                found = _evaluate(member, prepared, state) if now else None
                 alive()
-            if step % config.save_every == 0 or step == total or why or (found and config.keep_best):
-                log.flush()
-                checkpoints.save(state, step, found)
+                if save:
+                    member.checkpoints.save(state, step, found)
             if why and step < total:
-                checkpoints.wait()
+                for member in members:
+                    member.checkpoints.wait()
                 _ended(why, step)
-        log.flush()
-    return state
+        for log in logs:
+            log.flush()
+    return states
 
 
 def _ended(why: str, step: int) -> None:
@@ -145,11 +192,11 @@ def _ended(why: str, step: int) -> None:
     raise SystemExit(watch.AGAIN)
 
 
-def _evaluate(run: Run, prepared: Prepared, state: TrainState) -> dict[str, float]:
+def _evaluate(member: Member, prepared: Prepared, state: TrainState) -> dict[str, float]:
     """Evaluates the policy on the held-out data and writes its samples; returns the metrics."""
-    step = int(state.step)
+    run, step = member.run, int(state.step)
     examples = step * run.config.batch_size
-    evaluator = prepared.evaluator
+    evaluator = member.evaluator
     if prepared.frozen.again is not None:
         evaluator = evaluator._replace(reference=prepared.frozen.again(state))
     params = state.params, prepared.base

@@ -80,7 +80,7 @@ def of(config: Config) -> Plan:
     base = None if parts.base is None else laid(run.base, parts.base)
     batch = jax.tree.map(partial(placed, where=sharding.of_batch(mesh)), batch_of(shape, responses_of(config, loss)))
     count_of = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = compiled_step(run, parts, like).lower(like, batch, count_of, base, numbers(config)).compile()
+    compiled = compiled_step(run, parts, like).lower([like], batch, count_of, base, [numbers(config)]).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     gradients = held(laid(run.params, trained))
     logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * run.model.architecture.vocab // sharding.row_devices(mesh)
@@ -98,6 +98,12 @@ def of(config: Config) -> Plan:
     )
     whole = run.params if run.base is None else run.base
     return Plan(config, count(whole), count(run.params), shape, memory)
+
+
+def state_bytes(config: Config) -> int:
+    """Returns the bytes that each device holds of what is trained and its optimiser; compiles nothing."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return held(shardings_of(traced(config), optim.build(**config.optim), mesh)[1])
 
 
 def traced(config: Config) -> Run:

@@ -2,18 +2,21 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import evaluate, losses, optim, processes, reference, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
+from dpo_jax.evaluate import Evaluator
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
 from dpo_jax.models import Model, lora
@@ -104,17 +107,17 @@ class Frozen(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A run on its devices: compiled functions, layouts, columns.
+    """A run on its devices, or several that differ in `numbers` only: compiled functions, layouts, columns.
 
     Attributes:
       parts: how the policy lies on the devices.
       shape: of a batch.
       put: moves a Batch to the devices.
-      step: the compiled train step.
+      step: the compiled train step, `(states, batch, count) -> (states, metrics)`, with one of each for every run.
       base: what adapters are for, on the devices.
       like: shapes and shardings of the state.
       frozen: the reference.
-      evaluator: of the held-out data.
+      evaluators: of the held-out data, one for each run.
       total_steps: of the run.
       order: of the training data.
     """
@@ -126,7 +129,7 @@ class Prepared(NamedTuple):
     base: Any
     like: TrainState
     frozen: Frozen
-    evaluator: evaluate.Evaluator
+    evaluators: list[Evaluator]
     total_steps: int
     order: order.Order
 
@@ -202,15 +205,31 @@ def numbers(config: Config) -> dict[str, Any]:
     def of(section: Any) -> Any:
         return {name: value for name, value in section.items() if isinstance(value, float)}
 
-    terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
-    return {"loss": [of(term) for term in terms], "optim": of(config.optim)}
+    return {"loss": [of(term) for term in _terms(config)], "optim": of(config.optim)}
 
 
-def compiled_step(run: Run, parts: Parts, like: TrainState) -> Any:
-    """Returns the compiled train step `(state, batch, count, base, numbers)`: by `jit`, or by `pmap` over devices that
-    each hold the whole state. The base of adapters is an argument, so that the program does not hold it."""
+def _terms(config: Config) -> Sequence[Any]:
+    return [config.loss] if isinstance(config.loss, Mapping) else config.loss
+
+
+def loss_with(config: Config, numbers: Any) -> Loss:
+    """Returns the config's loss with other `numbers`."""
+    return losses.build([{**term, **given} for term, given in zip(_terms(config), numbers["loss"], strict=True)])
+
+
+def at_once(count: int) -> int | None:
+    """Returns how many of several runs a program works through at a time: all of them (`vmap`), or None for one after
+    another on a processor, where products of batches of matrices are slower than the same products one by one."""
+    return None if jax.default_backend() == "cpu" else count
+
+
+def compiled_step(run: Run, parts: Parts, like: TrainState, count: int = 1) -> Any:
+    """Returns the compiled train step `(states, batch, count, base, numbers) -> (states, metrics)` of `count` runs that
+    differ in numbers only, with a list of each: by `jit`, or by `pmap` over devices that each hold the whole state.
+
+    The base of adapters is an argument, so that the program does not hold it.
+    """
     config = run.config
-    terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
     mapped = config.mesh.mode == "pmap"
     if mapped and processes.several():
         raise UserError("mesh.mode pmap: is for one process; take jit for several")
@@ -218,21 +237,31 @@ def compiled_step(run: Run, parts: Parts, like: TrainState) -> Any:
     logps = partial(batch_logps, run.model if mapped else parts.model, confidence=run.loss.confidence)
 
     def step(state: TrainState, batch: Batch, count: Any, base: Any, numbers: Any) -> Any:
-        loss = losses.build([{**term, **given} for term, given in zip(terms, numbers["loss"], strict=True)])
-        tx = optim.build(**{**config.optim, **numbers["optim"]})
+        tx, loss = optim.build(**{**config.optim, **numbers["optim"]}), loss_with(config, numbers)
         return make_train_step(logps, loss, tx, run.sync, rows, parts.policy)(state, batch, count, base)
 
+    def steps(states: Sequence[TrainState], batch: Batch, micro: Any, base: Any, numbers: Sequence[Any]) -> Any:
+        if count == 1:
+            found = [step(states[0], batch, micro, base, numbers[0])]
+        else:
+            each = tuple(jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (states, numbers))
+            both = jax.lax.map(lambda one: step(one[0], batch, micro, base, one[1]), each, batch_size=at_once(count))
+            found = [jax.tree.map(itemgetter(i), both) for i in range(count)]
+        return [state for state, _ in found], [metrics for _, metrics in found]
+
     if not mapped:
-        where = jax.tree.map(lambda x: x.sharding, like), sharding.replicated(parts.mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=where)
-    each = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None, None), out_axes=None)
+        where = [jax.tree.map(lambda x: x.sharding, like)] * count, sharding.replicated(parts.mesh)
+        return jax.jit(steps, donate_argnums=0, out_shardings=where)
+    each = jax.pmap(steps, sharding.MAPPED, in_axes=(None, 1, None, None, None), out_axes=None)
     devices = sharding.row_devices(parts.mesh)
     by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
-    return lambda state, batch, *rest: each(state, by_device(batch), *rest)
+    return lambda states, batch, *rest: each(states, by_device(batch), *rest)
 
 
-def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
-    """Returns the run on its devices: everything that is done once, before the first step."""
+def prepare(runs: Sequence[Run], say: Callable[[str], None]) -> Prepared:
+    """Returns a run on its devices, or several that differ in `numbers` only: everything that is done once, before the
+    first step."""
+    run, given = runs[0], [numbers(each.config) for each in runs]
     config = run.config
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     choose = partial(
@@ -250,26 +279,20 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     base = None if parts.base is None else sharding.put(run.base, parts.base)
     frozen = Frozen() if run.frozen is None else _frozen(run, parts, base, (shape, eval_shape), put, say)
     logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
-    evaluator = evaluate.Evaluator(
-        evaluate.make_step(logps, run.loss, parts.rows, parts.policy),
-        run.held_out,
-        frozen.held_out,
-        eval_shape,
-        config.batch_size,
-        put,
-    )
+    step = evaluate.make_step(logps, partial(loss_with, config), parts.rows, parts.policy)
+    held_out = run.held_out, frozen.held_out, eval_shape, config.batch_size, put
     steps = total_steps(config, len(run.train))
     say(
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
-    compiled, given = compiled_step(run, parts, like), numbers(config)
+    compiled, evaluators = compiled_step(run, parts, like, len(runs)), [Evaluator(step, *held_out, x) for x in given]
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
 
-    def step(state: TrainState, batch: Batch, count: Any) -> Any:
-        return compiled(state, batch, count, base, given)
+    def train_step(states: Sequence[TrainState], batch: Batch, count: Any) -> Any:
+        return compiled(states, batch, count, base, given)
 
-    return Prepared(parts, shape, put, step, base, like, frozen, evaluator, steps, rows)
+    return Prepared(parts, shape, put, train_step, base, like, frozen, evaluators, steps, rows)
 
 
 def _frozen(run: Run, parts: Parts, base: Any, shapes: tuple[pack.Shape, pack.Shape], put: Any, say: Any) -> Frozen:

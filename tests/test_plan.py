@@ -101,7 +101,8 @@ def test_other_hyper_parameters_are_the_same_program(config_of):
         trained, like = prepare.shardings_of(run, optim.build(**config.optim), mesh)
         step = prepare.compiled_step(run, prepare.parts_of(run, mesh, trained), like)
         batch = plan.batch_of(plan.shape_of(config, 8), 2)
-        return step.lower(like, batch, jax.ShapeDtypeStruct((), "int32"), None, prepare.numbers(config)).as_text()
+        count, numbers = jax.ShapeDtypeStruct((), "int32"), prepare.numbers(config)
+        return step.lower([like], batch, count, None, [numbers]).as_text()
 
     first = program()
     assert program("--loss.beta", "0.7", "--loss.label_smoothing", "0.1", "--optim.learning_rate", "1e-3") == first

@@ -1,0 +1,127 @@
+"""`dpo-jax sweep`: a run for every combination of some options' values, for less than the runs cost one by one."""
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dpo_jax import assemble, config, folders, keys, loop, metrics, plan, processes, report
+from dpo_jax.config import Config
+from dpo_jax.data_commands import leading, say
+from dpo_jax.prepare import at_once
+from dpo_jax.records import UserError
+from dpo_jax.stages import begun
+
+SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
+
+
+def sweep_command(argv: list[str]) -> None:
+    """`dpo-jax sweep CONFIG.yaml --key.path value,value,... [--key.path value ...]`: commas part the values."""
+    (file,), rest = leading(argv, "sweep", "CONFIG.yaml")
+    configs = variants(file, rest)
+    names = [Path(c.run).name for c in configs]
+    say(f"{len(configs)} runs: {'; '.join(names)}")
+    for group in groups(configs):
+        _train(group)
+    if processes.first():
+        runs = [Path(c.run) for c in configs]
+        for run in runs:
+            report.write([run], run / "report.html")
+        _print(runs)
+        say(f"the runs beside each other: {report.write(runs, runs[0].parent / 'report.html')}")
+
+
+def variants(file: str, argv: Sequence[str]) -> list[Config]:
+    """Returns the config of every combination of the values that commas part, with a run folder of its own.
+
+    Raises:
+      UserError: no option has several values, or a value twice; settings that no run can have.
+    """
+    pairs = keys.arguments(argv)
+    choices = [[(key, texts)] if not _several(texts) else _each(key, texts[0]) for key, texts in pairs]
+    swept = [key for key, texts in pairs if _several(texts)]
+    if not swept and "--help" not in argv:
+        raise UserError("dpo-jax sweep: give an option several values, as in --loss.beta 0.05,0.1,1,5")
+    first, found = None, []
+    for chosen in itertools.product(*choices):
+        rest = [text for key, texts in chosen for text in (f"--{key}", *texts)]
+        parsed = config.parse(Config, file or None, rest, prog="dpo-jax sweep CONFIG.yaml", variants=folders.VARIANTS)
+        first = first or begun(parsed, file)  # trains the run that all start from, if they do
+        name = ",".join(f"{key}={texts[0]}" for key, texts in chosen if key in swept)
+        run = Path(parsed.run or f"runs/{Path(file).stem}-sweep") / re.sub(r"[^\w.,=+-]", "_", name)
+        model = parsed.model if "model.path" in swept else first.model
+        found.append(dataclasses.replace(parsed, run=str(run), model=model))
+        assemble.check(found[-1])
+    return found
+
+
+def _several(texts: Sequence[str]) -> bool:
+    return len(texts) == 1 and "," in texts[0]
+
+
+def _each(key: str, text: str) -> list[tuple[str, list[str]]]:
+    values = text.split(",")
+    if not all(values) or len(set(values)) < len(values):
+        raise UserError(f"--{key} {text}: commas part values, which are not empty and all different")
+    return [(key, [value]) for value in values]
+
+
+def groups(configs: Iterable[Config]) -> list[list[Config]]:
+    """Returns runs that differ in numbers of the loss and the optimiser only, together."""
+    found: dict[str, list[Config]] = {}
+    for one in configs:
+        found.setdefault(keys.dump(_without_numbers(one)), []).append(one)
+    return list(found.values())
+
+
+def _without_numbers(settings: Config) -> Config:
+    """Returns a config without what may differ between runs of one program."""
+
+    def rest(section: Any) -> dict[str, Any]:
+        return {name: value for name, value in section.items() if not isinstance(value, float)}
+
+    loss: Any = settings.loss
+    loss = rest(loss) if isinstance(loss, dict) else [rest(term) for term in loss]
+    return dataclasses.replace(settings, run="", loss=loss, optim=rest(settings.optim))
+
+
+def _train(group: Sequence[Config]) -> None:
+    """Trains runs that differ in numbers only: in one program as many as may be, and then the next."""
+    size = together(group)
+    for start in range(0, len(group), size):
+        part = group[start : start + size]
+        run = assemble.run_of(part[0], say)
+        loop.train_together([run, *(assemble.variant_of(run, other) for other in part[1:])], say)
+
+
+def together(group: Sequence[Config]) -> int:
+    """Returns how many of the runs train in one program: all that fit in half of a device's memory."""
+    first = group[0]
+    if len(group) == 1 or first.mesh.mode == "pmap" or first.reference.sync_every:
+        return 1
+    each = 2 * plan.state_bytes(first)  # the states are there twice while they are put together
+    if at_once(len(group)):
+        need = plan.of(first).memory
+        each += need.gradients + need.logits + need.activations
+    return max(1, min(len(group), available() // 2 // each))
+
+
+def available() -> int:
+    """Returns the bytes of a device's memory: the machine's where the device is a processor."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    return known.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _print(runs: Sequence[Path]) -> None:
+    grid = Grid("run", *(name.removeprefix("eval_") for name in SHOWN))
+    for run in runs:
+        last = metrics.read(run / "metrics.jsonl")[-1]
+        grid.add_row(run.name, *(f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in SHOWN))
+    Console().print(grid)

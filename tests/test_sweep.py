@@ -1,0 +1,117 @@
+"""A sweep gives what its runs give one by one, whatever trains together, and goes on where it was."""
+
+import shutil
+
+import numpy as np
+import pytest
+from launched import TIMES, make_world
+from safetensors.numpy import load_file
+
+from dpo_jax import cli, metrics, sweep_command
+from dpo_jax.records import UserError
+
+SAME = ("dpo.yaml", "--max-steps", "8", "--eval-every", "64", "--save-every", "3", "--samples.prompts", "0")
+BETAS = ("0.05", "0.5")
+RATES = ("1e-3", "3e-3")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = make_world(tmp_path_factory.mktemp("sweep"))
+        patch.chdir(folder)
+        patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def sweep(*options):
+    cli.run(["sweep", *SAME, *options])
+
+
+@pytest.fixture(scope="module")
+def swept(world):
+    """The folder of four runs that have trained together."""
+    sweep("--loss.beta", ",".join(BETAS), "--optim.learning_rate", ",".join(RATES))
+    return world / "runs/dpo-sweep"
+
+
+def assert_same(run, other):
+    """Asserts that two runs have the same metrics, samples and policy, to rounding."""
+    ours, theirs = (metrics.read(folder / "metrics.jsonl") for folder in (run, other))
+    assert len(ours) == len(theirs) == 8 + 3  # evaluated at the start, at half and at the end
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() - TIMES == b.keys() - TIMES
+        for name in a.keys() - TIMES:
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
+    a, b = (load_file(folder / "model/model.safetensors") for folder in (run, other))
+    for name, value in a.items():
+        np.testing.assert_allclose(value, b[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("beta", "rate"), [(BETAS[0], RATES[1]), (BETAS[1], RATES[0])])
+def test_each_run_of_a_sweep_is_the_run_alone(world, swept, beta, rate):
+    name = f"loss.beta={beta},optim.learning_rate={rate}"
+    cli.run(["train", *SAME, "--loss.beta", beta, "--optim.learning_rate", rate, "--run", f"runs/{name}"])
+    assert_same(swept / name, world / "runs" / name)
+    assert len(list(swept.glob("loss.beta=*/report.html"))) == 4
+    assert all(f"loss.beta={b}" in (swept / "report.html").read_text() for b in BETAS)
+
+
+def test_runs_at_once_are_the_runs_one_after_another(world, swept, monkeypatch):
+    """As on an accelerator: vmap over the runs."""
+    monkeypatch.setattr("dpo_jax.prepare.at_once", lambda count: count)
+    sweep("--loss.beta", ",".join(BETAS), "--run", "runs/wide", "--optim.learning_rate", RATES[1])
+    for beta in BETAS:
+        assert_same(world / f"runs/wide/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[1]}")
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_from_the_last_step_that_all_have(world, swept, capsys):
+    options = ("--loss.beta", ",".join(BETAS), "--optim.learning_rate", RATES[0], "--run", "runs/again")
+    sweep(*options, "--max-steps", "7")
+    newest = world / "runs/again/loss.beta=0.5/checkpoints/7"
+    shutil.rmtree(newest)  # as if it was killed between the two
+    capsys.readouterr()
+    sweep(*options)
+    assert "resuming at step 6 of 8" in capsys.readouterr().out
+    for beta in BETAS:
+        run, whole = world / f"runs/again/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}"
+        lines = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
+        assert [r["step"] for r in lines] == list(range(1, 9))
+        a, b = (load_file(folder / "model/model.safetensors") for folder in (run, whole))
+        assert all((value == b[name]).all() for name, value in a.items())
+
+
+@pytest.mark.slow
+def test_runs_of_other_programs_train_one_after_another(world, capsys):
+    sweep("--loss.name", "dpo,ipo", "--run", "runs/mixed", "--max-steps", "1", "--eval-every", "0")
+    assert "2 runs: loss.name=dpo; loss.name=ipo" in capsys.readouterr().out
+    first = [metrics.read(world / f"runs/mixed/loss.name={name}/metrics.jsonl")[0] for name in ("dpo", "ipo")]
+    # Of a policy that is the reference: log 2, and (0 - 1 / (2 * 0.1))^2.
+    assert [row["eval_loss"] for row in first] == pytest.approx([np.log(2), 25], rel=1e-5)
+
+
+def test_only_numbers_of_loss_and_optimiser_share_a_program(world):
+    argv = ["--loss.beta", "0.1,0.2", "--optim.warmup_steps", "1,2", "--optim.name", "adamw,rmsprop"]
+    configs = sweep_command.variants("dpo.yaml", [*argv, "--loss.name", "dpo"])
+    found = [[c.loss["beta"] for c in group] for group in sweep_command.groups(configs)]
+    assert found == [[0.1, 0.2]] * 4
+    seeds = sweep_command.variants("dpo.yaml", ["--seed", "1,2"])
+    assert [len(group) for group in sweep_command.groups(seeds)] == [1, 1]
+    assert configs[0].run == "runs/dpo-sweep/loss.beta=0.1,optim.warmup_steps=1,optim.name=adamw"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--loss.beta", "0.1"], "several values"),
+        (["--loss.beta", "0.1,"], "not empty and all different"),
+        (["--loss.beta", "0.1,0.1"], "not empty and all different"),
+        (["--loss.bta", "0.1,0.2"], "did you mean"),
+        (["--batch_size", "0,1"], "batch_size: 0 is less than 1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(world, argv, message):
+    with pytest.raises(UserError, match=message):
+        cli.run(["sweep", "dpo.yaml", *argv])
+    assert not (world / "runs" / "dpo-sweep" / "loss.beta=0.1").exists()
