@@ -5,6 +5,7 @@ where W has `kernel` [L, *inputs, *outputs]. The model without them is the base,
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +22,12 @@ from dpo_jax.records import Array, UserError
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL = "all-linear"
-# What PEFT can vary and this cannot: key -> the one value that is supported, which is its default.
-FIXED = {
-    **{"bias": "none", "fan_in_fan_out": None, "use_rslora": False, "use_dora": False, "lora_bias": False},
-    **{"modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "exclude_modules": None},
-    **{
-        "layer_replication": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "alora_invocation_tokens": None,
-    },
-}
+# PEFT's settings that are read, or that change nothing in what the adapters compute; any other that is set is refused.
+KNOWN = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "init_lora_weights"}
+KNOWN |= {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"}
+KNOWN |= {"eva_config", "megatron_core", "qalora_group_size", "revision", "task_type"}
+UNSET = (None, False, "none", [], {})
+STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # other ways to begin change the weights of the base
 
 
 class Lora(NamedTuple):
@@ -169,7 +165,7 @@ def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, ba
         if len(leaves) > 1:
             ranks[name.rpartition(".")[2]] = len(leaves)
         for i in range(architecture.layers):
-            where = f"base_model.model.{name.replace('{i}', str(i))}.lora_"
+            where = _key(name, i)
             a = [np.asarray(leaf["lora_a"][i]).reshape(-1, lora.rank).T for leaf in leaves]
             tensors[f"{where}A.weight"] = np.ascontiguousarray(np.concatenate(a))
             tensors[f"{where}B.weight"] = _their_b(tensor, [np.asarray(leaf["lora_b"][i]) for leaf in leaves])
@@ -204,15 +200,14 @@ def load(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder}: holds no LoRA; {SETTINGS} with peft_type LORA is needed")
-    for key, value in FIXED.items():
-        if key != "fan_in_fan_out" and (settings.get(key) or value) != value:
-            raise UserError(f"{folder / SETTINGS}: {key} = {settings[key]!r} is not supported")
+    for key, value in settings.items():
+        if (key not in KNOWN and value not in UNSET) or (key == "init_lora_weights" and value not in STARTS):
+            raise UserError(f"{folder / SETTINGS}: {key} = {value!r} is not supported")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are") from None
-    names = settings.get("target_modules") or ()
-    targets = tuple([names] if isinstance(names, str) else names)
+    targets = _targets(settings.get("target_modules") or (), tensors, architecture)
     lora = Lora(int(settings["r"]), float(settings["lora_alpha"]), targets)
     adapters = {"layers": dict(_read(folder, tensors, settings, lora, architecture))}
     if tensors:
@@ -222,27 +217,55 @@ def load(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora
     return adapters, lora
 
 
+def _targets(names: Any, tensors: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
+    """Returns the targets of a PEFT folder; where it has a pattern for them, the modules that have tensors."""
+    if names == ALL:
+        return (ALL,)
+    if isinstance(names, str):
+        names = [name for name in modules(architecture, (ALL,)) if f"{_key(name, 0)}A.weight" in tensors]
+    # PEFT may name each layer's module: what is not in all layers will be missed among the tensors.
+    every = {re.sub(r"\.\d+\.", ".{i}.", name).rpartition("{i}.")[2] for name in names}
+    return tuple(sorted(every))
+
+
+def _key(name: str, layer: int) -> str:
+    """Returns how PEFT's names of a module's tensors begin."""
+    return f"base_model.model.{name.replace('{i}', str(layer))}.lora_"
+
+
+def _alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
+    """Returns alpha of a module by PEFT's rule: that of the first pattern which its name ends in."""
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise UserError(f"{file}: alpha_pattern has {pattern!r}; only names of modules are supported")
+        if f".{name}".endswith(f".{pattern}"):
+            return alpha
+    return settings["lora_alpha"]
+
+
 def _read(
     folder: Path, tensors: dict[str, Any], settings: Mapping[str, Any], lora: Lora, architecture: Architecture
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields (name of a projection, its leaves), and takes what it reads from `tensors`."""
     for name, tensor in modules(architecture, lora.targets).items():
-        keys = [f"base_model.model.{name.replace('{i}', str(i))}.lora_" for i in range(architecture.layers)]
+        keys = [_key(name, i) for i in range(architecture.layers)]
         try:
-            a, b = (np.stack([tensors.pop(f"{key}{side}.weight") for key in keys]).astype(np.float32) for side in "AB")
+            sides = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
+            a, b = (np.stack(side).astype(np.float32) for side in sides)
         except KeyError as error:
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
+        except ValueError:
+            raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
         rank, (inputs, _) = a.shape[1], _sides(tensor, tensor.parts[0])
         theirs = b if tensor.parts[0].inputs else b.transpose(0, 2, 1)
         wanted = _outputs(tensor, rank).shape
         if theirs.shape[1:] != wanted or a.shape[2] != math.prod(inputs):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
-        short = name.rpartition(".")[2]
-        alpha = (settings.get("alpha_pattern") or {}).get(short, lora.alpha)
-        scale = (alpha / rank) / (lora.alpha / lora.rank)
+        alphas = [_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
+        theirs = theirs * (np.array(alphas, np.float32) / rank / (lora.alpha / lora.rank))[:, None, None]
         ours = [to_ours(_outputs(tensor, rank), layer) for layer in theirs]
         for i, part in enumerate(tensor.parts):
-            leaf = a.transpose(0, 2, 1).reshape(len(a), *inputs, rank), np.stack([layer[i] for layer in ours]) * scale
+            leaf = a.transpose(0, 2, 1).reshape(len(a), *inputs, rank), np.stack([layer[i] for layer in ours])
             yield part.path[1], dict(zip(("lora_a", "lora_b"), _own(leaf, i, len(tensor.parts)), strict=True))
 
 

@@ -1,0 +1,194 @@
+"""PEFT's own adapters: they are read, or refused by name, and ten DPO steps of both have the same losses."""
+
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import originals
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import FAMILIES, folders_of, load_torch, logits_of, tokens_of
+
+from dpo_jax import losses, optim
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import as_reference, batch_logps
+from dpo_jax.models import build, hf, lora
+from dpo_jax.records import Tokens, UserError
+from dpo_jax.step import init_state, make_train_step
+
+# PEFT and transformers warn of each other.
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+# Each way to store projections: [in, out], fused by head, fused, apart; and the targets that PEFT is given for it.
+TARGETS = {
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_neox": "all-linear",
+    "llama": ["q_proj", "v_proj"],
+    "olmo2": r".*\.(k_proj|down_proj)",
+    "phi3": "all-linear",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders by family, made when first asked for."""
+    return folders_of({name: (name, {}) for name in FAMILIES}, tmp_path_factory.mktemp)
+
+
+def adapted(folder, seed=0, **settings):
+    """Returns PEFT's model over a base, with B random, so that it changes something."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load_torch(folder), LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(tokens).long()).logits.numpy()
+
+
+def assert_loads_as(folder, adapter, theirs):
+    """The adapter of a PEFT folder over a base has these logits with us, which are not the base's."""
+    architecture, _, base = hf.load(folder)
+    adapters, spec = lora.load(adapter, architecture)
+    model, tokens = build(architecture), tokens_of(2, 20)
+    ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.joined(base, adapters, spec))
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
+    with theirs.disable_adapter():
+        assert np.abs(ours - torch_logits(theirs, tokens)).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_an_adapter_of_pefts_own_has_the_same_logits(folders, kind, tmp_path):
+    theirs = adapted(folders(kind), r=3, lora_alpha=5, target_modules=TARGETS[kind])
+    theirs.save_pretrained(tmp_path)
+    assert_loads_as(folders(kind), tmp_path, theirs)
+
+
+def test_ranks_and_alphas_of_some_modules_are_pefts(folders, tmp_path):
+    """Its patterns are ends of names, the first that fits counts, and one may be of a single layer."""
+    ranks = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 9, "self_attn.v_proj": 1}}
+    theirs = adapted(folders("llama"), r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], **ranks)
+    theirs.save_pretrained(tmp_path)
+    assert_loads_as(folders("llama"), tmp_path, theirs)
+    architecture, _, _ = hf.stored(folders("llama"))
+    settings = json.loads((tmp_path / lora.SETTINGS).read_text())
+    (tmp_path / lora.SETTINGS).write_text(json.dumps(settings | {"alpha_pattern": {"q_proj|v_proj": 1}}))
+    with pytest.raises(UserError, match=r"alpha_pattern has 'q_proj\|v_proj'; only names of modules"):
+        lora.load(tmp_path, architecture)
+    uneven = adapted(folders("llama"), r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2})
+    uneven.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"layers of model.layers.{i}.self_attn.q_proj have several ranks; give them one"
+    ):
+        lora.load(tmp_path, architecture)
+
+
+def test_a_bfloat16_adapter_is_read(folders, tmp_path):
+    theirs = adapted(folders("llama"), r=2, target_modules=["down_proj"])
+    for name, p in theirs.named_parameters():
+        if "lora" in name:
+            p.data = p.data.bfloat16().float()
+    wide = {name: p.detach().clone() for name, p in theirs.named_parameters() if "lora" in name}
+    for name, p in theirs.named_parameters():
+        p.data = p.data.bfloat16() if name in wide else p.data
+    theirs.save_pretrained(tmp_path)
+    for name, p in theirs.named_parameters():
+        p.data = wide.get(name, p.data)
+    assert_loads_as(folders("llama"), tmp_path, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"layers_to_transform": [1]},
+        {"init_lora_weights": "olora"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+def test_what_pefts_adapters_have_more_is_refused_by_name(folders, settings, tmp_path):
+    theirs = adapted(folders("llama"), r=2, target_modules=["q_proj"], **settings)
+    theirs.save_pretrained(tmp_path)
+    (key,) = settings
+    with pytest.raises(UserError, match=rf"adapter_config.json: {key} = .* is not supported"):
+        lora.load(tmp_path, hf.stored(folders("llama"))[0])
+
+
+STEPS, BATCH, RATE = 10, 4, 2e-2
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Random comparisons."""
+    rng = np.random.default_rng(1)
+
+    def ids(low, high):
+        return rng.integers(3, 128, rng.integers(low, high)).astype(np.int32)
+
+    return Table.of(Tokens(ids(2, 12), (ids(2, 20), ids(2, 20))) for _ in range(2 * BATCH))
+
+
+def rows_of(step):
+    return (np.arange(BATCH) + step * BATCH) % (2 * BATCH)
+
+
+def our_losses(folder, adapter, table):
+    """Ten steps of the train step over an adapter's folder; the reference is the base."""
+    architecture, _, base = hf.load(folder)
+    adapters, spec = lora.load(adapter, architecture)
+    logps, tx = partial(batch_logps, build(architecture)), optim.build("adamw", learning_rate=RATE, warmup_steps=0)
+
+    def policy(trained, base):
+        return lora.joined(base, trained, spec)
+
+    step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, policy=policy))
+    column = jax.jit(lambda p, m: as_reference(logps(p, m), m))
+    shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=2)
+    state, found = init_state(adapters, tx), []
+    for i in range(STEPS):
+        batch, count, _ = pack.build(table, rows_of(i), shape)
+        for m in range(count):
+            batch.ref_logps[m] = column(base, jax.tree.map(lambda x, m=m: x[m], batch))
+        state, metrics = step(state, batch, np.int32(count), base)
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def pefts_losses(folder, adapter, table):
+    """The same steps by PEFT's model and torch's AdamW; the reference is the model with its adapter off."""
+    model = PeftModel.from_pretrained(load_torch(folder), adapter, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    found = []
+    for i in range(STEPS):
+        rows = [table[int(k)] for k in rows_of(i)]
+        pi = torch.stack([originals.sequence_logps(model, t) for t in rows])
+        with torch.no_grad(), model.disable_adapter():
+            rho = torch.stack([originals.sequence_logps(model, t) for t in rows])
+        loss = originals.preference_loss(pi, rho, beta=0.5).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 10.0)
+        optimiser.step()
+        found.append(loss.item())
+    return found
+
+
+def test_ten_steps_of_dpo_are_pefts(folders, table, tmp_path):
+    """Adapters start as PEFT makes them: A random, B zero, so that the first loss is log 2."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    get_peft_model(load_torch(folders("llama")), config).save_pretrained(tmp_path)
+    ours, theirs = (run(folders("llama"), tmp_path, table) for run in (our_losses, pefts_losses))
+    assert ours[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert min(ours) < 0.5 * ours[0]  # it learns, so that the comparison is no formality
