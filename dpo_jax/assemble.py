@@ -20,10 +20,10 @@ from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
 from dpo_jax.folders import cache_folder, check_secrets, claim_folder, is_run
 from dpo_jax.losses import Loss
-from dpo_jax.models import Model, hf, hub, lora
+from dpo_jax.models import Architecture, Model, hf, hub, lora, qlora
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.weights import weights_hash
-from dpo_jax.prepare import Run, initialise
+from dpo_jax.prepare import Run, initialise, layer_by_layer
 from dpo_jax.records import Chat, UserError
 from dpo_jax.sample import sample
 from dpo_jax.step import Sync
@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: pure functions.
-      params: host arrays, or stored ones.
+      params: host arrays, or stored ones; in few bits where the config says so.
       hf_config: the contents of its config.json.
       generation: the contents of its generation_config.json.
       name: its folder, or its name on the hub.
@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
 
     def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
         """Writes the policy as a Hugging Face folder, adapters merged."""
-        params = trained if self.lora is None else lora.merged(self.params, trained, self.lora)
+        params = trained if self.lora is None else lora.merged(qlora.as_floats(self.params), trained, self.lora)
         hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
 
     def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
@@ -120,13 +120,39 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: confi
     if len(tokenizer) > architecture.vocab:
         where = options.path or options.config
         raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
-    adapters, kind = None, None
-    if adapted and adapted.path:
-        adapters, kind = lora.load(Path(adapted.path), architecture)
-    elif adapted and adapted.rank:
-        kind = Lora(adapted.rank, adapted.alpha, adapted.targets)
-        adapters = lora.init(architecture, kind, seed)
+    adapters, kind = adapters_of(adapted or configs.Lora(), architecture, seed)
+    if kind is not None:
+        params = hf.narrow(params)
+    if adapted and adapted.base:
+        params = qlora.base(params, architecture, adapted.base, layer_by_layer)
     return Loaded(model, params, hf_config, generation, options.path, adapters, kind)
+
+
+def adapters_of(options: configs.Lora, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
+    """Returns adapters at the start as host arrays, and what they are; nothing where the whole model is trained.
+
+    Raises:
+      UserError: adapters that do not fit the model, or a base in few bits without any.
+    """
+    if options.path:
+        return lora.load(Path(options.path), architecture)
+    if options.rank:
+        kind = Lora(options.rank, options.alpha, options.targets)
+        return lora.init(architecture, kind, seed), kind
+    if options.base:
+        raise UserError(f"lora.base: {options.base} cannot be trained, only adapters over it; set lora.rank")
+    return None, None
+
+
+def notes(config: Config, loaded: Loaded) -> list[str]:
+    """Returns what is rounded where the policy is written."""
+    lines, dtype = [], loaded.hf_config.get("dtype", "float32")
+    if dtype != "float32":
+        lines.append(f"the policy is written in {dtype}, as the model it came from: what was trained is rounded to it")
+    if config.lora.base:
+        what = f"adapters are merged into the {config.lora.base} base that they were trained over"
+        lines.append(f"the policy is written as it was trained: {what}, made whole; adapter/ has them alone")
+    return lines
 
 
 def comparisons(options: configs.Data, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
@@ -288,6 +314,8 @@ def check(config: Config) -> None:
         raise UserError(f"data.skip_bad_rows: {config.data.skip_bad_rows} is less than 0")
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
+    if config.lora.base and config.reference.path:
+        raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; leave it out")
 
 
 def run_of(config: Config, say: Callable[[str], None]) -> Run:
@@ -301,6 +329,8 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     limit = loaded.model.architecture.max_positions
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+    for line in notes(config, loaded):
+        say(line)
     heard: list[str] = []
 
     def hear(line: str) -> None:  # said now, and kept for the report

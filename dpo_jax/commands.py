@@ -203,6 +203,8 @@ def export_command(argv: list[str]) -> None:
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     state = _state(path, settings, loaded, losses.build(settings.loss), which)
     loaded.save(state.params, Path(out), tokenizer)
+    for line in assemble.notes(settings, loaded):
+        say(line)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 
 

@@ -106,6 +106,8 @@ class Lora:
     """Modules that are adapted, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
     path: str = ""
     """A PEFT folder with the adapters to start from, of which rank, alpha and targets are taken."""
+    base: Literal["", "nf4", "int8"] = ""
+    """In what the projections of the model under the adapters are held (QLoRA); by default as in its files."""
 
 
 @dataclass(frozen=True)

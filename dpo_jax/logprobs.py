@@ -33,7 +33,7 @@ def token_logps(hidden: Array, head: Array, target: Array, chunks: Array, size: 
 
     Args:
       hidden: [R, S, D] in the compute dtype, S a multiple of `size`.
-      head: float32[V, D].
+      head: float32[V, D], or narrower where it is not trained.
       target: int32[R, S].
       chunks: int32[], how many chunks hold scored tokens; the rest is left at 0.
       size: columns in a chunk.
@@ -76,9 +76,9 @@ def _token_logps_bwd(size, cap, residuals, g):
         d_head += jnp.einsum("rsv,rsd->vd", d, h, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h, j * size, axis=1), d_head
 
-    zeros = (jnp.zeros_like(hidden), jnp.zeros_like(head))
+    zeros = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
     d_hidden, d_head = jax.lax.fori_loop(0, chunks, body, zeros)
-    return d_hidden, d_head, None, None
+    return d_hidden, d_head.astype(head.dtype), None, None
 
 
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)

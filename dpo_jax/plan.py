@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from dpo_jax import assemble, folders, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
-from dpo_jax.models import hf, hub, lora
+from dpo_jax.models import hf, hub, qlora
 from dpo_jax.prepare import Run, compiled_step, numbers, parts_of, shardings_of
 from dpo_jax.records import Batch, UserError
 
@@ -96,7 +95,7 @@ def of(config: Config) -> Plan:
         max(0, temporary - gradients - logits),
         held(batch),
     )
-    whole = run.params if run.base is None else run.base
+    whole = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
     return Plan(config, count(whole), count(run.params), shape, memory)
 
 
@@ -114,13 +113,13 @@ def traced(config: Config) -> Run:
     architecture = models.family(hf_config["model_type"]).architecture(hf_config)
     model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    kind = adapters = None
     loss = losses.build(config.loss)
-    if config.lora.path:
-        adapters, kind = lora.load(Path(config.lora.path), architecture)
-    elif config.lora.rank:
-        kind = lora.Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-        adapters = lora.init(architecture, kind, 0)
+    adapters, kind = assemble.adapters_of(config.lora, architecture, 0)
+    if kind is not None and config.model.path:
+        dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    if config.lora.base:
+        params = qlora.base(params, architecture, config.lora.base, lambda f, x: jax.eval_shape(jax.vmap(f), x))
     none: Any = None
     return Run(
         config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=assemble.sync_of(config, loss),
@@ -165,7 +164,12 @@ def laid(tree: Any, where: Any) -> Any:
 def held(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits(x.dtype) // 8 for x in leaves)
+
+
+def bits(dtype: Any) -> int:
+    """Returns the bits of a number; two of four lie in a byte on a device."""
+    return 4 if dtype == jnp.uint4 else 8 * dtype.itemsize
 
 
 def count(tree: Any) -> int:

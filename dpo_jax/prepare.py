@@ -19,7 +19,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.evaluate import Evaluator
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
-from dpo_jax.models import Model, lora
+from dpo_jax.models import Model, lora, qlora
 from dpo_jax.models.lora import Lora
 from dpo_jax.records import Batch, TrainState, UserError
 from dpo_jax.sharding import Rows
@@ -145,6 +145,12 @@ def initialise(model: Model, seed: int) -> Any:
     return jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
 
 
+def layer_by_layer(function: Callable, kernel: Any) -> Any:
+    """Returns a function's results for each layer of a kernel [L, ...], stacked, as host arrays."""
+    compiled = jax.jit(function)
+    return jax.tree.map(lambda *x: np.stack(x), *(jax.device_get(compiled(kernel[i])) for i in range(kernel.shape[0])))
+
+
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
@@ -165,11 +171,12 @@ def parts_of(run: Run, mesh: Any, trained: Any) -> Parts:
     def policy(adapters: Any, base: Any) -> Any:
         return lora.joined(base, adapters, adapted)
 
-    base = sharding.of_params(mesh, run.model.axes, run.base)
+    axes = qlora.axes(run.model.axes, run.base)
+    base = sharding.of_params(mesh, axes, run.base)
     shapes = jax.eval_shape(
         policy, run.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
     )
-    whole = sharding.of_params(mesh, lora.joined_axes(run.model.axes, run.params), shapes)
+    whole = sharding.of_params(mesh, lora.joined_axes(axes, run.params), shapes)
     rows = sharding.split_rows(mesh, (trained, base))
     return Parts(mesh, trained, base, policy, rows, in_parts(run.model, rows, whole))
 

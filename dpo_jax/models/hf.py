@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_jax.models import family
 from dpo_jax.models.architecture import Architecture, Config
-from dpo_jax.models.stored import stored_params, whole
+from dpo_jax.models.stored import narrow, stored_params, whole
 from dpo_jax.models.weights import (
     DTYPES,
     INDEX,
@@ -21,7 +21,8 @@ from dpo_jax.models.weights import (
 )
 from dpo_jax.records import UserError
 
-__all__ = ["load", "load_tokenizer", "read_config", "read_generation", "save", "stored", "weights_hash", "whole"]
+__all__ = ["load", "load_tokenizer", "narrow", "read_config", "read_generation", "save", "stored", "weights_hash"]
+__all__ += ["whole"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What an export consists of: a folder that holds anything else is never replaced.

@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.architecture import Architecture, Rope
+from dpo_jax.models.quantised import Quantised, whole
 from dpo_jax.records import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -25,15 +26,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def project(x: Array, kernel: Array, bias: Array | None, contract: int) -> Array:
+def project(x: Array, kernel: Array | Quantised, bias: Array | None, contract: int) -> Array:
     """Multiplies the last axes of x with the first of a kernel, in the dtype of x, accumulating in float32.
 
     The kernel is the float32 master: the cast is inside, so that its gradient comes back in float32 though both
-    products of the backward pass are of the compute dtype.
+    products of the backward pass are of the compute dtype. One in few bits is made whole for either product and kept
+    for neither; it has no gradient.
 
     Args:
       x: [..., *inputs] in the compute dtype.
-      kernel: float32[*inputs, *outputs].
+      kernel: float32[*inputs, *outputs], in few bits, or narrower where it is not trained.
       bias: float32[*outputs] or None.
       contract: the number of input axes.
 
@@ -49,7 +51,7 @@ def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) 
 
 def _project_fwd(x, kernel, bias, contract):
     axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-    y = _product(x, kernel.astype(x.dtype), axes)
+    y = _product(x, whole(kernel, x.dtype), axes)
     y = y if bias is None else y + bias
     return y.astype(x.dtype), (x, kernel, bias)
 
@@ -58,9 +60,11 @@ def _project_bwd(contract, residuals, g):
     x, kernel, bias = residuals
     lead = tuple(range(x.ndim - contract))
     outputs = tuple(range(len(lead), g.ndim)), tuple(range(contract, kernel.ndim))
-    dx = _product(g, kernel.astype(x.dtype), outputs).astype(x.dtype)
-    dw = _product(x, g, (lead, lead))
-    return dx, dw, None if bias is None else g.astype(jnp.float32).sum(lead)
+    dx = _product(g, whole(kernel, x.dtype), outputs).astype(x.dtype)
+    db = None if bias is None else g.astype(jnp.float32).sum(lead).astype(bias.dtype)
+    if isinstance(kernel, Quantised):
+        return dx, None, db
+    return dx, _product(x, g, (lead, lead)).astype(kernel.dtype), db
 
 
 project.defvjp(_project_fwd, _project_bwd)
@@ -116,7 +120,8 @@ def rotate(x: Array, angles: tuple[Array, Array] | None) -> Array:
 class Linear(nn.Module):
     """A projection's parameters: `kernel` [*inputs, *outputs] and, if wanted, `bias` [*outputs].
 
-    Where it is given adapters, `lora_a` [*inputs, r] and `lora_b` [r, *outputs], their product is added.
+    Where it is given adapters, `lora_a` [*inputs, r] and `lora_b` [r, *outputs], their product is added. Instead of
+    `kernel` it may be given `quantised` and `scale`, the same in few bits.
     """
 
     inputs: tuple[int, ...]
@@ -131,7 +136,10 @@ class Linear(nn.Module):
         count = len(self.inputs)
         weights = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
-        kernel = self.param("kernel", weights, (*self.inputs, *self.outputs))
+        if self.has_variable("params", "quantised"):
+            kernel = Quantised(*(self.get_variable("params", name) for name in ("quantised", "scale")))
+        else:
+            kernel = self.param("kernel", weights, (*self.inputs, *self.outputs))
         bias = self.param("bias", zeros, self.outputs) if self.bias else None
         y: Array = project(x, kernel, bias, count)
         if self.has_variable("params", "lora_a"):

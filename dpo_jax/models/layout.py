@@ -76,6 +76,13 @@ def shape_of(tensor: Tensor, part: Part) -> tuple[int, ...]:
     return _turned(np.broadcast_to(np.int8(0), tensor.axes)[part.take], part.inputs).shape
 
 
+def sides(tensor: Tensor, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the input and the output axes that a projection has with us, in one layer."""
+    count = part.inputs or len(tensor.split[0])  # GPT-2 stores [in, out], the others [out, in]
+    shape = shape_of(tensor, part)
+    return shape[:count], shape[count:]
+
+
 def _turned(x: Any, count: int) -> Any:
     """Brings the last `count` axes to the front."""
     first = x.ndim - count

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.models import family
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.layout import Part, Tensor, shape_of, to_ours, to_theirs
+from dpo_jax.models.layout import Tensor, sides, to_ours, to_theirs
 from dpo_jax.models.weights import read_json, write_json
 from dpo_jax.records import Array, UserError
 
@@ -75,7 +75,7 @@ def init(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
     rng, adapters = np.random.default_rng(seed), {}
     for tensor in modules(architecture, lora.targets).values():
         for part in tensor.parts:
-            inputs, outputs = _sides(tensor, part)
+            inputs, outputs = sides(tensor, part)
             size = (architecture.layers, *inputs, lora.rank)
             a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
             b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
@@ -95,7 +95,8 @@ def axes(of_base: Any, adapters: Any) -> Any:
     """Returns the logical names of the axes of adapters, from those of the base."""
 
     def one(name: str) -> dict[str, tuple[str, ...]]:
-        kernel = of_base["layers"][name]["kernel"]
+        leaves = of_base["layers"][name]
+        kernel = leaves["quantised" if "quantised" in leaves else "kernel"]
         count = adapters["layers"][name]["lora_a"].ndim - 1  # with layers
         return {"lora_a": (*kernel[:count], "rank"), "lora_b": (kernel[0], "rank", *kernel[count:])}
 
@@ -130,13 +131,6 @@ def merged(base: Any, adapters: Any, lora: Lora) -> Any:
         rest = {key: value for key, value in base["layers"][name].items() if key != "kernel"}
         layers[name] = {**rest, "kernel": _Merged(kernel, a, b)}
     return {**params, "layers": layers}
-
-
-def _sides(tensor: Tensor, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the input and the output axes of a projection with us."""
-    count = part.inputs or len(tensor.split[0])  # GPT-2 stores [in, out], the others [out, in]
-    shape = shape_of(tensor, part)
-    return shape[:count], shape[count:]
 
 
 def _outputs(tensor: Tensor, rank: int) -> Tensor:
@@ -250,13 +244,13 @@ def _read(
     for name, tensor in modules(architecture, lora.targets).items():
         keys = [_key(name, i) for i in range(architecture.layers)]
         try:
-            sides = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
-            a, b = (np.stack(side).astype(np.float32) for side in sides)
+            found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
+            a, b = (np.stack(layers).astype(np.float32) for layers in found)
         except KeyError as error:
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:
             raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
-        rank, (inputs, _) = a.shape[1], _sides(tensor, tensor.parts[0])
+        rank, (inputs, _) = a.shape[1], sides(tensor, tensor.parts[0])
         theirs = b if tensor.parts[0].inputs else b.transpose(0, 2, 1)
         wanted = _outputs(tensor, rank).shape
         if theirs.shape[1:] != wanted or a.shape[2] != math.prod(inputs):

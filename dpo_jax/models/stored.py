@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +18,8 @@ from dpo_jax.models.layout import Path as Keys
 from dpo_jax.models.weights import expand
 from dpo_jax.records import UserError
 
-STORED = ("F32", "BF16", "F16", "F64")  # safetensors' names of the number formats that can be read
+# Safetensors' names of the number formats that can be read, and what holds each on a device.
+STORED = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float32}
 SHOWN = 20  # names in a message
 ROWS = 8192  # of an embedding that are compared at a time
 
@@ -30,9 +32,10 @@ class _Place(NamedTuple):
     stamp: tuple[int, int]
     tensor: Tensor
     part: Part
+    stored: str
 
-    def read(self, index: Index) -> np.ndarray:
-        """Returns a block of it, float32.
+    def read(self, index: Index, dtype: Any) -> np.ndarray:
+        """Returns a block of it.
 
         Raises:
           UserError: the file is another one than when it was opened.
@@ -40,7 +43,7 @@ class _Place(NamedTuple):
         if not self.file.exists() or _stamp(self.file) != self.stamp:
             raise UserError(f"{self.file}: was changed or removed while it was in use; put it back and run again")
         with safe_open(self.file, framework="numpy") as source:
-            return cut(self.tensor, self.part, index, source.get_slice(self.key)).astype(np.float32)
+            return cut(self.tensor, self.part, index, source.get_slice(self.key)).astype(dtype)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -49,30 +52,33 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 
 class Stored:
-    """A parameter in safetensors files, float32: read when it is looked at, and no more of it than is asked for."""
+    """A parameter in safetensors files: read when it is looked at, and no more of it than is asked for."""
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, places: list[_Place], stacked: bool):
-        """`places` are its layers where it is stacked, else one."""
+    def __init__(self, places: list[_Place], stacked: bool, dtype: Any = np.float32):
+        """`places` are its layers where it is stacked, else one; `dtype` is that in which it is read."""
         one = shape_of(places[0].tensor, places[0].part)
         self.shape = (len(places), *one) if stacked else one
         self.ndim, self.size = len(self.shape), math.prod(self.shape)
-        self._places, self._stacked = places, stacked
+        self.dtype, self._places, self._stacked = np.dtype(dtype), places, stacked
+
+    def narrow(self) -> "Stored":
+        """Returns the parameter with numbers as wide as in the files, which has the same values."""
+        kinds = {STORED[place.stored] for place in self._places}
+        return Stored(self._places, self._stacked, kinds.pop() if len(kinds) == 1 else np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Returns a block, from slices of the first axes; of the first it may be a number."""
         given = index if isinstance(index, tuple) else (index,)
         given += (slice(None),) * (self.ndim - len(given))
         if not self._stacked:
-            return self._places[0].read(given)
+            return self._places[0].read(given, self.dtype)
         first, rest = given[0], given[1:]
         if not isinstance(first, slice):
-            return self._places[first].read(rest)
+            return self._places[first].read(rest, self.dtype)
         shape = (len(range(*cut.indices(size))) for cut, size in zip(given, self.shape, strict=True))
         out = np.empty(tuple(shape), self.dtype)
         for i, place in enumerate(self._places[first]):
-            out[i] = place.read(rest)
+            out[i] = place.read(rest, self.dtype)
         return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -83,6 +89,11 @@ class Stored:
 def whole(params: Any) -> Any:
     """Returns parameters with every leaf read into the host's memory."""
     return jax.tree.map(np.asarray, params)
+
+
+def narrow(params: Any) -> Any:
+    """Returns parameters with numbers as wide as in their files: for those that are not trained. Widening is exact."""
+    return jax.tree.map(lambda x: x.narrow() if isinstance(x, Stored) else x, params)
 
 
 class _Header(NamedTuple):
@@ -167,7 +178,7 @@ def stored_params(files: list[Path], module: ModuleType, architecture: Architect
     places: dict[Keys, list[_Place]] = {}
     for name, (_, tensor) in table.items():  # layers in their order
         for part in tensor.parts:
-            places.setdefault(part.path, []).append(_Place(*found[name][:3], tensor, part))
+            places.setdefault(part.path, []).append(_Place(*found[name][:3], tensor, part, found[name].stored))
     stacked = {part.path: layer is not None for layer, tensor in table.values() for part in tensor.parts}
     return _nest({path: Stored(of, stacked[path]) for path, of in places.items()}), _dtype(found)
 

@@ -73,11 +73,17 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def weights_hash(params: Mapping[str, Any], architecture: Architecture) -> str:
-    """Returns 32 hex digits that identify a model: blake2b of all parameters and of the architecture's fields."""
+    """Returns 32 hex digits that identify a model: blake2b of all parameters and of the architecture's fields.
+
+    Floats count by their values, whatever holds them.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
     for path, value in sorted(_flatten(params)):
-        array = np.ascontiguousarray(value)
+        array = np.asarray(value)
+        if array.dtype in tuple(DTYPES.values()):
+            array = array.astype(np.float32, copy=False)
+        array = np.ascontiguousarray(array)
         digest.update(f"{path} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
