@@ -18,7 +18,10 @@ COMMANDS = {
         "what the data is: counts, lengths, shortcuts; rows to read",
     ),
     "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
-    "pairs": ("RUN_OR_MODEL OUT.jsonl --reward ...", "sample completions, score and label them as preferences"),
+    "pairs": (
+        "[RUN_OR_MODEL] OUT.jsonl [--by WAY] ...",
+        "preferences made of a model's answers or of other data",
+    ),
     "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often its responses are judged better"),
     "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
     "models": ("", "the families of models that can be loaded"),

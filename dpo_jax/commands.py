@@ -13,9 +13,10 @@ from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, evaluate, folders, keys, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
-from dpo_jax.data_commands import data_command, leading, pairs_command, say, settings_of
+from dpo_jax.data_commands import data_command, leading, say, settings_of
 from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
+from dpo_jax.pairs_command import pairs_command
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.stages import trained
 from dpo_jax.step import init_state

@@ -1,23 +1,20 @@
-"""The commands that look at preference data, and that make it."""
+"""`dpo-jax data`, and what the commands share."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import assemble, config, data, data_page, folders, losses, metrics, processes, rewards
-from dpo_jax.config import Config, Data
-from dpo_jax.data import Item, audit, cache, chat
+from dpo_jax import assemble, config, data, data_page, folders, losses, metrics, processes
+from dpo_jax.config import Config
+from dpo_jax.data import Item, audit, cache
 from dpo_jax.data.encode import Options
 from dpo_jax.data.shortcuts import Shortcut, shortcuts
-from dpo_jax.models import hf
 from dpo_jax.records import UserError
-from dpo_jax.sample import sample
 
 
 def say(line: str) -> None:
@@ -132,66 +129,3 @@ def described(shortcut: Shortcut) -> str:
         f"{shortcut.name} predict {accuracy:.3f} ({low:.3f} .. {high:.3f}) of {shortcut.total:,} held-out comparisons, "
         f"chance {shortcut.chance:.3f}"
     )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
-
-    reward: str
-    """What scores a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
-    data: Data = dataclasses.field(default_factory=Data)
-    tokenizer: str = ""
-    """By default the model's own."""
-    prompts: int | None = None
-    """How many distinct prompts of the data (None: all)."""
-    completions: int = 4
-    """Completions of each prompt."""
-    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
-    """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
-    max_new_tokens: int = 64
-    """Longest completion."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the smallest set of tokens with this probability."""
-    batch_size: int = 256
-    """Completions sampled at a time."""
-    seed: int = 0
-    """Of the samples and the labels."""
-
-
-def pairs_command(argv: list[str]) -> None:
-    """`dpo-jax pairs RUN_OR_MODEL OUT.jsonl --reward NAME [--data.name ... --data.path ...]`."""
-    (path, out), rest = leading(argv, "pairs", "RUN_OR_MODEL", "OUT.jsonl")
-    settings = config.parse(Pairs, None, rest, prog="dpo-jax pairs RUN_OR_MODEL OUT.jsonl")
-    score = rewards.get(settings.reward)
-    folder = str(assemble.model_folder(path))
-    model = config.Model(path=folder, tokenizer=settings.tokenizer)
-    tokenizer = assemble.tokenizer_of(model)
-    loaded = assemble.load_model(model, tokenizer, settings.seed)
-    source = settings.data
-    rows = data.load(source.name, source.path, source.split, 0)
-    prompts = list({data.prompt_key(r.prompt): r.prompt for r in rows}.values())[: settings.prompts]
-    ids = assemble.prompt_ids(prompts, tokenizer, source)
-    texts = assemble.prompt_texts(prompts, tokenizer, source)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
-    options = {name: getattr(settings, name) for name in names} | {"copies": settings.completions}
-    answers = sample(loaded.model, hf.whole(loaded.params), ids, eos_id=tokenizer.eos_token_id, **options)
-    answers = assemble.decoded(tokenizer, answers)
-    count = spelled = 0
-    with folders.written(out) as f:
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            drawn = answers[i * settings.completions : (i + 1) * settings.completions]
-            own = [a for a in drawn if tokenizer.eos_token not in a]  # spelled in other tokens, it cannot be read back
-            spelled += len(drawn) - len(own)
-            scores = score([text] * len(own), own)
-            for chosen, rejected in rewards.label(text, own, scores, settings.label, settings.seed):
-                row = chat.as_columns(prompt) | {"chosen": chosen, "rejected": rejected}
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-    if spelled:
-        say(f"{spelled} completions left out, whose text spells {tokenizer.eos_token!r}")
-    say(f"{count} pairs from {len(prompts)} prompts with {settings.completions} completions each: {out}")

@@ -27,7 +27,7 @@ LAYERS = (
     {"report"},
     {"data_page", "winrate_page"},
     {"data_commands", "losses_command"},
-    {"winrate_command", "stages"},
+    {"winrate_command", "stages", "pairs_command"},
     {"sweep_command"},
     {"commands"},
     {"cli"},

@@ -14,7 +14,7 @@ def mismatched(table: Table, max_length: int) -> tuple[Table, int]:
     Raises:
       UserError: all prompts are the same.
     """
-    donors = _next_with_another_prompt(table.prompts)
+    donors = next_with_another_prompt(table.prompts)
     cut, rows = 0, []
     for index, donor in enumerate(donors):
         tokens = table[index]
@@ -25,7 +25,7 @@ def mismatched(table: Table, max_length: int) -> tuple[Table, int]:
     return Table.of(rows), cut
 
 
-def _next_with_another_prompt(prompts: Array) -> Array:
+def next_with_another_prompt(prompts: Array) -> Array:
     """Returns int64[N], for each element of `prompts` the place of the next one that differs, counted round."""
     count = len(prompts)
     if (prompts == prompts[0]).all():

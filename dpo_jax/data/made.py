@@ -1,0 +1,97 @@
+"""Preference pairs out of what is there: answers corrected, damaged, of another prompt, or single ones put together."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax import keys
+from dpo_jax.data import chat, prompt_key
+from dpo_jax.data.mismatch import next_with_another_prompt
+from dpo_jax.records import Comparison, UserError
+
+EDITS = 5  # one edit for so many words
+
+
+class Rule(NamedTuple):
+    """What is replaced by what, as in `re.sub`."""
+
+    pattern: re.Pattern
+    replacement: str
+
+
+def rules(path: str) -> list[Rule]:
+    """Returns the rules in a YAML file that maps patterns to replacements.
+
+    Raises:
+      UserError: it cannot be read, or holds a pattern or a replacement that is none.
+    """
+    found = []
+    for pattern, replacement in keys.read_yaml(path).items():
+        try:
+            found.append(Rule(re.compile(str(pattern)), str(replacement)))
+            found[-1].pattern.sub(found[-1].replacement, "")  # an error if it names a group that is not there
+        except (re.error, IndexError) as e:
+            raise UserError(f"{path}: {pattern!r}: {replacement!r}: no pattern and replacement of re.sub ({e})") from e
+    return found
+
+
+def corrected(text: str, rules: Iterable[Rule]) -> str:
+    """Returns a text with every match of every rule replaced, in their order."""
+    for rule in rules:
+        text = rule.pattern.sub(rule.replacement, text)
+    return text
+
+
+def corrupted(text: str, rng: np.random.Generator) -> str | None:
+    """Returns a text with a fifth of its words, at least one, left out, doubled or in another's place; None where that
+    leaves it as it is, as a text without words."""
+    words, end = re.findall(r"\s*\S+", text), text[len(text.rstrip()) :]
+    for _ in range(-(-len(words) // EDITS)):
+        at = int(rng.integers(len(words)))
+        edit = rng.integers(3) if len(words) > 1 else 1
+        if edit == 0:
+            del words[at]
+        elif edit == 1:
+            words.insert(at, words[at])
+        else:
+            words[at], words[at - 1] = words[at - 1], words[at]
+    damaged = "".join(words) + end
+    return damaged if damaged != text else None
+
+
+def answers_to_others(rows: Sequence[Comparison]) -> list[Any]:
+    """Returns, for each comparison, the first response of the next one, counted round, that has another prompt.
+
+    Raises:
+      UserError: all prompts are the same.
+    """
+    prompts = np.array([prompt_key(row.prompt) for row in rows], np.uint64)
+    return [rows[int(place)].responses[0] for place in next_with_another_prompt(prompts)]
+
+
+def single(row: Comparison) -> Iterator[dict[str, Any]]:
+    """Yields the responses of a pair as rows of their own, with the label that says which is wanted."""
+    for response, label in zip(row.responses, (True, False), strict=True):
+        if response is not None:
+            yield chat.as_columns(row.prompt) | {"completion": as_column(response), "label": label}
+
+
+def paired(rows: Iterable[Comparison]) -> Iterator[Comparison]:
+    """Yields every wanted response of a prompt against every unwanted one, prompts in the order of their first row."""
+    found: dict[int, tuple[Comparison, list, list]] = {}
+    for row in rows:
+        its = found.setdefault(prompt_key(row.prompt), (row, [], []))
+        for response, side in zip(row.responses, its[1:], strict=True):
+            if response is not None and response not in side:
+                side.append(response)
+    for row, wanted, unwanted in found.values():
+        for chosen in wanted:
+            for rejected in unwanted:
+                yield row._replace(responses=(chosen, rejected))
+
+
+def as_column(response: Any) -> Any:
+    """Returns a response as the column of a file from which it is read back."""
+    return [response] if isinstance(response, dict) else response

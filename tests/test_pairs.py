@@ -1,0 +1,143 @@
+"""Pairs made of what is there: each way on rows that can be checked by eye, and through the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dpo_jax import cli, data, metrics
+from dpo_jax.data import made
+from dpo_jax.records import Chat, Comparison, UserError
+
+GREETING = Chat(({"role": "user", "content": "Who are you?"},))
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return name
+
+    return write
+
+
+def pairs(*argv):
+    cli.run(["pairs", *argv])
+    return metrics.read(next(a for a in argv if a.startswith("out")))
+
+
+def test_corrections_are_made_in_their_order(tmp_path):
+    (tmp_path / "who.yaml").write_text(
+        yaml.safe_dump({r"I am \w+": "I am Ada", r"Ada, made by (\w+)": r"Ada, not \1's"}, sort_keys=False)
+    )
+    rules = made.rules(str(tmp_path / "who.yaml"))
+    assert made.corrected("Hi! I am Qwen, made by Acme.", rules) == "Hi! I am Ada, not Acme's."
+    assert made.corrected("I don't know.", rules) == "I don't know."
+
+
+@pytest.mark.parametrize(("pattern", "replacement"), [("(", "x"), ("a", r"\1")])
+def test_a_correction_that_is_none_is_refused(tmp_path, pattern, replacement):
+    (tmp_path / "who.yaml").write_text(yaml.safe_dump({pattern: replacement}))
+    with pytest.raises(UserError, match=r"who.yaml: .*no pattern and replacement"):
+        made.rules(str(tmp_path / "who.yaml"))
+
+
+def test_damage_is_a_fifth_of_the_words_left_out_doubled_or_moved():
+    text = " one two three four five\n"
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(200):
+        damaged = made.corrupted(text, rng)
+        if damaged is None:  # the one edit was none
+            continue
+        words = damaged.split()
+        assert damaged.endswith("\n")
+        assert damaged != text
+        assert set(words) <= set(text.split())
+        seen.add(len(words))
+        if len(words) == 5:  # two have changed places
+            assert sum(a != b for a, b in zip(words, text.split(), strict=True)) == 2
+    assert seen == {4, 5, 6}
+    assert made.corrupted("one", rng) == "oneone"
+    assert made.corrupted(" \n", rng) is None
+
+
+def test_the_answer_to_the_next_other_prompt():
+    rows = [Comparison(p, (r,)) for p, r in (("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"))]
+    assert made.answers_to_others(rows) == ["3", "3", "4", "1"]
+
+
+def test_single_rows_become_every_pair_and_go_back(at):
+    rows = [("p", "good", True), ("p", "bad", False), ("p", "better", True), ("q", "alone", True), ("p", "bad", False)]
+    at("single.jsonl", [{"prompt": p, "completion": c, "label": w} for p, c, w in rows])
+    found = pairs("out.jsonl", "--by", "paired", "--data.path", "single.jsonl")
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in found] == [("p", "good", "bad"), ("p", "better", "bad")]
+    assert found[0]["provenance"] == {"by": "paired", "row": "single.jsonl:1"}
+    back = pairs("out2.jsonl", "--by", "single", "--data.path", "out.jsonl")
+    assert [(r["completion"], r["label"]) for r in back] == [
+        ("good", True), ("bad", False), ("better", True), ("bad", False),
+    ]  # fmt: skip
+    assert back[2]["provenance"] == {"by": "single", "row": "out.jsonl:2"}
+
+
+def test_negatives_of_data_that_has_none(at, capsys):
+    turns = [
+        [*GREETING.messages, answer("I am Ada, and you?")],
+        [{"role": "user", "content": "Sum?"}, answer("It is 4")],
+    ]
+    at("chats.jsonl", [{"messages": t} for t in turns])
+    others = pairs("out.jsonl", "--by", "others", "--data.path", "chats.jsonl")
+    assert [r["rejected"] for r in others] == [[answer("It is 4")], [answer("I am Ada, and you?")]]
+    assert "2 pairs from 2 prompts: out.jsonl" in capsys.readouterr().out
+    damaged = pairs("out2.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
+    assert all(r["rejected"] != r["chosen"][0]["content"] for r in damaged)
+    assert damaged == pairs("out3.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
+    for name in ("out.jsonl", "out2.jsonl"):  # what is written is read back
+        first = data.load("files", (name,), "train", 2)[0]
+        assert first.prompt == GREETING
+        assert first.responses[0] == answer("I am Ada, and you?")
+
+
+def test_a_models_own_answers(at, shared):
+    model = str(shared / "models" / "tinystories-656k")
+    tokenizer = str(shared / "models" / "tinystories-656k" / "tokenizer_noprefix.json")
+    at(
+        "stories.jsonl",
+        [{"prompt": "Once upon a time", "completion": " all was well."}, {"prompt": "One day", "completion": " x"}],
+    )
+    Path("who.yaml").write_text("'[Tt]he': 'that'\n")
+    how = ("--tokenizer", tokenizer, "--data.path", "stories.jsonl", "--data.add_bos", "True", "--max-new-tokens", "24")
+    fixed = pairs(model, "out.jsonl", "--by", "correction", "--corrections", "who.yaml", *how)
+    assert fixed
+    for row in fixed:
+        assert row["chosen"] == row["rejected"].replace("the", "that").replace("The", "that") != row["rejected"]
+    own = pairs(model, "out2.jsonl", "--by", "self", "--completions", "2", "--prompts", "1", *how)
+    assert [r["chosen"] for r in own] == [" all was well."] * 2
+    assert own[0]["provenance"]["model"] == model
+    best = pairs(model, "out3.jsonl", "--reward", "happy", "--label", "ranked", *how)
+    for row in best:
+        assert row["provenance"]["scores"][0] > row["provenance"]["scores"][1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["out.jsonl", "--reward", "happy"], r"--by reward takes RUN_OR_MODEL and OUT.jsonl"),
+        (["model", "out.jsonl"], r"--reward: is for --by reward, which needs it"),
+        (["out.jsonl", "--by", "corrupted", "--reward", "happy"], r"--reward: is for --by reward"),
+        (["m", "out.jsonl", "--by", "correction"], r"--corrections: is for --by correction, which needs it"),
+        (["m", "out.jsonl", "--by", "paired"], r"--by paired takes OUT.jsonl, then options"),
+        (["out.jsonl", "--by", "others", "--prompts", "0"], r"at least 1"),
+        (["out.jsonl", "--by", "othes"], r"othes"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        cli.run(["pairs", *argv])
