@@ -139,7 +139,7 @@ class Pairs:
     """Preferences from a model's own completions (paper, appendix C.1: four completions a prompt, six pairs)."""
 
     reward: str
-    """What scores a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
+    """What scores a completion: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER or module:function."""
     data: Data = dataclasses.field(default_factory=Data)
     tokenizer: str = ""
     """By default the model's own."""

@@ -14,7 +14,7 @@ from dpo_jax import evaluate, losses, optim, processes, reference, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps
+from dpo_jax.logprobs import batch_logps, shown
 from dpo_jax.losses import Loss
 from dpo_jax.models import Model, lora
 from dpo_jax.models.lora import Lora
@@ -215,7 +215,7 @@ def compiled_step(run: Run, parts: Parts, like: TrainState) -> Any:
     if mapped and processes.several():
         raise UserError("mesh.mode pmap: is for one process; take jit for several")
     rows = sharding.mapped_rows(parts.mesh) if mapped else parts.rows
-    logps = partial(batch_logps, run.model if mapped else parts.model, confidence=run.loss.confidence)
+    logps = shown(run.model if mapped else parts.model, run.loss)
 
     def step(state: TrainState, batch: Batch, count: Any, base: Any, numbers: Any) -> Any:
         loss = losses.build([{**term, **given} for term, given in zip(terms, numbers["loss"], strict=True)])
@@ -249,7 +249,7 @@ def prepare(run: Run, say: Callable[[str], None]) -> Prepared:
     parts = parts_of(run, mesh, trained)
     base = None if parts.base is None else sharding.put(run.base, parts.base)
     frozen = Frozen() if run.frozen is None else _frozen(run, parts, base, (shape, eval_shape), put, say)
-    logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
+    logps = shown(parts.model, run.loss)
     evaluator = evaluate.Evaluator(
         evaluate.make_step(logps, run.loss, parts.rows, parts.policy),
         run.held_out,
