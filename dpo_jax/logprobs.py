@@ -195,10 +195,15 @@ def shown(model: Model, loss: Loss) -> Callable[[Any, Batch], Logps]:
 
 def scored_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
     """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
+    return scored_states(model, params, batch, chunk=chunk)[0]
+
+
+def scored_states(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
+    """Returns what `scored_logps` does, and the hidden states that predict those tokens, [R, S, D]."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
     cap = model.architecture.logit_cap
     logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
-    return logps[:, : batch.slot.shape[1]]
+    return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 
 def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array, Array, Array, Array, int]:
