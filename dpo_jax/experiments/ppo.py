@@ -125,23 +125,19 @@ def train(
       UserError: options that do not go together, or a step that is not finite.
     """
     _check(options, prompts)
-    longest = max(map(len, prompts)) + options.max_new_tokens
-    rows = options.rollouts // options.minibatches
-    shape = pack.Shape(options.minibatches, rows, longest, 1, options.max_new_tokens)
+    shape = _shape(options, prompts)
     model = model._replace(axes=None)  # so that it can be the key of a compiled program
-    params, reference = jax.device_put((params, reference))
-    width = model.architecture.width + model.architecture.head_bias  # see `Model.head`
-    learner = Learner(params, {"weight": jnp.zeros(width), "bias": jnp.zeros(())})
+    learner, reference = jax.device_put((_learner(model, params), reference))
     opt_state, kl_coef = _adam(0.0, 0.0).init(learner), options.init_kl_coef
     numbers = {name: value for name, value in options._asdict().items() if isinstance(value, float)}
     sizes = options.inner_epochs, options.minibatches, options.whiten_rewards
     for step in range(steps):
         draw = np.random.default_rng((seed, step))
         batch, scores = _drawn(model, learner.policy, prompts, reward, options, shape, draw, eos)
-        key = jax.random.key(int(draw.integers(2**31)))
         now = numbers | {"learning_rate": options.learning_rate * (1 - step / steps), "kl_coef": kl_coef}
-        learner, opt_state, told = _step(model, sizes, learner, reference, opt_state, batch, scores, now, key)
-        told = {name: float(value) for name, value in told.items()} | {"kl_coef": kl_coef}
+        key = jax.random.key(int(draw.integers(2**31)))
+        learner, opt_state, found = _step(model, sizes, learner, reference, opt_state, batch, scores, now, key)
+        told = {name: float(value) for name, value in found.items()} | {"kl_coef": kl_coef}
         if not np.isfinite(list(told.values())).all():
             raise UserError(f"PPO is not finite at step {step + 1} ({told}); lower learning_rate")
         kl_coef = parts.adapted(kl_coef, told["kl"], options.kl_target, options.rollouts, options.horizon)
@@ -150,6 +146,18 @@ def train(
         if each is not None:
             each(step + 1, learner.policy)
     return learner.policy
+
+
+def _shape(options: Options, prompts: Sequence[Array]) -> pack.Shape:
+    """Returns the layout of a step's completions: one to a row, a minibatch's worth at a time."""
+    longest, new = max(map(len, prompts)), options.max_new_tokens
+    return pack.Shape(options.minibatches, options.rollouts // options.minibatches, longest + new, 1, new)
+
+
+def _learner(model: Model, params: Any) -> Learner:
+    """Returns what is trained at the start, when every text is worth 0."""
+    width = model.architecture.width + model.architecture.head_bias  # see `Model.head`
+    return Learner(params, {"weight": jnp.zeros(width), "bias": jnp.zeros(())})
 
 
 def _check(options: Options, prompts: Sequence[Array]) -> None:
