@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order, synthetic
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import Options, adds_bos
+from dpo_jax.data.ended import ended
 from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
-from dpo_jax.folders import cache_folder, check_secrets, claim_folder, is_run
+from dpo_jax.folders import cache_folder, check_secrets, claim_folder
 from dpo_jax.losses import Loss
-from dpo_jax.models import Architecture, Model, hf, hub, lora, qlora
+from dpo_jax.models import Architecture, Model, hf, lora, qlora, score
+from dpo_jax.models.hf import model_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.prepare import Run, initialise, layer_by_layer
@@ -40,6 +42,7 @@ class Loaded(NamedTuple):
       name: its folder, or its name on the hub.
       adapters: host arrays, if only adapters of it are trained.
       lora: what they are, likewise.
+      note: what is to be said of it, if anything.
     """
 
     model: Model
@@ -50,6 +53,7 @@ class Loaded(NamedTuple):
 
     adapters: Any = None
     lora: Lora | None = None
+    note: str = ""
 
     def policy(self, trained: Any) -> Any:
         """Returns the policy's parameters, in the host's memory, from what is trained."""
@@ -68,24 +72,6 @@ class Loaded(NamedTuple):
             lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
 
 
-def model_folder(path: str) -> Path:
-    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
-
-    Raises:
-      UserError: no such folder or model of the hub; a run that has not finished.
-    """
-    if hub.is_name(path):
-        return hub.fetched(path)
-    if not Path(path).is_dir():
-        kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
-        raise UserError(f"{path}: no such folder; give {kinds}")
-    if not is_run(path):
-        return Path(path)
-    if not (Path(path) / "model").is_dir():
-        raise UserError(f"{path}: this run has exported no model yet; finish it with dpo-jax train")
-    return Path(path) / "model"
-
-
 def tokenizer_of(options: configs.Model) -> Any:
     """Returns a tokenizer: that named (a folder's, a hub id's, or that of the synthetic world), or the model's own."""
     name = options.tokenizer
@@ -97,15 +83,23 @@ def tokenizer_of(options: configs.Model) -> Any:
     return hf.load_tokenizer(model_folder(name or options.path) if local else name)
 
 
-def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: configs.Lora | None = None) -> Loaded:
+def load_model(
+    options: configs.Model,
+    tokenizer: Any,
+    seed: int,
+    adapted: configs.Lora | None = None,
+    rewarded: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Returns the policy at the start: a folder's weights, or a random draw from a config.json, and adapters if any.
 
+    `rewarded` says how texts become tokens where a reward model is wanted: a language model then gets a new head.
+
     Raises:
-      UserError: neither or both are named; the tokenizer has more ids than the vocabulary.
+      UserError: neither or both are named; the tokenizer has more ids than the vocabulary; a model of the other kind.
     """
     if bool(options.path) == bool(options.config):
         raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
-    params, generation = None, {}
+    params, generation, note = None, {}, ""
     if options.path:
         folder = model_folder(options.path)
         architecture, hf_config, params = hf.stored(folder)
@@ -113,7 +107,13 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: confi
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         hf_config = hf.read_config(options.config) | ids | {"dtype": "float32"}  # what it is trained and written in
-        architecture = models.family(hf_config.get("model_type", "")).architecture(hf_config)
+        architecture = models.architecture_of(hf_config)
+    if rewarded is None and architecture.score:
+        raise UserError(f"{options.path}: a reward model, which writes nothing; name a language model")
+    if rewarded is not None:
+        architecture, hf_config, params, note = _rewarding(architecture, hf_config, params, tokenizer, rewarded, seed)
+        if adapted and (adapted.rank or adapted.path):
+            raise UserError("lora: the head of a reward model is trained too, which no adapters are; unset lora.rank")
     model = models.build(architecture, compute=options.compute, remat=options.remat)
     if params is None:
         params = initialise(model, seed)
@@ -125,7 +125,31 @@ def load_model(options: configs.Model, tokenizer: Any, seed: int, adapted: confi
         params = hf.narrow(params)
     if adapted and adapted.base:
         params = qlora.base(params, architecture, adapted.base, layer_by_layer)
-    return Loaded(model, params, hf_config, generation, options.path, adapters, kind)
+    return Loaded(model, params, hf_config, generation, options.path, adapters, kind, note)
+
+
+def _rewarding(
+    architecture: Architecture, hf_config: Any, params: Any, tokenizer: Any, encoding: Mapping[str, Any], seed: int
+) -> tuple[Architecture, dict[str, Any], Any, str]:
+    """Returns what a reward model is made of, with a new head if it is none yet, and what is to be said of that."""
+    name = models.family(hf_config["model_type"]).CLASS
+    hf_config = score.as_score(hf_config, name, padding(tokenizer), encoding)
+    new = models.architecture_of(hf_config)
+    if architecture.score or params is None:
+        return new, hf_config, params, ""
+    note = f"a {name} becomes a {score.class_of(name)}: its new head is drawn from normal(0, {new.score_std:.4f})"
+    return new, hf_config, score.headed(params, new, seed), note
+
+
+def padding(tokenizer: Any) -> int:
+    """Returns the token with which texts are padded: the tokenizer's, or its EOS."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def reward_encoding(config: Config, loss: Loss) -> dict[str, Any] | None:
+    """Returns how the texts that a reward model reads become tokens; None for a loss of language models."""
+    options = {k: v for k, v in encoding(config.data).items() if k not in ("template", "degenerate", "skip_bad_rows")}
+    return options if loss.rewards else None
 
 
 def adapters_of(options: configs.Lora, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
@@ -196,6 +220,8 @@ def table_of(
     for line in report.lines():
         say(f"{what} data: {line}")
     _check_labels(table, what, loss)
+    if loss.rewards:
+        table = ended(table, tokenizer.eos_token_id, padding(tokenizer))
     if not loss.mismatched:
         return table
     table, cut = mismatched(table, config.data.max_length)
@@ -325,7 +351,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     sync = sync_of(config, loss)
     optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
-    loaded = load_model(config.model, tokenizer, config.seed, config.lora)
+    loaded = load_model(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
     limit = loaded.model.architecture.max_positions
     if config.data.max_length > limit:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
@@ -337,6 +363,8 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         heard.append(line)
         say(line)
 
+    if loaded.note:
+        hear(loaded.note)
     rows = comparisons(config.data, responses_of(config, loss))
     with processes.first_before_others("the data"):  # which then find it in the cache
         train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
@@ -346,7 +374,8 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     folder, lock = claim_folder(config)
     if processes.first():
         (folder / "data.json").write_text(json.dumps(heard, indent=1))
-    prompts = [held_out[i].prompt for i in range(min(config.samples.prompts, len(held_out)))]
+    shown = 0 if loss.rewards else config.samples.prompts  # a reward model writes nothing
+    prompts = [held_out[i].prompt for i in range(min(shown, len(held_out)))]
     return Run(
         config=config,
         folder=folder,

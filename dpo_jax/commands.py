@@ -57,7 +57,7 @@ class Evaluation(Config):
     """A run's config, and what to measure beside its held-out comparisons."""
 
     reward: str = ""
-    """A true reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
+    """A reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER or module:function."""
     prompts: int = 256
     """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
     show: int = 3
@@ -99,8 +99,11 @@ def eval_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     if loss.uses_reference and not folders.is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
+    if loss.rewards and (settings.reward or settings.per_token):
+        raise UserError("--reward, --per-token: a reward model writes nothing, and has no log-probs of tokens")
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
+    rewarded = assemble.reward_encoding(settings, loss)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
     _, rows = assemble.comparisons(settings.data, assemble.responses_of(settings, loss))
     held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
     state = _state(path, settings, loaded, loss)
@@ -110,7 +113,7 @@ def eval_command(argv: list[str]) -> None:
     if settings.per_token:
         _write_per_token(settings.per_token, judge, held_out, tokenizer)
     shown: list[tuple[str, ...]] = []
-    if settings.prompts:
+    if settings.prompts and not loss.rewards:
         more, shown = _sampled(settings, judge, tokenizer, held_out)
         found |= more
     _print_metrics(found)
@@ -182,9 +185,12 @@ def sample_command(argv: list[str]) -> None:
     settings = settings_of(path, rest, Sampling, "sample")
     if not settings.prompt:
         raise UserError("--prompt: give at least one text to complete")
+    loss = losses.build(settings.loss)
+    if loss.rewards:
+        raise UserError(f"{path}: a reward model, which writes nothing; name a language model")
     tokenizer = assemble.tokenizer_of(settings.model)
     loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
-    models = _models(path, settings, loaded, _state(path, settings, loaded, losses.build(settings.loss)))
+    models = _models(path, settings, loaded, _state(path, settings, loaded, loss))
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
     _print_samples(list(zip(settings.prompt, *(complete(p) for p in models.values()), strict=True)), list(models))
@@ -201,8 +207,10 @@ def export_command(argv: list[str]) -> None:
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = folders.config_of(path)
     tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
-    state = _state(path, settings, loaded, losses.build(settings.loss), which)
+    loss = losses.build(settings.loss)
+    rewarded = assemble.reward_encoding(settings, loss)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    state = _state(path, settings, loaded, loss, which)
     loaded.save(state.params, Path(out), tokenizer)
     for line in assemble.notes(settings, loaded):
         say(line)

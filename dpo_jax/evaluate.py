@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax import processes, reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps, per_microbatch, scored_logps
+from dpo_jax.logprobs import batch_logps, per_microbatch, scored_logps, shown
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.metrics import fisher, mean_interval, wilson
 from dpo_jax.models import Model
@@ -136,7 +136,7 @@ def held_out(judge: Judge, table: Table) -> dict[str, np.ndarray]:
     """Returns every metric of the loss for every comparison of a table, float32[N] each."""
     column = logps(judge, "reference", table) if "reference" in judge.params else None
     shape = pack.choose(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    step = make_step(partial(batch_logps, judge.model, confidence=judge.loss.confidence), lambda _: judge.loss)
+    step = make_step(shown(judge.model, judge.loss), lambda _: judge.loss)
     evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
     return values(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
 

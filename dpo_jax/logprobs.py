@@ -1,4 +1,4 @@
-"""params + Batch -> Logps: log-probs of the scored tokens only, with no batch of logits ever in memory."""
+"""params + Batch -> Logps: log-probs of the scored tokens only, with no batch of logits ever in memory; or rewards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses import Loss
 from dpo_jax.models import Model, capped, capped_slope
 from dpo_jax.records import Array, Batch, Logps
 
@@ -144,18 +145,65 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         "scores": batch.scores,
         "confidence": mean,
     }
-    flat = {name: value.reshape(rows * groups, responses) for name, value in each.items()}
-    return Logps(
-        weights=batch.weights.reshape(-1), preference=batch.preference.reshape(-1), running=jnp.zeros(()), **flat
-    )
+    return _by_comparison(batch, each)
+
+
+def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
+    """Returns the rewards of every response of one microbatch in the place of its log-probs, by a reward model.
+
+    A response's reward is the head's product with the last hidden state that predicts a token of it, in float32; so
+    the text that is rewarded ends before the response's last token (see `data.ended`).
+
+    Args and returns as for `batch_logps`; `lengths` are the tokens that are rewarded, and there is no reference.
+    """
+    rows, groups, responses, _ = batch.ref_logps.shape
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
+    scored = _adder(batch.slot, (rows, groups, responses))(jnp.ones(batch.slot.shape))
+    present = scored > 0
+    # The tokens of a response stand side by side, in the order of the slots, so that each ends where the sum does.
+    last = jnp.maximum(jnp.cumsum(scored.reshape(rows, -1), axis=1).astype(jnp.int32) - 1, 0)
+    place = jnp.take_along_axis(batch.source, last, axis=1)
+    read = jnp.take_along_axis(hidden, place[..., None], axis=1).astype(jnp.float32)
+    rewards = jnp.einsum("rpd,d->rp", read, model.head(params)[0].astype(jnp.float32)).reshape(present.shape)
+    rewards, none = jnp.where(present, rewards, 0.0), jnp.zeros_like(rewards)
+    each = {
+        "policy": rewards,
+        "reference": none,
+        "policy_shared": rewards,
+        "reference_shared": none,
+        "lengths": jnp.maximum(scored - 1.0, 0.0),
+        "present": present,
+        "scores": batch.scores,
+        "confidence": jnp.full_like(rewards, jnp.nan),
+    }
+    return _by_comparison(batch, each)
+
+
+def _by_comparison(batch: Batch, each: dict[str, Array]) -> Logps:
+    """Returns Logps of fields float32[R, G, P] and of what the batch says of its comparisons."""
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in each.items()}
+    weights, preference = batch.weights.reshape(-1), batch.preference.reshape(-1)
+    return Logps(weights=weights, preference=preference, running=jnp.zeros(()), **flat)
+
+
+def shown(model: Model, loss: Loss) -> Callable[[Any, Batch], Logps]:
+    """Returns the function `(params, one microbatch) -> Logps` that fills in what a loss looks at."""
+    if loss.rewards:
+        return partial(batch_rewards, model)
+    return partial(batch_logps, model, confidence=loss.confidence)
 
 
 def scored_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
     """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
+    return scored_states(model, params, batch, chunk=chunk)[0]
+
+
+def scored_states(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
+    """Returns what `scored_logps` does, and the hidden states that predict those tokens, [R, S, D]."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
     cap = model.architecture.logit_cap
     logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
-    return logps[:, : batch.slot.shape[1]]
+    return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 
 def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array, Array, Array, Array, int]:

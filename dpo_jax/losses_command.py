@@ -24,6 +24,7 @@ from dpo_jax.records import Array, Logps, UserError
 NOTATION = (
     "c, r       log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens",
     "p_c, p_r   log pi(y | x) of the two;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
+    "r_c, r_r   rewards of the two by the reward model that is trained",
     "z_k        beta (log pi - log ref) of the response of rank k;  s  ratings that the data has",
 )
 WIDTH = 145  # of the table where there is no terminal
@@ -87,6 +88,7 @@ def _takes(entry: Entry) -> str:
         counted[entry.responses]: True,
         "or single responses": entry.unpaired,
         "no reference": not entry.uses_reference,
+        "a reward model": entry.rewards,
         "soft labels": entry.soft_labels,
         "f-divergences": entry.divergences,
         "scores": entry.scores,
@@ -147,7 +149,7 @@ def curves(names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
 def _curve(name: str) -> tuple[Array, Array] | None:
     """Returns loss and gradient by margin, or nothing where the value depends on more than the margin."""
     entry = losses.REGISTRY[name]
-    if entry.responses not in (2, None) or entry.whole_batch or entry.unpaired:
+    if entry.responses not in (2, None) or entry.whole_batch or entry.unpaired or entry.rewards:
         return None
     hyper = {"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}
 

@@ -12,7 +12,7 @@ from dpo_jax import assemble, folders, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
-from dpo_jax.models import hf, hub, qlora
+from dpo_jax.models import hf, hub, qlora, score
 from dpo_jax.prepare import Run, compiled_step, numbers, parts_of, shardings_of
 from dpo_jax.records import Batch, UserError
 
@@ -82,7 +82,8 @@ def of(config: Config) -> Plan:
     compiled = compiled_step(run, parts, like).lower([like], batch, count_of, base, [numbers(config)]).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     gradients = held(laid(run.params, trained))
-    logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * run.model.architecture.vocab // sharding.row_devices(mesh)
+    columns = 1 if loss.rewards else run.model.architecture.vocab
+    logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * columns // sharding.row_devices(mesh)
     frozen = base
     if base is None and loss.uses_reference and config.reference.mode == "online":
         frozen = like.params
@@ -109,11 +110,11 @@ def traced(config: Config) -> Run:
     """Returns a run that has shapes for parameters, and no data."""
     path = config.model.path
     source = config.model.config or (hub.config_of(path) if hub.is_name(path) else assemble.model_folder(path))
-    hf_config = hf.read_config(source)
-    architecture = models.family(hf_config["model_type"]).architecture(hf_config)
+    hf_config, loss = hf.read_config(source), losses.build(config.loss)
+    architecture = models.architecture_of(hf_config)
+    architecture = score.scoring(architecture) if loss.rewards else architecture
     model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    loss = losses.build(config.loss)
     adapters, kind = assemble.adapters_of(config.lora, architecture, 0)
     if kind is not None and config.model.path:
         dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")

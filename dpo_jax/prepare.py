@@ -17,7 +17,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
 from dpo_jax.evaluate import Evaluator
-from dpo_jax.logprobs import batch_logps
+from dpo_jax.logprobs import batch_logps, shown
 from dpo_jax.losses import Loss
 from dpo_jax.models import Model, lora, qlora
 from dpo_jax.models.lora import Lora
@@ -241,7 +241,7 @@ def compiled_step(run: Run, parts: Parts, like: TrainState, count: int = 1) -> A
     if mapped and processes.several():
         raise UserError("mesh.mode pmap: is for one process; take jit for several")
     rows = sharding.mapped_rows(parts.mesh) if mapped else parts.rows
-    logps = partial(batch_logps, run.model if mapped else parts.model, confidence=run.loss.confidence)
+    logps = shown(run.model if mapped else parts.model, run.loss)
 
     def step(state: TrainState, batch: Batch, count: Any, base: Any, numbers: Any) -> Any:
         tx, loss = optim.build(**{**config.optim, **numbers["optim"]}), loss_with(config, numbers)
@@ -285,7 +285,7 @@ def prepare(runs: Sequence[Run], say: Callable[[str], None]) -> Prepared:
     parts = parts_of(run, mesh, trained)
     base = None if parts.base is None else sharding.put(run.base, parts.base)
     frozen = Frozen() if run.frozen is None else _frozen(run, parts, base, (shape, eval_shape), put, say)
-    logps = partial(batch_logps, parts.model, confidence=run.loss.confidence)
+    logps = shown(parts.model, run.loss)
     step = evaluate.make_step(logps, partial(loss_with, config), parts.rows, parts.policy)
     held_out = run.held_out, frozen.held_out, eval_shape, config.batch_size, put
     steps = total_steps(config, len(run.train))

@@ -112,7 +112,8 @@ class Logps(NamedTuple):
     The shared part of a response is as many of its first tokens as the comparison's shortest response has.
 
     Attributes:
-      policy: float32[B, P], log pi(y | x), summed over the response's tokens.
+      policy: float32[B, P], log pi(y | x), summed over the response's tokens; for the loss of a reward model its
+        reward r(x, y).
       reference: float32[B, P], the same under the frozen reference.
       policy_shared: float32[B, P], log pi summed over the shared part.
       reference_shared: float32[B, P], the same under the reference.

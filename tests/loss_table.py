@@ -178,6 +178,14 @@ ROWS = [
     Row("slic", {}, PAIR, [0.8], [[-0.1, 0.0]]),  # 5 nats apart, where 1 is enough
     Row("slic", {"delta": 7.0, "nll_weight": 0.2}, PAIR, [2 + 1.6], [[-1.2, 1.0]]),
     Row("unlikelihood", {"alpha": 0.25}, PAIR, [8 - 3.25], [[-1.0, 0.25]]),
+    Row("bradley_terry", {}, batch_of([[1.5, -0.5]]), [sp(-2)], [[-s(-2), s(-2)]]),
+    Row(  # rewards 2 apart that add up to 1
+        "bradley_terry",
+        {"label_smoothing": 0.25, "center": 0.1},
+        batch_of([[1.5, -0.5]]),
+        [0.75 * sp(-2) + 0.25 * sp(2) + 0.1],
+        [[0.25 * s(2) - 0.75 * s(-2) + 0.2, 0.75 * s(-2) - 0.25 * s(2) + 0.2]],
+    ),
     Row("sft", {}, batch_of([[-8.0]]), [8.0], [[-1.0]]),
     Row("sft", {"reduction": "mean"}, PAIR, [2.0], [[-0.25, 0.0]]),  # of the first response
     Row(

@@ -40,6 +40,7 @@ ALLOWED = {
     ("keys", "records"): "likewise",
     ("config", "keys"): "YAML and arguments are read as keys",
     ("reference", "step"): "the type of the function that both take",
+    ("rewards", "reference"): "what a reward model says of a table is a column of it, as the reference's log-probs are",
 }
 ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax": {"checkpoint"}, "tyro": {"config"}}
 WITHOUT_JAX = {"data", "keys", "config", "records", "metrics", "report", "data_page", "winrate_page"}

@@ -163,7 +163,8 @@ def test_who_may_be_combined_with_what():
     assert {n for n, e in REGISTRY.items() if e.statistic} == {"beta_dpo", "bco"}
     assert {n for n, e in REGISTRY.items() if e.unpaired} == {"kto", "bco", "apo_zero_unpaired"}
     assert {n for n, e in REGISTRY.items() if e.mismatched} == {"kto"}
-    free = {"sft", "unlikelihood", "simpo", "alphapo", "cpo", "orpo", "slic"}
+    assert {n for n, e in REGISTRY.items() if e.rewards} == {"bradley_terry"}
+    free = {"sft", "unlikelihood", "simpo", "alphapo", "cpo", "orpo", "slic", "bradley_terry"}
     assert {n for n, e in REGISTRY.items() if not e.uses_reference} == free
     pairs = {n for n, e in REGISTRY.items() if e.responses == 2 and not e.whole_batch and not e.unpaired}
     assert {n for n, e in REGISTRY.items() if e.soft_labels} == pairs - {"odpo"}

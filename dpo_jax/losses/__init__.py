@@ -24,7 +24,7 @@ from dpo_jax.records import Array, Logps, UserError
 
 __all__ = ["FUNCTIONS", "REGISTRY", "Loss", "averages", "build", "length_bias"]
 
-for _module in ("pairwise", "anchored", "batchwise", "unpaired", "ranked", "reference_free", "likelihood"):
+for _module in ("pairwise", "anchored", "batchwise", "unpaired", "ranked", "reference_free", "likelihood", "reward"):
     importlib.import_module(f"dpo_jax.losses.{_module}")
 
 Term = Mapping[str, Any]  # the name of a loss and its options
@@ -48,6 +48,7 @@ class Loss(NamedTuple):
       mismatched: whether the last response must be one to another prompt.
       soft_labels, unpaired, scores: whether comparisons may have a preference below 1, may lack a response, and must
         have ratings.
+      rewards: whether `Logps.policy` must be the rewards of a reward model.
     """
 
     values: Callable[[Logps], Array]
@@ -62,6 +63,7 @@ class Loss(NamedTuple):
     soft_labels: bool
     unpaired: bool
     scores: bool
+    rewards: bool
 
 
 class _Bound(NamedTuple):
@@ -111,6 +113,7 @@ def build(loss: Term | Sequence[Term]) -> Loss:
         soft_labels=all(e.soft_labels for e in entries),
         unpaired=all(e.unpaired for e in entries),
         scores=any(e.scores for e in entries),
+        rewards=any(e.rewards for e in entries),
     )
 
 
@@ -148,6 +151,8 @@ def _responses(bound: Sequence[_Bound]) -> int | None:
         return 1
     known = [p for p in wanted.values() if p is not None]
     mismatched = any(b.entry.mismatched for b in bound)
+    if len({b.entry.rewards for b in bound}) > 1:
+        raise UserError(f"loss: {', '.join(names)}: one is of a reward model, another of a language model's log-probs")
     if mismatched and None in wanted.values():
         raise UserError(f"loss: {', '.join(names)}: one takes every response, another one that is not an answer")
     return max(known) if known else None
@@ -166,7 +171,10 @@ def _metrics(bound: Sequence[_Bound], lp: Logps) -> dict[str, Array]:
     """Returns every metric, float32[B]: the loss, those of its terms, and TRL's with the first term's beta."""
     values = _each(bound, lp, _Bound.value)
     answers = terms.view(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
-    metrics = {"loss": jnp.sum(values, axis=0)} | measures.likelihood(answers)
+    metrics = {"loss": jnp.sum(values, axis=0)}
+    if any(b.entry.rewards for b in bound):
+        return metrics | measures.lengths(answers) | measures.margins(answers.policy, answers)
+    metrics |= measures.likelihood(answers)
     if len(bound) > 1:
         metrics |= {f"loss/{b.name}": value / b.weigh["weight"] for b, value in zip(bound, values, strict=True)}
     with_reference = [b for b in bound if b.entry.uses_reference]

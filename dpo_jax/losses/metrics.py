@@ -12,36 +12,45 @@ def likelihood(lp: Logps) -> dict[str, Array]:
     metrics = {"logps/chosen": chosen, "nll": chosen / -jnp.maximum(lp.lengths[:, 0], 1.0)}
     if lp.policy.shape[1] == 1:
         return metrics
-    lengths = jnp.where(lp.present, lp.lengths, jnp.nan)
-    return metrics | {
-        "logps/rejected": jnp.where(lp.present[:, -1], lp.policy[:, -1], jnp.nan),
-        "lengths/chosen": lengths[:, 0],
-        "lengths/rejected": lengths[:, -1],
+    return metrics | {"logps/rejected": jnp.where(lp.present[:, -1], lp.policy[:, -1], jnp.nan)} | lengths(lp)
+
+
+def lengths(lp: Logps) -> dict[str, Array]:
+    """Returns the tokens, float32[B], of the best response and of the worst."""
+    found = jnp.where(lp.present, lp.lengths, jnp.nan)
+    return {"lengths/chosen": found[:, 0], "lengths/rejected": found[:, -1]}
+
+
+def margins(values: Array, lp: Logps) -> dict[str, Array]:
+    """Returns TRL's reward metrics, float32[B], of the best response against the worst; values: float[B, P].
+
+    A tie counts as half right, where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and
+    not 0. gradient_weight is sigmoid(-margin), how much a pair still moves the model (paper, section 4).
+    """
+    shown = jnp.where(lp.present, values.astype(jnp.float32), jnp.nan)
+    chosen, rejected = shown[:, 0], shown[:, -1]
+    margin = chosen - rejected
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": 0.5 * (jnp.sign(margin) + 1.0),
+        "rewards/margins": margin,
+        "gradient_weight": sigmoid(-margin),
     }
 
 
 def rewards(lp: Logps, beta: Array | float) -> dict[str, Array]:
-    """Returns TRL's reward metrics, float32[B], of the best response against the worst, and what goes with them.
-
-    A reward is beta * (log pi - log ref) (paper, eq. 5 without its partition function). A tie counts as half right,
-    where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and not 0.
+    """Returns `margins` of rewards beta * (log pi - log ref) (paper, eq. 5 without its partition function), float32[B],
+    and what goes with them.
 
     - logratios/*: log pi - log ref, whatever beta.
-    - gradient_weight: sigmoid(-margin), how much a pair still moves the policy (paper, section 4).
     - kl: log ref - log pi, averaged over the responses, whose mean estimates KL(reference || policy) over whole
       sequences as far as the reference wrote them.
     """
     ratios = jnp.where(lp.present, lp.policy - lp.reference, jnp.nan)
-    chosen, rejected = ratios[:, 0], ratios[:, -1]
-    margin = beta * (chosen - rejected)
-    return {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/accuracies": 0.5 * (jnp.sign(margin) + 1.0),
-        "rewards/margins": margin,
-        "logratios/chosen": chosen,
-        "logratios/rejected": rejected,
-        "gradient_weight": sigmoid(-margin),
+    return margins(beta * ratios, lp) | {
+        "logratios/chosen": ratios[:, 0],
+        "logratios/rejected": ratios[:, -1],
         "kl": -jnp.nanmean(ratios, axis=1),
     }
 

@@ -21,6 +21,7 @@ class Entry(NamedTuple):
       unpaired: whether a response of a pair may be absent.
       mismatched: whether it needs a last response that was written for another prompt.
       scores: whether it needs ratings of the responses, the first's above the last's.
+      rewards: whether `Logps.policy` must be the rewards of a reward model.
     """
 
     function: Callable[..., Array]
@@ -33,6 +34,7 @@ class Entry(NamedTuple):
     unpaired: bool = False
     mismatched: bool = False
     scores: bool = False
+    rewards: bool = False
 
 
 REGISTRY: dict[str, Entry] = {}

@@ -79,7 +79,7 @@ def check(name: str, entry: Entry, options: dict) -> None:
     Raises:
       UserError: with the reason.
     """
-    pair = entry.responses == 2 and not entry.whole_batch
+    pair = entry.responses == 2 and not entry.whole_batch and not entry.rewards
     if any(isinstance(value, Tracer) for value in options.values()):
         return  # they were checked as numbers before the program was traced
     reasons = {
@@ -101,6 +101,6 @@ def _against_divergence(entry: Entry, options: dict) -> str | bool:
 
 
 def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
-    if ld_alpha == 1 or (0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched):
+    if ld_alpha == 1 or (0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched and not entry.rewards):
         return False
-    return "it is from 0 to 1, for losses that compare responses"
+    return "it is from 0 to 1, for losses that compare log-probs of responses"

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.models import score
+from dpo_jax.models.architecture import Architecture, Config
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array, UserError
 
-__all__ = ["Architecture", "Cache", "Model", "build", "capped", "capped_slope", "described", "families", "family"]
+__all__ = ["Architecture", "Cache", "Model", "architecture_of", "build", "capped", "capped_slope"]
+__all__ += ["described", "families", "family"]
 
 COMPUTE = ("float32", "bfloat16")
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}  # nobody means a family of a similar name
@@ -32,7 +34,8 @@ class Model(NamedTuple):
       hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
         `whole`, a function, each layer's parameters go through it just before they are used.
       head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
-        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states.
+        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states. Of a reward
+        model it is float32[1, D], and the product is the reward of the text so far.
       prefill: (params, tokens, positions, group, copies, room) -> hidden [P, T, D] of P prompts, which end at the
         right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
         `group` 0 is padding.
@@ -89,6 +92,8 @@ def _hidden(decoder, params, tokens, positions, group, branch, whole=None):
 
 
 def _head(architecture: Architecture, params: Any) -> Array:
+    if architecture.score:
+        return params["score"]
     weight = params["embedding" if architecture.tied else "head"]
     return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
@@ -115,6 +120,16 @@ def described() -> list[tuple[str, str, str]]:
     """Returns of each family its `model_type`, its class in transformers, and a line that says what it is."""
     modules = [(name, family(name)) for name in families()]
     return [(name, module.CLASS, (module.__doc__ or "").splitlines()[0]) for name, module in modules]
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Returns what a config.json describes: a language model or, if its `architectures` says so, a reward model.
+
+    Raises:
+      UserError: a family or a setting that is missing or not supported.
+    """
+    found = family(config["model_type"]).architecture(config)
+    return score.scoring(found) if score.is_score(config) else found
 
 
 @cache

@@ -83,6 +83,7 @@ class Architecture:
       logit_cap: the same of the logits.
       embedding_scale: multiplies the embedding of a token.
       position_offset: the row of the learned embedding that the first position has.
+      score: whether the head is that of a reward model: one number, not a logit for each token; it is then `tied`.
     """
 
     family: str
@@ -119,6 +120,12 @@ class Architecture:
     logit_cap: float | None = None
     embedding_scale: float = 1.0
     position_offset: int = 0
+    score: bool = False
+
+    @property
+    def score_std(self) -> float:
+        """Of a new reward model's head, as in the first one's code (Ziegler et al. 2019, by arXiv 2403.17031)."""
+        return (self.width + 1) ** -0.5
 
 
 def need(config: Config, key: str) -> Any:

@@ -199,6 +199,9 @@ class Decoder(nn.Module):
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))
             x = x + _lookup(table, positions + a.position_offset, self.compute)
+        if a.score:
+            drawn = nn.initializers.normal(a.score_std)
+            self.param("score", nn.with_logical_partitioning(drawn, (None, "embed")), (1, a.width))
         if not a.tied:
             self.param("head", named(("vocab", "embed")), (a.vocab, a.width))
         if a.head_bias:

@@ -69,11 +69,12 @@ def tensors(a: Architecture) -> dict[str, Tensor]:
         layer + "mlp.fc_in.bias": plain(("layers", "up", "bias"), a.mlp),
         layer + "mlp.fc_out.weight": linear(("layers", "down", "kernel"), (width,), (a.mlp,)),
         layer + "mlp.fc_out.bias": plain(("layers", "down", "bias"), width),
-        "lm_head.bias": plain(("head_bias",), a.vocab),
     }
     for where, path in {"transformer.ln_f.": ("final_norm",), layer + "ln_1.": ("layers", "attention_norm")}.items():
         table[where + "weight"] = plain((*path, "scale"), width)
         table[where + "bias"] = plain((*path, "bias"), width)
+    if a.head_bias:
+        table["lm_head.bias"] = plain(("head_bias",), a.vocab)
     if not a.tied:
         table[HEAD] = plain(("head",), a.vocab, width)
     return table

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.models import family
+from dpo_jax.models import architecture_of, family, hub, score
 from dpo_jax.models.architecture import Architecture, Config
 from dpo_jax.models.stored import narrow, stored_params, whole
 from dpo_jax.models.weights import (
@@ -21,13 +21,31 @@ from dpo_jax.models.weights import (
 )
 from dpo_jax.records import UserError
 
-__all__ = ["load", "load_tokenizer", "narrow", "read_config", "read_generation", "save", "stored", "weights_hash"]
-__all__ += ["whole"]
+__all__ = ["load", "load_tokenizer", "model_folder", "narrow", "read_config", "read_generation", "save", "stored"]
+__all__ += ["weights_hash", "whole"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What an export consists of: a folder that holds anything else is never replaced.
 EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", INDEX, "*token*.json", "chat_template.*")
 EXPORTED += ("vocab.json", "merges.txt", "additional_chat_templates", "*.model")
+
+
+def model_folder(path: str) -> Path:
+    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
+
+    Raises:
+      UserError: no such folder or model of the hub; a run that has not finished.
+    """
+    if hub.is_name(path):
+        return hub.fetched(path)
+    if not Path(path).is_dir():
+        kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
+        raise UserError(f"{path}: no such folder; give {kinds}")
+    if not (Path(path) / "config.yaml").is_file():  # by which the folder of a run is known
+        return Path(path)
+    if not (Path(path) / "model").is_dir():
+        raise UserError(f"{path}: this run has exported no model yet; finish it with dpo-jax train")
+    return Path(path) / "model"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -81,8 +99,7 @@ def stored(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, 
     try:
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config is not supported; use the model before quantisation")
-        module = family(config["model_type"])
-        architecture = module.architecture(config)
+        module, architecture = family(config["model_type"]), architecture_of(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if "auto_map" in config:
@@ -102,7 +119,8 @@ def save(
     generation: Config | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a model folder that `from_pretrained` of transformers' AutoModelForCausalLM loads, or that of
+    AutoModelForSequenceClassification where its config says that it is a reward model.
 
     It is written beside its place and renamed: `folder` is never half a model.
 
@@ -128,10 +146,11 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_params(temporary, params, module, module.architecture(hf_config), dtype, max_shard_bytes)
+        write_params(temporary, params, module, architecture_of(hf_config), dtype, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        config = {**hf_config, "architectures": [module.CLASS], "dtype": dtype}
+        name = score.class_of(module.CLASS) if score.is_score(hf_config) else module.CLASS
+        config = {**hf_config, "architectures": [name], "dtype": dtype}
         _write_configs(temporary, config, tokenizer, dict(generation or {}))
         _put_in_place(temporary, folder)
     finally:

@@ -166,7 +166,7 @@ def stored_params(files: list[Path], module: ModuleType, architecture: Architect
     found = {name: header for name, header in found.items() if not buffer.search(header.key)}
     table = {name.removeprefix(module.PREFIX): (i, tensor) for name, i, tensor in expand(module, architecture)}
     shapes = {name: tensor.shape for name, (_, tensor) in table.items()}
-    if architecture.tied:
+    if architecture.tied and not architecture.score:
         shapes[module.HEAD] = (architecture.vocab, architecture.width)  # in the file it may be, again or only
     _check(files[0].parent, found, shapes, module.CLASS)
     if architecture.tied and module.HEAD in found:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.layout import Path as Keys
-from dpo_jax.models.layout import Tensor, to_theirs
+from dpo_jax.models.layout import Tensor, plain, to_theirs
 from dpo_jax.records import Array, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,6 +97,8 @@ def expand(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str
             continue
         for i in range(architecture.layers):
             yield pattern.replace("{i}", str(i)), i, tensor
+    if architecture.score:
+        yield "score.weight", None, plain(("score",), 1, architecture.width)
 
 
 def _flatten(tree: Mapping[str, Any], before: Keys = ()) -> Iterator[tuple[Keys, Array]]:

@@ -1,0 +1,87 @@
+"""Rewards by a trained reward model: a folder of transformers' *ForSequenceClassification with one label."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax import models, reference
+from dpo_jax.data import pack
+from dpo_jax.data.encode import encode
+from dpo_jax.data.ended import ended
+from dpo_jax.data.table import Table
+from dpo_jax.logprobs import batch_rewards
+from dpo_jax.models import hf, score
+from dpo_jax.records import Array, Comparison, Tokens, UserError
+
+ROW = 512  # tokens in a row at least, so that few lengths are compiled
+MICROBATCH = 4096  # tokens
+BATCH = 256  # texts
+
+
+class Trained(NamedTuple):
+    """A reward model's functions `(prompts, completions)`, both of n prompts and n completions.
+
+    Attributes:
+      of_texts: texts -> float32[n]; each completion is ended with EOS.
+      of_ids: arrays of ids -> float32[n]; completions as they are, by the tokenizer of its folder.
+    """
+
+    of_texts: Callable[..., Array]
+    of_ids: Callable[..., Array]
+
+
+def trained(path: str) -> Trained:
+    """Returns the rewards of a model folder, or of a run that has trained one.
+
+    Texts become tokens as in training where the folder is a run's, by what its config.json says of that; else as
+    transformers would have it, with the tokenizer's BOS, and the start is kept of what is longer than the model's
+    positions.
+
+    Raises:
+      UserError: no such folder, or no reward model; when called, a text that cannot be encoded.
+    """
+    folder = hf.model_folder(path)
+    tokenizer, (architecture, config, stored) = hf.load_tokenizer(folder), hf.stored(folder)
+    if not architecture.score:
+        raise UserError(f"{path}: no reward model but one that writes; train one with the loss bradley_terry")
+    params = jax.device_put(hf.whole(stored))
+    column = reference.make_column(partial(batch_rewards, models.build(architecture)))
+    pad = config.get("pad_token_id")
+
+    def of_table(table: Table) -> Array:
+        table = ended(table, tokenizer.eos_token_id, -1 if pad is None else pad)
+        shape = _shape(int(table.lengths().max()))
+        return reference.one_pass(column, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
+
+    def of_texts(prompts: Sequence[str], completions: Sequence[str]) -> Array:
+        pairs = zip(prompts, completions, strict=True)
+        rows = [Comparison(p, (c,), where=f"completion {i}") for i, (p, c) in enumerate(pairs, 1)]
+        if not rows:
+            return np.zeros(0, np.float32)
+        table, _ = encode(rows, tokenizer, **_encoding(config, architecture.max_positions))
+        if len(table) < len(rows):
+            raise UserError(f"{path}: a prompt leaves no room for a completion in its longest text")
+        return of_table(table)
+
+    def of_ids(prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
+        return of_table(Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True)))
+
+    return Trained(of_texts, of_ids)
+
+
+def _encoding(config: Any, positions: int) -> dict[str, Any]:
+    """Returns how texts become tokens, as `encode` takes it; every text is kept."""
+    usual = {"max_length": positions, "max_prompt_length": positions - 1, "truncation": "keep_start", "add_bos": None}
+    return usual | config.get(score.ENCODING, {}) | {"degenerate": "keep"}
+
+
+def _shape(longest: int) -> pack.Shape:
+    """Returns a layout for texts of at most so many tokens, one of few."""
+    length = ROW
+    while length < longest:
+        length *= 2
+    rows = max(1, MICROBATCH // length)
+    return pack.Shape(-(-BATCH // rows), rows, length, length // 8, length)

@@ -1,0 +1,122 @@
+"""PPO: its pieces by values worked by hand, and all of it where the best policy is known."""
+
+import enumerable
+import numpy as np
+import pytest
+from enumerable import distance, exact, optimum
+
+from dpo_jax.experiments import ppo
+from dpo_jax.experiments import ppo_parts as parts
+from dpo_jax.experiments.ppo import Options
+from dpo_jax.records import UserError
+
+MASK = np.array([[True, True, False], [True, True, True]])
+
+
+def test_rewards_of_tokens():
+    """Two completions of 2 and 3 tokens, scores 1 and -2, beta 0.1."""
+    logps = np.array([[-1.0, -2.0, -9.0], [-1.0, -1.0, -3.0]])
+    reference = np.array([[-1.5, -1.5, -5.0], [-2.0, -1.0, -3.2]])
+    found = parts.token_rewards(np.array([1.0, -2.0]), logps, reference, MASK, 0.1)
+    np.testing.assert_allclose(found, [[-0.05, 1.05, 0.0], [-0.1, 0.0, -2.02]], atol=1e-6)
+
+
+def test_advantages():
+    """gamma = lambda = 1/2: deltas 1, -1.5, 3 and, where nothing follows the second token, 1, -1."""
+    rewards = np.array([[1.0, 0.0, 9.0], [1.0, 0.0, 2.0]])
+    values = np.array([[0.5, 1.0, 7.0], [0.5, 1.0, -1.0]])
+    found = parts.advantages(rewards, values, MASK, 0.5, 0.5)
+    np.testing.assert_allclose(found, [[0.75, -1.0, 0.0], [0.8125, -0.75, 3.0]], atol=1e-6)
+
+
+def test_advantages_undiscounted_are_what_is_still_to_come_less_the_value():
+    rewards, values = np.array([[1.0, 2.0, 4.0]]), np.array([[0.5, -1.0, 3.0]])
+    np.testing.assert_allclose(parts.advantages(rewards, values, MASK[1:], 1.0, 1.0), [[6.5, 7.0, 1.0]], atol=1e-6)
+    np.testing.assert_allclose(parts.advantages(rewards, values, MASK[1:], 1.0, 0.0), [[-0.5, 6.0, 1.0]], atol=1e-6)
+
+
+def test_whitened():
+    values = np.array([[2.0, 6.0, 100.0]])
+    mask = np.array([[True, True, False]])
+    np.testing.assert_allclose(parts.whiten(values, mask), [[-1.0, 1.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(parts.whiten(values, mask, center=False), [[1.0, 3.0, 0.0]], atol=1e-6)
+    assert np.isfinite(parts.whiten(np.ones((1, 3)), mask)).all()
+
+
+def test_the_policys_loss_is_clipped_on_the_side_that_would_gain():
+    """Ratios 1.5, 1.5, 0.5, 0.5, 1.1 with advantages 1, -1, 1, -1, 2: 1.2, -1.5, 0.5, -0.8, 2.2."""
+    ratio, advantage = np.array([[1.5, 1.5, 0.5, 0.5, 1.1, 9.0]]), np.array([[1.0, -1.0, 1.0, -1.0, 2.0, 9.0]])
+    mask = np.array([[True] * 5 + [False]])
+    found = parts.policy_loss(np.log(ratio), np.zeros((1, 6)), advantage, mask, 0.2)
+    assert float(found) == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5, abs=1e-6)
+
+
+def test_the_values_loss_is_the_worse_of_the_value_and_the_value_held():
+    """Old 0, returns 1: values 0.1, 0.5 (held at 0.2) and -1 (held at -0.2): errors 0.81, 0.64, 4."""
+    values, mask = np.array([[0.1, 0.5, -1.0, 7.0]]), np.array([[True] * 3 + [False]])
+    found = parts.value_loss(values, np.zeros((1, 4)), np.ones((1, 4)), mask, 0.2)
+    assert float(found) == pytest.approx(0.5 * (0.81 + 0.64 + 4.0) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "error"), [(6.0, 0.0), (6.6, 0.1), (12.0, 0.2), (5.4, -0.1), (0.0, -0.2), (-3.0, -0.2)])
+def test_the_controller(kl, error):
+    assert parts.adapted(0.5, kl, 6.0, 100, 1000) == pytest.approx(0.5 * (1 + error * 0.1))
+    assert parts.adapted(0.5, kl, 6.0, 100, np.inf) == 0.5
+
+
+FAST = Options(1.0, learning_rate=3e-3, rollouts=512, max_new_tokens=enumerable.LONGEST, horizon=np.inf)
+
+
+def run(options, **given):
+    model, reference = enumerable.world()
+    return ppo.train(
+        model, reference, reference, enumerable.PROMPTS, enumerable.reward, options, eos=enumerable.EOS, **given
+    )
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_it_approaches_the_optimal_policy(beta):
+    """With a coefficient that stays, to pi* = ref exp(r / beta) / Z, from far off."""
+    _, reference = enumerable.world()
+    start, best = exact(reference), optimum(exact(reference), beta)
+    found = exact(run(FAST._replace(init_kl_coef=beta), steps=60, seed=1))
+    assert distance(start, best) > 0.6
+    assert distance(found, best) < 0.06
+
+
+def test_the_controller_finds_its_target():
+    _, reference = enumerable.world()
+    told = []
+    options = FAST._replace(kl_target=0.5, init_kl_coef=2.0, horizon=2000.0)
+    found = run(options, steps=60, seed=2, tell=lambda step, figures: told.append((step, figures)))
+    reached = enumerable.kl(exact(found), exact(reference))
+    assert enumerable.kl(optimum(exact(reference), 2.0), exact(reference)) < 0.3  # where it would stay
+    assert reached == pytest.approx(0.5, rel=0.25)
+    assert [step for step, _ in told] == list(range(1, 61))
+    assert told[-1][1]["kl_coef"] < 1.8
+    assert told[0][1]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert told[-1][1]["score"] > told[0][1]["score"] + 0.3
+
+
+def test_seeds_give_the_same_policy_and_each_step_is_shown():
+    seen = []
+    options = FAST._replace(init_kl_coef=1.0)
+    one = run(options, steps=2, seed=5, each=lambda step, params: seen.append((step, exact(params))))
+    again, other = run(options, steps=2, seed=5), run(options, steps=2, seed=6)
+    np.testing.assert_array_equal(exact(one), exact(again))
+    assert distance(exact(one), exact(other)) > 1e-4
+    assert [step for step, _ in seen] == [1, 2]
+    np.testing.assert_array_equal(seen[1][1], exact(one))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"minibatches": 3}, "512 rollouts do not make 3 equal minibatches"),
+        ({"kl_target": 0.0}, "kl_target and horizon are above 0"),
+        ({"learning_rate": 1e30}, "not finite at step"),
+    ],
+)
+def test_mistakes_are_one_line(change, message):
+    with pytest.raises(UserError, match=message):
+        run(FAST._replace(**change), steps=3, seed=0)
