@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, folders, keys, losses, optim, plan, processes, report, rewards
+from dpo_jax import assemble, config, evaluate, folders, keys, loading, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, say, settings_of
 from dpo_jax.losses_command import losses_command
@@ -66,9 +66,7 @@ class Evaluation(Config):
     """A .jsonl to write the log-probs of every token of the held-out responses to, by position."""
 
 
-def _state(
-    path: str, settings: Config, loaded: assemble.Loaded, loss: losses.Loss, which: str = "newest"
-) -> TrainState:
+def _state(path: str, settings: Config, loaded: loading.Loaded, loss: losses.Loss, which: str = "newest") -> TrainState:
     """Returns the state of one of a run's checkpoints, or that of a model folder's parameters before any step."""
     moves = assemble.sync_of(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
@@ -81,7 +79,7 @@ def _state(
     return folders.saved_state(Path(path), jax.eval_shape(start, trained), which)
 
 
-def _models(path: str, settings: Config, loaded: assemble.Loaded, state: TrainState) -> dict[str, Any]:
+def _models(path: str, settings: Config, loaded: loading.Loaded, state: TrainState) -> dict[str, Any]:
     """Returns the policy and, if there is one, the reference as it stands."""
     models = {"policy": loaded.policy(state.params)}
     uses = folders.is_run(path) and losses.build(settings.loss).uses_reference
@@ -101,9 +99,9 @@ def eval_command(argv: list[str]) -> None:
         raise UserError(f"{path}: a model folder has no reference of its own; give --reference.path (or a run folder)")
     if loss.rewards and (settings.reward or settings.per_token):
         raise UserError("--reward, --per-token: a reward model writes nothing, and has no log-probs of tokens")
-    tokenizer = assemble.tokenizer_of(settings.model)
+    tokenizer = loading.tokenizer_of(settings.model)
     rewarded = assemble.reward_encoding(settings, loss)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    loaded = loading.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
     _, rows = assemble.comparisons(settings.data, assemble.responses_of(settings, loss))
     held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
     state = _state(path, settings, loaded, loss)
@@ -188,8 +186,8 @@ def sample_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     if loss.rewards:
         raise UserError(f"{path}: a reward model, which writes nothing; name a language model")
-    tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora)
+    tokenizer = loading.tokenizer_of(settings.model)
+    loaded = loading.load_model(settings.model, tokenizer, settings.seed, settings.lora)
     models = _models(path, settings, loaded, _state(path, settings, loaded, loss))
     prompts = assemble.prompt_ids(settings.prompt, tokenizer, settings.data)
     complete = assemble.completer(settings, loaded.model, tokenizer, prompts)
@@ -206,13 +204,13 @@ def export_command(argv: list[str]) -> None:
     if not folders.is_run(path):
         raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
     settings = folders.config_of(path)
-    tokenizer = assemble.tokenizer_of(settings.model)
+    tokenizer = loading.tokenizer_of(settings.model)
     loss = losses.build(settings.loss)
     rewarded = assemble.reward_encoding(settings, loss)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    loaded = loading.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
     state = _state(path, settings, loaded, loss, which)
     loaded.save(state.params, Path(out), tokenizer)
-    for line in assemble.notes(settings, loaded):
+    for line in loading.notes(settings, loaded):
         say(line)
     say(f"wrote {out}, which transformers loads with from_pretrained")
 

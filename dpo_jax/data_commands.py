@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import assemble, config, data, data_page, folders, losses, metrics, processes
+from dpo_jax import assemble, config, data, data_page, folders, loading, losses, metrics, processes
 from dpo_jax.config import Config
 from dpo_jax.data import Item, audit, cache
 from dpo_jax.data.encode import Options
 from dpo_jax.data.shortcuts import Shortcut, shortcuts
+from dpo_jax.models import hf
 from dpo_jax.records import UserError
 
 
@@ -39,7 +40,7 @@ def settings_of(path: str, argv: list[str], kind: type, command: str) -> Any:
     if folders.is_run(path):
         return folders.config_of(path, argv, kind, prog)
     settings = config.parse(kind, None, argv, prog=prog, variants=folders.VARIANTS)
-    model = dataclasses.replace(settings.model, path=str(assemble.model_folder(path)))
+    model = dataclasses.replace(settings.model, path=str(hf.model_folder(path)))
     return dataclasses.replace(settings, model=model)
 
 
@@ -59,7 +60,7 @@ def data_command(argv: list[str]) -> None:
     prog = "dpo-jax data CONFIG.yaml"
     settings = config.parse(Look, file or None, rest, prog=prog, variants=folders.VARIANTS)
     assemble.check(settings)
-    tokenizer = assemble.tokenizer_of(_first_model(settings.model))
+    tokenizer = loading.tokenizer_of(_first_model(settings.model))
     train, held_out = assemble.comparisons(settings.data, assemble.responses_of(settings, losses.build(settings.loss)))
     sides = {"training": assemble.noise_in(settings, train), "held-out": held_out}
     page = _page(Path(file).stem, sides, tokenizer, settings)

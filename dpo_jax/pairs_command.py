@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax import assemble, config, data, folders, rewards
+from dpo_jax import assemble, config, data, folders, loading, rewards
 from dpo_jax.config import Data, Samples
 from dpo_jax.data import chat, made
 from dpo_jax.data_commands import say
@@ -114,9 +114,9 @@ class Answered(NamedTuple):
 
 def _answered(model: str, rows: Sequence[Comparison], settings: Pairs) -> list[Answered]:
     """Returns a model's answers to each prompt; says how many are left out, as no text is read back as them."""
-    options = config.Model(path=str(assemble.model_folder(model)), tokenizer=settings.tokenizer)
-    tokenizer = assemble.tokenizer_of(options)
-    loaded = assemble.load_model(options, tokenizer, settings.seed)
+    options = config.Model(path=str(hf.model_folder(model)), tokenizer=settings.tokenizer)
+    tokenizer = loading.tokenizer_of(options)
+    loaded = loading.load_model(options, tokenizer, settings.seed)
     prompts = [row.prompt for row in rows]
     ids = assemble.prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(Samples)} - {"prompts"} | {"seed", "batch_size"}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import assemble, folders, losses, models, optim, sharding
+from dpo_jax import assemble, folders, loading, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
@@ -109,13 +109,13 @@ def state_bytes(config: Config) -> int:
 def traced(config: Config) -> Run:
     """Returns a run that has shapes for parameters, and no data."""
     path = config.model.path
-    source = config.model.config or (hub.config_of(path) if hub.is_name(path) else assemble.model_folder(path))
+    source = config.model.config or (hub.config_of(path) if hub.is_name(path) else hf.model_folder(path))
     hf_config, loss = hf.read_config(source), losses.build(config.loss)
     architecture = models.architecture_of(hf_config)
     architecture = score.scoring(architecture) if loss.rewards else architecture
     model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    adapters, kind = assemble.adapters_of(config.lora, architecture, 0)
+    adapters, kind = loading.adapters_of(config.lora, architecture, 0)
     if kind is not None and config.model.path:
         dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)

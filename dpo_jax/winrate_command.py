@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, data, folders, keys, rewards, winrate, winrate_page
+from dpo_jax import assemble, config, data, folders, keys, loading, rewards, winrate, winrate_page
 from dpo_jax.config import Config
 from dpo_jax.data import chat
 from dpo_jax.data_commands import say, settings_of
@@ -55,7 +55,7 @@ class Policy(NamedTuple):
     """What is sampled, with the prompts as it reads them."""
 
     name: str
-    loaded: assemble.Loaded
+    loaded: loading.Loaded
     tokenizer: Any
     prompts: list[list[int]]
     key: str  # of everything that its samples depend on beside how they are drawn
@@ -133,10 +133,10 @@ def _setting(paths: Sequence[str], settings: Winrate) -> tuple[list[Policy], Que
 def _policy(name: str, path: str, prompts: Sequence[Any], settings: Winrate) -> Policy:
     """Returns a run's or a folder's model; a run reads prompts as its own config says."""
     own = folders.config_of(path) if folders.is_run(path) else settings
-    folder = str(assemble.model_folder(path))
+    folder = str(hf.model_folder(path))
     model = config.Model(path=folder, tokenizer=own.model.tokenizer, compute=settings.model.compute)
-    tokenizer = assemble.tokenizer_of(model)
-    loaded = assemble.load_model(model, tokenizer, settings.seed)
+    tokenizer = loading.tokenizer_of(model)
+    loaded = loading.load_model(model, tokenizer, settings.seed)
     ids = assemble.prompt_ids(prompts, tokenizer, own.data)
     hashed = weights_hash(loaded.params, loaded.model.architecture)
     return Policy(name, loaded, tokenizer, ids, json.dumps([hashed, model.compute, tokenizer.eos_token_id, ids]))

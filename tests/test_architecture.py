@@ -21,6 +21,7 @@ LAYERS = (
     {"evaluate", "winrate"},
     {"prepare", "folders"},
     {"loop"},
+    {"loading"},
     {"assemble"},
     {"plan"},
     {"experiments"},

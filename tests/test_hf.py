@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model, tokens_of, torch_model
 
-from dpo_jax import assemble, config
+from dpo_jax import config, loading
 from dpo_jax.models import build, hf
 from dpo_jax.records import UserError
 
@@ -102,7 +102,7 @@ def test_dtype_generation_tokenizer_and_template_survive_a_round_trip(shared, tm
     theirs.generation_config = GenerationConfig(temperature=0.7, top_p=0.8, do_sample=True, eos_token_id=[5, 9])
     theirs.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    loaded = assemble.load_model(config.Model(path=str(source)), tokenizer, 0)
+    loaded = loading.load_model(config.Model(path=str(source)), tokenizer, 0)
     loaded.save(loaded.params, out, hf.load_tokenizer(source))
     ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):

@@ -13,8 +13,7 @@ from threading import Thread
 
 import pytest
 
-from dpo_jax import assemble
-from dpo_jax.models import hub
+from dpo_jax.models import hf, hub
 from dpo_jax.records import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -139,12 +138,12 @@ def cached(monkeypatch, tmp_path):
 
 def test_a_name_becomes_the_folder_of_its_copy(cached, capsys, shared):
     shutil.copy(shared / "models/tinystories-656k/model.safetensors", cached)
-    assert assemble.model_folder("org/name") == cached
+    assert hf.model_folder("org/name") == cached
     assert f"revision {COMMIT}" in capsys.readouterr().out
-    assert assemble.model_folder(f"org/name@{COMMIT}") == cached
+    assert hf.model_folder(f"org/name@{COMMIT}") == cached
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"^org/name@other: no such folder, and the hub has given no such model: "):
-        assemble.model_folder("org/name@other")
+        hf.model_folder("org/name@other")
 
 
 def test_a_config_needs_no_weights(cached):
@@ -155,7 +154,7 @@ def test_a_config_needs_no_weights(cached):
 def test_a_model_that_is_only_a_pickle_is_refused(cached):
     (cached / "config.json").write_text("{}")
     with pytest.raises(UserError, match="org/name: the hub has no safetensors of it, and a pickle is never read"):
-        assemble.model_folder("org/name")
+        hf.model_folder("org/name")
 
 
 def test_what_can_be_a_name(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import yaml
 from scipy.stats import norm
 from tiny import largest_difference, logits_of, tokens_of, torch_model
 
-from dpo_jax import assemble, cli, optim, plan, prepare, sharding
+from dpo_jax import cli, loading, optim, plan, prepare, sharding
 from dpo_jax.config import Config, parse
 from dpo_jax.data import pack, synthetic
 from dpo_jax.data.table import Table
@@ -179,7 +179,7 @@ def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters):
     """A bfloat16 model under adapters is not made wider, and nothing is lost by that."""
     architecture, _, params = hf.stored(llama)
     config = config_of(llama)
-    narrow = hf.whole(assemble.load_model(config.model, synthetic.tokenizer(), 0, config.lora).params)
+    narrow = hf.whole(loading.load_model(config.model, synthetic.tokenizer(), 0, config.lora).params)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow)} == {"bfloat16"}
     assert hf.weights_hash(narrow, architecture) == hf.weights_hash(params, architecture)
     model, spec = build(architecture), lora.Lora(2, 16.0, ("all-linear",))
@@ -269,4 +269,4 @@ def test_a_missing_package_is_one_line(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     config = config_of(llama, "--lora.base", "nf4")
     with pytest.raises(UserError, match=r"lora.base: needs a package .*: pip install dpo_jax\[qlora\]"):
-        assemble.load_model(config.model, synthetic.tokenizer(), 0, config.lora)
+        loading.load_model(config.model, synthetic.tokenizer(), 0, config.lora)

@@ -15,7 +15,7 @@ from test_losses_trl import stand_in
 from tiny import _ARGUMENTS, _IDS, EOS, folder_of, largest_difference
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dpo_jax import assemble, cli, losses, models, rewards
+from dpo_jax import assemble, cli, loading, losses, models, rewards
 from dpo_jax.config import Data
 from dpo_jax.config import Model as ModelOptions
 from dpo_jax.data import pack, synthetic
@@ -162,7 +162,7 @@ def test_the_gradient_of_the_loss_is_that_of_torch(folders):
 def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family, tmp_path):
     """The new head is small and random, and the rest is the language model's; both give the same scores."""
     options = ModelOptions(path=str(folder_of(family, tmp_path / "base")))
-    loaded = assemble.load_model(options, Words(), 3, None, ENCODING)
+    loaded = loading.load_model(options, Words(), 3, None, ENCODING)
     assert "becomes a" in loaded.note
     params = hf.whole(loaded.params)
     assert params["score"].shape == (1, 32)
@@ -178,7 +178,7 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family,
     policy = pack.unpack(np.asarray(found).reshape(1, *batch.scores.shape), places)
     with torch.no_grad():
         np.testing.assert_allclose(policy, by_torch(theirs, rows).numpy(), atol=1e-4)
-    again = assemble.load_model(ModelOptions(path=str(tmp_path / "out")), Words(), 4, None, ENCODING)
+    again = loading.load_model(ModelOptions(path=str(tmp_path / "out")), Words(), 4, None, ENCODING)
     assert again.note == ""
     jax.tree.map(np.testing.assert_array_equal, hf.whole(again.params), params)
 
@@ -186,7 +186,7 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family,
 def test_a_random_reward_model_has_the_same_head(tmp_path):
     config = AutoConfig.for_model("llama", **{**_IDS, **_ARGUMENTS["llama"]}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = assemble.load_model(ModelOptions(config=str(tmp_path)), Words(), 0, None, ENCODING)
+    loaded = loading.load_model(ModelOptions(config=str(tmp_path)), Words(), 0, None, ENCODING)
     assert loaded.params["score"].shape == (1, 32)
     assert 0.5 < loaded.params["score"].std() * math.sqrt(33) < 1.5
     assert "head" not in loaded.params
@@ -271,9 +271,9 @@ def test_a_reward_models_loss_goes_with_no_other(loss, message):
 def test_models_of_the_wrong_kind_are_refused(folders, tmp_path):
     reward, language = folders("llama"), folder_of("llama", tmp_path / "language")
     with pytest.raises(UserError, match="llama: a reward model, which writes nothing"):
-        assemble.load_model(ModelOptions(path=str(reward)), Words(), 0)
+        loading.load_model(ModelOptions(path=str(reward)), Words(), 0)
     with pytest.raises(UserError, match=r"lora: the head of a reward model is trained too"):
-        assemble.load_model(ModelOptions(path=str(reward)), Words(), 0, assemble.configs.Lora(rank=4), ENCODING)
+        loading.load_model(ModelOptions(path=str(reward)), Words(), 0, assemble.configs.Lora(rank=4), ENCODING)
     config = json.loads((reward / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "a", "1": "b", "2": "c"}, {"a": 0, "b": 1, "c": 2}
     (reward.parent / "three").mkdir()

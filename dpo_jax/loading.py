@@ -1,0 +1,157 @@
+"""The model section of a config -> a tokenizer, and a model with its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax import config as configs
+from dpo_jax import models
+from dpo_jax.config import Config
+from dpo_jax.data import synthetic
+from dpo_jax.models import Architecture, Model, hf, lora, qlora, score
+from dpo_jax.models.hf import model_folder
+from dpo_jax.models.lora import Lora
+from dpo_jax.prepare import initialise, layer_by_layer
+from dpo_jax.records import UserError
+
+
+class Loaded(NamedTuple):
+    """A model with its weights.
+
+    Attributes:
+      model: pure functions.
+      params: host arrays, or stored ones; in few bits where the config says so.
+      hf_config: the contents of its config.json.
+      generation: the contents of its generation_config.json.
+      name: its folder, or its name on the hub.
+      adapters: host arrays, if only adapters of it are trained.
+      lora: what they are, likewise.
+      note: what is to be said of it, if anything.
+    """
+
+    model: Model
+    params: Any
+    hf_config: dict[str, Any]
+    generation: dict[str, Any]
+    name: str = ""
+
+    adapters: Any = None
+    lora: Lora | None = None
+    note: str = ""
+
+    def policy(self, trained: Any) -> Any:
+        """Returns the policy's parameters, in the host's memory, from what is trained."""
+        return trained if self.lora is None else lora.joined(hf.whole(self.params), trained, self.lora)
+
+    def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as a Hugging Face folder, adapters merged."""
+        params = trained if self.lora is None else lora.merged(qlora.as_floats(self.params), trained, self.lora)
+        hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
+
+    def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
+        """Writes the policy as `save` does and, where adapters are trained, these beside it, as PEFT has them."""
+        self.save(trained, out, tokenizer)
+        if self.lora is not None:
+            base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+            lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
+
+
+def tokenizer_of(options: configs.Model) -> Any:
+    """Returns a tokenizer: that named (a folder's, a hub id's, or that of the synthetic world), or the model's own."""
+    name = options.tokenizer
+    if name == "synthetic":
+        return synthetic.tokenizer()
+    if not name and not options.path:
+        raise UserError("model.tokenizer: name one; a config.json has none of its own")
+    local = not name or Path(name).is_dir()
+    return hf.load_tokenizer(model_folder(name or options.path) if local else name)
+
+
+def load_model(
+    options: configs.Model,
+    tokenizer: Any,
+    seed: int,
+    adapted: configs.Lora | None = None,
+    rewarded: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Returns the policy at the start: a folder's weights, or a random draw from a config.json, and adapters if any.
+
+    `rewarded` says how texts become tokens where a reward model is wanted: a language model then gets a new head.
+
+    Raises:
+      UserError: neither or both are named; the tokenizer has more ids than the vocabulary; a model of the other kind.
+    """
+    if bool(options.path) == bool(options.config):
+        raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
+    params, generation, note = None, {}, ""
+    if options.path:
+        folder = model_folder(options.path)
+        architecture, hf_config, params = hf.stored(folder)
+        generation = hf.read_generation(folder)
+    else:
+        ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+        hf_config = hf.read_config(options.config) | ids | {"dtype": "float32"}  # what it is trained and written in
+        architecture = models.architecture_of(hf_config)
+    if rewarded is None and architecture.score:
+        raise UserError(f"{options.path}: a reward model, which writes nothing; name a language model")
+    if rewarded is not None:
+        architecture, hf_config, params, note = _rewarding(architecture, hf_config, params, tokenizer, rewarded, seed)
+        if adapted and (adapted.rank or adapted.path):
+            raise UserError("lora: the head of a reward model is trained too, which no adapters are; unset lora.rank")
+    model = models.build(architecture, compute=options.compute, remat=options.remat)
+    if params is None:
+        params = initialise(model, seed)
+    if len(tokenizer) > architecture.vocab:
+        where = options.path or options.config
+        raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
+    adapters, kind = adapters_of(adapted or configs.Lora(), architecture, seed)
+    if kind is not None:
+        params = hf.narrow(params)
+    if adapted and adapted.base:
+        params = qlora.base(params, architecture, adapted.base, layer_by_layer)
+    return Loaded(model, params, hf_config, generation, options.path, adapters, kind, note)
+
+
+def _rewarding(
+    architecture: Architecture, hf_config: Any, params: Any, tokenizer: Any, encoding: Mapping[str, Any], seed: int
+) -> tuple[Architecture, dict[str, Any], Any, str]:
+    """Returns what a reward model is made of, with a new head if it is none yet, and what is to be said of that."""
+    name = models.family(hf_config["model_type"]).CLASS
+    hf_config = score.as_score(hf_config, name, padding(tokenizer), encoding)
+    new = models.architecture_of(hf_config)
+    if architecture.score or params is None:
+        return new, hf_config, params, ""
+    note = f"a {name} becomes a {score.class_of(name)}: its new head is drawn from normal(0, {new.score_std:.4f})"
+    return new, hf_config, score.headed(params, new, seed), note
+
+
+def padding(tokenizer: Any) -> int:
+    """Returns the token with which texts are padded: the tokenizer's, or its EOS."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def adapters_of(options: configs.Lora, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
+    """Returns adapters at the start as host arrays, and what they are; nothing where the whole model is trained.
+
+    Raises:
+      UserError: adapters that do not fit the model, or a base in few bits without any.
+    """
+    if options.path:
+        return lora.load(Path(options.path), architecture)
+    if options.rank:
+        kind = Lora(options.rank, options.alpha, options.targets)
+        return lora.init(architecture, kind, seed), kind
+    if options.base:
+        raise UserError(f"lora.base: {options.base} cannot be trained, only adapters over it; set lora.rank")
+    return None, None
+
+
+def notes(config: Config, loaded: Loaded) -> list[str]:
+    """Returns what is rounded where the policy is written."""
+    lines, dtype = [], loaded.hf_config.get("dtype", "float32")
+    if dtype != "float32":
+        lines.append(f"the policy is written in {dtype}, as the model it came from: what was trained is rounded to it")
+    if config.lora.base:
+        what = f"adapters are merged into the {config.lora.base} base that they were trained over"
+        lines.append(f"the policy is written as it was trained: {what}, made whole; adapter/ has them alone")
+    return lines
