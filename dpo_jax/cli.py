@@ -23,6 +23,7 @@ COMMANDS = {
         "preferences made of a model's answers or of other data",
     ),
     "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often its responses are judged better"),
+    "frontier": ("CONFIG.yaml [--run DIR]", "the paper's figure 2: reward against KL of each method, and the optimum"),
     "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
     "models": ("", "the families of models that can be loaded"),
     "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),

@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from dpo_jax import assemble, config, evaluate, folders, keys, loading, losses, optim, plan, processes, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, say, settings_of
+from dpo_jax.frontier_command import frontier_command
 from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
 from dpo_jax.pairs_command import pairs_command
@@ -25,6 +26,7 @@ from dpo_jax.winrate_command import winrate_command
 
 __all__ = [
     "data_command",
+    "frontier_command",
     "losses_command",
     "pairs_command",
     "sweep_command",
