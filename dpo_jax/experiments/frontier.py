@@ -17,6 +17,7 @@ import numpy as np
 
 from dpo_jax import assemble, config, data, folders, keys, loop, metrics, optim, rewards, sharding, watch
 from dpo_jax.config import Config, Data, Model
+from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws, offline, optimum
 from dpo_jax.experiments.measure import Column, Point, World, column_of, measurer, shape_of
@@ -25,7 +26,7 @@ from dpo_jax.metrics import mean_interval
 from dpo_jax.models import hf
 from dpo_jax.records import Array, UserError
 
-PAIRS_FROM = 32  # held-out prompts of whose completions the held-out pairs are made
+DRAWS = 256  # completions that are sampled at a time, at most
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
 
@@ -124,6 +125,7 @@ class Shared(NamedTuple):
     Attributes:
       train: pairs.
       column: computes log-probs.
+      shape: of batches of pairs, for `column`.
       prompts: training prompts.
       held_out: held-out prompts.
       measure: (params, method, strength, step) -> Point.
@@ -131,6 +133,7 @@ class Shared(NamedTuple):
 
     train: Table
     column: Column
+    shape: pack.Shape
     prompts: list[Array]
     held_out: list[Array]
     measure: Callable[..., Point]
@@ -176,6 +179,8 @@ def check(settings: Frontier) -> None:
         value = settings.optimum.samples if "." in key else getattr(settings, key)
         if value < 1:
             raise UserError(f"{key}: {value} is less than 1")
+    if not settings.model.path:
+        raise UserError("model.path: name the reference: a model's folder, a run, or the YAML of a run")
     if settings.completions < 2:
         raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
     if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
@@ -204,8 +209,6 @@ def _claimed(folder: Path, settings: Frontier) -> Any:
 def _start(settings: Frontier, say: Callable[[str], None]) -> Model:
     """Returns the reference's model section; one that is named by the YAML of a run is trained first if need be."""
     path = settings.model.path
-    if not path:
-        raise UserError("model.path: name the reference: a model's folder, a run, or the YAML of a run")
     if path.endswith((".yaml", ".yml")):
         parsed = config.parse(Config, path, [], prog="dpo-jax frontier CONFIG.yaml", variants=folders.VARIANTS)
         stage = assemble.named(parsed, path)
@@ -224,7 +227,10 @@ def world_of(settings: Frontier, say: Callable[[str], None]) -> World:
     where = sharding.of_params(mesh, loaded.model.axes, start)
     reward = rewards.get(settings.reward)
     placed = sharding.put(start, where)
-    return World(loaded.model, mesh, where, start, placed, tokenizer, reward, settings.max_new_tokens, settings.seed)
+    rows = min(settings.eval_prompts, DRAWS)
+    return World(
+        loaded.model, mesh, where, start, placed, tokenizer, reward, settings.max_new_tokens, rows, settings.seed
+    )  # fmt: skip
 
 
 def _shared(settings: Frontier, folder: Path, world: World, say: Callable[[str], None]) -> Shared:
@@ -235,16 +241,16 @@ def _shared(settings: Frontier, folder: Path, world: World, say: Callable[[str],
             assemble.comparisons(settings.data, 0), (settings.prompts, settings.eval_prompts), strict=True
         )
     )
-    make = partial(draws.pairs, world=world, copies=settings.completions, how=settings.label)
-    start = time.perf_counter()
-    pairs = make(folder / "pairs.jsonl", prompts=train, seed=0)
-    test = make(folder / "held_out.jsonl", prompts=held_out[:PAIRS_FROM], seed=1)
+    make, start = partial(draws.pairs, world=world, how=settings.label), time.perf_counter()
+    pairs = make(folder / "pairs.jsonl", prompts=train, copies=settings.completions, seed=0)
+    test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
     say(
         f"{len(pairs):,} pairs from {len(train):,} prompts with {settings.completions} completions each, {len(test):,} "
         f"held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
     )
-    column = column_of(world)
-    return Shared(pairs, column, train, held_out, measurer(world, held_out, test, column))
+    both = Table.of(table[i] for table in (pairs, test) for i in range(len(table)))
+    column, shape = column_of(world), shape_of(world, both)
+    return Shared(pairs, column, shape, train, held_out, measurer(world, held_out, test, shape, column))
 
 
 def _prompts(rows: Any, count: int | None, settings: Frontier, world: World) -> list[Array]:
@@ -271,7 +277,7 @@ def _measured(
     table = shared.train if method != "preferred_ft" else _chosen(shared.train)
     column = None
     if method == "dpo":
-        column = shared.column(world.reference, table, shape_of(world, table))
+        column = shared.column(world.reference, table, shared.shape)
     program = offline.program(world, build(missing[0].strength), table, column)
     for job in missing:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
@@ -295,8 +301,8 @@ def _chosen(pairs: Table) -> Table:
 def points(path: Path) -> list[Point]:
     """Returns the points in a file, which may be absent."""
     rows = metrics.read(path) if path.is_file() else []
-    fields = [[math.nan if row[name] is None else row[name] for name in Point._fields] for row in rows]
-    return [Point(*values) for values in fields]
+    fields = [{name: math.nan if row[name] is None else row[name] for name in Point._fields} for row in rows]
+    return [Point(**values) for values in fields]
 
 
 def _keep(path: Path, settings: Frontier, point: Point) -> None:

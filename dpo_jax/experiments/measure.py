@@ -17,7 +17,7 @@ from dpo_jax.records import Array, Tokens
 from dpo_jax.rewards import Reward
 from dpo_jax.sample import sample
 
-AT_A_TIME = 256  # comparisons whose log-probs are computed together, and completions that are sampled
+AT_A_TIME = 64  # comparisons whose log-probs are computed together
 
 
 class World(NamedTuple):
@@ -32,6 +32,7 @@ class World(NamedTuple):
       tokenizer: of all of them.
       reward: the true one.
       max_new_tokens: longest completion.
+      draws: completions that are sampled at a time, in one program whatever they are for.
       seed: of everything random.
     """
 
@@ -43,6 +44,7 @@ class World(NamedTuple):
     tokenizer: Any
     reward: Reward
     max_new_tokens: int
+    draws: int
     seed: int
 
 
@@ -78,10 +80,13 @@ Column = Callable[[Any, Table, pack.Shape], Array]
 
 
 def draw(world: World, params: Any, prompts: Sequence[Array], copies: int = 1, seed: int = 0) -> list[Array]:
-    """Returns `copies` completions of each prompt at temperature 1, as ids, those of a prompt together."""
-    ends, size = world.tokenizer.eos_token_id, max(AT_A_TIME, copies)
-    options = {"copies": copies, "max_new_tokens": world.max_new_tokens, "eos_id": ends, "batch_size": size}
-    return sample(world.model, params, prompts, **options, seed=world.seed + seed)
+    """Returns `copies` completions of each prompt at temperature 1, as ids, those of a prompt together.
+
+    Prompts are short, so that reading one again for each of its completions costs less than a program of its own.
+    """
+    every = [prompt for prompt in prompts for _ in range(copies)]
+    options = {"eos_id": world.tokenizer.eos_token_id, "batch_size": world.draws, "seed": world.seed + seed}
+    return sample(world.model, params, every, max_new_tokens=world.max_new_tokens, **options)
 
 
 def score(world: World, reward: Reward, prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
@@ -106,7 +111,9 @@ def shape_of(world: World, table: Table, batch_size: int = AT_A_TIME) -> pack.Sh
     return shape._replace(own=(parts.start * size, parts.stop * size))
 
 
-def measurer(world: World, prompts: Sequence[Array], pairs: Table, column: Column) -> Callable[..., Point]:
+def measurer(
+    world: World, prompts: Sequence[Array], pairs: Table, pairs_shape: pack.Shape, column: Column
+) -> Callable[..., Point]:
     """Returns `(params, method, strength, step) -> Point`, compiled once for all policies.
 
     All are sampled with the same random numbers, which takes some of the chance out of comparing them.
@@ -115,11 +122,11 @@ def measurer(world: World, prompts: Sequence[Array], pairs: Table, column: Colum
       world: what they share.
       prompts: held-out prompts; one completion of each.
       pairs: held-out pairs.
+      pairs_shape: their layout.
       column: from `column_of`.
     """
     full = np.full(world.max_new_tokens, 3, np.int32)  # the longest there may be, so that one layout serves all
     shape = shape_of(world, Table.of(Tokens(p, (full,)) for p in prompts))
-    pairs_shape = shape_of(world, pairs)
 
     def measure(params: Any, method: str, strength: float, step: int) -> Point:
         found = draw(world, params, prompts)

@@ -42,7 +42,7 @@ def tilted(rewards: Array, base: Array, beta: float) -> tuple[Array, Array, Arra
     """Returns the reward of base * exp(rewards / beta) / Z, its KL from base and the sum of its squared weights,
     float64[...] each; `base` holds log-probabilities of the K responses, float64[..., K]."""
     weighed = base + rewards / beta
-    log_z = logsumexp(weighed, axis=-1, keepdims=True)
+    log_z: Array = logsumexp(weighed, axis=-1, keepdims=True)
     weights = np.exp(weighed - log_z)
     reward = (weights * rewards).sum(-1)
     return reward, reward / beta - log_z[..., 0], (weights**2).sum(-1)

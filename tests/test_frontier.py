@@ -1,0 +1,310 @@
+"""`dpo-jax frontier`: its estimates against sums over every response, its tables by hand, and that it goes on."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import cli, config, folders, frontier_page, losses, metrics, models, rewards, sharding
+from dpo_jax.data import synthetic
+from dpo_jax.data.table import Table
+from dpo_jax.experiments import draws, frontier, measure, offline
+from dpo_jax.experiments.frontier import BestOf, Found, Frontier, Job
+from dpo_jax.experiments.measure import Point, World
+from dpo_jax.experiments.optimum import Optimum
+from dpo_jax.models import hf
+from dpo_jax.records import Tokens, UserError
+
+TOKENIZER = synthetic.tokenizer()
+CONFIG = {
+    "model_type": "llama", "vocab_size": len(TOKENIZER), "hidden_size": 16, "intermediate_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "initializer_range": 0.5, "tie_word_embeddings": True,
+}  # fmt: skip
+MODEL = models.build(models.family("llama").architecture(CONFIG))
+PROMPTS = [np.array(TOKENIZER(p)["input_ids"], np.int32) for p in synthetic.prompts("test", 150)]
+
+
+def params(seed):
+    return jax.device_get(jax.jit(MODEL.init)(jax.random.key(seed)))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A world of one-word responses, of which all can be listed."""
+    start, mesh = params(0), sharding.make_mesh()
+    where = sharding.of_params(mesh, MODEL.axes, start)
+    reward = rewards.get("synthetic")
+    return World(MODEL, mesh, where, start, sharding.put(start, where), TOKENIZER, reward, 1, 64, 0)
+
+
+def test_every_response_is_listed_once():
+    """Two tokens beside the end: of at most 2 tokens there are the end alone, 2 ended ones and 4 that are cut."""
+    found = draws.responses(3, 2, 2)
+    assert sorted(found) == sorted([(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)])
+
+
+def test_reward_and_kl_are_those_of_the_sum_over_all_responses(world):
+    column = measure.column_of(world)
+    rewards_of, base = draws.listed(world, PROMPTS, column)
+    np.testing.assert_allclose(np.exp(base).sum(1), 1, atol=1e-5)
+    policy = sharding.put(params(1), world.where)
+    _, logps = draws.listed(world._replace(reference=policy), PROMPTS, column)
+    p = np.exp(logps)
+    pairs = Table.of(Tokens(x, (np.array([5]), np.array([6]))) for x in PROMPTS[:4])
+    point = measure.measurer(world, PROMPTS, pairs, measure.shape_of(world, pairs), column)(policy, "dpo", 0.1, 3)
+    assert point[:3] == ("dpo", 0.1, 3)
+    exact_kl = (p * (logps - base)).sum(1)
+    exact_reward = (p * rewards_of).sum(1)
+    # One draw a prompt: the interval is that of the draws' spread, of which the exact one is known too.
+    spread = np.sqrt((p * (logps - base - exact_kl[:, None]) ** 2).sum(1).mean() / len(PROMPTS))
+    assert abs(point.kl - exact_kl.mean()) < 3 * spread
+    assert point.kl_half == pytest.approx(1.96 * spread, rel=0.3)
+    assert exact_kl.mean() > 10 * spread  # so that a KL of the wrong way round would be seen
+    spread = np.sqrt((p * (rewards_of - exact_reward[:, None]) ** 2).sum(1).mean() / len(PROMPTS))
+    assert abs(point.reward - exact_reward.mean()) < 3 * spread
+    assert point.reward_half == pytest.approx(1.96 * spread, rel=0.3)
+    assert point.chosen == pytest.approx(logps[:4][:, [_place(5)]].mean(), abs=1e-4)
+    assert point.rejected == pytest.approx(logps[:4][:, [_place(6)]].mean(), abs=1e-4)
+    assert point.tokens == 1
+    assert point.cut > 0.5
+
+
+def _place(token):
+    return draws.responses(len(TOKENIZER), TOKENIZER.eos_token_id, 1).index((token,))
+
+
+def test_the_reference_has_no_kl_from_itself(world):
+    pairs = Table.of(Tokens(x, (np.array([5]), np.array([6]))) for x in PROMPTS[:4])
+    shape, column = measure.shape_of(world, pairs), measure.column_of(world)
+    point = measure.measurer(world, PROMPTS[:20], pairs, shape, column)(world.reference, "sft", 0.0, 0)
+    assert (point.kl, point.kl_half) == (0, 0)
+
+
+def test_many_responses_are_not_listed(world):
+    assert draws.listed(world._replace(max_new_tokens=2), PROMPTS[:1], measure.column_of(world)) is None
+
+
+def test_pairs_are_those_of_the_ids_drawn_and_are_kept(world, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    table = draws.pairs(path, world, PROMPTS[:30], 4, "ranked", 0)
+    rows = metrics.read(path)
+    assert len(rows) == len(table) > 30
+    for i, row in enumerate(rows):
+        assert synthetic.reward(row["prompt"], row["chosen"]) > synthetic.reward(row["prompt"], row["rejected"])
+        ids = [part.tolist() for part in (table[i].prompt, *table[i].responses)]
+        assert ids == row["ids"]
+        assert TOKENIZER.decode(ids[1], skip_special_tokens=True) == row["chosen"]
+    before = path.read_bytes()
+    again = draws.pairs(path, world._replace(reward=None), PROMPTS[:30], 4, "ranked", 0)  # which nobody asks
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(again.ids, table.ids)
+
+
+@pytest.mark.parametrize("method", ["dpo", "unlikelihood"])
+def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
+    """And a strength makes the difference that it must."""
+    table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:30], 4, "ranked", 0)
+    settings = Frontier("synthetic", optim={"name": "rmsprop", "learning_rate": 1e-3}, max_steps=3, batch_size=8)
+    build = lambda strength: frontier._config(settings, method, strength)  # noqa: E731, SLF001
+    column = measure.column_of(world)(world.reference, table, measure.shape_of(world, table))
+    program = offline.program(world, build(0.1), table, column)
+    ends = []
+    for strength in (0.1, 1.0, 0.1):
+        *_, (step, end) = offline.steps(program, build(strength), 0)
+        assert step == 3
+        ends.append(jax.device_get(end))
+    assert program.step._cache_size() == 1  # noqa: SLF001
+    same = jax.tree.map(np.array_equal, ends[0], ends[2])
+    other = jax.tree.map(np.array_equal, ends[0], ends[1])
+    assert all(jax.tree.leaves(same))
+    assert not all(jax.tree.leaves(other))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
+    table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:10], 4, "ranked", 0)
+    optim = {"name": "rmsprop", "learning_rate": 1e30, "warmup_steps": 0}
+    settings = Frontier("synthetic", optim=optim, max_steps=4, batch_size=8)
+    c = frontier._config(settings, "unlikelihood", 0.5)  # noqa: SLF001
+    with pytest.raises(UserError, match="not finite at step 2"):
+        list(offline.steps(offline.program(world, c, table, None), c, 0))
+
+
+def test_the_runs_of_the_paper():
+    settings = Frontier("synthetic", max_steps=100, eval_every=30)
+    found = frontier.jobs(settings)
+    assert [j.strength for j in found if j.method == "dpo"] == [0.05, 0.1, 1, 5]
+    assert [j.strength for j in found if j.method == "unlikelihood"] == [0.05, 0.1, 0.5, 1]
+    assert len([j for j in found if j.method == "preferred_ft"]) == 6
+    assert found[0] == Job("dpo", 0.05, (30, 60, 90, 100))
+    assert frontier.jobs(Frontier("x", max_steps=60, eval_every=30))[0].steps == (30, 60)
+    assert frontier.jobs(Frontier("x", max_steps=10, eval_every=30))[0].steps == (10,)
+
+
+def point(method, strength, step, reward, kl, half=0.0):
+    return Point(method, strength, step, reward, half, kl, half, -4.0, -5.0, 3.0, 0.25)
+
+
+FOUND = Found(
+    [
+        point("sft", 0, 0, 1.0, 0.0), point("dpo", 0.1, 10, 2.5, 0.25, 0.1), point("dpo", 0.1, 20, 3.0, 1.5),
+        point("dpo", 1, 10, 2.0, 0.4), point("unlikelihood", 0.5, 10, 0.5, 0.1), point("dpo", 1, 20, 2.9, 6.0),
+    ],
+    [
+        Optimum(math.inf, 1.0, 0.1, 0.0, 0.0, math.inf), Optimum(2.0, 3.0, 0.2, 0.5, 0.0, 99.0),
+        Optimum(1.0, 4.0, 0.4, 1.5, 0.0, 50.0),
+    ],
+    [Optimum(0.1, 9.0, 0.1, 5.0, 0.1, 3.0)],
+    [BestOf(1, 1.0, 0.1), BestOf(2, 2.0, 0.1)], False, 256, 600,
+)  # fmt: skip
+
+
+def test_gaps_by_hand():
+    """On the line from (0, 1) to (0.5, 3), slope 4, the optimum at 0.25 is 2; beyond 1.5 it is below 4 + (kl - 1.5)."""
+    assert frontier_page.of_point(FOUND, FOUND.points[1])[::2] == (-0.5, True)
+    assert frontier_page.of_point(FOUND, FOUND.points[1]).half == pytest.approx(math.hypot(0.1, 0.15, 4 * 0.1))
+    assert frontier_page.of_point(FOUND, FOUND.points[2])[::2] == (1.0, True)
+    assert frontier_page.of_point(FOUND, FOUND.points[5])[::2] == (pytest.approx(8.5 - 2.9), False)
+
+
+def test_the_most_reward_within_a_kl():
+    head, optimum, dpo, unlikelihood, best = frontier_page.budgets(FOUND)
+    assert head[1:] == ["0.5", "1", "2", "4", "8", "16"]
+    assert optimum[1:4] == ["3.00", "3.50", "<= 4.50"]
+    assert dpo[1:] == ["2.50 +- 0.10", "2.50 +- 0.10", *["3.00 +- 0.00"] * 4]
+    assert unlikelihood[1:] == ["1.00 +- 0.00"] * 6  # the reference, since it is better
+    assert best[1:] == ["2.00 +- 0.10"] * 6  # of 2, log 2 - 1/2 = 0.19
+
+
+def test_the_table_of_runs():
+    head, sft, first, second, unlikelihood, one, two = frontier_page.table(FOUND)
+    assert head[:4] == ["method", "strength", "step", "reward"]
+    assert sft[:3] == ["SFT", "", "0"]
+    assert first == [
+        "DPO", "beta 0.1", "20", "3.00 +- 0.00", "1.50 +- 0.00", "4.00", "1.00 +- 0.40", "-4.0", "-5.0", "3.0", "25%",
+    ]  # fmt: skip
+    assert second[:7] == ["DPO", "beta 1", "20", "2.90 +- 0.00", "6.00 +- 0.00", "<= 8.50", "<= 5.60"]
+    assert unlikelihood[:2] == ["Unlikelihood", "alpha 0.5"]
+    assert one[:7] == ["Best of N", "N 1", "", "1.00 +- 0.10", "<= 0.00", "1.00", "0.00 +- 0.14"]
+    assert two[4] == "<= 0.19"
+    rows = frontier_page.optima(FOUND)
+    assert rows[1][0] == "reference"
+    assert rows[-1] == ["beta 0.1", "9.00 +- 0.10", "5.00 +- 0.10", "3", "left out: too few"]
+
+
+def test_the_page_and_its_figures():
+    page = frontier_page.page(FOUND, ["a <b> line"])
+    assert "a &lt;b&gt; line" in page
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert "Best of N (KL: bound)" in page
+    assert json.loads(json.dumps(frontier_page.as_json(FOUND), allow_nan=False))["optimum"][0]["beta"] is None
+    alone = frontier_page.alone(frontier_page.frontier(FOUND))
+    assert alone.startswith("<svg")
+    assert alone.index("<style>") < alone.index("<defs")
+    none = FOUND._replace(points=FOUND.points[:1], best_of=[], curve=FOUND.curve[:1])
+    assert list(frontier_page.figures(none)) == ["frontier"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model's folder, and a small experiment."""
+    folder = tmp_path_factory.mktemp("frontier")
+    hf.save(folder / "model", params(0), CONFIG, TOKENIZER)
+    (folder / "small.yaml").write_text(
+        "data: {name: synthetic, eval_split: test, max_prompt_length: 16}\nmodel: {path: model}\nreward: synthetic\n"
+        "optim: {name: rmsprop, learning_rate: 1.0e-3, warmup_steps: 0}\nprompts: 40\nmax_new_tokens: 6\n"
+        "dpo: [0.1, 1.0]\nunlikelihood: []\npreferred_ft: []\nbest_of: [1, 4]\noptimum: {samples: 64}\n"
+        "batch_size: 8\nmax_steps: 4\neval_every: 2\neval_prompts: 33\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Runs the command on the small experiment and returns what it says."""
+    monkeypatch.chdir(folder)
+
+    def run(*options):
+        cli.run(["frontier", "small.yaml", *options])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_goes_on_and_the_same_seed_gives_the_same_figure(run, folder):
+    said = run()
+    assert "2 runs of up to 4 steps" in said
+    assert "5 measurements on 33 held-out prompts" in said
+    made = folder / "runs/small"
+    whole = (made / "points.jsonl").read_text().splitlines()
+    assert len(whole) == 5
+    figure, numbers = (made / "frontier.svg").read_bytes(), (made / "frontier.json").read_text()
+    assert {p.name for p in made.iterdir()} >= {"paths.svg", "likelihoods.svg", "frontier.html", "config.yaml"}
+    # Killed after the first point of the second run, while it wrote the next.
+    (made / "points.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:20])
+    assert "dpo 0.1: reward" in said
+    (made / "frontier.svg").unlink()
+    said = run()
+    assert "dpo 0.1: reward" not in said
+    assert "dpo 1: reward" in said
+    assert (made / "points.jsonl").read_text().splitlines() == whole
+    assert (made / "frontier.svg").read_bytes() == figure
+    said = run("--optimum.betas", "3", "--best_of", "2")  # worked out anew from what is there
+    assert "dpo 1: reward" not in said
+    assert (made / "points.jsonl").read_text().splitlines() == whole
+    said = run()
+    assert (made / "frontier.svg").read_bytes() == figure
+    assert (made / "frontier.json").read_text() == numbers
+
+
+def test_short_responses_are_listed(run, folder):
+    options = ("--dpo", "1", "--max_new_tokens", "1", "--eval_every", "4")
+    said = run("--run", "runs/listed", *options)
+    assert "optimum: summed over all responses there are" in said
+    found = json.loads((folder / "runs/listed/frontier.json").read_text())
+    assert found["listed"]
+    assert not found["left_out"]
+    # The samples of the best of 1 are of the reference, whose reward is known exactly.
+    best, reference = found["best_of"][0], found["optimum"][0]
+    assert abs(best["reward"] - reference["reward"]) < 2 * (best["reward_half"] + reference["reward_half"])
+
+
+MISTAKES = [
+    (("--batch_size", "0"), "batch_size: 0 is less than 1"),
+    (("--completions", "1"), "completions: 1 is less than 2"),
+    (("--best_of", "65"), "best_of: numbers from 1 to optimum.samples, 64"),
+    (("--dpo", "0"), "a beta is above 0"),
+    (("--data.flip_labels", "0.1"), "data.flip_labels: .* has no meaning here"),
+    (("--reward", "sinthetic"), "unknown reward 'sinthetic'; did you mean 'synthetic'"),
+    (("--model.path", ""), "model.path: name the reference"),
+    (("--data.max_prompt_length", "4"), "data.max_prompt_length: a prompt has 8 tokens"),
+    (("--dop", "1"), "unknown key 'dop'; did you mean 'dpo'"),
+    (("--optim.learning_rate", "nan"), "optim.learning_rate: nan"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, tuple) else None)
+def test_mistakes_are_told(run, folder, options, message):
+    with pytest.raises(UserError, match=message):
+        run("--run", "runs/mistake", *options)
+    shutil.rmtree(folder / "runs/mistake", ignore_errors=True)
+
+
+def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
+    run("--run", "runs/old", "--max_steps", "1", "--dpo")
+    with pytest.raises(UserError, match=r"runs/old belongs to another config \(max_steps: 1 -> 2\)"):
+        run("--run", "runs/old", "--max_steps", "2", "--dpo")
+
+
+def test_the_quick_experiment_is_read(monkeypatch):
+    from test_configs import ROOT
+
+    settings = config.parse(
+        Frontier, str(ROOT / "configs/frontier_quick.yaml"), [], prog="x", variants=folders.VARIANTS
+    )
+    frontier.check(settings)
+    assert losses.build(frontier._config(settings, "preferred_ft", 0.0).loss).responses == 1  # noqa: SLF001
