@@ -12,7 +12,8 @@ from rich.table import Table as Grid
 from dpo_jax import config, folders, frontier_page
 from dpo_jax.data_commands import leading, say
 from dpo_jax.experiments import frontier, optimum
-from dpo_jax.experiments.frontier import Found, Frontier
+from dpo_jax.experiments.frontier import Found
+from dpo_jax.experiments.setup import Frontier
 
 
 def frontier_command(argv: list[str]) -> None:

@@ -11,10 +11,11 @@ import pytest
 from dpo_jax import cli, config, folders, frontier_page, losses, metrics, models, rewards, sharding
 from dpo_jax.data import synthetic
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, frontier, measure, offline
-from dpo_jax.experiments.frontier import BestOf, Found, Frontier, Job
+from dpo_jax.experiments import draws, frontier, measure, offline, setup
+from dpo_jax.experiments.frontier import BestOf, Found, Job
 from dpo_jax.experiments.measure import Point, World
 from dpo_jax.experiments.optimum import Optimum
+from dpo_jax.experiments.setup import Frontier
 from dpo_jax.models import hf
 from dpo_jax.records import Tokens, UserError
 
@@ -109,7 +110,7 @@ def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
     """And a strength makes the difference that it must."""
     table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:30], 4, "ranked", 0)
     settings = Frontier("synthetic", optim={"name": "rmsprop", "learning_rate": 1e-3}, max_steps=3, batch_size=8)
-    build = lambda strength: frontier._config(settings, method, strength)  # noqa: E731, SLF001
+    build = lambda strength: frontier.config_of(settings, method, strength)  # noqa: E731
     column = measure.column_of(world)(world.reference, table, measure.shape_of(world, table))
     program = offline.program(world, build(0.1), table, column)
     ends = []
@@ -128,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
     table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:10], 4, "ranked", 0)
     optim = {"name": "rmsprop", "learning_rate": 1e30, "warmup_steps": 0}
     settings = Frontier("synthetic", optim=optim, max_steps=4, batch_size=8)
-    c = frontier._config(settings, "unlikelihood", 0.5)  # noqa: SLF001
+    c = frontier.config_of(settings, "unlikelihood", 0.5)
     with pytest.raises(UserError, match="not finite at step 2"):
         list(offline.steps(offline.program(world, c, table, None), c, 0))
 
@@ -217,7 +218,8 @@ def folder(tmp_path_factory):
     (folder / "small.yaml").write_text(
         "data: {name: synthetic, eval_split: test, max_prompt_length: 16}\nmodel: {path: model}\nreward: synthetic\n"
         "optim: {name: rmsprop, learning_rate: 1.0e-3, warmup_steps: 0}\nprompts: 40\nmax_new_tokens: 6\n"
-        "dpo: [0.1, 1.0]\nunlikelihood: []\npreferred_ft: []\nbest_of: [1, 4]\noptimum: {samples: 64}\n"
+        "dpo: [0.1, 1.0]\nppo: []\nppo_gt: []\nunlikelihood: []\npreferred_ft: []\nbest_of: [1, 4]\n"
+        "optimum: {samples: 64}\n"
         "batch_size: 8\nmax_steps: 4\neval_every: 2\neval_prompts: 33\n"
     )
     return folder
@@ -277,7 +279,7 @@ MISTAKES = [
     (("--batch_size", "0"), "batch_size: 0 is less than 1"),
     (("--completions", "1"), "completions: 1 is less than 2"),
     (("--best_of", "65"), "best_of: numbers from 1 to optimum.samples, 64"),
-    (("--dpo", "0"), "a beta is above 0"),
+    (("--dpo", "1", "0"), "dpo: 0 is not above 0"),
     (("--data.flip_labels", "0.1"), "data.flip_labels: .* has no meaning here"),
     (("--reward", "sinthetic"), "unknown reward 'sinthetic'; did you mean 'synthetic'"),
     (("--model.path", ""), "model.path: name the reference"),
@@ -306,5 +308,5 @@ def test_the_quick_experiment_is_read(monkeypatch):
     settings = config.parse(
         Frontier, str(ROOT / "configs/frontier_quick.yaml"), [], prog="x", variants=folders.VARIANTS
     )
-    frontier.check(settings)
-    assert losses.build(frontier._config(settings, "preferred_ft", 0.0).loss).responses == 1  # noqa: SLF001
+    setup.check(settings)
+    assert losses.build(frontier.config_of(settings, "preferred_ft", 0.0).loss).responses == 1

@@ -6,79 +6,26 @@ run folder as it is found, so that a run that was killed goes on with what is mi
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from dpo_jax import assemble, config, data, folders, keys, loop, metrics, optim, rewards, sharding, watch
-from dpo_jax.config import Config, Data, Model
-from dpo_jax.data import pack
+from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
+from dpo_jax.config import Config, Data, Samples
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, offline, optimum
-from dpo_jax.experiments.measure import Column, Point, World, column_of, measurer, shape_of
+from dpo_jax.experiments import draws, offline, optimum, ppo, setup
+from dpo_jax.experiments.measure import Point, score
 from dpo_jax.experiments.optimum import Optimum
+from dpo_jax.experiments.setup import Frontier, Shared
 from dpo_jax.metrics import mean_interval
-from dpo_jax.models import hf
 from dpo_jax.records import Array, UserError
 
-DRAWS = 256  # completions that are sampled at a time, at most
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
-
-
-@dataclass(frozen=True)
-class Best:
-    """The exact optimum, from the reference's own completions."""
-
-    samples: int = 256
-    """Completions of each held-out prompt, from which the best of N are too."""
-    betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
-    """The betas at which it is wanted."""
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """The paper's figure 2 (left): reward against KL, of each method at several strengths."""
-
-    reward: str
-    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
-    prompts: int | None = None
-    """Distinct training prompts of whose completions the pairs are made (None: all)."""
-    completions: int = 4
-    """Completions of each of them; 4 make 6 pairs (paper, appendix C.1)."""
-    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
-    """How a pair is labelled, as in dpo-jax pairs."""
-    max_new_tokens: int = 64
-    """Longest completion; all are drawn at temperature 1."""
-    dpo: tuple[float, ...] = (0.05, 0.1, 1.0, 5.0)
-    """Betas of DPO."""
-    unlikelihood: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
-    """Alphas of unlikelihood."""
-    preferred_ft: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Seeds of fine-tuning on the chosen responses."""
-    best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """The best of so many completions of the reference."""
-    optimum: Best = field(default_factory=Best)
-    batch_size: int = 64
-    """Pairs in a step."""
-    max_steps: int = 100
-    """Steps of each run."""
-    eval_every: int = 25
-    """Steps between measurements."""
-    eval_prompts: int = 256
-    """Distinct held-out prompts, from each of which every policy is sampled once."""
-    run: str = ""
-    """The folder of what is found; by default runs/<name of the config>."""
-    seed: int = 0
-    """Of everything random."""
+ONLINE = ("ppo", "ppo_gt")
 
 
 class Job(NamedTuple):
@@ -119,31 +66,19 @@ class Found(NamedTuple):
     pairs: int
 
 
-class Shared(NamedTuple):
-    """What every run of an experiment uses, beside the world.
-
-    Attributes:
-      train: pairs.
-      column: computes log-probs.
-      shape: of batches of pairs, for `column`.
-      prompts: training prompts.
-      held_out: held-out prompts.
-      measure: (params, method, strength, step) -> Point.
-    """
-
-    train: Table
-    column: Column
-    shape: pack.Shape
-    prompts: list[Array]
-    held_out: list[Array]
-    measure: Callable[..., Point]
+Keep = Callable[[Job, Any, int], None]
+"""(job, parameters, updates done): measures and keeps the point, if it is wanted."""
 
 
 def jobs(settings: Frontier) -> list[Job]:
     """Returns the runs; one measures every `eval_every` steps and at its end."""
-    every = (*range(settings.eval_every, settings.max_steps, settings.eval_every), settings.max_steps)
-    strengths = {"dpo": settings.dpo, "unlikelihood": settings.unlikelihood, "preferred_ft": settings.preferred_ft}
-    return [Job(method, float(s), every) for method, values in strengths.items() for s in values]
+    methods = ("dpo", *ONLINE, "unlikelihood", "preferred_ft")
+    found = []
+    for method in methods:
+        sizes = settings.online if method in ONLINE else settings
+        every = (*range(sizes.eval_every, sizes.max_steps, sizes.eval_every), sizes.max_steps)
+        found += [Job(method, float(strength), every) for strength in getattr(settings, method)]
+    return found
 
 
 def run(settings: Frontier, say: Callable[[str], None]) -> Found:
@@ -152,47 +87,28 @@ def run(settings: Frontier, say: Callable[[str], None]) -> Found:
     Raises:
       UserError: settings that no experiment can have; the folder belongs to another one.
     """
-    check(settings)
+    setup.check(settings)
     folder = Path(settings.run)
     with _claimed(folder, settings):
-        world = world_of(settings, say)
-        shared = _shared(settings, folder, world, say)
-        path = folder / "points.jsonl"
+        shared, path = setup.shared(settings, folder, say), folder / "points.jsonl"
         metrics.truncate(path, LAST)  # which drops a line that a kill has torn
-        known = points(path)
-        if not known:
-            _keep(path, settings, shared.measure(world.reference, "sft", 0.0, 0))
-        done = {point[:3] for point in known}
-        for method in dict.fromkeys(job.method for job in jobs(settings)):
-            missing = [j for j in jobs(settings) if j.method == method and not {(*j[:2], s) for s in j.steps} <= done]
-            for job, point in _measured(settings, world, shared, method, missing):
-                if point[:3] not in done:
-                    _keep(path, settings, point)
-                if point.step == job.steps[-1]:
-                    say(f"{method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
-        return found(settings, folder, world, shared, points(path))
+        done = {point[:3] for point in points(path)}
 
+        def keep(job: Job, params: Any, step: int) -> None:
+            if step in job.steps and (*job[:2], step) not in done:
+                point = shared.measure(params, *job[:2], step)
+                values = point._asdict()
+                metrics.append(path, values.pop("step"), step * settings.batch_size, values)
+                if step == job.steps[-1]:
+                    say(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
 
-def check(settings: Frontier) -> None:
-    """Refuses values that no experiment can have, by key."""
-    for key in ("batch_size", "max_steps", "eval_every", "eval_prompts", "max_new_tokens", "optimum.samples"):
-        value = settings.optimum.samples if "." in key else getattr(settings, key)
-        if value < 1:
-            raise UserError(f"{key}: {value} is less than 1")
-    if not settings.model.path:
-        raise UserError("model.path: name the reference: a model's folder, a run, or the YAML of a run")
-    if settings.completions < 2:
-        raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
-    if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
-        raise UserError(f"best_of: numbers from 1 to optimum.samples, {settings.optimum.samples}")
-    if min(settings.optimum.betas, default=1.0) <= 0 or min(settings.dpo, default=1.0) <= 0:
-        raise UserError("optimum.betas and dpo: a beta is above 0")
-    unused = ("responses", "flip_labels", "draw_labels", "duplicate")
-    for key in unused:
-        if getattr(settings.data, key) != getattr(Data(), key):
-            raise UserError(f"data.{key}: pairs are made of the reference's completions, so it has no meaning here")
-    optim.build(**settings.optim)
-    rewards.get(settings.reward)
+        keep(Job("sft", 0.0, (0,)), shared.world.reference, 0)
+        every = jobs(settings)
+        for method in dict.fromkeys(job.method for job in every):
+            missing = [j for j in every if j.method == method and not {(*j[:2], s) for s in j.steps} <= done]
+            if missing:
+                (_online if method in ONLINE else _offline)(shared, folder, method, missing, keep, say)
+        return _found(shared, folder, points(path))
 
 
 def _claimed(folder: Path, settings: Frontier) -> Any:
@@ -206,88 +122,23 @@ def _claimed(folder: Path, settings: Frontier) -> Any:
     return lock
 
 
-def _start(settings: Frontier, say: Callable[[str], None]) -> Model:
-    """Returns the reference's model section; one that is named by the YAML of a run is trained first if need be."""
-    path = settings.model.path
-    if path.endswith((".yaml", ".yml")):
-        parsed = config.parse(Config, path, [], prog="dpo-jax frontier CONFIG.yaml", variants=folders.VARIANTS)
-        stage = assemble.named(parsed, path)
-        say(f"the reference is that of {path}")
-        loop.train(assemble.run_of(stage, say), say)
-        path = stage.run
-    return Model(path, tokenizer=settings.model.tokenizer, compute=settings.model.compute, remat=settings.model.remat)
-
-
-def world_of(settings: Frontier, say: Callable[[str], None]) -> World:
-    """Returns what all policies share, the reference on the devices."""
-    section = _start(settings, say)
-    tokenizer = assemble.tokenizer_of(section)
-    loaded = assemble.load_model(section, tokenizer, settings.seed)
-    start, mesh = hf.whole(loaded.params), sharding.make_mesh()
-    where = sharding.of_params(mesh, loaded.model.axes, start)
-    reward = rewards.get(settings.reward)
-    placed = sharding.put(start, where)
-    rows = min(settings.eval_prompts, DRAWS)
-    return World(
-        loaded.model, mesh, where, start, placed, tokenizer, reward, settings.max_new_tokens, rows, settings.seed
-    )  # fmt: skip
-
-
-def _shared(settings: Frontier, folder: Path, world: World, say: Callable[[str], None]) -> Shared:
-    """Returns pairs and prompts, drawn and labelled unless they are kept."""
-    train, held_out = (
-        _prompts(rows, count, settings, world)
-        for rows, count in zip(
-            assemble.comparisons(settings.data, 0), (settings.prompts, settings.eval_prompts), strict=True
-        )
-    )
-    make, start = partial(draws.pairs, world=world, how=settings.label), time.perf_counter()
-    pairs = make(folder / "pairs.jsonl", prompts=train, copies=settings.completions, seed=0)
-    test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
-    say(
-        f"{len(pairs):,} pairs from {len(train):,} prompts with {settings.completions} completions each, {len(test):,} "
-        f"held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
-    )
-    both = Table.of(table[i] for table in (pairs, test) for i in range(len(table)))
-    column, shape = column_of(world), shape_of(world, both)
-    return Shared(pairs, column, shape, train, held_out, measurer(world, held_out, test, shape, column))
-
-
-def _prompts(rows: Any, count: int | None, settings: Frontier, world: World) -> list[Array]:
-    """Returns the first distinct prompts as ids, all that are wanted or as many as there are."""
-    found: dict[int, Any] = {}
-    for row in data.comparisons(rows):
-        if count is not None and len(found) == count:
-            break
-        found.setdefault(data.prompt_key(row.prompt), row.prompt)
-    ids = assemble.prompt_ids(list(found.values()), world.tokenizer, settings.data)
-    longest = max(map(len, ids))
-    if longest > settings.data.max_prompt_length:
-        raise UserError(f"data.max_prompt_length: a prompt has {longest} tokens, more than it says")
-    return [np.array(prompt, np.int32) for prompt in ids]
-
-
-def _measured(
-    settings: Frontier, world: World, shared: Shared, method: str, missing: Sequence[Job]
-) -> Iterator[tuple[Job, Point]]:
-    """Yields the points of runs of one method, which share a compiled step; a run is trained from its start."""
-    if not missing:
-        return
-    build = partial(_config, settings, method)
+def _offline(
+    shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
+) -> None:
+    """Trains on pairs; runs of one method share a compiled step, and each is trained from its start."""
+    del folder, say
+    settings, world = shared.settings, shared.world
     table = shared.train if method != "preferred_ft" else _chosen(shared.train)
-    column = None
-    if method == "dpo":
-        column = shared.column(world.reference, table, shared.shape)
-    program = offline.program(world, build(missing[0].strength), table, column)
+    column = shared.column(world.reference, table, shared.shape) if method == "dpo" else None
+    program = offline.program(world, config_of(settings, method, missing[0].strength), table, column)
     for job in missing:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
-        for step, params in offline.steps(program, build(job.strength), seed):
-            if step in job.steps:
-                yield job, shared.measure(params, method, job.strength, step)
+        for step, params in offline.steps(program, config_of(settings, method, job.strength), seed):
+            keep(job, params, step)
 
 
-def _config(settings: Frontier, method: str, strength: float) -> Config:
-    """Returns the config of one run."""
+def config_of(settings: Frontier, method: str, strength: float) -> Config:
+    """Returns the config of one run on pairs."""
     losses = {"dpo": {"beta": strength}, "unlikelihood": {"alpha": strength}, "preferred_ft": {}}
     loss = {"name": method if method != "preferred_ft" else "sft", **losses[method]}
     return Config(loss=loss, optim=settings.optim, batch_size=settings.batch_size, max_steps=settings.max_steps)
@@ -298,6 +149,43 @@ def _chosen(pairs: Table) -> Table:
     return Table.of(pairs[i]._replace(responses=pairs[i].responses[:1], scores=()) for i in range(len(pairs)))
 
 
+def _online(
+    shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
+) -> None:
+    """Trains by PPO on the true reward, or on one learned from the pairs."""
+    settings, world = shared.settings, shared.world
+    judge = world.reward if method == "ppo_gt" else rewards.get(f"model:{_reward_model(shared, folder, say)}")
+
+    def judged(prompts: list[Array], completions: list[Array]) -> np.ndarray:
+        return score(world, judge, prompts, completions).astype(np.float32)
+
+    names = ("learning_rate", "rollouts", "init_kl_coef", "horizon")
+    fixed = {name: getattr(settings.online, name) for name in names} | {"max_new_tokens": settings.max_new_tokens}
+    start = jax.device_put(world.start), jax.device_put(world.start)
+    for job in missing:
+        ppo.train(
+            world.model, *start, shared.prompts, judged, ppo.Options(job.strength, **fixed),
+            steps=settings.online.max_steps, seed=settings.seed, eos=world.tokenizer.eos_token_id,
+            each=lambda step, params, job=job: keep(job, params, step),
+        )  # fmt: skip
+
+
+def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> Path:
+    """Returns the run folder of a reward model of the pairs, trained if need be."""
+    settings, out = shared.settings, folder / "reward"
+    names = ("max_length", "max_prompt_length", "truncation", "add_bos")
+    read = {name: getattr(settings.data, name) for name in names} | {"eval_examples": None}
+    data = Data("files", (str(folder / "pairs.jsonl"),), eval_path=(str(folder / "held_out.jsonl"),), **read)
+    optim = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
+    config = Config(
+        data=data, model=shared.section, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
+        samples=Samples(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
+        run=str(out), seed=settings.seed,
+    )  # fmt: skip
+    loop.train(assemble.run_of(config, say), say)
+    return out
+
+
 def points(path: Path) -> list[Point]:
     """Returns the points in a file, which may be absent."""
     rows = metrics.read(path) if path.is_file() else []
@@ -305,19 +193,14 @@ def points(path: Path) -> list[Point]:
     return [Point(**values) for values in fields]
 
 
-def _keep(path: Path, settings: Frontier, point: Point) -> None:
-    values = point._asdict()
-    step = values.pop("step")
-    metrics.append(path, step, step * settings.batch_size, values)
-
-
-def found(settings: Frontier, folder: Path, world: World, shared: Shared, known: list[Point]) -> Found:
+def _found(shared: Shared, folder: Path, known: list[Point]) -> Found:
     """Returns all that is known, with the optimum and the best of N."""
-    samples = draws.rewards(folder / "reference.npy", world, shared.held_out, settings.optimum.samples)
-    every = draws.listed(world, shared.held_out, shared.column)
+    settings, world, held_out = shared.settings, shared.world, shared.held_out
+    samples = draws.rewards(folder / "reference.npy", world, held_out, settings.optimum.samples)
+    every = draws.listed(world, held_out, shared.column)
     if every is not None:
         curve, left_out = optimum.from_list(*every, settings.optimum.betas), []
     else:
         curve, left_out = optimum.from_samples(samples, settings.optimum.betas, settings.seed)
     best = [BestOf(n, *mean_interval(optimum.best_of(samples, n))) for n in settings.best_of]
-    return Found(known, curve, left_out, best, every is not None, len(shared.held_out), len(shared.train))
+    return Found(known, curve, left_out, best, every is not None, len(held_out), len(shared.train))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dpo_jax import assemble, reference, sharding
@@ -129,6 +130,7 @@ def measurer(
     shape = shape_of(world, Table.of(Tokens(p, (full,)) for p in prompts))
 
     def measure(params: Any, method: str, strength: float, step: int) -> Point:
+        params = jax.device_put(params, world.where)
         found = draw(world, params, prompts)
         table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, found, strict=True))
         kl = (column(params, table, shape) - column(world.reference, table, shape))[:, 0, 0]

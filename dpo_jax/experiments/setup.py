@@ -1,0 +1,222 @@
+"""What an experiment is set to, and what is made once for all of its runs: reference, prompts, pairs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dpo_jax import assemble, config, data, folders, loop, optim, rewards, sharding
+from dpo_jax.config import Config, Data, Model
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.experiments import draws
+from dpo_jax.experiments.measure import Column, Point, World, column_of, measurer, shape_of
+from dpo_jax.models import hf
+from dpo_jax.records import Array, UserError
+
+DRAWS = 256  # completions that are sampled at a time, at most
+UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # of Data, in which pairs are read
+
+
+@dataclass(frozen=True)
+class Best:
+    """The exact optimum, from the reference's own completions."""
+
+    samples: int = 256
+    """Completions of each held-out prompt, from which the best of N are too."""
+    betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
+    """The betas at which it is wanted."""
+
+
+@dataclass(frozen=True)
+class Online:
+    """PPO, with the learned reward or the true one."""
+
+    learning_rate: float = 1.41e-5
+    """Of Adam in the first step; it falls in a line to 0."""
+    rollouts: int = 256
+    """Completions of a step."""
+    max_steps: int = 100
+    """Steps of each run."""
+    eval_every: int = 25
+    """Steps between measurements."""
+    init_kl_coef: float = 0.2
+    """The price of a nat of KL at the start, which then follows the target."""
+    horizon: float = 10_000.0
+    """Completions in which it is corrected."""
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """The learned reward of PPO: Bradley-Terry on the pairs, from the reference with a scalar head."""
+
+    learning_rate: float = 1e-5
+    """Of AdamW."""
+    epochs: int = 1
+    """Passes over the pairs."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The paper's figure 2 (left): reward against KL, of each method at several strengths."""
+
+    reward: str
+    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
+    prompts: int | None = None
+    """Distinct training prompts of whose completions the pairs are made (None: all)."""
+    completions: int = 4
+    """Completions of each of them; 4 make 6 pairs (paper, appendix C.1)."""
+    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
+    """How a pair is labelled, as in dpo-jax pairs."""
+    max_new_tokens: int = 64
+    """Longest completion; all are drawn at temperature 1."""
+    dpo: tuple[float, ...] = (0.05, 0.1, 1.0, 5.0)
+    """Betas of DPO."""
+    ppo: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0)
+    """Target KLs of PPO with the learned reward."""
+    ppo_gt: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0)
+    """Target KLs of PPO with the true reward."""
+    unlikelihood: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
+    """Alphas of unlikelihood."""
+    preferred_ft: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """Seeds of fine-tuning on the chosen responses."""
+    best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    """The best of so many completions of the reference."""
+    optimum: Best = field(default_factory=Best)
+    online: Online = field(default_factory=Online)
+    reward_model: RewardModel = field(default_factory=RewardModel)
+    batch_size: int = 64
+    """Pairs in a step."""
+    max_steps: int = 100
+    """Steps of each run on pairs."""
+    eval_every: int = 25
+    """Steps between measurements."""
+    eval_prompts: int = 256
+    """Distinct held-out prompts, from each of which every policy is sampled once."""
+    run: str = ""
+    """The folder of what is found; by default runs/<name of the config>."""
+    seed: int = 0
+    """Of everything random."""
+
+
+class Shared(NamedTuple):
+    """What every run of an experiment uses.
+
+    Attributes:
+      settings: of the experiment.
+      section: of the reference, which a reward model starts from too.
+      world: what policies are made and measured with.
+      train: pairs.
+      column: computes log-probs.
+      shape: of batches of pairs, for `column`.
+      prompts: training prompts.
+      held_out: held-out prompts.
+      measure: (params, method, strength, step) -> Point.
+    """
+
+    settings: Frontier
+    section: Model
+    world: World
+    train: Table
+    column: Column
+    shape: pack.Shape
+    prompts: list[Array]
+    held_out: list[Array]
+    measure: Callable[..., Point]
+
+
+def check(settings: Frontier) -> None:
+    """Refuses values that no experiment can have, by key."""
+    sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts")}
+    sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.samples": settings.optimum.samples}
+    sizes |= {f"online.{key}": getattr(settings.online, key) for key in ("rollouts", "max_steps", "eval_every")}
+    for key, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{key}: {value} is less than 1")
+    if not settings.model.path:
+        raise UserError("model.path: name the reference: a model's folder, a run, or the YAML of a run")
+    if settings.completions < 2:
+        raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
+    if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
+        raise UserError(f"best_of: numbers from 1 to optimum.samples, {settings.optimum.samples}")
+    for key, values in (("optimum.betas", settings.optimum.betas), ("dpo", settings.dpo), ("ppo", settings.ppo)):
+        if min(values, default=1.0) <= 0:
+            raise UserError(f"{key}: {min(values):g} is not above 0")
+    for key in UNUSED:
+        if getattr(settings.data, key) != getattr(Data(), key):
+            raise UserError(f"data.{key}: pairs are made of the reference's completions, so it has no meaning here")
+    optim.build(**settings.optim)
+    rewards.get(settings.reward)
+
+
+def shared(settings: Frontier, folder: Path, say: Callable[[str], None]) -> Shared:
+    """Returns what the runs share; pairs are drawn and labelled unless the folder has them."""
+    section = _reference(settings, say)
+    world, start = _world(settings, section), time.perf_counter()
+    counts = settings.prompts, settings.eval_prompts
+    sides = zip(assemble.comparisons(settings.data, 0), counts, strict=True)
+    prompts, held_out = (_prompts(rows, count, settings, world) for rows, count in sides)
+    make = partial(draws.pairs, world=world, how=settings.label)
+    train = make(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
+    test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
+    say(
+        f"{len(train):,} pairs from {len(prompts):,} prompts with {settings.completions} completions each, "
+        f"{len(test):,} held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
+    )
+    both = Table.of(table[i] for table in (train, test) for i in range(len(table)))
+    column, shape = column_of(world), shape_of(world, both)
+    measure = measurer(world, held_out, test, shape, column)
+    return Shared(settings, section, world, train, column, shape, prompts, held_out, measure)
+
+
+def _reference(settings: Frontier, say: Callable[[str], None]) -> Model:
+    """Returns the reference's model section; one that is named by the YAML of a run is trained first if need be."""
+    path = settings.model.path
+    if path.endswith((".yaml", ".yml")):
+        parsed = config.parse(Config, path, [], prog="dpo-jax frontier CONFIG.yaml", variants=folders.VARIANTS)
+        stage = assemble.named(parsed, path)
+        say(f"the reference is that of {path}")
+        loop.train(assemble.run_of(stage, say), say)
+        path = stage.run
+    return Model(path, tokenizer=settings.model.tokenizer, compute=settings.model.compute, remat=settings.model.remat)
+
+
+def _world(settings: Frontier, section: Model) -> World:
+    """Returns what all policies are made and measured with, the reference on the devices."""
+    tokenizer = assemble.tokenizer_of(section)
+    loaded = assemble.load_model(section, tokenizer, settings.seed)
+    start, mesh = hf.whole(loaded.params), sharding.make_mesh()
+    where = sharding.of_params(mesh, loaded.model.axes, start)
+    return World(
+        model=loaded.model,
+        mesh=mesh,
+        where=where,
+        start=start,
+        reference=sharding.put(start, where),
+        tokenizer=tokenizer,
+        reward=rewards.get(settings.reward),
+        max_new_tokens=settings.max_new_tokens,
+        draws=min(settings.eval_prompts, DRAWS),
+        seed=settings.seed,
+    )
+
+
+def _prompts(rows: Any, count: int | None, settings: Frontier, world: World) -> list[Array]:
+    """Returns the first distinct prompts as ids, all that are wanted or as many as there are."""
+    found: dict[int, Any] = {}
+    for row in data.comparisons(rows):
+        if count is not None and len(found) == count:
+            break
+        found.setdefault(data.prompt_key(row.prompt), row.prompt)
+    ids = assemble.prompt_ids(list(found.values()), world.tokenizer, settings.data)
+    longest = max(map(len, ids))
+    if longest > settings.data.max_prompt_length:
+        raise UserError(f"data.max_prompt_length: a prompt has {longest} tokens, more than it says")
+    return [np.array(prompt, np.int32) for prompt in ids]
