@@ -16,7 +16,7 @@ import numpy as np
 from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
 from dpo_jax.config import Config, Data, Samples
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, offline, optimum, ppo, setup
+from dpo_jax.experiments import draws, offline, optimum, setup
 from dpo_jax.experiments.measure import Point, score
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.setup import Frontier, Shared
@@ -153,6 +153,8 @@ def _online(
     shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
 ) -> None:
     """Trains by PPO on the true reward, or on one learned from the pairs."""
+    from dpo_jax.experiments import ppo
+
     settings, world = shared.settings, shared.world
     judge = world.reward if method == "ppo_gt" else rewards.get(f"model:{_reward_model(shared, folder, say)}")
 
