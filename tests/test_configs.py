@@ -1,6 +1,5 @@
 """The paper's configs at the paper's size: traced to their first step, with nothing allocated."""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from dpo_jax import config, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
+from dpo_jax.experiments import frontier, setup
 from dpo_jax.folders import VARIANTS
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.records import Batch
@@ -22,6 +22,31 @@ PYTHIA_28B = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "rotary_pct": 0.25, "max_position_embeddings": 2048,
     "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True, "tie_word_embeddings": False,
 }  # fmt: skip
+GPT2_LARGE = {
+    "model_type": "gpt2", "vocab_size": 50257, "n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+GPTJ_6B = {
+    "model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048,
+    "rotary_dim": 64, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+# As their model cards and files say.
+SIZES = {"pythia": (PYTHIA_28B, 2_775_208_960), "gpt2": (GPT2_LARGE, 774_030_080), "gptj": (GPTJ_6B, 6_050_882_784)}
+# Of each config its model, loss, what makes the loss, and the learning rate: appendix B, C.1 and the original code.
+DPO, SFT = {"name": "dpo"}, {"name": "sft"}
+CONFIGS = {
+    "hh_pythia28_sft": ("pythia", SFT, 5e-7),
+    "hh_pythia28_dpo": ("pythia", DPO | {"beta": 0.1}, 5e-7),
+    "paper/hh_sft": ("pythia", SFT, 1e-6),
+    "paper/hh_dpo": ("pythia", DPO | {"beta": 0.1}, 1e-6),
+    "paper/tldr_sft": ("gptj", SFT, 1e-6),
+    "paper/tldr_dpo": ("gptj", DPO | {"beta": 0.5}, 1e-6),
+    "paper/sentiment_sft": ("gpt2", SFT, 1e-6),
+    "paper/sentiment_dpo": ("gpt2", DPO | {"beta": 0.1}, 1e-6),
+    "paper/sentiment_preferred_ft": ("gpt2", SFT | {"reduction": "sum"}, 1e-6),
+    "paper/sentiment_unlikelihood": ("gpt2", {"name": "unlikelihood", "alpha": 0.5}, 1e-6),
+    "paper/sentiment_reward": ("gpt2", {"name": "bradley_terry"}, 1e-6),
+}
 
 
 def abstract_batch(shape, responses):
@@ -37,14 +62,21 @@ def abstract_batch(shape, responses):
     )
 
 
-@pytest.mark.parametrize("name", ["hh_pythia28_sft", "hh_pythia28_dpo"])
-def test_the_papers_size_traces_to_the_first_step(name):
-    c = config.parse(Config, str(ROOT / f"configs/{name}.yaml"), [], prog="x", variants=VARIANTS)
+def read(name, kind=Config):
+    return config.parse(kind, str(ROOT / f"configs/{name}.yaml"), [], prog="x", variants=VARIANTS)
+
+
+def traced(c, name):
+    """Traces one step at the size of a model; returns it with its parameters and the state's shardings on a mesh."""
+    architecture, size = SIZES[name]
     loss, tx = losses.build(c.loss), optim.build(**c.optim)
-    architecture = models.family("gpt_neox").architecture(PYTHIA_28B)
-    model = models.build(architecture, compute=c.model.compute, remat=c.model.remat)
+    model = models.build(
+        models.family(architecture["model_type"]).architecture(architecture),
+        compute=c.model.compute,
+        remat=c.model.remat,
+    )
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    assert sum(x.size for x in jax.tree.leaves(params)) == 2_775_208_960  # as its model card
+    assert sum(x.size for x in jax.tree.leaves(params)) == size
     state = jax.eval_shape(partial(init_state, tx=tx), params)
     shape = pack.Shape(microbatches=16, rows=4, length=2 * c.data.max_length, groups=10, scored=896)
     step = make_train_step(partial(batch_logps, model), loss, tx)
@@ -52,7 +84,54 @@ def test_the_papers_size_traces_to_the_first_step(name):
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str(a)), new, state)
     assert {m.dtype for m in metrics.values()} == {jnp.dtype("float32")}
     mesh = sharding.make_mesh(1, 4, 1)
-    laid = sharding.of_state(mesh, sharding.of_params(mesh, model.axes, params), state)
+    return sharding.of_state(mesh, sharding.of_params(mesh, model.axes, params), state)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_papers_size_traces_to_the_first_step(name):
+    c, (model, loss, rate) = read(name), CONFIGS[name]
+    laid = traced(c, model)
     split = [s.spec for s in jax.tree.leaves(laid.opt_state) if any(s.spec)]
     assert len(split) == len([s for s in jax.tree.leaves(laid.params) if any(s.spec)])  # RMSprop keeps one array each
-    assert dataclasses.asdict(c)["optim"]["learning_rate"] == 5e-7
+    assert c.loss.items() >= loss.items()
+    assert c.optim == {
+        "name": "rmsprop", "learning_rate": rate, "warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8,
+    }  # fmt: skip
+    assert c.batch_size == 64
+    assert (c.data.max_length, c.data.max_prompt_length) == (512, 256)
+
+
+def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
+    files = sorted((ROOT / "configs/paper").glob("*.yaml"))
+    assert [f"paper/{f.stem}" for f in files] == sorted({n for n in CONFIGS if "/" in n} | {"paper/frontier"})
+    for file in files:
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join(head)
+        assert f"configs/paper/{file.name}" in text
+        assert "\n# Expected" in text
+        assert "# Hardware and hours:" in text
+        assert "not measured" in text
+        assert max(map(len, head)) <= 120
+
+
+def test_the_papers_frontier_is_22_runs_each_of_which_traces(tmp_path, monkeypatch):
+    (tmp_path / "sentiment.py").write_text("def positive(prompts, completions):\n    return [0.0 for _ in prompts]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = read("paper/frontier", setup.Frontier)
+    setup.check(settings)
+    jobs = frontier.jobs(settings)
+    assert len(jobs) == 22
+    assert {j.method for j in jobs} == {"dpo", "ppo", "ppo_gt", "unlikelihood", "preferred_ft"}
+    assert {j.strength for j in jobs if j.method == "ppo"} == {3, 6, 9, 12}
+    assert jobs[0].steps[:2] == (100, 200)
+    for method in ("dpo", "unlikelihood", "preferred_ft"):
+        c = frontier.config_of(settings, method, 0.5)
+        assert c.optim["learning_rate"] == 1e-6
+        traced(c, "gpt2")
+
+
+def test_frontiers_are_read():
+    for file in (ROOT / "configs").glob("frontier*.yaml"):
+        settings = read(file.stem, setup.Frontier)
+        assert len(frontier.jobs(settings)) == 22
+        assert settings.data.max_prompt_length + settings.max_new_tokens < settings.data.max_length

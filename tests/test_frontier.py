@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import cli, config, folders, frontier_page, losses, metrics, models, rewards, sharding
+from dpo_jax import cli, frontier_page, metrics, models, rewards, sharding
 from dpo_jax.data import synthetic
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, frontier, measure, offline, setup
+from dpo_jax.experiments import draws, frontier, measure, offline
 from dpo_jax.experiments.frontier import BestOf, Found, Job
 from dpo_jax.experiments.measure import Point, World
 from dpo_jax.experiments.optimum import Optimum
@@ -300,13 +300,3 @@ def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
     run("--run", "runs/old", "--max_steps", "1", "--dpo")
     with pytest.raises(UserError, match=r"runs/old belongs to another config \(max_steps: 1 -> 2\)"):
         run("--run", "runs/old", "--max_steps", "2", "--dpo")
-
-
-def test_the_quick_experiment_is_read(monkeypatch):
-    from test_configs import ROOT
-
-    settings = config.parse(
-        Frontier, str(ROOT / "configs/frontier_quick.yaml"), [], prog="x", variants=folders.VARIANTS
-    )
-    setup.check(settings)
-    assert losses.build(frontier.config_of(settings, "preferred_ft", 0.0).loss).responses == 1

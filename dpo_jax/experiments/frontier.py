@@ -7,6 +7,7 @@ run folder as it is found, so that a run that was killed goes on with what is mi
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
-from dpo_jax.config import Config, Data, Samples
+from dpo_jax.config import Config, Samples
 from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws, offline, optimum, setup
 from dpo_jax.experiments.measure import Point, score
@@ -175,9 +176,8 @@ def _online(
 def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> Path:
     """Returns the run folder of a reward model of the pairs, trained if need be."""
     settings, out = shared.settings, folder / "reward"
-    names = ("max_length", "max_prompt_length", "truncation", "add_bos")
-    read = {name: getattr(settings.data, name) for name in names} | {"eval_examples": None}
-    data = Data("files", (str(folder / "pairs.jsonl"),), eval_path=(str(folder / "held_out.jsonl"),), **read)
+    paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
+    data = replace(settings.data, name="files", split="train", eval_split="train", eval_examples=None, **paths)
     optim = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
     config = Config(
         data=data, model=shared.section, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
@@ -191,8 +191,12 @@ def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> P
 def points(path: Path) -> list[Point]:
     """Returns the points in a file, which may be absent."""
     rows = metrics.read(path) if path.is_file() else []
-    fields = [{name: math.nan if row[name] is None else row[name] for name in Point._fields} for row in rows]
-    return [Point(**values) for values in fields]
+
+    def point(row: dict[str, Any]) -> Point:
+        values: dict[str, Any] = {name: math.nan if row[name] is None else row[name] for name in Point._fields}
+        return Point(**values)
+
+    return [point(row) for row in rows]
 
 
 def _found(shared: Shared, folder: Path, known: list[Point]) -> Found:
