@@ -94,9 +94,8 @@ def test_the_papers_size_traces_to_the_first_step(name):
     split = [s.spec for s in jax.tree.leaves(laid.opt_state) if any(s.spec)]
     assert len(split) == len([s for s in jax.tree.leaves(laid.params) if any(s.spec)])  # RMSprop keeps one array each
     assert c.loss.items() >= loss.items()
-    assert c.optim == {
-        "name": "rmsprop", "learning_rate": rate, "warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8,
-    }  # fmt: skip
+    paper = {"warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8}
+    assert c.optim == {"name": "rmsprop", "learning_rate": rate, **paper}
     assert c.batch_size == 64
     assert (c.data.max_length, c.data.max_prompt_length) == (512, 256)
 
