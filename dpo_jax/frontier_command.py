@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import config, folders, frontier_page
+from dpo_jax import config, folders, frontier_page, stages
 from dpo_jax.data_commands import leading, say
 from dpo_jax.experiments import frontier, optimum
 from dpo_jax.experiments.frontier import Found
@@ -23,6 +23,9 @@ def frontier_command(argv: list[str]) -> None:
     settings = config.parse(Frontier, file or None, rest, prog=prog, variants=folders.VARIANTS)
     run = settings.run or str(Path("runs") / Path(file).stem)
     settings, start = dataclasses.replace(settings, run=run), time.perf_counter()
+    if settings.model.path.endswith((".yaml", ".yml")):
+        reference = stages.trained(settings.model.path)
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(reference)))
     found = frontier.run(settings, say)
     lines = said(found, settings)
     for rows in (frontier_page.budgets(found), frontier_page.table(found), frontier_page.optima(found)):

@@ -17,7 +17,7 @@ import numpy as np
 from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
 from dpo_jax.config import Config, Samples
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, offline, optimum, setup
+from dpo_jax.experiments import draws, offline, optimum, ppo, setup
 from dpo_jax.experiments.measure import Point, score
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.setup import Frontier, Shared
@@ -154,8 +154,6 @@ def _online(
     shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
 ) -> None:
     """Trains by PPO on the true reward, or on one learned from the pairs."""
-    from dpo_jax.experiments import ppo
-
     settings, world = shared.settings, shared.world
     judge = world.reward if method == "ppo_gt" else rewards.get(f"model:{_reward_model(shared, folder, say)}")
 
@@ -163,7 +161,9 @@ def _online(
         return score(world, judge, prompts, completions).astype(np.float32)
 
     names = ("learning_rate", "rollouts", "init_kl_coef", "horizon")
-    fixed = {name: getattr(settings.online, name) for name in names} | {"max_new_tokens": settings.max_new_tokens}
+    fixed: dict[str, Any] = {name: getattr(settings.online, name) for name in names} | {
+        "max_new_tokens": settings.max_new_tokens
+    }
     start = jax.device_put(world.start), jax.device_put(world.start)
     for job in missing:
         ppo.train(
@@ -180,7 +180,7 @@ def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> P
     data = replace(settings.data, name="files", split="train", eval_split="train", eval_examples=None, **paths)
     optim = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
     config = Config(
-        data=data, model=shared.section, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
+        data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
         samples=Samples(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
         run=str(out), seed=settings.seed,
     )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax import assemble, config, data, folders, loop, optim, rewards, sharding
-from dpo_jax.config import Config, Data, Model
+from dpo_jax import assemble, data, optim, rewards, sharding
+from dpo_jax.config import Data, Model
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws
@@ -65,7 +65,8 @@ class Frontier:
     """The paper's figure 2 (left): reward against KL, of each method at several strengths."""
 
     reward: str
-    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE or module:function."""
+    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER or
+    module:function."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
@@ -111,7 +112,6 @@ class Shared(NamedTuple):
 
     Attributes:
       settings: of the experiment.
-      section: of the reference, which a reward model starts from too.
       world: what policies are made and measured with.
       train: pairs.
       column: computes log-probs.
@@ -122,7 +122,6 @@ class Shared(NamedTuple):
     """
 
     settings: Frontier
-    section: Model
     world: World
     train: Table
     column: Column
@@ -141,7 +140,9 @@ def check(settings: Frontier) -> None:
         if value < 1:
             raise UserError(f"{key}: {value} is less than 1")
     if not settings.model.path:
-        raise UserError("model.path: name the reference: a model's folder, a run, or the YAML of a run")
+        raise UserError(
+            "model.path: name the reference, from which all start: a model's folder, a run, or a run's YAML"
+        )
     if settings.completions < 2:
         raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
     if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
@@ -158,8 +159,7 @@ def check(settings: Frontier) -> None:
 
 def shared(settings: Frontier, folder: Path, say: Callable[[str], None]) -> Shared:
     """Returns what the runs share; pairs are drawn and labelled unless the folder has them."""
-    section = _reference(settings, say)
-    world, start = _world(settings, section), time.perf_counter()
+    world, start = _world(settings), time.perf_counter()
     counts = settings.prompts, settings.eval_prompts
     sides = zip(assemble.comparisons(settings.data, 0), counts, strict=True)
     prompts, held_out = (_prompts(rows, count, settings, world) for rows, count in sides)
@@ -173,25 +173,13 @@ def shared(settings: Frontier, folder: Path, say: Callable[[str], None]) -> Shar
     both = Table.of(table[i] for table in (train, test) for i in range(len(table)))
     column, shape = column_of(world), shape_of(world, both)
     measure = measurer(world, held_out, test, shape, column)
-    return Shared(settings, section, world, train, column, shape, prompts, held_out, measure)
+    return Shared(settings, world, train, column, shape, prompts, held_out, measure)
 
 
-def _reference(settings: Frontier, say: Callable[[str], None]) -> Model:
-    """Returns the reference's model section; one that is named by the YAML of a run is trained first if need be."""
-    path = settings.model.path
-    if path.endswith((".yaml", ".yml")):
-        parsed = config.parse(Config, path, [], prog="dpo-jax frontier CONFIG.yaml", variants=folders.VARIANTS)
-        stage = assemble.named(parsed, path)
-        say(f"the reference is that of {path}")
-        loop.train(assemble.run_of(stage, say), say)
-        path = stage.run
-    return Model(path, tokenizer=settings.model.tokenizer, compute=settings.model.compute, remat=settings.model.remat)
-
-
-def _world(settings: Frontier, section: Model) -> World:
+def _world(settings: Frontier) -> World:
     """Returns what all policies are made and measured with, the reference on the devices."""
-    tokenizer = assemble.tokenizer_of(section)
-    loaded = assemble.load_model(section, tokenizer, settings.seed)
+    tokenizer = assemble.tokenizer_of(settings.model)
+    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
     start, mesh = hf.whole(loaded.params), sharding.make_mesh()
     where = sharding.of_params(mesh, loaded.model.axes, start)
     return World(
