@@ -66,7 +66,7 @@ def steps(program: Program, config: Config, seed: int) -> Iterator[tuple[int, An
     state, given = _first_state(program, config), numbers(config)
     for step in range(config.max_steps or 0):
         batch, count, _ = pack.build(program.table, choose(step), program.shape, program.column)
-        state, metrics = program.step(state, program.put(batch), np.int32(count), None, given)
+        (state,), (metrics,) = program.step([state], program.put(batch), np.int32(count), None, [given])
         if float(metrics["nonfinite"]):
             raise UserError(f"{config.loss}: the loss is not finite at step {step + 1}; lower optim.learning_rate")
         yield step + 1, state.params
