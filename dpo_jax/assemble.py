@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import config as configs
-from dpo_jax import data, keys, losses, optim, processes
+from dpo_jax import data, keys, losses, optim, processes, track
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order
 from dpo_jax.data.cache import cached_encode
@@ -187,6 +187,7 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
 def check(config: Config) -> None:
     """Refuses values that no run can have, by key."""
     check_secrets(config)
+    track.check(config.track)
     for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
         if getattr(config, key) < 1:
             raise UserError(f"{key}: {getattr(config, key)} is less than 1")

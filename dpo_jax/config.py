@@ -185,6 +185,8 @@ class Config:
     """A metric such as eval_loss: evaluations save too, and the checkpoint with its best value is kept as well."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
+    track: Literal["", "tensorboard", "wandb"] = ""
+    """Where metrics are shown beside metrics.jsonl (extra `track`): in the run folder, or as wandb is set up."""
     max_nonfinite: int = 3
     """Steps in a row with a loss or gradient that is not finite, none of them applied, after which to stop."""
     hang_seconds: float = 3600.0

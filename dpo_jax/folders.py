@@ -19,7 +19,7 @@ from dpo_jax.records import TrainState, UserError
 VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
 # May change on resuming: none of them changes what is computed, but to rounding.
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
-FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length")
+FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(configs.Mesh))
 # A password in an address; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
 SECRET = re.compile(

@@ -13,6 +13,9 @@ from dpo_jax import metrics, optim, processes
 from dpo_jax.config import Config
 from dpo_jax.data.table import Table
 from dpo_jax.records import UserError
+from dpo_jax.track import Tracker
+
+Write = Callable[[int, int, dict[str, Any]], None]  # (step, comparisons trained on, metrics)
 
 
 class Journal:
@@ -22,6 +25,7 @@ class Journal:
         self,
         config: Config,
         folder: Path,
+        write: Write,
         table: Table,
         progress: metrics.Progress,
         rows: Callable[[int], np.ndarray],
@@ -32,12 +36,13 @@ class Journal:
         Args:
           config: of the run.
           folder: where the run is.
+          write: writes a line of metrics.
           table: what it trains on.
           progress: where it is shown too.
           rows: step, from 0 -> the rows of the training table that it takes.
           taken: what saving took since this was asked last.
         """
-        self.config, self.folder, self.table = config, folder, table
+        self.config, self.folder, self.write, self.table = config, folder, write, table
         self.progress, self.rows, self.taken = progress, rows, taken
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
@@ -64,7 +69,7 @@ class Journal:
         if step % config.log_every == 0 or self.bad:
             learning_rate = float(optim.warm_up(config.optim["learning_rate"], config.optim["warmup_steps"])(step - 1))
             extra = {"learning_rate": learning_rate, "examples_per_second": rate} | self.taken()
-            append(self.folder / "metrics.jsonl", step, done, values | extra)
+            self.write(step, done, values | extra)
         self.progress.update(step, values)
         if self.bad >= config.max_nonfinite:
             raise UserError(
@@ -82,6 +87,17 @@ class Journal:
                     ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}
                     file.write(json.dumps({"comparison": row, "weight": float(tokens.weight)} | ids) + "\n")
         return f"the last batch held comparisons {rows}, whose token ids are in {path}"
+
+
+def writer(folder: Path, tracker: Tracker) -> Write:
+    """Returns what writes metrics, once and not once a process: a line of the run, which the tracker is shown too."""
+
+    def write(step: int, examples: int, values: dict[str, Any]) -> None:
+        append(folder / "metrics.jsonl", step, examples, values)
+        if processes.first():
+            tracker.log(step, values)
+
+    return write
 
 
 def append(path: Path, step: int, examples: int, values: Any) -> None:

@@ -1,6 +1,7 @@
 """The only place with effects in sequence: step, log, evaluate, save, resume."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import evaluate, journal, optim, processes, sharding, watch
+from dpo_jax import evaluate, journal, optim, processes, sharding, track, watch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data import order, pack
 from dpo_jax.journal import Journal
@@ -83,6 +84,7 @@ def train_together(runs: Sequence[Run], say: Callable[[str], None] = print) -> l
             members = [_member(run, evaluator) for run, evaluator in zip(runs, prepared.evaluators, strict=True)]
             for member in members:
                 saving.callback(member.checkpoints.close)
+                saving.callback(member.tracker.close)
             asked = saving.enter_context(watch.asked_to_end())
             alive = saving.enter_context(watch.hang(runs[0].config.hang_seconds))
             states = _steps(members, prepared, _begin(members, prepared, say), asked, alive)
@@ -97,11 +99,14 @@ class Member(NamedTuple):
     run: Run
     evaluator: evaluate.Evaluator
     checkpoints: Checkpoints
+    tracker: track.Tracker
+    write: journal.Write
 
 
 def _member(run: Run, evaluator: evaluate.Evaluator) -> Member:
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
-    return Member(run, evaluator, checkpoints)
+    tracker = track.tracker(run.config.track, run.folder, dataclasses.asdict(run.config))
+    return Member(run, evaluator, checkpoints, tracker, journal.writer(run.folder, tracker))
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -159,7 +164,10 @@ def _steps(
     alive()
     with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
         rows = partial(rows_of, run, prepared)
-        logs = [Journal(m.run.config, m.run.folder, run.train, progress, rows, m.checkpoints.taken) for m in members]
+        logs = [
+            Journal(m.run.config, m.run.folder, m.write, run.train, progress, rows, m.checkpoints.taken)
+            for m in members
+        ]
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.frozen.fill is not None:
                 batch = prepared.frozen.fill(states[0], batch, count)
@@ -202,7 +210,7 @@ def _evaluate(member: Member, prepared: Prepared, state: TrainState) -> dict[str
     params = state.params, prepared.base
     summary = evaluate.summary(evaluate.values(evaluator, params, state.running))
     means = {name: entry["mean"] for name, entry in summary.items()}
-    journal.append(run.folder / "metrics.jsonl", step, examples, means)
+    member.write(step, examples, means)
     if processes.first():
         (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
     if run.complete is None:

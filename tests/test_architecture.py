@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dpo_jax"
 # A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
 LAYERS = (
     {"records", "keys", "config"},
-    {"data", "models", "losses", "optim", "sharding", "metrics", "processes"},
+    {"data", "models", "losses", "optim", "sharding", "metrics", "processes", "track"},
     {"logprobs"},
     {"step", "reference", "sample", "rewards", "checkpoint", "watch", "journal"},
     {"evaluate", "winrate"},

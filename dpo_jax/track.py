@@ -1,0 +1,83 @@
+"""Metrics shown where people watch them while a run goes on; `metrics.jsonl` stays the record of truth."""
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.records import UserError
+
+PROJECT = "dpo_jax"
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(NamedTuple):
+    """Where metrics go: `log(step, metrics)`, where a value may be no number, and `close()` at the end."""
+
+    log: Callable[[int, Mapping[str, Any]], None]
+    close: Callable[[], None]
+
+
+def check(name: str) -> None:
+    """Refuses a tracker whose package is not installed."""
+    if name and importlib.util.find_spec(PACKAGES[name]) is None:
+        raise UserError(f"track: {PACKAGES[name]} is not installed; pip install 'dpo_jax[track]'")
+
+
+def tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    """Returns a tracker of a run, new or taken up again, which starts when something is first logged; that step, and
+    what was logged after it before, is logged anew.
+
+    Args:
+      name: tensorboard, which writes into the run folder; wandb, as its environment says; "" for none.
+      folder: of the run, whose name it has there.
+      settings: the run's config, to be shown beside the metrics.
+    """
+    begun: list[Tracker] = []
+
+    def log(step: int, metrics: Mapping[str, Any]) -> None:
+        if name and not begun:
+            begun.append(TRACKERS[name](folder, settings, step))
+        for one in begun:
+            one.log(step, {k: v for k, v in metrics.items() if isinstance(v, float | int) and math.isfinite(v)})
+
+    def close() -> None:
+        for one in begun:
+            one.close()
+
+    return Tracker(log, close)
+
+
+def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
+    """Event files, of which a later one says from which step on it stands for the earlier ones."""
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def log(step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker(log, writer.close)
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
+    """A run whose id is that of the folder, so that it is taken up again; it keeps the first value of a step, and a
+    step that is done again has the same."""
+    import wandb
+
+    identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    run = wandb.init(
+        project=PROJECT, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(settings),
+        reinit="create_new",
+    )  # fmt: skip
+    return Tracker(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}

@@ -1,0 +1,92 @@
+"""What a tracker is shown is what metrics.jsonl holds, however often the run was taken up again."""
+
+import math
+import struct
+import sys
+from types import SimpleNamespace
+
+import pytest
+from launched import make_world
+from tensorboardX.proto.event_pb2 import Event
+
+from dpo_jax import cli, metrics, track
+from dpo_jax.records import UserError
+
+
+def events(folder):
+    """Returns {(step, name): value} of a folder's event files, as TensorBoard reads them: a start discards what came
+    at its step or later before it."""
+    found = {}
+    for path in sorted(folder.glob("events.*"), key=lambda p: p.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            if event.HasField("session_log"):
+                found = {key: value for key, value in found.items() if key[0] < event.step}
+            found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+    return found
+
+
+def expected(folder):
+    """Returns the numbers of metrics.jsonl in the same form."""
+    rows = metrics.read(folder / "metrics.jsonl")
+    numbers = ((r["step"], k, v) for r in rows for k, v in r.items() if k not in ("step", "examples"))
+    return {(step, name): value for step, name, value in numbers if value is not None}
+
+
+def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_world(tmp_path))
+    options = ("--samples.prompts", "0", "--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
+    cli.run(["train", "dpo.yaml", *options, "--max-steps", "5"])
+    first = events(tmp_path / "runs/dpo/tensorboard")
+    assert max(step for step, _ in first) == 5
+    # As if it was killed after step 3.
+    for name in ("model", "checkpoints/5"):
+        (tmp_path / "runs/dpo" / name).rename(tmp_path / name.replace("/", "-"))
+    cli.run(["train", "dpo.yaml", *options, "--max-steps", "6"])
+    found, lines = events(tmp_path / "runs/dpo/tensorboard"), expected(tmp_path / "runs/dpo")
+    assert found.keys() == lines.keys()
+    for key, value in found.items():
+        assert value == pytest.approx(lines[key], rel=1e-6), key
+    # The step 5 of the first try is gone, with the evaluation that was its end.
+    assert (5, "eval_loss") in first
+    assert (5, "eval_loss") not in found
+
+
+def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
+
+    def init(**options):
+        calls.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for _ in range(2):
+        tracker = track.tracker("wandb", tmp_path, {"seed": 1})
+        tracker.log(3, {"loss": 0.5, "kl": math.nan, "note": "text", "none": None})
+        tracker.close()
+    (start, line, end), again = calls[:3], calls[3:]
+    assert again == [start, line, end]
+    assert (line, end) == ((3, {"loss": 0.5}), "end")
+    assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
+    assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
+    other = track.tracker("wandb", tmp_path / "other", {})
+    other.log(0, {})
+    assert calls[-2]["id"] != start["id"]
+
+
+def test_nothing_is_started_where_nothing_is_logged(tmp_path):
+    tracker = track.tracker("tensorboard", tmp_path, {})
+    tracker.close()
+    assert not list(tmp_path.iterdir())
+    track.tracker("", tmp_path, {}).log(1, {"loss": 1.0})
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setitem(track.PACKAGES, "wandb", "no_such_package")
+    with pytest.raises(UserError, match=r"track: no_such_package is not installed; pip install 'dpo_jax\[track\]'"):
+        track.check("wandb")
+    track.check("")
