@@ -165,12 +165,7 @@ def laid(tree: Any, where: Any) -> Any:
 def held(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits(x.dtype) // 8 for x in leaves)
-
-
-def bits(dtype: Any) -> int:
-    """Returns the bits of a number; two of four lie in a byte on a device."""
-    return 4 if dtype == jnp.uint4 else 8 * dtype.itemsize
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def count(tree: Any) -> int:
