@@ -1,4 +1,4 @@
-"""OLMo 2 (1B to 32B): Llama, norms after attention and MLP, not before; all heads of q and k normalised together."""
+"""OLMo 2 (1B to 32B): Llama normalised after attention and MLP, not before; queries and keys over all heads at once."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama
