@@ -151,7 +151,7 @@ def test_a_mistyped_folder_is_answered_with_the_likely_one(cached, tmp_path, mon
     (tmp_path / "runs/dpo").mkdir(parents=True)
     message = r"^runs/dop: no such folder \(did you mean runs/dpo\?\), and the hub has given no such model: "
     with pytest.raises(UserError, match=message):
-        assemble.model_folder("runs/dop")
+        hf.model_folder("runs/dop")
 
 
 def test_a_config_needs_no_weights(cached):

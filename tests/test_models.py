@@ -65,7 +65,7 @@ CASES = {
 
 
 # Families that attend as others do, so that what packing and the cache make of them need not be seen every time.
-ALIKE = ("gemma", "gpt_neox", "olmo2", "phi3", "qwen2", "qwen3")
+ALIKE = ("gemma", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
 
@@ -225,7 +225,8 @@ def test_recomputing_more_keeps_less(folders):
     assert sizes[0] > sizes[1] > sizes[2]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])  # tied and not, learned positions and rotary, grouped queries
+# Tied and not, learned positions and rotary, grouped queries.
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
     architecture, _, params = hf.load(folders(kind))
     tokens = tokens_of(2, 40)
