@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from dpo_jax import config as configs
 from dpo_jax import models
 from dpo_jax.config import Config
@@ -105,7 +107,7 @@ def load_model(
         where = options.path or options.config
         raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
     adapters, kind = adapters_of(adapted or configs.Lora(), architecture, seed)
-    if kind is not None:
+    if kind is not None and jax.default_backend() != "cpu":  # where XLA would make a wide copy beside it
         params = hf.narrow(params)
     if adapted and adapted.base:
         params = qlora.base(params, architecture, adapted.base, layer_by_layer)

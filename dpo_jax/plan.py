@@ -71,7 +71,8 @@ def of(config: Config) -> Plan:
     Raises:
       UserError: settings that no run can have.
     """
-    run, loss = traced(config), losses.build(config.loss)
+    # The processors that stand for devices would make a wide copy of a narrow base, so it is wide in what is compiled.
+    run, loss = traced(config, narrow=False), losses.build(config.loss)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tx, shape = optim.build(**config.optim), shape_of(config, sharding.row_devices(mesh))
     trained, like = shardings_of(run, tx, mesh)
@@ -84,7 +85,7 @@ def of(config: Config) -> Plan:
     gradients = held(laid(run.params, trained))
     columns = 1 if loss.rewards else run.model.architecture.vocab
     logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * columns // sharding.row_devices(mesh)
-    frozen = base
+    frozen = None if parts.base is None else laid(traced(config).base, parts.base)
     if base is None and loss.uses_reference and config.reference.mode == "online":
         frozen = like.params
     memory = Memory(
@@ -106,8 +107,13 @@ def state_bytes(config: Config) -> int:
     return held(shardings_of(traced(config), optim.build(**config.optim), mesh)[1])
 
 
-def traced(config: Config) -> Run:
-    """Returns a run that has shapes for parameters, and no data."""
+def traced(config: Config, narrow: bool = True) -> Run:
+    """Returns a run that has shapes for parameters, and no data.
+
+    Args:
+      config: the run's.
+      narrow: whether the floats of a base under adapters are as wide as in its files.
+    """
     path = config.model.path
     source = config.model.config or (hub.config_of(path) if hub.is_name(path) else hf.model_folder(path))
     hf_config, loss = hf.read_config(source), losses.build(config.loss)
@@ -116,7 +122,7 @@ def traced(config: Config) -> Run:
     model = models.build(architecture, compute=config.model.compute, remat=config.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     adapters, kind = loading.adapters_of(config.lora, architecture, 0)
-    if kind is not None and config.model.path:
+    if kind is not None and narrow and config.model.path:
         dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     if config.lora.base:
@@ -165,12 +171,7 @@ def laid(tree: Any, where: Any) -> Any:
 def held(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits(x.dtype) // 8 for x in leaves)
-
-
-def bits(dtype: Any) -> int:
-    """Returns the bits of a number; two of four lie in a byte on a device."""
-    return 4 if dtype == jnp.uint4 else 8 * dtype.itemsize
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def count(tree: Any) -> int:
@@ -189,11 +190,13 @@ def advice(plan: Plan, memory: int) -> list[str]:
         return []
     lasting = need.trained + need.frozen + need.optimiser + need.gradients
     lines = []
-    if lasting > 0.8 * memory:
+    if lasting > 0.6 * memory:
         times = 2 ** math.ceil(math.log2(lasting / (0.6 * memory)))
         lines.append(f"mesh.fsdp {config.mesh.fsdp * times}: {times} times as many devices share the parameters")
         if not config.lora.rank and not config.lora.path:
             lines.append("lora.rank 16: only adapters have gradients and an optimiser, and the base is the reference")
+        elif not config.lora.base:
+            lines.append("lora.base nf4: projections under the adapters take 4 bits a number, and a scale for every 64")
     if config.reference.mode == "online" and need.frozen:
         lines.append("reference.mode cache: no second model while training")
     stronger = {"none": "dots", "dots": "full"}.get(config.model.remat)

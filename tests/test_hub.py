@@ -146,6 +146,14 @@ def test_a_name_becomes_the_folder_of_its_copy(cached, capsys, shared):
         hf.model_folder("org/name@other")
 
 
+def test_a_mistyped_folder_is_answered_with_the_likely_one(cached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dpo").mkdir(parents=True)
+    message = r"^runs/dop: no such folder \(did you mean runs/dpo\?\), and the hub has given no such model: "
+    with pytest.raises(UserError, match=message):
+        hf.model_folder("runs/dop")
+
+
 def test_a_config_needs_no_weights(cached):
     (cached / "config.json").write_text("{}")
     assert hub.config_of("org/name") == cached / "config.json"

@@ -19,6 +19,7 @@ from dpo_jax.models import build, family, hf, lora
 from dpo_jax.models.lora import Lora
 from dpo_jax.records import UserError
 
+WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # to store projections: [in, out], fused by head, apart, fused
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 
@@ -38,7 +39,7 @@ def random_adapters(architecture, spec=SPEC, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "gptj", "olmo2", "phi3"])  # each way to store projections
+@pytest.mark.parametrize("kind", [*WAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptj", "llama"))])
 def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
     architecture, config, base = hf.load(folders(kind))
     adapters, model, tokens = random_adapters(architecture), build(architecture), tokens_of(2, 20)

@@ -70,6 +70,10 @@ def test_advice_says_what_would_help(config_of):
     assert [line.partition(":")[0] for line in lines] == [
         "mesh.fsdp 4", "lora.rank 16", "reference.mode cache", "model.remat dots", "data.rows 4",
     ]  # fmt: skip
+    over = found._replace(config=config_of("--reference.mode", "online", "--lora.rank", "2"))
+    assert [line.partition(":")[0] for line in plan.advice(over, 100)][:2] == ["mesh.fsdp 4", "lora.base nf4"]
+    few = over._replace(config=config_of("--lora.rank", "2", "--lora.base", "int8"))
+    assert "lora.base" not in " ".join(plan.advice(few, 100))
     small = found._replace(memory=need._replace(trained=1, frozen=0, optimiser=1, gradients=1))
     assert [line.partition(":")[0] for line in plan.advice(small, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Shape(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))

@@ -1,4 +1,4 @@
-"""Gemma: Llama with scaled embeddings, norms that store their scale less 1, and a tied head."""
+"""Gemma (2B, 7B): Llama with scaled embeddings, norms that store their scale less 1, and a tied head."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma with caps on scores and logits, norms on both sides, and a window in every other layer."""
+"""Gemma 2 (2B to 27B): Gemma with caps on scores and logits, norms on both sides, a window in every other layer."""
 
 from typing import Any
 

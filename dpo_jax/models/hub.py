@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub: a name and maybe a revision become a folder of the hub's own cache on this disk."""
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -62,4 +63,13 @@ def _copied(path: str, wanted: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, revision=revision, **patterns))
     except failures as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: no such folder, and the hub has given no such model: {reason}") from error
+        what = f"no such folder{_near(path)}, and the hub has given no such model"
+        raise UserError(f"{path}: {what}: {reason}") from error
+
+
+def _near(path: str) -> str:
+    """Returns which folder may be meant by a path that is none."""
+    folder = Path(path).parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, names, 1)
+    return f" (did you mean {folder / close[0]}?)" if close else ""

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after attention and MLP, not before, and queries and keys normalised over all heads."""
+"""OLMo 2 (1B to 32B): Llama normalised after attention and MLP, not before; queries and keys over all heads at once."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama

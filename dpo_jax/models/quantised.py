@@ -15,8 +15,9 @@ class Quantised(NamedTuple):
     """A kernel in few bits.
 
     Attributes:
-      values: uint4, places in the table of nf4, or int8; [*inputs, *outputs].
-      scale: float32, of as many axes, each of which divides that of `values`.
+      values: int8[*inputs, *outputs]; or uint8, of which the last axis is half as long: two neighbours' places in the
+        table of nf4, the first in the lower bits, since a device may give a number of four bits a byte of its own.
+      scale: float32, of as many axes, each of which divides that of the kernel.
     """
 
     values: Array
@@ -55,12 +56,23 @@ def quantise(kernel: Array, inputs: int, kind: str) -> Quantised:
         tile = math.gcd(TILE, kernel.shape[inputs - 1])
         how = {"qtype": "nf4", "channelwise_axes": rest, "tiled_axes": {inputs - 1: tile}}
     made = qwix().quantize(kernel.astype(jnp.float32), **how)
-    return Quantised(made.qvalue, made.scale)
+    return Quantised(_packed(made.qvalue) if kind == "nf4" else made.qvalue, made.scale)
+
+
+def _packed(places: Array) -> Array:
+    """Returns numbers below 16 as uint8, two neighbours of the last axis in each."""
+    if places.shape[-1] % 2:
+        raise UserError(f"lora.base: nf4 takes two numbers together, a projection has {places.shape[-1]}; take int8")
+    pairs = places.astype(jnp.uint8).reshape(*places.shape[:-1], -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def whole(kernel: Array | Quantised, dtype: Any) -> Array:
     """Returns a kernel as floats of a dtype."""
     if not isinstance(kernel, Quantised):
         return kernel.astype(dtype)
-    kind = "nf4" if kernel.values.dtype == jnp.uint4 else kernel.values.dtype
-    return qwix().dequantize(qwix().QArray(*kernel, None, kind)).astype(dtype)
+    values, kind = kernel.values, "int8"
+    if values.dtype == jnp.uint8:
+        values = jnp.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+        kind = "nf4"
+    return qwix().dequantize(qwix().QArray(values, kernel.scale, None, kind)).astype(dtype)

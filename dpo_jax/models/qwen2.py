@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values, and windows in the upper layers if asked for."""
+"""Qwen2, Qwen2.5 (0.5B to 72B): Llama with biases of queries, keys and values, perhaps windows in the upper layers."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama

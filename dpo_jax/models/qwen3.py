@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama whose queries and keys are normalised head by head."""
+"""Qwen3, dense (0.6B to 32B): Llama whose queries and keys are normalised head by head."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama, qwen2
