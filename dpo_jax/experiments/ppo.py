@@ -24,6 +24,7 @@ from dpo_jax.sample import sample
 
 Reward = Callable[[list[Array], list[Array]], np.ndarray]  # (prompts, completions), n of ids each -> float32[n]
 Each = Callable[[int, Any], None]  # (steps done, the policy's parameters)
+Tell = Callable[[int, dict[str, float]], None]  # (steps done, figures)
 
 
 class Options(NamedTuple):
@@ -101,7 +102,7 @@ def train(
     seed: int,
     eos: int,
     each: Each | None = None,
-    tell: Callable[[int, dict[str, float]], None] | None = None,
+    tell: Tell | None = None,
 ) -> Any:
     """Returns the parameters of a policy after PPO.
 
