@@ -218,7 +218,7 @@ def folder(tmp_path_factory):
     (folder / "small.yaml").write_text(
         "data: {name: synthetic, eval_split: test, max_prompt_length: 16}\nmodel: {path: model}\nreward: synthetic\n"
         "optim: {name: rmsprop, learning_rate: 1.0e-3, warmup_steps: 0}\nprompts: 40\nmax_new_tokens: 6\n"
-        "dpo: [0.1, 1.0]\nppo: []\nppo_gt: []\nunlikelihood: []\npreferred_ft: []\nbest_of: [1, 4]\n"
+        "dpo: [0.1, 1.0]\nppo: []\nppo_gt: []\nunlikelihood: []\npreferred_ft: [0, 1]\nbest_of: [1, 4]\n"
         "optimum: {samples: 64}\n"
         "batch_size: 8\nmax_steps: 4\neval_every: 2\neval_prompts: 33\n"
     )
@@ -239,32 +239,42 @@ def run(folder, monkeypatch, capsys):
 
 def test_the_command_goes_on_and_the_same_seed_gives_the_same_figure(run, folder):
     said = run()
-    assert "2 runs of up to 4 steps" in said
-    assert "5 measurements on 33 held-out prompts" in said
+    assert "4 runs of up to 4 steps" in said
+    assert "9 measurements on 33 held-out prompts" in said
     made = folder / "runs/small"
-    whole = (made / "points.jsonl").read_text().splitlines()
-    assert len(whole) == 5
+
+    def kept():
+        return sorted(
+            metrics.read(made / "points.jsonl"), key=lambda row: (row["method"], row["strength"], row["step"])
+        )
+
+    whole = kept()
+    assert len(whole) == 9
     figure, numbers = (made / "frontier.svg").read_bytes(), (made / "frontier.json").read_text()
     assert {p.name for p in made.iterdir()} >= {"paths.svg", "likelihoods.svg", "frontier.html", "config.yaml"}
     # Killed after the first point of the second run, while it wrote the next.
-    (made / "points.jsonl").write_text("\n".join(whole[:4]) + "\n" + whole[4][:20])
+    lines = [json.dumps(row) + "\n" for row in (whole[8], *whole[:3])]
+    (made / "points.jsonl").write_text("".join(lines) + lines[0][:20])
     assert "dpo 0.1: reward" in said
+    one, other = whole[5], whole[7]
+    assert (one["method"], one["step"]) == (other["method"], other["step"]) == ("preferred_ft", 4)
+    assert one["chosen"] != other["chosen"]  # another seed, another order
     (made / "frontier.svg").unlink()
     said = run()
     assert "dpo 0.1: reward" not in said
     assert "dpo 1: reward" in said
-    assert (made / "points.jsonl").read_text().splitlines() == whole
+    assert kept() == whole
     assert (made / "frontier.svg").read_bytes() == figure
     said = run("--optimum.betas", "3", "--best_of", "2")  # worked out anew from what is there
     assert "dpo 1: reward" not in said
-    assert (made / "points.jsonl").read_text().splitlines() == whole
+    assert kept() == whole
     said = run()
     assert (made / "frontier.svg").read_bytes() == figure
     assert (made / "frontier.json").read_text() == numbers
 
 
 def test_short_responses_are_listed(run, folder):
-    options = ("--dpo", "1", "--max_new_tokens", "1", "--eval_every", "4")
+    options = ("--dpo", "1", "--preferred_ft", "--max_new_tokens", "1", "--eval_every", "4")
     said = run("--run", "runs/listed", *options)
     assert "optimum: summed over all responses there are" in said
     found = json.loads((folder / "runs/listed/frontier.json").read_text())
@@ -297,6 +307,36 @@ def test_mistakes_are_told(run, folder, options, message):
 
 
 def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
-    run("--run", "runs/old", "--max_steps", "1", "--dpo")
+    run("--run", "runs/old", "--max_steps", "1", "--dpo", "--preferred_ft")
     with pytest.raises(UserError, match=r"runs/old belongs to another config \(max_steps: 1 -> 2\)"):
-        run("--run", "runs/old", "--max_steps", "2", "--dpo")
+        run("--run", "runs/old", "--max_steps", "2", "--dpo", "--preferred_ft")
+
+
+@pytest.mark.slow
+def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypatch):
+    """DPO goes further than Preferred-FT, which stays near the reference whatever it is trained for, and is near the
+    exact optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which of the two
+    is above the other there: it stays where it is, and DPO with a small beta goes on to more reward.
+    """
+    from test_configs import ROOT
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
+    runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
+    sizes = ("--prompts", "700", "--max_steps", "64", "--eval_every", "32", "--optim.learning_rate", "1e-4")
+    cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *runs, *sizes])
+    found = json.loads((tmp_path / "found/frontier.json").read_text())
+    ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 64}
+    far, near, unlikelihood, preferred = (
+        ends[key] for key in (("dpo", 0.1), ("dpo", 1), ("unlikelihood", 0.5), ("preferred_ft", 0))
+    )
+    assert near["gap"]["known"]
+    assert near["gap"]["mean"] < 0.7  # nats of Bradley-Terry; the reference is about 2 below the optimum at a KL of 1
+    assert near["reward"] - near["reward_half"] > preferred["reward"]
+    assert far["reward"] - far["reward_half"] > max(unlikelihood["reward"], preferred["reward"])
+    assert far["kl"] > near["kl"] > preferred["kl"]
+    # Its chosen responses become less likely all the same, and the rejected ones more so.
+    (start,) = (p for p in found["points"] if p["method"] == "sft")
+    assert far["chosen"] < start["chosen"]
+    assert far["rejected"] - start["rejected"] < far["chosen"] - start["chosen"]

@@ -6,7 +6,10 @@ run folder as it is found, so that a run that was killed goes on with what is mi
 """
 
 import math
+import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,7 @@ from dpo_jax.records import Array, UserError
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
 ONLINE = ("ppo", "ppo_gt")
+AT_ONCE = 4  # runs that are trained at a time on processors
 
 
 class Job(NamedTuple):
@@ -93,23 +97,25 @@ def run(settings: Frontier, say: Callable[[str], None]) -> Found:
     with _claimed(folder, settings):
         shared, path = setup.shared(settings, folder, say), folder / "points.jsonl"
         metrics.truncate(path, LAST)  # which drops a line that a kill has torn
-        done = {point[:3] for point in points(path)}
+        done, writing = {point[:3] for point in points(path)}, threading.Lock()
 
         def keep(job: Job, params: Any, step: int) -> None:
             if step in job.steps and (*job[:2], step) not in done:
                 point = shared.measure(params, *job[:2], step)
                 values = point._asdict()
-                metrics.append(path, values.pop("step"), step * settings.batch_size, values)
+                with writing:
+                    metrics.append(path, values.pop("step"), step * settings.batch_size, values)
                 if step == job.steps[-1]:
                     say(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
 
-        keep(Job("sft", 0.0, (0,)), shared.world.reference, 0)
-        every = jobs(settings)
+        start, every = Job("sft", 0.0, (0,)), jobs(settings)
+        keep(start, shared.world.reference, 0)
         for method in dict.fromkeys(job.method for job in every):
             missing = [j for j in every if j.method == method and not {(*j[:2], s) for s in j.steps} <= done]
             if missing:
                 (_online if method in ONLINE else _offline)(shared, folder, method, missing, keep, say)
-        return _found(shared, folder, points(path))
+        places = {job[:2]: place for place, job in enumerate((start, *every))}
+        return _found(shared, folder, sorted(points(path), key=lambda p: (places[p[:2]], p.step)))
 
 
 def _claimed(folder: Path, settings: Frontier) -> Any:
@@ -132,10 +138,21 @@ def _offline(
     table = shared.train if method != "preferred_ft" else _chosen(shared.train)
     column = shared.column(world.reference, table, shared.shape) if method == "dpo" else None
     program = offline.program(world, config_of(settings, method, missing[0].strength), table, column)
-    for job in missing:
+
+    def train(job: Job) -> None:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
         for step, params in offline.steps(program, config_of(settings, method, job.strength), seed):
             keep(job, params, step)
+
+    _at_once(train, missing)
+
+
+def _at_once(train: Callable[[Job], None], missing: Sequence[Job]) -> None:
+    """Trains runs, on processors several at a time: one small run leaves most of their cores idle."""
+    several = min(AT_ONCE, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(several) as pool:
+        for done in [pool.submit(train, job) for job in missing]:
+            done.result()
 
 
 def config_of(settings: Frontier, method: str, strength: float) -> Config:
@@ -165,12 +182,15 @@ def _online(
         "max_new_tokens": settings.max_new_tokens
     }
     start = jax.device_put(world.start), jax.device_put(world.start)
-    for job in missing:
+
+    def train(job: Job) -> None:
         ppo.train(
             world.model, *start, shared.prompts, judged, ppo.Options(job.strength, **fixed),
             steps=settings.online.max_steps, seed=settings.seed, eos=world.tokenizer.eos_token_id,
-            each=lambda step, params, job=job: keep(job, params, step),
+            each=lambda step, params: keep(job, params, step),
         )  # fmt: skip
+
+    _at_once(train, missing)
 
 
 def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> Path:
