@@ -137,7 +137,7 @@ def two_steps(config, table, base, adapters):
     state = jax.device_put(jax.device_get(init_state(adapters, tx)), jax.tree.map(lambda x: x.sharding, like))
     assert count > 1
     for _ in range(2):
-        state, metrics = step(state, batch, np.int32(count), on_devices, prepare.numbers(config))
+        (state,), (metrics,) = step([state], batch, np.int32(count), on_devices, [prepare.numbers(config)])
     return jax.device_get((metrics, state.params))
 
 
