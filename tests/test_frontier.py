@@ -325,18 +325,8 @@ def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypa
     cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
     runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
     sizes = {"eval_prompts": 128, "prompts": 700, "max_steps": 64, "eval_every": 32, "optim.learning_rate": 1e-4}
-    cli.run(
-        [
-            "frontier",
-            "configs/frontier_quick.yaml",
-            "--model.path",
-            "sft",
-            "--run",
-            "found",
-            *runs,
-            *(f"--{k}={v}" for k, v in sizes.items()),
-        ]
-    )
+    options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
+    cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())
     ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 64}
     far, near, unlikelihood, preferred = (
