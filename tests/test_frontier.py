@@ -313,6 +313,7 @@ def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ten minutes were seen on one busy core
 def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypatch):
     """DPO goes further than Preferred-FT, which stays near the reference whatever it is trained for, and is near the
     exact optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which of the two
