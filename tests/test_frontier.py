@@ -313,6 +313,7 @@ def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ten minutes were seen on one busy core
 def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypatch):
     """DPO goes further than Preferred-FT, which stays near the reference whatever it is trained for, and is near the
     exact optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which of the two
@@ -324,8 +325,9 @@ def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypa
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
     runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
-    sizes = ("--prompts", "700", "--max_steps", "64", "--eval_every", "32", "--optim.learning_rate", "1e-4")
-    cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *runs, *sizes])
+    sizes = {"eval_prompts": 128, "prompts": 700, "max_steps": 64, "eval_every": 32, "optim.learning_rate": 1e-4}
+    options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
+    cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())
     ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 64}
     far, near, unlikelihood, preferred = (
