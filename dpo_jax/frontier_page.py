@@ -186,10 +186,11 @@ def _optimum(axes: Axes, found: Found, most: float) -> None:
     axes.plot(x, y, color=report.INK, lw=1.6, label="optimum")
     low, high = ([a + s * h for a, h in zip(y, half, strict=True)] for s in (-1, 1))
     axes.fill_between(x, low, high, color=report.INK, alpha=0.12, lw=0)
-    if most > x[-1] and len(x) > 1:
-        top = limit(found.curve, most).reward
-        if top <= y[-1] + 2 * (y[-1] - y[0]):  # else the tangent would be all that is seen
-            axes.plot([x[-1], most], [y[-1], top], ls=":", color=report.INK, lw=1.2, label="above it nothing is")
+    highest = max(r.reward for r in (*found.points, *found.best_of))
+    if most > x[-1] and highest > y[-1] and len(x) > 1:  # up to where it would be all that is seen
+        end = min(most, x[-1] + (highest - y[-1]) / found.curve[-1].beta)
+        tangent = [y[-1], limit(found.curve, end).reward]
+        axes.plot([x[-1], end], tangent, ls=":", color=report.INK, lw=1.2, label="above it nothing is")
 
 
 def _drawn(fig: Figure, axes: Axes, x: str, y: str) -> str:
