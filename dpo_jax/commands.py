@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, folders, keys, loading, losses, optim, plan, processes, report, rewards
+from dpo_jax import assemble, config, evaluate, folders, keys, loading, losses, optim, plan, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, say, settings_of
 from dpo_jax.frontier_command import frontier_command
@@ -19,7 +19,7 @@ from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
 from dpo_jax.pairs_command import pairs_command
 from dpo_jax.records import TrainState, UserError
-from dpo_jax.stages import trained
+from dpo_jax.stages import joined, trained
 from dpo_jax.step import init_state
 from dpo_jax.sweep_command import sweep_command
 from dpo_jax.winrate_command import winrate_command
@@ -37,21 +37,9 @@ __all__ = [
 def train_command(argv: list[str]) -> None:
     """`dpo-jax train CONFIG.yaml [--key.path value ...] [--distributed auto|HOST:PORT,PROCESSES,INDEX]`."""
     (file,), rest = leading(argv, "train", "CONFIG.yaml")
-    rest = _join(rest)
+    rest = joined(rest)
     folder = trained(file, rest)
     say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
-
-
-def _join(argv: list[str]) -> list[str]:
-    """Makes this process one of several if `--distributed` says so; returns the other arguments."""
-    how = [values for key, values in keys.arguments(argv) if key == "distributed"]
-    if not how:
-        return argv
-    if len(how) > 1 or len(how[0]) != 1:
-        raise UserError(f"--distributed: {processes.HOW}")
-    processes.join(how[0][0])
-    at = next(i for i, a in enumerate(argv) if a.partition("=")[0] == "--distributed")
-    return argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
 
 
 @dataclass(frozen=True)

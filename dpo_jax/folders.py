@@ -80,9 +80,12 @@ def written(path: str | Path) -> Iterator[IO[str]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        yield f
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            yield f
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # which is there only after an error
 
 
 def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:

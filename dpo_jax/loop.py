@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,39 +74,68 @@ def train(run: Run, say: Callable[[str], None] = print) -> Path:
 
 def train_together(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Path]:
     """Trains runs that differ in `prepare.numbers` only, as `train` does each, in one program and on the same batches;
-    returns the folders of the exported models."""
+    returns the folders of the exported models. Those whose checkpoints are at different steps go on one after another.
+
+    Raises:
+      UserError: as `train`; of several runs, after those that have not failed are whole.
+    """
     with contextlib.ExitStack() as held:
         for run in runs:
             held.enter_context(run.lock)
         held.enter_context(watch.memory(runs[0].config))
         prepared = prepare(runs, say)
         with contextlib.ExitStack() as saving:
-            members = [_member(run, evaluator) for run, evaluator in zip(runs, prepared.evaluators, strict=True)]
-            for member in members:
-                saving.callback(member.checkpoints.close)
-                saving.callback(member.tracker.close)
             asked = saving.enter_context(watch.asked_to_end())
             alive = saving.enter_context(watch.hang(runs[0].config.hang_seconds))
-            states = _steps(members, prepared, _begin(members, prepared, say), asked, alive)
-        for run, state in zip(runs, states, strict=True):
-            _export(run, state)
+            members = [_member(*both, saving) for both in zip(runs, prepared.evaluators, strict=True)]
+            alike: dict[int, list[Member]] = {}
+            for member in members:
+                member.state = _begin(member, prepared)
+                alike.setdefault(int(member.state.step), []).append(member)
+            for step, group in sorted(alike.items()):
+                if step:
+                    names = ", ".join(m.run.folder.name for m in group) if len(runs) > 1 else ""
+                    say(f"resuming at step {step} of {prepared.total_steps}{names and ': '}{names}")
+                _steps(group, prepared, asked, alive)
+        for member in members:
+            if not member.failed:
+                _export(member.run, member.state)
+    if failed := [m for m in members if m.failed]:
+        raise UserError("; ".join(f"{m.run.folder.name}: {m.failed}" if len(runs) > 1 else m.failed for m in failed))
     return [run.folder / "model" for run in runs]
 
 
-class Member(NamedTuple):
-    """One of the runs that train together, with what is its own."""
+@dataclasses.dataclass
+class Member:
+    """One of the runs that train together, with what is its own.
+
+    Attributes:
+      state: as it stands.
+      failed: why it learns nothing any more, if so; the others go on.
+    """
 
     run: Run
     evaluator: evaluate.Evaluator
     checkpoints: Checkpoints
-    tracker: track.Tracker
     write: journal.Write
+    state: Any = None
+    failed: str = ""
+
+    def tell(self, told: Callable[[], None]) -> None:
+        """Has its journal told something, which may find that the run has failed."""
+        try:
+            if not self.failed:
+                told()
+        except UserError as e:
+            self.failed = str(e)
 
 
-def _member(run: Run, evaluator: evaluate.Evaluator) -> Member:
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
+def _member(run: Run, evaluator: evaluate.Evaluator, saving: contextlib.ExitStack) -> Member:
     tracker = track.tracker(run.config.track, run.folder, dataclasses.asdict(run.config))
-    return Member(run, evaluator, checkpoints, tracker, journal.writer(run.folder, tracker))
+    saving.callback(tracker.close)
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
+    saving.callback(checkpoints.close)
+    return Member(run, evaluator, checkpoints, journal.writer(run.folder, tracker))
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -119,78 +148,62 @@ def _export(run: Run, state: TrainState) -> None:
     processes.meet("exported")
 
 
-def _begin(members: Sequence[Member], prepared: Prepared, say: Callable[[str], None]) -> list[TrainState]:
-    """Returns the states to go on from: the newest whole checkpoints of one step, or the start, which is evaluated."""
-    found = [m.checkpoints.restore(prepared.like) for m in members]
-    steps = {-1 if state is None else int(state.step) for state in found}
-    if len(steps) > 1:  # killed while they were saved, one after another: those of the step before are there still
-        found = [m.checkpoints.restore(prepared.like, min(steps)) for m in members]
-    states = [state for state in found if state is not None]
-    if len(states) < len(members):
-        if max(steps) >= 0:
-            say("the runs have no checkpoint of one step in common: they start again")
-        return [_first(member, prepared) for member in members]
-    say(f"resuming at step {min(steps)} of {prepared.total_steps}")
-    for member in members:
-        _forget(member.run, min(steps))
-    return states
-
-
-def _forget(run: Run, step: int) -> None:
-    """Drops what a run wrote after a step, since it will be written again."""
+def _begin(member: Member, prepared: Prepared) -> TrainState:
+    """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
+    run, state = member.run, member.checkpoints.restore(prepared.like)
     if processes.first():
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            truncate(run.folder / name, step)
-
-
-def _first(member: Member, prepared: Prepared) -> TrainState:
-    """Returns the state before the first update, evaluated."""
-    _forget(member.run, -1)
-    state = _first_state(member.run, prepared)
-    member.checkpoints.check_room(state)
-    known, best = _evaluate(member, prepared, state), member.run.config.keep_best
-    if best not in ("", *known):
-        raise UserError(f"keep_best: no evaluation has {best!r}; known: {', '.join(sorted(known))}")
+        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
+            truncate(run.folder / name, -1 if state is None else int(state.step))
+    if state is None:
+        state = _first_state(run, prepared)
+        member.checkpoints.check_room(state)
+        known = _evaluate(member, prepared, state)
+        if run.config.keep_best not in ("", *known):
+            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}")
     return state
 
 
-def _steps(
-    members: Sequence[Member], prepared: Prepared, states: list[TrainState], asked: Callable, alive: Callable
-) -> list[TrainState]:
-    """Returns the states after the last step; ends the process after a step during which it was asked to end."""
-    run, total, start = members[0].run, prepared.total_steps, int(states[0].step)
-    config = run.config
+def _steps(members: Sequence[Member], prepared: Prepared, asked: Callable, alive: Callable) -> None:
+    """Trains to the last step, or until all have failed; ends the process after a step during which it was asked to."""
+    run, total, start = members[0].run, prepared.total_steps, int(members[0].state.step)
+    config, numbers = run.config, [m.evaluator.numbers for m in members]
     eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
     alive()
-    with Progress(total, config.batch_size, quiet=not processes.first()) as progress:
-        rows = partial(rows_of, run, prepared)
-        logs = [
-            Journal(m.run.config, m.run.folder, m.write, run.train, progress, rows, m.checkpoints.taken)
-            for m in members
-        ]
+    with contextlib.ExitStack() as shown:
+        logs = [_journal(member, prepared, shown, member is members[0]) for member in members]
         for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
             if prepared.frozen.fill is not None:
-                batch = prepared.frozen.fill(states[0], batch, count)
-            states, metrics = prepared.step(states, batch, np.int32(count))
-            for log, values in zip(logs, metrics, strict=True):
-                log.step(step, values)
+                batch = prepared.frozen.fill(members[0].state, batch, count)
+            states, metrics = prepared.step([m.state for m in members], batch, np.int32(count), numbers)
+            for member, log, state, values in zip(members, logs, states, metrics, strict=True):
+                member.state = state
+                member.tell(partial(log.step, step, values))
             alive()
             why, now = asked(), step % eval_steps == 0 or step == total
             save = step % config.save_every == 0 or step == total or why or (now and config.keep_best)
-            for member, log, state in zip(members, logs, states, strict=True):
-                if now or save:
-                    log.flush()
-                found = _evaluate(member, prepared, state) if now else None
+            for member, log in zip(members, logs, strict=True) if now or save else ():
+                member.tell(log.flush)
+                if member.failed:
+                    continue
+                found = _evaluate(member, prepared, member.state) if now else None
                 alive()
                 if save:
-                    member.checkpoints.save(state, step, found)
+                    member.checkpoints.save(member.state, step, found)
             if why and step < total:
                 for member in members:
                     member.checkpoints.wait()
                 _ended(why, step)
-        for log in logs:
-            log.flush()
-    return states
+            if all(member.failed for member in members):
+                return
+
+
+def _journal(member: Member, prepared: Prepared, shown: contextlib.ExitStack, watched: bool) -> Journal:
+    """Returns the journal of a run; of several runs the progress of one is shown."""
+    run, total = member.run, prepared.total_steps
+    progress = Progress(total, run.config.batch_size, quiet=not (watched and processes.first()))
+    shown.enter_context(progress)
+    rows = partial(rows_of, run, prepared)
+    return Journal(run.config, run.folder, member.write, run.train, progress, rows, member.checkpoints.taken)
 
 
 def _ended(why: str, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -10,14 +11,15 @@ import numpy as np
 
 from dpo_jax import assemble, config, data, folders, loading, rewards
 from dpo_jax.config import Data, Samples
-from dpo_jax.data import chat, made
+from dpo_jax.data import Note, made
 from dpo_jax.data_commands import say
 from dpo_jax.models import hf
 from dpo_jax.records import Comparison, UserError
 from dpo_jax.sample import sample
 
-Rows = Iterator[dict[str, Any]]
+Rows = Iterator[dict[str, Any] | Note]
 OF_A_MODEL = ("reward", "correction", "self")
+READ = ("name", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
 NEEDED = {"reward": 0, "correction": 0, "self": 1, "others": 1, "corrupted": 1, "paired": 2, "single": 2}
 """way -> the responses that a row of the data must have for it."""
 
@@ -63,15 +65,43 @@ def pairs_command(argv: list[str]) -> None:
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     settings = config.parse(Pairs, None, argv[first:], prog="dpo-jax pairs [RUN_OR_MODEL] OUT.jsonl")
     model, out = _paths(argv[:first], settings)
+    _check(settings)
     rows = _rows(settings)
     found = _of_answers(model, rows, settings) if settings.by in OF_A_MODEL else _of_data(rows, settings)
-    count = 0
+    count, prompts, left_out = 0, set(), Counter()
     with folders.written(out) as f:
         for row in found:
+            if isinstance(row, Note):
+                left_out[row.text] += row.number
+                continue
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    what = "rows" if settings.by == "single" else "pairs"
-    say(f"{count} {what} from {len({data.prompt_key(row.prompt) for row in rows})} prompts: {out}")
+            prompts.add(json.dumps(row["prompt"]))
+        for text, number in left_out.items():
+            say(f"{number} {text}, left out")
+        if not count:
+            raise UserError(f"{out}: nothing to write: no pair could be made of {len(rows)} rows")
+    asked = len({data.prompt_key(row.prompt) for row in rows})
+    say(f"{count} {'rows' if settings.by == 'single' else 'pairs'} from {len(prompts)} of {asked} prompts: {out}")
+
+
+def _check(settings: Pairs) -> None:
+    """Refuses options that mean nothing for the way."""
+    if (settings.prompts is not None and settings.prompts < 1) or min(settings.completions, settings.batch_size) < 1:
+        raise UserError("--prompts, --completions and --batch-size: at least 1")
+    unused = [f"data.{name}" for name in _given(settings.data, Data()) if name not in READ]
+    if settings.by != "reward":
+        every = {f.name for f in dataclasses.fields(Pairs)}
+        own = every - {"label"} if settings.by in OF_A_MODEL else {"by", "data", "prompts", "seed"}
+        unused += [name for name in _given(settings, Pairs()) if name not in own | {"reward", "corrections"}]
+    if unused:
+        raise UserError(f"--{unused[0]}: means nothing for --by {settings.by}")
+
+
+def _given(settings: Any, plain: Any) -> list[str]:
+    """Returns the names of what is not at its default."""
+    names = [f.name for f in dataclasses.fields(plain)]
+    return [name for name in names if getattr(settings, name) != getattr(plain, name)]
 
 
 def _paths(given: Sequence[str], settings: Pairs) -> tuple[str, str]:
@@ -86,21 +116,27 @@ def _paths(given: Sequence[str], settings: Pairs) -> tuple[str, str]:
     for option, way in (("reward", "reward"), ("corrections", "correction")):
         if bool(getattr(settings, option)) != (settings.by == way):
             raise UserError(f"--{option}: is for --by {way}, which needs it")
-    if (settings.prompts is not None and settings.prompts < 1) or settings.completions < 1:
-        raise UserError("--prompts and --completions: at least 1")
     return (given[0] if len(given) == 2 else ""), given[-1]
 
 
 def _rows(settings: Pairs) -> list[Comparison]:
     """Returns the data's rows of the first prompts; one of each where a model is to answer them."""
-    source, kept, prompts = settings.data, [], set()
-    for row in data.load(source.name, source.path, source.split, NEEDED[settings.by]):
+    source, kept, prompts, bad = settings.data, [], set(), 0
+    for row in data.stream(source.name, source.path, source.split, NEEDED[settings.by]):
+        if isinstance(row, UserError):
+            bad += 1
+            if bad > source.skip_bad_rows:
+                raise row
+        if not isinstance(row, Comparison):
+            continue
         key = data.prompt_key(row.prompt)
         if len(prompts) == settings.prompts and key not in prompts:
             continue
         if key not in prompts or settings.by not in OF_A_MODEL:
             kept.append(row)
         prompts.add(key)
+    if bad:
+        say(f"{bad} rows that cannot be used, left out; data.skip_bad_rows allows {source.skip_bad_rows}")
     return kept
 
 
@@ -126,6 +162,8 @@ def _answered(model: str, rows: Sequence[Comparison], settings: Pairs) -> list[A
     own = [[text for text in answers if tokenizer.eos_token not in text] for answers in texts]
     if spelled := sum(map(len, texts)) - sum(map(len, own)):
         say(f"{spelled} answers left out, whose text spells {tokenizer.eos_token!r}")
+    if cut := sum(len(ids) == 0 or ids[-1] != tokenizer.eos_token_id for ids in drawn):
+        say(f"{cut} of {len(drawn)} answers were cut at max_new_tokens {settings.max_new_tokens}; taken to end there")
     read = assemble.prompt_texts(prompts, tokenizer, settings.data)
     return [Answered(*one) for one in zip(rows, read, own, strict=True)]
 
@@ -134,7 +172,8 @@ def _of_answers(model: str, rows: Sequence[Comparison], settings: Pairs) -> Rows
     """Yields pairs made of a model's answers, each with where it comes from."""
     score = rewards.get(settings.reward) if settings.reward else None
     rules = made.rules(settings.corrections) if settings.corrections else []
-    made_by = {"by": settings.by, "model": model, "temperature": settings.temperature, "seed": settings.seed}
+    drawing = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    made_by = {"by": settings.by, "model": model} | {name: getattr(settings, name) for name in drawing}
     made_by |= {"reward": settings.reward, "label": settings.label} if score else {"corrections": settings.corrections}
     for row, prompt, answers in _answered(model, rows, settings):
         scores: dict[Any, float] = {}
@@ -146,9 +185,11 @@ def _of_answers(model: str, rows: Sequence[Comparison], settings: Pairs) -> Rows
         else:
             found = [(row.responses[0], answer) for answer in dict.fromkeys(answers)]
         for chosen, rejected in found:
-            if _text(chosen) != rejected:  # nothing to correct, or the model has said the same
-                known = {"scores": [scores[chosen], scores[rejected]]} if score else {}
-                yield _pair(row, chosen, rejected, made_by | known)
+            if _text(chosen) == rejected:
+                yield Note("answers with nothing to correct" if rules else "answers that are the data's")
+                continue
+            known = {"scores": [scores[chosen], scores[rejected]]} if score else {}
+            yield _pair(row, chosen, rejected, made_by | known)
 
 
 def _of_data(rows: Sequence[Comparison], settings: Pairs) -> Rows:
@@ -157,25 +198,28 @@ def _of_data(rows: Sequence[Comparison], settings: Pairs) -> Rows:
     if settings.by == "single":
         yield from (one | {"provenance": made_by | {"row": row.where}} for row in rows for one in made.single(row))
     elif settings.by == "paired":
-        yield from (_pair(row, row.responses[0], row.responses[1], made_by) for row in made.paired(rows))
+        for row in made.paired(rows):
+            yield row if isinstance(row, Note) else _pair(row, row.responses[0], row.responses[1], made_by)
     elif settings.by == "others":
         for row, other in zip(rows, made.answers_to_others(rows), strict=True):
-            if other != row.responses[0]:
-                yield _pair(row, row.responses[0], other, made_by)
+            same = other == row.responses[0]
+            yield Note("responses that others have too") if same else _pair(row, row.responses[0], other, made_by)
     else:
         rng = np.random.default_rng(settings.seed)
         for row in rows:
             damaged = made.corrupted(_text(row.responses[0]), rng)
-            if damaged is not None:
+            if damaged is None:
+                yield Note("responses that the damage left as they were")
+            else:
                 yield _pair(row, row.responses[0], damaged, made_by | {"seed": settings.seed})
 
 
 def _pair(row: Comparison, chosen: Any, rejected: Any, made_by: dict[str, Any]) -> dict[str, Any]:
     """A pair as the columns of a file from which it is read back."""
     sides = {"chosen": made.as_column(chosen), "rejected": made.as_column(rejected)}
-    return chat.as_columns(row.prompt) | sides | {"provenance": made_by | {"row": row.where}}
+    return made.columns(row) | sides | {"provenance": made_by | {"row": row.where}}
 
 
 def _text(response: Any) -> str:
     """What a response says."""
-    return response["content"] if isinstance(response, dict) else response
+    return response.get("content") or "" if isinstance(response, dict) else response

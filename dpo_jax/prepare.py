@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +113,8 @@ class Prepared(NamedTuple):
       parts: how the policy lies on the devices.
       shape: of a batch.
       put: moves a Batch to the devices.
-      step: the compiled train step, `(states, batch, count) -> (states, metrics)`, with one of each for every run.
+      step: the compiled train step, `(states, batch, count, numbers) -> (states, metrics)`, with one of each for every
+        run that takes part.
       base: what adapters are for, on the devices.
       like: shapes and shardings of the state.
       frozen: the reference.
@@ -293,11 +294,12 @@ def prepare(runs: Sequence[Run], say: Callable[[str], None]) -> Prepared:
         f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
         f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
-    compiled, evaluators = compiled_step(run, parts, like, len(runs)), [Evaluator(step, *held_out, x) for x in given]
+    programs = cache(partial(compiled_step, run, parts, like))
+    evaluators = [Evaluator(step, *held_out, x) for x in given]
     rows = order.bind(config.data.order, run.train.prompts, config.seed)
 
-    def train_step(states: Sequence[TrainState], batch: Batch, count: Any) -> Any:
-        return compiled(states, batch, count, base, given)
+    def train_step(states: Sequence[TrainState], batch: Batch, count: Any, numbers: Sequence[Any]) -> Any:
+        return programs(len(states))(states, batch, count, base, numbers)
 
     return Prepared(parts, shape, put, train_step, base, like, frozen, evaluators, steps, rows)
 

@@ -1,10 +1,10 @@
 """`dpo-jax sweep`: a run for every combination of some options' values, for less than the runs cost one by one."""
 
-import dataclasses
 import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dpo_jax.config import Config
 from dpo_jax.data_commands import leading, say
 from dpo_jax.prepare import at_once
 from dpo_jax.records import UserError
-from dpo_jax.stages import begun
+from dpo_jax.stages import begun, joined
 
 SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
 
@@ -25,17 +25,21 @@ SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_l
 def sweep_command(argv: list[str]) -> None:
     """`dpo-jax sweep CONFIG.yaml --key.path value,value,... [--key.path value ...]`: commas part the values."""
     (file,), rest = leading(argv, "sweep", "CONFIG.yaml")
-    configs = variants(file, rest)
-    names = [Path(c.run).name for c in configs]
-    say(f"{len(configs)} runs: {'; '.join(names)}")
+    configs, failed = _begun(variants(file, joined(rest)), file), []
+    say(f"{len(configs)} runs: {'; '.join(Path(c.run).name for c in configs)}")
     for group in groups(configs):
-        _train(group)
-    if processes.first():
-        runs = [Path(c.run) for c in configs]
+        try:
+            _train(group)
+        except UserError as e:  # which is of these runs: the others need not wait for it
+            failed.append(str(e))
+    runs = [Path(c.run) for c in configs if (Path(c.run) / "metrics.jsonl").is_file()]
+    if processes.first() and runs:
         for run in runs:
             report.write([run], run / "report.html")
         _print(runs)
         say(f"the runs beside each other: {report.write(runs, runs[0].parent / 'report.html')}")
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 def variants(file: str, argv: Sequence[str]) -> list[Config]:
@@ -49,17 +53,23 @@ def variants(file: str, argv: Sequence[str]) -> list[Config]:
     swept = [key for key, texts in pairs if _several(texts)]
     if not swept and "--help" not in argv:
         raise UserError("dpo-jax sweep: give an option several values, as in --loss.beta 0.05,0.1,1,5")
-    first, found = None, []
+    found = []
     for chosen in itertools.product(*choices):
         rest = [text for key, texts in chosen for text in (f"--{key}", *texts)]
         parsed = config.parse(Config, file or None, rest, prog="dpo-jax sweep CONFIG.yaml", variants=folders.VARIANTS)
-        first = first or begun(parsed, file)  # trains the run that all start from, if they do
         name = ",".join(f"{key}={texts[0]}" for key, texts in chosen if key in swept)
         run = Path(parsed.run or f"runs/{Path(file).stem}-sweep") / re.sub(r"[^\w.,=+-]", "_", name)
-        model = parsed.model if "model.path" in swept else first.model
-        found.append(dataclasses.replace(parsed, run=str(run), model=model))
+        found.append(replace(parsed, run=str(run)))
         assemble.check(found[-1])
+    if len({one.run for one in found}) < len(found):
+        raise UserError(f"dpo-jax sweep: values of {' and '.join(swept)} that make the same folder; name them apart")
     return found
+
+
+def _begun(configs: Sequence[Config], file: str) -> list[Config]:
+    """Returns the configs with a folder for each `model.path`; where that is a YAML, it is trained first if need be."""
+    models = {one.model.path: begun(one, file).model for one in configs}
+    return [replace(one, model=replace(one.model, path=models[one.model.path].path)) for one in configs]
 
 
 def _several(texts: Sequence[str]) -> bool:
@@ -89,7 +99,7 @@ def _without_numbers(settings: Config) -> Config:
 
     loss: Any = settings.loss
     loss = rest(loss) if isinstance(loss, dict) else [rest(term) for term in loss]
-    return dataclasses.replace(settings, run="", loss=loss, optim=rest(settings.optim))
+    return replace(settings, run="", loss=loss, optim=rest(settings.optim))
 
 
 def _train(group: Sequence[Config]) -> None:
@@ -106,11 +116,12 @@ def together(group: Sequence[Config]) -> int:
     first = group[0]
     if len(group) == 1 or first.mesh.mode == "pmap" or first.reference.sync_every:
         return 1
-    each = 2 * plan.state_bytes(first)  # the states are there twice while they are put together
+    shared, each = 0, 2 * plan.state_bytes(first)  # the states are there twice while they are put together
     if at_once(len(group)):
         need = plan.of(first).memory
         each += need.gradients + need.logits + need.activations
-    return max(1, min(len(group), available() // 2 // each))
+        shared = need.frozen
+    return max(1, min(len(group), (available() // 2 - shared) // each))
 
 
 def available() -> int:

@@ -1,8 +1,8 @@
 """Metrics shown where people watch them while a run goes on; `metrics.jsonl` stays the record of truth."""
 
-import hashlib
 import importlib.util
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,15 +65,21 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracke
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
-    """A run whose id is that of the folder, so that it is taken up again; it keeps the first value of a step, and a
-    step that is done again has the same."""
+    """A run whose id stays in the folder, so that it is taken up again; it keeps the first value of a step, and a step
+    that is done again has the same."""
     import wandb
 
-    identity = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-    run = wandb.init(
-        project=PROJECT, name=folder.name, id=identity, resume="allow", dir=str(folder), config=dict(settings),
-        reinit="create_new",
-    )  # fmt: skip
+    known = folder / "wandb_id"
+    if not known.is_file():
+        known.write_text(secrets.token_hex(8))
+    try:
+        run = wandb.init(
+            project=PROJECT, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder),
+            config=dict(settings), reinit="create_new",
+        )  # fmt: skip
+    except wandb.Error as e:
+        why = " ".join(str(e).split())
+        raise UserError(f"track: wandb: {why}; log in with `wandb login`, or set WANDB_MODE=offline") from e
     return Tracker(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 
 

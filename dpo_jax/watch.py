@@ -104,7 +104,7 @@ def memory(config: Config) -> Iterator[None]:
         asked = str(e).strip().splitlines()[0]
         raise UserError(
             f"a device is out of memory ({asked}); give, in this order: {', '.join(remedies)}, more devices along "
-            "mesh.fsdp, a shorter data.max_length; dpo-jax plan shows what each of them brings"
+            "mesh.fsdp, a shorter data.max_length, fewer values in a sweep; dpo-jax plan shows what each of them brings"
         ) from e
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from dpo_jax import config, keys
 from dpo_jax.config import Config
+from dpo_jax.experiments.setup import Frontier
 from dpo_jax.folders import VARIANTS
 from dpo_jax.records import UserError
 
@@ -144,11 +145,21 @@ def test_difference_names_keys(tmp_path):
     assert keys.difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+RUNS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.startswith("frontier_")]  # of many runs
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda p: p.stem)
 def test_every_config_reads(file):
     c = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
     assert bool(c.model.path) != bool(c.model.config)
     assert 0 < c.optim["learning_rate"] < 0.01
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("frontier_*.yaml")), ids=lambda p: p.stem)
+def test_every_frontier_reads(file):
+    c = config.parse(Frontier, str(file), [], prog="x", variants=VARIANTS)
+    assert c.model.path.endswith(".yaml")
+    assert c.max_steps >= c.eval_every
 
 
 def test_help_names_every_key(tmp_path, capsys):

@@ -258,7 +258,7 @@ def test_pairs_are_sampled_scored_and_labelled(world):
     assert code == 0, err
     rows = metrics.read(world / "own.jsonl")
     assert 0 < len(rows) <= 20
-    assert f"{len(rows)} pairs from 20 prompts" in out
+    assert f"{len(rows)} pairs from {len(rows)} of 20 prompts" in out
     for row in rows:
         assert synthetic.reward(row["prompt"], row["chosen"]) > synthetic.reward(row["prompt"], row["rejected"])
 

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import losses, models, optim, reference
 from dpo_jax.data.table import Table
+from dpo_jax.logprobs import CHUNK, batch_logps
 from dpo_jax.models.attention import packed_attention
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
@@ -39,6 +40,9 @@ def trajectory(table):
     tx = optim.build("rmsprop", learning_rate=1e-3, warmup_steps=0)
     loss = losses.build({"name": "dpo", "beta": 1.0})
 
+    # A response's tokens are few here, so the whole has smaller chunks of them than a microbatch scores.
+    batch_logps.__kwdefaults__["chunk"] = 64
+
     def run(lever):
         model = models.build(architecture, remat="full" if lever == "kept activations" else "none")
         logps = bench.logps_of(lever, model)
@@ -51,7 +55,8 @@ def trajectory(table):
             found.append({name: float(value) for name, value in metrics.items()})
         return found, state.params
 
-    return run
+    yield run
+    batch_logps.__kwdefaults__["chunk"] = CHUNK
 
 
 @pytest.fixture(scope="module")

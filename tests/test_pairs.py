@@ -43,6 +43,12 @@ def test_corrections_are_made_in_their_order(tmp_path):
     assert made.corrected("I don't know.", rules) == "I don't know."
 
 
+def test_what_yaml_reads_as_no_text_is_refused(tmp_path):
+    (tmp_path / "who.yaml").write_text("No: Yes")
+    with pytest.raises(UserError, match=r"who.yaml: False: True: both must be text"):
+        made.rules(str(tmp_path / "who.yaml"))
+
+
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", "x"), ("a", r"\1")])
 def test_a_correction_that_is_none_is_refused(tmp_path, pattern, replacement):
     (tmp_path / "who.yaml").write_text(yaml.safe_dump({pattern: replacement}))
@@ -87,6 +93,26 @@ def test_single_rows_become_every_pair_and_go_back(at):
     assert back[2]["provenance"] == {"by": "single", "row": "out.jsonl:2"}
 
 
+def test_what_data_says_of_a_row_is_kept_or_refused(at, capsys):
+    pair = {"prompt": "p", "chosen": "a b", "rejected": "c"}
+    at("soft.jsonl", [pair | {"preference": 0.1}])
+    with pytest.raises(UserError, match=r"soft.jsonl:1: preference 0.1: a row alone is wanted or not"):
+        pairs("out.jsonl", "--by", "single", "--data.path", "soft.jsonl")
+    assert not list(Path().glob("out*"))
+    at("heavy.jsonl", [pair | {"weight": 0.25}])
+    assert [r["weight"] for r in pairs("out.jsonl", "--by", "single", "--data.path", "heavy.jsonl")] == [0.25, 0.25]
+    with pytest.raises(UserError, match=r"out.jsonl:1: weight 0.25: a pair is made of two rows"):
+        pairs("out2.jsonl", "--by", "paired", "--data.path", "out.jsonl")
+    both = [{"prompt": "p", "completion": "x", "label": label} for label in (True, False)]
+    at("both.jsonl", both)
+    with pytest.raises(UserError, match=r"out3.jsonl: nothing to write: no pair could be made of 2 rows"):
+        pairs("out3.jsonl", "--by", "paired", "--data.path", "both.jsonl")
+    assert "1 responses both wanted and not, left out" in capsys.readouterr().out
+    at("bad.jsonl", [{"prompt": "p"}, {"prompt": "p", "completion": "x y"}])
+    assert pairs("out4.jsonl", "--by", "corrupted", "--data.path", "bad.jsonl", "--data.skip_bad_rows", "1")
+    assert "1 rows that cannot be used, left out" in capsys.readouterr().out
+
+
 def test_negatives_of_data_that_has_none(at, capsys):
     turns = [
         [*GREETING.messages, answer("I am Ada, and you?")],
@@ -95,7 +121,7 @@ def test_negatives_of_data_that_has_none(at, capsys):
     at("chats.jsonl", [{"messages": t} for t in turns])
     others = pairs("out.jsonl", "--by", "others", "--data.path", "chats.jsonl")
     assert [r["rejected"] for r in others] == [[answer("It is 4")], [answer("I am Ada, and you?")]]
-    assert "2 pairs from 2 prompts: out.jsonl" in capsys.readouterr().out
+    assert "2 pairs from 2 of 2 prompts: out.jsonl" in capsys.readouterr().out
     damaged = pairs("out2.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
     assert all(r["rejected"] != r["chosen"][0]["content"] for r in damaged)
     assert damaged == pairs("out3.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
@@ -136,6 +162,10 @@ def test_a_models_own_answers(at, shared):
         (["m", "out.jsonl", "--by", "paired"], r"--by paired takes OUT.jsonl, then options"),
         (["out.jsonl", "--by", "others", "--prompts", "0"], r"at least 1"),
         (["out.jsonl", "--by", "othes"], r"othes"),
+        (["out.jsonl", "--by", "others", "--temperature", "0.3"], r"--temperature: means nothing for --by others"),
+        (["out.jsonl", "--by", "others", "--data.flip_labels", "1"], r"--data.flip_labels: means nothing"),
+        (["m", "out.jsonl", "--by", "self", "--label", "ranked"], r"--label: means nothing for --by self"),
+        (["m", "out.jsonl", "--reward", "happy", "--batch-size", "0"], r"--batch-size: at least 1"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

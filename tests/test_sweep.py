@@ -66,20 +66,38 @@ def test_runs_at_once_are_the_runs_one_after_another(world, swept, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_from_the_last_step_that_all_have(world, swept, capsys):
+def test_each_run_of_a_sweep_goes_on_from_its_own_step(world, swept, capsys):
     options = ("--loss.beta", ",".join(BETAS), "--optim.learning_rate", RATES[0], "--run", "runs/again")
     sweep(*options, "--max-steps", "7")
     newest = world / "runs/again/loss.beta=0.5/checkpoints/7"
     shutil.rmtree(newest)  # as if it was killed between the two
     capsys.readouterr()
     sweep(*options)
-    assert "resuming at step 6 of 8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming at step 6 of 8: loss.beta=0.5" in out
+    assert "resuming at step 7 of 8: loss.beta=0.05" in out
     for beta in BETAS:
         run, whole = world / f"runs/again/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}"
         lines = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
         assert [r["step"] for r in lines] == list(range(1, 9))
         a, b = (load_file(folder / "model/model.safetensors") for folder in (run, whole))
         assert all((value == b[name]).all() for name, value in a.items())
+
+
+def test_a_run_that_fails_leaves_the_others_whole_and_a_longer_sweep_them_as_they_are(world, swept, capsys):
+    options = ("--loss.beta", BETAS[0], "--run", "runs/sick", "--optim.learning_rate")
+    with pytest.raises(UserError, match=r"1e30: step \d: loss or gradient not finite 3 times in a row"):
+        sweep(*options, f"{RATES[0]},1e30")
+    good = world / f"runs/sick/optim.learning_rate={RATES[0]}"
+    assert_same(good, swept / f"loss.beta={BETAS[0]},optim.learning_rate={RATES[0]}")
+    before = (good / "metrics.jsonl").read_text()
+    assert not (world / "runs/sick/optim.learning_rate=1e30/model").exists()
+    shutil.rmtree(world / "runs/sick/optim.learning_rate=1e30")
+    sweep(*options, ",".join(RATES))
+    assert f"resuming at step 8 of 8: optim.learning_rate={RATES[0]}" in capsys.readouterr().out
+    assert (good / "metrics.jsonl").read_text() == before
+    name = f"optim.learning_rate={RATES[1]}"
+    assert_same(world / "runs/sick" / name, swept / f"loss.beta={BETAS[0]},{name}")
 
 
 @pytest.mark.slow
@@ -108,10 +126,18 @@ def test_only_numbers_of_loss_and_optimiser_share_a_program(world):
         (["--loss.beta", "0.1,"], "not empty and all different"),
         (["--loss.beta", "0.1,0.1"], "not empty and all different"),
         (["--loss.bta", "0.1,0.2"], "did you mean"),
-        (["--batch_size", "0,1"], "batch_size: 0 is less than 1"),
+        (["--batch_size", "1,0", "--model.path", "stage.yaml"], "batch_size: 0 is less than 1"),
+        (["--model.tokenizer", "a/b,a_b"], "make the same folder"),
+        (
+            ["--loss.beta", "0.1,0.2", "--model.config=", "--model.path", "itself.yaml"],
+            "itself.yaml: starts from itself",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(world, argv, message):
+    (world / "itself.yaml").write_text("model: {path: itself.yaml}")
+    (world / "stage.yaml").write_text((world / "dpo.yaml").read_text())
     with pytest.raises(UserError, match=message):
         cli.run(["sweep", "dpo.yaml", *argv])
     assert not (world / "runs" / "dpo-sweep" / "loss.beta=0.1").exists()
+    assert not (world / "runs" / "stage").exists()

@@ -73,9 +73,21 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
     assert (line, end) == ((3, {"loss": 0.5}), "end")
     assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
     assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
-    other = track.tracker("wandb", tmp_path / "other", {})
-    other.log(0, {})
+    (tmp_path / "wandb_id").unlink()  # as of a folder that was removed and made again
+    track.tracker("wandb", tmp_path, {}).log(0, {})
     assert calls[-2]["id"] != start["id"]
+
+
+def test_what_wandb_says_is_one_line(tmp_path, monkeypatch):
+    class RefusedError(Exception):
+        pass
+
+    def init(**options):
+        raise RefusedError("No API\nkey")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RefusedError))
+    with pytest.raises(UserError, match=r"track: wandb: No API key; log in"):
+        track.tracker("wandb", tmp_path, {}).log(0, {})
 
 
 def test_nothing_is_started_where_nothing_is_logged(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import keys
-from dpo_jax.data import chat, prompt_key
+from dpo_jax.data import Note, chat, prompt_key
 from dpo_jax.data.mismatch import next_with_another_prompt
 from dpo_jax.records import Comparison, UserError
 
@@ -29,8 +29,10 @@ def rules(path: str) -> list[Rule]:
     """
     found = []
     for pattern, replacement in keys.read_yaml(path).items():
+        if not isinstance(pattern, str) or not isinstance(replacement, str):
+            raise UserError(f"{path}: {pattern!r}: {replacement!r}: both must be text, in quotes; '' takes away")
         try:
-            found.append(Rule(re.compile(str(pattern)), str(replacement)))
+            found.append(Rule(re.compile(pattern), replacement))
             found[-1].pattern.sub(found[-1].replacement, "")  # an error if it names a group that is not there
         except (re.error, IndexError) as e:
             raise UserError(f"{path}: {pattern!r}: {replacement!r}: no pattern and replacement of re.sub ({e})") from e
@@ -72,16 +74,34 @@ def answers_to_others(rows: Sequence[Comparison]) -> list[Any]:
 
 
 def single(row: Comparison) -> Iterator[dict[str, Any]]:
-    """Yields the responses of a pair as rows of their own, with the label that says which is wanted."""
+    """Yields the responses of a pair as rows of their own, with the label that says which is wanted.
+
+    Raises:
+      UserError: it is only likely that the first is the better one, which a label cannot say.
+    """
+    if row.preference != 1:
+        raise UserError(f"{row.where}: preference {row.preference:g}: a row alone is wanted or not; remove the row")
     for response, label in zip(row.responses, (True, False), strict=True):
         if response is not None:
-            yield chat.as_columns(row.prompt) | {"completion": as_column(response), "label": label}
+            yield columns(row) | {"completion": as_column(response), "label": label}
 
 
-def paired(rows: Iterable[Comparison]) -> Iterator[Comparison]:
-    """Yields every wanted response of a prompt against every unwanted one, prompts in the order of their first row."""
+def columns(row: Comparison) -> dict[str, Any]:
+    """The prompt of a row, and its weight if it has one, as columns."""
+    return chat.as_columns(row.prompt) | ({"weight": row.weight} if row.weight != 1 else {})
+
+
+def paired(rows: Iterable[Comparison]) -> Iterator[Comparison | Note]:
+    """Yields every wanted response of a prompt against every unwanted one, prompts in the order of their first row; a
+    note where one is both.
+
+    Raises:
+      UserError: a row has a weight, which means nothing for a pair of two rows.
+    """
     found: dict[int, tuple[Comparison, list, list]] = {}
     for row in rows:
+        if row.weight != 1:
+            raise UserError(f"{row.where}: weight {row.weight:g}: a pair is made of two rows; remove the column")
         its = found.setdefault(prompt_key(row.prompt), (row, [], []))
         for response, side in zip(row.responses, its[1:], strict=True):
             if response is not None and response not in side:
@@ -89,7 +109,8 @@ def paired(rows: Iterable[Comparison]) -> Iterator[Comparison]:
     for row, wanted, unwanted in found.values():
         for chosen in wanted:
             for rejected in unwanted:
-                yield row._replace(responses=(chosen, rejected))
+                same = chosen == rejected
+                yield Note("responses both wanted and not") if same else row._replace(responses=(chosen, rejected))
 
 
 def as_column(response: Any) -> Any:
