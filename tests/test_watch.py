@@ -168,7 +168,7 @@ def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world):
     """The one at which the others meet."""
     name = "lost"
     process = launched.start(world, name, launch=launched.launch_local(2, 1, "--restarts", "1"))
-    launched.wait_for(world, name, 7)
+    launched.wait_for(world, name, 12)  # the save at 10 has waited until that at 5 was whole
     os.kill(launched.peers(name)[0], signal.SIGKILL)
     out, err = launched.finish(process)
     assert re.search(r"launch_local: process \d ended with code -?\d+; ending the others", err)
