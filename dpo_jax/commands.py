@@ -47,7 +47,8 @@ class Evaluation(Config):
     """A run's config, and what to measure beside its held-out comparisons."""
 
     reward: str = ""
-    """A reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER or module:function."""
+    """A reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER,
+    classifier:FOLDER#LABEL or module:function."""
     prompts: int = 256
     """Held-out prompts from which both models are sampled, for KL and reward (0: none)."""
     show: int = 3

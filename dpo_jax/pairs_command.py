@@ -34,7 +34,8 @@ class Pairs:
     one to another prompt (`others`) or against itself with words damaged (`corrupted`); every wanted response against
     every unwanted one of rows with labels (`paired`), and pairs back to such rows (`single`)."""
     reward: str = ""
-    """What scores an answer: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER, or module:function."""
+    """What scores an answer: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER,
+    classifier:FOLDER#LABEL or module:function."""
     corrections: str = ""
     """A YAML of patterns and what stands in their place, as in Python's re.sub."""
     data: Data = field(default_factory=Data)

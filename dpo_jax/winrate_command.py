@@ -30,8 +30,8 @@ class Winrate(Config):
     """A run's config, and what is compared with what by whom."""
 
     judge: str = ""
-    """A reward (happy, synthetic, vader, words:FILE, logistic:FILE, model:FOLDER, module:function), or endpoint: a
-    model is asked."""
+    """A reward (happy, synthetic, vader, words:FILE, logistic:FILE, model:FOLDER, classifier:FOLDER#LABEL,
+    module:function), or endpoint: a model is asked."""
     endpoint: Endpoint = field(default_factory=Endpoint)
     question: str = "dialogue"
     """What a model is asked: dialogue, summary, concise, or a file with {prompt}, {first} and {second} in it."""

@@ -47,6 +47,7 @@ ONLY_IN = {"flax": {"models"}, "optax": {"optim", "step", "experiments"}, "orbax
 WITHOUT_JAX = {"data", "keys", "config", "records", "metrics", "report", "data_page", "winrate_page"}
 MAY_JIT = {"loop", "prepare", "evaluate", "reference", "sample", "experiments", "checkpoint"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
+TORCH = {"rewards/classifier.py"}  # which runs models of any family, and has them read as safetensors
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 FORBIDDEN_TRUE = {"shell", "allow_pickle", "trust_remote_code"}
 
@@ -131,7 +132,8 @@ def test_mesh_axes_are_named_in_sharding_only(file):
 
 @package
 def test_nothing_dangerous_is_imported_or_called(file):
-    assert not {name.split(".")[0] for name in imports(TREES[file])} & FORBIDDEN_MODULES
+    allowed = TORCH & {file.relative_to(ROOT / "dpo_jax").as_posix()} and {"torch"}
+    assert not {name.split(".")[0] for name in imports(TREES[file])} & (FORBIDDEN_MODULES - allowed)
     assert not {dotted(call.func) for call in calls(TREES[file])} & FORBIDDEN_CALLS
 
 

@@ -65,8 +65,8 @@ class Frontier:
     """The paper's figure 2 (left): reward against KL, of each method at several strengths."""
 
     reward: str
-    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER or
-    module:function."""
+    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER,
+    classifier:FOLDER#LABEL or module:function."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})

@@ -4,6 +4,7 @@
     words:FILE                  a word list (JSON)
     logistic:FILE               a logistic regression over words and pairs of words (JSON)
     model:FOLDER                a reward model: a run with the loss bradley_terry, or transformers' folder of one
+    classifier:FOLDER#LABEL     a classifier of transformers, of any family (in torch, extra `classifier`)
     module:function             your own, or one written for TRL: it is called with the keywords prompts and completions
 
 `labels` draws preference pairs from scores; `judge` compares two responses, by a reward or by asking a model.
@@ -20,6 +21,7 @@ from dpo_jax import keys
 from dpo_jax.data import synthetic
 from dpo_jax.records import Array, UserError
 from dpo_jax.rewards import trained, words
+from dpo_jax.rewards.classifier import classifier
 from dpo_jax.rewards.labels import finite, label
 
 __all__ = ["FILES", "REWARDS", "Reward", "get", "label"]
@@ -42,12 +44,14 @@ def get(name: str) -> Reward:
         reward = _each(FILES[kind](rest))
     elif kind == "model" and colon:
         reward = trained.trained(rest).of_texts
+    elif kind == "classifier" and colon:
+        reward = classifier(rest)
     elif colon:
         reward = _imported(name)
     elif name in REWARDS:
         reward = _each(REWARDS[name])
     else:
-        known = [*REWARDS, *(f"{kind}:FILE" for kind in FILES), "model:FOLDER"]
+        known = [*REWARDS, *(f"{kind}:FILE" for kind in FILES), "model:FOLDER", "classifier:FOLDER#LABEL"]
         raise UserError(f"unknown reward {name!r}; {keys.closest(name, known)} (or give module:function)")
 
     def checked(prompts: Sequence[str], completions: Sequence[str]) -> Array:

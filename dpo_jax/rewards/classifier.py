@@ -1,0 +1,104 @@
+"""Rewards by a classifier of transformers, of any family: the paper's true reward of film reviews is one."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import keys
+from dpo_jax.models import hf
+from dpo_jax.records import Array, UserError
+
+BATCH = 32  # texts
+
+
+def classifier(name: str) -> Callable[..., Array]:
+    """Returns the reward (prompts, completions) -> float64[n] of a folder of transformers' *ForSequenceClassification.
+
+    A text is a prompt and its completion, one after the other. Its reward is the log-odds of the label,
+    log p / (1 - p), or, from a model with one label, that output. Of a text longer than the model takes, the start is
+    scored, and it is said of how many.
+
+    Args:
+      name: a folder or `owner/name` of the hub, and `#LABEL` by its config.json where there are several.
+
+    Raises:
+      UserError: torch is not installed; no such folder, or no classifier; no such label.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("reward 'classifier' runs in torch, which is not installed; install dpo_jax[classifier]")
+    path, _, label = name.partition("#")
+    folder = hf.model_folder(path)
+    place = _place(folder, label, f"reward 'classifier:{name}'")
+    model, tokenizer = _loaded(folder)
+    longest = min(tokenizer.model_max_length, _positions(model.config))
+
+    def reward(prompts: Sequence[str], completions: Sequence[str]) -> Array:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        cut = sum(len(ids) > longest for ids in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
+        if cut:
+            print(f"classifier:{name}: {cut} of {len(texts)} texts have more than {longest} tokens; their starts count")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        scores = np.zeros(len(texts))
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            scores[rows] = _log_odds(_logits(model, tokenizer, [texts[i] for i in rows], longest), place)
+        return scores
+
+    return reward
+
+
+def _place(folder: Path, label: str, who: str) -> int:
+    """Returns the number of a label by a model's config.json, which is checked to be a classifier's."""
+    config = hf.read_config(folder)
+    named = config.get("architectures") or ["a model"]
+    if not named[0].endswith("ForSequenceClassification"):
+        raise UserError(f"{who}: {folder} holds {named[0]}, no *ForSequenceClassification")
+    labels = {text: int(i) for i, text in config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
+    if len(labels) == 1 and not label:
+        return 0
+    if label not in labels:
+        raise UserError(f"{who}: name a label as FOLDER#LABEL; {keys.closest(label, list(labels))}")
+    return labels[label]
+
+
+def _loaded(folder: Path) -> tuple[Any, Any]:
+    """Returns transformers' model, with every one of its weights from the folder, never made up, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, how = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder}: no classifier could be read: {' '.join(str(e).split())[:300]}") from e
+    if how["missing_keys"]:
+        raise UserError(f"{folder}: a classifier without {', '.join(sorted(how['missing_keys'])[:3])}")
+    if tokenizer.pad_token is None:
+        raise UserError(f"{folder}: its tokenizer has no pad_token; set it in tokenizer_config.json")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _positions(config: Any) -> int:
+    """Returns how many tokens a model takes; RoBERTa's positions begin after its padding's."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+
+
+def _logits(model: Any, tokenizer: Any, texts: list[str], longest: int) -> Array:
+    import torch
+
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        return model(**batch).logits.double().cpu().numpy()
+
+
+def _log_odds(logits: Array, place: int) -> Array:
+    """Returns log p / (1 - p) of a label from logits [n, labels], or the only one's logit."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    return logits[:, place] - np.logaddexp.reduce(np.delete(logits, place, axis=1), axis=1)
