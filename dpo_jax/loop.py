@@ -110,6 +110,7 @@ class Member:
     """One of the runs that train together, with what is its own.
 
     Attributes:
+      show: (step, samples) -> where they are watched.
       state: as it stands.
       failed: why it learns nothing any more, if so; the others go on.
     """
@@ -118,6 +119,7 @@ class Member:
     evaluator: evaluate.Evaluator
     checkpoints: Checkpoints
     write: journal.Write
+    show: Callable[[int, track.Rows], None]
     state: Any = None
     failed: str = ""
 
@@ -135,7 +137,7 @@ def _member(run: Run, evaluator: evaluate.Evaluator, saving: contextlib.ExitStac
     saving.callback(tracker.close)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
     saving.callback(checkpoints.close)
-    return Member(run, evaluator, checkpoints, journal.writer(run.folder, tracker))
+    return Member(run, evaluator, checkpoints, journal.writer(run.folder, tracker), tracker.table)
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -230,7 +232,10 @@ def _evaluate(member: Member, prepared: Prepared, state: TrainState) -> dict[str
         return means
     policy = run.complete(prepared.parts.policy(*params))
     other = prepared.frozen.samples or [None] * len(policy)
-    for prompt, ours, theirs in zip(run.prompts, policy, other, strict=True):
-        sample = {"prompt": prompt, "policy": ours, "reference": theirs}
+    texts = zip(run.prompts, policy, other, strict=True)
+    samples = [{"prompt": prompt, "policy": ours, "reference": theirs} for prompt, ours, theirs in texts]
+    for sample in samples:
         journal.append(run.folder / "samples.jsonl", step, examples, sample)
+    if processes.first():
+        member.show(step, samples)
     return means

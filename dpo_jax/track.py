@@ -1,22 +1,27 @@
 """Metrics shown where people watch them while a run goes on; `metrics.jsonl` stays the record of truth."""
 
+import html
 import importlib.util
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.records import UserError
+
+Rows = Sequence[Mapping[str, str | None]]
 
 PROJECT = "dpo_jax"
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Tracker(NamedTuple):
-    """Where metrics go: `log(step, metrics)`, where a value may be no number, and `close()` at the end."""
+    """Where metrics go: `log(step, metrics)`, where a value may be no number; where samples go, a table of them:
+    `table(step, rows)`, which have the same keys; and `close()` at the end."""
 
     log: Callable[[int, Mapping[str, Any]], None]
+    table: Callable[[int, Rows], None]
     close: Callable[[], None]
 
 
@@ -37,17 +42,24 @@ def tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:
     """
     begun: list[Tracker] = []
 
-    def log(step: int, metrics: Mapping[str, Any]) -> None:
+    def start(step: int) -> list[Tracker]:
         if name and not begun:
             begun.append(TRACKERS[name](folder, settings, step))
-        for one in begun:
+        return begun
+
+    def log(step: int, metrics: Mapping[str, Any]) -> None:
+        for one in start(step):
             one.log(step, {k: v for k, v in metrics.items() if isinstance(v, float | int) and math.isfinite(v)})
+
+    def table(step: int, rows: Rows) -> None:
+        for one in start(step) if rows else ():
+            one.table(step, rows)
 
     def close() -> None:
         for one in begun:
             one.close()
 
-    return Tracker(log, close)
+    return Tracker(log, table, close)
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
@@ -61,7 +73,21 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracke
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Tracker(log, writer.close)
+    def table(step: int, rows: Rows) -> None:
+        writer.add_text("samples", _markdown(rows), step)
+        writer.flush()
+
+    return Tracker(log, table, writer.close)
+
+
+def _markdown(rows: Rows) -> str:
+    """Returns a table as the text that TensorBoard shows as one."""
+
+    def line(cells: Any) -> str:
+        texts = ("" if cell is None else html.escape(cell).replace("|", "&#124;") for cell in cells)
+        return f"| {' | '.join('<br>'.join(text.splitlines()) for text in texts)} |"
+
+    return "\n".join([line(rows[0]), line("-" * 3 for _ in rows[0]), *(line(row.values()) for row in rows)])
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
@@ -80,7 +106,12 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
     except wandb.Error as e:
         why = " ".join(str(e).split())
         raise UserError(f"track: wandb: {why}; log in with `wandb login`, or set WANDB_MODE=offline") from e
-    return Tracker(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
+
+    def table(step: int, rows: Rows) -> None:
+        shown = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        run.log({"samples": shown}, step=step)
+
+    return Tracker(lambda step, metrics: run.log(dict(metrics), step=step), table, run.finish)
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {

@@ -1,5 +1,6 @@
 """What a tracker is shown is what metrics.jsonl holds, however often the run was taken up again."""
 
+import html
 import math
 import struct
 import sys
@@ -25,8 +26,12 @@ def events(folder):
             at += 16 + size
             if event.HasField("session_log"):
                 found = {key: value for key, value in found.items() if key[0] < event.step}
-            found |= {(event.step, v.tag): v.simple_value for v in event.summary.value}
+            found |= {(event.step, v.tag): _value(v) for v in event.summary.value}
     return found
+
+
+def _value(value):
+    return value.tensor.string_val[0].decode() if value.tag == "samples/text_summary" else value.simple_value
 
 
 def expected(folder):
@@ -38,7 +43,7 @@ def expected(folder):
 
 def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, monkeypatch):
     monkeypatch.chdir(make_world(tmp_path))
-    options = ("--samples.prompts", "0", "--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
+    options = ("--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
     cli.run(["train", "dpo.yaml", *options, "--max-steps", "5"])
     first = events(tmp_path / "runs/dpo/tensorboard")
     assert max(step for step, _ in first) == 5
@@ -47,12 +52,33 @@ def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, mo
         (tmp_path / "runs/dpo" / name).rename(tmp_path / name.replace("/", "-"))
     cli.run(["train", "dpo.yaml", *options, "--max-steps", "6"])
     found, lines = events(tmp_path / "runs/dpo/tensorboard"), expected(tmp_path / "runs/dpo")
+    shown = {step: found.pop((step, "samples/text_summary")) for step in (0, 6)}
     assert found.keys() == lines.keys()
     for key, value in found.items():
         assert value == pytest.approx(lines[key], rel=1e-6), key
     # The step 5 of the first try is gone, with the evaluation that was its end.
     assert (5, "eval_loss") in first
     assert (5, "eval_loss") not in found
+    samples = metrics.read(tmp_path / "runs/dpo/samples.jsonl")
+    for step, text in shown.items():
+        assert_is_table(text, [s for s in samples if s["step"] == step])
+
+
+def assert_is_table(text, samples):
+    head, rule, *rows = text.split("\n")
+    assert (head, rule) == ("| prompt | policy | reference |", "| --- | --- | --- |")
+    assert len(rows) == len(samples) == 2
+    for row, sample in zip(rows, samples, strict=True):
+        cells = [html.unescape(cell.strip()) for cell in row.strip("|").split(" | ")]
+        assert cells == [sample[key].strip() for key in ("prompt", "policy", "reference")]
+
+
+def test_cells_of_a_table_stay_cells(tmp_path):
+    tracker = track.tracker("tensorboard", tmp_path, {})
+    tracker.table(2, [{"prompt": "a|b\nc", "reference": None}, {"prompt": "<b>", "reference": "d"}])
+    tracker.close()
+    text = "| prompt | reference |\n| --- | --- |\n| a&#124;b<br>c |  |\n| &lt;b&gt; | d |"
+    assert events(tmp_path / "tensorboard") == {(2, "samples/text_summary"): text}
 
 
 def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
@@ -63,14 +89,17 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
         calls.append(options)
         return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda **table: table))
     for _ in range(2):
         tracker = track.tracker("wandb", tmp_path, {"seed": 1})
         tracker.log(3, {"loss": 0.5, "kl": math.nan, "note": "text", "none": None})
+        tracker.table(3, [{"prompt": "p", "policy": "a"}, {"prompt": "q", "policy": None}])
+        tracker.table(4, [])
         tracker.close()
-    (start, line, end), again = calls[:3], calls[3:]
-    assert again == [start, line, end]
+    (start, line, table, end), again = calls[:4], calls[4:]
+    assert again == [start, line, table, end]
     assert (line, end) == ((3, {"loss": 0.5}), "end")
+    assert table == (3, {"samples": {"columns": ["prompt", "policy"], "data": [["p", "a"], ["q", None]]}})
     assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
     assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
     (tmp_path / "wandb_id").unlink()  # as of a folder that was removed and made again
