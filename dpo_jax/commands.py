@@ -39,7 +39,7 @@ def train_command(argv: list[str]) -> None:
     (file,), rest = leading(argv, "train", "CONFIG.yaml")
     rest = joined(rest)
     folder = trained(file, rest)
-    say(f"the policy: {folder / 'model'}   the report: {folder / 'report.html'}")
+    say(f"the model: {folder / 'model'}   the report: {folder / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def eval_command(argv: list[str]) -> None:
     if folders.is_run(path):
         (Path(path) / "eval.json").write_text(json.dumps({"metrics": found}, indent=1))
         report.write([Path(path)], Path(path) / "report.html")
-        say(f"the policy: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
+        say(f"the model: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
 
 
 def _sampled(settings: Evaluation, judge: evaluate.Judge, tokenizer: Any, table: Any) -> tuple[dict, list]:
