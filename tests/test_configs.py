@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import config, losses, models, optim, sharding
+from dpo_jax import config, losses, models, optim, rewards, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.experiments import frontier, setup
@@ -113,11 +113,12 @@ def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
         assert max(map(len, head)) <= 120
 
 
-def test_the_papers_frontier_is_22_runs_each_of_which_traces(tmp_path, monkeypatch):
-    (tmp_path / "sentiment.py").write_text("def positive(prompts, completions):\n    return [0.0 for _ in prompts]\n")
-    monkeypatch.syspath_prepend(tmp_path)
+def test_the_papers_frontier_is_22_runs_each_of_which_traces(monkeypatch):
+    asked = []  # in the place of a model of the hub
+    monkeypatch.setattr(rewards, "classifier", asked.append)
     settings = read("paper/frontier", setup.Frontier)
     setup.check(settings)
+    assert asked == ["siebert/sentiment-roberta-large-english#POSITIVE"]
     jobs = frontier.jobs(settings)
     assert len(jobs) == 22
     assert {j.method for j in jobs} == {"dpo", "ppo", "ppo_gt", "unlikelihood", "preferred_ft"}
