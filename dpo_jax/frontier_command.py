@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax import config, folders, frontier_page, stages
@@ -65,7 +66,7 @@ def write(folder: Path, found: Found, lines: Sequence[str]) -> Path:
 
 def _print(rows: list[list[str]]) -> None:
     head, *body = rows
-    grid = Grid(*head)
+    grid = Grid(Column(head[0], no_wrap=True), *head[1:])
     for cells in body:
         grid.add_row(*cells)
     Console().print(grid)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, folders, keys, loop, metrics, plan, processes, report
@@ -131,8 +132,11 @@ def available() -> int:
 
 
 def _print(runs: Sequence[Path]) -> None:
-    grid = Grid("run", *(name.removeprefix("eval_") for name in SHOWN))
+    # A line for each value, so that a narrow terminal cuts none of them.
+    names = [name.removeprefix("eval_") for name in SHOWN]
+    grid = Grid(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in names))
     for run in runs:
         last = metrics.read(run / "metrics.jsonl")[-1]
-        grid.add_row(run.name, *(f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in SHOWN))
+        values = [f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in SHOWN]
+        grid.add_row(run.name.replace(",", "\n"), *values)
     Console().print(grid)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, data, folders, keys, loading, rewards, winrate, winrate_page
@@ -213,7 +214,7 @@ def _percent(share: winrate.Share) -> str:
 
 def _print(rows: Sequence[Row], lines: Sequence[str]) -> None:
     head, *body = winrate_page.table(rows)
-    grid = Grid(*head)
+    grid = Grid(Column(head[0], no_wrap=True), *head[1:])
     for cells in body:
         grid.add_row(*cells)
     Console().print(grid)
