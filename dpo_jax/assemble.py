@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import admit, data, keys, losses, optim, processes, sharding, track
 from dpo_jax import config as configs
-from dpo_jax import data, keys, losses, optim, processes, track
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order
 from dpo_jax.data.cache import cached_encode
@@ -224,6 +224,10 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
 
     if loaded.note:
         hear(loaded.note)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, note = admit.with_attention(loaded.model, config.model, mesh)
+    if note:
+        hear(note)
     rows = comparisons(config.data, responses_of(config, loss))
     with processes.first_before_others("the data"):  # which then find it in the cache
         train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
@@ -240,7 +244,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
         folder=folder,
         lock=lock,
         cache=cache_folder(),
-        model=loaded.model,
+        model=model,
         loss=loss,
         sync=sync,
         params=loaded.params if loaded.lora is None else loaded.adapters,

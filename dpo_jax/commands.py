@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, evaluate, folders, keys, loading, losses, optim, plan, report, rewards
+from dpo_jax import admit, assemble, config, evaluate, folders, keys, loading, losses, optim, plan, report, rewards
 from dpo_jax.config import Config
 from dpo_jax.data_commands import data_command, leading, say, settings_of
 from dpo_jax.frontier_command import frontier_command
@@ -97,7 +97,10 @@ def eval_command(argv: list[str]) -> None:
     held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
     state = _state(path, settings, loaded, loss)
     models = _models(path, settings, loaded, state)
-    judge = evaluate.Judge(loaded.model, loss, models, state.running, settings.batch_size, settings.data.max_length)
+    model, note = admit.with_attention(loaded.model, settings.model)
+    if note:
+        say(note)
+    judge = evaluate.Judge(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
     found = evaluate.summary(evaluate.held_out(judge, held_out))
     if settings.per_token:
         _write_per_token(settings.per_token, judge, held_out, tokenizer)

@@ -92,6 +92,10 @@ class Model:
     """The dtype of activations and products; parameters are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but projections, everything."""
+    attention: Literal["auto", "chunks", "cudnn", "splash"] = "auto"
+    """What computes attention where texts are scored: our own chunks of queries, which every device has, or a kernel of
+    a library (cudnn on GPUs, splash on TPUs), used only if it equals chunks in a test on this device; auto takes the
+    device's, and chunks if that fails."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dpo_jax.evaluate import Evaluator
 from dpo_jax.logprobs import batch_logps, shown
 from dpo_jax.losses import Loss
 from dpo_jax.models import Model, lora, qlora
+from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.models.lora import Lora
 from dpo_jax.records import Batch, TrainState, UserError
 from dpo_jax.sharding import Rows
@@ -253,7 +254,8 @@ def compiled_step(run: Run, parts: Parts, like: TrainState, count: int = 1) -> A
             found = [step(states[0], batch, micro, base, numbers[0])]
         else:
             each = tuple(jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (states, numbers))
-            both = jax.lax.map(lambda one: step(one[0], batch, micro, base, one[1]), each, batch_size=at_once(count))
+            size = at_once(count) if run.model.attention == CHUNKS else None  # a kernel's rows are its only batch
+            both = jax.lax.map(lambda one: step(one[0], batch, micro, base, one[1]), each, batch_size=size)
             found = [jax.tree.map(itemgetter(i), both) for i in range(count)]
         return [state for state, _ in found], [metrics for _, metrics in found]
 
@@ -335,7 +337,7 @@ def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, ta
     """Returns the reference column of a table, from the cache or by one pass over it."""
     start = time.perf_counter()
     compute = partial(reference.one_pass, make, weights, table, shape, run.config.batch_size, put)
-    key = reference.key(table, name, run.config.model.compute)
+    key = reference.key(table, name, run.config.model.compute, run.model.attention)
     values, hit = reference.cached(run.cache / "reference", key, compute, (len(table), table.responses, 2))
     how = "from the cache" if hit else f"computed in {time.perf_counter() - start:.1f} s"
     say(f"reference log-probs of the {what} data: {how}")

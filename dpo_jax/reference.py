@@ -13,6 +13,7 @@ from dpo_jax import processes
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import as_reference, per_microbatch
+from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, Batch
 from dpo_jax.sharding import ALONE, Rows
 from dpo_jax.step import LogpsOf
@@ -27,9 +28,11 @@ def make_column(logps: LogpsOf, rows: Rows = ALONE) -> Callable[[Any, Batch, Any
     return jax.jit(rows.each(column))
 
 
-def key(table: Table, weights_hash: str, compute: str) -> str:
-    """Returns the cache's key: token ids (cut as they are), reference weights, compute dtype, and nothing else."""
-    return hashlib.blake2b(f"{table.digest} {weights_hash} {compute}".encode(), digest_size=16).hexdigest()
+def key(table: Table, weights_hash: str, compute: str, attention: str = CHUNKS) -> str:
+    """Returns the cache's key: token ids (cut as they are), reference weights, compute dtype, kernel of attention, and
+    nothing else."""
+    how = compute if attention == CHUNKS else f"{compute} {attention}"
+    return hashlib.blake2b(f"{table.digest} {weights_hash} {how}".encode(), digest_size=16).hexdigest()
 
 
 def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, batch_size: int, put: Callable) -> Array:

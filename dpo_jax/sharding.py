@@ -41,6 +41,11 @@ def row_devices(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[a] for a in ROWS)
 
 
+def head_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns over how many devices heads are split."""
+    return mesh.shape["tensor"]
+
+
 def own_parts(mesh: jax.sharding.Mesh) -> range:
     """Returns which of the `row_devices` equal parts of a microbatch's rows lie on this process's devices."""
     count = row_devices(mesh)
@@ -192,6 +197,32 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
         own=partial(_own_rows, axes),
         whole=partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else None,
     )
+
+
+def split_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns a kernel of attention, which XLA cannot split by itself, made for use inside of the functions of
+    `split_rows`: every device works through its own heads.
+
+    Args:
+      mesh: from `make_mesh`; its `head_devices` divide the heads and the key-value heads.
+      attend: `(q, k, v, rows, scoring) -> output`, where q, k, v and the output are [R, T, heads, d].
+    """
+    if head_devices(mesh) == 1:
+        return attend  # every axis is manual there
+    outside = {a for a in ROWS if mesh.shape[a] > 1}
+    heads = PartitionSpec(None, None, "tensor")
+
+    def run(q: Any, k: Any, v: Any, rows: Any, scoring: Any) -> jax.Array:
+        return jax.shard_map(
+            lambda *args: attend(*args, scoring),
+            mesh=None if outside else mesh,
+            in_specs=(heads, heads, heads, PartitionSpec()),
+            out_specs=heads,
+            axis_names=set(AXES) - outside,
+            check_vma=False,
+        )(q, k, v, rows)
+
+    return run
 
 
 def mapped_rows(mesh: jax.sharding.Mesh) -> Rows:

@@ -16,6 +16,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws
 from dpo_jax.experiments.measure import Column, Point, World, column_of, measurer, shape_of
 from dpo_jax.models import hf
+from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, UserError
 
 DRAWS = 256  # completions that are sampled at a time, at most
@@ -150,6 +151,10 @@ def check(settings: Frontier) -> None:
     for key, values in (("optimum.betas", settings.optimum.betas), ("dpo", settings.dpo), ("ppo", settings.ppo)):
         if min(values, default=1.0) <= 0:
             raise UserError(f"{key}: {min(values):g} is not above 0")
+    if settings.model.attention not in ("auto", CHUNKS):
+        raise UserError(
+            f"model.attention: {settings.model.attention}: experiments compute it by {CHUNKS}; leave it out"
+        )
     for key in UNUSED:
         if getattr(settings.data, key) != getattr(Data(), key):
             raise UserError(f"data.{key}: pairs are made of the reference's completions, so it has no meaning here")

@@ -14,8 +14,9 @@ from flax import linen as nn
 
 from dpo_jax.models import score
 from dpo_jax.models.architecture import Architecture, Config
-from dpo_jax.models.attention import capped, capped_slope
+from dpo_jax.models.attention import capped, capped_slope, packed_attention
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, UserError
 
 __all__ = ["Architecture", "Cache", "Model", "architecture_of", "build", "capped", "capped_slope"]
@@ -32,7 +33,8 @@ class Model(NamedTuple):
       architecture: what it is.
       init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
       hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
-        `whole`, a function, each layer's parameters go through it just before they are used.
+        `whole`, a function, each layer's parameters go through it just before they are used; with `attend`, attention
+        is computed by it, a function as `packed_attention`.
       head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
         `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states. Of a reward
         model it is float32[1, D], and the product is the reward of the text so far.
@@ -42,6 +44,7 @@ class Model(NamedTuple):
       decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the tokens,
         before which each sequence has `place` others; `valid` bool[P, T] says which tokens of the prompts are some.
       axes: like params, but tuples with the logical name of each axis.
+      attention: the name of what computes attention in `hidden`; the other functions have their own.
     """
 
     architecture: Architecture
@@ -51,6 +54,7 @@ class Model(NamedTuple):
     prefill: Callable[[Any, Array, Array, Array, int, int], tuple[Array, Cache]]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
+    attention: str = CHUNKS
 
 
 def build(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:
@@ -86,9 +90,9 @@ def _init(decoder: Decoder, key: Array) -> Any:
     return decoder.init(key, one, one, Context(group=one, branch=one))["params"]
 
 
-def _hidden(decoder, params, tokens, positions, group, branch, whole=None):
+def _hidden(decoder, params, tokens, positions, group, branch, whole=None, attend=packed_attention):
     context = Context(group=group, branch=branch)
-    return decoder.clone(whole=whole).apply({"params": params}, tokens, positions, context)[0]
+    return decoder.clone(whole=whole, attend=attend).apply({"params": params}, tokens, positions, context)[0]
 
 
 def _head(architecture: Architecture, params: Any) -> Array:

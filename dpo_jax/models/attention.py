@@ -144,8 +144,8 @@ def _by_token(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
 
 
-def _seen(rows: Rows, start: int, stop: int) -> Array:
-    """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees."""
+def seen_keys(rows: Rows, start: int, stop: int) -> Array:
+    """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees; always itself."""
     query, key = (jax.tree.map(cut, rows._replace(window=None)) for cut in (
         lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
     ))  # fmt: skip
@@ -181,7 +181,7 @@ def _spans(length: int, chunk: int) -> list[tuple[int, int]]:
 def _attend_fwd(q, k, v, rows, scoring, chunk):
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], _seen(rows, a, b), scoring)
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], seen_keys(rows, a, b), scoring)
         for a, b in _spans(q.shape[1], chunk)
     ]
     out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
@@ -200,7 +200,7 @@ def _attend_bwd(scoring, chunk, residuals, g):
     for a, b in _spans(q.shape[1], chunk):
         part, d_part = queries[..., a:b, :], do[..., a:b, :]
         scores = _scores(part, keys[:, :, :b], scoring)
-        seen = _seen(rows, a, b)[:, None, None]
+        seen = seen_keys(rows, a, b)[:, None, None]
         p = jnp.exp(jnp.where(seen, scores, LOWEST) - lse[..., a:b, None])
         dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
         slope = scoring.scale * capped_slope(scores, scoring.cap)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
+from dpo_jax.models.kernels import Attend, keeps_attention
 from dpo_jax.models.layers import Linear, Norm, activate, frequencies, rotate
 from dpo_jax.records import Array
 
@@ -24,7 +25,9 @@ Cache = tuple[Array, ...]
 # What the backward pass keeps, by name; the rest is computed again.
 POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("projection"), keeps_attention
+    ),
     "none": None,
 }
 
@@ -68,8 +71,13 @@ def _heads(a: Architecture, x: Array, name: str, angles: tuple[Array, Array] | N
     return rotate(y, angles)
 
 
+def scoring_of(a: Architecture) -> Scoring:
+    """Returns how its queries score keys."""
+    return Scoring(a.head_dim**-0.5 if a.score_scale is None else a.score_scale, a.score_cap)
+
+
 def _attention(
-    a: Architecture, x: Array, cache: Cache | None, context: Context, window: Array | None
+    a: Architecture, attend: Attend, x: Array, cache: Cache | None, context: Context, window: Array | None
 ) -> tuple[Array, Cache]:
     """Returns attention's addition to the residual, and the keys and values of the tokens in x.
 
@@ -77,11 +85,11 @@ def _attention(
     """
     angles = _angles(context.angles, window)
     q, k, v = (_heads(a, x, name, angles) for name in "qkv")
-    scoring = Scoring(a.head_dim**-0.5 if a.score_scale is None else a.score_scale, a.score_cap)
+    scoring = scoring_of(a)
     reach = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
         positions = None if reach is None else context.positions
-        mixed = packed_attention(q, k, v, Rows(context.group, context.branch, positions, reach), scoring)
+        mixed = attend(q, k, v, Rows(context.group, context.branch, positions, reach), scoring)
     else:
         mixed = cached_attention(q, k, v, cache, Seen(context.mask, context.place, reach), scoring)
     axes = ("heads", "head_dim", "embed")
@@ -113,6 +121,7 @@ class Block(nn.Module):
 
     architecture: Architecture
     keep: bool
+    attend: Attend
 
     @nn.compact
     def __call__(
@@ -125,7 +134,7 @@ class Block(nn.Module):
             return Norm(a, name=name)(x) if wanted else x
 
         read = norm(x, "attention_norm", a.pre_norm)
-        mixed, kept = _attention(a, read, cache, context, window)
+        mixed, kept = _attention(a, self.attend, read, cache, context, window)
         x, before = x + norm(mixed, "attention_post_norm", a.post_norm), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
@@ -153,6 +162,7 @@ class Decoder(nn.Module):
       remat: a name of `POLICIES`.
       keep: whether it returns the keys and values of the tokens it reads.
       whole: one layer's parameters as they lie on the devices -> as the layer needs them; None: they are so.
+      attend: attention over packed rows.
     """
 
     architecture: Architecture
@@ -160,6 +170,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     keep: bool = False
     whole: Callable[[Any], Any] | None = None
+    attend: Attend = packed_attention
 
     @nn.compact
     def __call__(
@@ -225,4 +236,4 @@ class Decoder(nn.Module):
             length=self.architecture.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scan(self.architecture, self.keep, name="layers")
+        return scan(self.architecture, self.keep, self.attend, name="layers")
