@@ -51,10 +51,9 @@ def with_attention(model: Model, options: config.Model, mesh: jax.sharding.Mesh 
         if options.attention == "auto":
             return model, f"attention: {CHUNKS}, as {name} {problem}"
         raise UserError(f"model.attention: {name} {problem}; take {CHUNKS}, or auto")
-    attend = KERNELS[name].attend
-    attend = attend if mesh is None else sharding.split_heads(mesh, attend)
+    attend = KERNELS[name].attend if mesh is None else sharding.split_heads(mesh, KERNELS[name].attend)
     attending = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
-    return attending, f"attention: {name}, which equals {CHUNKS} on this device"
+    return attending, "; ".join(filter(None, (f"attention: {name}, which equals {CHUNKS} here", KERNELS[name].note)))
 
 
 def refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:

@@ -17,6 +17,7 @@ from dpo_jax.data_commands import data_command, leading, say, settings_of
 from dpo_jax.frontier_command import frontier_command
 from dpo_jax.losses_command import losses_command
 from dpo_jax.models import described, hf
+from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.pairs_command import pairs_command
 from dpo_jax.records import TrainState, UserError
 from dpo_jax.stages import joined, trained
@@ -235,6 +236,8 @@ def plan_command(argv: list[str]) -> None:
         f"{made.parameters:,} parameters, {made.trained:,} of them trained; {jax.device_count()} device(s); up to "
         f"{made.shape.microbatches} microbatches of {made.shape.rows} rows x {made.shape.length} tokens"
     )
+    if settings.model.attention not in ("auto", CHUNKS):
+        say(f"model.attention: {settings.model.attention} cannot be planned with; the memory is that of {CHUNKS}")
     lines = plan.advice(made, int(settings.memory * plan.GB))
     share = made.memory.total / (settings.memory * plan.GB)
     say(f"{share:.0%} of {settings.memory:g} GB" + (": it does not fit; what would help:" if lines else ": it fits"))

@@ -1,6 +1,7 @@
 """Every saving that scripts/bench --levers takes away is a saving of work only: the trajectory stays the same."""
 
 import runpy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from dpo_jax import losses, models, optim, reference
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import CHUNK, batch_logps
 from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.kernels import splash
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 
@@ -43,8 +45,10 @@ def trajectory(table):
     # A response's tokens are few here, so the whole has smaller chunks of them than a microbatch scores.
     batch_logps.__kwdefaults__["chunk"] = 64
 
-    def run(lever):
+    def run(lever, attend=None):
         model = models.build(architecture, remat="full" if lever == "kept activations" else "none")
+        if attend is not None:
+            model = model._replace(hidden=partial(model.hidden, attend=attend))
         logps = bench.logps_of(lever, model)
         step, column = jax.jit(make_train_step(logps, loss, tx)), reference.make_column(logps)
         shape, state, found = bench.shape_of(lever, table, MAX_LENGTH, BATCH), init_state(start, tx), []
@@ -68,7 +72,16 @@ def whole(trajectory):
 @pytest.mark.parametrize("lever", bench.LEVERS)
 def test_a_lever_changes_no_trajectory(trajectory, whole, lever, monkeypatch):
     monkeypatch.setitem(packed_attention.__kwdefaults__, "chunk", packed_attention.__kwdefaults__["chunk"])
-    (metrics, params), (expected, policy) = trajectory(lever), whole
+    assert_same(trajectory(lever), whole)
+
+
+def test_nor_does_a_kernel_of_attention(trajectory, whole):
+    """The TPU's, run on this processor."""
+    assert_same(trajectory("", partial(splash, interpret=True)), whole)
+
+
+def assert_same(found, whole):
+    (metrics, params), (expected, policy) = found, whole
     assert expected[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert abs(expected[-1]["loss"] - expected[0]["loss"]) > 1e-2  # it went somewhere
     for ours, theirs in zip(metrics, expected, strict=True):

@@ -28,11 +28,19 @@ def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 
 
 class Kernel(NamedTuple):
-    """A kernel, the platform of JAX whose devices run it, and the dtypes that it takes."""
+    """A kernel.
+
+    Attributes:
+      platform: JAX's name of the devices that run it.
+      attend: as `packed_attention`.
+      dtypes: that it takes.
+      note: what its users must know.
+    """
 
     platform: str
     attend: Attend
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    note: str = ""
 
 
 def splash(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, interpret: bool = False) -> Array:
@@ -76,7 +84,9 @@ def cudnn(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, impleme
     return _in_blocks(run, q, k, v, rows)
 
 
-KERNELS = {"cudnn": Kernel("gpu", cudnn, ("bfloat16",)), "splash": Kernel("tpu", splash)}
+# XLA asks cuDNN for sums in a fixed order under this flag only.
+_ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+KERNELS = {"cudnn": Kernel("gpu", cudnn, ("bfloat16",), _ORDER), "splash": Kernel("tpu", splash)}
 
 
 def _in_blocks(run: Callable[[Array, Array, Array, Rows], Array], q: Array, k: Array, v: Array, rows: Rows) -> Array:

@@ -1,0 +1,241 @@
+"""A kernel of attention is taken where it equals our own, and refused, in one line, where it differs or fails."""
+
+import dataclasses
+import json
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import PLAIN
+from test_kernels import BY_XLA, INTERPRETED, LLAMA, PLAIN_MODEL
+
+from dpo_jax import admit, cli, config, metrics, models, reference, sharding
+from dpo_jax.data import synthetic
+from dpo_jax.experiments import setup
+from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.kernels import KERNELS
+from dpo_jax.records import UserError
+
+SAME = re.compile("loss|logps|grad_norm|margins|step")
+MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
+
+
+def has(monkeypatch, attend, name="splash"):
+    """Makes this processor one that has a kernel."""
+    monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platform=jax.default_backend(), attend=attend))
+
+
+# Attention that is wrong in one way each.
+
+
+def _blind(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows._replace(branch=rows.branch * 0), scoring)
+
+
+def _neighbours(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows._replace(group=jnp.minimum(rows.group, 1)), scoring)
+
+
+def _wide(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows if rows.window is None else rows._replace(window=rows.window + 1), scoring)
+
+
+def _hot(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows, scoring._replace(scale=1.1 * scoring.scale))
+
+
+def _uncapped(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows, scoring._replace(cap=None))
+
+
+def _other_heads(q, k, v, rows, scoring):
+    return packed_attention(q, k[:, :, ::-1], v[:, :, ::-1], rows, scoring)
+
+
+def _untaught(q, k, v, rows, scoring):
+    return packed_attention(q, jax.lax.stop_gradient(k), v, rows, scoring)
+
+
+def _nan(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows, scoring).at[0, 0].set(jnp.nan)
+
+
+class MosaicError(Exception):
+    """As Pallas raises: of no kind of error."""
+
+
+def _fails(*_):
+    raise MosaicError("no layout\nmore of it")
+
+
+WRONG = [_blind, _neighbours, _wide, _hot, _uncapped, _other_heads, _untaught, _nan]
+
+
+@pytest.mark.parametrize(("wrong", "compute"), [*((wrong, "bfloat16") for wrong in WRONG), (_wide, "float32")])
+def test_a_wrong_kernel_is_refused(wrong, compute, monkeypatch):
+    has(monkeypatch, wrong)
+    assert admit.refusal("splash", MODEL, compute).startswith("is not equal to chunks here (the ")
+
+
+@pytest.mark.parametrize(("model", "compute"), [(MODEL, "float32"), (PLAIN_MODEL, "bfloat16")])
+def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
+    has(monkeypatch, INTERPRETED)
+    assert admit.refusal("splash", model, compute) == ""
+
+
+def test_exact_and_chunks_are_compared_with_each_other_too():
+    """Their distance is that of bfloat16's rounding."""
+    found = np.asarray(admit.distances(packed_attention, PLAIN, *admit.case(PLAIN_MODEL, "bfloat16")))
+    assert (found[:, 0] == found[:, 1]).all()
+    assert (found > 1e-3).all()
+    assert (found < 1e-2).all()
+
+
+def test_what_cannot_run_says_why():
+    here = jax.default_backend()
+    other = "splash" if here == "gpu" else "cudnn"
+    platform = KERNELS[other].platform
+    assert admit.refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, and this is a {here}"
+
+
+def test_an_error_of_a_kernel_is_said_in_one_line(monkeypatch):
+    has(monkeypatch, _fails)
+    assert admit.refusal("splash", PLAIN_MODEL, "float32") == "fails here (MosaicError: no layout)"
+    has(monkeypatch, BY_XLA, "cudnn")
+    said = "fails here (NotImplementedError: cannot cap scores, which this model does)"
+    assert admit.refusal("cudnn", MODEL, "bfloat16") == said
+    said = "takes bfloat16, and model.compute is float32"
+    assert admit.refusal("cudnn", PLAIN_MODEL, "float32") == said
+
+
+def test_heads_that_cannot_be_shared(monkeypatch):
+    has(monkeypatch, packed_attention)
+    said = "cannot share 2 key-value heads evenly among 4 devices (mesh.tensor)"
+    assert admit.refusal("splash", PLAIN_MODEL, "float32", 4) == said
+    with pytest.raises(UserError, match=re.escape(said)):
+        choose("splash", sharding.make_mesh(1, 1, 4))
+
+
+def choose(attention, mesh=None):
+    return admit.with_attention(models.build(PLAIN_MODEL), config.Model(attention=attention), mesh)
+
+
+def test_chunks_are_what_a_processor_has():
+    assert config.Model().attention == "auto"
+    if jax.default_backend() == "cpu":
+        model, said = choose("auto")
+        assert (model.attention, said) == ("chunks", "")
+        with pytest.raises(UserError, match=r"^model.attention: splash runs on a tpu, and this is a cpu; take chunks"):
+            choose("splash")
+
+
+def test_auto_takes_the_devices_kernel_and_says_so(monkeypatch):
+    ran = []
+
+    def attend(*args):
+        ran.append(args[0].shape)
+        return packed_attention(*args)
+
+    has(monkeypatch, attend)
+    model, said = choose("auto")
+    assert (model.attention, said) == ("splash", "attention: splash, which equals chunks here")
+    ran.clear()
+    row = jnp.ones((1, 4), jnp.int32)
+    jax.eval_shape(lambda k: model.hidden(model.init(k), row, row, row, row), jax.random.key(0))
+    assert set(ran) == {(1, 4, 4, 16)}
+    ran.clear()
+    model, said = choose("chunks")
+    assert (model.attention, said, ran) == ("chunks", "", [])
+
+
+def test_auto_falls_back_and_says_why_where_a_name_is_an_error(monkeypatch):
+    has(monkeypatch, _fails)
+    model, said = choose("auto")
+    why = "splash fails here (MosaicError: no layout)"
+    assert (model.attention, said) == ("chunks", f"attention: chunks, as {why}")
+    with pytest.raises(UserError, match=f"^{re.escape(f'model.attention: {why}; take chunks, or auto')}$"):
+        choose("splash")
+
+
+def test_what_must_be_known_of_a_kernel_is_said(monkeypatch):
+    has(monkeypatch, packed_attention, "cudnn")
+    monkeypatch.delitem(KERNELS, "splash")
+    monkeypatch.setattr(admit, "refusal", lambda *_: "")
+    assert choose("auto")[1] == f"attention: cudnn, which equals chunks here; {KERNELS['cudnn'].note}"
+
+
+def test_one_process_that_cannot_is_enough(monkeypatch):
+    has(monkeypatch, packed_attention)
+    monkeypatch.setattr(admit, "refusal", lambda *_: "")
+    monkeypatch.setattr(admit.processes, "all_of", lambda flag: False)
+    assert choose("auto")[1] == "attention: chunks, as splash failed in another process"
+
+
+def test_experiments_refuse_a_kernel():
+    settings = setup.Frontier(reward="happy", model=config.Model(path="x", attention="cudnn"))
+    with pytest.raises(UserError, match=r"model.attention: cudnn: experiments compute it by chunks"):
+        setup.check(settings)
+
+
+def test_a_reference_column_is_of_one_kernel():
+    table = SimpleNamespace(digest="d")
+    keys = {reference.key(table, "w", "bfloat16", name) for name in ("chunks", "splash", "cudnn")}
+    assert len(keys) == 3
+    assert reference.key(table, "w", "bfloat16") in keys
+
+
+# On a device that has one.
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_of_this_device(name, compute):
+    kernel = KERNELS[name]
+    if jax.default_backend() != kernel.platform:
+        pytest.skip(f"no {kernel.platform} here, on which {name} would be compared with chunks")
+    if compute not in kernel.dtypes:
+        pytest.skip(f"{name} does not take {compute}")
+    model = MODEL if name == "splash" else dataclasses.replace(MODEL, score_cap=None, head_dim=64)
+    assert admit.refusal(name, model, compute) == ""
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(run folder, options) -> of the lines of its metrics what neither time nor, at the start, rounding decides."""
+    (tmp_path / "c.yaml").write_text("{}")
+    (tmp_path / "c.json").write_text(json.dumps(LLAMA | {"vocab_size": 256}))
+    rows = [row for row, _ in zip(synthetic.read((), "train", 2), range(40), strict=False)]
+    pairs = [{"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]} for r in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    given = {"model.config": tmp_path / "c.json", "model.tokenizer": "synthetic", "data.path": tmp_path / "pairs.jsonl"}
+    given |= {
+        "data.max_length": 96,
+        "data.max_prompt_length": 32,
+        "data.eval_fraction": 0.2,
+        "samples.prompts": 0,
+        "batch_size": 8,
+    }
+    given |= {"max_steps": 2, "optim.learning_rate": 1e-3, "optim.warmup_steps": 0}
+
+    def train(folder, **options):
+        every = given | {"run": folder} | {key.replace("_", ".", 1): value for key, value in options.items()}
+        cli.run(["train", str(tmp_path / "c.yaml"), *(str(x) for k, v in every.items() for x in (f"--{k}", v))])
+        return [{k: v for k, v in row.items() if SAME.search(k)} for row in metrics.read(folder / "metrics.jsonl")]
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
+def test_a_run_over_devices_is_the_same_by_a_kernel(axis, tmp_path, monkeypatch, trained, capsys):
+    """Through the command line: the TPU's kernel, run on four processors."""
+    has(monkeypatch, INTERPRETED)
+    chunks = trained(tmp_path / "chunks", model_attention="chunks")
+    assert "attention" not in capsys.readouterr().out
+    by_kernel = trained(tmp_path / "kernel", **{f"mesh_{axis}": 2})
+    assert "attention: splash, which equals chunks here" in capsys.readouterr().out
+    for found, expected in zip(by_kernel, chunks, strict=True):
+        assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)
