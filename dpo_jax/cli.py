@@ -1,9 +1,14 @@
-"""The command line: which command runs, and how its errors are told."""
+"""The command line: which command runs, and how its errors are told.
+
+The command NAME is the function NAME_command of dpo_jax/NAME_command.py, which is imported for it alone.
+"""
 
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpo_jax.keys import closest
 from dpo_jax.records import UserError
@@ -52,15 +57,35 @@ def run(argv: Sequence[str]) -> None:
         return
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; {closest(argv[0], list(COMMANDS))}")
-    rest = ["--help" if a == "-h" else a for a in argv[1:]]
-    if "--help" in rest and argv[0] in PLAIN:
-        arguments, what = COMMANDS[argv[0]]
-        print(f"usage: dpo-jax {argv[0]} {arguments}".rstrip() + f"\n\n{what}")
+    name, rest = argv[0], list(argv[1:])
+    if "--help" in rest or "-h" in rest:
+        _help(name, [a for a in rest if a not in ("-h", "--help")])
         return
-    from dpo_jax import commands, folders  # these import JAX, which the overview need not wait for
+    module = importlib.import_module(f"dpo_jax.{name}_command")
+    if "jax" in sys.modules:
+        from dpo_jax import folders
 
-    folders.keep_compiled()
-    getattr(commands, f"{argv[0]}_command")(rest)
+        folders.keep_compiled()
+    getattr(module, f"{name}_command")(rest)
+
+
+def _help(name: str, rest: Sequence[str]) -> None:
+    """Prints what a command takes, without importing JAX, for which nobody who only asks wants to wait."""
+    arguments, what = COMMANDS[name]
+    if name in PLAIN:
+        print(f"usage: dpo-jax {name} {arguments}".rstrip() + f"\n\n{what}")
+        return
+    from dpo_jax import config, settings  # the overview of commands needs no parser
+
+    first = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
+    prog = f"dpo-jax {name} " + arguments.partition(" [--")[0]
+    config.show_help(settings.OF[name], _chosen_in(rest[:first]), rest[first:], prog=prog)
+
+
+def _chosen_in(paths: Sequence[str]) -> str | None:
+    """Returns the YAML in which a loss and an optimiser may be chosen: one of the arguments, or that of a run."""
+    yamls = (path if path.endswith((".yaml", ".yml")) else f"{path}/config.yaml" for path in paths)
+    return next((file for path, file in zip(paths, yamls, strict=True) if file == path or Path(file).is_file()), None)
 
 
 def main() -> None:

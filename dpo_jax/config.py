@@ -8,21 +8,19 @@ counted from 0: `loss: [{name: dpo}, {name: sft}]` is `--loss.0.name dpo --loss.
 
 import contextlib
 import dataclasses
-import functools
-import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import docstring_parser
 import tyro
 
+from dpo_jax import options
 from dpo_jax.keys import Pairs, arguments, closest, flatten, read_yaml
+from dpo_jax.options import variants
 from dpo_jax.records import UserError
 
 T = TypeVar("T")
-Variants = Mapping[str, Mapping[str, Sequence[Callable]]]  # section of the config -> name -> functions
 
 
 @dataclass(frozen=True)
@@ -199,19 +197,16 @@ class Config:
     """Of the order of the data, random initialisation and samples."""
 
 
-def _options(kind: str, name: str, functions: Sequence[Callable]) -> type:
-    """Returns a dataclass of `name` and the keyword-only parameters of functions, with their help texts."""
+def _options(section: str, name: str) -> type:
+    """Returns a dataclass of `name` and the options of the variant of that name, with their help texts."""
+    functions = variants()[section][name]
     fields: list[Any] = [("name", str, field(default=name))]
-    docs = [docstring_parser.parse(function.__doc__ or "") for function in functions]
-    for function, doc in zip(functions, docs, strict=True):
-        help_of = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
-        for p in inspect.signature(function).parameters.values():
-            if p.kind is p.KEYWORD_ONLY:
-                default = {} if p.default is p.empty else {"default": p.default}
-                annotated = Annotated[p.annotation, tyro.conf.arg(help=help_of.get(p.name, ""))]
-                fields.append((p.name, annotated, field(**default)))
-    new = dataclasses.make_dataclass(kind.capitalize(), fields, frozen=True)
-    new.__doc__ = f"{name}: {docs[0].short_description}"
+    for function in functions:
+        for option in options.of(function):
+            annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
+            fields.append((option.name, annotated, field(default=option.default)))
+    new = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
+    new.__doc__ = f"{name}: {options.summary(functions[0])}"
     return new
 
 
@@ -227,20 +222,21 @@ def _chosen(pairs: Pairs, section: str, default: str) -> dict[str, str]:
     return {element: names[f"{section}.{element}.name"] for element in sorted(elements, key=int)}
 
 
-def _with_variants(base: type, pairs: Pairs, variants: Variants) -> type:
+def _with_variants(base: type, pairs: Pairs) -> type:
     """Returns `base` with each section that is chosen by name replaced by that choice's own options."""
     fields: list[Any] = []
+    known = variants()
     for f in dataclasses.fields(base):
-        if f.name not in variants:
+        if f.name not in known:
             fields.append((f.name, f.type, f))
             continue
         assert callable(f.default_factory)
         kinds: dict[str, Any] = {}
         for element, name in _chosen(pairs, f.name, f.default_factory()["name"]).items():
-            if name not in variants[f.name]:
+            if name not in known[f.name]:
                 key = ".".join(filter(None, (f.name, element, "name")))
-                raise UserError(f"{key}: unknown {f.name} {name!r}; {closest(name, list(variants[f.name]))}")
-            kinds[element] = _options(f.name, name, variants[f.name][name])
+                raise UserError(f"{key}: unknown {f.name} {name!r}; {closest(name, list(known[f.name]))}")
+            kinds[element] = _options(f.name, name)
         kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
         fields.append((f.name, kind, field(default_factory=kind)))
     return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
@@ -286,53 +282,64 @@ def _parse(kind: type[T], pairs: Pairs, where: str, prog: str) -> T:
     """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
     known = _keys(kind)
     for key, _ in pairs:
-        if key not in known and key not in ("help", "h"):
+        if key not in known:
             raise UserError(f"{where}unknown key {key!r}; {closest(key, known)}")
     args = []
     for key, values in pairs:
         single = len(values) == 1 and values[0].startswith("-")  # else taken for an option
         args += [f"--{key}={values[0]}"] if single else [f"--{key}", *values]
-    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    cli = functools.partial(tyro.cli, kind, args=args, prog=prog, config=options, use_underscores=True)
-    if any(key in ("help", "h") for key, _ in pairs):
-        return cli()
     box = io.StringIO()
     try:
         with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
-            return cli()
+            return _cli(kind, args, prog)
     except SystemExit as e:
         raise UserError(f"{where}{_first_sentence(box.getvalue())}") from e
 
 
-def parse(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str, variants: Variants | None = None) -> T:
+def _cli(kind: type[T], args: Sequence[str], prog: str) -> T:
+    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(kind, args=args, prog=prog, config=config, use_underscores=True)
+
+
+def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -> None:
+    """Prints all options of a dataclass; those of a loss and an optimiser are those that a file or argv chooses.
+
+    Raises:
+      SystemExit: always, with code 0.
+      UserError: no loss or optimiser of that name.
+    """
+    chosen = [*(flatten(read_yaml(file)) if file else []), *arguments(argv)]
+    _cli(_with_variants(kind, chosen), ["--help"], prog)
+
+
+def parse(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str) -> T:
     """Returns an instance of a dataclass from a YAML file, if any, and overrides.
 
     Args:
       kind: a dataclass, such as `Config`.
       file: the YAML, or None.
       argv: `--key.path value` overrides; they win over the file.
-      prog: the command, for the help text.
-      variants: sections whose options depend on their `name`.
+      prog: the command, for messages.
 
     Raises:
       UserError: an unknown key or name, a wrong type, a value that is missing.
     """
     written = flatten(read_yaml(file)) if file else []
     given = arguments(argv)
-    full = _with_variants(kind, [*written, *given], variants or {})
-    if written and not any(key == "help" for key, _ in given):
-        _parse(_with_variants(kind, written, variants or {}), written, f"{file}: ", prog)
-    last = _applied(written, given, full, variants or {})
+    full = _with_variants(kind, [*written, *given])
+    if written:
+        _parse(_with_variants(kind, written), written, f"{file}: ", prog)
+    last = _applied(written, given, full)
     parsed = _parse(full, list(last.items()), "", prog)
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: _plain(v) if k in (variants or {}) else v for k, v in values.items()})
+    return kind(**{k: _plain(v) if k in variants() else v for k, v in values.items()})
 
 
-def _applied(written: Pairs, given: Pairs, kind: type, variants: Variants) -> dict[str, list[str]]:
+def _applied(written: Pairs, given: Pairs, kind: type) -> dict[str, list[str]]:
     """Returns the file's keys with those of the command line over them. A key given again replaces the earlier one,
     lists included; where a name has changed, options of the file that the new choice does not have are dropped."""
     last, known = dict([*written, *given]), _keys(kind)
     named = {key for key, texts in written if key.endswith(".name") and last[key] != texts}
-    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in variants}
+    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in variants()}
     stale = {k for k, _ in written if k not in dict(given) and k not in known and k.startswith(tuple(sections))}
     return {k: v for k, v in last.items() if k not in stale}

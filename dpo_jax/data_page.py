@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from dpo_jax import metrics, report
+from dpo_jax import drawing, metrics, report
 from dpo_jax.data.audit import Piece
 from dpo_jax.data.shortcuts import Shortcut
 
@@ -61,14 +60,14 @@ def _list(side: str, lines: Sequence[str]) -> str:
 
 def _histogram(found: Page) -> str:
     """Returns how many prompts and responses have which length, as SVG."""
-    fig = Figure(figsize=(7, 3.3), layout="constrained")
+    fig = drawing.new(7, 3.3)
     axes = fig.add_subplot()
     most = max(int(np.max(lengths)) for lengths in found.lengths.values() if len(lengths))
     edges = np.linspace(0, most + 1, min(BINS, most + 1) + 1).tolist()
     for i, (name, lengths) in enumerate(found.lengths.items()):
-        axes.hist(lengths, edges, histtype="step", lw=1.6, label=name, color=report.COLOURS[i % len(report.COLOURS)])
-    axes.legend(frameon=False, labelcolor=report.INK, fontsize=9)
-    return report.svg(fig, axes, "tokens")
+        axes.hist(lengths, edges, histtype="step", lw=1.6, label=name, color=drawing.COLOURS[i % len(drawing.COLOURS)])
+    axes.legend(frameon=False, labelcolor=drawing.INK, fontsize=9)
+    return drawing.svg(fig, axes, "tokens")
 
 
 def _shortcuts(found: Sequence[Shortcut]) -> str:

@@ -11,12 +11,10 @@ from typing import IO, Any
 import jax
 
 from dpo_jax import config as configs
-from dpo_jax import keys, losses, optim, processes, watch
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax import keys, processes, watch
 from dpo_jax.config import Config
-from dpo_jax.records import TrainState, UserError
+from dpo_jax.records import UserError
 
-VARIANTS = {"loss": losses.FUNCTIONS, "optim": {name: (function,) for name, function in optim.FUNCTIONS.items()}}
 # May change on resuming: none of them changes what is computed, but to rounding.
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
@@ -48,30 +46,7 @@ def is_run(path: str | Path) -> bool:
 
 def config_of(run: str | Path, argv: Sequence[str] = (), kind: type = Config, prog: str = "dpo-jax") -> Any:
     """Returns the config of a run folder, with overrides."""
-    return configs.parse(kind, str(Path(run) / "config.yaml"), argv, prog=prog, variants=VARIANTS)
-
-
-def saved_state(run: Path, like: TrainState, which: str = "newest") -> TrainState:
-    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
-
-    Args:
-      run: its folder.
-      like: shapes and dtypes.
-      which: newest, best (by the run's keep_best), or a step.
-
-    Raises:
-      UserError: the run has none, or not that one.
-    """
-    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
-    state = None
-    if folder.is_dir():
-        checkpoints = Checkpoints(folder, best=config_of(run).keep_best, read_only=True)
-        state = checkpoints.restore(like, checkpoints.step_of(which))
-        checkpoints.close()
-    if state is None:
-        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
-    return jax.device_get(state)
+    return configs.parse(kind, str(Path(run) / "config.yaml"), argv, prog=prog)
 
 
 @contextlib.contextmanager

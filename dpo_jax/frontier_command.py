@@ -11,17 +11,17 @@ from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax import config, folders, frontier_page, stages
-from dpo_jax.data_commands import leading, say
 from dpo_jax.experiments import frontier, optimum
 from dpo_jax.experiments.frontier import Found
-from dpo_jax.experiments.setup import Frontier
+from dpo_jax.settings import Frontier
+from dpo_jax.terminal import leading, say
 
 
 def frontier_command(argv: list[str]) -> None:
     """`dpo-jax frontier CONFIG.yaml [--run DIR] [--key.path value ...]`."""
     (file,), rest = leading(argv, "frontier", "CONFIG.yaml")
     prog = "dpo-jax frontier CONFIG.yaml"
-    settings = config.parse(Frontier, file or None, rest, prog=prog, variants=folders.VARIANTS)
+    settings = config.parse(Frontier, file or None, rest, prog=prog)
     run = settings.run or str(Path("runs") / Path(file).stem)
     settings, start = dataclasses.replace(settings, run=run), time.perf_counter()
     if settings.model.path.endswith((".yaml", ".yml")):

@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from dpo_jax import report
+from dpo_jax import drawing, report
 from dpo_jax.experiments.frontier import Found
 from dpo_jax.experiments.measure import Point
 from dpo_jax.experiments.optimum import Limit, limit
@@ -137,10 +134,10 @@ def frontier(found: Found) -> str:
         x, y = [p.kl for p in those], [p.reward for p in those]
         around = {"xerr": [p.kl_half for p in those], "yerr": [p.reward_half for p in those]}
         style = {"fmt": "s" if method == "sft" else "o", "ms": 4, "lw": 0, "elinewidth": 0.6, "alpha": 0.85}
-        axes.errorbar(x, y, **around, color=report.COLOURS[i], label=NAMES[method], **style)
+        axes.errorbar(x, y, **around, color=drawing.COLOURS[i], label=NAMES[method], **style)
     if found.best_of:
         x, y = [kl_bound(b.n) for b in found.best_of], [b.reward for b in found.best_of]
-        axes.plot(x, y, "^--", color=report.COLOURS[7], ms=4, lw=1, label="Best of N (KL: bound)")
+        axes.plot(x, y, "^--", color=drawing.COLOURS[7], ms=4, lw=1, label="Best of N (KL: bound)")
     return _drawn(fig, axes, "KL(policy || reference), nats", "true reward")
 
 
@@ -154,7 +151,7 @@ def paths(found: Found, method: str = "dpo") -> str:
     _optimum(axes, found, max(p.kl for path in of_method.values() for p in path))
     for i, ((_, strength), path) in enumerate(sorted(of_method.items())):
         x, y = zip(*((p.kl, p.reward) for p in (*start, *path)), strict=True)
-        axes.plot(x, y, "o-", color=report.COLOURS[i % 10], ms=4, lw=1.4, label=STRENGTHS[method].format(strength))
+        axes.plot(x, y, "o-", color=drawing.COLOURS[i % 10], ms=4, lw=1.4, label=STRENGTHS[method].format(strength))
     return _drawn(fig, axes, "KL(policy || reference), nats", "true reward")
 
 
@@ -166,7 +163,7 @@ def likelihoods(found: Found, method: str = "dpo") -> str:
     fig, axes = _figure()
     start = [p for p in found.points if p.method == "sft"]
     for i, ((_, strength), path) in enumerate(sorted(of_method.items())):
-        whole, colour = [*start, *path], report.COLOURS[i % 10]
+        whole, colour = [*start, *path], drawing.COLOURS[i % 10]
         for name, dash in (("chosen", "o-"), ("rejected", "s:")):
             label = f"{STRENGTHS[method].format(strength)}, {name}"
             y = [getattr(p, name) for p in whole]
@@ -174,29 +171,29 @@ def likelihoods(found: Found, method: str = "dpo") -> str:
     return _drawn(fig, axes, "steps", "mean log-probability of held-out responses")
 
 
-def _figure() -> tuple[Figure, Axes]:
-    fig = Figure(figsize=(7.5, 4.6), layout="constrained")
+def _figure() -> "tuple[drawing.Figure, drawing.Axes]":
+    fig = drawing.new(7.5, 4.6)
     return fig, fig.add_subplot()
 
 
-def _optimum(axes: Axes, found: Found, most: float) -> None:
+def _optimum(axes: "drawing.Axes", found: Found, most: float) -> None:
     """Draws the optimum with its interval, and dashed the tangent that nothing is above where it is not known."""
     x, y = [o.kl for o in found.curve], [o.reward for o in found.curve]
     half = [o.reward_half for o in found.curve]
-    axes.plot(x, y, color=report.INK, lw=1.6, label="optimum")
+    axes.plot(x, y, color=drawing.INK, lw=1.6, label="optimum")
     low, high = ([a + s * h for a, h in zip(y, half, strict=True)] for s in (-1, 1))
-    axes.fill_between(x, low, high, color=report.INK, alpha=0.12, lw=0)
+    axes.fill_between(x, low, high, color=drawing.INK, alpha=0.12, lw=0)
     highest = max(r.reward for r in (*found.points, *found.best_of))
     if most > x[-1] and highest > y[-1] and len(x) > 1:  # up to where it would be all that is seen
         end = min(most, x[-1] + (highest - y[-1]) / found.curve[-1].beta)
         tangent = [y[-1], limit(found.curve, end).reward]
-        axes.plot([x[-1], end], tangent, ls=":", color=report.INK, lw=1.2, label="above it nothing is")
+        axes.plot([x[-1], end], tangent, ls=":", color=drawing.INK, lw=1.2, label="above it nothing is")
 
 
-def _drawn(fig: Figure, axes: Axes, x: str, y: str) -> str:
-    axes.set_ylabel(y, color=report.INK, fontsize=9)
-    axes.legend(frameon=False, labelcolor=report.INK, fontsize=8)
-    return report.svg(fig, axes, x)
+def _drawn(fig: "drawing.Figure", axes: "drawing.Axes", x: str, y: str) -> str:
+    axes.set_ylabel(y, color=drawing.INK, fontsize=9)
+    axes.legend(frameon=False, labelcolor=drawing.INK, fontsize=8)
+    return drawing.svg(fig, axes, x)
 
 
 def alone(svg: str) -> str:

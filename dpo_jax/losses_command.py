@@ -12,12 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dpo_jax import folders, keys, losses, report
+from dpo_jax import drawing, folders, keys, losses
 from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, UserError
 
@@ -118,20 +117,20 @@ def write_plot(out: Path, names: Sequence[str]) -> Path:
     drawn = curves(names)
     if not drawn:
         raise UserError(f"--plot: none of {', '.join(names)} is a function of the margin alone")
-    fig = Figure(figsize=(11, 5.5), layout="constrained")
+    fig = drawing.new(11, 5.5)
     for place, title in enumerate(("loss", "d loss / d margin")):
         axes = fig.add_subplot(1, 2, 1 + place)
         for i, (label, values) in enumerate(drawn.items()):
-            colour = report.COLOURS[i % len(report.COLOURS)]
-            dash = DASHES[i // len(report.COLOURS) % len(DASHES)]
+            colour = drawing.COLOURS[i % len(drawing.COLOURS)]
+            dash = DASHES[i // len(drawing.COLOURS) % len(DASHES)]
             axes.plot(MARGINS, values[place], dash, color=colour, lw=1.6, label=label)
         axes.set_ylim((-1.5, 6.0) if place == 0 else (-4.0, 2.0))
-        axes.set_title(title, color=report.INK, fontsize=10)
-        report.dress(axes, "margin c - r (beta 1, one token a response, scores 3 and 1)")
+        axes.set_title(title, color=drawing.INK, fontsize=10)
+        drawing.dress(axes, "margin c - r (beta 1, one token a response, scores 3 and 1)")
     legend = fig.axes[0].get_legend_handles_labels()
-    fig.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=report.INK, fontsize=9)
+    fig.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=drawing.INK, fontsize=9)
     with folders.written(out) as file:
-        file.write(report.element(fig))
+        file.write(drawing.element(fig))
     return out
 
 

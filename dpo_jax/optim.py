@@ -30,6 +30,16 @@ def clip(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clipped)
 
 
+FUNCTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {}
+
+
+def register(function: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """Files an optimiser under its function's name; its keyword-only parameters are its options in a config."""
+    FUNCTIONS[function.__name__] = function
+    return function
+
+
+@register
 def rmsprop(
     *,
     learning_rate: float = 1e-6,
@@ -54,6 +64,7 @@ def rmsprop(
     return optax.chain(clip(max_grad_norm), scale)
 
 
+@register
 def adamw(
     *,
     learning_rate: float = 1e-6,
@@ -77,9 +88,6 @@ def adamw(
     """
     rate = warm_up(learning_rate, warmup_steps)
     return optax.chain(clip(max_grad_norm), optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
-
-
-FUNCTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {"rmsprop": rmsprop, "adamw": adamw}
 
 
 def build(name: str, **options: float) -> optax.GradientTransformation:

@@ -4,61 +4,24 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax import assemble, config, data, folders, loading, rewards
 from dpo_jax.config import Data, Samples
 from dpo_jax.data import Note, made
-from dpo_jax.data_commands import say
 from dpo_jax.models import hf
 from dpo_jax.records import Comparison, UserError
 from dpo_jax.sample import sample
+from dpo_jax.settings import Pairs
+from dpo_jax.terminal import say
 
 Rows = Iterator[dict[str, Any] | Note]
 OF_A_MODEL = ("reward", "correction", "self")
 READ = ("name", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
 NEEDED = {"reward": 0, "correction": 0, "self": 1, "others": 1, "corrupted": 1, "paired": 2, "single": 2}
 """way -> the responses that a row of the data must have for it."""
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Preferences made of a model's own answers, or of data of another form."""
-
-    by: Literal["reward", "correction", "self", "others", "corrupted", "paired", "single"] = "reward"
-    """What makes a pair. Of a model's own answers: `reward`, scores of several of them; `correction`, an answer against
-    itself with the corrections made; `self`, the data's answer against the model's. Of data alone: the answer against
-    one to another prompt (`others`) or against itself with words damaged (`corrupted`); every wanted response against
-    every unwanted one of rows with labels (`paired`), and pairs back to such rows (`single`)."""
-    reward: str = ""
-    """What scores an answer: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER,
-    classifier:FOLDER#LABEL or module:function."""
-    corrections: str = ""
-    """A YAML of patterns and what stands in their place, as in Python's re.sub."""
-    data: Data = field(default_factory=Data)
-    tokenizer: str = ""
-    """By default the model's own."""
-    prompts: int | None = None
-    """How many distinct prompts of the data (None: all)."""
-    completions: int = 4
-    """A model's answers to each prompt."""
-    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
-    """Winners drawn with probability sigmoid(difference), by score, or only the best against the worst."""
-    max_new_tokens: int = 64
-    """Longest answer."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the smallest set of tokens with this probability."""
-    batch_size: int = 256
-    """Answers sampled at a time."""
-    seed: int = 0
-    """Of the samples, the labels and the damage."""
 
 
 def pairs_command(argv: list[str]) -> None:

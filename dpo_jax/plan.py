@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import assemble, folders, loading, losses, models, optim, sharding
+from dpo_jax import assemble, loading, losses, models, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
@@ -217,7 +217,7 @@ def resolved(config: Config) -> Config:
     path = config.model.path
     if not path.endswith((".yaml", ".yml")):
         return config
-    start = assemble.configs.parse(Config, path, [], prog="dpo-jax plan", variants=folders.VARIANTS)
+    start = assemble.configs.parse(Config, path, [], prog="dpo-jax plan")
     if not start.model.path and not start.model.config:
         raise UserError(f"{path}: names no model.path or model.config")
     model = dataclasses.replace(config.model, path=start.model.path, config=start.model.config)

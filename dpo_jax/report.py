@@ -6,24 +6,17 @@ reader's browser, and every text that comes from data is escaped.
 
 import html
 import importlib.metadata
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from dpo_jax import keys, metrics
+from dpo_jax import drawing, keys, metrics
+from dpo_jax.drawing import COLOURS, INK
 from dpo_jax.records import UserError
 
-COLOURS = ("#3b7dd8", "#e0802b", "#3a9d5d", "#c94f4f", "#8a63c9", "#9a7b4f", "#d06fa8", "#7f7f7f", "#a5a52f", "#2fa5a5")
-INK = "#010203"  # stands for the text colour of the page, which a figure cannot know
 POINTS = 80  # a curve is drawn through at most so many means, its extremes as a band
 SAMPLES = 12
 SECTIONS = ("model", "reference", "data", "loss", "optim")
@@ -223,9 +216,9 @@ def figure(runs: Sequence[Run], plot: Plot) -> str:
     Training is a line, evaluation dotted with markers. Several runs have a colour each and series a dash pattern; in
     a single run series have the colours.
     """
-    fig = Figure(figsize=(6, 3.3), layout="constrained")
+    fig = drawing.new(6, 3.3)
     axes = fig.add_subplot()
-    legend: dict[str, Line2D] = {}
+    legend: dict[str, Any] = {}
     for i, run in enumerate(runs):
         for j, (label, metric) in enumerate(plot.series.items()):
             colour, dash = (_colour(i), ("-", "--")[j]) if len(runs) > 1 else (_colour(j), "-")
@@ -235,12 +228,12 @@ def figure(runs: Sequence[Run], plot: Plot) -> str:
                 if len(x):
                     _curve(axes, x, y, {"color": colour, **style})
                     shown = f"{label} (eval)" if name.startswith("eval_") else label
-                    legend.setdefault(shown, Line2D([], [], color=INK if len(runs) > 1 else colour, **style))
+                    legend.setdefault(shown, drawing.line(color=INK if len(runs) > 1 else colour, **style))
     if not legend:
         return ""
     if len(legend) > 1:
         axes.legend(list(legend.values()), list(legend), frameon=False, labelcolor=INK, fontsize=9)
-    return svg(fig, axes, "comparisons")
+    return drawing.svg(fig, axes, "comparisons")
 
 
 def points(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +243,7 @@ def points(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray,
     return x, y
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
+def _curve(axes: "drawing.Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
     """Draws a curve; one of many points as their means, with a band from their least to their greatest."""
     if len(x) > POINTS:
         bins = [np.split(v, np.linspace(0, len(x), POINTS + 1).astype(int)[1:-1]) for v in (x, y)]
@@ -265,37 +258,6 @@ def _lost(runs: Sequence[Run], plot: Plot) -> str:
     names = [prefix + metric for metric in plot.series.values() for prefix in ("", "eval_")]
     lost = sum(name in line and line[name] is None for run in runs for line in run.lines for name in names)
     return f' <strong class="bad">Not finite, so not drawn: {lost} of the values.</strong>' if lost else ""
-
-
-def svg(fig: Figure, axes: Axes, label: str) -> str:
-    """Returns a figure as an SVG element in the text colour of the page, the same for the same data.
-
-    Args:
-      fig: the figure.
-      axes: its only axes.
-      label: of the horizontal axis.
-    """
-    dress(axes, label)
-    return element(fig)
-
-
-def dress(axes: Axes, label: str) -> None:
-    """Gives axes the looks of a page, and their horizontal one a label."""
-    axes.set_xlabel(label, color=INK, fontsize=9)
-    axes.grid(color=INK, alpha=0.12, lw=0.6)
-    axes.tick_params(colors=INK, labelsize=9, length=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
-
-
-def element(fig: Figure) -> str:
-    """Returns a figure whose axes are dressed as an SVG element."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpo_jax", "font.family": "sans-serif"}):
-        fig.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2).replace(INK, "currentColor")
 
 
 def _colour(i: int) -> str:

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_jax import assemble, config, folders, keys, loop, processes, report
+from dpo_jax import assemble, config, keys, loop, processes, report
 from dpo_jax.config import Config
-from dpo_jax.data_commands import say
 from dpo_jax.records import UserError
+from dpo_jax.terminal import say
 
 
 def trained(file: str, argv: Sequence[str] = (), later: tuple[str, ...] = ()) -> Path:
@@ -15,7 +15,7 @@ def trained(file: str, argv: Sequence[str] = (), later: tuple[str, ...] = ()) ->
 
     `later` are the YAMLs that start from it.
     """
-    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml", variants=folders.VARIANTS)
+    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml")
     run = assemble.run_of(begun(assemble.named(parsed, file), file, later), say)
     loop.train(run, say)
     if processes.first():

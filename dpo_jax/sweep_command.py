@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from dpo_jax import assemble, config, folders, keys, loop, metrics, plan, processes, report
+from dpo_jax import assemble, config, keys, loop, metrics, plan, processes, report
 from dpo_jax.config import Config
-from dpo_jax.data_commands import leading, say
 from dpo_jax.prepare import at_once
 from dpo_jax.records import UserError
 from dpo_jax.stages import begun, joined
+from dpo_jax.terminal import leading, say
 
 SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
 
@@ -52,12 +52,12 @@ def variants(file: str, argv: Sequence[str]) -> list[Config]:
     pairs = keys.arguments(argv)
     choices = [[(key, texts)] if not _several(texts) else _each(key, texts[0]) for key, texts in pairs]
     swept = [key for key, texts in pairs if _several(texts)]
-    if not swept and "--help" not in argv:
+    if not swept:
         raise UserError("dpo-jax sweep: give an option several values, as in --loss.beta 0.05,0.1,1,5")
     found = []
     for chosen in itertools.product(*choices):
         rest = [text for key, texts in chosen for text in (f"--{key}", *texts)]
-        parsed = config.parse(Config, file or None, rest, prog="dpo-jax sweep CONFIG.yaml", variants=folders.VARIANTS)
+        parsed = config.parse(Config, file or None, rest, prog="dpo-jax sweep CONFIG.yaml")
         name = ",".join(f"{key}={texts[0]}" for key, texts in chosen if key in swept)
         run = Path(parsed.run or f"runs/{Path(file).stem}-sweep") / re.sub(r"[^\w.,=+-]", "_", name)
         found.append(replace(parsed, run=str(run)))

@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -13,43 +12,17 @@ from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax import assemble, config, data, folders, keys, loading, rewards, winrate, winrate_page
-from dpo_jax.config import Config
 from dpo_jax.data import chat
-from dpo_jax.data_commands import say, settings_of
 from dpo_jax.metrics import mean_interval
 from dpo_jax.models import hf
 from dpo_jax.models.weights import weights_hash
 from dpo_jax.records import Array, UserError
-from dpo_jax.rewards.endpoint import Client, Endpoint
+from dpo_jax.rewards.endpoint import Client
 from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
 from dpo_jax.sample import sample
+from dpo_jax.settings import Winrate
+from dpo_jax.terminal import say, settings_of
 from dpo_jax.winrate_page import Row
-
-
-@dataclass(frozen=True)
-class Winrate(Config):
-    """A run's config, and what is compared with what by whom."""
-
-    judge: str = ""
-    """A reward (happy, synthetic, vader, words:FILE, logistic:FILE, model:FOLDER, classifier:FOLDER#LABEL,
-    module:function), or endpoint: a model is asked."""
-    endpoint: Endpoint = field(default_factory=Endpoint)
-    question: str = "dialogue"
-    """What a model is asked: dialogue, summary, concise, or a file with {prompt}, {first} and {second} in it."""
-    order: Literal["random", "both"] = "random"
-    """In which order a model reads the two responses: one that is drawn, or one and then the other."""
-    against: str = "data"
-    """The first response of each held-out comparison (data), or a run or model sampled at samples.temperature."""
-    temperatures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """At which the policies are sampled; 0 is greedy."""
-    best_of: tuple[int, ...] = (1,)
-    """The best of so many samples of each prompt is judged; 1 is the sample itself."""
-    best_by: str = ""
-    """The reward that says which is the best; its mean is reported too."""
-    prompts: int = 256
-    """The first distinct held-out prompts, so many of them or as many as there are."""
-    out: str = ""
-    """The folder of what was found; by default RUN/winrate, or runs/<name>.winrate for a model folder."""
 
 
 class Policy(NamedTuple):
@@ -74,8 +47,6 @@ def winrate_command(argv: list[str]) -> None:
     """`dpo-jax winrate RUN_OR_MODEL ... --judge NAME [--against data|RUN_OR_MODEL] [--temperatures 0 0.5 1]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     paths, rest = argv[:first], argv[first:]
-    if "--help" in rest:
-        config.parse(Winrate, None, rest, prog="dpo-jax winrate RUN_OR_MODEL ...", variants=folders.VARIANTS)
     if not paths:
         raise UserError("dpo-jax winrate takes the folders of runs or models, then options such as --judge happy")
     settings = settings_of(paths[0], rest, Winrate, "winrate")

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
-from dpo_jax import report
+from dpo_jax import drawing, report
 from dpo_jax.winrate import Share, Tally, kl_bound
 
 HEAD = ("policy", "T", "best of", "win rate", "n", "ties", "unread", "read first", "agree", "reward", "KL <=", "words")
@@ -122,7 +120,7 @@ def _over(rows: Sequence[Row], axis: str) -> str:
     other = "best_of" if axis == "temperature" else "temperature"
     said = {"best_of": "best of {:g}", "temperature": "temperature {:g}"}[other]
     several = len({getattr(row, other) for row in rows}) > 1
-    fig = Figure(figsize=(6, 3.6), layout="constrained")
+    fig = drawing.new(6, 3.6)
     axes = fig.add_subplot()
     ordered = sorted(rows, key=lambda row: (row.policy, getattr(row, other), getattr(row, axis)))
     for i, (key, group) in enumerate(itertools.groupby(ordered, key=lambda row: (row.policy, getattr(row, other)))):
@@ -130,14 +128,14 @@ def _over(rows: Sequence[Row], axis: str) -> str:
         y = [share.mean for share in shares]
         around = [[s.mean - s.low for s in shares], [s.high - s.mean for s in shares]]
         label = f"{key[0]}, {said.format(key[1])}" if several else key[0]
-        colour = report.COLOURS[i % len(report.COLOURS)]
+        colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         axes.errorbar(x, y, around, color=colour, label=label, marker="o", ms=4, lw=1.6, capsize=2)
-    axes.axhline(0.5, color=report.INK, alpha=0.4, lw=0.8, ls="--")
-    axes.set_ylabel("win rate", color=report.INK, fontsize=9)
-    axes.legend(frameon=False, labelcolor=report.INK, fontsize=9)
+    axes.axhline(0.5, color=drawing.INK, alpha=0.4, lw=0.8, ls="--")
+    axes.set_ylabel("win rate", color=drawing.INK, fontsize=9)
+    axes.legend(frameon=False, labelcolor=drawing.INK, fontsize=9)
     if axis == "best_of":
         axes.set_xscale("log", base=2)
-    return report.svg(fig, axes, axis.replace("_", " "))
+    return drawing.svg(fig, axes, axis.replace("_", " "))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:

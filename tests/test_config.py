@@ -6,9 +6,8 @@ import pytest
 
 from dpo_jax import config, keys
 from dpo_jax.config import Config
-from dpo_jax.experiments.setup import Frontier
-from dpo_jax.folders import VARIANTS
 from dpo_jax.records import UserError
+from dpo_jax.settings import Frontier
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def parse(tmp_path, text="", *argv):
     file = tmp_path / "one.yaml"
     file.write_text(text or "{}")
-    return config.parse(Config, str(file), argv, prog="dpo-jax train", variants=VARIANTS)
+    return config.parse(Config, str(file), argv, prog="dpo-jax train")
 
 
 OF_EVERY_TERM = {
@@ -65,9 +64,9 @@ def test_a_list_of_losses(tmp_path):
     assert c.loss == (dpo, {"name": "sft", "reduction": "mean"} | OF_EVERY_TERM | {"weight": 2.0})
     file = tmp_path / "dumped.yaml"
     file.write_text(keys.dump(c))
-    again = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+    again = config.parse(Config, str(file), [], prog="x")
     assert again == c
-    other = config.parse(Config, str(file), ["--loss.1.reduction", "sum"], prog="x", variants=VARIANTS)
+    other = config.parse(Config, str(file), ["--loss.1.reduction", "sum"], prog="x")
     assert keys.difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
 
 
@@ -110,7 +109,7 @@ def test_dump_reads_back(tmp_path):
     c = parse(tmp_path, "data: {path: [a b, c]}\nsamples: {top_k: 3}\nrun: runs/x")
     file = tmp_path / "dumped.yaml"
     file.write_text(keys.dump(c))
-    assert config.parse(Config, str(file), [], prog="x", variants=VARIANTS) == c
+    assert config.parse(Config, str(file), [], prog="x") == c
 
 
 @pytest.mark.parametrize(
@@ -137,7 +136,7 @@ def test_mistakes_are_one_line(tmp_path, text, argv, message):
 
 def test_missing_file():
     with pytest.raises(UserError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
-        config.parse(Config, "nowhere.yaml", [], prog="x", variants=VARIANTS)
+        config.parse(Config, "nowhere.yaml", [], prog="x")
 
 
 def test_difference_names_keys(tmp_path):
@@ -150,21 +149,21 @@ RUNS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.start
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda p: p.stem)
 def test_every_config_reads(file):
-    c = config.parse(Config, str(file), [], prog="x", variants=VARIANTS)
+    c = config.parse(Config, str(file), [], prog="x")
     assert bool(c.model.path) != bool(c.model.config)
     assert 0 < c.optim["learning_rate"] < 0.01
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("frontier_*.yaml")), ids=lambda p: p.stem)
 def test_every_frontier_reads(file):
-    c = config.parse(Frontier, str(file), [], prog="x", variants=VARIANTS)
+    c = config.parse(Frontier, str(file), [], prog="x")
     assert c.model.path.endswith(".yaml")
     assert c.max_steps >= c.eval_every
 
 
-def test_help_names_every_key(tmp_path, capsys):
+def test_help_names_every_key(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(tmp_path, "", "--help")
+        config.show_help(Config, None, [], prog="dpo-jax train")
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for key in ("--loss.beta", "--optim.warmup_steps", "--data.max_prompt_length", "--max_steps", "--mesh.fsdp"):

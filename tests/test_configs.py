@@ -11,9 +11,9 @@ from dpo_jax import config, losses, models, optim, rewards, sharding
 from dpo_jax.config import Config
 from dpo_jax.data import pack
 from dpo_jax.experiments import frontier, setup
-from dpo_jax.folders import VARIANTS
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.records import Batch
+from dpo_jax.settings import Frontier
 from dpo_jax.step import init_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def abstract_batch(shape, responses):
 
 
 def read(name, kind=Config):
-    return config.parse(kind, str(ROOT / f"configs/{name}.yaml"), [], prog="x", variants=VARIANTS)
+    return config.parse(kind, str(ROOT / f"configs/{name}.yaml"), [], prog="x")
 
 
 def traced(c, name):
@@ -116,7 +116,7 @@ def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
 def test_the_papers_frontier_is_22_runs_each_of_which_traces(monkeypatch):
     asked = []  # in the place of a model of the hub
     monkeypatch.setattr(rewards, "classifier", asked.append)
-    settings = read("paper/frontier", setup.Frontier)
+    settings = read("paper/frontier", Frontier)
     setup.check(settings)
     assert asked == ["siebert/sentiment-roberta-large-english#POSITIVE"]
     jobs = frontier.jobs(settings)
@@ -132,6 +132,6 @@ def test_the_papers_frontier_is_22_runs_each_of_which_traces(monkeypatch):
 
 def test_frontiers_are_read():
     for file in (ROOT / "configs").glob("frontier*.yaml"):
-        settings = read(file.stem, setup.Frontier)
+        settings = read(file.stem, Frontier)
         assert len(frontier.jobs(settings)) == 22
         assert settings.data.max_prompt_length + settings.max_new_tokens < settings.data.max_length

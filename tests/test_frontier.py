@@ -15,9 +15,9 @@ from dpo_jax.experiments import draws, frontier, measure, offline
 from dpo_jax.experiments.frontier import BestOf, Found, Job
 from dpo_jax.experiments.measure import Point, World
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.setup import Frontier
 from dpo_jax.models import hf
 from dpo_jax.records import Tokens, UserError
+from dpo_jax.settings import Frontier
 
 TOKENIZER = synthetic.tokenizer()
 CONFIG = {

@@ -12,8 +12,9 @@ import pytest
 
 from dpo_jax.records import UserError
 from dpo_jax.rewards import judge as judging
-from dpo_jax.rewards.endpoint import Client, Endpoint
+from dpo_jax.rewards.endpoint import Client
 from dpo_jax.rewards.judge import Match, Verdict
+from dpo_jax.settings import Endpoint
 
 SECRET = "sk-0123456789"  # of no real service
 

@@ -8,7 +8,6 @@ import pytest
 from dpo_jax import cli, optim, plan, prepare, sharding
 from dpo_jax.config import Config, parse
 from dpo_jax.data import pack
-from dpo_jax.folders import VARIANTS
 from dpo_jax.records import UserError
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -25,7 +24,7 @@ def config_of(tmp_path):
 
     def config_of(*options):
         fixed = ("--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8")
-        return parse(Config, None, [*fixed, *options], prog="x", variants=VARIANTS)
+        return parse(Config, None, [*fixed, *options], prog="x")
 
     return config_of
 

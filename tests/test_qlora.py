@@ -16,7 +16,6 @@ from dpo_jax import cli, loading, optim, plan, prepare, sharding
 from dpo_jax.config import Config, parse
 from dpo_jax.data import pack, synthetic
 from dpo_jax.data.table import Table
-from dpo_jax.folders import VARIANTS
 from dpo_jax.models import build, hf, lora, qlora
 from dpo_jax.models.quantised import Quantised, quantise, whole
 from dpo_jax.prepare import layer_by_layer
@@ -120,7 +119,7 @@ def table():
 def config_of(folder, *options):
     fixed = ["--model.path", str(folder), "--data.max_length", "32", "--batch_size", "16", "--lora.rank", "2"]
     fixed += ["--optim.learning_rate", "1e-2", "--optim.warmup_steps", "0"]
-    return parse(Config, None, [*fixed, *options], prog="x", variants=VARIANTS)
+    return parse(Config, None, [*fixed, *options], prog="x")
 
 
 def two_steps(config, table, base, adapters):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import report
+from dpo_jax import drawing, report
 from dpo_jax.records import UserError
 
 HOSTILE = "<script>alert('x')</script> & $\\frac{1}{2}$"
@@ -125,7 +125,7 @@ def test_two_runs_are_overlaid_and_their_differences_named(tmp_path):
     assert ["loss.beta", "0.1", "0.5"] in shown.rows
     assert not [row for row in shown.rows if row[0] in ("seed", "loss.name")]
     assert shown.tags.count("svg") == 8
-    for colour in report.COLOURS[:2]:
+    for colour in drawing.COLOURS[:2]:
         assert text.count(colour) >= 8 + 1  # in every figure and in the legend
 
 

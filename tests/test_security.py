@@ -17,8 +17,6 @@ from dpo_jax.data import stream
 from dpo_jax.models import hf, weights
 from dpo_jax.records import UserError
 
-VARIANTS = folders.VARIANTS
-
 # Model folders.
 
 ELSEWHERE = ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "weights.bin"]
@@ -116,7 +114,7 @@ def test_a_run_folder_from_which_a_link_leads_is_refused(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
     settings = Config(run=str(run), optim={"name": "rmsprop", "learning_rate": 1e-6})
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text(keys.dump(config.parse(Config, None, [], prog="x", variants=VARIANTS)))
+    (run / "config.yaml").write_text(keys.dump(config.parse(Config, None, [], prog="x")))
     outside.mkdir()
     if name == "checkpoints":
         (run / "checkpoints").rmdir()
@@ -189,9 +187,7 @@ def assert_only_user_errors(function):
 @given(content=st.one_of(st.binary(max_size=200), yaml_like.map(lambda parts: "".join(parts).encode())))
 def test_whatever_is_in_a_config_ends_in_a_config_or_one_line(tmp_path, content):
     (tmp_path / "x.yaml").write_bytes(content)
-    assert_only_user_errors(
-        lambda: config.parse(Config, str(tmp_path / "x.yaml"), [], prog="dpo-jax train", variants=VARIANTS)
-    )
+    assert_only_user_errors(lambda: config.parse(Config, str(tmp_path / "x.yaml"), [], prog="dpo-jax train"))
 
 
 @FUZZ
@@ -200,7 +196,7 @@ def test_whatever_is_in_a_config_ends_in_a_config_or_one_line(tmp_path, content)
 )
 def test_whatever_arguments_end_in_a_config_or_one_line(argv):
     if not any("help" in a for a in argv):
-        assert_only_user_errors(lambda: config.parse(Config, None, argv, prog="dpo-jax train", variants=VARIANTS))
+        assert_only_user_errors(lambda: config.parse(Config, None, argv, prog="dpo-jax train"))
 
 
 values = st.recursive(

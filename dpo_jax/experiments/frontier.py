@@ -23,9 +23,10 @@ from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws, offline, optimum, ppo, setup
 from dpo_jax.experiments.measure import Point, score
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.setup import Frontier, Shared
+from dpo_jax.experiments.setup import Shared
 from dpo_jax.metrics import mean_interval
 from dpo_jax.records import Array, UserError
+from dpo_jax.settings import Frontier
 
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax import assemble, data, optim, rewards, sharding
-from dpo_jax.config import Data, Model
+from dpo_jax.config import Data
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws
@@ -18,94 +17,10 @@ from dpo_jax.experiments.measure import Column, Point, World, column_of, measure
 from dpo_jax.models import hf
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, UserError
+from dpo_jax.settings import Frontier
 
 DRAWS = 256  # completions that are sampled at a time, at most
 UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # of Data, in which pairs are read
-
-
-@dataclass(frozen=True)
-class Best:
-    """The exact optimum, from the reference's own completions."""
-
-    samples: int = 256
-    """Completions of each held-out prompt, from which the best of N are too."""
-    betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
-    """The betas at which it is wanted."""
-
-
-@dataclass(frozen=True)
-class Online:
-    """PPO, with the learned reward or the true one."""
-
-    learning_rate: float = 1.41e-5
-    """Of Adam in the first step; it falls in a line to 0."""
-    rollouts: int = 256
-    """Completions of a step."""
-    max_steps: int = 100
-    """Steps of each run."""
-    eval_every: int = 25
-    """Steps between measurements."""
-    init_kl_coef: float = 0.2
-    """The price of a nat of KL at the start, which then follows the target."""
-    horizon: float = 10_000.0
-    """Completions in which it is corrected."""
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """The learned reward of PPO: Bradley-Terry on the pairs, from the reference with a scalar head."""
-
-    learning_rate: float = 1e-5
-    """Of AdamW."""
-    epochs: int = 1
-    """Passes over the pairs."""
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """The paper's figure 2 (left): reward against KL, of each method at several strengths."""
-
-    reward: str
-    """The true reward of a completion: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER,
-    classifier:FOLDER#LABEL or module:function."""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
-    prompts: int | None = None
-    """Distinct training prompts of whose completions the pairs are made (None: all)."""
-    completions: int = 4
-    """Completions of each of them; 4 make 6 pairs (paper, appendix C.1)."""
-    label: Literal["bradley_terry", "ranked", "best_worst"] = "bradley_terry"
-    """How a pair is labelled, as in dpo-jax pairs."""
-    max_new_tokens: int = 64
-    """Longest completion; all are drawn at temperature 1."""
-    dpo: tuple[float, ...] = (0.05, 0.1, 1.0, 5.0)
-    """Betas of DPO."""
-    ppo: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0)
-    """Target KLs of PPO with the learned reward."""
-    ppo_gt: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0)
-    """Target KLs of PPO with the true reward."""
-    unlikelihood: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
-    """Alphas of unlikelihood."""
-    preferred_ft: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Seeds of fine-tuning on the chosen responses."""
-    best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
-    """The best of so many completions of the reference."""
-    optimum: Best = field(default_factory=Best)
-    online: Online = field(default_factory=Online)
-    reward_model: RewardModel = field(default_factory=RewardModel)
-    batch_size: int = 64
-    """Pairs in a step."""
-    max_steps: int = 100
-    """Steps of each run on pairs."""
-    eval_every: int = 25
-    """Steps between measurements."""
-    eval_prompts: int = 256
-    """Distinct held-out prompts, from each of which every policy is sampled once."""
-    run: str = ""
-    """The folder of what is found; by default runs/<name of the config>."""
-    seed: int = 0
-    """Of everything random."""
 
 
 class Shared(NamedTuple):

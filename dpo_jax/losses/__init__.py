@@ -22,15 +22,13 @@ from dpo_jax.losses.metrics import averages, length_bias
 from dpo_jax.losses.registry import REGISTRY, Entry
 from dpo_jax.records import Array, Logps, UserError
 
-__all__ = ["FUNCTIONS", "REGISTRY", "Loss", "averages", "build", "length_bias"]
+__all__ = ["OPTIONS", "REGISTRY", "Loss", "averages", "build", "length_bias"]
 
 for _module in ("pairwise", "anchored", "batchwise", "unpaired", "ranked", "reference_free", "likelihood", "reward"):
     importlib.import_module(f"dpo_jax.losses.{_module}")
 
 Term = Mapping[str, Any]  # the name of a loss and its options
 OPTIONS = (terms.transformed, terms.weighted)  # whose keyword-only parameters every term has
-FUNCTIONS: dict[str, tuple[Callable, ...]] = {name: (entry.function, *OPTIONS) for name, entry in REGISTRY.items()}
-"""name -> the functions whose keyword-only parameters are its options."""
 
 
 class Loss(NamedTuple):
@@ -126,7 +124,7 @@ def _bind(name: str, **given: Any) -> _Bound:
     if name not in REGISTRY:
         raise UserError(f"loss.name: unknown loss {name!r}; known: {', '.join(sorted(REGISTRY))}")
     entry = REGISTRY[name]
-    groups = [_defaults(function) for function in FUNCTIONS[name]]
+    groups = [_defaults(function) for function in (entry.function, *OPTIONS)]
     known = [key for group in groups for key in group]
     for key, value in given.items():
         owner = next((group for group in groups if key in group), None)

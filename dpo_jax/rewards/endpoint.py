@@ -18,43 +18,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.records import UserError
+from dpo_jax.settings import Endpoint
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the same request may succeed
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
 SAID = 300  # characters of a server's message that an error repeats
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A model behind an OpenAI-compatible interface."""
-
-    model: str = ""
-    """Its name there."""
-    base_url: str = "https://api.openai.com/v1"
-    """Where the interface is; a local server's may be http://localhost:8000/v1."""
-    key: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; where it is not set, none is sent."""
-    body: tuple[str, ...] = ("temperature=0", "max_tokens=300")
-    """Further fields of a request, name=value."""
-    parallel: int = 8
-    """Requests under way at a time."""
-    per_minute: float | None = None
-    """Most requests a minute."""
-    retries: int = 6
-    """Further tries of a request that fails in passing, after 1, 2, 4, ... seconds or as the server asks."""
-    timeout: float = 120.0
-    """Seconds to wait for an answer."""
-    price_in: float | None = None
-    """Of a million tokens read, in the currency of max_cost."""
-    price_out: float | None = None
-    """Of a million tokens written."""
-    max_cost: float | None = None
-    """What one call of the command may cost; requests already under way then are finished."""
 
 
 class Answer(NamedTuple):

@@ -1,64 +1,26 @@
-"""`dpo-jax data`, and what the commands share."""
+"""`dpo-jax data`: what data is before anything is trained on it."""
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import assemble, config, data, data_page, folders, loading, losses, metrics, processes
+from dpo_jax import assemble, config, data, data_page, folders, loading, losses, metrics
 from dpo_jax.config import Config
 from dpo_jax.data import Item, audit, cache
 from dpo_jax.data.encode import Options
 from dpo_jax.data.shortcuts import Shortcut, shortcuts
-from dpo_jax.models import hf
-from dpo_jax.records import UserError
-
-
-def say(line: str) -> None:
-    """Prints a line at once; of several processes, only the first does."""
-    if processes.first():
-        print(line, flush=True)
-
-
-def leading(argv: list[str], command: str, *names: str) -> tuple[list[str], list[str]]:
-    """Returns the arguments before the first option, one for each name, and the rest."""
-    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    if "--help" in argv and first < len(names):
-        return ["" for _ in names], argv
-    if first != len(names):
-        raise UserError(f"dpo-jax {command} takes {' and '.join(names)}, then options; given: {argv[:first]}")
-    return argv[:first], argv[first:]
-
-
-def settings_of(path: str, argv: list[str], kind: type, command: str) -> Any:
-    """Returns the config of a run with overrides, or the overrides alone for a model folder."""
-    prog = f"dpo-jax {command} RUN_OR_MODEL"
-    if folders.is_run(path):
-        return folders.config_of(path, argv, kind, prog)
-    settings = config.parse(kind, None, argv, prog=prog, variants=folders.VARIANTS)
-    model = dataclasses.replace(settings.model, path=str(hf.model_folder(path)))
-    return dataclasses.replace(settings, model=model)
-
-
-@dataclass(frozen=True)
-class Look(Config):
-    """A run's config, and how to show its data."""
-
-    out: str = ""
-    """The page; by default runs/<name of the config>.data.html."""
-    show: int = 4
-    """Comparisons shown as the model sees them."""
+from dpo_jax.settings import Look
+from dpo_jax.terminal import leading, say
 
 
 def data_command(argv: list[str]) -> None:
     """`dpo-jax data CONFIG.yaml [--out FILE.html] [--show N] [--key.path value ...]`."""
     (file,), rest = leading(argv, "data", "CONFIG.yaml")
     prog = "dpo-jax data CONFIG.yaml"
-    settings = config.parse(Look, file or None, rest, prog=prog, variants=folders.VARIANTS)
+    settings = config.parse(Look, file or None, rest, prog=prog)
     assemble.check(settings)
     tokenizer = loading.tokenizer_of(_first_model(settings.model))
     train, held_out = assemble.comparisons(settings.data, assemble.responses_of(settings, losses.build(settings.loss)))
@@ -74,7 +36,7 @@ def data_command(argv: list[str]) -> None:
 def _first_model(model: config.Model) -> config.Model:
     """The model section whose tokenizer a run has: its own, or that of the YAML from which it starts."""
     while not model.tokenizer and model.path.endswith((".yaml", ".yml")):
-        parsed = config.parse(Config, model.path, [], prog="dpo-jax data", variants=folders.VARIANTS)
+        parsed = config.parse(Config, model.path, [], prog="dpo-jax data")
         model = parsed.model
     return model
 

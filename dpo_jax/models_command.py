@@ -1,0 +1,22 @@
+"""`dpo-jax models`: the families of models that can be loaded."""
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dpo_jax.models import described
+from dpo_jax.terminal import leading, say
+
+
+def models_command(argv: list[str]) -> None:
+    """`dpo-jax models`."""
+    leading(argv, "models")
+    grid = Grid("model_type", "class in transformers", "what it is")
+    for row in described():
+        grid.add_row(*row)
+    Console().print(grid)
+    say(
+        "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
+        "Rotary positions: default, linear, llama3. What else a config.json asks for is refused by its key.\n"
+        "To add one: a file dpo_jax/models/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
+        "row in tests/tiny.py, from which the tests compare it with transformers."
+    )
