@@ -63,7 +63,7 @@ def sample(
     for chosen, numbers in _batches([len(p) for p in prompts], copies, batch_size):
         tokens, group = _pad([np.asarray(prompts[i]) for i in chosen], len(numbers))
         new, lengths = _generate(
-            (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
+            (model.prefill, model.apart, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
             numbers.ravel(), key, temperature, top_p,
         )  # fmt: skip
         new, lengths = processes.fetch((new, lengths))
@@ -125,26 +125,27 @@ def filtered(logits: Array, top_k: int | None, top_p: Array | float | None) -> A
     return logits
 
 
-def choose(logits: Array, keys: Array, filters: _Filters, temperature: Array | float, top_p: Array | None) -> Array:
+def choose(logits: Array, keys: Array, filters: _Filters, top_p: Array | None) -> Array:
     """Returns the next token int32[B] of each row of logits float32[B, V], drawn with the row's own key."""
     if not filters.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return drawn(filtered(logits / temperature, filters.top_k, top_p), keys)
+    return drawn(filtered(logits, filters.top_k, top_p), keys)
 
 
 def drawn(logits: Array, keys: Array) -> Array:
     """Returns a token int32[B] of each row of logits float32[B, V], drawn with probability softmax(logits).
 
     First a block of tokens is drawn by its sum, then one of the block: two random numbers a row, where the usual way
-    of adding noise to every logit takes V.
+    of adding noise to every logit takes V. The tokens of a block lie V / BLOCK apart, so that neighbours are added to
+    neighbours; their exponentials are computed once for the sum and again for the block that is drawn, never stored.
     """
-    vocab = logits.shape[-1]
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(len(logits), -1, BLOCK)
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % BLOCK)), constant_values=-jnp.inf)
+    blocks = logits.reshape(len(logits), BLOCK, -1)
+    top = blocks.max((1, 2), keepdims=True)
     numbers = jax.vmap(partial(jax.random.uniform, shape=(2,)))(keys)
-    block = _reached(blocks.sum(-1), numbers[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _reached(inside, numbers[:, 1])
+    block = _reached(jnp.exp(blocks - top).sum(1), numbers[:, 0])
+    inside = jnp.exp(jnp.take_along_axis(blocks, block[:, None, None], axis=2) - top)[..., 0]
+    return block + blocks.shape[2] * _reached(inside, numbers[:, 1])
 
 
 def _reached(weights: Array, fraction: Array) -> Array:
@@ -171,32 +172,42 @@ def _generate(
 ) -> tuple[Array, Array]:
     """Returns new tokens [B, N] and how many of each row are meant; prompts [P, T] end at the right, and the
     continuations `numbers` [B] of a prompt follow each other."""
-    prefill, decode, head = functions
+    prefill, apart, decode, head = functions
     rows, copies = len(numbers), len(numbers) // len(tokens)
     sizes = jnp.repeat(group.sum(-1), copies)
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
-        weight = head(params).astype(hidden.dtype)
-        logits = capped(jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32), filters.cap)
+        logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = capped(logits, cap).at[:, vocab:].set(-jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
-        token = choose(logits, keys, filters, temperature, top_p)
+        token = choose(logits, keys, filters, top_p)
         ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
         out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
         return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
 
     def step(state: _State) -> _State:
         before = state.made - 1  # the newest token is not yet in the cache
-        hidden, cache = decode(params, state.last, sizes + before, state.cache, group > 0, before)
+        hidden, cache = decode(layers, state.last, sizes + before, state.cache, group > 0, before)
         return pick(state, hidden, cache)
 
     positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
     hidden, cache = prefill(params, tokens, positions, group, copies, new_tokens)
+    layers, (weight, vocab), cap = apart(params), _padded(head(params)), filters.cap
+    if filters.random:  # logits are divided by it once for all tokens
+        weight, cap = weight / temperature, None if cap is None else cap / temperature
+    weight = weight.astype(hidden.dtype)
     zeros = jnp.zeros(rows, jnp.int32)
     first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
     state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
     state = jax.lax.while_loop(lambda s: (s.made < new_tokens) & s.alive.any(), step, state)
     return state.out, state.lengths
+
+
+def _padded(weight: Array) -> tuple[Array, int]:
+    """Returns a head [V, D] with rows of zeros, so that blocks of its tokens are full, and V."""
+    vocab = len(weight)
+    return jnp.pad(weight, ((0, -vocab % BLOCK), (0, 0))), vocab
 
 
 def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

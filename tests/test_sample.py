@@ -185,7 +185,7 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
     filters = sampling._Filters(True, top_k)  # noqa: SLF001
-    tokens = choose(jnp.repeat(LOGITS, count, axis=0), keys, filters, temperature, None)
+    tokens = choose(jnp.repeat(LOGITS / temperature, count, axis=0), keys, filters, None)
     p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
     if top_k:
         p[np.argsort(p)[:-top_k]] = 0
