@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import processes
-from dpo_jax.models import Model, capped
+from dpo_jax.models import Model, capped, grown
 from dpo_jax.records import Array, UserError
 
 MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+ROOM = 32  # tokens that the cache has room for at first; it doubles, for attention reads what is not used too
 BLOCK = 128  # tokens of the vocabulary that are drawn among together
 
 
@@ -192,7 +193,8 @@ def _generate(
         return pick(state, hidden, cache)
 
     positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
-    hidden, cache = prefill(params, tokens, positions, group, copies, new_tokens)
+    rooms = _rooms(max(1, new_tokens - 1))  # the last token is not read
+    hidden, cache = prefill(params, tokens, positions, group, copies, rooms[0])
     layers, (weight, vocab), cap = apart(params), _padded(head(params)), filters.cap
     if filters.random:  # logits are divided by it once for all tokens
         weight, cap = weight / temperature, None if cap is None else cap / temperature
@@ -200,8 +202,18 @@ def _generate(
     zeros = jnp.zeros(rows, jnp.int32)
     first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
     state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
-    state = jax.lax.while_loop(lambda s: (s.made < new_tokens) & s.alive.any(), step, state)
+    for room in rooms:
+        state = state._replace(cache=grown(state.cache, room))
+        state = jax.lax.while_loop(lambda s, most=room + 1: (s.made < most) & s.alive.any(), step, state)
     return state.out, state.lengths
+
+
+def _rooms(most: int) -> list[int]:
+    """Returns the sizes that a cache has one after another until there is room for `most` tokens."""
+    sizes = [ROOM]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], most]
 
 
 def _padded(weight: Array) -> tuple[Array, int]:

@@ -15,11 +15,11 @@ from flax import linen as nn
 from dpo_jax.models import score
 from dpo_jax.models.architecture import Architecture, Config
 from dpo_jax.models.attention import capped, capped_slope
-from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder, grown
 from dpo_jax.records import Array, UserError
 
 __all__ = ["Architecture", "Cache", "Model", "architecture_of", "build", "capped", "capped_slope"]
-__all__ += ["described", "families", "family"]
+__all__ += ["described", "families", "family", "grown"]
 
 COMPUTE = ("float32", "bfloat16")
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}  # nobody means a family of a similar name

@@ -21,6 +21,16 @@ from dpo_jax.records import Array
 # Of each layer keys and values of prompts [P, K, T, d], then of what follows them [B, K, N, d], in the compute dtype.
 Cache = tuple[tuple[Array, ...], ...]
 
+
+def grown(cache: Cache, room: int) -> Cache:
+    """Returns a cache with room for so many own tokens of each sequence."""
+
+    def one(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
+
+    return tuple((keys, values, one(own_keys), one(own_values)) for keys, values, own_keys, own_values in cache)
+
+
 # What the backward pass keeps, by name; the rest is computed again.
 POLICIES: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
