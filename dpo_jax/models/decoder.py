@@ -128,7 +128,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, cache: tuple[Array, ...] | None, window: Array | None, context: Context
     ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Returns the residual x [R, T, D] after the layer and, if `keep`, its tokens' keys and values, or the cache."""
+        """Returns the residual x [R, T, D] after the layer and, if `keep`, what `_attention` keeps."""
         a = self.architecture
 
         def norm(x: Array, name: str, wanted: bool) -> Array:
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         return x
 
     def _one_by_one(self, x: Array, cache: Cache, windows: Array | None, context: Context) -> tuple[Array, Cache]:
-        """Runs the layers unrolled: a scan would copy each layer's parameters and cache out of a stack at each token."""
+        """Runs the layers unrolled: a scan would copy parameters and cache of each out of a stack at every token."""
         block, kept = Block(self.architecture, self.keep, parent=None), []
         for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
             x, new = block.apply({"params": params}, x, old, None if windows is None else windows[i], context)
