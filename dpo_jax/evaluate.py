@@ -154,7 +154,7 @@ def distinct_prompts(table: Table, count: int) -> list[Array]:
 def complete(judge: Judge, prompts: list[Array], **options: Any) -> dict[str, list[Array]]:
     """Returns each model's completions of the same prompts from the same seed; options as for `sample`."""
     draw = partial(sample, judge.model, prompts=prompts, batch_size=judge.batch_size, **options)
-    return {who: draw(jax.device_put(params)) for who, params in judge.params.items()}
+    return {who: draw(params) for who, params in judge.params.items()}
 
 
 def kl(judge: Judge, prompts: list[Array], completions: list[Array]) -> np.ndarray:

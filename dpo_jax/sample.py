@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import processes
-from dpo_jax.models import Model, capped
+from dpo_jax import processes, sharding
+from dpo_jax.models import Model, capped, grown
 from dpo_jax.records import Array, UserError
 
 MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+ROOM = 32  # tokens that the cache has room for at first; it grows fourfold, for attention reads what is not used too
 BLOCK = 128  # tokens of the vocabulary that are drawn among together
 
 
@@ -33,11 +34,14 @@ def sample(
     """Continues each prompt until an end-of-sequence token, as often as `copies` says.
 
     The prompt is read once for all its copies. The random numbers of a continuation depend on the seed and its place in
-    the result only, not on the batch it is in: copies are as the same prompt given so often.
+    the result only, not on the batch it is in or on the device: copies are as the same prompt given so often.
+
+    Prompts are spread over the devices on which the parameters lie, or over all of this process if they lie on none;
+    few prompts, with their copies in parts. Parameters are copied once for each batch, in the compute dtype.
 
     Args:
       model: the architecture's pure functions.
-      params: its parameters.
+      params: its parameters; of several processes that share a mesh, all call this with the same prompts.
       prompts: ids, at least one each.
       copies: continuations of each prompt.
       max_new_tokens: tokens after which a continuation is cut.
@@ -46,7 +50,7 @@ def sample(
       top_p: draw among the fewest likeliest tokens that hold this much probability only.
       eos_id: the token, or tokens, that end a text.
       seed: of the random numbers.
-      batch_size: continuations at a time.
+      batch_size: continuations at a time, on all devices together.
 
     Returns:
       int32 ids of each continuation, those of a prompt together, without the prompt, with the end-of-sequence token if
@@ -59,35 +63,34 @@ def sample(
     ends = tuple(np.atleast_1d(eos_id).tolist())
     key = jax.random.key(seed)
     filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
+    functions = model.prefill, model.apart, model.decode, model.head
+    mesh, params = sharding.placed(params)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
-    for chosen, numbers in _batches([len(p) for p in prompts], copies, batch_size):
-        tokens, group = _pad([np.asarray(prompts[i]) for i in chosen], len(numbers))
-        new, lengths = _generate(
-            (model.prefill, model.decode, model.head), max_new_tokens, filters, ends, params, tokens, group,
-            numbers.ravel(), key, temperature, top_p,
-        )  # fmt: skip
-        new, lengths = processes.fetch((new, lengths))
+    for chosen, numbers in _batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh)):
+        rows = (*_pad([np.asarray(prompts[i]) for i in chosen], len(numbers)), numbers)
+        made = _generate(mesh, functions, max_new_tokens, filters, ends, params, rows, (key, temperature, top_p))
+        new, lengths = processes.fetch(made)
         for row, number in enumerate(numbers.ravel()):
             if number >= 0:
                 out[number] = new[row, : lengths[row]]
     return out
 
 
-def _batches(lengths: list[int], copies: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(lengths: list[int], copies: int, batch_size: int, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields places of prompts, and the places of their continuations int32[prompts, continuations], -1 where none is.
 
-    Every batch has the same shape, and prompts of like lengths are together, for the least padding.
+    Every batch has the same shape, so many prompts that each device has as many, and prompts of like lengths are
+    together, for the least padding. A prompt occurs again where its copies are too many for one place.
     """
-    many = min(copies, batch_size)
-    few = max(1, min(batch_size // many, len(lengths)))
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), few):
-        chosen = order[start : start + few]
-        for first in range(0, copies, many):
-            numbers = np.full((few, many), -1, np.int32)
-            those = np.arange(first, min(first + many, copies))
-            numbers[: len(chosen), : len(those)] = chosen[:, None] * copies + those
-            yield chosen, numbers
+    many = min(copies, batch_size, -(-len(lengths) * copies // devices))
+    places = [(prompt, first) for prompt in np.argsort(lengths, kind="stable") for first in range(0, copies, many)]
+    few = -(-max(1, min(batch_size // max(many, 1), len(places))) // devices) * devices
+    for start in range(0, len(places), few):
+        chosen, first = np.transpose(places[start : start + few])
+        numbers = np.full((few, many), -1, np.int32)
+        copy = first[:, None] + np.arange(many)
+        numbers[: len(chosen)] = np.where(copy < copies, chosen[:, None] * copies + copy, -1)
+        yield chosen, numbers
 
 
 class _Filters(NamedTuple):
@@ -125,26 +128,27 @@ def filtered(logits: Array, top_k: int | None, top_p: Array | float | None) -> A
     return logits
 
 
-def choose(logits: Array, keys: Array, filters: _Filters, temperature: Array | float, top_p: Array | None) -> Array:
+def choose(logits: Array, keys: Array, filters: _Filters, top_p: Array | None) -> Array:
     """Returns the next token int32[B] of each row of logits float32[B, V], drawn with the row's own key."""
     if not filters.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return drawn(filtered(logits / temperature, filters.top_k, top_p), keys)
+    return drawn(filtered(logits, filters.top_k, top_p), keys)
 
 
 def drawn(logits: Array, keys: Array) -> Array:
     """Returns a token int32[B] of each row of logits float32[B, V], drawn with probability softmax(logits).
 
     First a block of tokens is drawn by its sum, then one of the block: two random numbers a row, where the usual way
-    of adding noise to every logit takes V.
+    of adding noise to every logit takes V. The tokens of a block lie V / BLOCK apart, so that neighbours are added to
+    neighbours; their exponentials are computed once for the sum and again for the block that is drawn, never stored.
     """
-    vocab = logits.shape[-1]
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(len(logits), -1, BLOCK)
+    logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % BLOCK)), constant_values=-jnp.inf)
+    blocks = logits.reshape(len(logits), BLOCK, -1)
+    top = blocks.max((1, 2), keepdims=True)
     numbers = jax.vmap(partial(jax.random.uniform, shape=(2,)))(keys)
-    block = _reached(blocks.sum(-1), numbers[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _reached(inside, numbers[:, 1])
+    block = _reached(jnp.exp(blocks - top).sum(1), numbers[:, 0])
+    inside = jnp.exp(jnp.take_along_axis(blocks, block[:, None, None], axis=2) - top)[..., 0]
+    return block + blocks.shape[2] * _reached(inside, numbers[:, 1])
 
 
 def _reached(weights: Array, fraction: Array) -> Array:
@@ -155,48 +159,84 @@ def _reached(weights: Array, fraction: Array) -> Array:
     return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(
+    mesh: Any,
     functions: tuple[Callable[..., Any], ...],
     new_tokens: int,
     filters: _Filters,
     ends: tuple[int, ...],
     params: Any,
-    tokens: Array,
-    group: Array,
-    numbers: Array,
-    key: Array,
-    temperature: Array,
-    top_p: Array | None,
+    rows: tuple[Array, Array, Array],
+    others: tuple[Array, Array, Array | None],
 ) -> tuple[Array, Array]:
-    """Returns new tokens [B, N] and how many of each row are meant; prompts [P, T] end at the right, and the
-    continuations `numbers` [B] of a prompt follow each other."""
-    prefill, decode, head = functions
-    rows, copies = len(numbers), len(numbers) // len(tokens)
+    """Returns `_continued` of rows that are spread over the devices of a mesh."""
+    return sharding.apart(mesh, partial(_continued, functions, new_tokens, filters, ends))(params, rows, others)
+
+
+def _continued(
+    functions: tuple[Callable[..., Any], ...],
+    new_tokens: int,
+    filters: _Filters,
+    ends: tuple[int, ...],
+    params: Any,
+    rows: tuple[Array, Array, Array],
+    others: tuple[Array, Array, Array | None],
+) -> tuple[Array, Array]:
+    """Returns new tokens [B, N] and how many of each row are meant.
+
+    `rows` are tokens and group of prompts [P, T], which end at the right, and the numbers [P, B / P] of their
+    continuations; `others` are the key, the temperature and top_p.
+    """
+    prefill, apart, decode, head = functions
+    (tokens, group, numbers), (key, temperature, top_p) = rows, others
+    copies, numbers = numbers.shape[1], numbers.ravel()
     sizes = jnp.repeat(group.sum(-1), copies)
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
-        weight = head(params).astype(hidden.dtype)
-        logits = capped(jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32), filters.cap)
+        logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = capped(logits, cap).at[:, vocab:].set(-jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
-        token = choose(logits, keys, filters, temperature, top_p)
+        token = choose(logits, keys, filters, top_p)
         ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
         out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
         return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
 
     def step(state: _State) -> _State:
         before = state.made - 1  # the newest token is not yet in the cache
-        hidden, cache = decode(params, state.last, sizes + before, state.cache, group > 0, before)
+        hidden, cache = decode(layers, state.last, sizes + before, state.cache, group > 0, before)
         return pick(state, hidden, cache)
 
     positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
-    hidden, cache = prefill(params, tokens, positions, group, copies, new_tokens)
-    zeros = jnp.zeros(rows, jnp.int32)
-    first = _State(jnp.int32(0), jnp.zeros((rows, new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
+    rooms = _rooms(max(1, new_tokens - 1))  # the last token is not read
+    hidden, cache = prefill(params, tokens, positions, group, copies, rooms[0])
+    layers, (weight, vocab), cap = apart(params), _padded(head(params)), filters.cap
+    if filters.random:  # logits are divided by it once for all tokens
+        weight, cap = weight / temperature, None if cap is None else cap / temperature
+    weight = weight.astype(hidden.dtype)
+    zeros = jnp.zeros_like(numbers)
+    first = _State(jnp.int32(0), jnp.zeros((len(numbers), new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
     state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
-    state = jax.lax.while_loop(lambda s: (s.made < new_tokens) & s.alive.any(), step, state)
+    for room in rooms:
+        state = state._replace(cache=grown(state.cache, room))
+        most = min(room + 1, new_tokens)
+        state = jax.lax.while_loop(lambda s, most=most: (s.made < most) & s.alive.any(), step, state)
     return state.out, state.lengths
+
+
+def _rooms(most: int) -> list[int]:
+    """Returns the sizes that a cache has one after another until there is room for `most` tokens."""
+    sizes = [ROOM]
+    while sizes[-1] < most:
+        sizes.append(4 * sizes[-1])
+    return [*sizes[:-1], most]
+
+
+def _padded(weight: Array) -> tuple[Array, int]:
+    """Returns a head [V, D] with rows of zeros, so that blocks of its tokens are full, and V."""
+    vocab = len(weight)
+    return jnp.pad(weight, ((0, -vocab % BLOCK), (0, 0))), vocab
 
 
 def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

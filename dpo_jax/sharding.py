@@ -225,6 +225,32 @@ def split_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
     return run
 
 
+def placed(params: Any) -> tuple[jax.sharding.Mesh, Any]:
+    """Returns the mesh on which parameters lie, and them; those that lie on none, whole on every device of this
+    process."""
+    for leaf in jax.tree.leaves(params):
+        where = getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES:
+            return where.mesh, params  # type: ignore[return-value]
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return mesh, jax.device_put(params, replicated(mesh))
+
+
+def apart(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """Returns `(params, rows, others) -> rows`, with rows on axis 0, made to run on all devices: each has its own rows
+    and sends nothing, so that it may end before the others. Parameters are made whole along `fsdp`, once; where
+    `tensor` splits them, devices have to send, so that they keep step."""
+    axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
+    split, same = PartitionSpec(axes), PartitionSpec()
+    if mesh.shape["tensor"] > 1:
+        laid = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, split))
+        return lambda params, rows, others: function(params, jax.tree.map(laid, rows), others)
+    if not axes:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=(same, split, same), out_specs=split, check_vma=False)
+
+
 def mapped_rows(mesh: jax.sharding.Mesh) -> Rows:
     """Returns how rows are shared under `pmap`; a mesh that splits parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:

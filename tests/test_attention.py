@@ -149,5 +149,8 @@ def test_cached_attention_is_the_last_row_of_packed_attention(window):
     own = [spare(x[:, prompt:-1].swapaxes(1, 2)) for x in rows[1:]]
     new = [x[:, -1:] for x in rows]
     cached = jax.jit(partial(cached_attention, scoring=scoring))
-    last = cached(*new, (*prompts, *own), Seen(group[:, :prompt] == 1, jnp.int32(7), window))
+    last, cache = cached(*new, (*prompts, *own), Seen(group[:, :prompt] == 1, jnp.int32(7), window))
     np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)
+    for kept, old, x in zip(cache, (*prompts, *own), (k, v, *rows[1:]), strict=True):
+        with_new = old if len(old) == 2 else old.at[:, :, 7].set(x[:, -1])
+        np.testing.assert_array_equal(kept, with_new)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from tiny import EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
 from dpo_jax import sample as sampling
-from dpo_jax.models import build, family, hf
+from dpo_jax import sharding
+from dpo_jax.models import build, capped, family, hf
 from dpo_jax.records import UserError
 from dpo_jax.sample import choose, filtered, sample
 
@@ -185,7 +187,7 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
     filters = sampling._Filters(True, top_k)  # noqa: SLF001
-    tokens = choose(jnp.repeat(LOGITS, count, axis=0), keys, filters, temperature, None)
+    tokens = choose(jnp.repeat(LOGITS / temperature, count, axis=0), keys, filters, None)
     p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
     if top_k:
         p[np.argsort(p)[:-top_k]] = 0
@@ -218,6 +220,91 @@ def test_what_has_no_probability_is_never_reached(fraction):
     weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     place = int(sampling._reached(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
     assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("gpt2", 0.5), ("gemma2", 2.0), ("gptj", 2.0)])
+def test_a_model_draws_with_its_probability_at_a_temperature(tmp_path, kind, temperature):
+    """First tokens by a chi-squared statistic against the softmax of the model's logits: of a plain head, of one whose
+    logits are capped, of one with a bias; of a vocabulary that is no multiple of a block, which is filled up."""
+    architecture, _, params = hf.load(folder_of(kind, tmp_path / kind, vocab_size=100))
+    model, count = build(architecture), 20_000
+    tokens = tokens_of(1, 6, vocab=100)
+    one = jnp.ones_like(tokens)
+    hidden = model.hidden(params, tokens, jnp.arange(6)[None], one, jnp.zeros_like(one))[0, -1]
+    logits = capped(hidden @ model.head(params).T, architecture.logit_cap)
+    p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+    options = {"max_new_tokens": 1, "temperature": temperature, "eos_id": (), "batch_size": count}
+    found = np.bincount(np.concatenate(sample(model, params, list(tokens), copies=count, **options)), minlength=100)
+    assert len(found) == 100
+    likely = count * p > 5
+    observed, expected = (np.append(x[likely], x[~likely].sum()) for x in (found, count * p))
+    statistic, free = ((observed - expected) ** 2 / np.maximum(expected, 1)).sum(), likely.sum()
+    assert likely.sum() > 10
+    assert statistic < free + 5 * np.sqrt(2 * free)
+
+
+def mesh_of(data, fsdp=1, tensor=1):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How the results of each batch lay on the devices: (number of devices, shape, shape of a device's part)."""
+    seen, fetch = [], sampling.processes.fetch
+
+    def look(arrays):
+        seen.extend((len(x.sharding.device_set), x.shape, x.addressable_shards[0].data.shape) for x in arrays[:1])
+        return fetch(arrays)
+
+    monkeypatch.setattr(sampling.processes, "fetch", look)
+    return seen
+
+
+@pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2)], ids=str)
+def test_samples_are_the_same_on_any_devices(models, made, sizes):
+    """Of parameters that are whole on 2 and on 4 devices, in four parts, and in two on either half of the devices."""
+    _, model, params = models("llama")
+    prompts, options = prompts_of(7, 33, 9, 20, 3), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "copies": 3}
+    alone = sample(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts, batch_size=8, **options)
+    mesh = mesh_of(*sizes)
+    laid = jax.device_put(params, sharding.of_params(mesh, model.axes, params))
+    made.clear()
+    spread = sample(model, laid, prompts, batch_size=8, **options)
+    assert [x.tolist() for x in spread] == [x.tolist() for x in alone]
+    rows = sharding.row_devices(mesh)
+    assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
+
+
+def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made):
+    _, model, params = models("llama")
+    options = {"max_new_tokens": NEW, "eos_id": EOS}
+    alone = sample(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7), copies=6, **options)
+    made.clear()
+    for where in (np.asarray, jnp.asarray):
+        spread = sample(model, jax.tree.map(where, params), prompts_of(7), copies=6, **options)
+        assert [x.tolist() for x in spread] == [x.tolist() for x in alone]
+    assert made == [(4, (8, NEW), (2, NEW))] * 2  # the copies of one prompt in four parts
+
+
+@pytest.mark.parametrize(
+    ("lengths", "copies", "batch_size", "devices", "shape", "count"),
+    [
+        ([5, 3, 4], 1, 8, 1, (3, 1), 1),
+        ([5, 3, 4], 4, 8, 1, (2, 4), 2),
+        ([5, 3, 4], 4, 8, 4, (4, 3), 2),  # 12 continuations, 3 a device: six places
+        ([5], 10, 32, 4, (4, 3), 1),
+        ([5], 10, 4, 1, (1, 4), 3),
+        ([5, 6], 7, 3, 2, (2, 3), 3),
+        ([], 2, 8, 4, None, 0),
+    ],
+)
+def test_every_continuation_has_one_place(lengths, copies, batch_size, devices, shape, count):
+    batches = list(sampling._batches(lengths, copies, batch_size, devices))  # noqa: SLF001
+    assert [numbers.shape for _, numbers in batches] == [shape] * count
+    owner = {n: p for chosen, numbers in batches for p, row in zip(chosen, numbers) for n in row if n >= 0}  # noqa: B905
+    assert owner == {n: n // copies for n in range(len(lengths) * copies)}
+    assert sum((numbers >= 0).sum() for _, numbers in batches) == len(owner)
 
 
 def test_no_prompts_give_no_texts(models):

@@ -15,12 +15,12 @@ from flax import linen as nn
 from dpo_jax.models import score
 from dpo_jax.models.architecture import Architecture, Config
 from dpo_jax.models.attention import capped, capped_slope, packed_attention
-from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder, grown
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, UserError
 
 __all__ = ["Architecture", "Cache", "Model", "architecture_of", "build", "capped", "capped_slope"]
-__all__ += ["described", "families", "family"]
+__all__ += ["described", "families", "family", "grown"]
 
 COMPUTE = ("float32", "bfloat16")
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}  # nobody means a family of a similar name
@@ -41,6 +41,8 @@ class Model(NamedTuple):
       prefill: (params, tokens, positions, group, copies, room) -> hidden [P, T, D] of P prompts, which end at the
         right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
         `group` 0 is padding.
+      apart: params -> the same as `decode` takes them: a list of layers, kernels in the compute dtype. A copy, made
+        once for many tokens.
       decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the tokens,
         before which each sequence has `place` others; `valid` bool[P, T] says which tokens of the prompts are some.
       axes: like params, but tuples with the logical name of each axis.
@@ -52,6 +54,7 @@ class Model(NamedTuple):
     hidden: Callable[..., Array]
     head: Callable[[Any], Array]
     prefill: Callable[[Any, Array, Array, Array, int, int], tuple[Array, Cache]]
+    apart: Callable[[Any], Any]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
     attention: str = CHUNKS
@@ -80,6 +83,7 @@ def build(architecture: Architecture, *, compute: str = "float32", remat: str = 
         hidden=partial(_hidden, decoder),
         head=partial(_head, architecture),
         prefill=partial(_prefill, keeping),
+        apart=partial(_apart, keeping),
         decode=partial(_decode, keeping),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
     )
@@ -107,17 +111,22 @@ def _prefill(decoder, params, tokens, positions, group, copies, room):
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
     keys, values = (x.swapaxes(2, 3) for x in kept)
     layers, prompts, kv_heads, _, dim = keys.shape
-    own = jnp.zeros((layers, prompts * copies, kv_heads, room, dim), keys.dtype)
-    return hidden, (keys, values, own, own)
+    own = jnp.zeros((prompts * copies, kv_heads, room, dim), keys.dtype)
+    return hidden, tuple((keys[i], values[i], own, own) for i in range(layers))
+
+
+def _apart(decoder: Decoder, params: Any) -> Any:
+    def one(path: Any, x: Array, layer: int) -> Array:
+        return x[layer].astype(decoder.compute) if path[-1].key == "kernel" else x[layer]
+
+    layers = range(decoder.architecture.layers)
+    return {**params, "layers": [jax.tree.map_with_path(partial(one, layer=i), params["layers"]) for i in layers]}
 
 
 def _decode(decoder, params, token, position, cache, valid, place):
     context = Context(place=place, mask=valid)
-    hidden, new = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
-    # The layers read the cache and return only their new entries, so that it is written once, in place.
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=3)
-    own = tuple(put(old, entry.swapaxes(2, 3)) for old, entry in zip(cache[2:], new, strict=True))
-    return hidden[:, 0], (*cache[:2], *own)
+    hidden, cache = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
+    return hidden[:, 0], cache
 
 
 def described() -> list[tuple[str, str, str]]:

@@ -78,7 +78,7 @@ class Seen(NamedTuple):
 
     Attributes:
       valid: bool[P, T], which tokens of the prompts are some; prompts end at the right.
-      place: int32[], how many own tokens there are so far.
+      place: int32[], how many own tokens there were before the new one.
       window: int32[], keys at this distance or farther are not seen; None where there is no window.
     """
 
@@ -93,12 +93,14 @@ class Seen(NamedTuple):
         return self.valid & near
 
     def own(self, room: int) -> Array:
-        """Which of the places for own tokens are seen, bool[N]."""
+        """Which of the places for own tokens are seen, bool[N]; the new token sees itself."""
         distance = self.place - jnp.arange(room)
-        return (distance > 0) & (True if self.window is None else distance < self.window)
+        return (distance >= 0) & (True if self.window is None else distance < self.window)
 
 
-def cached_attention(q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: Seen, scoring: Scoring) -> Array:
+def cached_attention(
+    q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: Seen, scoring: Scoring
+) -> tuple[Array, tuple[Array, ...]]:
     """Attention of one new token a sequence over a cache, in which the sequences of a prompt share its part.
 
     Args:
@@ -110,22 +112,39 @@ def cached_attention(q: Array, k: Array, v: Array, cache: tuple[Array, ...], see
       scoring: how they are scored.
 
     Returns:
-      [B, 1, H, d] in the dtype of q.
+      [B, 1, H, d] in the dtype of q, and the cache with the new token.
     """
-    prompt_keys, prompt_values, own_keys, own_values = cache
-    (prompts, kv_heads, length, dim), (rows, _, room, _) = prompt_keys.shape, own_keys.shape
+    prompt_keys, prompt_values, *old = cache
+    (prompts, kv_heads, _, dim), (rows, _, room, _) = prompt_keys.shape, old[0].shape
+    # Written before it is read: nothing else then needs the old cache, so that it is written in place.
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=seen.place, axis=2)
+    own_keys, own_values = (put(a, b.reshape(rows, kv_heads, 1, dim)) for a, b in zip(old, (k, v), strict=True))
     q = q.reshape(rows, kv_heads, -1, dim)
-    k, v = k.reshape(rows, kv_heads, 1, dim), v.reshape(rows, kv_heads, 1, dim)
+    own = capped(scoring.scale * _dot("bkgd,bktd->bkgt", q, own_keys), scoring.cap)
+    own = jnp.where(seen.own(room), own, LOWEST)
     # All queries of a prompt meet its keys in one product, so that these are read once.
-    shared = _dot("pnkgd,pktd->pnkgt", q.reshape(prompts, -1, *q.shape[1:]), prompt_keys)
-    own, new = (_dot("bkgd,bktd->bkgt", q, keys) for keys in (own_keys, k))
-    shared, own, new = (capped(scoring.scale * x, scoring.cap) for x in (shared, own, new))
-    shared = jnp.where(seen.prompt()[:, None, None, None], shared, LOWEST).reshape(*q.shape[:-1], length)
-    p = jnp.concatenate([shared, jnp.where(seen.own(room), own, LOWEST), new], axis=-1)
-    p = jax.nn.softmax(p, axis=-1).astype(v.dtype)
-    shared = _dot("pnkgt,pktd->pnkgd", p[..., :length].reshape(prompts, -1, *q.shape[1:3], length), prompt_values)
-    own = _dot("bkgt,bktd->bkgd", p[..., length:-1], own_values) + _dot("bkgt,bktd->bkgd", p[..., -1:], v)
-    return (shared.reshape(own.shape) + own).reshape(rows, 1, -1, dim).astype(v.dtype)
+    shared = capped(scoring.scale * _dot("pkqd,pktd->pkqt", _by_prompt(q, prompts), prompt_keys), scoring.cap)
+    shared = jnp.where(seen.prompt()[:, None, None], shared, LOWEST)
+    top = jnp.maximum(_by_sequence(shared.max(-1, keepdims=True), own.shape), own.max(-1, keepdims=True))
+    shared, own = jnp.exp(shared - _by_prompt(top, prompts)), jnp.exp(own - top)
+    total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True)
+    mixed = _dot("bkgt,bktd->bkgd", own.astype(v.dtype), own_values)
+    mixed += _by_sequence(_dot("pkqt,pktd->pkqd", shared.astype(v.dtype), prompt_values), own.shape)
+    out = (mixed / total).reshape(rows, 1, -1, dim).astype(v.dtype)
+    return out, (prompt_keys, prompt_values, own_keys, own_values)
+
+
+def _by_prompt(x: Array, prompts: int) -> Array:
+    """[B, K, N, X] -> [P, K, B / P * N, X]: what the sequences of a prompt have for each of its heads."""
+    x = x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _by_sequence(x: Array, like: tuple[int, ...]) -> Array:
+    """[P, K, B / P * N, X] -> [B, K, N, X], of which `like` has the first three sizes."""
+    rows, kv_heads, shared, _ = like
+    x = x.reshape(len(x), kv_heads, rows // len(x), shared, -1).swapaxes(1, 2)
+    return x.reshape(rows, kv_heads, shared, -1)
 
 
 def _by_head(x: Array, kv_heads: int | None = None) -> Array:

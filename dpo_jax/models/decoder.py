@@ -19,8 +19,18 @@ from dpo_jax.models.kernels import Attend, keeps_attention
 from dpo_jax.models.layers import Linear, Norm, activate, frequencies, rotate
 from dpo_jax.records import Array
 
-# Keys and values of prompts [L, P, K, T, d], then of what follows them [L, B, K, N, d], in the compute dtype.
-Cache = tuple[Array, ...]
+# Of each layer keys and values of prompts [P, K, T, d], then of what follows them [B, K, N, d], in the compute dtype.
+Cache = tuple[tuple[Array, ...], ...]
+
+
+def grown(cache: Cache, room: int) -> Cache:
+    """Returns a cache with room for so many own tokens of each sequence."""
+
+    def one(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
+
+    return tuple((keys, values, one(own_keys), one(own_values)) for keys, values, own_keys, own_values in cache)
+
 
 # What the backward pass keeps, by name; the rest is computed again.
 POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -77,9 +87,14 @@ def scoring_of(a: Architecture) -> Scoring:
 
 
 def _attention(
-    a: Architecture, attend: Attend, x: Array, cache: Cache | None, context: Context, window: Array | None
-) -> tuple[Array, Cache]:
-    """Returns attention's addition to the residual, and the keys and values of the tokens in x.
+    a: Architecture,
+    attend: Attend,
+    x: Array,
+    cache: tuple[Array, ...] | None,
+    context: Context,
+    window: Array | None,
+) -> tuple[Array, tuple[Array, ...]]:
+    """Returns attention's addition to the residual, and the keys and values of the tokens in x, or the cache with them.
 
     `window` is int32[], the window of this layer, 0 for none; None where no layer has one that matters.
     """
@@ -90,11 +105,12 @@ def _attention(
     if cache is None:
         positions = None if reach is None else context.positions
         mixed = attend(q, k, v, Rows(context.group, context.branch, positions, reach), scoring)
+        kept = k, v
     else:
-        mixed = cached_attention(q, k, v, cache, Seen(context.mask, context.place, reach), scoring)
+        mixed, kept = cached_attention(q, k, v, cache, Seen(context.mask, context.place, reach), scoring)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
-    return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), (k, v)
+    return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
 
 
 def _angles(kinds: tuple[tuple[Array, Array], ...], window: Array | None) -> tuple[Array, Array] | None:
@@ -125,9 +141,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: Cache | None, window: Array | None, context: Context
-    ) -> tuple[Array, Cache | None]:
-        """Returns the residual x [R, T, D] after the layer and, if `keep`, its tokens' keys and values."""
+        self, x: Array, cache: tuple[Array, ...] | None, window: Array | None, context: Context
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Returns the residual x [R, T, D] after the layer and, if `keep`, what `_attention` keeps."""
         a = self.architecture
 
         def norm(x: Array, name: str, wanted: bool) -> Array:
@@ -175,8 +191,9 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self, tokens: Array, positions: Array, context: Context, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
-        """Returns hidden states [R, T, D] after the final norm, and new keys and values [L, R, T, K, d] or None.
+    ) -> tuple[Array, Any]:
+        """Returns hidden states [R, T, D] after the final norm, and keys and values [L, R, T, K, d] or None; with a
+        cache, that with the tokens.
 
         Where the head has a bias, the hidden states have a column of ones to multiply with it.
 
@@ -184,15 +201,18 @@ class Decoder(nn.Module):
           tokens: int32[R, T].
           positions: int32[R, T].
           context: what the layers see, all but positions and rotary angles.
-          cache: the keys and values before, to decode one token a row.
+          cache: the keys and values before, to decode one token a row; the layers' parameters are then a list.
         """
         a = self.architecture
         x = self._embed(tokens, positions)
         ropes = [rope for rope in (a.rope, a.window_rope) if rope is not None]
         angles = [positions[..., None, None].astype(jnp.float32) * frequencies(rope) for rope in ropes]
         context = context._replace(positions=positions, angles=tuple((jnp.cos(x), jnp.sin(x)) for x in angles))
-        windows = _windows(a, tokens.shape[1] if cache is None else cache[0].shape[3] + cache[2].shape[3])
-        x, kept = self._layers()(x, cache, windows, context)
+        windows = _windows(a, tokens.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2])
+        if cache is None:
+            x, kept = self._layers()(x, None, windows, context)
+        else:
+            x, kept = self._one_by_one(x, cache, windows, context)
         x = Norm(a, name="final_norm")(x)
         if a.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
@@ -218,6 +238,14 @@ class Decoder(nn.Module):
         if a.head_bias:
             self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (a.vocab,))
         return x
+
+    def _one_by_one(self, x: Array, cache: Cache, windows: Array | None, context: Context) -> tuple[Array, Cache]:
+        """Runs the layers unrolled: a scan would copy parameters and cache of each out of a stack at every token."""
+        block, kept = Block(self.architecture, self.keep, self.attend, parent=None), []
+        for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
+            x, new = block.apply({"params": params}, x, old, None if windows is None else windows[i], context)
+            kept.append(new)
+        return x, tuple(kept)
 
     def _layers(self) -> Callable[..., tuple[Array, Cache | None]]:
         block = Block
