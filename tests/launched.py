@@ -52,10 +52,11 @@ def start(
       devices: pretend devices of a process.
       cache: the name of its cache folder.
     """
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     env = os.environ | {
         "DPO_JAX_CACHE": str(folder / cache),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
     }
     args = [*(launch or (sys.executable, "-m", "dpo_jax")), "train", "dpo.yaml", "--run", f"runs/{name}", *options]
     return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
