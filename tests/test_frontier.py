@@ -329,16 +329,8 @@ def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypa
     runs = ("--dpo", "0.1", "2", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt", "--best_of", "1")
     sizes = {"prompts": 400, "eval_prompts": 96, "batch_size": 32, "max_steps": 48, "eval_every": 48}
     sizes |= {"optim.learning_rate": 3e-4, "max_new_tokens": 40, "optimum.samples": 192}
-    options = [
-        *runs,
-        "--optimum.betas",
-        "8",
-        "4",
-        "2",
-        "1.5",
-        "1",
-        *(f"--{key}={value}" for key, value in sizes.items()),
-    ]
+    betas = ("--optimum.betas", "8", "4", "2", "1.5", "1")
+    options = [*runs, *betas, *(f"--{key}={value}" for key, value in sizes.items())]
     cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())
     ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 48}
