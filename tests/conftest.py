@@ -1,14 +1,24 @@
-"""Four pretend devices, so that layouts over devices are tested everywhere; shapes that do not match are errors."""
+"""Four pretend devices, so that layouts over devices are tested everywhere; programs that are compiled quickly."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+import pytest
+
+# Most programs here run for less time than it takes to compile them. They are compiled in less of it, to run nearly as
+# fast, and kept for the tests after them; test_end_to_end.py has programs compiled as a user has them.
+FLAGS = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+# JAX writes what it keeps without care for who reads meanwhile, so every process of tests has its own folder, and the
+# programs that they start, some of which are killed, have others.
+COMPILED = tempfile.mkdtemp(prefix="dpo_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing folder is an error at once, not after retries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and starve each other beside other tests
-
-import pytest
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
@@ -24,3 +34,8 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compiled programs that this session has kept."""
+    shutil.rmtree(COMPILED, ignore_errors=True)

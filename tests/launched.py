@@ -39,6 +39,11 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
+def own_environment() -> dict[str, str]:
+    """Returns the environment of a process that keeps its compiled programs in its own cache: it may be killed."""
+    return {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+
+
 def start(
     folder: Path, name: str, *options: str, launch: tuple[str, ...] = (), devices: int = 1, cache: str = "cache"
 ) -> subprocess.Popen:
@@ -52,10 +57,11 @@ def start(
       devices: pretend devices of a process.
       cache: the name of its cache folder.
     """
-    env = os.environ | {
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    env = own_environment() | {
         "DPO_JAX_CACHE": str(folder / cache),
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
     }
     args = [*(launch or (sys.executable, "-m", "dpo_jax")), "train", "dpo.yaml", "--run", f"runs/{name}", *options]
     return subprocess.Popen(args, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

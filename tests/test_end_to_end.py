@@ -1,7 +1,6 @@
 """The command line as a user has it: real processes, real files, killed and resumed."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,11 +12,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from launched import own_environment
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_jax import checkpoint, metrics, watch
+from dpo_jax import checkpoint, cli, metrics, watch
 from dpo_jax.data import synthetic
+from dpo_jax.records import UserError
 
 ROOT = Path(__file__).parent.parent
 TIMES = (
@@ -28,7 +29,8 @@ TIMES = (
 
 
 def command(*args, cwd, cache, **kwargs):
-    env = {**os.environ, "DPO_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    flags = "--xla_force_host_platform_device_count=4"  # and otherwise compiled as a user has it
+    env = {**own_environment(), "DPO_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_jax", *map(str, args)],
         cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
@@ -38,6 +40,19 @@ def command(*args, cwd, cache, **kwargs):
 def finish(process, timeout=300):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+@pytest.fixture
+def run(world, monkeypatch, capsys):
+    """Runs a command in this process, where a process of its own is not the point; returns what it says."""
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("DPO_JAX_CACHE", str(world / "cache"))
+
+    def run(*args):
+        cli.run([str(arg) for arg in args])
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -222,11 +237,8 @@ def test_other_runs_hit_the_reference_cache(world):
     assert lines(world / "runs/bf16")[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-3)
 
 
-def test_eval_sample_export_report(world):
-    cache = world / "cache"
-    args = ("eval", "runs/dpo", "--reward", "synthetic", "--prompts", "8", "--per_token", "tokens.jsonl")
-    code, out, err = finish(command(*args, cwd=world, cache=cache))
-    assert code == 0, err
+def test_eval_sample_export_report(world, run):
+    out = run("eval", "runs/dpo", "--reward", "synthetic", "--prompts", "8", "--per_token", "tokens.jsonl")
     assert "kl(policy || reference)" in out
     assert "true reward of the policy" in out
     rows = [json.loads(line) for line in (world / "tokens.jsonl").read_text().splitlines()]
@@ -235,27 +247,21 @@ def test_eval_sample_export_report(world):
     found = json.loads((world / "runs/dpo/eval.json").read_text())["metrics"]
     last = [r for r in lines(world / "runs/dpo") if "eval_loss" in r][-1]
     assert found["eval_loss"]["mean"] == pytest.approx(last["eval_loss"], rel=1e-5)
-    code, out, err = finish(command("sample", "runs/dpo", "--prompt", "My cousin", cwd=world, cache=cache))
-    assert code == 0, err
+    out = run("sample", "runs/dpo", "--prompt", "My cousin")
     assert "policy" in out
     assert "reference" in out
-    code, _, err = finish(command("export", "runs/dpo", "out", cwd=world, cache=cache))
-    assert code == 0, err
+    run("export", "runs/dpo", "out")
     ours, theirs = load_file(world / "out/model.safetensors"), load_file(world / "runs/dpo/model/model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    code, _, err = finish(command("export", "runs/dpo", "out9", "--checkpoint", "9", cwd=world, cache=cache))
-    assert code == 0, err
+    run("export", "runs/dpo", "out9", "--checkpoint", "9")
     assert any((load_file(world / "out9/model.safetensors")[k] != ours[k]).any() for k in ours)
-    code, _, err = finish(command("report", "runs/dpo", "runs/sft", "--out", "both.html", cwd=world, cache=cache))
-    assert code == 0, err
+    run("report", "runs/dpo", "runs/sft", "--out", "both.html")
     assert "runs/sft" in (world / "both.html").read_text()
 
 
-def test_pairs_are_sampled_scored_and_labelled(world):
+def test_pairs_are_sampled_scored_and_labelled(world, run):
     args = ("pairs", "runs/sft", "own.jsonl", "--reward", "synthetic", "--label", "best_worst")
-    options = ("--data.path", "pairs.jsonl", "--prompts", "20", "--max-new-tokens", "12")
-    code, out, err = finish(command(*args, *options, cwd=world, cache=world / "cache"))
-    assert code == 0, err
+    out = run(*args, "--data.path", "pairs.jsonl", "--prompts", "20", "--max-new-tokens", "12")
     rows = metrics.read(world / "own.jsonl")
     assert 0 < len(rows) <= 20
     assert f"{len(rows)} pairs from {len(rows)} of 20 prompts" in out
@@ -296,8 +302,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
 def test_mistakes_are_one_line_and_exit_code_2(world, argv, message, monkeypatch, capsys):
-    from dpo_jax import cli
-
     monkeypatch.chdir(world)
     monkeypatch.setenv("DPO_JAX_CACHE", str(world / "cache"))
     monkeypatch.setattr(sys, "argv", ["dpo-jax", *argv])
@@ -310,16 +314,15 @@ def test_mistakes_are_one_line_and_exit_code_2(world, argv, message, monkeypatch
     assert not Path("r1").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_batch(world):
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(run):
     args = ("train", "dpo.yaml", "--run", "runs/nan", "--optim.learning_rate", "1e30", "--optim.warmup_steps", "0")
-    code, _, err = finish(command(*args, "--max_nonfinite", "2", cwd=world, cache=world / "cache"))
-    assert code == 2
-    assert re.search(r"loss or gradient not finite 2 times in a row, .* the last batch held comparisons \[", err)
+    why = r"loss or gradient not finite 2 times in a row, .* the last batch held comparisons \["
+    with pytest.raises(UserError, match=why):
+        run(*args, "--max_nonfinite", "2")
 
 
 def test_full_disk_is_one_line(world, monkeypatch, capsys):
     """The device that is always full stands for the disk."""
-    from dpo_jax import cli
 
     def full(*_):
         raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")

@@ -99,7 +99,7 @@ def test_whole_parameters_are_not_kept_for_the_backward_pass(compiled):
             assert f"{dtype}[{','.join(map(str, leaf.shape))}]" not in text
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (2, 2, 1)])
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), pytest.param((2, 2, 1), marks=pytest.mark.slow)])
 def test_what_a_step_sends_is_what_the_plan_for_pods_reckons_with(compiled, sizes):
     found, params, _ = compiled(*sizes)
     layers = 4 * elements(params["layers"])

@@ -106,7 +106,7 @@ def test_step_zero(folder, table):
         assert history[0][name] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_microbatches_do_not_change_the_trajectory(folder, table, rows):
     first, _, _ = run(folder, table, steps=6, rows=2)
     other, _, _ = run(folder, table, steps=6, rows=rows)
@@ -149,7 +149,7 @@ def test_eval_gives_each_comparison_its_own_values(folder, table):
 WHOLE = losses.build({"name": "dpo", "beta": 0.5})._replace(whole_batch=True)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_loss_seen_whole_gives_the_trajectory_of_the_parts(folder, table, rows):
     """DPO's comparisons do not look at each other, so that differentiating a step's at once must change nothing."""
     parts, state, _ = run(folder, table, steps=6, rows=2)
@@ -160,7 +160,7 @@ def test_a_loss_seen_whole_gives_the_trajectory_of_the_parts(folder, table, rows
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), state.params, other.params)
 
 
-@pytest.mark.parametrize("name", ["aot", "bco", "beta_dpo"])
+@pytest.mark.parametrize("name", ["aot", "bco", pytest.param("beta_dpo", marks=pytest.mark.slow)])
 def test_losses_across_comparisons_do_not_see_microbatches(folder, table, name):
     """Sorts, means and running statistics are of the whole step, whatever rows it is laid out in."""
     loss = losses.build([{"name": name, "beta": 0.5}, {"name": "sft", "reduction": "mean", "weight": 0.1}])
