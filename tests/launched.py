@@ -57,7 +57,7 @@ def start(
       devices: pretend devices of a process.
       cache: the name of its cache folder.
     """
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     env = own_environment() | {
         "DPO_JAX_CACHE": str(folder / cache),
         "PYTHONPATH": str(ROOT),
