@@ -313,6 +313,7 @@ def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ten minutes were seen on one busy core
 def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypatch):
     """DPO goes further than Preferred-FT, which stays near the reference whatever it is trained for, and is near the
     exact optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which of the two
@@ -322,20 +323,15 @@ def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    model = json.loads((ROOT / "configs/models/synthetic.json").read_text()) | {"hidden_size": 48}
-    (tmp_path / "small.json").write_text(json.dumps(model | {"intermediate_size": 96}))
-    start = ("--model.config", "small.json", "--max_steps", "60", "--batch_size", "64", "--optim.learning_rate", "8e-3")
-    cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", *start])
-    runs = ("--dpo", "0.1", "2", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt", "--best_of", "1")
-    sizes = {"prompts": 400, "eval_prompts": 96, "batch_size": 32, "max_steps": 48, "eval_every": 48}
-    sizes |= {"optim.learning_rate": 3e-4, "max_new_tokens": 40, "optimum.samples": 192}
-    betas = ("--optimum.betas", "8", "4", "2", "1.5", "1")
-    options = [*runs, *betas, *(f"--{key}={value}" for key, value in sizes.items())]
+    cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
+    runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
+    sizes = {"eval_prompts": 128, "prompts": 700, "max_steps": 64, "eval_every": 32, "optim.learning_rate": 1e-4}
+    options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
     cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())
-    ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 48}
+    ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 64}
     far, near, unlikelihood, preferred = (
-        ends[key] for key in (("dpo", 0.1), ("dpo", 2), ("unlikelihood", 0.5), ("preferred_ft", 0))
+        ends[key] for key in (("dpo", 0.1), ("dpo", 1), ("unlikelihood", 0.5), ("preferred_ft", 0))
     )
     assert near["gap"]["known"]
     assert near["gap"]["mean"] < 0.7  # nats of Bradley-Terry; the reference is about 2 below the optimum at a KL of 1
