@@ -37,7 +37,7 @@ def command(*args, cwd, cache, **kwargs):
     )  # fmt: skip
 
 
-def finish(process, timeout=300):
+def finish(process, timeout=500):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
