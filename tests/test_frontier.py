@@ -316,8 +316,8 @@ def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
 @pytest.mark.timeout(1200)  # ten minutes were seen on one busy core
 def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypatch):
     """DPO goes further than Preferred-FT, which stays near the reference whatever it is trained for, and is at most 1.2
-    nats below the optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which of the two
-    is above the other there: it stays where it is, and DPO with a small beta goes on to more reward.
+    nats below the optimum at its KL. Unlikelihood is as near to it while its KL is small, so nothing is said on which
+    of the two is above the other there: it stays where it is, and DPO with a small beta goes on to more reward.
     """
     from test_configs import ROOT
 
