@@ -35,17 +35,17 @@ def swept(world):
     return world / "runs/dpo-sweep"
 
 
-def assert_same(run, other, within=2e-4):
+def assert_same(run, other):
     """Asserts that two runs have the same metrics, samples and policy, to rounding."""
     ours, theirs = (metrics.read(folder / "metrics.jsonl") for folder in (run, other))
     assert len(ours) == len(theirs) == 8 + 3  # evaluated at the start, at half and at the end
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() - TIMES == b.keys() - TIMES
         for name in a.keys() - TIMES:
-            assert a[name] == pytest.approx(b[name], rel=within, abs=within / 10), name
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
     a, b = (load_file(folder / "model/model.safetensors") for folder in (run, other))
     for name, value in a.items():
-        np.testing.assert_allclose(value, b[name], atol=within / 10, err_msg=name)
+        np.testing.assert_allclose(value, b[name], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("beta", "rate"), [(BETAS[0], RATES[1]), (BETAS[1], RATES[0])])
@@ -62,8 +62,7 @@ def test_runs_at_once_are_the_runs_one_after_another(world, swept, monkeypatch):
     monkeypatch.setattr("dpo_jax.prepare.at_once", lambda count: count)
     sweep("--loss.beta", ",".join(BETAS), "--run", "runs/wide", "--optim.learning_rate", RATES[0])
     for beta in BETAS:
-        single = swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}"
-        assert_same(world / f"runs/wide/loss.beta={beta}", single, within=1e-3)
+        assert_same(world / f"runs/wide/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}")
 
 
 @pytest.mark.slow
