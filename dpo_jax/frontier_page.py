@@ -13,12 +13,12 @@ from dpo_jax.experiments.optimum import Limit, limit
 from dpo_jax.winrate import kl_bound
 
 NAMES = {
-    "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_gt": "PPO-GT", "unlikelihood": "Unlikelihood",
-    "preferred_ft": "Preferred-FT", "best_of": "Best of N",
+    "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_gt": "PPO-GT", "online_dpo": "Online DPO",
+    "unlikelihood": "Unlikelihood", "preferred_ft": "Preferred-FT", "best_of": "Best of N",
 }  # fmt: skip
 STRENGTHS = {
-    "dpo": "beta {:g}", "ppo": "target KL {:g}", "ppo_gt": "target KL {:g}", "unlikelihood": "alpha {:g}",
-    "preferred_ft": "seed {:g}",
+    "dpo": "beta {:g}", "ppo": "target KL {:g}", "ppo_gt": "target KL {:g}",
+    "online_dpo": "beta {:g}", "unlikelihood": "alpha {:g}", "preferred_ft": "seed {:g}",
 }  # fmt: skip
 BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 HEAD = ("method", "strength", "step", "reward", "KL", "optimum", "gap", "log p chosen", "rejected", "tokens", "cut")

@@ -152,7 +152,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Online:
-    """PPO, with the learned reward or the true one."""
+    """What learns from the policy's own completions: PPO and online DPO."""
 
     learning_rate: float = 1.41e-5
     """Of Adam in the first step; it falls in a line to 0."""
@@ -163,7 +163,7 @@ class Online:
     eval_every: int = 25
     """Steps between measurements."""
     init_kl_coef: float = 0.2
-    """The price of a nat of KL at the start, which then follows the target."""
+    """PPO's price of a nat of KL at the start, which then follows the target."""
     horizon: float = 10_000.0
     """Completions in which it is corrected."""
 
@@ -202,6 +202,8 @@ class Frontier:
     """Target KLs of PPO with the learned reward."""
     ppo_gt: tuple[float, ...] = (3.0, 6.0, 9.0, 12.0)
     """Target KLs of PPO with the true reward."""
+    online_dpo: tuple[float, ...] = ()
+    """Betas of DPO on pairs of the policy's own completions, labelled by the true reward in every step."""
     unlikelihood: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0)
     """Alphas of unlikelihood."""
     preferred_ft: tuple[int, ...] = (0, 1, 2, 3, 4, 5)

@@ -285,8 +285,23 @@ def test_short_responses_are_listed(run, folder):
     assert abs(best["reward"] - reference["reward"]) < 2 * (best["reward_half"] + reference["reward_half"])
 
 
+@pytest.mark.slow
+def test_online_dpo_goes_up_as_far_as_beta_lets_it(run, folder):
+    """All responses are one token, so the most reward of any policy at a KL is a sum, which none may exceed."""
+    options = ("--online_dpo", "1", "5", "--dpo", "--preferred_ft", "--max_new_tokens", "1", "--label", "ranked")
+    sizes = ("--online.max_steps", "12", "--online.eval_every", "12", "--online.learning_rate", "5e-3")
+    assert "2 runs of" in run("--run", "runs/online", *options, *sizes, "--eval_prompts", "150")
+    start, far, near = json.loads((folder / "runs/online/frontier.json").read_text())["points"]
+    assert [(p["method"], p["strength"]) for p in (far, near)] == [("online_dpo", 1), ("online_dpo", 5)]
+    assert far["reward"] - far["reward_half"] > start["reward"] + start["reward_half"]
+    assert far["kl"] > near["kl"] > 0
+    assert all(p["gap"]["mean"] > -p["gap"]["half"] for p in (far, near))
+
+
 MISTAKES = [
     (("--batch_size", "0"), "batch_size: 0 is less than 1"),
+    (("--ppo_gt", "-1"), "ppo_gt: -1 is not above 0"),
+    (("--online_dpo", "1", "--online.rollouts", "30"), "online.rollouts: 30 are not 4 completions of each prompt"),
     (("--completions", "1"), "completions: 1 is less than 2"),
     (("--best_of", "65"), "best_of: numbers from 1 to optimum.samples, 64"),
     (("--dpo", "1", "0"), "dpo: 0 is not above 0"),

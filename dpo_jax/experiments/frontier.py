@@ -20,7 +20,7 @@ import numpy as np
 from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
 from dpo_jax.config import Config, Samples
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, offline, optimum, ppo, setup
+from dpo_jax.experiments import draws, offline, online, optimum, ppo, setup
 from dpo_jax.experiments.measure import Point, score
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.setup import Shared
@@ -30,7 +30,7 @@ from dpo_jax.settings import Frontier
 
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
-ONLINE = ("ppo", "ppo_gt")
+ONLINE = ("ppo", "ppo_gt", "online_dpo")
 AT_ONCE = 4  # runs that are trained at a time on processors
 
 
@@ -171,27 +171,36 @@ def _chosen(pairs: Table) -> Table:
 def _online(
     shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
 ) -> None:
-    """Trains by PPO on the true reward, or on one learned from the pairs."""
+    """Trains on what the policy itself writes: by PPO on a reward learned from the pairs, or by the true one."""
     settings, world = shared.settings, shared.world
-    judge = world.reward if method == "ppo_gt" else rewards.get(f"model:{_reward_model(shared, folder, say)}")
+    judge = rewards.get(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else world.reward
 
     def judged(prompts: list[Array], completions: list[Array]) -> np.ndarray:
         return score(world, judge, prompts, completions).astype(np.float32)
 
-    names = ("learning_rate", "rollouts", "init_kl_coef", "horizon")
-    fixed: dict[str, Any] = {name: getattr(settings.online, name) for name in names} | {
-        "max_new_tokens": settings.max_new_tokens
-    }
     start = jax.device_put(world.start), jax.device_put(world.start)
 
     def train(job: Job) -> None:
-        ppo.train(
-            world.model, *start, shared.prompts, judged, ppo.Options(job.strength, **fixed),
-            steps=settings.online.max_steps, seed=settings.seed, eos=world.tokenizer.eos_token_id,
-            each=lambda step, params: keep(job, params, step),
+        trainer, options = _trainer(settings, job)
+        trainer(
+            world.model, *start, shared.prompts, judged, options, steps=settings.online.max_steps, seed=settings.seed,
+            eos=world.tokenizer.eos_token_id, each=lambda step, params: keep(job, params, step),
         )  # fmt: skip
 
     _at_once(train, missing)
+
+
+def _trainer(settings: Frontier, job: Job) -> tuple[Callable[..., Any], Any]:
+    """Returns what trains on the policy's own completions, and its options."""
+    sizes, new = settings.online, settings.max_new_tokens
+    if job.method == "online_dpo":
+        options = online.Options(
+            job.strength, sizes.learning_rate, sizes.rollouts // settings.completions, settings.completions, new,
+            settings.label, settings.batch_size,
+        )  # fmt: skip
+        return online.train, options
+    given = {"rollouts": sizes.rollouts, "init_kl_coef": sizes.init_kl_coef, "horizon": sizes.horizon}
+    return ppo.train, ppo.Options(job.strength, sizes.learning_rate, max_new_tokens=new, **given)
 
 
 def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> Path:

@@ -63,9 +63,14 @@ def check(settings: Frontier) -> None:
         raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
     if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
         raise UserError(f"best_of: numbers from 1 to optimum.samples, {settings.optimum.samples}")
-    for key, values in (("optimum.betas", settings.optimum.betas), ("dpo", settings.dpo), ("ppo", settings.ppo)):
+    strengths = {key: getattr(settings, key) for key in ("dpo", "ppo", "ppo_gt", "online_dpo")}
+    for key, values in {"optimum.betas": settings.optimum.betas, **strengths}.items():
         if min(values, default=1.0) <= 0:
             raise UserError(f"{key}: {min(values):g} is not above 0")
+    if settings.online_dpo and settings.online.rollouts % settings.completions:
+        raise UserError(
+            f"online.rollouts: {settings.online.rollouts} are not {settings.completions} completions of each prompt"
+        )
     if settings.model.attention not in ("auto", CHUNKS):
         raise UserError(
             f"model.attention: {settings.model.attention}: experiments compute it by {CHUNKS}; leave it out"
