@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import processes, sharding
+from dpo_jax import processes, sharding, threads
 from dpo_jax.models import Model, capped, grown
 from dpo_jax.records import Array, UserError
 
 MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
 ROOM = 32  # tokens that the cache has room for at first; it grows fourfold, for attention reads what is not used too
+SMALL = 2**28  # bytes of parameters, which every batch that runs copies
 BLOCK = 128  # tokens of the vocabulary that are drawn among together
 
 
@@ -60,20 +61,29 @@ def sample(
       UserError: an empty prompt, a setting out of range, or more tokens than the model has positions.
     """
     _check(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
-    ends = tuple(np.atleast_1d(eos_id).tolist())
-    key = jax.random.key(seed)
-    filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
-    functions = model.prefill, model.apart, model.decode, model.head
     mesh, params = sharding.placed(params)
+    filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
+    functions, ends = (model.prefill, model.apart, model.decode, model.head), tuple(np.atleast_1d(eos_id).tolist())
+    fixed, others = (mesh, functions, max_new_tokens, filters, ends), (jax.random.key(seed), temperature, top_p)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
-    for chosen, numbers in _batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh)):
+
+    def write(chosen: np.ndarray, numbers: np.ndarray) -> None:
         rows = (*_pad([np.asarray(prompts[i]) for i in chosen], len(numbers)), numbers)
-        made = _generate(mesh, functions, max_new_tokens, filters, ends, params, rows, (key, temperature, top_p))
-        new, lengths = processes.fetch(made)
+        new, lengths = processes.fetch(_generate(*fixed, params, rows, others))
         for row, number in enumerate(numbers.ravel()):
             if number >= 0:
                 out[number] = new[row, : lengths[row]]
+
+    batches = _batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh))
+    _run([partial(write, *batch) for batch in batches], params)
     return out
+
+
+def _run(batches: Sequence[Callable[[], None]], params: Any) -> None:
+    """Samples batches, of a small model several at a time; the first alone, so that its program is compiled once."""
+    small = sum(x.nbytes for x in jax.tree.leaves(params)) < SMALL
+    threads.at_once(batches[:1], 1)
+    threads.at_once(batches[1:], threads.several() if small else 1)
 
 
 def _batches(lengths: list[int], copies: int, batch_size: int, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

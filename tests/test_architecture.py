@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dpo_jax"
 # A unit is a file of the package or a folder; it imports only from earlier rows (DESIGN, section 4).
 LAYERS = (
     {"records", "keys", "options", "config", "settings"},
-    {"data", "models", "losses", "optim", "sharding", "metrics", "processes", "track"},
+    {"data", "models", "losses", "optim", "sharding", "metrics", "processes", "threads", "track"},
     {"logprobs", "admit"},
     {"step", "reference", "sample", "rewards", "checkpoint", "watch", "journal"},
     {"evaluate", "winrate"},

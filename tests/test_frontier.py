@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from concurrent.futures import CancelledError
 
 import jax
 import numpy as np
@@ -319,6 +320,20 @@ def test_mistakes_are_told(run, folder, options, message):
     with pytest.raises(UserError, match=message):
         run("--run", "runs/mistake", *options)
     shutil.rmtree(folder / "runs/mistake", ignore_errors=True)
+
+
+def test_a_run_ends_at_its_next_step_when_it_is_told(run, monkeypatch):
+    at_once = frontier.threads.at_once
+
+    def told(tasks, count, stop=None):
+        if stop is None:
+            return at_once(tasks, count)
+        stop()
+        return next(iter(tasks))()
+
+    monkeypatch.setattr(frontier.threads, "at_once", told)
+    with pytest.raises(CancelledError):
+        run("--run", "runs/stopped", "--dpo", "--preferred_ft", "0")
 
 
 def test_another_experiment_does_not_mix_with_an_old_one(run, folder):

@@ -276,6 +276,21 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
 
 
+def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypatch):
+    _, model, params = models("llama")
+    params, prompts = jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7, 33, 9, 20, 3, 11)
+    options = {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": 1}
+    alone, given = sample(model, params, prompts, **options), []
+    at_once = sampling.threads.at_once
+    monkeypatch.setattr(sampling.threads, "several", lambda: 3)
+    monkeypatch.setattr(sampling.threads, "at_once", lambda *a: (given.append(a[1]), at_once(*a)))
+    assert [x.tolist() for x in sample(model, params, prompts, **options)] == [x.tolist() for x in alone]
+    monkeypatch.setattr(sampling, "SMALL", 0)  # of a large model each batch takes memory for a copy of it
+    sample(model, params, prompts[:1], **options)
+    assert given == [1, 3, 1, 1]
+    assert not sample(model, params, [], **options)
+
+
 def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made):
     _, model, params = models("llama")
     options = {"max_new_tokens": NEW, "eos_id": EOS}

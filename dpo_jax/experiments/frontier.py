@@ -5,19 +5,20 @@ steps. What methods share is made once: pairs, the reference's log-probs, compil
 run folder as it is found, so that a run that was killed goes on with what is missing.
 """
 
+import itertools
 import math
-import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dpo_jax import assemble, folders, keys, loop, metrics, rewards, watch
+from dpo_jax import assemble, folders, keys, loop, metrics, rewards, threads, watch
 from dpo_jax.config import Config, Samples
 from dpo_jax.data.table import Table
 from dpo_jax.experiments import draws, offline, online, optimum, ppo, setup
@@ -26,12 +27,12 @@ from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.setup import Shared
 from dpo_jax.metrics import mean_interval
 from dpo_jax.records import Array, UserError
+from dpo_jax.rewards import Reward
 from dpo_jax.settings import Frontier
 
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
 ONLINE = ("ppo", "ppo_gt", "online_dpo")
-AT_ONCE = 4  # runs that are trained at a time on processors
 
 
 class Job(NamedTuple):
@@ -73,7 +74,10 @@ class Found(NamedTuple):
 
 
 Keep = Callable[[Job, Any, int], None]
-"""(job, parameters, updates done): measures and keeps the point, if it is wanted."""
+"""(job, parameters, updates done): measures and keeps the point, if it is wanted; is told of every update."""
+
+Train = Callable[[Job], None]
+"""Trains one run, from its start."""
 
 
 def jobs(settings: Frontier) -> list[Job]:
@@ -100,7 +104,11 @@ def run(settings: Frontier, say: Callable[[str], None]) -> Found:
         metrics.truncate(path, LAST)  # which drops a line that a kill has torn
         done, writing = {point[:3] for point in points(path)}, threading.Lock()
 
+        stopped = threading.Event()
+
         def keep(job: Job, params: Any, step: int) -> None:
+            if stopped.is_set():
+                raise CancelledError
             if step in job.steps and (*job[:2], step) not in done:
                 point = shared.measure(params, *job[:2], step)
                 values = point._asdict()
@@ -111,10 +119,9 @@ def run(settings: Frontier, say: Callable[[str], None]) -> Found:
 
         start, every = Job("sft", 0.0, (0,)), jobs(settings)
         keep(start, shared.world.reference, 0)
-        for method in dict.fromkeys(job.method for job in every):
-            missing = [j for j in every if j.method == method and not {(*j[:2], s) for s in j.steps} <= done]
-            if missing:
-                (_online if method in ONLINE else _offline)(shared, folder, method, missing, keep, say)
+        missing = [job for job in every if not {(*job[:2], step) for step in job.steps} <= done]
+        trainer = partial(_trainer, shared, folder, keep, say)
+        threads.at_once(_tasks(missing, trainer), threads.several(), stopped.set)
         places = {job[:2]: place for place, job in enumerate((start, *every))}
         return _found(shared, folder, sorted(points(path), key=lambda p: (places[p[:2]], p.step)))
 
@@ -130,30 +137,34 @@ def _claimed(folder: Path, settings: Frontier) -> Any:
     return lock
 
 
-def _offline(
-    shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
-) -> None:
-    """Trains on pairs; runs of one method share a compiled step, and each is trained from its start."""
-    del folder, say
+def _tasks(missing: Sequence[Job], trainer: Callable[[str], Train]) -> Iterator[Callable[[], None]]:
+    """Yields what trains each run; what runs of one method share is made when the first of them is wanted."""
+    for method, those in itertools.groupby(missing, key=lambda job: job.method):
+        train = trainer(method)
+        yield from (partial(train, job) for job in those)
+
+
+def _trainer(shared: Shared, folder: Path, keep: Keep, say: Callable[[str], None], method: str) -> Train:
+    """Returns what trains one run of a method."""
+    if method not in ONLINE:
+        return _offline(shared, method, keep)
+    judge = rewards.get(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else shared.world.reward
+    return _online(shared, judge, keep)
+
+
+def _offline(shared: Shared, method: str, keep: Keep) -> Train:
+    """Returns what trains on pairs; runs of one method share a compiled step."""
     settings, world = shared.settings, shared.world
     table = shared.train if method != "preferred_ft" else _chosen(shared.train)
     column = shared.column(world.reference, table, shared.shape) if method == "dpo" else None
-    program = offline.program(world, config_of(settings, method, missing[0].strength), table, column)
+    program = offline.program(world, config_of(settings, method, 1.0), table, column)
 
     def train(job: Job) -> None:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
         for step, params in offline.steps(program, config_of(settings, method, job.strength), seed):
             keep(job, params, step)
 
-    _at_once(train, missing)
-
-
-def _at_once(train: Callable[[Job], None], missing: Sequence[Job]) -> None:
-    """Trains runs, on processors several at a time: one small run leaves most of their cores idle."""
-    several = min(AT_ONCE, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
-    with ThreadPoolExecutor(several) as pool:
-        for done in [pool.submit(train, job) for job in missing]:
-            done.result()
+    return train
 
 
 def config_of(settings: Frontier, method: str, strength: float) -> Config:
@@ -168,12 +179,9 @@ def _chosen(pairs: Table) -> Table:
     return Table.of(pairs[i]._replace(responses=pairs[i].responses[:1], scores=()) for i in range(len(pairs)))
 
 
-def _online(
-    shared: Shared, folder: Path, method: str, missing: Sequence[Job], keep: Keep, say: Callable[[str], None]
-) -> None:
-    """Trains on what the policy itself writes: by PPO on a reward learned from the pairs, or by the true one."""
+def _online(shared: Shared, judge: Reward, keep: Keep) -> Train:
+    """Returns what trains on completions of the policy itself."""
     settings, world = shared.settings, shared.world
-    judge = rewards.get(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else world.reward
 
     def judged(prompts: list[Array], completions: list[Array]) -> np.ndarray:
         return score(world, judge, prompts, completions).astype(np.float32)
@@ -181,16 +189,16 @@ def _online(
     start = jax.device_put(world.start), jax.device_put(world.start)
 
     def train(job: Job) -> None:
-        trainer, options = _trainer(settings, job)
-        trainer(
+        method, options = _online_options(settings, job)
+        method(
             world.model, *start, shared.prompts, judged, options, steps=settings.online.max_steps, seed=settings.seed,
             eos=world.tokenizer.eos_token_id, each=lambda step, params: keep(job, params, step),
         )  # fmt: skip
 
-    _at_once(train, missing)
+    return train
 
 
-def _trainer(settings: Frontier, job: Job) -> tuple[Callable[..., Any], Any]:
+def _online_options(settings: Frontier, job: Job) -> tuple[Callable[..., Any], Any]:
     """Returns what trains on the policy's own completions, and its options."""
     sizes, new = settings.online, settings.max_new_tokens
     if job.method == "online_dpo":
