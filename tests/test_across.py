@@ -71,10 +71,8 @@ def two_steps(table, sizes, mapped=False):
     return jax.device_get((metrics, state))
 
 
-SLOW = [pytest.param(layout, marks=pytest.mark.slow) for layout in ((1, 2, 1), (4, 1, 1), "pmap")]
-
-
-@pytest.mark.parametrize("layout", [(2, 1, 2), *SLOW], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(2, 1, 2), (1, 2, 1), (4, 1, 1), "pmap"], ids=str)
 def test_a_loss_across_comparisons_sees_those_of_all_devices(table, layout):
     """Ranks and means are of the whole step, and each device goes backward from its own comparisons' slopes."""
     metrics, state = two_steps(table, (1, 1, 1))

@@ -134,6 +134,7 @@ def test_transformers_loads_the_export(world):
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_ends_the_same(world):
     """SIGKILL in the middle, twice, and the same command again: bit for bit the run that was never killed."""
     other = world / "runs/killed"
@@ -237,6 +238,7 @@ def test_other_runs_hit_the_reference_cache(world):
     assert lines(world / "runs/bf16")[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_eval_sample_export_report(world, run):
     out = run("eval", "runs/dpo", "--reward", "synthetic", "--prompts", "8", "--per_token", "tokens.jsonl")
     assert "kl(policy || reference)" in out
@@ -314,6 +316,7 @@ def test_mistakes_are_one_line_and_exit_code_2(world, argv, message, monkeypatch
     assert not Path("r1").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(run):
     args = ("train", "dpo.yaml", "--run", "runs/nan", "--optim.learning_rate", "1e30", "--optim.warmup_steps", "0")
     why = r"loss or gradient not finite 2 times in a row, .* the last batch held comparisons \["

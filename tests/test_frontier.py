@@ -79,6 +79,7 @@ def _place(token):
     return draws.responses(len(TOKENIZER), TOKENIZER.eos_token_id, 1).index((token,))
 
 
+@pytest.mark.slow
 def test_the_reference_has_no_kl_from_itself(world):
     pairs = Table.of(Tokens(x, (np.array([5]), np.array([6]))) for x in PROMPTS[:4])
     shape, column = measure.shape_of(world, pairs), measure.column_of(world)
@@ -106,7 +107,7 @@ def test_pairs_are_those_of_the_ids_drawn_and_are_kept(world, tmp_path):
     np.testing.assert_array_equal(again.ids, table.ids)
 
 
-@pytest.mark.parametrize("method", ["dpo", "unlikelihood"])
+@pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), "unlikelihood"])
 def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
     """And a strength makes the difference that it must."""
     table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:30], 4, "ranked", 0)
@@ -238,6 +239,7 @@ def run(folder, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_the_same_seed_gives_the_same_figure(run, folder):
     said = run()
     assert "4 runs of up to 4 steps" in said

@@ -91,6 +91,7 @@ def run(*args, home, **variables):
     return subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_once_without_code_or_pickles(server, tmp_path):
     address, asked = server
     sample = ("sample", "org/name@v1", "--prompt", "Once upon a time", "--samples.max_new_tokens", "2")

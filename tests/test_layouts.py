@@ -79,6 +79,7 @@ def test_logits_of_a_split_vocabulary_are_never_put_together(compiled):
     assert [c for c in found for _, sizes in c.shapes if c.loops == 2 and len(sizes) == 2 and sizes[0] == ROWS]
 
 
+@pytest.mark.slow
 def test_with_both_fsdp_gathers_leave_tensor_parts_alone(compiled):
     found, params, _ = compiled(1, 2, 2)
     gathers = [c for c in found if c.kind == "all-gather"]
@@ -90,6 +91,7 @@ def test_with_both_fsdp_gathers_leave_tensor_parts_alone(compiled):
     assert elements({k: v for k, v in params.items() if k == "head"}) == 128 * 32
 
 
+@pytest.mark.slow
 def test_whole_parameters_are_not_kept_for_the_backward_pass(compiled):
     """No array of the compiled program holds a parameter of all layers whole; nor, in bfloat16, its copy."""
     for compute, dtype in (("float32", "f32"), ("bfloat16", "bf16")):
@@ -170,6 +172,7 @@ def test_a_checkpoint_resumes_on_any_other_layout(world):
     launched.assert_one_trajectory(world, "moved")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(world):
     """Each builds its own rows and holds its own part of the parameters; one of them writes."""
     out, _ = launched.finish(launched.start(world, "two", "--mesh.fsdp", "2", launch=launched.launch_local(2, 1)))

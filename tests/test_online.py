@@ -29,7 +29,10 @@ def run(options, **given):
     )
 
 
-@pytest.mark.parametrize(("beta", "label", "near"), [(0.5, "soft", 0.03), (1.0, "soft", 0.03), (1.0, "drawn", 0.12)])
+@pytest.mark.parametrize(
+    ("beta", "label", "near"),
+    [pytest.param(0.5, "soft", 0.03, marks=pytest.mark.slow), (1.0, "soft", 0.03), (1.0, "drawn", 0.12)],
+)
 def test_it_approaches_the_optimal_policy(beta, label, near):
     """To pi* = ref exp(r / beta) / Z, from far off; labels that are drawn are noisier than probabilities."""
     _, reference = enumerable.world()

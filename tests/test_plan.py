@@ -44,6 +44,7 @@ def test_what_can_be_counted_is_exact(config_of):
     assert adamw.memory.trained == COUNT  # a quarter of 4 bytes each: all axes that are split are multiples of 4
 
 
+@pytest.mark.slow
 def test_adapters_need_little_beside_the_frozen_base(config_of):
     found = plan.of(config_of("--lora.rank", "2"))
     assert (found.parameters, found.trained) == (COUNT, ADAPTED)
@@ -51,6 +52,7 @@ def test_adapters_need_little_beside_the_frozen_base(config_of):
     assert found.memory.trained == found.memory.optimiser - 4 == 4 * ADAPTED
 
 
+@pytest.mark.slow
 def test_keeping_less_and_fewer_rows_need_less(config_of):
     online = plan.of(config_of("--reference.mode", "online", "--data.rows", "16"))
     less = plan.of(config_of("--model.remat", "full", "--data.rows", "16"))

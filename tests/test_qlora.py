@@ -174,6 +174,7 @@ def test_adapters_learn_as_over_the_base_made_whole(llama, table, adapters, kind
     assert_same(expected, two_steps(config_of(llama, "--lora.base", kind, *options), table, few, adapters))
 
 
+@pytest.mark.slow
 def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch):
     """A bfloat16 model under adapters is not made wider on an accelerator, and nothing is lost by that."""
     architecture, _, params = hf.stored(llama)
@@ -217,6 +218,7 @@ def test_memory_is_that_of_few_bits(llama, kind):
 # The command line.
 
 
+@pytest.mark.slow
 def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(40), strict=False)]

@@ -331,6 +331,7 @@ def ids_of(text):
     return np.array(synthetic.tokenizer()(text)["input_ids"], np.int32)
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_true_reward(world):
     """Held-out labels are Bradley-Terry draws of the true reward, of which its own order gets about 80% right."""
     found = [json.loads(line) for line in (world / "runs/reward/metrics.jsonl").read_text().splitlines()]
@@ -345,6 +346,7 @@ def test_a_run_learns_the_true_reward(world):
     assert np.corrcoef(scores, truth)[0, 1] > 0.8
 
 
+@pytest.mark.slow
 def test_scores_of_texts_are_those_of_training(world):
     """model:FOLDER encodes as the run did: its accuracy on the held-out pairs is the run's own evaluation's."""
     rows = pairs("test", 256)
@@ -358,6 +360,7 @@ def test_scores_of_texts_are_those_of_training(world):
     assert score([], []).shape == (0,)
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_runs_scores(world):
     model = torch_reward_model("llama", world / "runs/reward/model")
     prompts, texts = ["This film", "We saw the"], [" What a superb plot!", " I hated it."]
@@ -367,6 +370,7 @@ def test_transformers_gives_the_runs_scores(world):
     np.testing.assert_allclose(rewards.get(f"model:{world / 'runs/reward'}")(prompts, texts), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_commands_that_want_a_language_model_refuse_it(world, monkeypatch):
     monkeypatch.chdir(world)
     with pytest.raises(UserError, match="a reward model, which writes nothing"):
@@ -377,6 +381,7 @@ def test_commands_that_want_a_language_model_refuse_it(world, monkeypatch):
         cli.run(["pairs", "runs/reward", "x.jsonl", "--reward", "synthetic", "--data.name", "synthetic"])
 
 
+@pytest.mark.slow
 def test_a_reward_run_is_evaluated_and_exported(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("DPO_JAX_CACHE", str(world / "cache"))

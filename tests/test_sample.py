@@ -106,7 +106,7 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
 
-@pytest.mark.parametrize("batch_size", [3, 6, 40])
+@pytest.mark.parametrize("batch_size", [pytest.param(3, marks=pytest.mark.slow), 6, 40])
 def test_copies_are_the_same_prompt_again(models, batch_size):
     """Copies of a prompt that fit a batch together, that do not, and prompts of which several fit."""
     _, model, params = models("gpt2")
@@ -261,7 +261,9 @@ def made(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(s, marks=pytest.mark.slow) for s in ((2,), (4,), (1, 4))), (2, 1, 2)], ids=str
+)
 def test_samples_are_the_same_on_any_devices(models, made, sizes):
     """Of parameters that are whole on 2 and on 4 devices, in four parts, and in two on either half of the devices."""
     _, model, params = models("llama")

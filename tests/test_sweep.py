@@ -57,6 +57,7 @@ def test_each_run_of_a_sweep_is_the_run_alone(world, swept, beta, rate):
     assert all(f"loss.beta={b}" in (swept / "report.html").read_text() for b in BETAS)
 
 
+@pytest.mark.slow
 def test_runs_at_once_are_the_runs_one_after_another(world, swept, monkeypatch):
     """As on an accelerator: vmap over the runs, whose sums have another order."""
     monkeypatch.setattr("dpo_jax.prepare.at_once", lambda count: count)
@@ -84,6 +85,7 @@ def test_each_run_of_a_sweep_goes_on_from_its_own_step(world, swept, capsys):
         assert all((value == b[name]).all() for name, value in a.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_whole_and_a_longer_sweep_them_as_they_are(world, swept, capsys):
     options = ("--loss.beta", BETAS[0], "--run", "runs/sick", "--optim.learning_rate")
     with pytest.raises(UserError, match=r"1e30: step \d: loss or gradient not finite 3 times in a row"):

@@ -41,6 +41,7 @@ def expected(folder):
     return {(step, name): value for step, name, value in numbers if value is not None}
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, monkeypatch):
     monkeypatch.chdir(make_world(tmp_path))
     options = ("--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
