@@ -49,6 +49,16 @@ def ds(x):
     return s(x) * s(-x)
 
 
+def smooth(z):
+    """The logistic loss of labels of which a quarter is wrong."""
+    return 0.75 * sp(-z) + 0.25 * sp(z)
+
+
+def slope(z):
+    """Its derivative."""
+    return 0.25 * s(z) - 0.75 * s(-z)
+
+
 def log(*x):
     return [math.log(v) for v in x]
 
@@ -123,15 +133,29 @@ ROWS = [
     ),
     Row("odpo", {"beta": 1.0, "alpha": 2.0}, SCORED, [sp(g := 2 * math.log(3) - 3)], [[-s(g), s(g)]]),  # scores 3 apart
     Row("odpo", {"beta": 1.0, "alpha": 0.5, "offset": "linear"}, SCORED, [sp(-1.5)], [[-s(-1.5), s(-1.5)]]),
+    Row(
+        "odpo",
+        {"beta": 1.0, "alpha": 0.5, "offset": "linear", "label_smoothing": 0.25},
+        SCORED,
+        [smooth(1.5)],
+        [[slope(1.5), -slope(1.5)]],
+    ),
     Row("dpop", {"beta": 0.5}, PAIR, [sp(-1.5)], [[-0.5 * s(-1.5), 0.5 * s(-1.5)]]),  # the chosen one rose
     Row("dpop", {"beta": 0.5, "penalty": 4.0}, FALLEN, [sp(2)], [[-0.5 * 5 * s(2), 0.5 * s(2)]]),
+    Row(
+        "dpop",
+        {"beta": 0.5, "penalty": 4.0, "label_smoothing": 0.25},
+        FALLEN,
+        [smooth(-2)],
+        [[0.5 * 5 * slope(-2), -0.5 * slope(-2)]],
+    ),
     Row("r_dpo", {"beta": 1.0, "alpha": 0.25}, PAIR, [sp(-3.5)], [[-s(-3.5), s(-3.5)]]),  # 2 tokens longer
     Row(
         "r_dpo",
-        {"beta": 1.0, "alpha": 0.25, "label_smoothing": 0.5},
+        {"beta": 1.0, "alpha": 0.25, "label_smoothing": 0.25},
         PAIR,
-        [0.5 * sp(-3.5) + 0.5 * sp(3.5)],
-        [[0.5 * (s(3.5) - s(-3.5)), 0.5 * (s(-3.5) - s(3.5))]],
+        [smooth(3.5)],
+        [[slope(3.5), -slope(3.5)]],
     ),
     Row(
         "nca_pair",
@@ -147,10 +171,10 @@ ROWS = [
     Row("simpo", {"beta": 0.2, "gamma": 0.5}, PAIR, [sp(-0.4)], [[-0.2 * s(-0.4) / 4, 0.2 * s(-0.4) / 2]]),
     Row(
         "simpo",
-        {"beta": 0.2, "gamma": 0.5, "label_smoothing": 1.0},
+        {"beta": 0.2, "gamma": 0.5, "label_smoothing": 0.25},
         PAIR,
-        [sp(0.4)],
-        [[0.2 * s(0.4) / 4, -0.2 * s(0.4) / 2]],
+        [smooth(0.4)],
+        [[0.2 * slope(0.4) / 4, -0.2 * slope(0.4) / 2]],
     ),
     Row(
         "alphapo",
@@ -166,13 +190,20 @@ ROWS = [
         [sp(-0.4)],
         [[-0.2 * s(-0.4) / 4, 0.2 * s(-0.4) / 2]],
     ),
+    Row(
+        "alphapo",
+        {"beta": 0.2, "gamma": 0.5, "alpha": 0.0, "label_smoothing": 0.25},
+        PAIR,
+        [smooth(0.4)],
+        [[0.2 * slope(0.4) / 4, -0.2 * slope(0.4) / 2]],
+    ),
     Row("cpo", {"beta": 0.1}, PAIR, [sp(-0.5) + 2], [[-0.1 * s(-0.5) - 1 / 4, 0.1 * s(-0.5)]]),
     Row(
         "cpo",
-        {"beta": 0.1, "label_smoothing": 1.0, "nll_weight": 0.0},
+        {"beta": 0.1, "label_smoothing": 0.25, "nll_weight": 0.0},
         PAIR,
-        [sp(0.5)],
-        [[0.1 * s(0.5), -0.1 * s(0.5)]],
+        [smooth(0.5)],
+        [[0.1 * slope(0.5), -0.1 * slope(0.5)]],
     ),
     Row("orpo", {"beta": 0.5}, EVEN, [math.log(2) + 0.5 * math.log(5 / 4)], [[-1 - 0.5 * 0.2 / 0.5, 0.5 * 0.2 / 0.8]]),
     Row("slic", {}, PAIR, [0.8], [[-0.1, 0.0]]),  # 5 nats apart, where 1 is enough
@@ -199,18 +230,18 @@ ROWS = [
     Row("aot", {"beta": 1.0}, THREE, [sp(-1), sp(2), sp(0)], [[-s(-1), s(-1)], [-s(2), s(2)], [-0.5, 0.5]]),
     Row(
         "aot",
-        {"beta": 1.0, "label_smoothing": 1.0},
+        {"beta": 1.0, "label_smoothing": 0.25},
         THREE,
-        [sp(1), sp(-2), sp(0)],
-        [[s(1), -s(1)], [s(-2), -s(-2)], [0.5, -0.5]],
+        [smooth(1), smooth(-2), smooth(0)],
+        [[slope(1), -slope(1)], [slope(-2), -slope(-2)], [slope(0), -slope(0)]],
     ),
     Row("aot_unpaired", {"beta": 1.0}, CROSSED, [sp(-1), sp(2), sp(0)], [[-s(-1), s(2)], [-s(2), s(-1)], [-0.5, 0.5]]),
     Row(
         "aot_unpaired",
-        {"beta": 1.0, "label_smoothing": 1.0},
+        {"beta": 1.0, "label_smoothing": 0.25},
         CROSSED,
-        [sp(1), sp(-2), sp(0)],
-        [[s(1), -s(-2)], [s(-2), -s(1)], [0.5, -0.5]],
+        [smooth(1), smooth(-2), smooth(0)],
+        [[slope(1), -slope(-2)], [slope(-2), -slope(1)], [slope(0), -slope(0)]],
     ),
     Row(  # usual margin 0.75 * 0.5 + 0.25 * 2 = 0.875, so beta = 0.1 * (1 + 0.8 * 1.125) = 0.19
         "beta_dpo",
@@ -218,6 +249,13 @@ ROWS = [
         MOVING,
         [sp(-0.19), sp(-0.57)],
         [[-0.19 * s(-0.19), 0.19 * s(-0.19)], [-0.19 * s(-0.57), 0.19 * s(-0.57)]],
+    ),
+    Row(
+        "beta_dpo",
+        {"beta": 0.1, "alpha": 0.8, "decay": 0.75, "label_smoothing": 0.25},
+        MOVING,
+        [smooth(0.19), smooth(0.57)],
+        [[0.19 * slope(0.19), -0.19 * slope(0.19)], [0.19 * slope(0.57), -0.19 * slope(0.57)]],
     ),
     Row("beta_dpo", {}, BAD, [sp(0.1)], [[-1e-3 * s(0.1), 1e-3 * s(0.1)]]),  # its floor
     Row(

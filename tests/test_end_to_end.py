@@ -282,6 +282,10 @@ MISTAKES = [
     (["train", "dpo.yaml", "--batch_size", "1000", "--run", "r3"], r"1000"),
     (["train", "dpo.yaml", "--data.max_length", "4096", "--run", "r4"], r"data.max_length: 4096 is more than"),
     (["train", "dpo.yaml", "--optim.learning_rate", "nan", "--run", "r5"], r"optim.learning_rate: nan"),
+    (
+        ["train", "dpo.yaml", "--loss.name", "robust", "--loss.label_smoothing", "0.7", "--run", "r11"],
+        r"loss robust: label_smoothing 0.7 cannot be used: it must be at least 0 and below 0.5",
+    ),
     (["train", "dpo.yaml", "--mesh.fsdp", "3", "--run", "r6"], r"mesh: .* does not multiply to"),
     (["train", "dpo.yaml", "--keep", "1", "--run", "r7"], r"keep: 1: at least 2"),
     (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds: -1.0 is less than 0"),

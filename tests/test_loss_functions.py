@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from loss_table import ROWS, batch_of
 
-from dpo_jax import losses  # noqa: F401, which files them
+from dpo_jax import losses
 from dpo_jax.losses.registry import REGISTRY
 from dpo_jax.records import UserError
 
 NAMES = sorted(REGISTRY)
+SMOOTHED = sorted(
+    {n for n, e in REGISTRY.items() if "label_smoothing" in inspect.signature(e.function).parameters}
+    - {"robust", "exo_pair"}  # which have a smoothing of their own
+)
 every_loss = pytest.mark.parametrize("name", NAMES)
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
@@ -228,13 +232,20 @@ def test_the_least_of_exo_is_where_its_classifier_has_the_labels_probability():
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [
-        (
-            "exo_pair",
-            {"label_smoothing": 0.0},
-            "loss.label_smoothing: 0.0 was given, but it must be above 0 and below 1",
-        ),
+        ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing 0.0 cannot be used: it must be above 0 and below 0.5"),
         ("robust", {"label_smoothing": 0.5}, "at least 0 and below 0.5"),
-        ("ipo", {"beta": 0.0}, "loss.beta: 0.0 was given, but it must be above 0"),
+        *((name, {"label_smoothing": eps}, "at least 0 and below 0.5") for name in SMOOTHED for eps in (-0.1, 0.5)),
+        ("odpo", {"alpha": -1.0}, "at least 0"),
+        ("dpop", {"penalty": -1.0}, "at least 0"),
+        ("cpo", {"nll_weight": -1.0}, "at least 0"),
+        ("slic", {"nll_weight": -1.0}, "at least 0"),
+        ("bradley_terry", {"center": -1.0}, "at least 0"),
+        ("unlikelihood", {"alpha": 1.5}, "alpha 1.5 cannot be used: it must be within 0 and 1"),
+        ("kto", {"desirable_weight": -1.0}, "desirable_weight -1.0 cannot be used"),
+        ("apo_zero_unpaired", {"undesirable_weight": -1.0}, "undesirable_weight -1.0 cannot be used"),
+        ("bco", {"decay": 1.0}, "at least 0 and below 1"),
+        ("beta_dpo", {"decay": -0.5}, "at least 0 and below 1"),
+        ("ipo", {"beta": 0.0}, "beta 0.0 cannot be used: it must be above 0"),
         ("ipo_sum", {"beta": 0.0}, "above 0"),
         ("sppo_hard", {"beta": -1.0}, "above 0"),
         ("discopop", {"tau": 1.0}, "above 0 and below 1"),
@@ -243,6 +254,8 @@ def test_the_least_of_exo_is_where_its_classifier_has_the_labels_probability():
 def test_hyper_parameters_without_a_meaning_are_refused(name, hyper, message):
     with pytest.raises(UserError, match=message):
         REGISTRY[name].function(example(name), **hyper)
+    with pytest.raises(UserError, match=rf"loss {name}: .*({message}|above 0)"):  # before anything is compiled
+        losses.build({"name": name, **hyper})
 
 
 @pytest.mark.parametrize("name", ["odpo", "lipo"])

@@ -11,10 +11,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import terms
@@ -97,6 +98,7 @@ def build(loss: Term | Sequence[Term]) -> Loss:
     """
     bound = [_bind(**term) for term in ([loss] if isinstance(loss, Mapping) else loss)]
     responses = _responses(bound)
+    _check_shared_parts(bound)
     entries = [b.entry for b in bound]
     return Loss(
         values=lambda lp: jnp.sum(_each(bound, lp, _Bound.value), axis=0),
@@ -115,8 +117,8 @@ def build(loss: Term | Sequence[Term]) -> Loss:
     )
 
 
-def _defaults(function: Callable) -> dict[str, Any]:
-    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+def _options(function: Callable) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def _bind(name: str, **given: Any) -> _Bound:
@@ -124,19 +126,31 @@ def _bind(name: str, **given: Any) -> _Bound:
     if name not in REGISTRY:
         raise UserError(f"loss.name: unknown loss {name!r}; known: {', '.join(sorted(REGISTRY))}")
     entry = REGISTRY[name]
-    groups = [_defaults(function) for function in (entry.function, *OPTIONS)]
-    known = [key for group in groups for key in group]
+    groups = [_options(function) for function in (entry.function, *OPTIONS)]
+    known = {key: option for group in groups for key, option in group.items()}
     for key, value in given.items():
-        owner = next((group for group in groups if key in group), None)
-        if owner is None:
+        if key not in known:
             raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(known)}")
-        owner[key] = value
-    beta = groups[0].get("beta", 1.0)
-    if isinstance(beta, int | float) and not 0 < beta < math.inf:  # a traced one cannot be looked at
-        raise UserError(f"loss {name}: beta {beta} is not a finite number above 0")
-    bound = _Bound(name, entry, *groups)
+        texts = get_args(known[key].annotation)
+        if texts and value not in texts:
+            raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
+    bound = _Bound(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
     terms.check(name, entry, bound.transform | bound.weigh)
+    if not any(isinstance(value, Tracer) for value in given.values()):
+        _check(bound)  # traced numbers were looked at before
     return bound
+
+
+def _check(bound: _Bound) -> None:
+    """Refuses hyper-parameters that have no meaning: those that no loss can have, and what the loss itself refuses."""
+    for key, value in (bound.hyper | bound.transform | bound.weigh).items():
+        low = 0.0 if key == "beta" else -math.inf
+        if isinstance(value, int | float) and not low < value < math.inf:
+            raise UserError(f"loss {bound.name}: {key} {value} is not a finite number{' above 0' * (key == 'beta')}")
+    try:
+        jax.eval_shape(bound.value, terms.example(bound.entry.responses or 2))
+    except UserError as e:
+        raise UserError(f"loss {bound.name}: {e}") from e
 
 
 def _responses(bound: Sequence[_Bound]) -> int | None:
@@ -154,6 +168,18 @@ def _responses(bound: Sequence[_Bound]) -> int | None:
     if mismatched and None in wanted.values():
         raise UserError(f"loss: {', '.join(names)}: one takes every response, another one that is not an answer")
     return max(known) if known else None
+
+
+def _check_shared_parts(bound: Sequence[_Bound]) -> None:
+    """Refuses to desensitise to length where a response to another prompt has a say in what the responses share."""
+    strange = [b.name for b in bound if b.entry.mismatched]
+    for b in bound:
+        alpha = b.transform["ld_alpha"]
+        if strange and not isinstance(alpha, Tracer) and alpha != 1:
+            raise UserError(
+                f"loss {b.name}: ld_alpha {alpha} cannot be used beside {strange[0]}: what is cut to the "
+                "shortest response would be cut to that to another prompt too"
+            )
 
 
 def _each(bound: Sequence[_Bound], lp: Logps, function: Callable[[_Bound, Logps], Array]) -> Array:

@@ -7,7 +7,7 @@ in pairwise.py.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, weighted_mean
+from dpo_jax.losses.parts import check, log_ratios, logistic, margin, pair, weighted_mean
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -73,7 +73,9 @@ def _usual_margin(lp: Logps, *, decay: float = 0.9, **_: float) -> Array:
 
 
 @register(responses=2, uses_reference=True, whole_batch=True, statistic=_usual_margin)
-def beta_dpo(lp: Logps, *, beta: float = 0.1, alpha: float = 0.6, decay: float = 0.9) -> Array:
+def beta_dpo(
+    lp: Logps, *, beta: float = 0.1, alpha: float = 0.6, decay: float = 0.9, label_smoothing: float = 0.0
+) -> Array:
     """DPO with a beta that grows with the step's mean margin (Wu et al. 2024, arXiv 2407.08639), without its filter.
 
         M = mean of c - r over the step, M0 <- decay M0 + (1 - decay) M, at first 0
@@ -88,10 +90,12 @@ def beta_dpo(lp: Logps, *, beta: float = 0.1, alpha: float = 0.6, decay: float =
       beta: Its value at the usual margin.
       alpha: How fast it grows with the margin (the paper's 0.6).
       decay: Of the running mean (the paper's 0.9).
+      label_smoothing: The assumed rate of flipped labels.
 
     Returns:
       float32[B].
     """
+    check("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     excess = _mean_margin(lp) - _usual_margin(lp, decay=decay)
     dynamic = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
-    return jnp.where(lp.weights > 0, logistic(dynamic * margin(log_ratios(lp))), 0.0)
+    return jnp.where(lp.weights > 0, logistic(dynamic * margin(log_ratios(lp)), label_smoothing), 0.0)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from dpo_jax.losses.parts import pair, per_token
+from dpo_jax.losses.parts import check, pair, per_token
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -42,5 +42,6 @@ def unlikelihood(lp: Logps, *, alpha: float = 0.5) -> Array:
     Returns:
       float32[B].
     """
+    check("alpha", alpha, lambda a: 0 <= a <= 1, "within 0 and 1")
     chosen, rejected = pair(lp.policy)
     return alpha * rejected - chosen

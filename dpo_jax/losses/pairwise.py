@@ -137,7 +137,7 @@ def exo_pair(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> 
     Returns:
       float32[B].
     """
-    check("label_smoothing", label_smoothing, lambda eps: 0 < eps < 1, "above 0 and below 1")
+    check("label_smoothing", label_smoothing, lambda eps: 0 < eps < 0.5, "above 0 and below 0.5")
     z = beta * margin(log_ratios(lp))
     chosen = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-label_smoothing))
     return chosen + sigmoid(-z) * (log_sigmoid(-z) - jnp.log(label_smoothing))
@@ -165,7 +165,14 @@ def discopop(lp: Logps, *, beta: float = 0.1, tau: float = 0.05) -> Array:
 
 
 @register(responses=2, uses_reference=True, divergences=True, scores=True)
-def odpo(lp: Logps, *, beta: float = 0.1, alpha: float = 1.0, offset: Literal["log", "linear"] = "log") -> Array:
+def odpo(
+    lp: Logps,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    offset: Literal["log", "linear"] = "log",
+    label_smoothing: float = 0.0,
+) -> Array:
     """DPO with an offset by how much better the chosen response is (Amini et al. 2024, arXiv 2402.10571).
 
         loss = -log sigmoid(beta (c - r) - alpha f(s_c - s_r)),   f = log or f(x) = x
@@ -177,12 +184,15 @@ def odpo(lp: Logps, *, beta: float = 0.1, alpha: float = 1.0, offset: Literal["l
       beta: Strength of the KL constraint to the reference.
       alpha: Weight of the offset (the paper's 1).
       offset: f: log, the paper's, or linear.
+      label_smoothing: The assumed rate of flipped labels.
 
     Returns:
       float32[B].
     """
+    check("alpha", alpha, lambda a: a >= 0, "at least 0")
     gap = better_by(lp)
-    return logistic(beta * margin(log_ratios(lp)) - alpha * (jnp.log(gap) if offset == "log" else gap))
+    z = beta * margin(log_ratios(lp)) - alpha * (jnp.log(gap) if offset == "log" else gap)
+    return logistic(z, label_smoothing)
 
 
 def better_by(lp: Logps) -> Array:
@@ -195,7 +205,7 @@ def better_by(lp: Logps) -> Array:
 
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
-def dpop(lp: Logps, *, beta: float = 0.3, penalty: float = 50.0) -> Array:
+def dpop(lp: Logps, *, beta: float = 0.3, penalty: float = 50.0, label_smoothing: float = 0.0) -> Array:
     """DPO-positive: the chosen response may not become less likely than it was (Pal et al. 2024, arXiv 2402.13228).
 
         loss = -log sigmoid(beta (c - r - lambda max(0, -c)))
@@ -204,12 +214,14 @@ def dpop(lp: Logps, *, beta: float = 0.3, penalty: float = 50.0) -> Array:
       lp: log-probabilities of B pairs.
       beta: Strength of the KL constraint to the reference (the paper's 0.3).
       penalty: The paper's lambda (its 50).
+      label_smoothing: The assumed rate of flipped labels.
 
     Returns:
       float32[B].
     """
+    check("penalty", penalty, lambda p: p >= 0, "at least 0")
     c, r = pair(log_ratios(lp))
-    return logistic(beta * (c - r - penalty * relu(-c)))
+    return logistic(beta * (c - r - penalty * relu(-c)), label_smoothing)
 
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)

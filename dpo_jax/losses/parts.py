@@ -33,7 +33,12 @@ def per_token(values: Array, lp: Logps) -> Array:
 
 
 def logistic(z: Array, label_smoothing: float = 0.0) -> Array:
-    """Returns the loss of a classifier with logit z whose label is 1, or wrong with probability `label_smoothing`."""
+    """Returns the loss of a classifier with logit z whose label is 1, or wrong with probability `label_smoothing`.
+
+    Raises:
+      UserError: labels that are wrong at least as often as right.
+    """
+    check("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
     return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
@@ -52,4 +57,4 @@ def weighted_mean(values: Array, weights: Array) -> Array:
 def check(name: str, value: float, holds: Callable[[float], bool], what: str) -> None:
     """Raises a UserError where a hyper-parameter has no meaning; a traced one cannot be looked at."""
     if isinstance(value, int | float) and not holds(value):
-        raise UserError(f"loss.{name}: {value} was given, but it must be {what}")
+        raise UserError(f"{name} {value} cannot be used: it must be {what}")

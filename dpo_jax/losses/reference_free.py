@@ -7,7 +7,7 @@ m_c = p_c / L_c, m_r = p_r / L_r.
 import jax.numpy as jnp
 from jax.nn import relu
 
-from dpo_jax.losses.parts import logistic, margin, pair, per_token, power
+from dpo_jax.losses.parts import check, logistic, margin, pair, per_token, power
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -31,7 +31,9 @@ def simpo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: 
 
 
 @register(responses=2, uses_reference=False, soft_labels=True)
-def alphapo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.25) -> Array:
+def alphapo(
+    lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.25, label_smoothing: float = 0.0
+) -> Array:
     """SimPO with a bent reward (Gupta et al. 2025, arXiv 2501.03884).
 
         reward(m) = beta (1 - e^(-alpha m)) / alpha
@@ -44,11 +46,12 @@ def alphapo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 
       beta: Scale of the rewards.
       gamma: Target margin of rewards.
       alpha: How much more a likelihood counts that is already low (TRL's cpo alpha).
+      label_smoothing: The assumed rate of flipped labels.
 
     Returns:
       float32[B].
     """
-    return logistic(beta * margin(power(per_token(lp.policy, lp), -alpha)) - gamma)
+    return logistic(beta * margin(power(per_token(lp.policy, lp), -alpha)) - gamma, label_smoothing)
 
 
 @register(responses=2, uses_reference=False, soft_labels=True)
@@ -66,6 +69,7 @@ def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weigh
     Returns:
       float32[B].
     """
+    check("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     nll = -per_token(lp.policy, lp)[:, 0]
     return logistic(beta * margin(lp.policy), label_smoothing) + nll_weight * nll
 
@@ -106,5 +110,6 @@ def slic(lp: Logps, *, delta: float = 1.0, nll_weight: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
+    check("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     chosen, rejected = pair(lp.policy)
     return relu(delta - chosen + rejected) - nll_weight * chosen

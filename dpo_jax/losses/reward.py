@@ -1,6 +1,6 @@
 """The loss of a reward model, P = 2; in formulas r_c and r_r are its rewards of chosen and rejected response."""
 
-from dpo_jax.losses.parts import logistic, margin, pair
+from dpo_jax.losses.parts import check, logistic, margin, pair
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -21,5 +21,6 @@ def bradley_terry(lp: Logps, *, label_smoothing: float = 0.0, center: float = 0.
     Returns:
       float32[B].
     """
+    check("center", center, lambda c: c >= 0, "at least 0")
     chosen, rejected = pair(lp.policy)
     return logistic(margin(lp.policy), label_smoothing) + center * (chosen + rejected) ** 2

@@ -73,6 +73,13 @@ def view(lp: Logps, responses: int) -> Logps:
     return lp._replace(**{name: getattr(lp, name)[:, :responses] for name in PAIRED})
 
 
+def example(responses: int) -> Logps:
+    """The shapes of the log-probs of one comparison."""
+    number, row = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, responses), jnp.float32)
+    rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
+    return Logps(**dict.fromkeys(PAIRED, row) | {"weights": number, "preference": number} | rest)
+
+
 def check(name: str, entry: Entry, options: dict) -> None:
     """Refuses options of a term that mean nothing for its loss.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import log_ratios, weighted_mean
+from dpo_jax.losses.parts import check, log_ratios, weighted_mean
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -16,6 +16,11 @@ from dpo_jax.records import Array, Logps
 def _there(lp: Logps) -> Array:
     """Returns 1 for each response that is there, float32[B, 2]."""
     return (lp.present[:, :2] & (lp.weights > 0)[:, None]).astype(jnp.float32)
+
+
+def _check_weights(desirable_weight: float, undesirable_weight: float) -> None:
+    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        check(name, weight, lambda w: w >= 0, "at least 0")
 
 
 def _mean_of_present(wanted: Array, unwanted: Array, lp: Logps) -> Array:
@@ -43,6 +48,7 @@ def kto(lp: Logps, *, beta: float = 0.1, desirable_weight: float = 1.0, undesira
     Returns:
       float32[B].
     """
+    _check_weights(desirable_weight, undesirable_weight)
     c, r, other = log_ratios(lp).T
     kl = relu(weighted_mean(stop_gradient(other), lp.weights * lp.present[:, 2]))
     wanted, unwanted = sigmoid(beta * (kl - c)), sigmoid(beta * (r - kl))
@@ -67,6 +73,7 @@ def apo_zero_unpaired(
     Returns:
       float32[B].
     """
+    _check_weights(desirable_weight, undesirable_weight)
     c, r = (beta * log_ratios(lp)).T
     return _mean_of_present(desirable_weight * sigmoid(-c), undesirable_weight * sigmoid(r), lp)
 
@@ -96,6 +103,7 @@ def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9) -> Array:
     Returns:
       float32[B].
     """
+    check("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     delta = _reward_shift(lp, beta=beta, decay=decay)
     c, r = (beta * log_ratios(lp)).T
     return _mean_of_present(-log_sigmoid(c - delta), -log_sigmoid(delta - r), lp)
