@@ -22,7 +22,7 @@ COMMANDS = {
         "CONFIG.yaml [--out FILE.html]",
         "what the data is: counts, lengths, shortcuts; rows to read",
     ),
-    "losses": ("[NAME ...] [--plot FILE.svg]", "every loss: formula, options, paper; curves against the margin"),
+    "losses": ("[NAME ...] [--plot [FILE.svg]]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": (
         "[RUN_OR_MODEL] OUT.jsonl [--by WAY] ...",
         "preferences made of a model's answers or of other data",

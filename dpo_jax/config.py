@@ -235,7 +235,7 @@ def _with_variants(base: type, pairs: Pairs) -> type:
         for element, name in _chosen(pairs, f.name, f.default_factory()["name"]).items():
             if name not in known[f.name]:
                 key = ".".join(filter(None, (f.name, element, "name")))
-                raise UserError(f"{key}: unknown {f.name} {name!r}; {closest(name, list(known[f.name]))}")
+                raise UserError(f"{key}: unknown {f.name} {name!r}; {options.named(name, list(known[f.name]))}")
             kinds[element] = _options(f.name, name)
         kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
         fields.append((f.name, kind, field(default_factory=kind)))

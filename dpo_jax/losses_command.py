@@ -1,4 +1,4 @@
-"""The page on losses: name, formula, hyper-parameters and paper of each, and curves of those of a margin alone.
+"""The page on losses: name, formula, hyper-parameters and paper of each, and curves of all by the margin.
 
 All of it is read from the functions themselves: their docstrings, signatures and values.
 """
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from dpo_jax import drawing, folders, keys, losses
+from dpo_jax import drawing, folders, keys, losses, options
+from dpo_jax.losses import terms
 from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, UserError
 
@@ -28,7 +29,12 @@ NOTATION = (
 )
 WIDTH = 145  # of the table where there is no terminal
 MARGINS = np.linspace(-6.0, 6.0, 241)
-DASHES = ("-", "--", ":")
+LEVEL = -4.0  # log pi_ref of a response of the plot
+DASHES = ("-", "--", ":", "-.")
+AXES = {
+    True: "margin c - r, all that these depend on\n(beta 1, one token a response, scores 3 and 1)",
+    False: f"margin c - r, at c = -r\n(beta 1, one token a response, log ref {LEVEL:g}, steps of one pair)",
+}
 
 
 class Description(NamedTuple):
@@ -50,20 +56,27 @@ class Description(NamedTuple):
 
 
 def losses_command(argv: Sequence[str]) -> None:
-    """`dpo-jax losses [NAME ...] [--plot FILE.svg]`."""
+    """`dpo-jax losses [NAME ...] [--plot [FILE.svg]]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    names, options = list(argv[:first]) or list(losses.REGISTRY), keys.arguments(argv[first:])
-    if any(key != "plot" or len(values) != 1 for key, values in options):
-        raise UserError("dpo-jax losses takes names of losses, then --plot FILE.svg; nothing else")
+    names, given = list(argv[:first]) or list(losses.REGISTRY), keys.arguments(argv[first:])
+    if any(key != "plot" or len(values) > 1 for key, values in given):
+        raise UserError("dpo-jax losses takes names of losses, then --plot [FILE.svg]; nothing else")
     for name in names:
         if name not in losses.REGISTRY:
-            raise UserError(f"unknown loss {name!r}; {keys.closest(name, list(losses.REGISTRY))}")
-    if options:
-        print(f"wrote {write_plot(Path(options[-1][1][0]), names)}")
+            raise UserError(f"unknown loss {name!r}; {options.named(name, list(losses.REGISTRY))}")
+    if given:
+        print(f"wrote {write_plot(Path((given[-1][1] or ['losses.svg'])[0]), names)}")
         return
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
-    console.print(table(names), *NOTATION, sep="\n", highlight=False, markup=False, soft_wrap=True)
+    console.print(table(names), *NOTATION, "", *_common(), sep="\n", highlight=False, markup=False, soft_wrap=True)
+
+
+def _common() -> list[str]:
+    """Returns the options that every loss has, a line each."""
+    functions = options.variants()["loss"]["dpo"][1:]
+    found = [(f"{o.name} {o.default}", o.help) for function in functions for o in options.of(function)]
+    return ["every loss has also", *(f"  {option:<24} {said}" for option, said in found)]
 
 
 def describe(name: str) -> Description:
@@ -110,72 +123,90 @@ def table(names: Sequence[str]) -> Grid:
     return grid
 
 
+class Curve(NamedTuple):
+    """A loss by the margin.
+
+    Attributes:
+      value: float32[n], at `MARGINS`.
+      gradient: float32[n], its derivative.
+      alone: whether it depends on nothing else.
+    """
+
+    value: Array
+    gradient: Array
+    alone: bool
+
+
 def write_plot(out: Path, names: Sequence[str]) -> Path:
-    """Draws loss and gradient against the margin, of the losses of a margin alone, to an SVG; returns its path."""
+    """Draws loss and gradient against the margin to an SVG, those of the margin alone above the others; returns its
+    path."""
     if out.suffix != ".svg":
         raise UserError(f"--plot {out}: give the name of an .svg file")
     drawn = curves(names)
-    if not drawn:
-        raise UserError(f"--plot: none of {', '.join(names)} is a function of the margin alone")
-    fig = drawing.new(11, 5.5)
-    for place, title in enumerate(("loss", "d loss / d margin")):
-        axes = fig.add_subplot(1, 2, 1 + place)
-        for i, (label, values) in enumerate(drawn.items()):
-            colour = drawing.COLOURS[i % len(drawing.COLOURS)]
-            dash = DASHES[i // len(drawing.COLOURS) % len(DASHES)]
-            axes.plot(MARGINS, values[place], dash, color=colour, lw=1.6, label=label)
-        axes.set_ylim((-1.5, 6.0) if place == 0 else (-4.0, 2.0))
-        axes.set_title(title, color=drawing.INK, fontsize=10)
-        drawing.dress(axes, "margin c - r (beta 1, one token a response, scores 3 and 1)")
-    legend = fig.axes[0].get_legend_handles_labels()
-    fig.legend(*legend, loc="outside lower center", ncols=4, frameon=False, labelcolor=drawing.INK, fontsize=9)
+    rows = [alone for alone in (True, False) if any(curve.alone == alone for curve in drawn.values())]
+    fig = drawing.new(12, 4.5 * len(rows))
+    for row, alone in enumerate(rows):
+        axes = [fig.add_subplot(len(rows), 2, 2 * row + column) for column in (1, 2)]
+        for i, (label, curve) in enumerate((k, v) for k, v in drawn.items() if v.alone == alone):
+            look = {"color": drawing.COLOURS[i % len(drawing.COLOURS)], "ls": DASHES[i // len(drawing.COLOURS)]}
+            for one, values in zip(axes, curve[:2], strict=True):
+                one.plot(MARGINS, values, lw=1.6, label=label, **look)
+        for one, title, limits in zip(axes, ("loss", "d loss / d margin"), ((-1.5, 6.0), (-4.0, 2.0)), strict=True):
+            one.set_ylim(limits)
+            one.set_title(title, color=drawing.INK, fontsize=10)
+            drawing.dress(one, AXES[alone])
+        # Beside the axes, in as many lines as there are curves.
+        legend = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "frameon": False, "fontsize": 8}
+        axes[1].legend(labelcolor=drawing.INK, **legend)
     with folders.written(out) as file:
         file.write(drawing.element(fig))
     return out
 
 
-def curves(names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
-    """Returns loss and gradient, float[n] each, at the margins of the plot, by the names of those that share them."""
-    found: dict[str, tuple[Array, Array]] = {}
+def curves(names: Sequence[str]) -> dict[str, Curve]:
+    """Returns the curves of the plot by the names of the losses that share them."""
+    found: dict[str, Curve] = {}
     for name in names:
-        if (curve := _curve(name)) is not None:
-            same = next((label for label, other in found.items() if np.allclose(other, curve, atol=1e-5)), None)
-            label = f"{same}, {name}" if same else name
-            found = {label if key == same else key: value for key, value in found.items()} | {label: curve}
+        curve = _curve(name)
+        alike = (k for k, v in found.items() if v.alone == curve.alone and np.allclose(v[:2], curve[:2], atol=1e-5))
+        same = next(alike, None)
+        label = f"{same}, {name}" if same else name
+        found = {label if key == same else key: value for key, value in found.items()} | {label: curve}
     return found
 
 
-def _curve(name: str) -> tuple[Array, Array] | None:
-    """Returns loss and gradient by margin, or nothing where the value depends on more than the margin."""
+def _curve(name: str) -> Curve:
+    """Returns the curve of a loss, of steps of one pair each."""
     entry = losses.REGISTRY[name]
-    if entry.responses not in (2, None) or entry.whole_batch or entry.unpaired or entry.rewards:
-        return None
     hyper = {"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}
 
-    def value(margins: Array, shift: float) -> Array:
-        return entry.function(_pairs(margins, shift), **hyper)
+    def at(margins: Array, shift: float = 0.0) -> Array:
+        return entry.function(terms.view(_pairs(margins, shift), entry.responses or 2), **hyper)
 
-    margins = jnp.asarray(MARGINS, jnp.float32)
-    values = value(margins, 0.0)
-    if not np.allclose(values, value(margins, -3.0), atol=1e-4):
-        return None
-    return np.asarray(values), np.asarray(jax.grad(lambda x: value(x, 0.0).sum())(margins))
+    def one_by_one(margins: Array, shift: float = 0.0) -> Array:
+        return jax.vmap(lambda margin: at(margin[None], shift)[0])(margins)
+
+    value, margins = one_by_one if entry.whole_batch else at, jnp.asarray(MARGINS, jnp.float32)
+    values, gradient = value(margins), jax.grad(lambda x: value(x).sum())(margins)
+    alone = not entry.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
+    return Curve(np.asarray(values), np.asarray(gradient), alone)
 
 
 def _pairs(margins: Array, shift: float) -> Logps:
-    """Returns pairs of one-token responses with given margins, both log-ratios shifted."""
-    policy = jnp.stack([margins / 2, -margins / 2], 1) + shift
-    zeros, ones = jnp.zeros_like(policy), jnp.ones_like(policy)
+    """Returns pairs of one-token responses with given margins, both log-ratios shifted, each with a third response
+    whose log-ratio is 0."""
+    policy = jnp.stack([margins / 2 + shift, -margins / 2 + shift, 0.0 * margins], 1) + LEVEL
+    reference, ones = jnp.full_like(policy, LEVEL), jnp.ones_like(policy)
     return Logps(
         policy=policy,
-        reference=zeros,
+        reference=reference,
         policy_shared=policy,
-        reference_shared=zeros,
+        reference_shared=reference,
         lengths=ones,
         present=ones > 0,
         weights=ones[:, 0],
         preference=ones[:, 0],
-        scores=jnp.broadcast_to(jnp.array([3.0, 1.0]), policy.shape),
-        confidence=zeros,
+        scores=jnp.broadcast_to(jnp.array([3.0, 1.0, 0.0]), policy.shape),
+        confidence=0.0 * ones,
         running=jnp.zeros(()),
     )

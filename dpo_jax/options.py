@@ -13,9 +13,23 @@ from typing import Any, Literal, NamedTuple
 
 import docstring_parser
 
+from dpo_jax.keys import closest
+
 PACKAGE = Path(__file__).parent
 OF_EVERY_TERM = ("transformed", "weighted")  # functions of losses/terms.py, whose options every loss has
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str)}
+
+# What others call some losses, where the closest name here is not what is meant.
+ELSEWHERE = {
+    "sigmoid": "dpo",
+    "cdpo": "dpo",
+    "dpo_norm": "sigmoid_norm",
+    "sppo": "sppo_hard",
+    "listwise": "lipo",
+    "nll": "sft",
+    "preferred_ft": "sft",
+    "reward_model": "bradley_terry",
+}
 
 Variants = Mapping[str, Mapping[str, Sequence[ast.FunctionDef]]]
 
@@ -37,6 +51,11 @@ def variants() -> Variants:
     losses = [f for file in sorted((PACKAGE / "losses").glob("*.py")) for f in _functions(file) if _registered(f)]
     optimisers = [f for f in _functions(PACKAGE / "optim.py") if _registered(f)]
     return {"loss": {f.name: (f, *every) for f in losses}, "optim": {f.name: (f,) for f in optimisers}}
+
+
+def named(name: str, known: Sequence[str]) -> str:
+    """Returns the end of an error message on an unknown name of a loss or an optimiser: what is probably meant."""
+    return f"here it is {ELSEWHERE[name]!r}" if ELSEWHERE.get(name) in known else closest(name, known)
 
 
 def _functions(file: Path) -> Iterator[ast.FunctionDef]:

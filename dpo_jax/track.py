@@ -111,7 +111,21 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
         shown = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         run.log({"samples": shown}, step=step)
 
-    return Tracker(lambda step, metrics: run.log(dict(metrics), step=step), table, run.finish)
+    return Tracker(lambda step, metrics: run.log(_with_originals(metrics), step=step), table, run.finish)
+
+
+def _with_originals(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics and, beside TRL's names, those of DPO's original code, which wandb has of runs of it:
+    rewards_train/*, logps_train/*, loss/train, and rewards_eval/*, logps_eval/*, loss/eval."""
+    found = dict(metrics)
+    for name, value in metrics.items():
+        kind, slash, which = name.removeprefix("eval_").partition("/")
+        split = "eval" if name.startswith("eval_") else "train"
+        if kind in ("rewards", "logps"):
+            found[f"{kind}_{split}/{which}"] = value
+        elif kind == "loss" and not slash:
+            found[f"loss/{split}"] = value
+    return found
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {

@@ -42,6 +42,7 @@ ALLOWED = {
     ("config", "records"): "errors a user can mend are a UserError everywhere",
     ("keys", "records"): "likewise",
     ("config", "keys"): "YAML and arguments are read as keys",
+    ("options", "keys"): "the message on an unknown name",
     ("config", "options"): "what a section chosen by name holds",
     ("settings", "config"): "a command's keys stand beside those of a run",
     ("reference", "step"): "the type of the function that both take",

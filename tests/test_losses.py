@@ -81,8 +81,10 @@ def test_likelihood_metrics():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="unknown loss 'dop'; known: alphapo, aot, "):
-        losses.build({"name": "dop"})
+    with pytest.raises(UserError, match="unknown loss 'xyz'; known: alphapo, aot, "):
+        losses.build({"name": "xyz"})
+    with pytest.raises(UserError, match="unknown loss 'sigmoid'; here it is 'dpo'"):  # and not sigmoid_norm
+        losses.build({"name": "sigmoid"})
     with pytest.raises(UserError, match=r"loss dpo: .*'betta'.*its parameters"):
         losses.build({"name": "dpo", "betta": 0.1})
     with pytest.raises(ValueError, match="registered twice"):

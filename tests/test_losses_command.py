@@ -43,7 +43,10 @@ def test_the_table_names_all_of_it(capsys):
         assert re.search(rf"│ {name} +│", page), name
     for part in ("label_smoothing 0.001", "q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)", "arXiv 2402.00856"):
         assert part in page
-    assert page.endswith(losses_command.NOTATION[-1] + "\n")
+    assert losses_command.NOTATION[-1] + "\n" in page
+    for option in (option for function in losses.OPTIONS for option in inspect.signature(function).parameters.values()):
+        if option.kind is option.KEYWORD_ONLY:
+            assert re.search(rf"\n  {option.name} {re.escape(str(option.default))} +\w", page), option.name
 
 
 def test_names_choose(capsys):
@@ -52,22 +55,45 @@ def test_names_choose(capsys):
 
 
 def test_help(capsys):
-    assert said(capsys, "--help").startswith("usage: dpo-jax losses [NAME ...] [--plot FILE.svg]\n")
+    assert said(capsys, "--help").startswith("usage: dpo-jax losses [NAME ...] [--plot [FILE.svg]]\n")
 
 
-def test_curves_are_of_the_losses_of_a_margin():
-    curves = losses_command.curves(list(losses.REGISTRY))
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return losses_command.curves(list(losses.REGISTRY))
+
+
+def test_every_loss_has_a_curve_and_those_of_the_margin_alone_are_told_apart(curves):
     drawn = {name: curve for label, curve in curves.items() for name in label.split(", ")}
+    assert set(drawn) == set(losses.REGISTRY)
     ranked = {"plackett_luce", "lipo"}  # of two responses
     pairwise = {"dpo", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust", "exo_pair", "discopop", "odpo", "r_dpo"}
-    assert set(drawn) == pairwise | ranked | {"simpo"}
+    assert {name for name, curve in drawn.items() if curve.alone} == pairwise | ranked | {"simpo", "bradley_terry"}
+    assert "dpo, sigmoid_norm, r_dpo, plackett_luce, bradley_terry" in curves  # the same for a token a response
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "slope"),  # at a margin of 2: log-ratios 1 and -1, log-probs -3 and -5, beta 1
+    [
+        ("dpo", np.log1p(np.exp(-2)), -sigmoid(-2)),
+        ("ipo", 1.5**2, 3.0),
+        ("sppo_hard", 2 * 0.5**2, 2 * 0.5),  # (c - 1/2)^2 + (r + 1/2)^2 with c = m / 2, r = -m / 2
+        ("apo_zero", 2 * sigmoid(-1), -sigmoid(1) * sigmoid(-1)),
+        ("kto", sigmoid(-1), -0.5 * sigmoid(1) * sigmoid(-1)),  # a KL of 0
+        ("unlikelihood", 3 - 0.5 * 5, -0.75),
+        ("sft", 3.0, -0.5),
+        ("aot", np.log1p(np.exp(-2)), -sigmoid(-2)),
+        ("beta_dpo", np.log1p(np.exp(-2 * 2.08)), -2.08 * sigmoid(-2 * 2.08)),  # beta 1 + 0.6 * 0.9 * 2, a constant
+    ],
+)
+def test_curves(curves, name, value, slope):
     at = losses_command.MARGINS.tolist().index(2.0)
-    value, gradient = (part[at] for part in drawn["dpo"])
-    assert value == pytest.approx(np.log1p(np.exp(-2)), rel=1e-5)
-    assert gradient == pytest.approx(-1 / (1 + np.exp(2)), rel=1e-5)
-    value, gradient = (part[at] for part in drawn["ipo"])
-    assert [value, gradient] == pytest.approx([1.5**2, 3.0], rel=1e-5)
-    assert "dpo, sigmoid_norm, r_dpo, plackett_luce" in curves  # the same for a token a response
+    curve = next(curve for label, curve in curves.items() if name in label.split(", "))
+    assert [curve.value[at], curve.gradient[at]] == pytest.approx([value, slope], rel=1e-5)
 
 
 def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
@@ -75,20 +101,33 @@ def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
     assert said(capsys, "--plot", str(out)) == f"wrote {out}\n"
     text = out.read_text()
     assert text.startswith("<svg")
-    for part in ("d loss / d margin", "hinge", "discopop", "dpo, sigmoid_norm, r_dpo, plackett_luce"):
+    for part in (
+        "d loss / d margin",
+        "hinge",
+        "discopop",
+        "dpo, sigmoid_norm, r_dpo, plackett_luce",
+        "kto",
+        "at c = -r",
+    ):
         assert part in text
     assert said(capsys, "hinge", "--plot", str(out))
-    assert "discopop" not in out.read_text()
+    assert not [part for part in ("discopop", "at c = -r") if part in out.read_text()]
+
+
+def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "kto", "--plot") == "wrote losses.svg\n"
+    assert "kto" in (tmp_path / "losses.svg").read_text()
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["simpoo"], r"unknown loss 'simpoo'; did you mean 'simpo'\?"),
+        (["sigmoid"], "unknown loss 'sigmoid'; here it is 'dpo'"),
         (["--beta", "0.1"], "takes names of losses, then --plot"),
-        (["--plot"], "takes names of losses, then --plot"),
+        (["--plot", "a.svg", "b.svg"], "takes names of losses, then --plot"),
         (["--plot", "x.png"], r"--plot x.png: give the name of an .svg file"),
-        (["kto", "--plot", "x.svg"], "--plot: none of kto is a function of the margin alone"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

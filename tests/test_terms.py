@@ -156,6 +156,14 @@ def test_absent_responses_have_no_metrics():
         np.testing.assert_allclose(found[name], value, err_msg=name)
 
 
+def test_accuracy_is_how_probably_the_label_agrees_with_the_rewards():
+    """Of a label that is right with probability 0.8, a policy that follows it agrees with 0.8, one that does not with
+    0.2; of one that is more probably wrong, the other way round; a tie is half right."""
+    lp = batch_of([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], preference=[0.8, 0.8, 0.3, 0.9])
+    found = losses.build({"name": "dpo"}).metrics(lp)["rewards/accuracies"]
+    np.testing.assert_allclose(found, [0.8, 0.2, 0.3, 0.5], rtol=1e-6)
+
+
 def test_length_bias_is_the_correlation_of_margin_and_length():
     rng = np.random.default_rng(1)
     longer = rng.integers(-20, 20, 40).astype(np.float32)

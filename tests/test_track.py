@@ -99,13 +99,26 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
         tracker.close()
     (start, line, table, end), again = calls[:4], calls[4:]
     assert again == [start, line, table, end]
-    assert (line, end) == ((3, {"loss": 0.5}), "end")
+    assert (line, end) == ((3, {"loss": 0.5, "loss/train": 0.5}), "end")
     assert table == (3, {"samples": {"columns": ["prompt", "policy"], "data": [["p", "a"], ["q", None]]}})
     assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
     assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
     (tmp_path / "wandb_id").unlink()  # as of a folder that was removed and made again
     track.tracker("wandb", tmp_path, {}).log(0, {})
     assert calls[-2]["id"] != start["id"]
+
+
+def test_wandb_has_the_names_of_the_originals_runs_too(tmp_path, monkeypatch):
+    lines = []
+    run = SimpleNamespace(log=lambda values, step: lines.append(values), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    given = {"loss": 1.0, "loss/sft": 2.0, "rewards/margins": 3.0, "logps/chosen": 4.0, "grad_norm": 5.0}
+    tracker = track.tracker("wandb", tmp_path, {})
+    tracker.log(1, given)
+    tracker.log(1, {f"eval_{name}": value for name, value in given.items()})
+    train = {"loss/train": 1.0, "rewards_train/margins": 3.0, "logps_train/chosen": 4.0}
+    evaluated = {name.replace("train", "eval"): value for name, value in train.items()}
+    assert lines == [given | train, {f"eval_{name}": value for name, value in given.items()} | evaluated]
 
 
 def test_what_wandb_says_is_one_line(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from dpo_jax import options
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import terms
 from dpo_jax.losses.metrics import averages, length_bias
@@ -124,7 +125,7 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
 def _bind(name: str, **given: Any) -> _Bound:
     """Returns the named loss with its hyper-parameters, and the options of a term apart."""
     if name not in REGISTRY:
-        raise UserError(f"loss.name: unknown loss {name!r}; known: {', '.join(sorted(REGISTRY))}")
+        raise UserError(f"loss.name: unknown loss {name!r}; {options.named(name, list(REGISTRY))}")
     entry = REGISTRY[name]
     groups = [_options(function) for function in (entry.function, *OPTIONS)]
     known = {key: option for group in groups for key, option in group.items()}

@@ -25,15 +25,18 @@ def margins(values: Array, lp: Logps) -> dict[str, Array]:
     """Returns TRL's reward metrics, float32[B], of the best response against the worst; values: float[B, P].
 
     A tie counts as half right, where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and
-    not 0. gradient_weight is sigmoid(-margin), how much a pair still moves the model (paper, section 4).
+    not 0. Where the chosen response is the better one with probability p only, accuracy is the probability that the
+    label agrees with the rewards: at best the larger of p and 1 - p. gradient_weight is sigmoid(-margin), how much a
+    pair still moves the model (paper, section 4).
     """
     shown = jnp.where(lp.present, values.astype(jnp.float32), jnp.nan)
     chosen, rejected = shown[:, 0], shown[:, -1]
     margin = chosen - rejected
+    right = 0.5 * (jnp.sign(margin) + 1.0)
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": 0.5 * (jnp.sign(margin) + 1.0),
+        "rewards/accuracies": lp.preference * right + (1.0 - lp.preference) * (1.0 - right),
         "rewards/margins": margin,
         "gradient_weight": sigmoid(-margin),
     }
