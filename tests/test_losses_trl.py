@@ -16,11 +16,13 @@ import pytest
 import torch
 from loss_table import batch_of
 
+from dpo_jax import losses
 from dpo_jax.losses.divergence import transform
 from dpo_jax.losses.registry import REGISTRY
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
+COLLISIONS = -0.7  # log sum_v pi(v)^2 of every token
 TIGHT = {"rtol": 1e-5, "atol": 1e-6}
 # TRL's name -> ours, and whether TRL's has label smoothing; sft is apart, since its value is one of a whole batch.
 NAMES = {
@@ -72,8 +74,10 @@ def answer(sums, mask):
     """What TRL's fused head returns for sequences with the given sums of log-probs, spread evenly over tokens."""
     tokens = mask[:, 1:].float()
     per_token = sums[:, None] * tokens / tokens.sum(1, keepdim=True)
-    rest = {name: torch.zeros_like(tokens) for name in ("entropy", "mean_logits", "log_sum_sq_probs")}
-    return SimpleNamespace(log_probs=per_token, is_top1=torch.zeros_like(tokens, dtype=torch.bool), **rest)
+    rest = {name: torch.zeros_like(tokens) for name in ("entropy", "mean_logits")}
+    collisions = torch.full_like(tokens, COLLISIONS)
+    is_top1 = torch.zeros_like(tokens, dtype=torch.bool)
+    return SimpleNamespace(log_probs=per_token, log_sum_sq_probs=collisions, is_top1=is_top1, **rest)
 
 
 def stand_in(kind, **attributes):
@@ -96,32 +100,29 @@ def stand_in(kind, **attributes):
     return trainer
 
 
-def trl_dpo(lp, loss, divergence="reverse_kl", **options):
-    """Value and gradient, float[n, 2], of DPOTrainer's loss."""
+def trl_dpo(lp, loss, divergence="reverse_kl", *, weights=(1.0,), ld_alpha=None, wpo=False, **options):
+    """Value and gradient, float[n, 2], of DPOTrainer's loss, or of several with their weights."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     settings = {"beta": 0.1, "label_smoothing": 0.0, "alpha": 0.5, "tau": 0.05} | options
     trainer = stand_in(
         DPOTrainer,
-        loss_types=[loss],
-        loss_weights=[1.0],
-        ld_alpha=None,
-        use_weighting=False,
+        loss_types=[loss] if isinstance(loss, str) else loss,
+        loss_weights=list(weights),
+        ld_alpha=ld_alpha,
+        use_weighting=wpo,
         beta=settings["beta"],
         label_smoothing=settings["label_smoothing"],
         f_divergence_type=DIVERGENCES[divergence],
         f_alpha_divergence_coef=settings["alpha"],
-        args=SimpleNamespace(discopop_tau=settings["tau"]),
+        args=SimpleNamespace(discopop_tau=settings["tau"], gradient_checkpointing_kwargs=None),
+        precompute_ref_logps=False,
+        ref_model=lambda **_: answer(torch.tensor(lp.reference.T.ravel()), mask),
     )
+    trainer.model.is_gradient_checkpointing = False
     sums = torch.tensor(lp.policy.T.ravel(), requires_grad=True)
     mask = masks(lp.lengths.T.ravel())
-    inputs = {
-        "input_ids": torch.ones_like(mask),
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": torch.tensor(lp.reference[:, 0]),
-        "ref_rejected_logps": torch.tensor(lp.reference[:, 1]),
-    }
+    inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
     value = trainer.compute_loss(lambda **_: answer(sums, mask), inputs)
     value.backward()
     return value.item(), sums.grad.numpy().reshape(2, -1).T
@@ -135,6 +136,25 @@ def ours(name, lp, divergence="reverse_kl", f_alpha=0.5, weights=None, **hyper):
     def mean(policy):
         values = REGISTRY[name].function(transform(lp._replace(policy=policy), divergence, f_alpha), **hyper)
         return values.mean() if weights is None else (values * weights).sum() / weights.sum()
+
+    value, gradient = mean(lp.policy)
+    return float(value), gradient
+
+
+def ours_of_tokens(loss, lp):
+    """Mean and its gradient of a config's loss, by the sums of log-probs that are spread evenly over tokens."""
+    built, share = losses.build(loss), lp.lengths.min(axis=1, keepdims=True) / lp.lengths
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(policy):
+        shown = lp._replace(
+            policy=policy,
+            policy_shared=policy * share,
+            reference_shared=lp.reference * share,
+            confidence=policy / lp.lengths - COLLISIONS,
+        )
+        return built.values(shown).mean()
 
     value, gradient = mean(lp.policy)
     return float(value), gradient
@@ -168,6 +188,24 @@ def test_dpo_trainer(loss, divergence, smoothing, beta):
 def test_dpo_trainer_without_smoothing(loss):
     lp = pairs(seed=1)
     assert_same(ours(NAMES[loss][0], lp, beta=0.1, label_smoothing=0.0), trl_dpo(lp, loss))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm", "robust", "apo_down"])
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"wpo": True}, {"ld_alpha": 0.6, "wpo": True}])
+def test_desensitised_to_length_and_weighted_by_the_policy(loss, options):
+    lp, smoothing = pairs(seed=4), {"label_smoothing": 0.05} if NAMES[loss][1] else {}
+    assert_same(
+        ours_of_tokens({"name": NAMES[loss][0], "beta": 0.2, **smoothing, **options}, lp),
+        trl_dpo(lp, loss, beta=0.2, **smoothing, **options),
+    )
+
+
+def test_a_mixture():
+    """MPO, of responses of one length, where TRL's sft is the mean over each."""
+    lp = pairs(seed=5, equal_lengths=True)
+    terms = [{"name": "dpo", "beta": 0.1, "weight": 0.8}, {"name": "bco_pair", "beta": 0.1, "weight": 0.2}]
+    terms += [{"name": "sft", "reduction": "mean"}]
+    assert_same(ours_of_tokens(terms, lp), trl_dpo(lp, ["sigmoid", "bco_pair", "sft"], weights=(0.8, 0.2, 1.0)))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 1.0, 1.5])
