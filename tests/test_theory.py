@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from loss_table import batch_of
 
 from dpo_jax import losses
@@ -148,6 +149,31 @@ def test_unlikelihood_and_sft_reach_what_they_count(alpha):
     assert (counts > 0).all()
     value = soft({"name": "unlikelihood", "alpha": alpha})
     assert distance(trained(value), np.log(counts / counts.sum(axis=1, keepdims=True))) < 1e-3
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_hinge_reaches_the_least_value_that_a_linear_program_finds(beta):
+    """The expected hinge is a sum of convex pieces in the log-ratios: of a pair that is won with probability p,
+    p max(0, 1 - z) + (1 - p) max(0, 1 + z), z = beta times the gap. dpo's policy is not where it is least."""
+    prompts, chosen, p = pairs()
+    value, n = soft({"name": "hinge", "beta": beta}), len(p)
+    gaps = np.zeros((n, REF.size))
+    for i, (x, (first, second)) in enumerate(zip(prompts, chosen, strict=True)):
+        gaps[i, x * REF.shape[1] + first], gaps[i, x * REF.shape[1] + second] = beta, -beta
+    eye, none = np.eye(n), np.zeros((n, n))
+    least = scipy.optimize.linprog(
+        np.concatenate([np.zeros(REF.size), p, 1 - p]) / n,
+        A_ub=np.block([[-gaps, -eye, none], [gaps, none, -eye]]),
+        b_ub=np.full(2 * n, -1.0),
+        bounds=[(None, None)] * REF.size + [(0, None)] * (2 * n),
+    ).fun
+
+    def step(t, logits):
+        return logits - 4 / beta / jnp.sqrt(t + 1.0) * jax.grad(value)(logits)
+
+    found = jax.jit(lambda logits: value(jax.lax.fori_loop(0, 40_000, step, logits)))(jnp.asarray(REF, jnp.float32))
+    assert float(found) == pytest.approx(least, abs=2e-3)
+    assert float(value(jnp.asarray(optimum(REWARD / beta), jnp.float32))) > least + 0.02
 
 
 def test_hinge_stops_at_a_margin_of_one():
