@@ -106,6 +106,27 @@ def test_plackett_luce_reaches_the_optimal_policy(k):
     assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 2e-6
 
 
+def test_length_regularised_dpo_reaches_the_policy_that_pays_for_tokens():
+    """ref exp((r - alpha |y|) / beta) / Z: the sign of alpha is the one that makes long responses cost."""
+    value = soft({"name": "r_dpo", "beta": 0.5, "alpha": 0.3})
+    assert distance(trained(value), optimum((REWARD - 0.3 * LENGTHS) / 0.5)) < 1e-3
+
+
+def test_without_a_reference_dpo_reaches_the_softmax_of_rewards():
+    value = soft({"name": "dpo", "beta": 0.5, "reference_free": True})
+    assert distance(trained(value), optimum(REWARD / 0.5, reference=0 * REF)) < 1e-3
+
+
+def test_lipo_reaches_the_optimal_policy_of_its_scores():
+    """Of every list of 3, where softmax(z) is softmax(s), whatever the list leaves out."""
+    prompts, chosen, _ = rankings(3)
+    scores = REWARD[prompts[:, None], chosen]
+    best_first = (np.diff(scores) < 0).all(axis=1)
+    loss = losses.build({"name": "lipo", "beta": 0.5})
+    value = objective(loss, prompts[best_first], chosen[best_first], scores=scores[best_first])
+    assert distance(trained(value), optimum(REWARD / 0.5)) < 1e-3
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 def test_other_divergences_reach_their_optimum(divergence):
     """beta f'(pi / ref) = r + c (f-DPO, Wang et al. 2023): the scores differ as the rewards do."""

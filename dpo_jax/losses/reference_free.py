@@ -76,7 +76,7 @@ def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weigh
 
 @register(responses=2, uses_reference=False, soft_labels=True)
 def orpo(lp: Logps, *, beta: float = 0.1) -> Array:
-    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eqs. 4 and 7).
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eqs. 6 and 7).
 
         odds(m) = e^m / (1 - e^m)
         loss = -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r))
