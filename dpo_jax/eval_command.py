@@ -34,7 +34,7 @@ def eval_command(argv: list[str]) -> None:
     if note:
         say(note)
     judge = evaluate.Judge(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
-    found = evaluate.summary(evaluate.held_out(judge, held_out))
+    found = evaluate.summary(evaluate.held_out(judge, held_out), held_out.weights)
     if settings.per_token:
         _write_per_token(settings.per_token, judge, held_out, tokenizer)
     shown: list[tuple[str, ...]] = []

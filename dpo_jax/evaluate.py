@@ -68,24 +68,30 @@ def values(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
-def interval(value: np.ndarray) -> dict[str, float]:
-    """Returns mean, low and high (95%) and the number of values."""
-    mean, half = mean_interval(value)
+def interval(value: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Returns the (weighted) mean, low and high (95%) and the number of values."""
+    mean, half = mean_interval(value, weights)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(value)}
 
 
-def summary(metrics: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it; Wilson's
-    for accuracy, Fisher's for the correlation `length_bias`. A metric that no comparison has is left out."""
-    counted = {k: v if k.startswith("loss") else v[~np.isnan(v)] for k, v in metrics.items()}
-    out = {f"eval_{name}": interval(value) for name, value in counted.items() if len(value)}
+def summary(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it, by their
+    weights, as in training; Wilson's for accuracy, Fisher's for the correlation `length_bias`, as of so many values of
+    one weight as would be worth the same. A metric that no comparison has is left out.
+
+    Args:
+      metrics: name -> float32[N].
+      weights: float32[N], 0 for comparisons that do not count.
+    """
+    there = {k: (weights > 0) & (k.startswith("loss") | ~np.isnan(v)) for k, v in metrics.items()}
+    out = {f"eval_{k}": interval(metrics[k][at], weights[at]) for k, at in there.items() if at.any()}
     if "eval_rewards/margins" in out:
-        right = counted["rewards/accuracies"]
-        low, high = wilson(float(right.sum()), len(right))
-        out["eval_rewards/accuracies"] |= {"low": low, "high": high}
-        bias = float(length_bias(metrics, np.ones(len(metrics["loss"]), np.float32)))
-        low, high = fisher(bias, len(right))
-        out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(right)}
+        accuracy, known = out["eval_rewards/accuracies"], weights[there["rewards/accuracies"]].astype(np.float64)
+        worth = known.sum() ** 2 / (known**2).sum()
+        accuracy["low"], accuracy["high"] = wilson(accuracy["mean"] * worth, worth)
+        bias = float(length_bias(metrics, weights))
+        low, high = fisher(bias, worth)
+        out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(known)}
     return out
 
 

@@ -223,7 +223,7 @@ def _evaluate(member: Member, prepared: Prepared, state: TrainState) -> dict[str
     if prepared.frozen.again is not None:
         evaluator = evaluator._replace(reference=prepared.frozen.again(state))
     params = state.params, prepared.base
-    summary = evaluate.summary(evaluate.values(evaluator, params, state.running))
+    summary = evaluate.summary(evaluate.values(evaluator, params, state.running), evaluator.table.weights)
     means = {name: entry["mean"] for name, entry in summary.items()}
     member.write(step, examples, means)
     if processes.first():

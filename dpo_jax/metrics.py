@@ -190,7 +190,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def fisher(correlation: float, n: int) -> tuple[float, float]:
+def fisher(correlation: float, n: float) -> tuple[float, float]:
     """Returns Fisher's 95% interval for a correlation over n pairs (1915: atanh is nearly normal, with variance
     1 / (n - 3)); of fewer than 4 pairs, (-1, 1)."""
     if n < 4 or abs(correlation) >= 1:

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_jax import evaluate, losses, models
 from dpo_jax.data.table import Table
+from dpo_jax.metrics import wilson
 from dpo_jax.records import Tokens
 
 VOCAB, EOS = 5, 4
@@ -51,12 +52,34 @@ def test_metrics_of_held_out_data_are_those_of_the_loss(judge):
     found = evaluate.held_out(judge, table)
     margin = sum(s * evaluate.logps(judge, w, table)[..., 0] for s, w in ((1, "policy"), (-1, "reference"))) @ [1, -1]
     np.testing.assert_allclose(found["loss"], np.log1p(np.exp(-0.1 * margin)), atol=1e-5)
-    summary = evaluate.summary(found)
+    summary = evaluate.summary(found, table.weights)
     assert summary["eval_rewards/accuracies"]["mean"] == pytest.approx((margin > 0).mean())
     assert 0 < summary["eval_rewards/accuracies"]["low"] < summary["eval_rewards/accuracies"]["high"] < 1
     assert summary["eval_loss"]["high"] - summary["eval_loss"]["mean"] == pytest.approx(
         1.959964 * found["loss"].std(ddof=1) / math.sqrt(70), rel=1e-4
     )
+
+
+def test_held_out_comparisons_count_by_their_weights():
+    """A weight of 2 is the mean of two copies, one of 0 is a comparison that is not there."""
+    nan = math.nan
+    metrics = {
+        "loss": np.array([1.0, 2.0, 9.0, 4.0]),
+        "rewards/margins": np.array([1.0, -1.0, 5.0, nan]),
+        "rewards/accuracies": np.array([1.0, 0.0, 1.0, nan]),
+        "lengths/chosen": np.array([3.0, 1.0, 1.0, 4.0]),
+        "lengths/rejected": np.array([1.0, 2.0, 9.0, nan]),
+    }
+    found = evaluate.summary(metrics, np.array([2.0, 1.0, 0.0, 1.0], np.float32))
+    assert found["eval_loss"]["mean"] == pytest.approx((2 * 1 + 2 + 4) / 4)
+    assert found["eval_loss"]["n"] == 3
+    assert found["eval_rewards/accuracies"]["mean"] == pytest.approx(2 / 3)
+    # 3 squared over 4 + 1: as good as 9/5 comparisons of one weight, of which 6/5 are right
+    assert found["eval_rewards/accuracies"]["low"] == pytest.approx(wilson(1.2, 1.8)[0])
+    assert found["eval_length_bias"]["mean"] == pytest.approx(1.0)  # two points are on a line
+    assert found["eval_length_bias"]["n"] == 2
+    equal = evaluate.summary(metrics, np.full(4, 7.0, np.float32))
+    assert equal["eval_rewards/accuracies"]["high"] == pytest.approx(wilson(2, 3)[1])
 
 
 def test_distinct_prompts():
