@@ -185,7 +185,7 @@ def completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) 
 
 
 def check(config: Config) -> None:
-    """Refuses values that no run can have, by key."""
+    """Refuses values that no run can have, by key; it reads no data and loads no model."""
     check_secrets(config)
     track.check(config.track)
     for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
@@ -201,6 +201,10 @@ def check(config: Config) -> None:
         raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
     if config.lora.base and config.reference.path:
         raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; leave it out")
+    loss = losses.build(config.loss)
+    sync_of(config, loss)
+    responses_of(config, loss)
+    optim.build(**config.optim)
 
 
 def run_of(config: Config, say: Callable[[str], None]) -> Run:
@@ -208,7 +212,6 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     check(config)
     loss = losses.build(config.loss)
     sync = sync_of(config, loss)
-    optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
     loaded = load_model(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
     limit = loaded.model.architecture.max_positions
@@ -262,7 +265,6 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
 def variant_of(run: Run, config: Config) -> Run:
     """Returns a run that differs from another in `prepare.numbers` only, with a folder of its own."""
     loss = losses.build(config.loss)
-    optim.build(**config.optim)
     folder, lock = claim_folder(config)
     if processes.first():
         shutil.copy(run.folder / "data.json", folder / "data.json")

@@ -15,8 +15,9 @@ def trained(file: str, argv: Sequence[str] = (), later: tuple[str, ...] = ()) ->
 
     `later` are the YAMLs that start from it.
     """
-    parsed = config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml")
-    run = assemble.run_of(begun(assemble.named(parsed, file), file, later), say)
+    settings = assemble.named(config.parse(Config, file or None, argv, prog="dpo-jax train CONFIG.yaml"), file)
+    assemble.check(settings)  # before the YAML that it starts from is trained for hours
+    run = assemble.run_of(begun(settings, file, later), say)
     loop.train(run, say)
     if processes.first():
         report.write([run.folder], run.folder / "report.html")

@@ -282,9 +282,19 @@ MISTAKES = [
     (["train", "dpo.yaml", "--batch_size", "1000", "--run", "r3"], r"1000"),
     (["train", "dpo.yaml", "--data.max_length", "4096", "--run", "r4"], r"data.max_length: 4096 is more than"),
     (["train", "dpo.yaml", "--optim.learning_rate", "nan", "--run", "r5"], r"optim.learning_rate: nan"),
+    # Said before the YAML that it starts from is looked at, which may train for hours.
     (
-        ["train", "dpo.yaml", "--loss.name", "robust", "--loss.label_smoothing", "0.7", "--run", "r11"],
+        ["train", "dpo.yaml", "--model.path", "no.yaml", "--loss.name", "robust", "--loss.label_smoothing", "0.7"],
         r"loss robust: label_smoothing 0.7 cannot be used: it must be at least 0 and below 0.5",
+    ),
+    (
+        ["train", "dpo.yaml", "--model.path", "no.yaml", "--reference.sync_every", "2"],
+        r"reference.sync_every: a reference that moves cannot be cached; set reference.mode: online",
+    ),
+    (["train", "dpo.yaml", "--model.path", "no.yaml", "--loss.name", "lipo"], r"data.responses: this loss ranks any"),
+    (
+        ["sweep", "dpo.yaml", "--loss.name", "exo_pair", "--loss.label_smoothing", "0.1,0"],
+        r"loss exo_pair: label_smoothing 0.0 cannot be used",
     ),
     (["train", "dpo.yaml", "--mesh.fsdp", "3", "--run", "r6"], r"mesh: .* does not multiply to"),
     (["train", "dpo.yaml", "--keep", "1", "--run", "r7"], r"keep: 1: at least 2"),

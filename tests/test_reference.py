@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from dpo_jax import reference
+from dpo_jax import assemble, config, losses, reference
 from dpo_jax.data.table import Table
-from dpo_jax.records import Tokens
+from dpo_jax.records import Tokens, UserError
+from dpo_jax.step import Sync
 
 
 def table(token=3, weight=1.0):
@@ -44,3 +45,26 @@ def test_a_column_is_computed_once_and_again_when_damaged(tmp_path, content, cap
     assert (hit, len(calls)) == (False, 2)
     assert "damaged, computed again" in capsys.readouterr().out
     np.testing.assert_array_equal(values, -7.0)
+
+
+@pytest.mark.parametrize(
+    ("reference", "rest", "message"),
+    [
+        ({"sync_every": -1}, {}, "sync_every -1 is less than 0"),
+        ({"sync_every": 2, "sync_alpha": 0.0}, {}, r"sync_alpha 0.0 is not in \(0, 1\]"),
+        ({"sync_every": 2, "sync_alpha": 1.5}, {}, r"sync_alpha 1.5 is not in \(0, 1\]"),
+        ({"sync_every": 2}, {"loss": {"name": "simpo"}}, "the loss has no reference that could follow"),
+        ({"sync_every": 2}, {"lora": config.Lora(rank=4)}, "the reference is the model without adapters, which stays"),
+        ({"sync_every": 2}, {}, "a reference that moves cannot be cached; set reference.mode: online"),
+    ],
+)
+def test_what_cannot_move_is_refused(reference, rest, message):
+    with pytest.raises(UserError, match=message):
+        assemble.check(config.Config(reference=config.Reference(**reference), **rest))
+
+
+def test_a_reference_moves_as_it_is_told():
+    """Softly every 512 steps, as TR-DPO; at once; a little after every step, an exponential mean."""
+    for every, alpha in ((512, 0.6), (64, 1.0), (1, 0.01)):
+        settings = config.Config(reference=config.Reference(mode="online", sync_every=every, sync_alpha=alpha))
+        assert assemble.sync_of(settings, losses.build(settings.loss)) == Sync(every, alpha)
