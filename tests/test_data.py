@@ -195,6 +195,8 @@ def test_holdout_is_by_prompt_and_stays_when_data_is_added():
         data.holdout(comparisons, 1.0)
     with pytest.raises(UserError, match="leaves 1 of 1 comparisons to train on and 0 to evaluate"):
         list(data.holdout(comparisons[:1], 0.1)[0])
+    with pytest.raises(UserError, match="first"):  # what is wrong with the rows, not that they are too few
+        list(data.holdout([UserError("first"), UserError("second")], 0.1)[0])
 
 
 def originals_hh(files_):

@@ -178,8 +178,8 @@ def _check_shared_parts(bound: Sequence[_Bound]) -> None:
         alpha = b.transform["ld_alpha"]
         if strange and not isinstance(alpha, Tracer) and alpha != 1:
             raise UserError(
-                f"loss {b.name}: ld_alpha {alpha} cannot be used beside {strange[0]}: what is cut to the "
-                "shortest response would be cut to that to another prompt too"
+                f"loss {b.name}: ld_alpha {alpha} cannot be used beside {strange[0]}: its responses to other prompts "
+                "would shorten what the others share"
             )
 
 

@@ -104,6 +104,8 @@ def check(name: str, entry: Entry, options: dict) -> None:
 def _against_divergence(entry: Entry, options: dict) -> str | bool:
     if options["reference_free"]:
         return "without a reference there is nothing to diverge from"
+    if not entry.uses_reference:
+        return "it has no reference to diverge from"
     return not entry.divergences and "the loss is defined for the reverse KL only"
 
 
