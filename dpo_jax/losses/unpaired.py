@@ -92,8 +92,8 @@ def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9) -> Array:
         loss = -log sigmoid(beta c - delta)      of a wanted response
         loss = -log sigmoid(-(beta r - delta))   of an unwanted one
 
-    The mean is by the comparisons' weights, over the responses that are there. At the first step policy and reference
-    are the same, so that delta is 0 from the start.
+    The mean is by the comparisons' weights, over the responses that are there, and forgets old steps, where TRL's is
+    over all so far. At the first step policy and reference are the same, so that delta is 0 from the start.
 
     Args:
       lp: log-probabilities of B comparisons, all of a step; `running` is delta before the step.
