@@ -148,9 +148,9 @@ def write_plot(out: Path, names: Sequence[str]) -> Path:
     for row, alone in enumerate(rows):
         axes = [fig.add_subplot(len(rows), 2, 2 * row + column) for column in (1, 2)]
         for i, (label, curve) in enumerate((k, v) for k, v in drawn.items() if v.alone == alone):
-            look = {"color": drawing.COLOURS[i % len(drawing.COLOURS)], "ls": DASHES[i // len(drawing.COLOURS)]}
+            dash, colour = DASHES[i // len(drawing.COLOURS)], drawing.COLOURS[i % len(drawing.COLOURS)]
             for one, values in zip(axes, curve[:2], strict=True):
-                one.plot(MARGINS, values, lw=1.6, label=label, **look)
+                one.plot(MARGINS, values, dash, color=colour, lw=1.6, label=label)
         for one, title, limits in zip(axes, ("loss", "d loss / d margin"), ((-1.5, 6.0), (-4.0, 2.0)), strict=True):
             one.set_ylim(limits)
             one.set_title(title, color=drawing.INK, fontsize=10)
