@@ -1,5 +1,6 @@
 """Accuracy, margins and KL on held-out data, with confidence intervals."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,7 +78,8 @@ def interval(value: np.ndarray, weights: np.ndarray | None = None) -> dict[str, 
 def summary(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, dict[str, float]]:
     """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it, by their
     weights, as in training; Wilson's for accuracy, Fisher's for the correlation `length_bias`, as of so many values of
-    one weight as would be worth the same. A metric that no comparison has is left out.
+    one weight as would be worth the same. A metric that no comparison has is left out; where none has both responses,
+    the margin is that of the means of those that are there.
 
     Args:
       metrics: name -> float32[N].
@@ -92,6 +94,11 @@ def summary(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, di
         bias = float(length_bias(metrics, weights))
         low, high = fisher(bias, worth)
         out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(known)}
+    elif {"eval_rewards/chosen", "eval_rewards/rejected"} <= out.keys():
+        chosen, rejected = out["eval_rewards/chosen"], out["eval_rewards/rejected"]
+        mean, half = chosen["mean"] - rejected["mean"], math.hypot(*(e["high"] - e["mean"] for e in (chosen, rejected)))
+        out["eval_rewards/margins"] = {"mean": mean, "low": mean - half, "high": mean + half}
+        out["eval_rewards/margins"]["n"] = chosen["n"] + rejected["n"]
     return out
 
 

@@ -82,6 +82,20 @@ def test_held_out_comparisons_count_by_their_weights():
     assert equal["eval_rewards/accuracies"]["high"] == pytest.approx(wilson(2, 3)[1])
 
 
+def test_the_margin_of_single_responses_is_that_of_their_means():
+    nan = math.nan
+    metrics = {
+        "loss": np.array([1.0, 1.0, 1.0, 1.0]),
+        "rewards/chosen": np.array([1.0, 3.0, nan, nan]),
+        "rewards/rejected": np.array([nan, nan, -2.0, 0.0]),
+        "rewards/margins": np.full(4, nan),
+        "rewards/accuracies": np.full(4, nan),
+    }
+    found = evaluate.summary(metrics, np.ones(4, np.float32))["eval_rewards/margins"]
+    half = 1.959964 * math.sqrt(2 / 2 + 2 / 2)  # both have a variance of 2 and two values
+    assert found == pytest.approx({"mean": 3.0, "low": 3 - half, "high": 3 + half, "n": 4}, rel=1e-5)
+
+
 def test_distinct_prompts():
     rows = [Tokens(np.array(p, np.int32), (np.array([1], np.int32),)) for p in ([1], [2, 3], [1], [3], [4])]
     assert [p.tolist() for p in evaluate.distinct_prompts(Table.of(rows), 3)] == [[1], [2, 3], [3]]
