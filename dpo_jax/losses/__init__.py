@@ -2,8 +2,9 @@
 
 A loss is a pure function `Logps, *, hyper-parameters -> float32[B]`, unreduced, written as its equation. Its
 keyword-only parameters are its options in a config, beside those that every term has (`terms.transformed` and
-`terms.weighted`), and their help is its docstring. To add one, write the function in one of these files under
-`@register`, and give it a row in tests/test_losses.py, which fails until it has one.
+`terms.weighted`), and their help is its docstring. What has no meaning for it, it refuses by `parts.check`. To add one,
+write the function in one of these files under `@register`, and give it a row in tests/loss_table.py; the tests fail
+until it has one.
 """
 
 import importlib
