@@ -124,6 +124,10 @@ def sync_of(config: Config, loss: Loss) -> Sync | None:
       UserError: it cannot.
     """
     every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    if not every and alpha != configs.Reference.sync_alpha:
+        raise UserError(
+            f"reference.sync_alpha: {alpha} moves nothing; say with reference.sync_every how often it is to"
+        )
     if not every:
         return None
     if every < 0 or not 0 < alpha <= 1:

@@ -50,6 +50,7 @@ def test_a_column_is_computed_once_and_again_when_damaged(tmp_path, content, cap
 @pytest.mark.parametrize(
     ("reference", "rest", "message"),
     [
+        ({"sync_alpha": 0.3}, {}, "sync_alpha: 0.3 moves nothing; say with reference.sync_every"),
         ({"sync_every": -1}, {}, "sync_every -1 is less than 0"),
         ({"sync_every": 2, "sync_alpha": 0.0}, {}, r"sync_alpha 0.0 is not in \(0, 1\]"),
         ({"sync_every": 2, "sync_alpha": 1.5}, {}, r"sync_alpha 1.5 is not in \(0, 1\]"),

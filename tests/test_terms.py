@@ -108,6 +108,10 @@ def test_a_soft_label_is_label_smoothing():
         ({"name": "sft", "reference_free": True}, "sft: reference_free True cannot be used: it has no reference"),
         ({"name": "sft", "divergence": "js"}, "divergence js cannot be used: it has no reference to diverge from"),
         ({"name": "kto", "divergence": "js"}, "divergence js cannot be used: the loss is defined for the reverse KL"),
+        (
+            {"name": "dpo", "divergence_alpha": 0.3},
+            "divergence_alpha 0.3 cannot be used: only divergence alpha has one",
+        ),
         ({"name": "dpo", "divergence": "js", "reference_free": True}, "without a reference there is nothing to"),
         ({"name": "sft", "ld_alpha": 0.5}, "ld_alpha 0.5 cannot be used: it is from 0 to 1, for losses that compare"),
         ({"name": "dpo", "ld_alpha": 1.5}, "ld_alpha 1.5 cannot be used"),

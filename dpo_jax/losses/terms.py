@@ -93,6 +93,9 @@ def check(name: str, entry: Entry, options: dict) -> None:
         "weight": not options["weight"] > 0 and "a term counts for more than nothing: weight > 0",
         "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
         "divergence": options["divergence"] != "reverse_kl" and _against_divergence(entry, options),
+        "divergence_alpha": options["divergence"] != "alpha"
+        and options["divergence_alpha"] != (transformed.__kwdefaults__ or {})["divergence_alpha"]
+        and "only divergence alpha has one",
         "ld_alpha": _against_ld(entry, options["ld_alpha"]),
         "wpo": options["wpo"] and not pair and "it weighs pairs one by one, which this loss does not look at",
     }
