@@ -147,6 +147,13 @@ def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
     assert report.identical_after_truncation == 0  # it is for those that a cut has made so
     assert lists(table[1]) == [[1], [EOS], [2, EOS]]
     assert "3 kept, with an empty response" in report.lines()
+    elsewhere = [pair(2, 3, 4), pair(1, 2, 3, misplaced=True), Comparison("w1", ("w2", ""), misplaced=True)]
+    table, report = run(elsewhere, tokenizer)
+    assert (report.kept, report.misplaced_dropped, report.empty_dropped) == (1, 1, 1)
+    assert "1 dropped, whose rejected transcript does not start with the prompt" in report.lines()
+    assert run(elsewhere, tokenizer, degenerate="keep")[1].misplaced_kept == 1
+    with pytest.raises(UserError, match="misplaced response; remove the row"):
+        run(elsewhere[:2], tokenizer, degenerate="refuse")
     alone = [Comparison("w1", ("w2",)), Comparison("w1", ("",))]
     assert run(alone, tokenizer)[1].empty_dropped == 1
 

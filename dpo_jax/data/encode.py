@@ -28,7 +28,7 @@ class Options(NamedTuple):
       max_length: tokens of a prompt with any one of its responses.
       max_prompt_length: what the paper's modes cut prompts to; the other modes do not look at it.
       truncation: a name in `TRUNCATIONS`.
-      degenerate: what to do with empty or identical responses: `drop`, `refuse` or `keep`.
+      degenerate: what to do with empty, identical or misplaced responses: `drop`, `refuse` or `keep`.
       add_bos: put BOS before every prompt (None: if the tokenizer does so itself; a conversation has what its template
         writes); it counts as part of the prompt and is never cut off.
       boundary: `separate` tokenises prompt and responses apart, as the paper's code does; `joint` together, as TRL
@@ -92,7 +92,13 @@ def check(tokenizer: Any, options: Options) -> None:
     ):
         if name not in known:
             raise unknown(kind, name, known)
-    least = 1 + bool(options.add_bos)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
+    if options.add_bos and tokenizer.bos_token_id is None:
+        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
+    least = 1 + adds_bos(tokenizer, options, "")
     if options.max_length <= least:
         raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
@@ -100,16 +106,11 @@ def check(tokenizer: Any, options: Options) -> None:
             f"data.max_prompt_length {options.max_prompt_length} must lie between {least} and data.max_length "
             f"{options.max_length}"
         )
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
-    if options.add_bos and tokenizer.bos_token_id is None:
-        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
 
 
 def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator[Comparison]:
-    """The comparisons among items, without those with empty or identical responses, unless they are to be kept."""
+    """The comparisons among items, without those with empty, identical or misplaced responses, unless these are to be
+    kept."""
     size = None
     for item in items:
         if isinstance(item, Note):
@@ -123,7 +124,7 @@ def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator
         if len(item.responses) != size:
             numbers = f"{len(item.responses)} responses where the first comparison has {size}"
             raise UserError(f"{item.where}: {numbers}; give all the same number")
-        if fault := _fault(item.responses):
+        if fault := _fault(item):
             if options.degenerate == "refuse":
                 message = f"{item.where}: {fault} response; remove the row or set data.degenerate to drop"
                 tally.bad(UserError(message), options.skip_bad_rows)
@@ -133,11 +134,13 @@ def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator
             yield item
 
 
-def _fault(responses: tuple[Any, ...]) -> str:
-    said = [plain(response) for response in responses if response is not None]
+def _fault(comparison: Comparison) -> str:
+    said = [plain(response) for response in comparison.responses if response is not None]
     if not all(map(str.strip, said)):
         return "empty"
-    return "identical" if len(set(said)) < len(said) else ""
+    if len(set(said)) < len(said):
+        return "identical"
+    return "misplaced" if comparison.misplaced else ""
 
 
 def _rendered(
