@@ -16,7 +16,7 @@ from dpo_jax import config as configs
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order
 from dpo_jax.data.cache import cached_encode, unnamed
-from dpo_jax.data.encode import Options, adds_bos
+from dpo_jax.data.encode import Options, Special
 from dpo_jax.data.ended import ended
 from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
@@ -147,13 +147,14 @@ def sync_of(config: Config, loss: Loss) -> Sync | None:
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[str]:
     """Returns prompts as the texts that a model continues, conversations by the chat template."""
-    return [chat.prompt_text(prompt, tokenizer, encoding(options)["template"]) for prompt in prompts]
+    template = encoding(options)["template"]
+    return [chat.prompt_text(prompt, tokenizer, template) for prompt in prompts]
 
 
 def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[list[int]]:
     """Returns prompts as ids, as `encode` makes them; an empty one is a UserError."""
-    how = Options(**encoding(options))
-    heads = [[tokenizer.bos_token_id] * adds_bos(tokenizer, how, prompt) for prompt in prompts]
+    how, special = Options(**encoding(options)), Special.of(tokenizer)
+    heads = [[special.bos] * special.bos_before(prompt, how) for prompt in prompts]
     rows = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
     ids = [head + row for head, row in zip(heads, rows, strict=True)]
     if not all(ids):

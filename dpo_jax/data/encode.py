@@ -48,6 +48,37 @@ class Options(NamedTuple):
     skip_bad_rows: int = 0
 
 
+class Special(NamedTuple):
+    """What a tokenizer has of its own, looked up once for all rows, since transformers takes long to find it.
+
+    Attributes:
+      eos, bos: their ids.
+      unk: the id of what cannot be written; None where that is EOS too.
+      eos_token, bos_token: as text.
+      begins: whether the tokenizer puts BOS before a text by itself.
+    """
+
+    eos: int
+    bos: int | None
+    unk: int | None
+    eos_token: str
+    bos_token: str
+    begins: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Special":
+        """Looks it up."""
+        eos, bos, unk = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "unk"))
+        begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, begins)
+
+    def bos_before(self, prompt: Any, options: Options) -> bool:
+        """Whether BOS is put before a prompt."""
+        if options.add_bos is not None:
+            return options.add_bos
+        return self.begins and not isinstance(prompt, Chat)
+
+
 def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, Report]:
     """`encoded`, as a table in memory.
 
@@ -71,7 +102,7 @@ def encoded(items: Iterable[Item], tokenizer: Any, options: Options, tally: Tall
       UserError: as `encode`; at the end, if nothing was left.
     """
     check(tokenizer, options)
-    finish = partial(_finish, tokenizer, options, tally)
+    finish = partial(_finish, Special.of(tokenizer), options, tally)
     for chunk in _batched(_rendered(_screened(items, options, tally), tokenizer, options, tally), CHUNK):
         for (comparison, rendered), ids in zip(chunk, _tokenised(chunk, tokenizer, options.boundary), strict=True):
             result = attempt(finish, comparison, rendered, *ids)
@@ -98,7 +129,7 @@ def check(tokenizer: Any, options: Options) -> None:
         raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
     if options.add_bos and tokenizer.bos_token_id is None:
         raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
-    least = 1 + adds_bos(tokenizer, options, "")
+    least = 1 + Special.of(tokenizer).bos_before("", options)
     if options.max_length <= least:
         raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
@@ -194,7 +225,7 @@ def _common(first: Ids, second: Ids) -> int:
 
 
 def _finish(
-    tokenizer: Any,
+    special: Special,
     options: Options,
     tally: Tally,
     comparison: Comparison,
@@ -204,12 +235,11 @@ def _finish(
     moved: int,
 ) -> Tokens | None:
     """Ids checked, with BOS and EOS, cut and counted; None where the prompt leaves no room."""
-    chat, bos = isinstance(comparison.prompt, Chat), adds_bos(tokenizer, options, comparison.prompt)
-    _check_ids(comparison.where, prompt, responses, tokenizer, bos, chat)
-    head = [tokenizer.bos_token_id] if bos else []
+    chat, bos = isinstance(comparison.prompt, Chat), special.bos_before(comparison.prompt, options)
+    _check_ids(comparison.where, prompt, responses, special, bos, chat)
+    head = [special.bos] if bos and special.bos is not None else []
     ended = [
-        [*ids, tokenizer.eos_token_id] if text is not None else []
-        for ids, text in zip(responses, rendered.responses, strict=True)
+        [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
     ]
     limits = Limits(options.max_length, options.max_prompt_length, int(bos))
     result = TRUNCATIONS[options.truncation](head + prompt, ended, limits, comparison.where)
@@ -217,8 +247,8 @@ def _finish(
         tally.counts["prompt_too_long_dropped"] += 1
         return None
     tally.counts["boundary_moved"] += moved > 0
-    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
-        tally.counts["unknown_tokens"] += sum(ids.count(tokenizer.unk_token_id) for ids in (prompt, *responses))
+    if special.unk is not None:
+        tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
     _count_cuts(tally.counts, (head + prompt, ended), result)
     tally.keep(*result)
@@ -227,24 +257,15 @@ def _finish(
     return Tokens(ids, tuple(cut), comparison.weight, key, comparison.preference, comparison.scores)
 
 
-def adds_bos(tokenizer: Any, options: Options, prompt: Any) -> bool:
-    """Whether BOS is put before a prompt."""
-    if options.add_bos is not None:
-        return options.add_bos
-    if isinstance(prompt, Chat) or tokenizer.bos_token_id is None:
-        return False
-    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _check_ids(where: str, prompt: Ids, responses: list[Ids], tokenizer: Any, bos: bool, chat: bool) -> None:
+def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: Special, bos: bool, chat: bool) -> None:
     for number, ids in enumerate([prompt, *responses]):
         part = f"response {number}" if number else "the prompt"
         # A chat template ends the turns of a prompt with EOS; in text it can only be there by mistake.
-        if (number or not chat) and tokenizer.eos_token_id in ids:
-            raise UserError(f"{where}: {part} contains the EOS token {tokenizer.eos_token!r}; remove it from the text")
-        if number and tokenizer.bos_token_id in ids:
-            raise UserError(f"{where}: {part} contains the BOS token {tokenizer.bos_token!r}; remove it from the text")
-    if bos and prompt[:1] == [tokenizer.bos_token_id]:
+        if (number or not chat) and special.eos in ids:
+            raise UserError(f"{where}: {part} contains the EOS token {special.eos_token!r}; remove it from the text")
+        if number and special.bos in ids:
+            raise UserError(f"{where}: {part} contains the BOS token {special.bos_token!r}; remove it from the text")
+    if bos and prompt[:1] == [special.bos]:
         raise UserError(f"{where}: the prompt starts with the BOS token already; unset data.add_bos")
     if not prompt and not bos:
         raise UserError(f"{where}: the prompt has no tokens, so nothing predicts a response's first; set data.add_bos")
