@@ -6,7 +6,7 @@ from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair
 
 from dpo_jax import data
 from dpo_jax.data import cache
-from dpo_jax.data.encode import encode
+from dpo_jax.data.encode import Special, encode
 from dpo_jax.data.table import KINDS, Lengths, Table
 from dpo_jax.records import Comparison, Tokens, UserError
 
@@ -173,6 +173,13 @@ def test_report(tokenizer):
         "tokens in a response: mean 4.3, p50 4.5, p99 6, max 6",
         "tokens in a prompt and longest response: mean 7.0, p50 7, p99 7, max 7",
     ]
+
+
+def test_a_tokenizer_is_asked_for_its_special_tokens_once_for_all_rows(tokenizer, monkeypatch):
+    calls, original = [], Special.of
+    monkeypatch.setattr(Special, "of", lambda its: calls.append(1) or original(its))
+    run([pair(2, 3, 4)] * 9, tokenizer, add_bos=None)
+    assert len(calls) == 2  # for the check of the options, and for the rows
 
 
 def test_text_that_the_tokenizer_cannot_write_is_counted():
