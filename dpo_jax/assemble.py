@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from dpo_jax import admit, data, keys, losses, optim, processes, sharding, track
 from dpo_jax import config as configs
 from dpo_jax.config import Config
 from dpo_jax.data import Item, chat, noise, order
-from dpo_jax.data.cache import cached_encode
-from dpo_jax.data.encode import Options, adds_bos
+from dpo_jax.data.cache import cached_encode, unnamed
+from dpo_jax.data.encode import Options, Special
 from dpo_jax.data.ended import ended
 from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import Table
@@ -74,30 +75,37 @@ def table_of(
     Raises:
       UserError: nothing is left.
     """
-    table, report = cached_encode(rows, tokenizer, cache_folder() / "tokens", **encoding(config.data))
+    folder = cache_folder() / "tokens"
+    table, report = cached_encode(rows, tokenizer, folder, **encoding(config.data))
     for line in report.lines():
         say(f"{what} data: {line}")
-    _check_labels(table, what, loss)
+    if config.data.order == "original" and (fewer := report.read - report.kept):
+        say(
+            f"{what} data: {fewer:,} comparisons fewer than the original takes, so data.order original has not its "
+            "batches; data.degenerate keep leaves them in"
+        )
+    if faults := label_faults(table, loss):
+        raise UserError(f"{what} data: {faults[0]}")
     if loss.rewards:
-        table = ended(table, tokenizer.eos_token_id, padding(tokenizer))
+        table = unnamed(folder, ended(table, tokenizer.eos_token_id, padding(tokenizer)))
     if not loss.mismatched:
         return table
-    table, cut = mismatched(table, config.data.max_length)
-    say(f"{what} data: each prompt has got a response to another one, {cut:,} of which were cut to fit")
+    counts: Counter[str] = Counter()
+    table = unnamed(folder, mismatched(table, config.data.max_length, counts))
+    say(f"{what} data: each prompt has got a response to another one, {counts['cut']:,} of which were cut to fit")
     return table
 
 
-def _check_labels(table: Table, what: str, loss: Loss) -> None:
-    """Refuses labels that the loss would not see or lacks."""
+def label_faults(table: Table, loss: Loss) -> list[str]:
+    """Returns what a loss cannot do with the labels of a table: those that it would not see, or lacks."""
     soft, absent = table.preferences != 1, (table.response_lengths == 0).any(axis=1)
     unrated = table.scores[:, 0] <= table.scores[:, -1]
-    for rows, wrong, kind in (
+    kinds = (
         (soft, not loss.soft_labels, "a soft label (preference), which this loss cannot use"),
         (absent, not loss.unpaired, "an absent response (unpaired rows), which this loss cannot use"),
         (unrated, loss.scores, "no score of the first response above the last's, which this loss needs"),
-    ):
-        if wrong and rows.any():
-            raise UserError(f"{what} data: {int(rows.sum()):,} comparisons with {kind}")
+    )
+    return [f"{int(rows.sum()):,} comparisons with {kind}" for rows, wrong, kind in kinds if wrong and rows.any()]
 
 
 def responses_of(config: Config, loss: Loss) -> int:
@@ -143,13 +151,14 @@ def sync_of(config: Config, loss: Loss) -> Sync | None:
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[str]:
     """Returns prompts as the texts that a model continues, conversations by the chat template."""
-    return [chat.prompt_text(prompt, tokenizer, encoding(options)["template"]) for prompt in prompts]
+    template = encoding(options)["template"]
+    return [chat.prompt_text(prompt, tokenizer, template) for prompt in prompts]
 
 
 def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: configs.Data) -> list[list[int]]:
     """Returns prompts as ids, as `encode` makes them; an empty one is a UserError."""
-    how = Options(**encoding(options))
-    heads = [[tokenizer.bos_token_id] * adds_bos(tokenizer, how, prompt) for prompt in prompts]
+    how, special = Options(**encoding(options)), Special.of(tokenizer)
+    heads = [[special.bos] * special.bos_before(prompt, how) for prompt in prompts]
     rows = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
     ids = [head + row for head, row in zip(heads, rows, strict=True)]
     if not all(ids):

@@ -48,11 +48,14 @@ class Data:
     max_prompt_length: int = 256
     """To what the paper's truncation cuts a prompt."""
     truncation: Literal["paper_keep_end", "paper_keep_start", "keep_start", "refuse"] = "paper_keep_end"
-    """The original's (keeping the end or the start of a prompt), TRL's keep_start, or none."""
+    """The original's (keeping the end of a prompt, as it does for HH, or the start, as it does otherwise), TRL's
+    keep_start, or none."""
     degenerate: Literal["drop", "refuse", "keep"] = "drop"
-    """What to do with empty or identical responses."""
-    add_bos: bool | None = False
-    """Put the tokenizer's BOS before every prompt (the original never does; None: as the tokenizer does)."""
+    """What to do with empty or identical responses, and with those that are no answer to the prompt (7 in HH's test
+    splits); the original keeps them."""
+    add_bos: bool | None = None
+    """Put the tokenizer's BOS before every prompt (None: if the tokenizer does so itself, which those of the paper's
+    models do not; the original never does)."""
     boundary: Literal["separate", "joint"] = "separate"
     """Prompt and response tokenised apart (the paper's code) or together (TRL)."""
     chat_template: str = ""

@@ -19,16 +19,16 @@ class Page(NamedTuple):
     Attributes:
       name: of the config.
       lines: counts in words, by side (training, held-out).
-      shortcuts: classifiers of one kind of feature.
-      rows: comparisons, each a prompt and its responses in pieces.
+      shortcuts: classifiers of one kind of feature; None where a label is nothing to be found.
+      rows: comparisons, each a prompt and its responses in pieces, by their names.
       lengths: in tokens, by what they are lengths of.
       max_length: the limit of a prompt with one response.
     """
 
     name: str
     lines: Mapping[str, Sequence[str]]
-    shortcuts: Sequence[Shortcut]
-    rows: Sequence[Sequence[Sequence[Piece]]]
+    shortcuts: Sequence[Shortcut] | None
+    rows: Sequence[Mapping[str, Sequence[Piece]]]
     lengths: Mapping[str, Any]
     max_length: int
 
@@ -41,7 +41,7 @@ def page(found: Page) -> str:
         *(_list(side, lines) for side, lines in found.lines.items()),
         f'<h2>Lengths</h2><div class="figures"><figure>{_histogram(found)}<figcaption>Tokens, EOS included, after the '
         f"cut; at most {found.max_length} in a prompt with one response.</figcaption></figure></div>",
-        _shortcuts(found.shortcuts),
+        "" if found.shortcuts is None else _shortcuts(found.shortcuts),
         f"<h2>As the model sees them</h2>{_LEGEND}" + "".join(map(_row, found.rows)),
     ]
     style = report.STYLE + _STYLE
@@ -92,15 +92,15 @@ def _shortcuts(found: Sequence[Shortcut]) -> str:
     return f'<h2>Shortcuts</h2><p class="note">{note}</p>{table}'
 
 
-def _row(parts: Sequence[Sequence[Piece]]) -> str:
+def _row(parts: Mapping[str, Sequence[Piece]]) -> str:
     """Returns one comparison: its prompt, and each response with its scored tokens marked."""
     texts = []
-    for number, part in enumerate(parts):
+    for name, part in parts.items():
         spans = "".join(
             f'<span class="t{place % 2}">{_escape(piece.text)}</span>' if piece.scored else _escape(piece.text)
             for place, piece in enumerate(part)
         )
-        texts.append(f"<tr><td>{f'response {number}' if number else 'prompt'}</td><td>{spans}</td></tr>")
+        texts.append(f"<tr><td>{name}</td><td>{spans}</td></tr>")
     return f'<div class="scroll"><table class="tokens">{"".join(texts)}</table></div>'
 
 

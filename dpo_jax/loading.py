@@ -103,9 +103,9 @@ def load_model(
     model = models.build(architecture, compute=options.compute, remat=options.remat)
     if params is None:
         params = initialise(model, seed)
-    if len(tokenizer) > architecture.vocab:
+    if (most := max(tokenizer.get_vocab().values())) >= architecture.vocab:
         where = options.path or options.config
-        raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
+        raise UserError(f"{where}: vocab_size {architecture.vocab} is too little for the tokenizer's ids up to {most}")
     adapters, kind = adapters_of(adapted or configs.Lora(), architecture, seed)
     if kind is not None and jax.default_backend() != "cpu":  # where XLA would make a wide copy beside it
         params = hf.narrow(params)

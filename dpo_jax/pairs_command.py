@@ -77,6 +77,8 @@ def _paths(given: Sequence[str], settings: Pairs) -> tuple[str, str]:
     names = ["RUN_OR_MODEL", "OUT.jsonl"] if settings.by in OF_A_MODEL else ["OUT.jsonl"]
     if len(given) != len(names):
         raise UserError(f"dpo-jax pairs --by {settings.by} takes {' and '.join(names)}, then options; given: {given}")
+    if not given[-1].endswith(".jsonl"):
+        raise UserError(f"{given[-1]}: what is written are JSON lines; give the file a name that ends in .jsonl")
     for option, way in (("reward", "reward"), ("corrections", "correction")):
         if bool(getattr(settings, option)) != (settings.by == way):
             raise UserError(f"--{option}: is for --by {way}, which needs it")
@@ -85,13 +87,14 @@ def _paths(given: Sequence[str], settings: Pairs) -> tuple[str, str]:
 
 def _rows(settings: Pairs) -> list[Comparison]:
     """Returns the data's rows of the first prompts; one of each where a model is to answer them."""
-    source, kept, prompts, bad = settings.data, [], set(), 0
+    source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
     for row in data.stream(source.name, source.path, source.split, NEEDED[settings.by]):
         if isinstance(row, UserError):
             bad += 1
             if bad > source.skip_bad_rows:
                 raise row
-        if not isinstance(row, Comparison):
+        if not isinstance(row, Comparison) or row.misplaced:
+            misplaced += isinstance(row, Comparison)
             continue
         key = data.prompt_key(row.prompt)
         if len(prompts) == settings.prompts and key not in prompts:
@@ -101,6 +104,8 @@ def _rows(settings: Pairs) -> list[Comparison]:
         prompts.add(key)
     if bad:
         say(f"{bad} rows that cannot be used, left out; data.skip_bad_rows allows {source.skip_bad_rows}")
+    if misplaced:
+        say(f"{misplaced} rows left out, whose rejected transcript does not start with the prompt")
     return kept
 
 

@@ -41,6 +41,7 @@ class Comparison(NamedTuple):
       where: `file:line` (or the like) for error messages.
       preference: the probability that the first response is the better one.
       scores: a rating of each response by whoever made the data, or nothing.
+      misplaced: whether a response is no answer to the prompt but a piece of some other dialogue.
     """
 
     prompt: str | Chat
@@ -49,6 +50,7 @@ class Comparison(NamedTuple):
     where: str = ""
     preference: float = 1.0
     scores: tuple[float, ...] = ()
+    misplaced: bool = False
 
 
 class Tokens(NamedTuple):

@@ -35,18 +35,18 @@ def test_counts_by_hand():
         UserError("nor is this"),
     ]
     counts = audit.count(items)
-    assert counts[:-1] == (10, 4, 2, 1, 5, 2)
+    assert counts[:-1] == (10, 4, 2, 1, 5, 2, 1)
     assert len(counts.keys) == 10
     assert counts.lines() == [
         "10 comparisons of 4 prompts",
         "2 comparisons that repeat an earlier one",
         "1 with identical responses",
         "5 with the responses of another one in another order: conflicting labels",
-        "2 unpaired",
+        "2 unpaired, 1 of them wanted",
     ]
     other = audit.count([pair("q", "1", "2"), pair("t", "1", "2"), pair("q", "3", "4")])
     assert audit.shared_prompts(counts, other) == 2
-    assert audit.count([])[:-1] == (0, 0, 0, 0, 0, 0)
+    assert audit.count([])[:-1] == (0,) * 7
 
 
 def test_boundaries_are_compared():
@@ -102,6 +102,17 @@ def test_a_word_that_gives_the_label_away_is_found_and_length_is_not():
     assert dict(bags.top)["please"] > 0 > dict(bags.top)["damned"]
     assert length.right / length.total < 0.7
     assert (bags.chance, formats.name) == (0.5, "length and format")
+
+
+def test_words_of_languages_without_spaces_are_their_characters():
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("天地日月山水") for _ in range(12)) for _ in range(400)]
+    items = [pair(f"p{i}", f"{text}好。", f"{text}坏。") for i, text in enumerate(texts)]
+    bags = shortcuts(items)[2]
+    assert bags.right == bags.total
+    assert {"好", "坏", "好 。", "坏 。"} == {name for name, _ in bags.top[:4]}
+    mixed = [pair(f"p{i}", f"GPT4很{text}", f"GPT3很{text}") for i, text in enumerate(texts)]
+    assert {"gpt4", "gpt3", "gpt4 很", "gpt3 很"} == {name for name, _ in shortcuts(mixed)[2].top[:4]}
 
 
 def test_length_alone_is_found():
@@ -192,3 +203,32 @@ def test_the_command(tmp_path, shared, monkeypatch, capsys):
     assert "alert(1)" in "".join(page.text)
     assert "1 comparisons that repeat an earlier one" in page.text
     assert 'class="t0"' in html
+
+
+def test_the_command_on_rows_of_one_response(tmp_path, shared, monkeypatch, capsys):
+    """Unpaired ones have a label that can be told by shortcuts, which DPO cannot use; examples have none."""
+    from dpo_jax import cli
+
+    rng = random.Random(0)
+    rows = [{"prompt": f"p{i}", "completion": f" {words(rng, 5)}", "label": i % 3 > 0} for i in range(120)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = "data: {path: [a.jsonl], eval_fraction: 0.2, max_length: 64, max_prompt_length: 32}\n"
+    (tmp_path / "c.yaml").write_text(config + f"model: {{config: x.json, tokenizer: {shared}/tokenizers/gpt2}}\n")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for loss in ("dpo", "kto", "sft"):
+        cli.run(["data", "c.yaml", "--loss.name", loss, "--out", f"{loss}.html", "--show", "3"])
+        found[loss] = capsys.readouterr().out, (tmp_path / f"{loss}.html").read_text()
+    refusal = "comparisons with an absent response (unpaired rows), which this loss cannot use"
+    assert {loss: f"{refusal}\n" in said.replace(":", "\n") for loss, (said, _) in found.items()} == {
+        "dpo": True, "kto": False, "sft": False
+    }  # fmt: skip
+    assert refusal in found["dpo"][1]
+    assert all("Shortcuts" in found[loss][1] for loss in ("dpo", "kto"))
+    assert "Shortcuts" not in found["sft"][1]
+    said = found["kto"][0]
+    held = sum(int(line.split(": ")[1].split()[0]) for line in said.splitlines() if " of them wanted" in line)
+    wanted = sum(int(line.split(", ")[1].split()[0]) for line in said.splitlines() if " of them wanted" in line)
+    assert (held, wanted) == (120, 80)
+    assert {"chosen: ", "rejected: "} <= {line[: line.find(":") + 2] for line in said.splitlines()}
+    assert "<td>chosen</td>" in found["kto"][1]

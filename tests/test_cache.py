@@ -5,14 +5,21 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from words import BOTH_LONG, OPTIONS, ids, lists, make_tokenizer, pair
 
+from dpo_jax import data
 from dpo_jax.data import cache
+from dpo_jax.data import encode as encode_module
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import encode
+from dpo_jax.data.ended import ended
+from dpo_jax.data.mismatch import mismatched
 from dpo_jax.data.table import KINDS
 from dpo_jax.records import Comparison, UserError
 
@@ -57,6 +64,7 @@ def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenise
         (rows, tokenizer, {"add_bos": True}),
         (rows, tokenizer, {"boundary": "joint"}),
         ([rows[0]._replace(preference=0.5), rows[1]], tokenizer, {}),
+        ([rows[0]._replace(misplaced=True), rows[1]], tokenizer, {}),
     ]
     for number, (comparisons, its, options) in enumerate(other, 2):
         cached_encode(comparisons, its, folder, **(OPTIONS | options))
@@ -70,6 +78,38 @@ def test_chunks_make_one_table(tokenizer, tmp_path, monkeypatch):
     table, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
     plain, plain_report = encode(rows, tokenizer, **OPTIONS)
     assert (arrays(table), report) == (arrays(plain), plain_report)
+
+
+def peak(function):
+    """(the most bytes that Python and numpy held at a time, what the function returns)."""
+    tracemalloc.start()
+    try:
+        result = function()
+        return tracemalloc.get_traced_memory()[1], result
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
+    """Reading, tokenising and writing; KTO's responses to other prompts; a reward model's token after each response."""
+    monkeypatch.setattr(cache, "CHUNK", 64)
+    monkeypatch.setattr(encode_module, "CHUNK", 64)
+    row, made = json.dumps({"prompt": "w1 w2", "chosen": "w4 w5 " * 20, "rejected": "w6 w7 " * 20}), {}
+    for size in (1000, 6000):
+        file = tmp_path / f"{size}.jsonl"
+        file.write_text("\n".join(row.replace("w1", f"w{i % 90}") for i in range(size)))
+        items = data.stream("files", (str(file),), "train", 2)
+        read, (table, _) = peak(partial(cached_encode, items, tokenizer, tmp_path, **(OPTIONS | {"max_length": 64})))
+        other, wider = peak(partial(cache.unnamed, tmp_path, mismatched(table, 64, Counter())))
+        last, longer = peak(partial(cache.unnamed, tmp_path, ended(table, 2, 0)))
+        assert [len(one) for one in (table, wider, longer)] == [size] * 3
+        assert wider.response_lengths[-1].tolist() == [41, 41, 41]
+        assert longer.response_lengths[-1].tolist() == [42, 42]
+        made[size] = (read, other, last)
+    assert not list(tmp_path.glob("tokens-unnamed*"))
+    a_row = 84 * 4  # what its tokens take
+    grown = [(after - before) / 5000 for before, after in zip(*made.values(), strict=True)]
+    assert max(grown) < a_row / 4, grown
 
 
 def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):

@@ -226,6 +226,9 @@ def test_bos_is_put_where_the_tokenizer_puts_it_and_never_in_a_response(shared):
     table, _ = encode([Comparison("Once", ("a", "b"))], tokenizer, **(OPTIONS | {"add_bos": None}))
     assert table[0].prompt.tolist() == tokenizer("Once")["input_ids"]
     assert table[0].prompt[0] == tokenizer.bos_token_id
+    tight = OPTIONS | {"add_bos": None, "max_prompt_length": 1, "truncation": "paper_keep_end"}
+    with pytest.raises(UserError, match=r"data\.max_prompt_length 1 must lie between 2 and"):
+        encode([Comparison("Once", ("a", "b"))], tokenizer, **tight)
     with pytest.raises(UserError, match=r"^f:2: response 2 contains the BOS token '<s>'; remove it"):
         encode([Comparison("Once", ("a", "b <s>"), where="f:2")], tokenizer, **OPTIONS)
     gpt2 = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")

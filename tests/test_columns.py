@@ -61,6 +61,58 @@ def test_the_prompt_is_common_messages_and_never_part_of_one():
     assert read({"chosen": longer, "rejected": [USER, REPLY, USER, BAD]})[0].prompt == Chat((USER, REPLY, USER))
 
 
+def test_a_text_beside_messages_is_the_users_turn():
+    """Before an answer alone it is the prompt; else it is one of the turns, and told of if it is none."""
+    sides = {"chosen": [GOOD], "rejected": [BAD]}
+    for responses, expected in ((2, PAIR), (1, PAIR._replace(responses=(GOOD,))), (0, PAIR._replace(responses=()))):
+        assert read({"prompt": "hi", **sides}, responses) == [expected]
+    whole = CONVERSATIONS["no prompt"]
+    told = Note("rows whose messages do not hold the text in the column 'prompt', which is left out")
+    assert read({"prompt": "hello", **whole}) == [PAIR, told]
+    assert read({"prompt": "hi ", **whole}) == [PAIR]
+
+
+def test_conversations_and_texts_do_not_share_a_file(tmp_path):
+    """A template would write the former and not the latter, which nobody would see."""
+    rows = [TEXT, TALK, TEXT, TALK]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    for name, kinds, words in (
+        ("a", [Comparison, UserError, Comparison, UserError], "a conversation, where the rows before it are texts"),
+        ("b", [Comparison, UserError, Comparison], "a text, where the rows before it are conversations"),
+    ):
+        items = list(data.stream("files", (str(tmp_path / f"{name}.jsonl"),), "train", 2))
+        assert [type(item) for item in items] == kinds
+        assert f"{name}.jsonl:2: {words}; give each kind its own file, as parts of a mixture" in str(items[1])
+    (tmp_path / "c.jsonl").write_text(json.dumps(TEXT))
+    (tmp_path / "d.jsonl").write_text(json.dumps(TALK))
+    parts = tuple(f"files:{tmp_path / name}.jsonl" for name in "cd")
+    assert [type(c.prompt) for c in data.load("mixture", parts, "train", 2)] == [str, Chat]
+
+
+def test_columns_that_nothing_reads_are_told(tmp_path):
+    """A misspelt one would be missed without a word."""
+    rows = [TEXT | {"wieght": 2, "id": 1}, TEXT | {"weight": 2, "prompt": "q", "provenance": {}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    items = list(data.stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
+    assert items[2:] == [Note("columns that nothing reads: id, wieght", 2)]
+
+
+def test_a_message_is_short_however_long_the_value():
+    many = {f"column {i} {'x' * 10**5}": 1 for i in range(50)}
+    for row in (
+        {"prompt": "p", "completion": "c", "label": "x" * 10**6},
+        TALK | {"chosen": [{"role": "x" * 10**6, "content": "a"}]},
+        TEXT | {"weight": 10**4000},
+        many,
+    ):
+        with pytest.raises(UserError) as error:
+            read(row)
+        assert len(str(error.value)) < 2000
+    with pytest.raises(UserError, match=r"and 30 more$"):
+        read(many)
+
+
 def test_system_tools_and_template_arguments_belong_to_the_prompt():
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": [USER], "chosen": "a", "rejected": "b", "system": "be brief", "chat_template_kwargs": {"x": 1}}

@@ -195,8 +195,9 @@ def test_holdout_is_by_prompt_and_stays_when_data_is_added():
         data.holdout(comparisons, 1.0)
     with pytest.raises(UserError, match="leaves 1 of 1 comparisons to train on and 0 to evaluate"):
         list(data.holdout(comparisons[:1], 0.1)[0])
-    with pytest.raises(UserError, match="first"):  # what is wrong with the rows, not that they are too few
-        list(data.holdout([UserError("first"), UserError("second")], 0.1)[0])
+    for fraction in (0.0, 0.1):
+        with pytest.raises(UserError, match="no row can be used; the first: f:1: no column 'prompt'"):
+            list(data.holdout([data.Note("x"), UserError("f:1: no column 'prompt'"), UserError("f:2")], fraction)[0])
 
 
 def originals_hh(files_):
@@ -222,7 +223,7 @@ def test_hh_is_read_as_the_original_reads_it(shared):
     read_pairs, noted = hh_read((str(folder),), "test", 2)
     assert [(c.prompt, *c.responses) for c in read_pairs] == pairs
     assert len(pairs) == 8552
-    assert noted == {"rejected transcripts that do not start with their prompt, cut at its length all the same": 7}
+    assert noted == {}
     read_examples, noted = hh_read((str(folder),), "test", 1)
     assert [(c.prompt, *c.responses) for c in read_examples] == examples
     assert noted == {"rows left out, since a later one has the same prompt": 8552 - len(examples)}
@@ -234,7 +235,31 @@ def test_hh_counts(shared, name):
     rows = list(hh.pairs((str(shared / "data" / "hh" / name),), "test"))
     empty = [sum(not getattr(row, key).strip() for row in rows) for key in ("chosen", "rejected")]
     same = sum(row.chosen == row.rejected for row in rows)
-    assert (len(rows), len({row.prompt for row in rows}), hh.mismatched(rows), *empty, same) == HH[name]
+    elsewhere = sum(not row.same_prompt for row in rows)
+    assert (len(rows), len({row.prompt for row in rows}), elsewhere, *empty, same) == HH[name]
+
+
+def test_hh_is_split_right_on_every_row(shared):
+    """Where both transcripts begin with the prompt they are the prompt and a response, cut before nothing but a turn's
+    text; the seven others are marked, and are not trained on unless they are to be kept."""
+    folder = shared / "data" / "hh"
+    rows, _ = hh_read((str(folder),), "test", 2)
+    texts = {}
+    for file in sorted(folder.glob("*/test.jsonl.gz")):
+        for number, line in enumerate(gzip.decompress(file.read_bytes()).decode().split("\n")[:-1], 1):
+            texts[f"{file}:{number}"] = json.loads(line)
+    assert len(rows) == len(texts) == 8552
+    for row in rows:
+        both = [texts[row.where]["chosen"], texts[row.where]["rejected"]]
+        assert row.prompt + row.responses[0] == both[0]
+        assert row.prompt.endswith("\n\nAssistant:")
+        assert "\n\nAssistant:" not in row.responses[0]
+        assert row.misplaced == (row.prompt + row.responses[1] != both[1])
+    assert [row.where.split("hh/")[1] for row in rows if row.misplaced] == [
+        *(f"harmless-base/test.jsonl.gz:{line}" for line in (1255, 1689, 1953, 2037)),
+        *(f"helpful-base/test.jsonl.gz:{line}" for line in (568, 1167)),
+        "helpful-rejection-sampled/test.jsonl.gz:1598",
+    ]
 
 
 def test_hh_first_rows(shared):
@@ -257,7 +282,8 @@ def test_hh_merges_equal_prompts_where_the_first_one_stands(tmp_path):
         ("a", (" 5", " 6"), "3"),
         ("b", (" 3", " 4"), "2"),
     ]
-    assert list(noted.values()) == [1]
+    assert [c.misplaced for c in pairs] == [False, False, True]
+    assert noted == {}
     assert [c.responses for c in hh_read((file,), "train", 1)[0]] == [(" 5",), (" 3",)]
     file = write(tmp_path / "y.jsonl", [{"chosen": "\n\nHuman: a", "rejected": ""}])
     with pytest.raises(UserError, match=r"y\.jsonl:1: 'chosen' has no .*Assistant:'; this is not a dialogue"):

@@ -6,7 +6,7 @@ from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair
 
 from dpo_jax import data
 from dpo_jax.data import cache
-from dpo_jax.data.encode import encode
+from dpo_jax.data.encode import Special, encode
 from dpo_jax.data.table import KINDS, Lengths, Table
 from dpo_jax.records import Comparison, Tokens, UserError
 
@@ -147,6 +147,13 @@ def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
     assert report.identical_after_truncation == 0  # it is for those that a cut has made so
     assert lists(table[1]) == [[1], [EOS], [2, EOS]]
     assert "3 kept, with an empty response" in report.lines()
+    elsewhere = [pair(2, 3, 4), pair(1, 2, 3, misplaced=True), Comparison("w1", ("w2", ""), misplaced=True)]
+    table, report = run(elsewhere, tokenizer)
+    assert (report.kept, report.misplaced_dropped, report.empty_dropped) == (1, 1, 1)
+    assert "1 dropped, whose rejected transcript does not start with the prompt" in report.lines()
+    assert run(elsewhere, tokenizer, degenerate="keep")[1].misplaced_kept == 1
+    with pytest.raises(UserError, match="misplaced response; remove the row"):
+        run(elsewhere[:2], tokenizer, degenerate="refuse")
     alone = [Comparison("w1", ("w2",)), Comparison("w1", ("",))]
     assert run(alone, tokenizer)[1].empty_dropped == 1
 
@@ -166,6 +173,13 @@ def test_report(tokenizer):
         "tokens in a response: mean 4.3, p50 4.5, p99 6, max 6",
         "tokens in a prompt and longest response: mean 7.0, p50 7, p99 7, max 7",
     ]
+
+
+def test_a_tokenizer_is_asked_for_its_special_tokens_once_for_all_rows(tokenizer, monkeypatch):
+    calls, original = [], Special.of
+    monkeypatch.setattr(Special, "of", lambda its: calls.append(1) or original(its))
+    run([pair(2, 3, 4)] * 9, tokenizer, add_bos=None)
+    assert len(calls) == 2  # for the check of the options, and for the rows
 
 
 def test_text_that_the_tokenizer_cannot_write_is_counted():

@@ -1,9 +1,13 @@
 """Responses to other prompts, as KTO's estimate of the KL needs them."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dpo_jax.data.mismatch import mismatched
+from dpo_jax.data.mismatch import mismatched, next_with_another_prompt
 from dpo_jax.data.table import Table
 from dpo_jax.records import Tokens, UserError
 
@@ -15,8 +19,13 @@ ROWS = [
 ]
 
 
+def answered(max_length):
+    counts = Counter()
+    return Table.of(mismatched(Table.of(ROWS), max_length, counts)), counts["cut"]
+
+
 def test_the_next_comparison_with_another_prompt_gives_its_first_response():
-    table, cut = mismatched(Table.of(ROWS), max_length=99)
+    table, cut = answered(99)
     assert cut == 0
     assert [table[i].responses[2].tolist() for i in range(3)] == [[31, 32, 33], [31, 32, 33], [10, 11]]
     for i in range(3):
@@ -25,11 +34,18 @@ def test_the_next_comparison_with_another_prompt_gives_its_first_response():
 
 
 def test_it_is_cut_so_that_the_prompt_fits():
-    table, cut = mismatched(Table.of(ROWS), max_length=3)
+    table, cut = answered(3)
     assert cut == 2
     assert [table[i].responses[2].tolist() for i in range(3)] == [[31], [31], [10, 11]]
 
 
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda x: len(set(x)) > 1))
+def test_the_next_one_is_the_first_that_differs_counted_round(prompts):
+    count = len(prompts)
+    expected = [next(j % count for j in range(i, i + count) if prompts[j % count] != prompts[i]) for i in range(count)]
+    assert list(next_with_another_prompt(np.array(prompts, np.uint64))) == expected
+
+
 def test_prompts_that_are_all_the_same():
     with pytest.raises(UserError, match="all prompts are the same"):
-        mismatched(Table.of(ROWS[:2]), max_length=9)
+        list(mismatched(Table.of(ROWS[:2]), 9, Counter()))

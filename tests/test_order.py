@@ -1,5 +1,6 @@
 """Which rows a step takes: the seeded order, and the original's bit for bit."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax import data
-from dpo_jax.data import order
+from dpo_jax import assemble, config, data, losses
+from dpo_jax.data import order, synthetic
 from dpo_jax.data.encode import encode
-from dpo_jax.records import UserError
+from dpo_jax.records import Comparison, UserError
 
 
 def seeded(rows, seed=0):
@@ -105,3 +106,17 @@ def test_real_dialogues_come_in_the_originals_order(shared):
     bound = order.bind("original", table.prompts, seed=0)
     found = [order.rows_of(s, bound, rows=len(rows), batch_size=64).tolist() for s in range(2 * (2312 // 64))]
     assert found == expected
+
+
+def test_it_is_said_where_the_originals_batches_are_not_taken():
+    """A row that is dropped moves all that come after it."""
+    rows = [Comparison(f"p{i}", ("a", "b" if i else ""), where="f:1") for i in range(4)]
+    tokenizer = synthetic.tokenizer()
+    for degenerate, name, expected in (("drop", "original", 1), ("keep", "original", 0), ("drop", "seeded", 0)):
+        options = dataclasses.replace(config.Data(), degenerate=degenerate, order=name)
+        said = []
+        assemble.table_of(
+            config.Config(data=options), losses.build({"name": "dpo"}), tokenizer, rows, "training", said.append
+        )
+        warned = [line for line in said if "1 comparisons fewer than the original takes" in line]
+        assert len(warned) == expected

@@ -113,6 +113,15 @@ def test_what_data_says_of_a_row_is_kept_or_refused(at, capsys):
     assert "1 rows that cannot be used, left out" in capsys.readouterr().out
 
 
+def test_a_transcript_of_another_dialogue_becomes_no_row(at, capsys):
+    turn = "\n\nHuman: {}\n\nAssistant: {}".format
+    rows = [(turn("a", "1"), turn("a", "2")), (turn("some question", "3"), turn("q", "4"))]
+    at("hh.jsonl", [{"chosen": c, "rejected": r} for c, r in rows])
+    single = pairs("out.jsonl", "--by", "single", "--data.name", "hh", "--data.path", "hh.jsonl")
+    assert [(r["completion"], r["label"]) for r in single] == [(" 1", True), (" 2", False)]
+    assert "1 rows left out, whose rejected transcript does not start with the prompt" in capsys.readouterr().out
+
+
 def test_negatives_of_data_that_has_none(at, capsys):
     turns = [
         [*GREETING.messages, answer("I am Ada, and you?")],
@@ -157,6 +166,7 @@ def test_a_models_own_answers(at, shared):
     [
         (["out.jsonl", "--reward", "happy"], r"--by reward takes RUN_OR_MODEL and OUT.jsonl"),
         (["model", "out.jsonl"], r"--reward: is for --by reward, which needs it"),
+        (["out.jsonl.gz", "--by", "others"], r"out.jsonl.gz: what is written are JSON lines; give .* ends in .jsonl"),
         (["out.jsonl", "--by", "corrupted", "--reward", "happy"], r"--reward: is for --by reward"),
         (["m", "out.jsonl", "--by", "correction"], r"--corrections: is for --by correction, which needs it"),
         (["m", "out.jsonl", "--by", "paired"], r"--by paired takes OUT.jsonl, then options"),

@@ -37,8 +37,8 @@ class Words:
 
     eos_token_id, pad_token_id, bos_token_id = EOS, PAD, 1
 
-    def __len__(self):
-        return 128
+    def get_vocab(self):
+        return {f"w{i}": i for i in range(128)}
 
     def save_pretrained(self, folder):
         del folder
@@ -97,7 +97,7 @@ def by_torch(model, rows):
 
 def laid_out(rows, pad=PAD):
     """The rows as one microbatch of several to a row, and where each is."""
-    table = ended(Table.of(rows), EOS, pad)
+    table = Table.of(ended(Table.of(rows), EOS, pad))
     batch, _, places = pack.build(table, range(len(rows)), pack.Shape(1, 4, 96, 4, 96))
     return jax.tree.map(lambda x: x[0], batch), places
 
@@ -198,12 +198,12 @@ def test_ended_puts_a_token_after_each_response_but_for_one_that_ends_in_padding
         Tokens(np.array([5, 6]), (np.array([7, EOS]), np.array([8]))),
         Tokens(np.array([9]), (absent, np.array([10, 11])), 0.5, scores=(0.0, 2.0)),
     ]
-    table = ended(Table.of(rows), EOS, PAD)
+    table = Table.of(ended(Table.of(rows), EOS, PAD))
     assert [[r.tolist() for r in table[i].responses] for i in (0, 1)] == [[[7, 2, 2], [8, 2]], [[], [10, 11, 2]]]
     assert [table[i].prompt.tolist() for i in (0, 1)] == [[5, 6], [9]]
     assert table[1].weight == 0.5
     assert table[1].scores == (0.0, 2.0)
-    same = ended(Table.of(rows), EOS, EOS)  # where EOS is padding, it ends the text before it
+    same = Table.of(ended(Table.of(rows), EOS, EOS))  # where EOS is padding, it ends the text before it
     assert [[r.tolist() for r in same[i].responses] for i in (0, 1)] == [[[7, 2], [8, 2]], [[], [10, 11, 2]]]
 
 

@@ -142,22 +142,21 @@ def holdout(items: Iterable[Item], fraction: float) -> tuple[Stream, Stream]:
       fraction: the expected share of prompts held out, in [0, 1). The side of a prompt does not depend on the rest.
 
     Raises:
-      UserError: the fraction is out of range; while it is gone through, if a side is empty: what is wrong with the
-        first row, where nothing can be used of any.
+      UserError: the fraction is out of range; while it is gone through, if a side is empty or no row can be used.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.eval_fraction must be at least 0 and below 1, not {fraction}")
 
     def side(held: bool) -> Iterator[Item]:
-        counts, errors = [0, 0], []
+        counts, bad = [0, 0], None
         for item in items:
-            errors += [item] if isinstance(item, UserError) and not errors else []
+            bad = item if bad is None and isinstance(item, UserError) else bad
             its = isinstance(item, Comparison) and prompt_hash(item.prompt) < fraction
             counts[its] += isinstance(item, Comparison)
             if its == held:
                 yield item
-        if fraction and errors and not any(counts):
-            raise errors[0]
+        if bad and not any(counts):
+            raise UserError(f"no row can be used; the first: {bad}")
         if fraction and not all(counts):
             raise UserError(
                 f"data.eval_fraction {fraction} leaves {counts[0]} of {sum(counts)} comparisons to train on and "

@@ -24,6 +24,7 @@ class Counts(NamedTuple):
       identical: whose responses are the same.
       conflicting: with the same prompt and responses as another one, in another order.
       unpaired: with an absent response.
+      wanted: unpaired ones whose response is the wanted one.
       keys: uint64[N], the prompts.
     """
 
@@ -33,6 +34,7 @@ class Counts(NamedTuple):
     identical: int
     conflicting: int
     unpaired: int
+    wanted: int
     keys: Array
 
     def lines(self) -> list[str]:
@@ -41,7 +43,7 @@ class Counts(NamedTuple):
             "comparisons that repeat an earlier one": self.repeated,
             "with identical responses": self.identical,
             "with the responses of another one in another order: conflicting labels": self.conflicting,
-            "unpaired": self.unpaired,
+            f"unpaired, {self.wanted:,} of them wanted": self.unpaired,
         }
         first = f"{self.comparisons:,} comparisons of {self.prompts:,} prompts"
         return [first, *(f"{count:,} {note}" for note, count in notes.items() if count)]
@@ -57,13 +59,15 @@ class Piece(NamedTuple):
 def count(items: Iterable[Item]) -> Counts:
     """Counts comparisons; 24 bytes are kept for each."""
     prompts, ordered, unordered = array("Q"), array("Q"), array("Q")
-    identical = unpaired = 0
+    identical = unpaired = wanted = 0
     for item in items:
         if not isinstance(item, Comparison):
             continue
         responses = [as_bytes(response) for response in item.responses if response is not None]
         identical += len(set(responses)) < len(responses)
-        unpaired += len(responses) < len(item.responses)
+        absent = len(responses) < len(item.responses)
+        unpaired += absent
+        wanted += absent and item.responses[0] is not None
         prompts.append(prompt_key(item.prompt))
         whole = [str(prompts[-1]), *(f"{as_bytes(response)}" for response in item.responses)]
         ordered.append(prompt_key("\0".join(whole)))
@@ -71,7 +75,7 @@ def count(items: Iterable[Item]) -> Counts:
     keys = np.array(prompts, np.uint64)
     return Counts(
         len(keys), len(np.unique(keys)), len(keys) - len(np.unique(ordered)), identical,
-        _conflicts(np.array(ordered, np.uint64), np.array(unordered, np.uint64)), unpaired, keys,
+        _conflicts(np.array(ordered, np.uint64), np.array(unordered, np.uint64)), unpaired, wanted, keys,
     )  # fmt: skip
 
 

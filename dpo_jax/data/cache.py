@@ -21,7 +21,7 @@ from dpo_jax.data.encode import CHUNK, Options, check, encoded
 from dpo_jax.data.table import KINDS, Lengths, Report, Table, Tally
 from dpo_jax.records import Array, Tokens, UserError
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 ABANDONED = 24 * 3600  # seconds after which a draft that nobody finished is removed
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,23 @@ def write(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
                 values = getattr(part, name)
                 array.append(values + start if name == "offsets" else values)
     return _digests(folder)
+
+
+def unnamed(cache_dir: Path, tokens: Iterable[Tokens]) -> Table:
+    """Comparisons as a table that lies on the cache's disk, without a name there, until the process has done with it.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        draft = _draft(cache_dir / "tokens-unnamed")
+        try:
+            write(draft, tokens)
+            return Table.open(draft)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # the memory that it is mapped into keeps it
+    except OSError as error:
+        raise UserError(f"{cache_dir}: the cache cannot be written ({error}); choose another folder") from error
 
 
 class _Growing:
@@ -130,16 +147,14 @@ def _parts(items: Iterable[Item]) -> Iterator[bytes]:
             yield repr(item).encode("utf-8", "surrogatepass")
             continue
         texts = [as_bytes(part) for part in (item.prompt, *item.responses)]
-        numbers = (float(item.weight), float(item.preference), *map(float, item.scores))
+        numbers = (float(item.weight), float(item.preference), item.misplaced, *map(float, item.scores))
         yield f"{[*map(len, texts)]}{numbers!r}".encode()
         yield from texts
 
 
 def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: Options) -> None:
     """Makes the entry beside its place and renames it there."""
-    draft = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    draft.mkdir(parents=True)
-    _sweep(entry.parent)
+    draft = _draft(entry)
     try:
         tally = Tally()
         digests = write(draft, encoded(items, tokenizer, options, tally))
@@ -152,6 +167,14 @@ def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: Op
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(entry: Path) -> Path:
+    """Makes a folder beside an entry, for what is to become it."""
+    draft = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    draft.mkdir(parents=True)
+    _sweep(entry.parent)
+    return draft
 
 
 def _sweep(cache_dir: Path) -> None:

@@ -1,7 +1,8 @@
 """The usual columns of preference data to comparisons.
 
 prompt, chosen, rejected           a pair; texts, or messages; with messages the prompt may be left out, and is then
-                                   what both begin with; scores in score_chosen, score_rejected or scores
+                                   what both begin with (a text beside messages is a turn of the user's); scores in
+                                   score_chosen, score_rejected or scores
 prompt, completions, scores        a ranking; `responses` is the same as `completions`
 prompt, completion, label          an unpaired response, true if it is wanted
 prompt, completion                 an example
@@ -14,17 +15,22 @@ system, tools, chat_template_kwargs    of a conversation
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dpo_jax.data import Item, Note
 from dpo_jax.data import conversations as talk
-from dpo_jax.data.formats import type_name
+from dpo_jax.data.formats import short, type_name
 from dpo_jax.records import Chat, Comparison, UserError
 
 FLOAT32_MAX = 3.4028234e38
 SURROGATE = re.compile("[\ud800-\udfff]")
 CONVERSATION = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses")
+RATINGS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+READ = {"prompt", "chosen", "rejected", "completion", "label", "scores", "preference", "weight", "system", "tools"}
+READ |= {"chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
+SHOWN = 20  # names of columns that a message shows
 
 Row = dict[str, Any]
 
@@ -45,8 +51,11 @@ def comparisons(where: str, row: Row, responses: int) -> list[Item]:
     Raises:
       UserError: naming the row and the column that is wrong or missing.
     """
-    if isinstance(row.get("prompt"), str) and all(isinstance(row.get(key), list) for key in ("chosen", "rejected")):
-        row = {key: value for key, value in row.items() if key != "prompt"}  # it is their first turn once more
+    row, notes = _without_text_prompt(row)
+    return [*_comparisons(where, row, responses), *notes]
+
+
+def _comparisons(where: str, row: Row, responses: int) -> list[Item]:
     if responses == 0:
         return [Comparison(_prompt(where, row), (), where=where)]
     fields = {"weight": _number(where, row, "weight", 1.0, 0, FLOAT32_MAX), "where": where}
@@ -63,6 +72,20 @@ def comparisons(where: str, row: Row, responses: int) -> list[Item]:
         return [_pair(where, row)._replace(**fields, preference=preference, scores=_scores(where, row))]
     prompt, response = _example(where, row)
     return [Comparison(prompt, (response,), **fields)]
+
+
+def _without_text_prompt(row: Row) -> tuple[Row, list[Item]]:
+    """A row whose responses are messages beside a prompt that is text, in the form that others have: the text is a
+    user's turn before responses that begin with an answer, else a turn of theirs once more."""
+    sides = [row.get(key) for key in ("chosen", "rejected")]
+    if not isinstance(row.get("prompt"), str) or not all(isinstance(side, list) for side in sides):
+        return row, []
+    turns = [turn for side in sides for turn in side or [] if isinstance(turn, dict)]
+    if all(talk.role(side[0]) == "assistant" for side in sides if side):
+        return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}, []
+    known = any(row["prompt"].strip() == str(turn.get("content", turn.get("value"))).strip() for turn in turns)
+    note = Note("rows whose messages do not hold the text in the column 'prompt', which is left out")
+    return {key: value for key, value in row.items() if key != "prompt"}, [] if known else [note]
 
 
 def text(where: str, row: Row, key: str) -> str:
@@ -82,14 +105,14 @@ def number(where: str, key: str, value: Any, least: float = -FLOAT32_MAX, most: 
     if not least <= value <= most or math.isnan(value):
         bounds = "finite" if least == -FLOAT32_MAX else f"from {least:g} to {most:g}"
         bounds = "finite and not negative" if (least, most) == (0, FLOAT32_MAX) else bounds
-        raise UserError(f"{where}: {key!r} must be {bounds}, not {value}")
+        raise UserError(f"{where}: {key!r} must be {bounds}, not {short(value)}")
     return float(value)
 
 
 def binary(where: str, key: str, value: Any) -> bool:
     """A label that is true or false, 1 or 0, or a `UserError` that says what it is instead."""
     if value not in (0, 1) or not isinstance(value, bool | int):
-        raise UserError(f"{where}: {key!r} must be true or false, not {value!r}")
+        raise UserError(f"{where}: {key!r} must be true or false, not {short(value)}")
     return bool(value)
 
 
@@ -98,7 +121,14 @@ def _number(where: str, row: Row, key: str, default: float, least: float, most: 
 
 
 def _columns(row: Row) -> str:
-    return ", ".join(sorted(row)) or "none"
+    return listed(row) or "none"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns as a message shows them."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(" ".join(name[:60].split()) for name in ordered[:SHOWN]) + more
 
 
 def _first(row: Row, keys: tuple[str, ...]) -> str:
@@ -173,8 +203,7 @@ def _pair(where: str, row: Row) -> Comparison:
 
 def _scores(where: str, row: Row) -> tuple[float, ...]:
     """The scores of a pair, the first the higher unless the row has a preference of its own."""
-    names = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")]
-    keys = next((pair for pair in names if set(pair) & set(row)), None)
+    keys = next((pair for pair in RATINGS if set(pair) & set(row)), None)
     if keys is None and "scores" not in row:
         return ()
     values = [_value(where, row, key) for key in keys] if keys else row["scores"]

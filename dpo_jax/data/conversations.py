@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data.formats import type_name
+from dpo_jax.data.formats import short, type_name
 from dpo_jax.records import Chat, UserError
 
 ROLES = {
@@ -24,12 +24,18 @@ def message(where: str, key: str, value: Any) -> Message:
     found: Message = {OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items() if part is not None}
     role, content = found.get("role"), found.get("content", "")
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: {key!r} has a message of role {role!r}; known: {', '.join(ROLES)}")
+        raise UserError(f"{where}: {key!r} has a message of role {short(role)}; known: {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _joined(where, key, content)
     if not isinstance(content, str):
         raise UserError(f"{where}: {key!r} has a message whose content is {type_name(content)}, not text")
     return {**found, "role": ROLES[role], "content": content}
+
+
+def role(value: Any) -> str:
+    """Who speaks in a message, as templates name it; nothing for what is no message."""
+    given = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    return ROLES.get(given, "") if isinstance(given, str) else ""
 
 
 def messages(where: str, key: str, value: Any) -> list[Message]:

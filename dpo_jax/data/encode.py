@@ -28,7 +28,7 @@ class Options(NamedTuple):
       max_length: tokens of a prompt with any one of its responses.
       max_prompt_length: what the paper's modes cut prompts to; the other modes do not look at it.
       truncation: a name in `TRUNCATIONS`.
-      degenerate: what to do with empty or identical responses: `drop`, `refuse` or `keep`.
+      degenerate: what to do with empty, identical or misplaced responses: `drop`, `refuse` or `keep`.
       add_bos: put BOS before every prompt (None: if the tokenizer does so itself; a conversation has what its template
         writes); it counts as part of the prompt and is never cut off.
       boundary: `separate` tokenises prompt and responses apart, as the paper's code does; `joint` together, as TRL
@@ -46,6 +46,37 @@ class Options(NamedTuple):
     boundary: str = "separate"
     template: Template = Template()
     skip_bad_rows: int = 0
+
+
+class Special(NamedTuple):
+    """What a tokenizer has of its own, looked up once for all rows, since transformers takes long to find it.
+
+    Attributes:
+      eos, bos: their ids.
+      unk: the id of what cannot be written; None where that is EOS too.
+      eos_token, bos_token: as text.
+      begins: whether the tokenizer puts BOS before a text by itself.
+    """
+
+    eos: int
+    bos: int | None
+    unk: int | None
+    eos_token: str
+    bos_token: str
+    begins: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Special":
+        """Looks it up."""
+        eos, bos, unk = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "unk"))
+        begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, begins)
+
+    def bos_before(self, prompt: Any, options: Options) -> bool:
+        """Whether BOS is put before a prompt."""
+        if options.add_bos is not None:
+            return options.add_bos
+        return self.begins and not isinstance(prompt, Chat)
 
 
 def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, Report]:
@@ -71,7 +102,7 @@ def encoded(items: Iterable[Item], tokenizer: Any, options: Options, tally: Tall
       UserError: as `encode`; at the end, if nothing was left.
     """
     check(tokenizer, options)
-    finish = partial(_finish, tokenizer, options, tally)
+    finish = partial(_finish, Special.of(tokenizer), options, tally)
     for chunk in _batched(_rendered(_screened(items, options, tally), tokenizer, options, tally), CHUNK):
         for (comparison, rendered), ids in zip(chunk, _tokenised(chunk, tokenizer, options.boundary), strict=True):
             result = attempt(finish, comparison, rendered, *ids)
@@ -92,7 +123,13 @@ def check(tokenizer: Any, options: Options) -> None:
     ):
         if name not in known:
             raise unknown(kind, name, known)
-    least = 1 + bool(options.add_bos)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
+    if options.add_bos and tokenizer.bos_token_id is None:
+        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
+    least = 1 + Special.of(tokenizer).bos_before("", options)
     if options.max_length <= least:
         raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
@@ -100,16 +137,11 @@ def check(tokenizer: Any, options: Options) -> None:
             f"data.max_prompt_length {options.max_prompt_length} must lie between {least} and data.max_length "
             f"{options.max_length}"
         )
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
-    if options.add_bos and tokenizer.bos_token_id is None:
-        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
 
 
 def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator[Comparison]:
-    """The comparisons among items, without those with empty or identical responses, unless they are to be kept."""
+    """The comparisons among items, without those with empty, identical or misplaced responses, unless these are to be
+    kept."""
     size = None
     for item in items:
         if isinstance(item, Note):
@@ -123,7 +155,7 @@ def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator
         if len(item.responses) != size:
             numbers = f"{len(item.responses)} responses where the first comparison has {size}"
             raise UserError(f"{item.where}: {numbers}; give all the same number")
-        if fault := _fault(item.responses):
+        if fault := _fault(item):
             if options.degenerate == "refuse":
                 message = f"{item.where}: {fault} response; remove the row or set data.degenerate to drop"
                 tally.bad(UserError(message), options.skip_bad_rows)
@@ -133,11 +165,13 @@ def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator
             yield item
 
 
-def _fault(responses: tuple[Any, ...]) -> str:
-    said = [plain(response) for response in responses if response is not None]
+def _fault(comparison: Comparison) -> str:
+    said = [plain(response) for response in comparison.responses if response is not None]
     if not all(map(str.strip, said)):
         return "empty"
-    return "identical" if len(set(said)) < len(said) else ""
+    if len(set(said)) < len(said):
+        return "identical"
+    return "misplaced" if comparison.misplaced else ""
 
 
 def _rendered(
@@ -191,7 +225,7 @@ def _common(first: Ids, second: Ids) -> int:
 
 
 def _finish(
-    tokenizer: Any,
+    special: Special,
     options: Options,
     tally: Tally,
     comparison: Comparison,
@@ -201,12 +235,11 @@ def _finish(
     moved: int,
 ) -> Tokens | None:
     """Ids checked, with BOS and EOS, cut and counted; None where the prompt leaves no room."""
-    chat, bos = isinstance(comparison.prompt, Chat), adds_bos(tokenizer, options, comparison.prompt)
-    _check_ids(comparison.where, prompt, responses, tokenizer, bos, chat)
-    head = [tokenizer.bos_token_id] if bos else []
+    chat, bos = isinstance(comparison.prompt, Chat), special.bos_before(comparison.prompt, options)
+    _check_ids(comparison.where, prompt, responses, special, bos, chat)
+    head = [special.bos] if bos and special.bos is not None else []
     ended = [
-        [*ids, tokenizer.eos_token_id] if text is not None else []
-        for ids, text in zip(responses, rendered.responses, strict=True)
+        [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
     ]
     limits = Limits(options.max_length, options.max_prompt_length, int(bos))
     result = TRUNCATIONS[options.truncation](head + prompt, ended, limits, comparison.where)
@@ -214,8 +247,8 @@ def _finish(
         tally.counts["prompt_too_long_dropped"] += 1
         return None
     tally.counts["boundary_moved"] += moved > 0
-    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id):
-        tally.counts["unknown_tokens"] += sum(ids.count(tokenizer.unk_token_id) for ids in (prompt, *responses))
+    if special.unk is not None:
+        tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
     _count_cuts(tally.counts, (head + prompt, ended), result)
     tally.keep(*result)
@@ -224,24 +257,15 @@ def _finish(
     return Tokens(ids, tuple(cut), comparison.weight, key, comparison.preference, comparison.scores)
 
 
-def adds_bos(tokenizer: Any, options: Options, prompt: Any) -> bool:
-    """Whether BOS is put before a prompt."""
-    if options.add_bos is not None:
-        return options.add_bos
-    if isinstance(prompt, Chat) or tokenizer.bos_token_id is None:
-        return False
-    return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _check_ids(where: str, prompt: Ids, responses: list[Ids], tokenizer: Any, bos: bool, chat: bool) -> None:
+def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: Special, bos: bool, chat: bool) -> None:
     for number, ids in enumerate([prompt, *responses]):
         part = f"response {number}" if number else "the prompt"
         # A chat template ends the turns of a prompt with EOS; in text it can only be there by mistake.
-        if (number or not chat) and tokenizer.eos_token_id in ids:
-            raise UserError(f"{where}: {part} contains the EOS token {tokenizer.eos_token!r}; remove it from the text")
-        if number and tokenizer.bos_token_id in ids:
-            raise UserError(f"{where}: {part} contains the BOS token {tokenizer.bos_token!r}; remove it from the text")
-    if bos and prompt[:1] == [tokenizer.bos_token_id]:
+        if (number or not chat) and special.eos in ids:
+            raise UserError(f"{where}: {part} contains the EOS token {special.eos_token!r}; remove it from the text")
+        if number and special.bos in ids:
+            raise UserError(f"{where}: {part} contains the BOS token {special.bos_token!r}; remove it from the text")
+    if bos and prompt[:1] == [special.bos]:
         raise UserError(f"{where}: the prompt starts with the BOS token already; unset data.add_bos")
     if not prompt and not bos:
         raise UserError(f"{where}: the prompt has no tokens, so nothing predicts a response's first; set data.add_bos")

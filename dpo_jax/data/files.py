@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data import Item, Note, Row, as_bytes, each
-from dpo_jax.data.columns import comparisons
+from dpo_jax.data.columns import READ, comparisons, listed
 from dpo_jax.data.formats import SUFFIXES, rows_of, suffix
-from dpo_jax.records import Comparison, UserError
+from dpo_jax.records import Chat, Comparison, UserError
 
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # of the folders that `datasets` saves
+MOST_NAMES = 100  # of columns that are kept in mind
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
@@ -26,15 +27,22 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       responses: for each prompt. One response to each of several equal (prompt, chosen) is read once.
 
     Raises:
-      UserError: a file is missing or cannot be read to its end.
+      UserError: a file is missing or cannot be read to its end. (A conversation after texts, or a text after
+        conversations, is a bad row: a chat template writes only the former.)
     """
     seen: set[bytes] = set()
+    kinds: set[type] = set()
+    unread: set[str] = set()
 
     def convert(where: str, row: dict[str, Any]) -> list[Item]:
+        unread.update(row.keys() - READ if len(unread) < MOST_NAMES else ())
         found = comparisons(where, row, responses)
+        _check_kind(where, found, kinds)
         return [_once(item, seen) for item in found] if responses == 1 and "chosen" in row else found
 
-    return each(rows(path, split), convert)
+    yield from each(rows(path, split), convert)
+    if unread:
+        yield Note(f"columns that nothing reads: {listed(unread)}", len(unread))
 
 
 def rows(path: Sequence[str], split: str) -> Iterator[Row | UserError]:
@@ -69,6 +77,19 @@ def _hub(name: str, split: str) -> Iterator[Row]:
         raise UserError(message) from error
     for number, row in enumerate(table, 1):
         yield f"{name}[{split}]:{number}", dict(row)
+
+
+def _check_kind(where: str, found: list[Item], kinds: set[type]) -> None:
+    """Keeps the kind of the first prompt; `UserError` for one of the other kind."""
+    for item in found:
+        if isinstance(item, Comparison):
+            kinds.update({type(item.prompt)} if not kinds else ())
+            if type(item.prompt) not in kinds:
+                names = ("a conversation", "texts") if isinstance(item.prompt, Chat) else ("a text", "conversations")
+                raise UserError(
+                    f"{where}: {names[0]}, where the rows before it are {names[1]}; give each kind its own file, "
+                    "as parts of a mixture (data.name)"
+                )
 
 
 def _once(item: Item, seen: set[bytes]) -> Item:

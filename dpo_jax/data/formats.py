@@ -38,6 +38,12 @@ def type_name(value: object) -> str:
     return JSON_TYPES.get(type(value), type(value).__name__)
 
 
+def short(value: object, most: int = 60) -> str:
+    """A value as a message shows it: on one line, and of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def rows_of(file: Path) -> Iterator[Row | UserError]:
     """Yields the rows of a file, of a kind that its suffix tells, in order; a bad row is an error in its place.
 

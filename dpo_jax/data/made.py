@@ -69,8 +69,8 @@ def answers_to_others(rows: Sequence[Comparison]) -> list[Any]:
     Raises:
       UserError: all prompts are the same.
     """
-    prompts = np.array([prompt_key(row.prompt) for row in rows], np.uint64)
-    return [rows[int(place)].responses[0] for place in next_with_another_prompt(prompts)]
+    prompts = [prompt_key(row.prompt) for row in rows]
+    return [rows[place].responses[0] for place in next_with_another_prompt(prompts)]
 
 
 def single(row: Comparison) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,8 @@ LEAST = 50  # fewer tell nothing
 HELD_OUT = 5  # every fifth prompt
 LEAST_RESPONSES = 5  # in which a word must occur
 SHOWN = 15
-WORD = re.compile(r"\w+|[^\w\s]")
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Chinese characters: each is a word
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 FORMATS: dict[str, Callable[[str], float]] = {
     "characters": len,
     "log of characters": lambda text: math.log1p(len(text)),

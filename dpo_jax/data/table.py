@@ -147,8 +147,9 @@ class Report(NamedTuple):
     Attributes:
       read, kept: before and after.
       bad_skipped: rows that cannot be used, under `skip_bad_rows`.
-      empty_dropped, identical_dropped: with an empty response; else with two identical ones.
-      empty_kept, identical_kept: the same, under `degenerate: keep`.
+      empty_dropped, identical_dropped, misplaced_dropped: with an empty response; else with two identical ones; else
+        with one that belongs to some other dialogue.
+      empty_kept, identical_kept, misplaced_kept: the same, under `degenerate: keep`.
       prompt_too_long_dropped: whose prompt alone fills max_length, under `keep_start`.
       prompts_truncated: prompts that were cut.
       responses_truncated: responses (not comparisons) that were cut, and so have lost their EOS.
@@ -167,8 +168,10 @@ class Report(NamedTuple):
     bad_skipped: int
     empty_dropped: int
     identical_dropped: int
+    misplaced_dropped: int
     empty_kept: int
     identical_kept: int
+    misplaced_kept: int
     prompt_too_long_dropped: int
     prompts_truncated: int
     responses_truncated: int
@@ -191,9 +194,11 @@ class Report(NamedTuple):
             **self.notes,
             "dropped, with an empty response": self.empty_dropped,
             "dropped, with identical responses": self.identical_dropped,
+            "dropped, whose rejected transcript does not start with the prompt": self.misplaced_dropped,
             "dropped, whose prompt alone fills max_length": self.prompt_too_long_dropped,
             "kept, with an empty response": self.empty_kept,
             "kept, with identical responses": self.identical_kept,
+            "kept, whose rejected transcript does not start with the prompt": self.misplaced_kept,
             "prompts cut": self.prompts_truncated,
             "responses cut, their EOS lost": self.responses_truncated,
             "kept, with responses that are identical after the cut": self.identical_after_truncation,

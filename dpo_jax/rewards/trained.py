@@ -52,7 +52,7 @@ def trained(path: str) -> Trained:
     pad = config.get("pad_token_id")
 
     def of_table(table: Table) -> Array:
-        table = ended(table, tokenizer.eos_token_id, -1 if pad is None else pad)
+        table = Table.of(ended(table, tokenizer.eos_token_id, -1 if pad is None else pad))
         shape = _shape(int(table.lengths().max()))
         return reference.one_pass(column, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
 
