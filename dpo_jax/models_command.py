@@ -16,7 +16,8 @@ def models_command(argv: list[str]) -> None:
     Console().print(grid)
     say(
         "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
-        "Rotary positions: default, linear, llama3. What else a config.json asks for is refused by its key.\n"
+        "Rotary positions: default, linear, llama3; longrope in phi3. What else a config.json asks for is refused by\n"
+        "its key, and so are mixtures of experts.\n"
         "To add one: a file dpo_jax/models/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
         "row in tests/tiny.py, from which the tests compare it with transformers."
     )

@@ -283,6 +283,6 @@ def _check(
     if 0 in sizes:
         raise UserError(f"prompt {sizes.index(0) + 1} has no tokens; a prompt needs at least one")
     a, most = model.architecture, max(sizes, default=0) + new
-    if a.rope is None and most > a.max_positions:
+    if (a.rope is None or a.rope.scaling == "longrope") and most > a.max_positions:
         why = f"the longest prompt and {new} new tokens are {most}, the model has {a.max_positions} positions"
         raise UserError(f"max_new_tokens = {new}: {why}; give a smaller number or shorter prompts")

@@ -1,10 +1,14 @@
 """What each family makes of a config.json: its defaults, its spellings, and what it refuses."""
 
+from copy import deepcopy
+
+import jax
 import pytest
+from known_models import KNOWN, OPT_350M
 from tiny import FAMILIES, VOCAB
 
-from dpo_jax import cli
-from dpo_jax.models import families, family
+from dpo_jax import cli, plan
+from dpo_jax.models import architecture_of, build, families, family
 from dpo_jax.records import UserError
 
 
@@ -12,6 +16,8 @@ def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
     assert families() == FAMILIES
     with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gemma, gemma2,"):
         family("llamma")
+    with pytest.raises(UserError, match=r"'gemma3' is not known; did you mean gemma3_text\?"):  # that sees pictures too
+        family("gemma3")
     with pytest.raises(UserError, match=r"'xlnet' is not known; known are .*; a new one is a file in dpo_jax/models/"):
         family("xlnet")
 
@@ -44,6 +50,12 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
         ("llama", {"rope_scaling": SCALED}, "rope_type = 'yarn' is not supported; known are default, linear, llama3"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope' is not supported"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling has rope_type = 'linear', rope_parameters 'default'; keep one",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
@@ -71,7 +83,13 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 30 layers"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias = True"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention', which is not"),
-        ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope' is not supported"),
+        ("phi3", {"rope_scaling": SCALED}, "rope_type = 'yarn' is not supported"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is missing"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1.0] * 3}},
+            "short_factor has 3 numbers; the 8 rotary",
+        ),
         ("phi3", {"attention_bias": True}, "attention_bias = True"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma2", {"hidden_activation": "xielu"}, "hidden_activation = 'xielu' is not supported"),
@@ -98,6 +116,50 @@ def test_settings_that_are_left_out_have_transformers_defaults(kind):
     # Null is what transformers writes for what has no value; what has a default here must take it for that.
     nulls = {key: None for key, value in full.items() if value is None}
     assert family(kind).architecture({**config, **nulls}) == family(kind).architecture(config)
+
+
+NOTHING = {"_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"}
+NOTHING |= {"label2id", "model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict"}
+NOTHING |= {"transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+# These repeat another key, or are of other heads, other precisions and ways to train.
+NOTHING |= {"attention_layers", "initializer_range", "is_decoder", "pretraining_tp"}
+NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reorder_and_upcast_attn"}
+NOTHING |= {"use_sliding_window", "sliding_window", "max_window_layers"}  # of Qwen, whose layer_types say the same
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_setting_of_transformers_is_passed_over(kind):
+    """Each one changes what is built, or is refused, or is known to mean nothing."""
+    from transformers import AutoConfig
+
+    full, module = AutoConfig.for_model(kind, **CONFIGS[kind]).to_dict(), family(kind)
+    architecture = module.architecture(full)
+
+    def seen(key, value):
+        try:
+            return module.architecture({**full, key: value}) != architecture
+        except (UserError, TypeError, ValueError, AttributeError):
+            return True
+
+    others = ("other", 12345, 0.125, True, False, [7], {"rope_type": "other"})
+    passed = {key for key, value in full.items() if not any(seen(key, other) for other in others if other != value)}
+    assert {k for k in passed if "drop" not in k and not k.startswith("summary")} <= NOTHING
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_models_that_everybody_knows_are_read_as_transformers_reads_them(name):
+    from transformers import AutoConfig
+
+    config, count = deepcopy(KNOWN[name])  # into which transformers writes
+    architecture = architecture_of(config)
+    assert architecture == architecture_of(AutoConfig.for_model(**config).to_dict())
+    shapes = jax.eval_shape(build(architecture).init, jax.eval_shape(jax.random.key, 0))
+    assert plan.count(shapes) == count
+
+
+def test_the_opt_that_is_another_model_is_refused_by_its_key():
+    with pytest.raises(UserError, match="do_layer_norm_before = False is not supported, only True"):
+        architecture_of(OPT_350M)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 8.0]}
 BIASES = {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu", "rope_parameters": LINEAR}
 SLIDING = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 NEAR = {"rope_type": "default", "rope_theta": 300.0}
@@ -48,6 +49,7 @@ CASES = {
         {"layer_types": ["sliding_attention", "full_attention"], **SLIDING, "attention_bias": True},
     ),
     "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": None, "num_key_value_heads": 1}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 128}),
     "gemma with biases": ("gemma", {"attention_bias": True, "hidden_act": "gelu", "num_key_value_heads": 1}),
     "gemma2 without caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3_text with scaling": (
@@ -303,7 +305,7 @@ def test_every_axis_has_a_name(folders, kind):
     assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
 
 
-@pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1)])
+@pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])
 def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
     architecture, _, params = hf.load(folders(kind))
     rows = list(whole(tokens_of(1, 8)))

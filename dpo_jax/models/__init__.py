@@ -162,7 +162,8 @@ def family(model_type: str) -> ModuleType:
         if absent in str(model_type):
             raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
-        close = difflib.get_close_matches(str(model_type), families(), 1)
+        longer = [name for name in families() if name.startswith(f"{model_type}_")]
+        close = longer or difflib.get_close_matches(str(model_type), families(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         how = "a new one is a file in dpo_jax/models/, see dpo-jax models"
         known = f"known are {', '.join(families())}; {how}"

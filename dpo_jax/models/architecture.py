@@ -27,21 +27,25 @@ class Rope:
     Attributes:
       dims: how many leading dimensions of a head are rotated; even.
       theta: base of the wavelengths.
-      scaling: how wavelengths are stretched for contexts longer than pretraining's: not, all by `factor`, or
-        Llama 3's way, the long ones only.
+      scaling: how wavelengths are stretched for contexts longer than pretraining's: not, all by `factor`, Llama 3's
+        way, the long ones only, or LongRoPE's (arXiv 2402.13753), each by a factor of its own.
       factor: by how much.
       low_freq_factor: Llama 3: wavelengths above `original_positions` / this are stretched by `factor`.
       high_freq_factor: Llama 3: wavelengths below `original_positions` / this are left alone.
-      original_positions: Llama 3: the context length of pretraining.
+      original_positions: the context length of pretraining. LongRoPE has other factors beyond it, which we have not.
+      short: LongRoPE: the factors of the dims / 2 wavelengths.
+      amplitude: LongRoPE: multiplies the cosine and the sine.
     """
 
     dims: int
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    scaling: Literal["default", "linear", "llama3", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    short: tuple[float, ...] = ()
+    amplitude: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,22 @@ def kv_heads(config: Config, heads: int) -> int:
     return number
 
 
+def rope_settings(config: Config) -> dict[str, Any]:
+    """Returns what a config.json says of rotary positions, in transformers 5's form (`rope_parameters`) or the older.
+
+    Raises:
+      UserError: it says both, and they differ.
+    """
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            why = f"rope_scaling has {key} = {old[key]!r}, rope_parameters {new[key]!r}; keep one of the two"
+            raise UserError(f"config.json: {why}")
+    return {**old, **new}
+
+
 def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
-    """Returns the rotary embedding of a config.json, in transformers 5's form (`rope_parameters`) or the older one.
+    """Returns the rotary embedding of a config.json.
 
     Args:
       config: the config.
@@ -198,7 +216,7 @@ def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str
     Raises:
       UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where there can be none.
     """
-    new = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    new = rope_settings(config)
     if part is None:
         only(config, "partial_rotary_factor", 1.0)
         only(new, "partial_rotary_factor", 1.0)

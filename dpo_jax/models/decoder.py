@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
 from dpo_jax.models.kernels import Attend, keeps_attention
-from dpo_jax.models.layers import Linear, Norm, activate, frequencies, rotate
+from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
 from dpo_jax.records import Array
 
 # Of each layer keys and values of prompts [P, K, T, d], then of what follows them [B, K, N, d], in the compute dtype.
@@ -205,9 +205,8 @@ class Decoder(nn.Module):
         """
         a = self.architecture
         x = self._embed(tokens, positions)
-        ropes = [rope for rope in (a.rope, a.window_rope) if rope is not None]
-        angles = [positions[..., None, None].astype(jnp.float32) * frequencies(rope) for rope in ropes]
-        context = context._replace(positions=positions, angles=tuple((jnp.cos(x), jnp.sin(x)) for x in angles))
+        angles = tuple(angles_at(rope, positions) for rope in (a.rope, a.window_rope) if rope is not None)
+        context = context._replace(positions=positions, angles=angles)
         windows = _windows(a, tokens.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2])
         if cache is None:
             x, kept = self._layers()(x, None, windows, context)

@@ -97,13 +97,25 @@ def frequencies(rope: Rope) -> np.ndarray:
     Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones, and goes smoothly from one to the
     other between (Llama 3.1's reference code).
     """
-    frequency = (1.0 / rope.theta ** (np.arange(0, rope.dims, 2) / rope.dims)).astype(np.float32)
+    stretch = np.asarray(rope.short or 1.0)
+    frequency = (1.0 / (stretch * rope.theta ** (np.arange(0, rope.dims, 2) / rope.dims))).astype(np.float32)
     if rope.scaling == "llama3":
         turns = rope.original_positions * frequency / (2 * math.pi)
         smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         kept = np.clip(smooth, 0.0, 1.0)
         return (kept * frequency + (1 - kept) * frequency / rope.factor).astype(np.float32)
     return frequency / np.float32(rope.factor)
+
+
+def angles_at(rope: Rope, positions: Array) -> tuple[Array, Array]:
+    """Returns the cosine and the sine of the angles at positions [...], float32[..., 1, dims / 2] each.
+
+    They are NaN where LongRoPE has other factors than `short`, which is noticed.
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
+    if rope.scaling == "longrope":
+        angles = jnp.where(positions[..., None, None] < rope.original_positions, angles, jnp.nan)
+    return rope.amplitude * jnp.cos(angles), rope.amplitude * jnp.sin(angles)
 
 
 def rotate(x: Array, angles: tuple[Array, Array] | None) -> Array:

@@ -1,17 +1,22 @@
-"""Phi-3 and Phi-4 of 4k to 16k tokens: Llama with fused projections, a rotated part of each head, maybe a window."""
+"""Phi-3 and Phi-4, up to the context of pretraining: Llama with fused projections, part of a head rotated."""
+
+import dataclasses
+import math
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models import llama
-from dpo_jax.models.architecture import Architecture, Config
+from dpo_jax.models.architecture import Architecture, Config, Rope
 from dpo_jax.models.layout import Part, Tensor
 
 CLASS = "Phi3ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
+DEFAULTS |= {"original_max_position_embeddings": 4096}
 
 
 def architecture(config: Config) -> Architecture:
-    """Returns what a Phi-3 config.json describes. The models of 128k tokens, with "longrope", are not supported.
+    """Returns what a Phi-3 config.json describes. One of 128k tokens has the 4096 positions of pretraining, since the
+    angles of all positions are others as soon as a text is longer.
 
     Raises:
       UserError: a setting that is missing or not supported.
@@ -23,8 +28,31 @@ def architecture(config: Config) -> Architecture:
     layers = arch.need(config, "num_hidden_layers")
     kinds = None if config["sliding_window"] is None else ["sliding_attention"] * layers
     dim = arch.head_dim(config, arch.need(config, "hidden_size"), arch.need(config, "num_attention_heads"))
-    rope = arch.rope(config, dim, part=("partial_rotary_factor", 1.0))
-    return llama.like(config, "phi3", rope=rope, windows=arch.windows(config, layers, kinds))
+    rope = _rope(config, dim)
+    fields = {"max_positions": rope.original_positions} if rope.scaling == "longrope" else {}
+    return llama.like(config, "phi3", rope=rope, windows=arch.windows(config, layers, kinds), **fields)
+
+
+def _rope(config: Config, dim: int) -> Rope:
+    """Returns the rotary embedding; the factors that "longrope" has for longer texts are not looked at.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    new, part = arch.rope_settings(config), ("partial_rotary_factor", 1.0)
+    if arch.get(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # its first name
+        return arch.rope(config, dim, part=part)
+    plain = {key: new[key] for key in ("rope_theta", part[0]) if key in new}
+    rope = arch.rope({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)
+    short = tuple(float(x) for x in arch.need(new, "short_factor"))
+    if 2 * len(short) != rope.dims:
+        why = f"short_factor has {len(short)} numbers; the {rope.dims} rotary dimensions need half as many as they are"
+        raise arch.UserError(f"config.json: {why}")
+    original = int(arch.need(config, "original_max_position_embeddings"))
+    factor = arch.get(new, "factor", config["max_position_embeddings"] / original)
+    usual = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    amplitude = float(arch.get(new, "attention_factor", usual))
+    return dataclasses.replace(rope, scaling="longrope", original_positions=original, short=short, amplitude=amplitude)
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:

@@ -1,0 +1,123 @@
+"""config.json of well-known models as they were released, but for dropout and ids, and their published parameters."""
+
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+_LLAMA = {"hidden_act": "silu", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "tie_word_embeddings": False}
+_LLAMA_2 = _LLAMA | {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000}
+_LLAMA_2 |= {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "rope_scaling": None}
+_LLAMA_2 |= {"max_position_embeddings": 4096}
+_LLAMA_31 = _LLAMA_2 | {"attention_bias": False, "mlp_bias": False, "intermediate_size": 14336, "vocab_size": 128256}
+_LLAMA_31 |= {"num_key_value_heads": 8, "rope_theta": 500000.0, "rope_scaling": _LLAMA3 | {"factor": 8.0}}
+_LLAMA_31 |= {"max_position_embeddings": 131072}
+_LLAMA_32 = _LLAMA_31 | {"head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+_LLAMA_32 |= {"rope_scaling": _LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True}
+_SMOL = _LLAMA_2 | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 30}
+_SMOL |= {"num_key_value_heads": 3, "rope_interleaved": False, "rope_theta": 100000, "vocab_size": 49152}
+_SMOL |= {"is_llama_config": True, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_MISTRAL_1 = {"model_type": "mistral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336}
+_MISTRAL_1 |= {
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+_MISTRAL_1 |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096}
+_MISTRAL_3 = _MISTRAL_1 | {"rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768}
+_QWEN = {"hidden_act": "silu", "rms_norm_eps": 1e-06, "tie_word_embeddings": True, "use_sliding_window": False}
+_QWEN |= {"rope_theta": 1000000, "vocab_size": 151936}
+_QWEN_25 = _QWEN | {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
+_QWEN_25 |= {"num_hidden_layers": 24, "num_key_value_heads": 2, "max_position_embeddings": 32768, "use_mrope": False}
+_QWEN_25 |= {"max_window_layers": 24, "sliding_window": 32768}
+_QWEN_3 = _QWEN | {"model_type": "qwen3", "attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN_3 |= {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28}
+_QWEN_3 |= {"num_key_value_heads": 8, "max_window_layers": 28, "rope_scaling": None, "sliding_window": None}
+_QWEN_3_4B = _QWEN_3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
+_QWEN_3_4B |= {"max_window_layers": 36, "num_hidden_layers": 36}
+_PHI = {"model_type": "phi3", "attention_bias": False, "hidden_act": "silu", "hidden_size": 3072, "rms_norm_eps": 1e-05}
+_PHI |= {"intermediate_size": 8192, "num_hidden_layers": 32, "original_max_position_embeddings": 4096}
+_PHI_3 = _PHI | {"num_attention_heads": 32, "num_key_value_heads": 32, "rope_theta": 10000.0, "vocab_size": 32064}
+_PHI_3 |= {"max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047, "tie_word_embeddings": False}
+# Of these two the factors are made up, and as many as they have.
+_LONG = {"type": "longrope", "short_factor": [1 + i / 50 for i in range(48)], "long_factor": [1 + i for i in range(48)]}
+_PHI_3_LONG = _PHI_3 | {"max_position_embeddings": 131072, "rope_scaling": _LONG, "sliding_window": 262144}
+_PHI_4 = _PHI_3_LONG | {"num_attention_heads": 24, "num_key_value_heads": 8, "partial_rotary_factor": 0.75}
+_PHI_4 |= {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "vocab_size": 200064}
+_PHI_4 |= {"tie_word_embeddings": True}
+_GEMMA = {"attention_bias": False, "head_dim": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0}
+_GEMMA_1 = _GEMMA | {"model_type": "gemma", "hidden_act": "gelu", "hidden_size": 2048, "intermediate_size": 16384}
+_GEMMA_1 |= {"max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 18, "vocab_size": 256000}
+_GEMMA_1 |= {"num_key_value_heads": 1, "rope_scaling": None}
+_GEMMA_2 = _GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA_2 |= {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
+_GEMMA_2 |= {"hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216}
+_GEMMA_2 |= {"max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "vocab_size": 256000}
+_GEMMA_2 |= {"num_key_value_heads": 4, "sliding_window": 4096}
+_GEMMA_2_27B = _GEMMA_2 | {"head_dim": 128, "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32}
+_GEMMA_2_27B |= {"num_hidden_layers": 46, "num_key_value_heads": 16, "query_pre_attn_scalar": 144}
+_GEMMA_3 = _GEMMA_2 | {"model_type": "gemma3_text", "attn_logit_softcapping": None, "final_logit_softcapping": None}
+_GEMMA_3 |= {"hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768, "vocab_size": 262144}
+_GEMMA_3 |= {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 1000000, "rope_local_base_freq": 10000}
+_GEMMA_3 |= {"rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6}
+_GEMMA_3_4B = _GEMMA_3 | {"hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 8}
+_GEMMA_3_4B |= {
+    "num_hidden_layers": 34,
+    "num_key_value_heads": 4,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+}
+_GEMMA_3_4B |= {"max_position_embeddings": 131072, "sliding_window": 1024, "vocab_size": 262208}
+_OLMO = {
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "rope_scaling": None,
+}
+_OLMO |= {"intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 16, "vocab_size": 100352}
+_OLMO |= {"num_hidden_layers": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-06, "rope_theta": 500000}
+_OLMO |= {"tie_word_embeddings": False}
+_OPT = {"model_type": "opt", "_remove_final_layer_norm": False, "activation_function": "relu", "ffn_dim": 3072}
+_OPT |= {"do_layer_norm_before": True, "hidden_size": 768, "init_std": 0.02, "max_position_embeddings": 2048}
+_OPT |= {"num_attention_heads": 12, "num_hidden_layers": 12, "prefix": "</s>", "vocab_size": 50272}
+_OPT |= {"word_embed_proj_dim": 768}
+OPT_350M = _OPT | {"do_layer_norm_before": False, "hidden_size": 1024, "ffn_dim": 4096, "word_embed_proj_dim": 512}
+OPT_350M |= {"num_attention_heads": 16, "num_hidden_layers": 24}
+_PYTHIA = {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 2560, "intermediate_size": 10240}
+_PYTHIA |= {"layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 32, "vocab_size": 50304}
+_PYTHIA |= {"num_hidden_layers": 32, "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False}
+_PYTHIA |= {"use_parallel_residual": True}
+_GPT = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "summary_use_proj": True}
+_GPT_2 = _GPT | {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36, "n_positions": 1024}
+_GPT_2 |= {"vocab_size": 50257}
+_GPT_J = _GPT | {"model_type": "gptj", "n_embd": 4096, "n_head": 16, "n_inner": None, "n_layer": 28, "rotary": True}
+_GPT_J |= {"n_positions": 2048, "rotary_dim": 64, "scale_attn_weights": True, "tie_word_embeddings": False}
+_GPT_J |= {"vocab_size": 50400}
+_GPT_NEO = _GPT | {"model_type": "gpt_neo", "attention_layers": ["global", "local"] * 6, "hidden_size": 768}
+_GPT_NEO |= {"attention_types": [[["global", "local"], 6]], "intermediate_size": None, "window_size": 256}
+_GPT_NEO |= {"max_position_embeddings": 2048, "num_heads": 12, "num_layers": 12, "vocab_size": 50257}
+
+# A tied head counts once; that of Qwen3 is in its files too, so that the hub shows more.
+KNOWN = {
+    "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
+    "Llama-3.1-8B": (_LLAMA_31, 8_030_261_248),
+    "Llama-3.2-1B": (_LLAMA_32, 1_235_814_400),
+    "SmolLM2-135M": (_SMOL, 134_515_008),
+    "Mistral-7B-v0.1": (_MISTRAL_1, 7_241_732_096),
+    "Mistral-7B-v0.3": (_MISTRAL_3, 7_248_023_552),
+    "Qwen2.5-0.5B": (_QWEN_25, 494_032_768),
+    "Qwen3-0.6B": (_QWEN_3, 596_049_920),
+    "Qwen3-4B": (_QWEN_3_4B, 4_022_468_096),
+    "Phi-3-mini-4k": (_PHI_3, 3_821_079_552),
+    "Phi-3-mini-128k": (_PHI_3_LONG, 3_821_079_552),
+    "Phi-4-mini": (_PHI_4, 3_836_021_760),
+    "gemma-2b": (_GEMMA_1, 2_506_172_416),
+    "gemma-2-2b": (_GEMMA_2, 2_614_341_888),
+    "gemma-2-27b": (_GEMMA_2_27B, 27_227_128_320),
+    "gemma-3-1b": (_GEMMA_3, 999_885_952),
+    "gemma-3-4b, its language model": (_GEMMA_3_4B, 3_880_263_168),
+    "OLMo-2-1B": (_OLMO, 1_484_916_736),
+    "opt-125m": (_OPT, 125_239_296),
+    "pythia-2.8b": (_PYTHIA, 2_775_208_960),
+    "gpt2-large": (_GPT_2, 774_030_080),
+    "gpt-j-6b": (_GPT_J, 6_050_882_784),
+    "gpt-neo-125m": (_GPT_NEO, 125_198_592),
+}
