@@ -203,6 +203,21 @@ def check(config: Config) -> None:
         raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; leave it out")
 
 
+def _check_ids(table: Table, what: str, tokenizer: Any, model: Model) -> None:
+    """Refuses texts with a token that the model has no embedding for."""
+    most, vocab = int(table.ids.max()), model.architecture.vocab
+    if most >= vocab:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise UserError(f"{what} data: a text has {token!r}, for which the model has no embedding; take it out")
+
+
+def check_length(config: Config, model: Model) -> None:
+    """Refuses texts that may be longer than the model."""
+    limit = model.architecture.max_positions
+    if config.data.max_length > limit:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+
+
 def run_of(config: Config, say: Callable[[str], None]) -> Run:
     """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
     check(config)
@@ -211,9 +226,7 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     optim.build(**config.optim)
     tokenizer = tokenizer_of(config.model)
     loaded = load_model(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
-    limit = loaded.model.architecture.max_positions
-    if config.data.max_length > limit:
-        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+    check_length(config, loaded.model)
     for line in notes(config, loaded):
         say(line)
     heard: list[str] = []
@@ -232,6 +245,8 @@ def run_of(config: Config, say: Callable[[str], None]) -> Run:
     with processes.first_before_others("the data"):  # which then find it in the cache
         train = table_of(config, loss, tokenizer, noise_in(config, rows[0]), "training", hear)
         held_out = evaluated(config, table_of(config, loss, tokenizer, rows[1], "held-out", hear))
+    for what, table in (("training", train), ("held-out", held_out)):
+        _check_ids(table, what, tokenizer, loaded.model)
     same = {"config": keys.dump(config), "training data": train.digest, "held-out data": held_out.digest}
     processes.check_same(same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)})
     folder, lock = claim_folder(config)

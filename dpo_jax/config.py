@@ -107,7 +107,8 @@ class Lora:
     targets: tuple[str, ...] = ("all-linear",)
     """Modules that are adapted, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
     path: str = ""
-    """A PEFT folder with the adapters to start from, of which rank, alpha and targets are taken."""
+    """A PEFT folder, owner/name of the hub or a run, with the adapters to start from, which have their own rank, alpha
+    and targets."""
     base: Literal["", "nf4", "int8"] = ""
     """In what the projections of the model under the adapters are held (QLoRA); by default as in its files."""
 

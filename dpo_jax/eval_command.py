@@ -26,6 +26,7 @@ def eval_command(argv: list[str]) -> None:
     tokenizer = loading.tokenizer_of(settings.model)
     rewarded = assemble.reward_encoding(settings, loss)
     loaded = loading.load_model(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    assemble.check_length(settings, loaded.model)
     _, rows = assemble.comparisons(settings.data, assemble.responses_of(settings, loss))
     held_out = assemble.table_of(settings, loss, tokenizer, rows, "held-out", say)
     state = policies.state(path, settings, loaded, loss)

@@ -1,13 +1,14 @@
 """The model section of a config -> a tokenizer, and a model with its weights."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from dpo_jax import config as configs
-from dpo_jax import models
+from dpo_jax import models, processes
 from dpo_jax.config import Config
 from dpo_jax.data import synthetic
 from dpo_jax.models import Architecture, Model, hf, lora, qlora, score
@@ -43,19 +44,27 @@ class Loaded(NamedTuple):
 
     def policy(self, trained: Any) -> Any:
         """Returns the policy's parameters, in the host's memory, from what is trained."""
-        return trained if self.lora is None else lora.joined(hf.whole(self.params), trained, self.lora)
+        if self.lora is None:
+            return trained
+        return lora.joined(self.model.architecture, hf.whole(self.params), trained, self.lora)
 
     def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
-        """Writes the policy as a Hugging Face folder, adapters merged."""
-        params = trained if self.lora is None else lora.merged(qlora.as_floats(self.params), trained, self.lora)
-        hf.save(out, params, self.hf_config, tokenizer, generation=self.generation)
+        """Writes the policy as a Hugging Face folder, adapters merged; of several processes all call it."""
+        write = partial(hf.save, out, hf_config=self.hf_config, tokenizer=tokenizer, generation=self.generation)
+        if self.lora is None:
+            write(trained, fetch=processes.fetch, writes=processes.first())
+            return
+        adapters = processes.fetch(trained)
+        if processes.first():
+            write(lora.merged(self.model.architecture, qlora.as_floats(self.params), adapters, self.lora))
 
     def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
         """Writes the policy as `save` does and, where adapters are trained, these beside it, as PEFT has them."""
         self.save(trained, out, tokenizer)
-        if self.lora is not None:
+        adapters = None if self.lora is None else processes.fetch(trained)
+        if self.lora is not None and processes.first():
             base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
-            lora.save(out.with_name("adapter"), trained, self.lora, self.model.architecture, base)
+            lora.save(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base)
 
 
 def tokenizer_of(options: configs.Model) -> Any:
@@ -104,14 +113,22 @@ def load_model(
     if params is None:
         params = initialise(model, seed)
     if len(tokenizer) > architecture.vocab:
-        where = options.path or options.config
-        raise UserError(f"{where}: vocab_size {architecture.vocab} is less than the tokenizer's {len(tokenizer)} ids")
+        _check_beyond(tokenizer, architecture.vocab, options.path or options.config)
     adapters, kind = adapters_of(adapted or configs.Lora(), architecture, seed)
     if kind is not None and jax.default_backend() != "cpu":  # where XLA would make a wide copy beside it
         params = hf.narrow(params)
     if adapted and adapted.base:
         params = qlora.base(params, architecture, adapted.base, layer_by_layer)
     return Loaded(model, params, hf_config, generation, options.path, adapters, kind, note)
+
+
+def _check_beyond(tokenizer: Any, vocab: int, where: str) -> None:
+    """Refuses a tokenizer with ids that a model has no embedding for, unless they are special tokens that only some of
+    a family's models know: Gemma 3's has one for pictures."""
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, padding(tokenizer)}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in used}
+    if not special.issuperset(range(vocab, len(tokenizer))):
+        raise UserError(f"{where}: vocab_size {vocab} is less than the tokenizer's {len(tokenizer)} ids")
 
 
 def _rewarding(
@@ -136,15 +153,20 @@ def adapters_of(options: configs.Lora, architecture: Architecture, seed: int) ->
     """Returns adapters at the start as host arrays, and what they are; nothing where the whole model is trained.
 
     Raises:
-      UserError: adapters that do not fit the model, or a base in few bits without any.
+      UserError: adapters that do not fit the model; settings that belong to none, or to others than a folder's.
     """
+    given = [key for key in ("rank", "alpha", "targets") if getattr(options, key) != getattr(configs.Lora(), key)]
     if options.path:
-        return lora.load(Path(options.path), architecture)
+        if given:
+            raise UserError(f"lora.{given[0]}: the adapters of lora.path have their own; leave it out")
+        return lora.load(hf.adapter_folder(options.path), architecture)
     if options.rank:
         kind = Lora(options.rank, options.alpha, options.targets)
         return lora.init(architecture, kind, seed), kind
     if options.base:
         raise UserError(f"lora.base: {options.base} cannot be trained, only adapters over it; set lora.rank")
+    if given:
+        raise UserError(f"lora.{given[0]}: is of adapters, and there are none; set lora.rank too")
     return None, None
 
 

@@ -142,11 +142,10 @@ def _member(run: Run, evaluator: evaluate.Evaluator, saving: contextlib.ExitStac
 
 def _export(run: Run, state: TrainState) -> None:
     """Writes the policy as a model folder."""
-    params = processes.fetch(state.params)
     if processes.first():
         for torn in run.folder.glob(".model.*"):  # by a process that was killed while it wrote
             shutil.rmtree(torn)
-        run.export(params, run.folder / "model")
+    run.export(state.params, run.folder / "model")
     processes.meet("exported")
 
 

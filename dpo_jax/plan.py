@@ -73,6 +73,7 @@ def of(config: Config) -> Plan:
     """
     # The processors that stand for devices would make a wide copy of a narrow base, so it is wide in what is compiled.
     run, loss = traced(config, narrow=False), losses.build(config.loss)
+    assemble.check_length(config, run.model)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tx, shape = optim.build(**config.optim), shape_of(config, sharding.row_devices(mesh))
     trained, like = shardings_of(run, tx, mesh)

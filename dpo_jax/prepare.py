@@ -156,7 +156,7 @@ def layer_by_layer(function: Callable, kernel: Any) -> Any:
 def shardings_of(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
     """Returns the parameters' shardings, and the shapes and shardings of the whole state; allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, tx, run.loss.terms, p if run.sync else ()), run.params)
-    axes = run.model.axes if run.lora is None else lora.axes(run.model.axes, run.params)
+    axes = run.model.axes if run.lora is None else lora.axes(run.model.architecture, run.model.axes, run.lora)
     params = sharding.of_params(mesh, axes, shapes.params)
     where = sharding.of_state(mesh, params, shapes)
     like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
@@ -168,17 +168,17 @@ def parts_of(run: Run, mesh: Any, trained: Any) -> Parts:
     if run.lora is None:
         rows = sharding.split_rows(mesh, (trained, None))
         return Parts(mesh, trained, None, only_trained, rows, in_parts(run.model, rows, trained))
-    adapted = run.lora
+    adapted, architecture = run.lora, run.model.architecture
 
     def policy(adapters: Any, base: Any) -> Any:
-        return lora.joined(base, adapters, adapted)
+        return lora.joined(architecture, base, adapters, adapted)
 
     axes = qlora.axes(run.model.axes, run.base)
     base = sharding.of_params(mesh, axes, run.base)
     shapes = jax.eval_shape(
         policy, run.params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
     )
-    whole = sharding.of_params(mesh, lora.joined_axes(axes, run.params), shapes)
+    whole = sharding.of_params(mesh, lora.joined_axes(architecture, run.model.axes, axes, adapted), shapes)
     rows = sharding.split_rows(mesh, (trained, base))
     return Parts(mesh, trained, base, policy, rows, in_parts(run.model, rows, whole))
 

@@ -73,11 +73,17 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
 
 def put(tree: Any, shardings: Any) -> Any:
     """Returns host arrays, which every process holds whole, or stored ones, which every process can read, on the
-    devices. Of a stored one each process reads the blocks of its devices only, one array after another.
+    devices. Of a stored one each process reads the blocks of its devices only, one after another.
     """
 
     def one(x: Any, where: NamedSharding) -> jax.Array:
-        return jax.block_until_ready(jax.make_array_from_callback(x.shape, where, lambda index: x[index]))
+        made: dict[str, jax.Array] = {}  # by the block, so that devices with the same one get it from the first
+        parts = []
+        for device, index in where.addressable_devices_indices_map(x.shape).items():
+            name = str(index)
+            made[name] = jax.block_until_ready(jax.device_put(made[name] if name in made else x[index], device))
+            parts.append(made[name])
+        return jax.make_array_from_single_device_arrays(x.shape, where, parts)
 
     return jax.tree.map(one, tree, shardings)
 

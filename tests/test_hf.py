@@ -187,6 +187,10 @@ def drop_several(tensors, _):
         del tensors[name]
 
 
+def drop_head(tensors, _):
+    del tensors["lm_head.weight"]
+
+
 def add(tensors, _):
     tensors["model.layers.0.mlp.experts.weight"] = np.zeros(3, np.float32)
 
@@ -209,6 +213,10 @@ def unknown(_, config):
     [
         (drop, r"tensor model.layers.1.mlp.up_proj.weight is missing; the file does not fit config.json"),
         (drop_several, r"tensors model.norm.weight, model.layers.0.mlp.up_proj.weight are missing"),
+        (
+            drop_head,
+            r"tensor lm_head.weight is missing; if the embedding is its head too, set tie_word_embeddings to true",
+        ),
         (cut, r"layers.1.mlp.up_proj.weight has shape \(48, 31\), but by config.json it should be \(48, 32\)"),
         (add, r"tensor model.layers.0.mlp.experts.weight is not part of a LlamaForCausalLM"),
         (integers, "tensor model.norm.weight is I8; only F32"),

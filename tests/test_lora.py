@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of
 from tiny import whole_rows as whole
 
-from dpo_jax import cli
+from dpo_jax import cli, config, loading
 from dpo_jax.data import synthetic
 from dpo_jax.models import build, family, hf, lora
 from dpo_jax.models.lora import Lora
@@ -44,14 +44,14 @@ def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
     architecture, config, base = hf.load(folders(kind))
     adapters, model, tokens = random_adapters(architecture), build(architecture), tokens_of(2, 20)
     run = jax.jit(lambda p: logits_of(model, p, tokens))
-    ours = run(lora.joined(base, adapters, SPEC))
+    ours = run(lora.joined(architecture, base, adapters, SPEC))
     assert np.abs(ours - run(base)).max() > 0.01
     lora.save(tmp_path / "adapter", adapters, SPEC, architecture, "base")
     theirs = PeftModel.from_pretrained(load_torch(folders(kind)), tmp_path / "adapter").eval()
     with torch.no_grad():
         theirs = theirs(torch.tensor(tokens).long()).logits
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
-    hf.save(tmp_path / "merged", lora.merged(hf.stored(folders(kind))[2], adapters, SPEC), config)
+    hf.save(tmp_path / "merged", lora.merged(architecture, hf.stored(folders(kind))[2], adapters, SPEC), config)
     np.testing.assert_allclose(run(hf.load(tmp_path / "merged")[2]), ours, atol=1e-4)
     again, spec = lora.load(tmp_path / "adapter", architecture)
     assert spec[:2] == SPEC[:2]
@@ -66,7 +66,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_differentiated(folders)
     rows = whole(tokens_of(2, 24))
 
     def loss(adapters, base):
-        return jnp.sin(model.hidden(lora.joined(base, adapters, SPEC), *rows)).sum()
+        return jnp.sin(model.hidden(lora.joined(architecture, base, adapters, SPEC), *rows)).sum()
 
     before = jnp.sin(model.hidden(base, *rows)).sum()
     value, grads = jax.jit(jax.value_and_grad(loss))(adapters, base)
@@ -85,11 +85,17 @@ def test_new_adapters_change_nothing_and_are_all_that_is_differentiated(folders)
 def test_every_axis_of_an_adapter_has_a_name(folders, kind):
     architecture, _, _ = hf.stored(folders(kind))
     adapters = lora.init(architecture, SPEC, 0)
-    axes = lora.axes(build(architecture).axes, adapters)
+    axes = lora.axes(architecture, build(architecture).axes, SPEC)
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(np.ndim, adapters)
     assert axes["layers"]["o"]["lora_a"] == ("layers", "heads", "head_dim", "rank")
-    assert axes["layers"]["q"]["lora_b"] == ("layers", "rank", "heads", "head_dim")
+    if kind == "llama":
+        assert axes["layers"]["q"]["lora_b"] == ("layers", "rank", "heads", "head_dim")
+    else:
+        assert axes["layers"]["q_k_v"] == {
+            "lora_a": ("layers", "embed", "rank"),
+            "lora_b": ("layers", "rank", *[None] * 3),
+        }
 
 
 @pytest.fixture
@@ -129,6 +135,35 @@ def test_what_does_not_fit_is_refused(written, settings, tensors, message):
     save_file(values | tensors, folder / lora.WEIGHTS)
     with pytest.raises(UserError, match=message):
         lora.load(folder, architecture)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT's use of transformers
+@pytest.mark.parametrize(("kind", "rank"), [("gpt2", 3), ("gpt_neox", 3), ("phi3", 4)])
+def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
+    """They have its first factor in common, and so the rank that is set and no more numbers than PEFT's."""
+    architecture, _, base = hf.stored(folders(kind))
+    adapters = random_adapters(architecture, Lora(rank, 1.0, ("all-linear",)))
+    theirs = get_peft_model(load_torch(folders(kind)), LoraConfig(r=rank, target_modules="all-linear"))
+    count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == count
+    layers = lora.joined(architecture, base, adapters, Lora(rank, 1.0, ("all-linear",)))["layers"]
+    assert layers["q"]["lora_a"] is layers["k"]["lora_a"] is layers["v"]["lora_a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 4, "path": "adapter"}, "lora.rank: the adapters of lora.path have their own"),
+        ({"alpha": 4.0, "path": "adapter"}, "lora.alpha: the adapters of lora.path have their own"),
+        ({"targets": ("q_proj",)}, "lora.targets: is of adapters, and there are none; set lora.rank too"),
+        ({"alpha": 4.0}, "lora.alpha: is of adapters, and there are none"),
+        ({"path": "absent"}, "absent: holds no LoRA; adapter_config.json with peft_type LORA is needed"),
+    ],
+)
+def test_settings_that_would_be_passed_over_are_refused(options, message):
+    architecture = family("gpt2").architecture({"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1})
+    with pytest.raises(UserError, match=message):
+        loading.adapters_of(config.Lora(**options), architecture, 0)
 
 
 def test_settings_that_adapt_nothing_are_refused():

@@ -59,7 +59,7 @@ def assert_loads_as(folder, adapter, theirs):
     architecture, _, base = hf.load(folder)
     adapters, spec = lora.load(adapter, architecture)
     model, tokens = build(architecture), tokens_of(2, 20)
-    ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.joined(base, adapters, spec))
+    ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.joined(architecture, base, adapters, spec))
     np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
     with theirs.disable_adapter():
         assert np.abs(ours - torch_logits(theirs, tokens)).max() > 0.01
@@ -149,7 +149,7 @@ def our_losses(folder, adapter, table):
     logps, tx = partial(batch_logps, build(architecture)), optim.build("adamw", learning_rate=RATE, warmup_steps=0)
 
     def policy(trained, base):
-        return lora.joined(base, trained, spec)
+        return lora.joined(architecture, base, trained, spec)
 
     step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, policy=policy))
     column = jax.jit(lambda p, m: as_reference(logps(p, m), m))
@@ -184,11 +184,14 @@ def pefts_losses(folder, adapter, table):
     return found
 
 
-def test_ten_steps_of_dpo_are_pefts(folders, table, tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "phi3"))]
+)
+def test_ten_steps_of_dpo_are_pefts(folders, table, tmp_path, kind):
     """Adapters start as PEFT makes them: A random, B zero, so that the first loss is log 2."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    get_peft_model(load_torch(folders("llama")), config).save_pretrained(tmp_path)
-    ours, theirs = (run(folders("llama"), tmp_path, table) for run in (our_losses, pefts_losses))
+    config = LoraConfig(r=6, lora_alpha=12, target_modules="all-linear")
+    get_peft_model(load_torch(folders(kind)), config).save_pretrained(tmp_path)
+    ours, theirs = (run(folders(kind), tmp_path, table) for run in (our_losses, pefts_losses))
     assert ours[0] == pytest.approx(np.log(2), abs=1e-5)
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert min(ours) < 0.5 * ours[0]  # it learns, so that the comparison is no formality

@@ -187,7 +187,7 @@ def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch
     model, spec = build(architecture), lora.Lora(2, 16.0, ("all-linear",))
 
     def loss(adapters, base):
-        return jnp.sin(logits_of(model, lora.joined(base, adapters, spec), tokens_of(2, 20))).sum()
+        return jnp.sin(logits_of(model, lora.joined(architecture, base, adapters, spec), tokens_of(2, 20))).sum()
 
     one, two = (jax.jit(jax.value_and_grad(loss))(adapters, base) for base in (hf.whole(params), narrow))
     assert float(one[0]) == pytest.approx(float(two[0]), rel=1e-6)
@@ -244,7 +244,7 @@ def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path,
     assert losses[-1] < losses[0]
     architecture, few, floats = held_in(llama, "nf4")
     trained, spec = lora.load(tmp_path / "runs/run/adapter", architecture)
-    expected = lora.merged(floats, trained, spec)["layers"]["down"]["kernel"][1]
+    expected = lora.merged(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1]
     _, hf_config, after = hf.load(tmp_path / "runs/run/model")
     assert hf_config["dtype"] == "bfloat16"
     np.testing.assert_allclose(after["layers"]["down"]["kernel"][1], expected, rtol=2**-8)

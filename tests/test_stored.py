@@ -1,6 +1,8 @@
 """Parameters that stay in their files until they are looked at: any block of them, and no more than that."""
 
+import json
 import os
+import tracemalloc
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, folders_of
 
 from dpo_jax import sharding
-from dpo_jax.models import build, hf, layout, stored
+from dpo_jax.models import architecture_of, build, hf, layout, stored
 from dpo_jax.records import UserError
 
 
@@ -32,6 +34,89 @@ def test_parameters_are_read_block_by_block(folders, kind):
             high = [int(rng.integers(a + 1, size + 1)) for a, size in zip(low, leaf.shape, strict=True)]
             index = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
             assert np.array_equal(leaf[index], whole[index])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A bfloat16 folder whose tensors are large beside all else: the embedding, and the layers' MLP together."""
+    config = {"model_type": "llama", "vocab_size": 65536, "hidden_size": 64, "num_attention_heads": 4}
+    config |= {"num_hidden_layers": 16, "intermediate_size": 2048, "tie_word_embeddings": True}
+    folder = tmp_path_factory.mktemp("large") / "model"
+    hf.save(folder, jax.jit(build(architecture_of(config)).init)(jax.random.key(0)), config, dtype="bfloat16")
+    return folder
+
+
+def beside(function):
+    """Returns a function's result, and the bytes of the host that it took at most beside those that it left taken."""
+    tracemalloc.start()
+    try:
+        result = function()
+        left, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return result, most - left
+
+
+LARGEST = 65536 * 64 * 4  # bytes of the embedding as float32
+SMALL = 2**20  # of Python's own
+
+
+def test_reading_takes_little_memory_beside_what_is_read(large):
+    _, _, params = hf.stored(large)
+    for leaf in jax.tree.leaves(params):
+        array, most = beside(lambda leaf=leaf: np.asarray(leaf))
+        assert most < 0.3 * array.nbytes + SMALL
+
+
+@pytest.mark.parametrize(("sizes", "most_of_it"), [((4, 1, 1), 1.3), ((1, 4, 1), 0.65)])
+def test_devices_are_filled_one_after_another(large, sizes, most_of_it):
+    """Devices that hold the same block get it from the first; of quarters one is read while another is put in place."""
+    architecture, _, params = hf.stored(large)
+    mesh = sharding.make_mesh(*sizes)
+    where = sharding.of_params(mesh, build(architecture).axes, params)
+    arrays, most = beside(lambda: sharding.put(params, where))
+    assert most < most_of_it * LARGEST + SMALL
+    assert np.array_equal(arrays["embedding"], params["embedding"])
+
+
+def test_writing_takes_the_memory_of_a_tensor(large, tmp_path):
+    architecture, hf_config, params = hf.stored(large)
+    mesh = sharding.make_mesh(1, 4, 1)
+    arrays = sharding.put(params, sharding.of_params(mesh, build(architecture).axes, params))
+    _, most = beside(lambda: hf.save(tmp_path / "out", arrays, hf_config))
+    assert most < 1.3 * LARGEST + SMALL
+    files = [folder / "model.safetensors" for folder in (large, tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_process_that_does_not_write_fetches_what_the_other_does(folders, tmp_path):
+    """Arrays whose parts lie with several processes are put together by all of them, a tensor at a time."""
+    _, hf_config, params = hf.load(folders("gpt2"))
+    seen = {True: [], False: []}
+    for writes, shapes in seen.items():
+
+        def fetch(x, shapes=shapes):
+            shapes.append(x.shape)
+            return np.asarray(x)
+
+        hf.save(tmp_path / str(writes), params, hf_config, fetch=fetch, writes=writes)
+    assert seen[True] == seen[False]
+    assert max(map(np.prod, seen[True])) < max(leaf.size for leaf in jax.tree.leaves(params)) + 1
+    assert [p.name for p in tmp_path.iterdir()] == ["True"]
+
+
+def test_a_file_is_as_the_library_writes_it(folders, tmp_path):
+    _, hf_config, params = hf.load(folders("llama"))
+    hf.save(tmp_path / "out", params, hf_config)
+    with (tmp_path / "out/model.safetensors").open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        rest = len(f.read())
+    assert size % 8 == 0
+    assert header.pop("__metadata__") == {"format": "pt"}
+    ends = [0, *(entry["data_offsets"][1] for entry in header.values())]
+    assert [entry["data_offsets"][0] for entry in header.values()] == ends[:-1]
+    assert rest == ends[-1]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "phi3"])

@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.models import architecture_of, family, hub, score
 from dpo_jax.models.architecture import Architecture, Config
 from dpo_jax.models.stored import narrow, stored_params, whole
 from dpo_jax.models.weights import (
     DTYPES,
     INDEX,
+    Fetch,
     read_json,
+    tensors_of,
     weight_files,
     weights_hash,
     write_json,
@@ -48,6 +52,17 @@ def model_folder(path: str) -> Path:
     return Path(path) / "model"
 
 
+def adapter_folder(path: str) -> Path:
+    """Returns the PEFT folder that a path names: itself, what a run has exported, or a copy of the hub's.
+
+    Raises:
+      UserError: no such model of the hub.
+    """
+    if hub.is_name(path):
+        return hub.fetched(path)
+    return Path(path) / "adapter" if (Path(path) / "config.yaml").is_file() else Path(path)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """Returns the contents of a config.json.
 
@@ -62,7 +77,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such model folder; give a local folder with a config.json")
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
-        raise UserError(f"{path}: config.json is missing; this is not a Hugging Face model folder")
+        what = "this is not a Hugging Face model folder"
+        if (path / "adapter_config.json").exists():
+            what = "these are adapters: give them as lora.path, and the model that they are for as model.path"
+        raise UserError(f"{path}: config.json is missing; {what}")
     config = read_json(file)
     if "model_type" not in config:
         raise UserError(f"{file}: model_type is missing; give the family, llama for example")
@@ -118,6 +136,8 @@ def save(
     dtype: str | None = None,
     generation: Config | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fetch: Fetch = np.asarray,
+    writes: bool = True,
 ) -> None:
     """Writes a model folder that `from_pretrained` of transformers' AutoModelForCausalLM loads, or that of
     AutoModelForSequenceClassification where its config says that it is a reward model.
@@ -132,6 +152,8 @@ def save(
       dtype: of the tensors in the file: "float32", "bfloat16" or "float16"; None is that of the model it came from.
       generation: generation_config.json of the model it came from, or nothing.
       max_shard_bytes: more than this goes to several files with an index.
+      fetch: an array -> the same in this host's memory; is called for one tensor after another.
+      writes: whether this process is the one of several that writes; the others only fetch.
 
     Raises:
       UserError: an unknown dtype, or a folder with something else in it.
@@ -140,13 +162,18 @@ def save(
     dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    module = family(hf_config["model_type"])
+    module, architecture = family(hf_config["model_type"]), architecture_of(hf_config)
+    tensors = tensors_of(params, module, architecture, dtype, fetch)
+    if not writes:
+        for _ in tensors:
+            pass
+        return
     _check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_params(temporary, params, module, architecture_of(hf_config), dtype, max_shard_bytes)
+        write_params(temporary, tensors, module, architecture, dtype, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         name = score.class_of(module.CLASS) if score.is_score(hf_config) else module.CLASS

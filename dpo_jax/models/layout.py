@@ -65,6 +65,8 @@ def to_ours(tensor: Tensor, x: Any) -> list[Any]:
 
 def to_theirs(tensor: Tensor, parts: list[Any]) -> np.ndarray:
     """Returns the tensor of a checkpoint from its parameters, in their dtype."""
+    if len(parts) == 1 and not tensor.parts[0].take:  # nothing to put together, and no copy to be made
+        return _turned(parts[0], parts[0].ndim - tensor.parts[0].inputs).reshape(tensor.shape)
     out = np.empty(tensor.axes, parts[0].dtype)
     for part, value in zip(tensor.parts, parts, strict=True):
         out[part.take] = _turned(value, value.ndim - part.inputs)
@@ -76,11 +78,11 @@ def shape_of(tensor: Tensor, part: Part) -> tuple[int, ...]:
     return _turned(np.broadcast_to(np.int8(0), tensor.axes)[part.take], part.inputs).shape
 
 
-def sides(tensor: Tensor, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the input and the output axes that a projection has with us, in one layer."""
-    count = part.inputs or len(tensor.split[0])  # GPT-2 stores [in, out], the others [out, in]
-    shape = shape_of(tensor, part)
-    return shape[:count], shape[count:]
+def sides(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the input and the output axes of a module of projections, in the file's order, merged axes apart."""
+    first, second = tensor.split
+    # GPT-2 stores [in, out], the others [out, in].
+    return (second, first) if tensor.parts[0].inputs else (first, second)
 
 
 def _turned(x: Any, count: int) -> Any:

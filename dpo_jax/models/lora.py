@@ -1,7 +1,8 @@
 """LoRA (arXiv 2106.09685): a pytree of low-rank additions to projections, in PEFT's folders in and out.
 
-A projection W gets W + alpha / rank * A B; adapters have leaves `lora_a` [L, *inputs, r] and `lora_b` [L, r, *outputs]
-where W has `kernel` [L, *inputs, *outputs]. The model without them is the base, untouched: it serves as the reference.
+A module W gets W + alpha / rank * A B; its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b` [L, r, *outputs],
+with outputs in the file's order. Where a file has several projections fused in one module they share A, as with PEFT.
+The model without adapters is the base, untouched: it serves as the reference.
 """
 
 import math
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax.models import family
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.layout import Tensor, sides, to_ours, to_theirs
+from dpo_jax.models.layout import Part, Tensor, sides
 from dpo_jax.models.weights import read_json, write_json
 from dpo_jax.records import Array, UserError
 
@@ -74,40 +75,59 @@ def init(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
         raise UserError("lora: rank must be at least 1, and targets must name a module")
     rng, adapters = np.random.default_rng(seed), {}
     for tensor in modules(architecture, lora.targets).values():
-        for part in tensor.parts:
-            inputs, outputs = sides(tensor, part)
-            size = (architecture.layers, *inputs, lora.rank)
-            a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
-            b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
-            adapters[part.path[1]] = {"lora_a": a.astype(np.float32), "lora_b": b}
+        inputs, outputs = sides(tensor)
+        size = (architecture.layers, *inputs, lora.rank)
+        a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
+        b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
+        adapters[_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
     return {"layers": adapters}
 
 
-def joined(base: Any, adapters: Any, lora: Lora) -> Any:
+def _name(tensor: Tensor) -> str:
+    """Returns the name of a module's adapter with us: those of its projections."""
+    return "_".join(part.path[1] for part in tensor.parts)
+
+
+def _outputs(tensor: Tensor, part: Part) -> tuple[Any, ...]:
+    """Returns which of a module's outputs a projection has, to index arrays [L, r, *outputs] with."""
+    own = part.take if part.inputs else part.take[len(tensor.split[0]) :]
+    return (slice(None), slice(None), *own)
+
+
+def joined(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
     """Returns the parameters of the adapted model: those of the base, which are not copied, and its adapters."""
     layers, scale = dict(base["layers"]), lora.alpha / lora.rank
-    for name, leaves in adapters["layers"].items():
-        layers[name] = {**layers[name], "lora_a": leaves["lora_a"], "lora_b": leaves["lora_b"] * scale}
+    for tensor in modules(architecture, lora.targets).values():
+        a, b = (adapters["layers"][_name(tensor)][key] for key in ("lora_a", "lora_b"))
+        for part in tensor.parts:
+            name = part.path[1]
+            layers[name] = {**layers[name], "lora_a": a, "lora_b": b[_outputs(tensor, part)] * scale}
     return {**base, "layers": layers}
 
 
-def axes(of_base: Any, adapters: Any) -> Any:
-    """Returns the logical names of the axes of adapters, from those of the base."""
-
-    def one(name: str) -> dict[str, tuple[str, ...]]:
-        leaves = of_base["layers"][name]
-        kernel = leaves["quantised" if "quantised" in leaves else "kernel"]
-        count = adapters["layers"][name]["lora_a"].ndim - 1  # with layers
-        return {"lora_a": (*kernel[:count], "rank"), "lora_b": (kernel[0], "rank", *kernel[count:])}
-
-    return {"layers": {name: one(name) for name in adapters["layers"]}}
+def axes(architecture: Architecture, of_model: Any, lora: Lora) -> Any:
+    """Returns the logical names of the axes of adapters, from those of the model."""
+    found = {}
+    for tensor in modules(architecture, lora.targets).values():
+        a, b = _axes_of(tensor, tensor.parts[0], of_model)
+        fused = (*b[:2], *(None for _ in sides(tensor)[1]))  # several projections lie along these
+        found[_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
+    return {"layers": found}
 
 
-def joined_axes(of_base: Any, adapters: Any) -> Any:
-    """Returns the logical names of the axes of what `joined` returns."""
+def _axes_of(tensor: Tensor, part: Part, of_model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the axes of A and B in one projection."""
+    kernel, count = of_model["layers"][part.path[1]]["kernel"], 1 + len(sides(tensor)[0])  # with layers
+    return (*kernel[:count], "rank"), (kernel[0], "rank", *kernel[count:])
+
+
+def joined_axes(architecture: Architecture, of_model: Any, of_base: Any, lora: Lora) -> Any:
+    """Returns the logical names of the axes of what `joined` returns, from those of the model and of its base."""
     layers = dict(of_base["layers"])
-    for name, leaves in axes(of_base, adapters)["layers"].items():
-        layers[name] = {**layers[name], **leaves}
+    for tensor in modules(architecture, lora.targets).values():
+        for part in tensor.parts:
+            named = dict(zip(("lora_a", "lora_b"), _axes_of(tensor, part, of_model), strict=True))
+            layers[part.path[1]] = {**layers[part.path[1]], **named}
     return {**of_base, "layers": layers}
 
 
@@ -122,28 +142,22 @@ class _Merged:
         return kernel + np.tensordot(a, b, 1)
 
 
-def merged(base: Any, adapters: Any, lora: Lora) -> Any:
+def merged(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
     """Returns the parameters of a plain model that equals the adapted one, for a folder; layers are made one by one."""
-    params = joined(base, adapters, lora)
-    layers = dict(params["layers"])
-    for name in adapters["layers"]:
-        kernel, a, b = (layers[name][key] for key in ("kernel", "lora_a", "lora_b"))
-        rest = {key: value for key, value in base["layers"][name].items() if key != "kernel"}
-        layers[name] = {**rest, "kernel": _Merged(kernel, a, b)}
-    return {**params, "layers": layers}
+    params = joined(architecture, base, adapters, lora)
 
+    def one(leaves: Any) -> Any:
+        if "lora_a" not in leaves:
+            return leaves
+        kernel, a, b = (leaves[key] for key in ("kernel", "lora_a", "lora_b"))
+        rest = {key: value for key, value in leaves.items() if key not in ("lora_a", "lora_b")}
+        return {**rest, "kernel": _Merged(kernel, a, b)}
 
-def _outputs(tensor: Tensor, rank: int) -> Tensor:
-    """Returns the tensor with `rank` inputs: that of B, or of its transpose where the weight is [in, out]."""
-    if tensor.parts[0].inputs:
-        return Tensor((tensor.split[0], (rank,)), tuple(part._replace(inputs=1) for part in tensor.parts))
-    return Tensor(((rank,), tensor.split[1]), tensor.parts)
+    return {**params, "layers": {name: one(leaves) for name, leaves in params["layers"].items()}}
 
 
 def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
     """Writes adapters as PEFT does.
-
-    The parts of a fused projection have an A each: together they are one adapter of as many times the rank.
 
     Args:
       folder: where; made if need be.
@@ -152,17 +166,12 @@ def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, ba
       architecture: of the base.
       base: the folder or name of the base.
     """
-    tensors, ranks = {}, {}
-    chosen = modules(architecture, lora.targets)
+    tensors, chosen = {}, modules(architecture, lora.targets)
     for name, tensor in chosen.items():
-        leaves = [adapters["layers"][part.path[1]] for part in tensor.parts]
-        if len(leaves) > 1:
-            ranks[name.rpartition(".")[2]] = len(leaves)
+        a, b = (np.asarray(adapters["layers"][_name(tensor)][key]) for key in ("lora_a", "lora_b"))
         for i in range(architecture.layers):
-            where = _key(name, i)
-            a = [np.asarray(leaf["lora_a"][i]).reshape(-1, lora.rank).T for leaf in leaves]
-            tensors[f"{where}A.weight"] = np.ascontiguousarray(np.concatenate(a))
-            tensors[f"{where}B.weight"] = _their_b(tensor, [np.asarray(leaf["lora_b"][i]) for leaf in leaves])
+            tensors[f"{_key(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, lora.rank).T)
+            tensors[f"{_key(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(lora.rank, -1).T)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
@@ -170,19 +179,8 @@ def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, ba
         **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
         "target_modules": sorted({name.rpartition("{i}.")[2] for name in chosen}),
         "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
-        "rank_pattern": {name: lora.rank * count for name, count in ranks.items()},
-        "alpha_pattern": {name: lora.alpha * count for name, count in ranks.items()},
     }
     write_json(folder / SETTINGS, settings)
-
-
-def _their_b(tensor: Tensor, parts: list[np.ndarray]) -> np.ndarray:
-    """Returns B [out, r] of a module; of a fused one the parts' side by side, each over its own outputs."""
-    blank, columns = [np.zeros_like(part) for part in parts], []
-    for i, part in enumerate(parts):
-        b = to_theirs(_outputs(tensor, len(part)), [*blank[:i], part, *blank[i + 1 :]])
-        columns.append(b if tensor.parts[0].inputs else b.T)
-    return np.ascontiguousarray(np.concatenate(columns, axis=1))
 
 
 def load(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora]:
@@ -240,7 +238,7 @@ def _alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
 def _read(
     folder: Path, tensors: dict[str, Any], settings: Mapping[str, Any], lora: Lora, architecture: Architecture
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields (name of a projection, its leaves), and takes what it reads from `tensors`."""
+    """Yields (name of an adapter, its leaves), and takes what it reads from `tensors`."""
     for name, tensor in modules(architecture, lora.targets).items():
         keys = [_key(name, i) for i in range(architecture.layers)]
         try:
@@ -250,23 +248,10 @@ def _read(
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:
             raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
-        rank, (inputs, _) = a.shape[1], sides(tensor, tensor.parts[0])
-        theirs = b if tensor.parts[0].inputs else b.transpose(0, 2, 1)
-        wanted = _outputs(tensor, rank).shape
-        if theirs.shape[1:] != wanted or a.shape[2] != math.prod(inputs):
+        rank, (inputs, outputs) = a.shape[1], sides(tensor)
+        if a.shape[2:] != (math.prod(inputs),) or b.shape[1:] != (math.prod(outputs), rank):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
         alphas = [_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
-        theirs = theirs * (np.array(alphas, np.float32) / rank / (lora.alpha / lora.rank))[:, None, None]
-        ours = [to_ours(_outputs(tensor, rank), layer) for layer in theirs]
-        for i, part in enumerate(tensor.parts):
-            leaf = a.transpose(0, 2, 1).reshape(len(a), *inputs, rank), np.stack([layer[i] for layer in ours])
-            yield part.path[1], dict(zip(("lora_a", "lora_b"), _own(leaf, i, len(tensor.parts)), strict=True))
-
-
-def _own(leaf: tuple[np.ndarray, np.ndarray], place: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns of a fused adapter what this part uses, where each part has a share of the rank, as `save` writes it."""
-    a, b = leaf
-    size, left = divmod(b.shape[1], count)
-    mine = slice(place * size, (place + 1) * size)
-    others = np.delete(b, mine, axis=1)
-    return (a, b) if left or count == 1 or others.any() else (a[..., mine], b[:, mine])
+        b = b * (np.array(alphas, np.float32) / rank / (lora.alpha / lora.rank))[:, None, None]
+        leaves = a.transpose(0, 2, 1).reshape(-1, *inputs, rank), b.transpose(0, 2, 1).reshape(-1, rank, *outputs)
+        yield _name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))

@@ -35,7 +35,7 @@ def base(
         for part in tensor.parts:
             name = part.path[1]
             rest = {key: value for key, value in layers[name].items() if key != "kernel"}
-            made = each(partial(quantise, inputs=len(sides(tensor, part)[0]), kind=kind), layers[name]["kernel"])
+            made = each(partial(quantise, inputs=len(sides(tensor)[0]), kind=kind), layers[name]["kernel"])
             layers[name] = {**rest, "quantised": made.values, "scale": made.scale}
     return {**params, "layers": layers}
 

@@ -21,7 +21,7 @@ from dpo_jax.records import UserError
 # Safetensors' names of the number formats that can be read, and what holds each on a device.
 STORED = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float32}
 SHOWN = 20  # names in a message
-ROWS = 8192  # of an embedding that are compared at a time
+ROWS = 8192  # of an embedding that are read or compared at a time
 
 
 class _Place(NamedTuple):
@@ -43,7 +43,7 @@ class _Place(NamedTuple):
         if not self.file.exists() or _stamp(self.file) != self.stamp:
             raise UserError(f"{self.file}: was changed or removed while it was in use; put it back and run again")
         with safe_open(self.file, framework="numpy") as source:
-            return cut(self.tensor, self.part, index, source.get_slice(self.key)).astype(dtype)
+            return cut(self.tensor, self.part, index, source.get_slice(self.key)).astype(dtype, copy=False)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -67,18 +67,22 @@ class Stored:
         return Stored(self._places, self._stacked, kinds.pop() if len(kinds) == 1 else np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Returns a block, from slices of the first axes; of the first it may be a number."""
+        """Returns a block, from slices of the first axes; instead of the first it may be a layer's number."""
         given = index if isinstance(index, tuple) else (index,)
         given += (slice(None),) * (self.ndim - len(given))
-        if not self._stacked:
-            return self._places[0].read(given, self.dtype)
         first, rest = given[0], given[1:]
         if not isinstance(first, slice):
             return self._places[first].read(rest, self.dtype)
         shape = (len(range(*cut.indices(size))) for cut, size in zip(given, self.shape, strict=True))
         out = np.empty(tuple(shape), self.dtype)
-        for i, place in enumerate(self._places[first]):
-            out[i] = place.read(rest, self.dtype)
+        if self._stacked:
+            for i, place in enumerate(self._places[first]):
+                out[i] = place.read(rest, self.dtype)
+            return out
+        start = first.indices(self.shape[0])[0]
+        for low in range(0, len(out), ROWS):  # what the file has, and what is made of it, is never all there twice
+            high = min(low + ROWS, len(out))
+            out[low:high] = self._places[0].read((slice(start + low, start + high), *rest), self.dtype)
         return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -173,8 +177,10 @@ def stored_params(files: list[Path], module: ModuleType, architecture: Architect
         found = _tied(files[0].parent, found, module, table)
     missing = [name for name, _, _ in expand(module, architecture) if name.removeprefix(module.PREFIX) not in found]
     if missing:
-        what = _named(missing, "is missing", "are missing")
-        raise UserError(f"{files[0].parent}: {what}; the file does not fit config.json")
+        why = "the file does not fit config.json"
+        if missing == [module.HEAD]:
+            why = "if the embedding is its head too, set tie_word_embeddings to true in config.json"
+        raise UserError(f"{files[0].parent}: {_named(missing, 'is missing', 'are missing')}; {why}")
     places: dict[Keys, list[_Place]] = {}
     for name, (_, tensor) in table.items():  # layers in their order
         for part in tensor.parts:

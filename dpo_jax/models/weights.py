@@ -4,14 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.layout import Path as Keys
@@ -20,6 +19,8 @@ from dpo_jax.records import Array, UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names of them
+Fetch = Callable[[Any], np.ndarray]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,12 +81,11 @@ def weights_hash(params: Mapping[str, Any], architecture: Architecture) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
     for path, value in sorted(_flatten(params)):
-        array = np.asarray(value)
-        if array.dtype in tuple(DTYPES.values()):
-            array = array.astype(np.float32, copy=False)
-        array = np.ascontiguousarray(array)
-        digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        dtype = np.dtype(np.float32) if value.dtype in tuple(DTYPES.values()) else value.dtype
+        digest.update(f"{path} {dtype} {value.shape}".encode())
+        for i in range(value.shape[0]) if value.ndim > 2 else (slice(None),):  # a layer at a time
+            array = np.ascontiguousarray(np.asarray(value[i]).astype(dtype, copy=False))
+            digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -121,37 +121,63 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_params(
-    folder: Path, params: Mapping[str, Any], module: ModuleType, architecture: Architecture, dtype: str, limit: int
-) -> None:
-    """Writes parameters as safetensors, with an index where there are more than `limit` bytes.
-
-    No more than one file's tensors are in the host's memory, beside parameters that are there already.
+def tensors_of(
+    params: Mapping[str, Any], module: ModuleType, architecture: Architecture, dtype: str, fetch: Fetch
+) -> Iterator[np.ndarray]:
+    """Yields the tensors of a checkpoint in the order of `expand`, each made when it is asked for.
 
     Args:
-      folder: where; it exists.
       params: the parameters: numpy, on devices, or stored.
       module: the family.
       architecture: what the parameters belong to.
       dtype: a name of `DTYPES`.
+      fetch: an array -> the same in this host's memory.
+    """
+    flat = dict(_flatten(params))
+    for _, layer, tensor in expand(module, architecture):
+        values = (flat[part.path] for part in tensor.parts)
+        pieces = (value[:] if layer is None else value[layer] for value in values)
+        parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
+        yield np.ascontiguousarray(to_theirs(tensor, parts))
+
+
+def write_params(
+    folder: Path, tensors: Iterator[np.ndarray], module: ModuleType, architecture: Architecture, dtype: str, limit: int
+) -> None:
+    """Writes parameters as safetensors, with an index where there are more than `limit` bytes.
+
+    One tensor is in the host's memory at a time, beside parameters that are there already.
+
+    Args:
+      folder: where; it exists.
+      tensors: from `tensors_of`.
+      module: the family.
+      architecture: what the parameters belong to.
+      dtype: theirs.
       limit: bytes in a file; a larger tensor has one to itself.
     """
-    table = {name: (i, tensor) for name, i, tensor in expand(module, architecture)}
-    kind = np.dtype(DTYPES[dtype])
-    flat = dict(_flatten(params))
-
-    def tensor_of(name: str) -> np.ndarray:
-        layer, tensor = table[name]
-        values = (flat[part.path] for part in tensor.parts)
-        parts = [np.asarray(value if layer is None else value[layer]).astype(kind) for value in values]
-        return np.ascontiguousarray(to_theirs(tensor, parts))
-
-    sizes = {name: math.prod(tensor.shape) * kind.itemsize for name, (_, tensor) in table.items()}
+    shapes = {name: tensor.shape for name, _, tensor in expand(module, architecture)}
+    sizes = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, limit)
     one = len(shards) == 1
     names = [WEIGHTS if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, members in zip(names, shards, strict=True):
-        save_file({name: tensor_of(name) for name in members}, folder / file, metadata={"format": "pt"})
+        _write(folder / file, {name: shapes[name] for name in members}, dtype, tensors)
     if not one:
         files = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterator[np.ndarray]) -> None:
+    """Writes a safetensors file from the next tensors, as they come: the library's function takes all at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, size = 0, np.dtype(DTYPES[dtype]).itemsize
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * size
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in zip(shapes, tensors, strict=False):
+            f.write(tensor.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,84 @@
+"""A model and its tokenizer together: ids without an embedding, texts without positions, folders of another kind."""
+
+import json
+
+import pytest
+import yaml
+from tiny import folder_of
+from tokenizers import AddedToken
+
+from dpo_jax import cli, config, loading, plan
+from dpo_jax.data import synthetic
+from dpo_jax.models import hf
+from dpo_jax.records import UserError
+
+WORDS = len(synthetic.tokenizer())
+
+
+def with_token(special):
+    """Returns a tokenizer with one more token."""
+    tokenizer = synthetic.tokenizer()
+    tokenizer.add_tokens([AddedToken("<picture>", special=special)])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder whose vocabulary is that of the synthetic tokenizer."""
+    return folder_of("gpt2", tmp_path_factory.mktemp("model") / "m", vocab_size=WORDS, n_positions=64)
+
+
+def test_a_vocabulary_without_the_tokenizers_ids_is_refused(model):
+    options = config.Model(path=str(model))
+    loading.load_model(options, synthetic.tokenizer(), 0)
+    message = f"vocab_size {WORDS} is less than the tokenizer's {WORDS + 1} ids"
+    with pytest.raises(UserError, match=message):
+        loading.load_model(options, with_token(False), 0)
+    ending = with_token(True)
+    ending.eos_token = "<picture>"
+    with pytest.raises(UserError, match=message):
+        loading.load_model(options, ending, 0)
+
+
+def test_a_special_token_that_only_other_models_know_is_refused_in_a_text(model, tmp_path, monkeypatch):
+    """As with Gemma 3, whose tokenizer has a token for pictures that the model of 1B has no embedding for."""
+    loading.load_model(config.Model(path=str(model)), with_token(True), 0)
+    monkeypatch.chdir(tmp_path)
+    with_token(True).save_pretrained(tmp_path / "tokenizer")
+    rows = [
+        {"prompt": f"I {verb}", "chosen": " this film", "rejected": " the film"} for verb in ("saw", "chose", "like")
+    ]
+    rows += [{"prompt": "I saw", "chosen": " <picture>", "rejected": " the film"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "data": {"path": ["pairs.jsonl"], "eval_path": ["pairs.jsonl"], "max_length": 32, "max_prompt_length": 16}
+    }
+    options |= {"model": {"path": str(model), "tokenizer": "tokenizer"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    with pytest.raises(UserError, match="training data: a text has '<picture>', for which the model has no embedding"):
+        cli.run(["train", "run.yaml"])
+
+
+def test_texts_longer_than_the_model_are_refused_by_every_command(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    synthetic.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    chosen = ["--data.max-length", "65", "--model.tokenizer", "tokenizer"]
+    message = "data.max_length: 65 is more than the model's 64 positions"
+    with pytest.raises(UserError, match=message):
+        cli.run(["eval", str(model), "--reference.path", str(model), "--data.path", "none.jsonl", *chosen])
+    with pytest.raises(UserError, match=message):
+        plan.of(config.parse(config.Config, None, ["--model.path", str(model), *chosen], prog="x"))
+
+
+def test_a_folder_of_adapters_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"config.json is missing; these are adapters: give them as lora.path, and the mod"
+    ):
+        hf.stored(tmp_path)
+
+
+def test_adapters_are_found_in_the_folder_of_a_run(tmp_path):
+    assert hf.adapter_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "config.yaml").write_text("")
+    assert hf.adapter_folder(str(tmp_path)) == tmp_path / "adapter"
