@@ -1,0 +1,121 @@
+"""How much memory training takes, whole or by adapters, beside what `dpo-jax plan` says; and loading and saving.
+
+Run by scripts/bench --memory, which calls `_bench_memory.py train ARGUMENTS` and `_bench_memory.py folder FOLDER` for
+each figure, so that every peak is of a process of its own. Peaks are counted from when everything is imported.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from _bench_epoch import our_command
+from _bench_systems import peak_rss_mb
+
+HERE = Path(__file__).resolve().parent
+LORA = ("--lora.rank", "16")
+WAYS = {
+    "all parameters": (),
+    "LoRA, rank 16": LORA,
+    "LoRA over int8": (*LORA, "--lora.base", "int8"),
+    "LoRA over nf4": (*LORA, "--lora.base", "nf4"),
+}
+LLAMA_1B = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
+LLAMA_1B |= {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+
+
+def memory(folder: Path, batch_size: int) -> list[dict[str, Any]]:
+    """Measures and prints each way to train, in MB, then a folder of 1.24B parameters in bfloat16."""
+    found = []
+    for name, options in WAYS.items():
+        shape = ("--max-steps", "3", "--data.row-length", "1024", "--data.rows", "1", *options)
+        command = [*our_command(folder, batch_size, "float32")[4:], *shape]
+        (folder / "one.jsonl").write_text((folder / "rows.jsonl").read_text().partition("\n")[0])
+        for _ in range(2):  # the second finds the compiled program, whose making takes memory too
+            command[command.index("--run") + 1] = str(folder / f"run-{os.urandom(4).hex()}")
+            measured = _child(folder, "train", *command)
+        planned = _child(folder, "plan", *command)
+        found.append({"way": name, **measured, **planned})
+        print(f"{name:<18}{measured['peak_mb']:>10.0f} MB at the peak, planned {planned['planned_mb']:.0f}", flush=True)
+    found.append(_child(folder, "folder", str(folder)))
+    print(
+        "a folder of {parameters:,}, {held_mb:.0f} MB: loading took {load_mb:.0f} MB more, saving {save_mb:.0f}".format(
+            **found[-1]
+        )
+    )
+    return found
+
+
+def _child(folder: Path, *command: str) -> dict[str, Any]:
+    """Returns what a process of its own has measured; one that fails ends the bench."""
+    environment = os.environ | {"DPO_JAX_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    whole = [sys.executable, str(HERE / "_bench_memory.py"), *command]
+    done = subprocess.run(whole, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"bench: {' '.join(whole)} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _peak_anew() -> float:
+    """Returns the memory of this process in MB, which from now on is its greatest so far."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_mb()
+
+
+def train(argv: list[str]) -> dict[str, float]:
+    """Trains as the command line does; returns the greatest memory beside what the imports took."""
+    import jax
+
+    from dpo_jax import cli, stages, train_command  # noqa: F401 (all of them, before the memory is looked at)
+
+    jax.devices()
+    before = _peak_anew()
+    cli.run(["train", *argv])
+    return {"peak_mb": peak_rss_mb() - before}
+
+
+def planned(argv: list[str]) -> dict[str, float]:
+    """Returns what the plan of the same run says."""
+    from dpo_jax import config, plan
+
+    made = plan.of(config.parse(config.Config, argv[0], argv[1:], prog="bench"))
+    return {"planned_mb": made.memory.total / 2**20, **{k: v / 2**20 for k, v in made.memory._asdict().items()}}
+
+
+def folder(path: str) -> dict[str, float]:
+    """Returns what loading and saving a model of 1.24B parameters takes beside what is held of it."""
+    import jax
+    import ml_dtypes
+    import numpy as np
+
+    from dpo_jax import sharding
+    from dpo_jax.models import architecture_of, build, hf
+
+    model = build(architecture_of(LLAMA_1B))
+    shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    hf.save(
+        Path(path) / "1b",
+        jax.tree.map(lambda x: np.zeros(x.shape, ml_dtypes.bfloat16), shapes),
+        LLAMA_1B,
+        dtype="bfloat16",
+    )
+    _, config, stored = hf.stored(Path(path) / "1b")
+    mesh = sharding.make_mesh()
+    where = sharding.of_params(mesh, model.axes, shapes)
+    before = _peak_anew()
+    params = sharding.put(hf.narrow(stored), where)
+    held = sum(x.nbytes for x in jax.tree.leaves(params)) / 2**20
+    load = peak_rss_mb() - before - held
+    before = _peak_anew()
+    hf.save(Path(path) / "out", params, config)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    return {"parameters": count, "held_mb": held, "load_mb": load, "save_mb": peak_rss_mb() - before}
+
+
+if __name__ == "__main__":
+    kind, *rest = sys.argv[1:]
+    result = folder(*rest) if kind == "folder" else {"train": train, "plan": planned}[kind](rest)
+    print(json.dumps(result))
