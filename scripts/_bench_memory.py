@@ -16,6 +16,7 @@ from _bench_epoch import our_command
 from _bench_systems import peak_rss_mb
 
 HERE = Path(__file__).resolve().parent
+SHAPE = ("--max-steps", "2", "--data.row-length", "1024", "--data.rows", "1")
 LORA = ("--lora.rank", "16")
 WAYS = {
     "all parameters": (),
@@ -29,23 +30,22 @@ LLAMA_1B |= {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_
 
 def memory(folder: Path, batch_size: int) -> list[dict[str, Any]]:
     """Measures and prints each way to train, in MB, then a folder of 1.24B parameters in bfloat16."""
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)[: 2 * batch_size]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    (folder / "one.jsonl").write_text(lines[0])
     found = []
     for name, options in WAYS.items():
-        shape = ("--max-steps", "3", "--data.row-length", "1024", "--data.rows", "1", *options)
-        command = [*our_command(folder, batch_size, "float32")[4:], *shape]
-        (folder / "one.jsonl").write_text((folder / "rows.jsonl").read_text().partition("\n")[0])
+        command = [*our_command(folder, batch_size, "float32")[4:], *SHAPE, *options]
         for _ in range(2):  # the second finds the compiled program, whose making takes memory too
             command[command.index("--run") + 1] = str(folder / f"run-{os.urandom(4).hex()}")
             measured = _child(folder, "train", *command)
-        planned = _child(folder, "plan", *command)
-        found.append({"way": name, **measured, **planned})
-        print(f"{name:<18}{measured['peak_mb']:>10.0f} MB at the peak, planned {planned['planned_mb']:.0f}", flush=True)
+        found.append({"way": name, **measured, **_child(folder, "plan", *command)})
+        peak, planned = found[-1]["peak_mb"], found[-1]["planned_mb"]
+        print(f"{name:<18}{peak:>8.0f} MB at the peak, planned {planned:.0f}", flush=True)
     found.append(_child(folder, "folder", str(folder)))
-    print(
-        "a folder of {parameters:,}, {held_mb:.0f} MB: loading took {load_mb:.0f} MB more, saving {save_mb:.0f}".format(
-            **found[-1]
-        )
-    )
+    one = found[-1]
+    print(f"a folder of {one['parameters']:,} parameters in bfloat16, {one['held_mb']:.0f} MB")
+    print(f"beside them loading takes {one['load_mb']:.0f} MB, saving {one['save_mb']:.0f} MB")
     return found
 
 

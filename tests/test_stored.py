@@ -84,7 +84,7 @@ def test_writing_takes_the_memory_of_a_tensor(large, tmp_path):
     mesh = sharding.make_mesh(1, 4, 1)
     arrays = sharding.put(params, sharding.of_params(mesh, build(architecture).axes, params))
     _, most = beside(lambda: hf.save(tmp_path / "out", arrays, hf_config))
-    assert most < 1.3 * LARGEST + SMALL
+    assert most < 1.3 * LARGEST / 2 + SMALL  # of bfloat16
     files = [folder / "model.safetensors" for folder in (large, tmp_path / "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
