@@ -235,21 +235,6 @@ def check_length(config: Config, model: Model) -> None:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
 
 
-def _check_ids(table: Table, what: str, tokenizer: Any, model: Model) -> None:
-    """Refuses texts with a token that the model has no embedding for."""
-    most, vocab = int(table.ids.max()), model.architecture.vocab
-    if most >= vocab:
-        token = tokenizer.convert_ids_to_tokens(most)
-        raise UserError(f"{what} data: a text has {token!r}, for which the model has no embedding; take it out")
-
-
-def check_length(config: Config, model: Model) -> None:
-    """Refuses texts that may be longer than the model."""
-    limit = model.architecture.max_positions
-    if config.data.max_length > limit:
-        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
-
-
 def run_of(config: Config, say: Callable[[str], None]) -> Run:
     """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
     check(config)

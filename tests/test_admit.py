@@ -86,6 +86,7 @@ def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
     assert admit.refusal("splash", model, compute) == ""
 
 
+@pytest.mark.slow
 def test_exact_and_chunks_are_compared_with_each_other_too():
     """Their distance is that of bfloat16's rounding."""
     found = np.asarray(admit.distances(packed_attention, PLAIN, *admit.case(PLAIN_MODEL, "bfloat16")))

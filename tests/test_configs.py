@@ -113,6 +113,7 @@ def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
         assert max(map(len, head)) <= 120
 
 
+@pytest.mark.slow
 def test_the_papers_frontier_is_22_runs_each_of_which_traces(monkeypatch):
     asked = []  # in the place of a model of the hub
     monkeypatch.setattr(rewards, "classifier", asked.append)

@@ -127,6 +127,7 @@ def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
     assert not all(jax.tree.leaves(other))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
     table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:10], 4, "ranked", 0)
     optim = {"name": "rmsprop", "learning_rate": 1e30, "warmup_steps": 0}
@@ -324,6 +325,7 @@ def test_mistakes_are_told(run, folder, options, message):
     shutil.rmtree(folder / "runs/mistake", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_its_next_step_when_it_is_told(run, monkeypatch):
     at_once = frontier.threads.at_once
 

@@ -178,6 +178,7 @@ def test_settings_that_adapt_nothing_are_refused():
     assert len(lora.modules(architecture, ("c_proj",))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_keeps_adapters_only(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(60), strict=False)]

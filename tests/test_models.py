@@ -205,6 +205,7 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
     assert largest_difference(grads, separate_grads) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_does_not_change_gradients(folders):
     architecture, _, params = hf.load(folders("llama"))
     rows = whole(tokens_of(2, 40))

@@ -74,7 +74,8 @@ def run(options, **given):
     )
 
 
-@pytest.mark.parametrize("beta", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.slow
 def test_it_approaches_the_optimal_policy(beta):
     """With a coefficient that stays, to pi* = ref exp(r / beta) / Z, from far off."""
     _, reference = enumerable.world()

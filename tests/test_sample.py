@@ -222,7 +222,10 @@ def test_what_has_no_probability_is_never_reached(fraction):
     assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
 
 
-@pytest.mark.parametrize(("kind", "temperature"), [("gpt2", 0.5), ("gemma2", 2.0), ("gptj", 2.0)])
+@pytest.mark.parametrize(
+    ("kind", "temperature"),
+    [("gpt2", 0.5), *(pytest.param(kind, 2.0, marks=pytest.mark.slow) for kind in ("gemma2", "gptj"))],
+)
 def test_a_model_draws_with_its_probability_at_a_temperature(tmp_path, kind, temperature):
     """First tokens by a chi-squared statistic against the softmax of the model's logits: of a plain head, of one whose
     logits are capped, of one with a bias; of a vocabulary that is no multiple of a block, which is filled up."""
@@ -261,9 +264,8 @@ def made(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "sizes", [*(pytest.param(s, marks=pytest.mark.slow) for s in ((2,), (4,), (1, 4))), (2, 1, 2)], ids=str
-)
+@pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2)], ids=str)
+@pytest.mark.slow
 def test_samples_are_the_same_on_any_devices(models, made, sizes):
     """Of parameters that are whole on 2 and on 4 devices, in four parts, and in two on either half of the devices."""
     _, model, params = models("llama")
@@ -293,6 +295,7 @@ def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypat
     assert not sample(model, params, [], **options)
 
 
+@pytest.mark.slow
 def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made):
     _, model, params = models("llama")
     options = {"max_new_tokens": NEW, "eos_id": EOS}

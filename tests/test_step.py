@@ -144,7 +144,8 @@ def test_eval_gives_each_comparison_its_own_values(folder, table):
 WHOLE = losses.build({"name": "dpo", "beta": 0.5})._replace(whole_batch=True)
 
 
-@pytest.mark.parametrize("rows", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [3, 1])
+@pytest.mark.slow
 def test_a_loss_seen_whole_gives_the_trajectory_of_the_parts(folder, table, rows):
     """DPO's comparisons do not look at each other, so that differentiating a step's at once must change nothing."""
     parts, state, _ = run(folder, table, steps=6, rows=2)
@@ -170,6 +171,7 @@ def test_losses_across_comparisons_do_not_see_microbatches(folder, table, name):
     assert (state.running[0] != 0) == (name != "aot")
 
 
+@pytest.mark.slow
 def test_the_statistic_is_carried_from_step_to_step(folder, table):
     """bco's shift after two steps is 0.9 of that after one and 0.1 of the second step's mean reward."""
     loss = losses.build({"name": "bco", "beta": 0.5})

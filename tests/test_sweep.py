@@ -49,6 +49,7 @@ def assert_same(run, other):
 
 
 @pytest.mark.parametrize(("beta", "rate"), [(BETAS[0], RATES[1]), (BETAS[1], RATES[0])])
+@pytest.mark.slow
 def test_each_run_of_a_sweep_is_the_run_alone(world, swept, beta, rate):
     name = f"loss.beta={beta},optim.learning_rate={rate}"
     cli.run(["train", *SAME, "--loss.beta", beta, "--optim.learning_rate", rate, "--run", f"runs/{name}"])
