@@ -14,7 +14,8 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import as_reference, batch_logps
 from dpo_jax.models import hf
 from dpo_jax.records import Tokens
-from dpo_jax.step import Sync, init_state, make_eval_step, make_train_step
+from dpo_jax.sharding import ALONE
+from dpo_jax.step import Sync, gradient, init_state, make_eval_step, make_train_step
 
 VOCAB, BATCH, STEPS = 61, 8, 20
 OPTIM = {"learning_rate": 2e-3, "warmup_steps": 4, "max_grad_norm": 10.0}
@@ -169,6 +170,35 @@ def test_losses_across_comparisons_do_not_see_microbatches(folder, table, name):
     np.testing.assert_allclose(state.running, again.running, rtol=1e-3, atol=1e-6)
     assert state.running.shape == (2,)
     assert (state.running[0] != 0) == (name != "aot")
+
+
+def test_a_loss_across_comparisons_is_differentiated_with_its_statistic(folder, table):
+    """The gradient of two microbatches is that of the loss of all their comparisons, shifted by what went before."""
+    architecture, _, params = hf.load(folder)
+    logps, loss = partial(batch_logps, models.build(architecture)), losses.build({"name": "bco", "beta": 0.1})
+    batch, count, _ = pack.build(
+        table,
+        indices(0),
+        pack.choose(table, max_length=32, batch_size=BATCH, rows=1, length=128),
+        np.full((24, 2, 2), -40.0),
+    )
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+    state = init_state(params, optim.build("rmsprop", **OPTIM))._replace(running=np.array([4.0], np.float32))
+    assert count > 1
+
+    def whole(params):
+        parts = [logps(params, jax.tree.map(lambda x, m=m: x[m], batch))._replace(running=()) for m in range(count)]
+        lp = jax.tree.map(lambda *x: jax.numpy.concatenate(x), *parts)._replace(running=state.running)
+        return (lp.weights * loss.values(lp)).sum() / lp.weights.sum()
+
+    def found(state):
+        return gradient(lambda parts, micro: logps(parts[0], micro), loss, state, None, batch, np.int32(count), ALONE)[
+            0
+        ]
+
+    expected = jax.jit(jax.grad(whole))(params)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest), jax.jit(found)(state), expected)
 
 
 @pytest.mark.slow
