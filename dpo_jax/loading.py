@@ -124,9 +124,12 @@ def load_model(
 def _check_ids(tokenizer: Any, vocab: int, where: str) -> None:
     """Refuses a tokenizer with ids that a model has no embedding for, unless they are special tokens that only some of
     a family's models know: Gemma 3's has one for pictures."""
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= vocab}
+    if not beyond:
+        return
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, padding(tokenizer)}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in used}
-    if beyond := {i for i in tokenizer.get_vocab().values() if i >= vocab} - special:
+    if beyond - special:
         raise UserError(f"{where}: vocab_size {vocab} is too little for the tokenizer's ids up to {max(beyond)}")
 
 
