@@ -18,8 +18,9 @@ def test_all_tasks_are_done(count):
 
 def test_so_many_run_at_a_time():
     """Three wait for each other, which two could not."""
-    together = threading.Barrier(3, timeout=60)
-    threads.at_once([together.wait] * 6, 3)
+    together, met = threading.Barrier(3, timeout=60), []
+    threads.at_once([lambda: met.append(together.wait())] * 6, 3)
+    assert sorted(met) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_task_that_fails_ends_the_others():
