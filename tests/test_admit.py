@@ -80,7 +80,9 @@ def test_a_wrong_kernel_is_refused(wrong, compute, monkeypatch):
     assert admit.refusal("splash", MODEL, compute).startswith("is not equal to chunks here (the ")
 
 
-@pytest.mark.parametrize(("model", "compute"), [(MODEL, "float32"), (PLAIN_MODEL, "bfloat16")])
+@pytest.mark.parametrize(
+    ("model", "compute"), [pytest.param(MODEL, "float32", marks=pytest.mark.slow), (PLAIN_MODEL, "bfloat16")]
+)
 def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
     has(monkeypatch, INTERPRETED)
     assert admit.refusal("splash", model, compute) == ""

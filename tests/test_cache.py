@@ -90,6 +90,7 @@ def peak(function):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
     """Reading, tokenising and writing; KTO's responses to other prompts; a reward model's token after each response."""
     monkeypatch.setattr(cache, "CHUNK", 64)

@@ -29,6 +29,7 @@ def judge():
     )
 
 
+@pytest.mark.slow
 def test_kl_of_samples_estimates_the_exact_one(judge):
     """Responses of at most two tokens can be counted out: KL is a sum over all of them."""
     prompt = np.array([1, 2], np.int32)

@@ -340,6 +340,7 @@ def test_a_run_ends_at_its_next_step_when_it_is_told(run, monkeypatch):
         run("--run", "runs/stopped", "--dpo", "--preferred_ft", "0")
 
 
+@pytest.mark.slow
 def test_another_experiment_does_not_mix_with_an_old_one(run, folder):
     run("--run", "runs/old", "--max_steps", "1", "--dpo", "--preferred_ft")
     with pytest.raises(UserError, match=r"runs/old belongs to another config \(max_steps: 1 -> 2\)"):

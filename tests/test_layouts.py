@@ -64,6 +64,7 @@ def elements_of(found, loops):
     return sum(int(np.prod(sizes)) for c in found if c.loops == loops for _, sizes in c.shapes)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_never_gathers_a_parameter(compiled):
     found, _, _ = compiled(1, 1, 4)
     assert {c.kind for c in found} <= {"all-reduce", "all-gather", "all-to-all"}

@@ -67,7 +67,7 @@ CASES = {
 
 
 # Families that attend as others do, so that what packing and the cache make of them need not be seen every time.
-ALIKE = ("gemma", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
 
@@ -229,7 +229,8 @@ def test_recomputing_more_keeps_less(folders):
 
 
 # Tied and not, learned positions and rotary, grouped queries.
-@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.slow
 def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
     architecture, _, params = hf.load(folders(kind))
     tokens = tokens_of(2, 40)

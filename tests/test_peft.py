@@ -185,7 +185,7 @@ def pefts_losses(folder, adapter, table):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "gpt2", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_neox", "phi3"))]
+    "kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "gpt_neox", "phi3"))]
 )
 def test_ten_steps_of_dpo_are_pefts(folders, table, tmp_path, kind):
     """Adapters start as PEFT makes them: A random, B zero, so that the first loss is log 2."""

@@ -29,6 +29,7 @@ def config_of(tmp_path):
     return config_of
 
 
+@pytest.mark.slow
 def test_what_can_be_counted_is_exact(config_of):
     one = plan.of(config_of())
     assert one.parameters == one.trained == COUNT

@@ -85,6 +85,7 @@ def test_it_approaches_the_optimal_policy(beta):
     assert distance(found, best) < 0.06
 
 
+@pytest.mark.slow
 def test_the_controller_finds_its_target():
     _, reference = enumerable.world()
     told = []

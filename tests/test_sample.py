@@ -58,7 +58,7 @@ def test_greedy_equals_transformers_token_by_token(models, kind):
         assert new.tolist() == torch_greedy(folder, prompt, NEW, EOS).tolist()
 
 
-@pytest.mark.parametrize("name", ["tinystories-656k", "stories260k"])
+@pytest.mark.parametrize("name", ["tinystories-656k", pytest.param("stories260k", marks=pytest.mark.slow)])
 def test_greedy_equals_transformers_on_a_trained_model(name):
     folder = shared_model(name)
     architecture, _, params = hf.load(folder)
