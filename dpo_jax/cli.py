@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_jax.keys import closest
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError, closest
 
 COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
@@ -34,7 +33,6 @@ COMMANDS = {
     "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
-
 PLAIN = ("export", "losses", "models", "report")  # commands whose usage says it all
 
 
@@ -50,7 +48,7 @@ def usage() -> str:
     )
 
 
-def run(argv: Sequence[str]) -> None:
+def run_command(argv: Sequence[str]) -> None:
     """Runs one command."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -61,11 +59,11 @@ def run(argv: Sequence[str]) -> None:
     if "--help" in rest or "-h" in rest:
         _help(name, [a for a in rest if a not in ("-h", "--help")])
         return
-    module = importlib.import_module(f"dpo_jax.{name}_command")
+    module = importlib.import_module(f"dpo_jax.commands.{name}")
     if "jax" in sys.modules:
-        from dpo_jax import folders
+        from dpo_jax.paths import keep_compiled
 
-        folders.keep_compiled()
+        keep_compiled()
     getattr(module, f"{name}_command")(rest)
 
 
@@ -75,11 +73,12 @@ def _help(name: str, rest: Sequence[str]) -> None:
     if name in PLAIN:
         print(f"usage: dpo-jax {name} {arguments}".rstrip() + f"\n\n{what}")
         return
-    from dpo_jax import config, settings  # the overview of commands needs no parser
+    from dpo_jax.config.commands import COMMAND_CONFIGS
+    from dpo_jax.config.parse import show_help  # the overview of commands needs no parser
 
     first = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
     prog = f"dpo-jax {name} " + arguments.partition(" [--")[0]
-    config.show_help(settings.OF[name], _chosen_in(rest[:first]), rest[first:], prog=prog)
+    show_help(COMMAND_CONFIGS[name], _chosen_in(rest[:first]), rest[first:], prog=prog)
 
 
 def _chosen_in(paths: Sequence[str]) -> str | None:
@@ -93,7 +92,7 @@ def main() -> None:
     # Nothing is fetched from a hub unless its name was given, and nobody is asked for a token.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        run(sys.argv[1:])
+        run_command(sys.argv[1:])
     except UserError as e:
         sys.exit(_fail(str(e)))
     except BrokenPipeError:  # whoever read the output has had enough
@@ -111,9 +110,9 @@ def _fail(message: str, code: int = 2) -> int:
     if jax is None or not jax.distributed.is_initialized():
         who, leave = "", lambda code: code
     else:
-        from dpo_jax import processes
+        from dpo_jax import distributed
 
-        who, leave = processes.name(), processes.end
+        who, leave = distributed.process_prefix(), distributed.exit_now
     if message:
         print(f"dpo-jax: {who}{message}", file=sys.stderr)
     return leave(code)

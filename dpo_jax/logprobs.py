@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.losses import Loss
-from dpo_jax.models import Model, capped, capped_slope
+from dpo_jax.models.attention import capped, capped_slope
+from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch, Logps
 
 CHUNK = 512  # tokens whose logits exist at one time
@@ -186,19 +187,19 @@ def _by_comparison(batch: Batch, each: dict[str, Array]) -> Logps:
     return Logps(weights=weights, preference=preference, running=jnp.zeros(()), **flat)
 
 
-def shown(model: Model, loss: Loss) -> Callable[[Any, Batch], Logps]:
+def logps_fn(model: Model, loss: Loss) -> Callable[[Any, Batch], Logps]:
     """Returns the function `(params, one microbatch) -> Logps` that fills in what a loss looks at."""
     if loss.rewards:
         return partial(batch_rewards, model)
     return partial(batch_logps, model, confidence=loss.confidence)
 
 
-def scored_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
+def token_logps_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
     """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
-    return scored_states(model, params, batch, chunk=chunk)[0]
+    return token_states_of_batch(model, params, batch, chunk=chunk)[0]
 
 
-def scored_states(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
+def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
     """Returns what `scored_logps` does, and the hidden states that predict those tokens, [R, S, D]."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
     cap = model.architecture.logit_cap
@@ -216,7 +217,7 @@ def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array,
     return jnp.take_along_axis(hidden, source[..., None], axis=1), slot, target, chunks, size
 
 
-def as_reference(lp: Logps, batch: Batch) -> Array:
+def as_ref_logps(lp: Logps, batch: Batch) -> Array:
     """Returns the policy's log-probs of a microbatch as `Batch.ref_logps` holds the reference's."""
     return jnp.stack([lp.policy, lp.policy_shared], axis=-1).reshape(batch.ref_logps.shape)
 
@@ -242,7 +243,7 @@ def _is_shared(slot: Array, lengths: Array) -> Array:
     return (slot >= 0) & (jnp.arange(slot.shape[1]) - start < limit)
 
 
-def over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch: Batch, count: Array) -> tuple:
+def sum_over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch: Batch, count: Array) -> tuple:
     """Returns the sum of the first results of `function(microbatch, m)` over the first `count` microbatches, and its
     second results stacked on a leading axis M, zeros beyond.
 
@@ -265,12 +266,15 @@ def over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch
     )
 
 
-def per_microbatch(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:
+def map_microbatches(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:
     """Returns `function` of each of the first `count` microbatches, stacked on a leading axis M, zeros beyond."""
-    return over_microbatches(lambda micro, _: ((), function(micro)), batch, count)[1]
+    return sum_over_microbatches(lambda micro, _: ((), function(micro)), batch, count)[1]
 
 
-def joined(stacked: Logps) -> Logps:
+def concat_microbatches(stacked: Logps) -> Logps:
     """Returns log-probs that are stacked by microbatch, [M, B, ...], end to end; `running` becomes 0."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked._replace(running=()))
     return flat._replace(running=jnp.zeros(()))
+
+
+LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps

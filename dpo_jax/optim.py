@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dpo_jax.records import Array, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array
 
 
-def warm_up(learning_rate: float, steps: int) -> Callable[[Array], Array]:
+def linear_warmup(learning_rate: float, steps: int) -> Callable[[Array], Array]:
     """Returns a schedule: linear to `learning_rate` over `steps` updates, then constant (paper, appendix B).
 
     Update t, from 0, has learning_rate * min(1, (t + 1) / (steps + 1)), as the original code.
@@ -19,7 +20,7 @@ def warm_up(learning_rate: float, steps: int) -> Callable[[Array], Array]:
     return lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / (steps + 1))
 
 
-def clip(max_norm: float) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Returns gradient clipping by global norm as `torch.nn.utils.clip_grad_norm_`: g * min(1, max / (norm + 1e-6))."""
 
     def clipped(updates: Any, params: Any = None) -> Any:
@@ -30,16 +31,18 @@ def clip(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clipped)
 
 
-FUNCTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
 
 
-def register(function: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+def register_optimizer(
+    function: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
     """Files an optimiser under its function's name; its keyword-only parameters are its options in a config."""
-    FUNCTIONS[function.__name__] = function
+    OPTIMIZERS[function.__name__] = function
     return function
 
 
-@register
+@register_optimizer
 def rmsprop(
     *,
     learning_rate: float = 1e-6,
@@ -59,12 +62,12 @@ def rmsprop(
     """
     # optax's defaults differ from torch's in all three: the root takes eps in, decay is 0.9, steps are rescaled.
     scale = optax.rmsprop(
-        warm_up(learning_rate, warmup_steps), decay=decay, eps=eps, eps_in_sqrt=False, initial_scale=0.0
+        linear_warmup(learning_rate, warmup_steps), decay=decay, eps=eps, eps_in_sqrt=False, initial_scale=0.0
     )
-    return optax.chain(clip(max_grad_norm), scale)
+    return optax.chain(clip_by_global_norm(max_grad_norm), scale)
 
 
-@register
+@register_optimizer
 def adamw(
     *,
     learning_rate: float = 1e-6,
@@ -86,8 +89,10 @@ def adamw(
       eps: Added to the root of the latter.
       weight_decay: Pull of every parameter to 0, times the rate.
     """
-    rate = warm_up(learning_rate, warmup_steps)
-    return optax.chain(clip(max_grad_norm), optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+    rate = linear_warmup(learning_rate, warmup_steps)
+    return optax.chain(
+        clip_by_global_norm(max_grad_norm), optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    )
 
 
 def build(name: str, **options: float) -> optax.GradientTransformation:
@@ -96,10 +101,10 @@ def build(name: str, **options: float) -> optax.GradientTransformation:
     Raises:
       UserError: no such optimiser, or a value that cannot train.
     """
-    if name not in FUNCTIONS:
-        raise UserError(f"optim.name: unknown optimiser {name!r}; known: {', '.join(sorted(FUNCTIONS))}")
+    if name not in OPTIMIZERS:
+        raise UserError(f"optim.name: unknown optimiser {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
     for key, value in options.items():
         # A traced value cannot be looked at; it was checked as a number before.
         if not isinstance(value, Tracer) and not 0 <= value < float("inf"):
             raise UserError(f"optim.{key}: {value} is not a finite number >= 0")
-    return FUNCTIONS[name](**options)
+    return OPTIMIZERS[name](**options)

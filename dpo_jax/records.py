@@ -12,10 +12,6 @@ from typing import Any, NamedTuple
 Array = Any  # numpy on the host, jax on a device: a record is the same on both sides
 
 
-class UserError(Exception):
-    """Something a user can mend: one line that names the file, line or key, and what to do. Exit code 2."""
-
-
 class Chat(NamedTuple):
     """A conversation up to the turn that is to be answered; the tokenizer's chat template makes it text.
 

@@ -9,33 +9,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import processes
+from dpo_jax import distributed
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import as_reference, per_microbatch
+from dpo_jax.logprobs import LogpsFn, as_ref_logps, map_microbatches
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array, Batch
-from dpo_jax.sharding import ALONE, Rows
-from dpo_jax.step import LogpsOf
+from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
 
-def make_column(logps: LogpsOf, rows: Rows = ALONE) -> Callable[[Any, Batch, Any], Array]:
+def make_ref_logps_fn(logps: LogpsFn, rows: Collectives = NO_COLLECTIVES) -> Callable[[Any, Batch, Any], Array]:
     """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2], lying as the batch does."""
 
     def column(params: Any, batch: Batch, count: Array) -> Array:
-        return per_microbatch(lambda micro: as_reference(logps(params, micro), micro), batch, count)
+        return map_microbatches(lambda micro: as_ref_logps(logps(params, micro), micro), batch, count)
 
     return jax.jit(rows.each(column))
 
 
-def key(table: Table, weights_hash: str, compute: str, attention: str = CHUNKS) -> str:
+def ref_logps_key(table: Table, weights_hash: str, compute: str, attention: str = CHUNKS) -> str:
     """Returns the cache's key: token ids (cut as they are), reference weights, compute dtype, kernel of attention, and
     nothing else."""
     how = compute if attention == CHUNKS else f"{compute} {attention}"
     return hashlib.blake2b(f"{table.digest} {weights_hash} {how}".encode(), digest_size=16).hexdigest()
 
 
-def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, batch_size: int, put: Callable) -> Array:
+def table_ref_logps(
+    column: Callable, params: Any, table: Table, shape: pack.Layout, batch_size: int, put: Callable
+) -> Array:
     """Returns log pi_ref of every response of the table, float32[N, P, 2]: of all of it, and of its shared part.
 
     Args:
@@ -49,8 +50,8 @@ def one_pass(column: Callable, params: Any, table: Table, shape: pack.Shape, bat
     parts = []
     for start in range(0, len(table), batch_size):
         rows = np.arange(start, min(start + batch_size, len(table)))
-        batch, count, places = pack.build(table, rows, shape)
-        parts.append(pack.unpack(processes.fetch(column(params, put(batch), count)), places))
+        batch, count, places = pack.build_batch(table, rows, shape)
+        parts.append(pack.unpack_batch(distributed.fetch(column(params, put(batch), count)), places))
     return np.concatenate(parts)
 
 
@@ -68,7 +69,7 @@ def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
     return None
 
 
-def cached(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
+def cached_array(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
     """Returns the array kept under a name, computing and keeping it when it is absent, and whether it was there.
 
     A file that does not hold finite numbers of that shape counts as absent and is replaced.
@@ -76,7 +77,7 @@ def cached(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[i
     path = folder / f"{name}.npy"
     values = _kept(path, shape)
     # Either all processes have it, each perhaps on a disk of its own, or all compute it together.
-    if processes.all_of(values is not None):
+    if distributed.all_agree(values is not None):
         return values, True
     values = compute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # rows of a microbatch are split over both
@@ -46,17 +46,17 @@ def head_devices(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["tensor"]
 
 
-def own_parts(mesh: jax.sharding.Mesh) -> range:
+def local_row_blocks(mesh: jax.sharding.Mesh) -> range:
     """Returns which of the `row_devices` equal parts of a microbatch's rows lie on this process's devices."""
     count = row_devices(mesh)
-    where: Any = of_batch(mesh).addressable_devices_indices_map((1, count))
+    where: Any = batch_sharding(mesh).addressable_devices_indices_map((1, count))
     parts = [index[1].indices(count)[0] for index in where.values()]
     return range(min(parts), max(parts) + 1)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     """Returns a Batch on the devices of all processes, from the rows that this process has built, its `own_parts`."""
-    parts = own_parts(mesh)
+    parts = local_row_blocks(mesh)
 
     def one(x: Any) -> jax.Array:
         size = x.shape[1] // len(parts)
@@ -66,12 +66,12 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
             low, high, _ = index[1].indices(shape[1])
             return x[:, low - start : high - start]
 
-        return jax.make_array_from_callback(shape, of_batch(mesh), piece)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), piece)
 
     return jax.tree.map(one, batch)
 
 
-def put(tree: Any, shardings: Any) -> Any:
+def put_params(tree: Any, shardings: Any) -> Any:
     """Returns host arrays, which every process holds whole, or stored ones, which every process can read, on the
     devices. Of a stored one each process reads the blocks of its devices only, one after another.
     """
@@ -93,12 +93,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of every field of a Batch [M, R, ...]: rows are split."""
     return NamedSharding(mesh, PartitionSpec(None, ROWS))
 
 
-def of_params(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
+def param_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
     """Returns a tree of shardings for parameters with named logical axes.
 
     An axis that its mesh axis does not divide is left whole.
@@ -115,7 +115,7 @@ def of_params(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def of_state(mesh: jax.sharding.Mesh, params: Any, state: Any) -> Any:
+def state_shardings_like(mesh: jax.sharding.Mesh, params: Any, state: Any) -> Any:
     """Returns a tree of shardings for a training state: optimiser arrays lie as the parameters they belong to.
 
     Args:
@@ -136,7 +136,7 @@ def of_state(mesh: jax.sharding.Mesh, params: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-class Rows(NamedTuple):
+class Collectives(NamedTuple):
     """How the devices share the rows of a microbatch: each works through its own and nothing is sent between them
     before the step's last microbatch, save that the gradient of a parameter in parts goes to its parts at once.
 
@@ -165,10 +165,10 @@ def _same(x: Any) -> Any:
     return x
 
 
-ALONE = Rows(_same, _same, _same, _same, _same, None)  # one device has all the rows
+NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all the rows
 
 
-def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
+def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
     """Returns how rows are shared on a mesh.
 
     Args:
@@ -177,7 +177,7 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
     """
     axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
     if not axes:
-        return ALONE
+        return NO_COLLECTIVES
     # A kernel that XLA cannot split by itself may be called where every axis is manual.
     manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
     specs = jax.tree.map(lambda s: PartitionSpec(*(a if a in axes else None for a in s.spec)), params)
@@ -195,7 +195,7 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
 
         return run(body, (specs[0], everywhere), everywhere)
 
-    return Rows(
+    return Collectives(
         total=_same,
         sums=sums,
         all=lambda function: run(lambda *args: _of_all_rows(function(*args), axes), everywhere),
@@ -205,7 +205,7 @@ def split_rows(mesh: jax.sharding.Mesh, params: Any) -> Rows:
     )
 
 
-def split_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns a kernel of attention, which XLA cannot split by itself, made for use inside of the functions of
     `split_rows`: every device works through its own heads.
 
@@ -231,7 +231,7 @@ def split_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
     return run
 
 
-def placed(params: Any) -> tuple[jax.sharding.Mesh, Any]:
+def mesh_and_params(params: Any) -> tuple[jax.sharding.Mesh, Any]:
     """Returns the mesh on which parameters lie, and them; those that lie on none, whole on every device of this
     process."""
     for leaf in jax.tree.leaves(params):
@@ -243,7 +243,7 @@ def placed(params: Any) -> tuple[jax.sharding.Mesh, Any]:
     return mesh, jax.device_put(params, replicated(mesh))
 
 
-def apart(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
     """Returns `(params, rows, others) -> rows`, with rows on axis 0, made to run on all devices: each has its own rows
     and sends nothing, so that it may end before the others. Parameters are made whole along `fsdp`, once; where
     `tensor` splits them, devices have to send, so that they keep step."""
@@ -257,7 +257,7 @@ def apart(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
     return jax.shard_map(function, mesh=mesh, in_specs=(same, split, same), out_specs=split, check_vma=False)
 
 
-def mapped_rows(mesh: jax.sharding.Mesh) -> Rows:
+def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns how rows are shared under `pmap`; a mesh that splits parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
         raise UserError("mesh.mode pmap: every device holds all parameters, so mesh.fsdp and mesh.tensor are 1")
@@ -269,7 +269,7 @@ def mapped_rows(mesh: jax.sharding.Mesh) -> Rows:
 
         return body
 
-    return ALONE._replace(
+    return NO_COLLECTIVES._replace(
         total=partial(jax.lax.psum, axis_name=MAPPED),
         sums=sums,
         all=lambda function: lambda *args: _of_all_rows(function(*args), MAPPED),

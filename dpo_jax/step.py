@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logprobs import joined, over_microbatches, per_microbatch
-from dpo_jax.losses import Loss, averages
+from dpo_jax.logprobs import LogpsFn, concat_microbatches, map_microbatches, sum_over_microbatches
+from dpo_jax.losses import Loss, weighted_means
 from dpo_jax.records import Array, Batch, Logps, TrainState
-from dpo_jax.sharding import ALONE, Rows
+from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
-LogpsOf = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
+# (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
-PolicyOf = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
+PolicyFn = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
 Differentiable = tuple[Array, Array]  # Logps.policy and .policy_shared
 
 
@@ -46,12 +46,12 @@ def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, re
 
 
 def make_train_step(
-    logps: LogpsOf,
+    logps: LogpsFn,
     loss: Loss,
     tx: optax.GradientTransformation,
     sync: Sync | None = None,
-    rows: Rows = ALONE,
-    policy: PolicyOf = only_trained,
+    rows: Collectives = NO_COLLECTIVES,
+    policy: PolicyFn = only_trained,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `(state, batch, count, base=None) -> (state, metrics)`, pure and not yet compiled.
 
@@ -78,7 +78,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
         grads, lp = gradient(_of_parts(logps, policy), loss, state, base, batch, count, rows)
-        metrics = averages(loss.metrics(lp), lp.weights)
+        metrics = weighted_means(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
@@ -93,7 +93,7 @@ def make_train_step(
 
 
 def gradient(
-    logps: LogpsOf, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, rows: Rows
+    logps: LogpsFn, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, rows: Collectives
 ) -> tuple[Any, Logps]:
     """Returns the gradient of the weighted mean loss of a step, like params, and the log-probs of its comparisons,
     float32[M * B, ...]; `logps` takes (trained, base).
@@ -109,7 +109,7 @@ def gradient(
 
     slopes = None
     if loss.whole_batch:
-        lp = joined(rows.all(_stacked(logps))(parts, batch, count))
+        lp = concat_microbatches(rows.all(_stacked(logps))(parts, batch, count))
         slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
         slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
 
@@ -126,22 +126,22 @@ def gradient(
 
             return jax.grad(objective, has_aux=True)(trained)
 
-        return over_microbatches(one, batch, count)
+        return sum_over_microbatches(one, batch, count)
 
     grads, stacked = rows.sums(sums)(parts, batch, count, (total, state.running, slopes))
-    return grads, joined(stacked)._replace(running=state.running)
+    return grads, concat_microbatches(stacked)._replace(running=state.running)
 
 
-def _stacked(logps: LogpsOf) -> Callable[[Any, Batch, Array], Logps]:
+def _stacked(logps: LogpsFn) -> Callable[[Any, Batch, Array], Logps]:
     """Returns `(params, batch, count) -> log-probs [M, B, ...]` of a whole step."""
 
     def stacked(params: Any, batch: Batch, count: Array) -> Logps:
-        return per_microbatch(lambda micro: logps(params, micro)._replace(running=()), batch, count)
+        return map_microbatches(lambda micro: logps(params, micro)._replace(running=()), batch, count)
 
     return stacked
 
 
-def _of_parts(logps: LogpsOf, policy: PolicyOf) -> LogpsOf:
+def _of_parts(logps: LogpsFn, policy: PolicyFn) -> LogpsFn:
     """Returns log-probs of a policy that is given as (trained, base)."""
     return lambda parts, micro: logps(policy(*parts), micro)
 
@@ -160,7 +160,7 @@ def _moved(sync: Sync, state: TrainState) -> Any:
 
 
 def make_eval_step(
-    logps: LogpsOf, loss: Loss, rows: Rows = ALONE, policy: PolicyOf = only_trained
+    logps: LogpsFn, loss: Loss, rows: Collectives = NO_COLLECTIVES, policy: PolicyFn = only_trained
 ) -> Callable[[tuple, Array, Batch, Array], Metrics]:
     """Returns `((trained, base), running, batch, count) -> metrics`, float32[M, R, G]: a value for each comparison, not
     yet averaged.
@@ -170,7 +170,7 @@ def make_eval_step(
 
     def step(parts: tuple, running: Array, batch: Batch, count: Array) -> Metrics:
         found = rows.all(_stacked(_of_parts(logps, policy)))(parts, batch, count)
-        metrics = loss.metrics(joined(found)._replace(running=running))
+        metrics = loss.metrics(concat_microbatches(found)._replace(running=running))
         return {name: value.reshape(batch.weights.shape) for name, value in metrics.items()}
 
     return step

@@ -45,7 +45,8 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     from dpo_jax.data import pack
     from dpo_jax.data.table import Table
     from dpo_jax.logprobs import batch_logps
-    from dpo_jax.models import build, family
+    from dpo_jax.models.families.registry import family
+    from dpo_jax.models.model import build_model
     from dpo_jax.records import Tokens
     from dpo_jax.step import init_state, make_train_step
 
@@ -55,11 +56,11 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     table = Table.of(Tokens(draw(prompt), (draw(response), draw(response))) for _ in range(batch_size))
     config = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
     config |= {"intermediate_size": 1024, "vocab_size": vocabulary, "max_position_embeddings": 4096}
-    model = build(family("llama").architecture(config))
+    model = build_model(family("llama").architecture(config))
     tx = optim.build("rmsprop", learning_rate=1e-6, warmup_steps=0)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
-    shape = pack.choose(table, max_length=prompt + response, batch_size=batch_size)
-    batch, count, _ = pack.build(table, np.arange(batch_size), shape, np.zeros((batch_size, 2, 2), np.float32))
+    shape = pack.choose_layout(table, max_length=prompt + response, batch_size=batch_size)
+    batch, count, _ = pack.build_batch(table, np.arange(batch_size), shape, np.zeros((batch_size, 2, 2), np.float32))
     step = make_train_step(partial(batch_logps, model), losses.build({"name": "dpo"}), tx)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.int32(count)).compile()
     batch = jax.device_put(batch)

@@ -25,11 +25,11 @@ LEVERS = {
 }
 
 
-def shape_of(lever: str, table: Table, max_length: int, batch_size: int) -> pack.Shape:
+def shape_of(lever: str, table: Table, max_length: int, batch_size: int) -> pack.Layout:
     """Returns the layout with a lever off."""
     if lever == "short rows":
-        return pack.choose(table, max_length=max_length, batch_size=batch_size, length=2048, rows=2)
-    shape = pack.choose(table, max_length=max_length, batch_size=batch_size)
+        return pack.choose_layout(table, max_length=max_length, batch_size=batch_size, length=2048, rows=2)
+    shape = pack.choose_layout(table, max_length=max_length, batch_size=batch_size)
     if lever in ("shared prefix", "shared prefix and packing"):
         longest = int((table.lengths() + table.prompt_lengths).max())
         length = max(shape.length, -(-longest // 128) * 128)
@@ -40,11 +40,11 @@ def shape_of(lever: str, table: Table, max_length: int, batch_size: int) -> pack
     return shape
 
 
-def build(lever: str, table: Table, rows: np.ndarray, shape: pack.Shape) -> tuple[Batch, int]:
+def build(lever: str, table: Table, rows: np.ndarray, shape: pack.Layout) -> tuple[Batch, int]:
     """Returns a step's batch with a lever off, and its number of microbatches."""
     if lever in ("shared prefix", "shared prefix and packing"):
         return _separate(table, rows, shape)
-    batch, count, _ = pack.build(table, rows, shape)
+    batch, count, _ = pack.build_batch(table, rows, shape)
     return (_everywhere(batch) if lever == "scored-only head" else batch), count
 
 
@@ -58,10 +58,10 @@ def logps_of(lever: str, model: Any) -> Any:
     return partial(batch_logps, model, chunk=1 << 20) if lever == "chunked head" else partial(batch_logps, model)
 
 
-def _separate(table: Table, rows: np.ndarray, shape: pack.Shape) -> tuple[Batch, int]:
+def _separate(table: Table, rows: np.ndarray, shape: pack.Layout) -> tuple[Batch, int]:
     """Lays out [prompt | chosen] [prompt | rejected] for every comparison: the slots are those of the shared layout."""
     lengths = (table.lengths() + table.prompt_lengths)[rows]
-    plan = pack.plan(lengths, table.scored_lengths[rows], shape)
+    plan = pack.plan_rows(lengths, table.scored_lengths[rows], shape)
     ints = [np.zeros((shape.microbatches, shape.rows, n), np.int32) for n in (shape.length,) * 4 + (shape.scored,) * 3]
     tokens, positions, group, branch, source, target, slot = ints
     slot -= 1

@@ -69,19 +69,21 @@ def train(argv: list[str]) -> dict[str, float]:
     """Trains as the command line does; returns the greatest memory beside what the imports took."""
     import jax
 
-    from dpo_jax import cli, stages, train_command  # noqa: F401 (all of them, before the memory is looked at)
+    from dpo_jax import cli
 
     jax.devices()
     before = _peak_anew()
-    cli.run(["train", *argv])
+    cli.run_command(["train", *argv])
     return {"peak_mb": peak_rss_mb() - before}
 
 
 def planned(argv: list[str]) -> dict[str, float]:
     """Returns what the plan of the same run says."""
-    from dpo_jax import config, plan
+    from dpo_jax.commands.plan import plan_run
+    from dpo_jax.config.parse import parse_config
+    from dpo_jax.config.schema import Config
 
-    made = plan.of(config.parse(config.Config, argv[0], argv[1:], prog="bench"))
+    made = plan_run(parse_config(Config, argv[0], argv[1:], prog="bench"))
     return {"planned_mb": made.memory.total / 2**20, **{k: v / 2**20 for k, v in made.memory._asdict().items()}}
 
 
@@ -92,25 +94,28 @@ def folder(path: str) -> dict[str, float]:
     import numpy as np
 
     from dpo_jax import sharding
-    from dpo_jax.models import architecture_of, build, hf
+    from dpo_jax.models.families.registry import architecture_of
+    from dpo_jax.models.huggingface.folder import open_folder, save_folder
+    from dpo_jax.models.huggingface.lazy import narrow_dtypes
+    from dpo_jax.models.model import build_model
 
-    model = build(architecture_of(LLAMA_1B))
+    model = build_model(architecture_of(LLAMA_1B))
     shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    hf.save(
+    save_folder(
         Path(path) / "1b",
         jax.tree.map(lambda x: np.zeros(x.shape, ml_dtypes.bfloat16), shapes),
         LLAMA_1B,
         dtype="bfloat16",
     )
-    _, config, stored = hf.stored(Path(path) / "1b")
+    _, config, stored = open_folder(Path(path) / "1b")
     mesh = sharding.make_mesh()
-    where = sharding.of_params(mesh, model.axes, shapes)
+    where = sharding.param_shardings(mesh, model.axes, shapes)
     before = _peak_anew()
-    params = sharding.put(hf.narrow(stored), where)
+    params = sharding.put_params(narrow_dtypes(stored), where)
     held = sum(x.nbytes for x in jax.tree.leaves(params)) / 2**20
     load = peak_rss_mb() - before - held
     before = _peak_anew()
-    hf.save(Path(path) / "out", params, config)
+    save_folder(Path(path) / "out", params, config)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     return {"parameters": count, "held_mb": held, "load_mb": load, "save_mb": peak_rss_mb() - before}
 

@@ -117,15 +117,17 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     import jax
 
     from dpo_jax import losses, optim, reference
-    from dpo_jax.models import build, hf
+    from dpo_jax.data.table import Table
+    from dpo_jax.models.huggingface.folder import load_folder
+    from dpo_jax.models.model import build_model
     from dpo_jax.step import init_state, make_train_step
 
-    architecture, _, params = hf.load(folder / "model")
+    architecture, _, params = load_folder(folder / "model")
     remat = "full" if system.without == "kept activations" else "none"
-    logps = levers.logps_of(system.without, build(architecture, compute=system.dtype, remat=remat))
+    logps = levers.logps_of(system.without, build_model(architecture, compute=system.dtype, remat=remat))
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
     step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": BETA}), tx), donate_argnums=0)
-    column, frozen = reference.make_column(logps), jax.device_put(params)
+    column, frozen = reference.make_ref_logps_fn(logps), jax.device_put(params)
     state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx))(frozen)  # owns what it donates
     table = Table.open(folder)
     shape = levers.shape_of(system.without, table, MAX_LENGTH, batch_size)
@@ -136,10 +138,10 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
         return jax.device_put(batch), count
 
     batches = order(table, steps, batch_size)
-    known = [np.asarray(column(frozen, *build(rows))) for rows in batches] if system.precomputed else []
+    known = [np.asarray(column(frozen, *build_model(rows))) for rows in batches] if system.precomputed else []
     for index, rows in enumerate(batches):
         pace.wait()
-        batch, count = build(rows)
+        batch, count = build_model(rows)
         batch = batch._replace(ref_logps=known[index] if known else column(frozen, batch, count))
         state, metrics = step(state, batch, np.int32(count))
         loss = float(metrics["loss"])

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import losses, models, optim, sharding
+from dpo_jax import losses, optim, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
-from dpo_jax.prepare import in_parts
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
+from dpo_jax.training.shard import gather_on_use
 
 CONFIG = {
     "model_type": "llama",
@@ -101,17 +103,19 @@ def compiled_step(
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 1, 128, dtype=np.int32)
     table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(2 * COMPARISONS))
-    model = models.build(models.family("llama").architecture(CONFIG), compute=compute)
+    model = build_model(family("llama").architecture(CONFIG), compute=compute)
     mesh, tx = sharding.make_mesh(*sizes), optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
     shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx), jax.random.key(0))
-    params = sharding.of_params(mesh, model.axes, shapes.params)
-    where = sharding.of_state(mesh, params, shapes)
+    params = sharding.param_shardings(mesh, model.axes, shapes.params)
+    where = sharding.state_shardings_like(mesh, params, shapes)
     state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    shape = pack.choose(table, max_length=32, batch_size=COMPARISONS, rows=rows, length=128)
-    batch = jax.eval_shape(lambda: pack.build(table, np.arange(COMPARISONS), shape)[0])
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of_batch(mesh)), batch)
-    shared = sharding.split_rows(mesh, (params, None))
-    logps = partial(batch_logps, in_parts(model, shared, params))
+    shape = pack.choose_layout(table, max_length=32, batch_size=COMPARISONS, rows=rows, length=128)
+    batch = jax.eval_shape(lambda: pack.build_batch(table, np.arange(COMPARISONS), shape)[0])
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)), batch
+    )
+    shared = sharding.mesh_collectives(mesh, (params, None))
+    logps = partial(batch_logps, gather_on_use(model, shared, params))
     step = make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, rows=shared)
     out = (where, sharding.replicated(mesh))
     program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, np.int32(1)).compile()

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
-from dpo_jax import models
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
+from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 
 EOS, VOCAB, LONGEST = 2, 5, 2
@@ -35,7 +36,7 @@ CONFIG = {
 def world():
     """Returns the model and the reference's parameters."""
     config = AutoConfig.for_model("llama", **CONFIG).to_dict()
-    model = models.build(models.architecture_of(config))
+    model = build_model(architecture_of(config))
     return model, jax.device_get(jax.jit(model.init)(jax.random.key(0)))
 
 
@@ -43,7 +44,7 @@ def world():
 def _compiled():
     model, _ = world()
     table = Table.of(Tokens(p, (r,)) for p in PROMPTS for r in RESPONSES)
-    batch, _, places = pack.build(table, np.arange(len(table)), pack.Shape(1, 64, 8, 1, LONGEST))
+    batch, _, places = pack.build_batch(table, np.arange(len(table)), pack.Layout(1, 64, 8, 1, LONGEST))
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
     return jax.jit(lambda params: batch_logps(model, params, one).policy), places
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from dpo_jax import metrics
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
+from dpo_jax.training.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -90,7 +90,7 @@ def launch_local(processes: int, devices: int, *options: str) -> tuple[str, ...]
 def wait_for(folder: Path, name: str, step: int) -> None:
     """Waits until a run has written the metrics of a step."""
     path, deadline = folder / "runs" / name / "metrics.jsonl", time.monotonic() + 200
-    while not (path.exists() and any(row["step"] >= step for row in metrics.read(path))):
+    while not (path.exists() and any(row["step"] >= step for row in read_metrics(path))):
         assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.02)
 
@@ -112,7 +112,7 @@ def peers(name: str) -> list[int]:
 
 def lines(folder: Path, name: str) -> list[dict]:
     """Returns the metrics of a run, without times."""
-    rows = metrics.read(folder / "runs" / name / "metrics.jsonl")
+    rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dpo_jax import losses, models, optim, sharding
+from dpo_jax import losses, optim, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import batch_logps
-from dpo_jax.prepare import in_parts
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
+from dpo_jax.training.shard import gather_on_use
 
 CONFIG = {
     "model_type": "llama",
@@ -46,24 +48,24 @@ ACROSS = [{"name": "aot", "beta": 0.5}, {"name": "bco", "beta": 0.5, "weight": 0
 
 def two_steps(table, sizes, mapped=False):
     """Returns the metrics and the state after two steps on a mesh, or under pmap, as host arrays."""
-    model, loss = models.build(models.family("llama").architecture(CONFIG)), losses.build(ACROSS)
+    model, loss = build_model(family("llama").architecture(CONFIG)), losses.build(ACROSS)
     tx = optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
     devices, kinds = jax.devices()[: int(np.prod(sizes))], (AxisType.Auto,) * 3
     mesh = jax.make_mesh(sizes, sharding.AXES, devices=devices, axis_types=kinds)
     start = jax.jit(model.init)(jax.random.key(0))
     state = init_state(start, tx, terms=len(ACROSS))
-    shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=4, length=128)
+    shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=4, length=128)
     reference = np.random.default_rng(0).normal(size=(len(table), 2, 1)).astype(np.float32) - 60
-    batch, count, _ = pack.build(table, np.arange(BATCH), shape, np.repeat(reference, 2, axis=2))
+    batch, count, _ = pack.build_batch(table, np.arange(BATCH), shape, np.repeat(reference, 2, axis=2))
     if mapped:
-        pure = make_train_step(partial(batch_logps, model), loss, tx, rows=sharding.mapped_rows(mesh))
+        pure = make_train_step(partial(batch_logps, model), loss, tx, rows=sharding.pmap_collectives(mesh))
         step = jax.pmap(pure, sharding.MAPPED, in_axes=(None, 1, None), out_axes=None)
         batch = jax.tree.map(lambda x: x.reshape(x.shape[0], sizes[0], -1, *x.shape[2:]), batch)
     else:
-        params = sharding.of_params(mesh, model.axes, start)
-        rows = sharding.split_rows(mesh, (params, None))
-        step = jax.jit(make_train_step(partial(batch_logps, in_parts(model, rows, params)), loss, tx, rows=rows))
-        state = sharding.put(jax.device_get(state), sharding.of_state(mesh, params, state))
+        params = sharding.param_shardings(mesh, model.axes, start)
+        rows = sharding.mesh_collectives(mesh, (params, None))
+        step = jax.jit(make_train_step(partial(batch_logps, gather_on_use(model, rows, params)), loss, tx, rows=rows))
+        state = sharding.put_params(jax.device_get(state), sharding.state_shardings_like(mesh, params, state))
         batch = sharding.put_batch(mesh, batch)
     assert count > 1
     for _ in range(2):

@@ -12,12 +12,18 @@ import pytest
 from test_attention import PLAIN
 from test_kernels import BY_XLA, INTERPRETED, LLAMA, PLAIN_MODEL
 
-from dpo_jax import admit, cli, config, metrics, models, reference, sharding
-from dpo_jax.data import synthetic
+from dpo_jax import cli, reference, sharding
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.schema import ModelConfig
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError
 from dpo_jax.experiments import setup
 from dpo_jax.models.attention import packed_attention
 from dpo_jax.models.kernels import KERNELS
-from dpo_jax.records import UserError
+from dpo_jax.models.model import build_model
+from dpo_jax.training import attention_check
+from dpo_jax.training.attention_check import attention_case, kernel_errors, kernel_refusal, with_attention
+from dpo_jax.training.metrics_file import read_metrics
 
 SAME = re.compile("loss|logps|grad_norm|margins|step")
 MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
@@ -77,7 +83,7 @@ WRONG = [_blind, _neighbours, _wide, _hot, _uncapped, _other_heads, _untaught, _
 @pytest.mark.parametrize(("wrong", "compute"), [*((wrong, "bfloat16") for wrong in WRONG), (_wide, "float32")])
 def test_a_wrong_kernel_is_refused(wrong, compute, monkeypatch):
     has(monkeypatch, wrong)
-    assert admit.refusal("splash", MODEL, compute).startswith("is not equal to chunks here (the ")
+    assert kernel_refusal("splash", MODEL, compute).startswith("is not equal to chunks here (the ")
 
 
 @pytest.mark.parametrize(
@@ -85,13 +91,13 @@ def test_a_wrong_kernel_is_refused(wrong, compute, monkeypatch):
 )
 def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
     has(monkeypatch, INTERPRETED)
-    assert admit.refusal("splash", model, compute) == ""
+    assert kernel_refusal("splash", model, compute) == ""
 
 
 @pytest.mark.slow
 def test_exact_and_chunks_are_compared_with_each_other_too():
     """Their distance is that of bfloat16's rounding."""
-    found = np.asarray(admit.distances(packed_attention, PLAIN, *admit.case(PLAIN_MODEL, "bfloat16")))
+    found = np.asarray(kernel_errors(packed_attention, PLAIN, *attention_case(PLAIN_MODEL, "bfloat16")))
     assert (found[:, 0] == found[:, 1]).all()
     assert (found > 1e-3).all()
     assert (found < 1e-2).all()
@@ -101,33 +107,33 @@ def test_what_cannot_run_says_why():
     here = jax.default_backend()
     other = "splash" if here == "gpu" else "cudnn"
     platform = KERNELS[other].platform
-    assert admit.refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, and this is a {here}"
+    assert kernel_refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, and this is a {here}"
 
 
 def test_an_error_of_a_kernel_is_said_in_one_line(monkeypatch):
     has(monkeypatch, _fails)
-    assert admit.refusal("splash", PLAIN_MODEL, "float32") == "fails here (MosaicError: no layout)"
+    assert kernel_refusal("splash", PLAIN_MODEL, "float32") == "fails here (MosaicError: no layout)"
     has(monkeypatch, BY_XLA, "cudnn")
     said = "fails here (NotImplementedError: cannot cap scores, which this model does)"
-    assert admit.refusal("cudnn", MODEL, "bfloat16") == said
+    assert kernel_refusal("cudnn", MODEL, "bfloat16") == said
     said = "takes bfloat16, and model.compute is float32"
-    assert admit.refusal("cudnn", PLAIN_MODEL, "float32") == said
+    assert kernel_refusal("cudnn", PLAIN_MODEL, "float32") == said
 
 
 def test_heads_that_cannot_be_shared(monkeypatch):
     has(monkeypatch, packed_attention)
     said = "cannot share 2 key-value heads evenly among 4 devices (mesh.tensor)"
-    assert admit.refusal("splash", PLAIN_MODEL, "float32", 4) == said
+    assert kernel_refusal("splash", PLAIN_MODEL, "float32", 4) == said
     with pytest.raises(UserError, match=re.escape(said)):
         choose("splash", sharding.make_mesh(1, 1, 4))
 
 
 def choose(attention, mesh=None):
-    return admit.with_attention(models.build(PLAIN_MODEL), config.Model(attention=attention), mesh)
+    return with_attention(build_model(PLAIN_MODEL), ModelConfig(attention=attention), mesh)
 
 
 def test_chunks_are_what_a_processor_has():
-    assert config.Model().attention == "auto"
+    assert ModelConfig().attention == "auto"
     if jax.default_backend() == "cpu":
         model, said = choose("auto")
         assert (model.attention, said) == ("chunks", "")
@@ -166,28 +172,28 @@ def test_auto_falls_back_and_says_why_where_a_name_is_an_error(monkeypatch):
 def test_what_must_be_known_of_a_kernel_is_said(monkeypatch):
     has(monkeypatch, packed_attention, "cudnn")
     monkeypatch.delitem(KERNELS, "splash")
-    monkeypatch.setattr(admit, "refusal", lambda *_: "")
+    monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
     assert choose("auto")[1] == f"attention: cudnn, which equals chunks here; {KERNELS['cudnn'].note}"
 
 
 def test_one_process_that_cannot_is_enough(monkeypatch):
     has(monkeypatch, packed_attention)
-    monkeypatch.setattr(admit, "refusal", lambda *_: "")
-    monkeypatch.setattr(admit.processes, "all_of", lambda flag: False)
+    monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
+    monkeypatch.setattr(attention_check.distributed, "all_agree", lambda flag: False)
     assert choose("auto")[1] == "attention: chunks, as splash failed in another process"
 
 
 def test_experiments_refuse_a_kernel():
-    settings = setup.Frontier(reward="happy", model=config.Model(path="x", attention="cudnn"))
+    settings = FrontierConfig(reward="happy", model=ModelConfig(path="x", attention="cudnn"))
     with pytest.raises(UserError, match=r"model.attention: cudnn: experiments compute it by chunks"):
-        setup.check(settings)
+        setup.check_frontier(settings)
 
 
 def test_a_reference_column_is_of_one_kernel():
     table = SimpleNamespace(digest="d")
-    keys = {reference.key(table, "w", "bfloat16", name) for name in ("chunks", "splash", "cudnn")}
+    keys = {reference.ref_logps_key(table, "w", "bfloat16", name) for name in ("chunks", "splash", "cudnn")}
     assert len(keys) == 3
-    assert reference.key(table, "w", "bfloat16") in keys
+    assert reference.ref_logps_key(table, "w", "bfloat16") in keys
 
 
 # On a device that has one.
@@ -202,7 +208,7 @@ def test_the_kernel_of_this_device(name, compute):
     if compute not in kernel.dtypes:
         pytest.skip(f"{name} does not take {compute}")
     model = MODEL if name == "splash" else dataclasses.replace(MODEL, score_cap=None, head_dim=64)
-    assert admit.refusal(name, model, compute) == ""
+    assert kernel_refusal(name, model, compute) == ""
 
 
 @pytest.fixture
@@ -225,8 +231,8 @@ def trained(tmp_path):
 
     def train(folder, **options):
         every = given | {"run": folder} | {key.replace("_", ".", 1): value for key, value in options.items()}
-        cli.run(["train", str(tmp_path / "c.yaml"), *(str(x) for k, v in every.items() for x in (f"--{k}", v))])
-        return [{k: v for k, v in row.items() if SAME.search(k)} for row in metrics.read(folder / "metrics.jsonl")]
+        cli.run_command(["train", str(tmp_path / "c.yaml"), *(str(x) for k, v in every.items() for x in (f"--{k}", v))])
+        return [{k: v for k, v in row.items() if SAME.search(k)} for row in read_metrics(folder / "metrics.jsonl")]
 
     return train
 

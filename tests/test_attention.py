@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.models import attention
-from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
+from dpo_jax.models.attention import CacheMask, RowMask, Scoring, cached_attention, packed_attention
 
 R, T, H, K, D = 2, 75, 6, 2, 8
 PLAIN = Scoring(D**-0.5)
@@ -25,7 +25,7 @@ def layout(window=None):
         [i + (known[g, 0] if b else 0) for g, b, n in row for i in range(n)]
         for row, known in zip(parts, lengths, strict=True)
     ]
-    rows = Rows(jnp.asarray(group), jnp.asarray(branch))
+    rows = RowMask(jnp.asarray(group), jnp.asarray(branch))
     return rows if window is None else rows._replace(positions=jnp.asarray(positions), window=jnp.int32(window))
 
 
@@ -142,14 +142,14 @@ def test_cached_attention_is_the_last_row_of_packed_attention(window):
     rows, scoring = [again(x) for x in (q, k, v)], Scoring(0.7, 3.0)
     groups = jnp.repeat(group, 2, axis=0)
     positions = None if window is None else jnp.maximum(jnp.cumsum(groups, axis=1) - 1, 0)
-    seen = Rows(groups, jnp.zeros_like(groups), positions, window)
+    seen = RowMask(groups, jnp.zeros_like(groups), positions, window)
     whole = jax.jit(partial(packed_attention, scoring=scoring))(*rows, seen)
     spare = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9), (0, 0)), constant_values=7.0)  # noqa: E731
     prompts = [x[:, :prompt].swapaxes(1, 2) for x in (k, v)]
     own = [spare(x[:, prompt:-1].swapaxes(1, 2)) for x in rows[1:]]
     new = [x[:, -1:] for x in rows]
     cached = jax.jit(partial(cached_attention, scoring=scoring))
-    last, cache = cached(*new, (*prompts, *own), Seen(group[:, :prompt] == 1, jnp.int32(7), window))
+    last, cache = cached(*new, (*prompts, *own), CacheMask(group[:, :prompt] == 1, jnp.int32(7), window))
     np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)
     for kept, old, x in zip(cache, (*prompts, *own), (k, v, *rows[1:]), strict=True):
         with_new = old if len(old) == 2 else old.at[:, :, 7].set(x[:, -1])

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from words import OPTIONS, make_tokenizer
 
-from dpo_jax.data import Note, audit
-from dpo_jax.data.encode import Options, encode
-from dpo_jax.data.shortcuts import FORMATS, fit, shortcuts
-from dpo_jax.records import Comparison, UserError
+from dpo_jax.data import audit
+from dpo_jax.data.encode import EncodeOptions, encode
+from dpo_jax.data.shortcuts import FORMATS, find_shortcuts, fit_shortcut
+from dpo_jax.data.sources.base import Note
+from dpo_jax.errors import UserError
+from dpo_jax.records import Comparison
 
 
 def pair(prompt, chosen, rejected, **fields):
@@ -34,7 +36,7 @@ def test_counts_by_hand():
         Note("is no comparison"),
         UserError("nor is this"),
     ]
-    counts = audit.count(items)
+    counts = audit.count_pairs(items)
     assert counts[:-1] == (10, 4, 2, 1, 5, 2, 1)
     assert len(counts.keys) == 10
     assert counts.lines() == [
@@ -44,16 +46,16 @@ def test_counts_by_hand():
         "5 with the responses of another one in another order: conflicting labels",
         "2 unpaired, 1 of them wanted",
     ]
-    other = audit.count([pair("q", "1", "2"), pair("t", "1", "2"), pair("q", "3", "4")])
+    other = audit.count_pairs([pair("q", "1", "2"), pair("t", "1", "2"), pair("q", "3", "4")])
     assert audit.shared_prompts(counts, other) == 2
-    assert audit.count([])[:-1] == (0,) * 7
+    assert audit.count_pairs([])[:-1] == (0,) * 7
 
 
 def test_boundaries_are_compared():
     """Words are tokens here: what is written without a space between is one token only when written together."""
     tokenizer = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     items = [pair("w1 ", "w2", "w3"), pair("w1 w", "2", "3 w4"), pair("w1", " w2", " w3")]
-    assert audit.boundary_differences(items, tokenizer, Options(**OPTIONS)) == (1, 3)
+    assert audit.boundary_differences(items, tokenizer, EncodeOptions(**OPTIONS)) == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2_sorachio"])
@@ -81,10 +83,10 @@ def test_pieces_keep_the_spaces_that_a_tokenizer_leaves_out_at_the_start(shared)
 def test_logistic_regression_is_at_its_minimum():
     """With one feature, 3 of 4 right and no penalty the weight is log 3; elsewhere the gradient is 0."""
     labels = np.array([1.0, 1, 1, -1])
-    assert fit(np.ones((4, 1)), labels, strength=0.0) == pytest.approx(np.log(3), abs=1e-4)
+    assert fit_shortcut(np.ones((4, 1)), labels, strength=0.0) == pytest.approx(np.log(3), abs=1e-4)
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(200, 5)), np.sign(rng.normal(size=200))
-    weights = fit(features, labels)
+    weights = fit_shortcut(features, labels)
     slopes = -labels / (1 + np.exp(labels * (features @ weights)))
     np.testing.assert_allclose(features.T @ slopes + weights, 0, atol=2e-3)
 
@@ -96,7 +98,7 @@ def words(rng, count):
 def test_a_word_that_gives_the_label_away_is_found_and_length_is_not():
     rng = random.Random(0)
     items = [pair(f"p{i}", f"{words(rng, 9)} please", f"{words(rng, 9)} damned") for i in range(400)]
-    length, formats, bags = shortcuts(items)
+    length, formats, bags = find_shortcuts(items)
     assert bags.right == bags.total == length.total
     assert {bags.top[0][0], bags.top[1][0]} == {"please", "damned"}
     assert dict(bags.top)["please"] > 0 > dict(bags.top)["damned"]
@@ -108,17 +110,17 @@ def test_words_of_languages_without_spaces_are_their_characters():
     rng = random.Random(0)
     texts = ["".join(rng.choice("天地日月山水") for _ in range(12)) for _ in range(400)]
     items = [pair(f"p{i}", f"{text}好。", f"{text}坏。") for i, text in enumerate(texts)]
-    bags = shortcuts(items)[2]
+    bags = find_shortcuts(items)[2]
     assert bags.right == bags.total
     assert {"好", "坏", "好 。", "坏 。"} == {name for name, _ in bags.top[:4]}
     mixed = [pair(f"p{i}", f"GPT4很{text}", f"GPT3很{text}") for i, text in enumerate(texts)]
-    assert {"gpt4", "gpt3", "gpt4 很", "gpt3 很"} == {name for name, _ in shortcuts(mixed)[2].top[:4]}
+    assert {"gpt4", "gpt3", "gpt4 很", "gpt3 很"} == {name for name, _ in find_shortcuts(mixed)[2].top[:4]}
 
 
 def test_length_alone_is_found():
     rng = random.Random(0)
     items = [pair(f"p{i}", words(rng, rng.randint(8, 20)), words(rng, rng.randint(4, 9))) for i in range(400)]
-    length, _, _ = shortcuts(items)
+    length, _, _ = find_shortcuts(items)
     assert length.right / length.total > 0.95
     assert {name for name, _ in length.top} <= {"characters", "log of characters"}
 
@@ -127,7 +129,7 @@ def test_labels_that_nothing_predicts_are_chance():
     rng = random.Random(0)
     texts = [" ".join(f"w{rng.randrange(500)}" for _ in range(12)) for _ in range(4000)]
     items = [pair(f"p{i}", *texts[2 * i : 2 * i + 2]) for i in range(2000)]
-    for found in shortcuts(items):
+    for found in find_shortcuts(items):
         assert abs(found.right / found.total - 0.5) < 4 * (0.25 / found.total) ** 0.5
 
 
@@ -135,7 +137,7 @@ def test_unpaired_responses_are_judged_one_by_one():
     rng = random.Random(0)
     texts = [(words(rng, 9) + (" fine" if i % 4 else " evil"), i % 4 > 0) for i in range(400)]
     items = [pair(f"p{i}", text if good else None, None if good else text) for i, (text, good) in enumerate(texts)]
-    length, _, bags = shortcuts(items)
+    length, _, bags = find_shortcuts(items)
     assert bags.right == bags.total
     assert bags.chance == pytest.approx(0.75, abs=0.1)
     assert length.right / length.total == pytest.approx(length.chance, abs=0.05)
@@ -148,8 +150,8 @@ def test_formats():
         "question marks": 1, "exclamation marks": 1, "begins with a space": 0, "ends with punctuation": 1,
     }  # fmt: skip
     assert {name: FORMATS[name](text) for name in expected} == expected
-    assert shortcuts([pair("p", "a", "b")] * 49) == []
-    assert shortcuts([pair("p", "a", "b")] * 60) == []  # one prompt cannot be on both sides
+    assert find_shortcuts([pair("p", "a", "b")] * 49) == []
+    assert find_shortcuts([pair("p", "a", "b")] * 60) == []  # one prompt cannot be on both sides
 
 
 class Page(HTMLParser):
@@ -217,7 +219,7 @@ def test_the_command_on_rows_of_one_response(tmp_path, shared, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     found = {}
     for loss in ("dpo", "kto", "sft"):
-        cli.run(["data", "c.yaml", "--loss.name", loss, "--out", f"{loss}.html", "--show", "3"])
+        cli.run_command(["data", "c.yaml", "--loss.name", loss, "--out", f"{loss}.html", "--show", "3"])
         found[loss] = capsys.readouterr().out, (tmp_path / f"{loss}.html").read_text()
     refusal = "comparisons with an absent response (unpaired rows), which this loss cannot use"
     assert {loss: f"{refusal}\n" in said.replace(":", "\n") for loss, (said, _) in found.items()} == {

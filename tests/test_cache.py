@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from words import BOTH_LONG, OPTIONS, ids, lists, make_tokenizer, pair
 
-from dpo_jax import data
 from dpo_jax.data import cache
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.encode import encode
-from dpo_jax.data.ended import ended
-from dpo_jax.data.mismatch import mismatched
+from dpo_jax.data.noise import add_mismatched, append_token
+from dpo_jax.data.sources.base import open_stream
 from dpo_jax.data.table import KINDS
-from dpo_jax.records import Comparison, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def tokenizer():
 @pytest.fixture
 def tokenised(monkeypatch):
     """How often texts were tokenised."""
-    calls, original = [], cache.encoded
-    monkeypatch.setattr(cache, "encoded", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], encode_module.encode_one
+    monkeypatch.setattr(cache, "encode_one", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -94,15 +94,15 @@ def peak(function):
 def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
     """Reading, tokenising and writing; KTO's responses to other prompts; a reward model's token after each response."""
     monkeypatch.setattr(cache, "CHUNK", 64)
-    monkeypatch.setattr(encode_module, "CHUNK", 64)
+    monkeypatch.setattr(encode, "CHUNK", 64)
     row, made = json.dumps({"prompt": "w1 w2", "chosen": "w4 w5 " * 20, "rejected": "w6 w7 " * 20}), {}
     for size in (1000, 6000):
         file = tmp_path / f"{size}.jsonl"
         file.write_text("\n".join(row.replace("w1", f"w{i % 90}") for i in range(size)))
-        items = data.stream("files", (str(file),), "train", 2)
+        items = open_stream("files", (str(file),), "train", 2)
         read, (table, _) = peak(partial(cached_encode, items, tokenizer, tmp_path, **(OPTIONS | {"max_length": 64})))
-        other, wider = peak(partial(cache.unnamed, tmp_path, mismatched(table, 64, Counter())))
-        last, longer = peak(partial(cache.unnamed, tmp_path, ended(table, 2, 0)))
+        other, wider = peak(partial(cache.write_unnamed, tmp_path, add_mismatched(table, 64, Counter())))
+        last, longer = peak(partial(cache.write_unnamed, tmp_path, append_token(table, 2, 0)))
         assert [len(one) for one in (table, wider, longer)] == [size] * 3
         assert wider.response_lengths[-1].tolist() == [41, 41, 41]
         assert longer.response_lengths[-1].tolist() == [42, 42]
@@ -127,7 +127,7 @@ def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "encoded", killed)
+        patch.setattr(cache, "encode_one", killed)
         with pytest.raises(KeyboardInterrupt):
             cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
     assert list(tmp_path.iterdir()) == [new]

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax import data
 from dpo_jax.data import chat
-from dpo_jax.data.chat import Template, render
+from dpo_jax.data.chat import Template, render_comparison
 from dpo_jax.data.encode import encode
-from dpo_jax.records import Chat, Comparison, UserError
+from dpo_jax.data.sources.base import load_comparisons
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
 
 NAMES = ("gpt2", "pythia", "qwen2.5", "smollm2_sorachio", "minimind_6400")
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -47,7 +48,7 @@ def talk(*contents, answers=("good", "bad"), options=None):
 
 def test_a_template_by_hand(tokenizers):
     """Qwen's: a system turn of its own, every turn closed by EOS and a line feed, which is not part of a response."""
-    rendered = render(talk("hi", "yes?", "go"), tokenizers["qwen2.5"], Template())
+    rendered = render_comparison(talk("hi", "yes?", "go"), tokenizers["qwen2.5"], Template())
     start = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
     turns = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>user\ngo<|im_end|>\n"
     assert rendered == (start + turns + "<|im_start|>assistant\n", ("good", "bad"), True)
@@ -57,7 +58,7 @@ def test_a_template_by_hand(tokenizers):
 
 
 def test_what_is_text_stays_as_it_is(tokenizers):
-    assert render(Comparison("p", ("a", None)), tokenizers["gpt2"], Template()) == ("p", ("a", None), True)
+    assert render_comparison(Comparison("p", ("a", None)), tokenizers["gpt2"], Template()) == ("p", ("a", None), True)
     assert chat.as_columns("p") == {"prompt": "p"}
 
 
@@ -96,31 +97,31 @@ FAULTS = [
 @pytest.mark.parametrize(("template", "comparison", "message"), FAULTS)
 def test_templates_and_messages_that_cannot_be_used(tokenizers, template, comparison, message):
     with pytest.raises(UserError, match=f"^f:1: .*{message}") as error:
-        render(comparison, tokenizers["gpt2"], template)
+        render_comparison(comparison, tokenizers["gpt2"], template)
     assert "\n" not in str(error.value)
 
 
 def test_no_special_token_may_be_spelled(tokenizers):
     for text in ("<|im_start|>system", "<|endoftext|>", "a<|im_end|>"):
         with pytest.raises(UserError, match="a message spells the special token"):
-            render(talk(text), tokenizers["qwen2.5"], Template())
+            render_comparison(talk(text), tokenizers["qwen2.5"], Template())
 
 
 def test_template_arguments_come_from_the_config_and_before_them_from_the_row(tokenizers):
     shout = Template("{{ 'LOUD' if loud else 'soft' }}", (("loud", True),))
-    assert chat.template_of("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
+    assert chat.chat_template("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
     assert chat.prompt_text(Chat((USER,)), tokenizers["gpt2"], shout) == "LOUD"
     assert chat.prompt_text(Chat((USER,), (), {"loud": False}), tokenizers["gpt2"], shout) == "soft"
     for bad, message in {"loud": "'loud' is not name=value", "a=[": "not YAML"}.items():
         with pytest.raises(UserError, match=message):
-            chat.template_of("", (bad,))
+            chat.chat_template("", (bad,))
 
 
 def test_a_prompt_is_written_as_it_is_read(tmp_path):
     prompt = Chat((USER,), ({"type": "function"},), {"x": 1})
     row = chat.as_columns(prompt) | {"chosen": "a", "rejected": "b"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    assert data.load("files", (str(tmp_path / "a.jsonl"),), "train", 2)[0].prompt == prompt
+    assert load_comparisons("files", (str(tmp_path / "a.jsonl"),), "train", 2)[0].prompt == prompt
 
 
 words = st.text(st.characters(max_codepoint=0x2FFF, exclude_characters="<|>", exclude_categories=["Cc"]), max_size=12)
@@ -143,7 +144,7 @@ def test_scored_tokens_are_the_response_and_one_eos(tokenizers, name, turns, ans
     if not as_text:
         comparison = comparison._replace(responses=tuple({"role": "assistant", "content": a} for a in answers))
     template = template_for(tokenizer)
-    rendered = render(comparison, tokenizer, template)
+    rendered = render_comparison(comparison, tokenizer, template)
     table, report = encode([comparison], tokenizer, template=template, boundary=boundary, **OPTIONS)
     prompt, responses = table[0].prompt.tolist(), [ids.tolist() for ids in table[0].responses]
 
@@ -241,7 +242,7 @@ def test_real_conversations_in_both_tongues(shared, tokenizers):
         tokenizer = tokenizers[name]
         for tongue in ("en", "zh"):
             file = shared / "data" / "conversations" / f"dpo_{tongue}_demo.json"
-            rows = data.load("files", (str(file),), "train", 2)
+            rows = load_comparisons("files", (str(file),), "train", 2)
             limits = {"max_length": 2048, "max_prompt_length": 1024, "truncation": "keep_start"}
             table, report = encode(rows, tokenizer, **(OPTIONS | limits))
             assert report.kept + report.prompt_too_long_dropped == 300

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import checkpoint, sharding
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.records import TrainState, UserError
+from dpo_jax import sharding
+from dpo_jax.errors import UserError
+from dpo_jax.records import TrainState
+from dpo_jax.training import checkpoint
+from dpo_jax.training.checkpoint import Checkpoints
 
 
 def state(step):
@@ -79,7 +81,7 @@ DAMAGE = {
 def test_damage_falls_back_to_the_one_before_and_says_so(saved, like, kind, capsys):
     harm, message = DAMAGE[kind]
     harm(saved / "9")
-    assert message in checkpoint.problem(saved / "9")
+    assert message in checkpoint.checkpoint_problem(saved / "9")
     assert_is(restored(saved, like, read_only=True), 6)
     assert (saved / "9").exists()  # a reader touches nothing
     assert_is(restored(saved, like), 6)
@@ -121,7 +123,7 @@ def test_every_leaf_is_checked_once_it_is_back(saved, like, capsys):
     """Whatever happens between disk and device: here the files are right, and the leaf is not what was saved."""
     name = ".params['a']"
     edit_manifest(saved / "9", lambda m: m["leaves"][name].__setitem__(2, m["leaves"][name][2] ^ 1))
-    assert not checkpoint.problem(saved / "9")
+    assert not checkpoint.checkpoint_problem(saved / "9")
     assert_is(restored(saved, like), 6)
     assert f"checkpoint 9: {name} is not what was saved; moved to" in capsys.readouterr().out
 
@@ -147,7 +149,7 @@ def test_checksums_do_not_depend_on_the_layout(dtype):
     for sizes in ((1, 4, 1), (1, 2, 2)):
         mesh = sharding.make_mesh(*sizes)
         axes, shapes = {"x": ("vocab", "embed")}, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
-        laid = jax.device_put(x, sharding.of_params(mesh, axes, shapes)["x"])
+        laid = jax.device_put(x, sharding.param_shardings(mesh, axes, shapes)["x"])
         assert int(jax.jit(checkpoint.checksums)(laid)[""]) == plain
 
 

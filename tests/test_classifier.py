@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from dpo_jax import rewards
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.rewards.registry import get_reward
 
 PROMPTS = ["Once upon a time", "The", "", "Tom had a dog. " * 20]
 COMPLETIONS = [" there was a girl.", " end", "What?", "It barked."]
@@ -49,16 +49,16 @@ def test_the_reward_is_the_log_odds_of_the_label(folder, capsys):
     p = probabilities(folder, [a + b for a, b in zip(PROMPTS, COMPLETIONS, strict=True)])
     assert np.ptp(p, axis=0).min() > 0.05  # so that another label or another text would be seen
     for label, place in LABELS.items():
-        found = rewards.get(f"classifier:{folder}#{label}")(PROMPTS, COMPLETIONS)
+        found = get_reward(f"classifier:{folder}#{label}")(PROMPTS, COMPLETIONS)
         np.testing.assert_allclose(found, np.log(p[:, place] / (1 - p[:, place])), rtol=1e-4, atol=1e-5)
     assert capsys.readouterr().out.count("1 of 4 texts have more than 41 tokens; their starts count") == 3
-    assert rewards.get(f"classifier:{folder}#POSITIVE")([], []).shape == (0,)
+    assert get_reward(f"classifier:{folder}#POSITIVE")([], []).shape == (0,)
 
 
 def test_many_texts_keep_their_order(folder):
     """More than a batch, of mixed lengths."""
     completions = ["very " * (i * 7 % 13) + "good" for i in range(80)]
-    reward = rewards.get(f"classifier:{folder}#POSITIVE")
+    reward = get_reward(f"classifier:{folder}#POSITIVE")
     one_by_one = [reward([""], [text])[0] for text in completions]
     np.testing.assert_allclose(reward([""] * 80, completions), one_by_one, rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_one_label_is_its_logit(shared, tmp_path):
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("The end", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0, 0].item()
-    assert rewards.get(f"classifier:{tmp_path}")(["The"], [" end"]) == pytest.approx([expected], rel=1e-5)
+    assert get_reward(f"classifier:{tmp_path}")(["The"], [" end"]) == pytest.approx([expected], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -78,18 +78,18 @@ def test_one_label_is_its_logit(shared, tmp_path):
 )
 def test_a_label_must_be_named(folder, name, message):
     with pytest.raises(UserError, match=message):
-        rewards.get(f"classifier:{folder}{name}")
+        get_reward(f"classifier:{folder}{name}")
 
 
 def test_a_model_without_a_trained_head_is_refused(shared, tmp_path):
     write(tmp_path, shared, transformers.RobertaForMaskedLM)
     with pytest.raises(UserError, match=r"holds RobertaForMaskedLM, no .*ForSequenceClassification"):
-        rewards.get(f"classifier:{tmp_path}#POSITIVE")
+        get_reward(f"classifier:{tmp_path}#POSITIVE")
     config = json.loads((tmp_path / "config.json").read_text())
     config["architectures"] = ["RobertaForSequenceClassification"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"a classifier without classifier\.dense\.bias"):
-        rewards.get(f"classifier:{tmp_path}#POSITIVE")
+        get_reward(f"classifier:{tmp_path}#POSITIVE")
 
 
 def test_a_pickle_is_not_read(shared, tmp_path):
@@ -97,10 +97,10 @@ def test_a_pickle_is_not_read(shared, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no classifier could be read: .*safetensors"):
-        rewards.get(f"classifier:{tmp_path}#POSITIVE")
+        get_reward(f"classifier:{tmp_path}#POSITIVE")
 
 
 def test_without_torch(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"not installed; install dpo_jax\[classifier\]"):
-        rewards.get(f"classifier:{folder}#POSITIVE")
+        get_reward(f"classifier:{folder}#POSITIVE")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dpo_jax import data
-from dpo_jax.data import Note
-from dpo_jax.data.columns import comparisons
-from dpo_jax.records import Chat, Comparison, UserError
+from dpo_jax.data.sources.base import Note, load_comparisons, open_stream
+from dpo_jax.data.sources.columns import comparisons_from_columns
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
 
 SYSTEM, USER, REPLY = (
     {"role": r, "content": c} for r, c in (("system", "be brief"), ("user", "hi"), ("assistant", "a"))
@@ -18,7 +18,7 @@ PAIR = Comparison(ASK, (GOOD, BAD), where="f:1")
 
 
 def read(row, responses=2):
-    return comparisons("f:1", row, responses)
+    return comparisons_from_columns("f:1", row, responses)
 
 
 CONVERSATIONS = {
@@ -81,20 +81,20 @@ def test_conversations_and_texts_do_not_share_a_file(tmp_path):
         ("a", [Comparison, UserError, Comparison, UserError], "a conversation, where the rows before it are texts"),
         ("b", [Comparison, UserError, Comparison], "a text, where the rows before it are conversations"),
     ):
-        items = list(data.stream("files", (str(tmp_path / f"{name}.jsonl"),), "train", 2))
+        items = list(open_stream("files", (str(tmp_path / f"{name}.jsonl"),), "train", 2))
         assert [type(item) for item in items] == kinds
         assert f"{name}.jsonl:2: {words}; give each kind its own file, as parts of a mixture" in str(items[1])
     (tmp_path / "c.jsonl").write_text(json.dumps(TEXT))
     (tmp_path / "d.jsonl").write_text(json.dumps(TALK))
     parts = tuple(f"files:{tmp_path / name}.jsonl" for name in "cd")
-    assert [type(c.prompt) for c in data.load("mixture", parts, "train", 2)] == [str, Chat]
+    assert [type(c.prompt) for c in load_comparisons("mixture", parts, "train", 2)] == [str, Chat]
 
 
 def test_columns_that_nothing_reads_are_told(tmp_path):
     """A misspelt one would be missed without a word."""
     rows = [TEXT | {"wieght": 2, "id": 1}, TEXT | {"weight": 2, "prompt": "q", "provenance": {}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    items = list(data.stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
+    items = list(open_stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
     assert items[2:] == [Note("columns that nothing reads: id, wieght", 2)]
 
 
@@ -214,27 +214,29 @@ def test_bad_rows_are_items_in_their_place(tmp_path):
     rows = [TEXT, "{", TEXT | {"weight": -1}, [1], TEXT | {"prompt": "q"}]
     text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
     (tmp_path / "a.jsonl").write_bytes(text.encode() + b"\n\xff\n")
-    items = list(data.stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
+    items = list(open_stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
     assert [type(item) for item in items] == [Comparison, UserError, UserError, UserError, Comparison, UserError]
     expected = ["2: not valid JSON", "3: 'weight' must be", "4: a row must be an object", "6: not UTF-8"]
     errors = [str(item) for item in items if isinstance(item, UserError)]
     assert [message in error for message, error in zip(expected, errors, strict=True)] == [True] * 4
     with pytest.raises(UserError, match=r"a\.jsonl:2: not valid JSON"):
-        data.load("files", (str(tmp_path / "a.jsonl"),), "train", 2)
+        load_comparisons("files", (str(tmp_path / "a.jsonl"),), "train", 2)
 
 
 def test_an_empty_file_and_an_endless_line(tmp_path, monkeypatch):
-    from dpo_jax.data import formats
+    from dpo_jax.data.sources import formats
+    from dpo_jax.data.sources.base import load_comparisons
+    from dpo_jax.errors import UserError
 
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="has no comparisons in split 'train'"):
-        data.load("files", (str(tmp_path / "empty.jsonl"),), "train", 2)
+        load_comparisons("files", (str(tmp_path / "empty.jsonl"),), "train", 2)
     long = json.dumps(TEXT | {"chosen": "x" * 10_000_000})
     (tmp_path / "long.jsonl").write_text(long)
-    assert len(data.load("files", (str(tmp_path / "long.jsonl"),), "train", 2)[0].responses[0]) == 10_000_000
+    assert len(load_comparisons("files", (str(tmp_path / "long.jsonl"),), "train", 2)[0].responses[0]) == 10_000_000
     monkeypatch.setattr(formats, "LINE_LIMIT", 2**20)
     with pytest.raises(UserError, match=r"long\.jsonl:1: a line of more than 1 MiB; is this JSON lines\?"):
-        data.load("files", (str(tmp_path / "long.jsonl"),), "train", 2)
+        load_comparisons("files", (str(tmp_path / "long.jsonl"),), "train", 2)
 
 
 def test_packed_and_columnar_files_give_the_same_rows(tmp_path):
@@ -258,7 +260,7 @@ def test_packed_and_columnar_files_give_the_same_rows(tmp_path):
             sink.write_table(table)
     expected = [PAIR._replace(where=""), PAIR._replace(where="", weight=0.5)]
     found = {
-        path.name: [c._replace(where="") for c in data.load("files", (str(path),), "x", 2)]
+        path.name: [c._replace(where="") for c in load_comparisons("files", (str(path),), "x", 2)]
         for path in tmp_path.iterdir()
     }
     assert len(found) == 7
@@ -270,24 +272,26 @@ def test_packed_and_columnar_files_give_the_same_rows(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}.*cannot be read"):
-            data.load("files", (str(tmp_path / name),), "x", 2)
+            load_comparisons("files", (str(tmp_path / name),), "x", 2)
 
 
 def test_a_data_set_saved_by_datasets_is_read(tmp_path):
     import datasets
 
     datasets.Dataset.from_list([TALK] * 3).save_to_disk(tmp_path / "saved")
-    assert [c[:2] for c in data.load("files", (str(tmp_path / "saved"),), "train", 2)] == [PAIR[:2]] * 3
+    assert [c[:2] for c in load_comparisons("files", (str(tmp_path / "saved"),), "train", 2)] == [PAIR[:2]] * 3
 
 
 def test_real_conversations(shared):
     folder = shared / "data" / "conversations"
-    pairs = [data.load("files", (str(folder / f"dpo_{tongue}_demo.json"),), "train", 2) for tongue in ("en", "zh")]
+    pairs = [
+        load_comparisons("files", (str(folder / f"dpo_{tongue}_demo.json"),), "train", 2) for tongue in ("en", "zh")
+    ]
     assert [len(rows) for rows in pairs] == [300, 300]
     turns = [len(row.prompt.messages) for rows in pairs for row in rows if isinstance(row.prompt, Chat)]
     assert (len(turns), max(turns)) == (600, 13)
     assert all(turn["role"] == "assistant" for rows in pairs for row in rows for turn in row.responses)
-    rows = data.load("files", (str(folder / "kto_en_demo.json"),), "train", 2)
+    rows = load_comparisons("files", (str(folder / "kto_en_demo.json"),), "train", 2)
     assert len(rows) == 300
     wanted = sum(row.responses[0] is not None for row in rows)
     labels = json.loads((folder / "kto_en_demo.json").read_text())

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, keys
-from dpo_jax.config import Config
-from dpo_jax.records import UserError
-from dpo_jax.settings import Frontier
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.parse import parse_config, show_help
+from dpo_jax.config.schema import Config
+from dpo_jax.config.yaml import difference, dump
+from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 def parse(tmp_path, text="", *argv):
     file = tmp_path / "one.yaml"
     file.write_text(text or "{}")
-    return config.parse(Config, str(file), argv, prog="dpo-jax train")
+    return parse_config(Config, str(file), argv, prog="dpo-jax train")
 
 
 OF_EVERY_TERM = {
@@ -63,11 +64,11 @@ def test_a_list_of_losses(tmp_path):
     dpo = {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1} | OF_EVERY_TERM | {"weight": 0.8}
     assert c.loss == (dpo, {"name": "sft", "reduction": "mean"} | OF_EVERY_TERM | {"weight": 2.0})
     file = tmp_path / "dumped.yaml"
-    file.write_text(keys.dump(c))
-    again = config.parse(Config, str(file), [], prog="x")
+    file.write_text(dump(c))
+    again = parse_config(Config, str(file), [], prog="x")
     assert again == c
-    other = config.parse(Config, str(file), ["--loss.1.reduction", "sum"], prog="x")
-    assert keys.difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
+    other = parse_config(Config, str(file), ["--loss.1.reduction", "sum"], prog="x")
+    assert difference(c, other, []) == ["loss.1.reduction: mean -> sum"]
 
 
 def test_a_list_on_the_command_line_alone(tmp_path):
@@ -108,8 +109,8 @@ def test_lists_that_are_wrong(tmp_path, text, argv, message):
 def test_dump_reads_back(tmp_path):
     c = parse(tmp_path, "data: {path: [a b, c]}\nsamples: {top_k: 3}\nrun: runs/x")
     file = tmp_path / "dumped.yaml"
-    file.write_text(keys.dump(c))
-    assert config.parse(Config, str(file), [], prog="x") == c
+    file.write_text(dump(c))
+    assert parse_config(Config, str(file), [], prog="x") == c
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,12 @@ def test_mistakes_are_one_line(tmp_path, text, argv, message):
 
 def test_missing_file():
     with pytest.raises(UserError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
-        config.parse(Config, "nowhere.yaml", [], prog="x")
+        parse_config(Config, "nowhere.yaml", [], prog="x")
 
 
 def test_difference_names_keys(tmp_path):
     a, b = parse(tmp_path), parse(tmp_path, "", "--loss.beta", "0.2", "--seed", "3", "--max-steps", "9")
-    assert keys.difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
+    assert difference(a, b, ignore=("max_steps",)) == ["loss.beta: 0.1 -> 0.2", "seed: 0 -> 3"]
 
 
 RUNS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.startswith("frontier_")]  # of many runs
@@ -149,21 +150,21 @@ RUNS = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.start
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda p: p.stem)
 def test_every_config_reads(file):
-    c = config.parse(Config, str(file), [], prog="x")
+    c = parse_config(Config, str(file), [], prog="x")
     assert bool(c.model.path) != bool(c.model.config)
     assert 0 < c.optim["learning_rate"] < 0.01
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("frontier_*.yaml")), ids=lambda p: p.stem)
 def test_every_frontier_reads(file):
-    c = config.parse(Frontier, str(file), [], prog="x")
+    c = parse_config(FrontierConfig, str(file), [], prog="x")
     assert c.model.path.endswith(".yaml")
     assert c.max_steps >= c.eval_every
 
 
 def test_help_names_every_key(capsys):
     with pytest.raises(SystemExit) as ended:
-        config.show_help(Config, None, [], prog="dpo-jax train")
+        show_help(Config, None, [], prog="dpo-jax train")
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for key in ("--loss.beta", "--optim.warmup_steps", "--data.max_prompt_length", "--max_steps", "--mesh.fsdp"):

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import config, losses, models, optim, rewards, sharding
-from dpo_jax.config import Config
+from dpo_jax import losses, optim, sharding
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.experiments import frontier, setup
 from dpo_jax.logprobs import batch_logps
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Batch
-from dpo_jax.settings import Frontier
+from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -63,28 +67,28 @@ def abstract_batch(shape, responses):
 
 
 def read(name, kind=Config):
-    return config.parse(kind, str(ROOT / f"configs/{name}.yaml"), [], prog="x")
+    return parse_config(kind, str(ROOT / f"configs/{name}.yaml"), [], prog="x")
 
 
 def traced(c, name):
     """Traces one step at the size of a model; returns it with its parameters and the state's shardings on a mesh."""
     architecture, size = SIZES[name]
     loss, tx = losses.build(c.loss), optim.build(**c.optim)
-    model = models.build(
-        models.family(architecture["model_type"]).architecture(architecture),
+    model = build_model(
+        family(architecture["model_type"]).architecture(architecture),
         compute=c.model.compute,
         remat=c.model.remat,
     )
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == size
     state = jax.eval_shape(partial(init_state, tx=tx), params)
-    shape = pack.Shape(microbatches=16, rows=4, length=2 * c.data.max_length, groups=10, scored=896)
+    shape = pack.Layout(microbatches=16, rows=4, length=2 * c.data.max_length, groups=10, scored=896)
     step = make_train_step(partial(batch_logps, model), loss, tx)
     new, metrics = jax.eval_shape(step, state, abstract_batch(shape, loss.responses), jnp.int32(3))
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str(a)), new, state)
     assert {m.dtype for m in metrics.values()} == {jnp.dtype("float32")}
     mesh = sharding.make_mesh(1, 4, 1)
-    return sharding.of_state(mesh, sharding.of_params(mesh, model.axes, params), state)
+    return sharding.state_shardings_like(mesh, sharding.param_shardings(mesh, model.axes, params), state)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -116,23 +120,23 @@ def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
 @pytest.mark.slow
 def test_the_papers_frontier_is_22_runs_each_of_which_traces(monkeypatch):
     asked = []  # in the place of a model of the hub
-    monkeypatch.setattr(rewards, "classifier", asked.append)
-    settings = read("paper/frontier", Frontier)
-    setup.check(settings)
+    monkeypatch.setattr(registry, "classifier", asked.append)
+    settings = read("paper/frontier", FrontierConfig)
+    setup.check_frontier(settings)
     assert asked == ["siebert/sentiment-roberta-large-english#POSITIVE"]
-    jobs = frontier.jobs(settings)
+    jobs = frontier.frontier_jobs(settings)
     assert len(jobs) == 22
     assert {j.method for j in jobs} == {"dpo", "ppo", "ppo_gt", "unlikelihood", "preferred_ft"}
     assert {j.strength for j in jobs if j.method == "ppo"} == {3, 6, 9, 12}
     assert jobs[0].steps[:2] == (100, 200)
     for method in ("dpo", "unlikelihood", "preferred_ft"):
-        c = frontier.config_of(settings, method, 0.5)
+        c = frontier.job_config(settings, method, 0.5)
         assert c.optim["learning_rate"] == 1e-6
         traced(c, "gpt2")
 
 
 def test_frontiers_are_read():
     for file in (ROOT / "configs").glob("frontier*.yaml"):
-        settings = read(file.stem, Frontier)
-        assert len(frontier.jobs(settings)) == 22
+        settings = read(file.stem, FrontierConfig)
+        assert len(frontier.frontier_jobs(settings)) == 22
         assert settings.data.max_prompt_length + settings.max_new_tokens < settings.data.max_length

@@ -6,9 +6,18 @@ import json
 
 import pytest
 
-from dpo_jax import data
-from dpo_jax.data import files, hh
-from dpo_jax.records import Comparison, UserError
+from dpo_jax.data.sources import files, hh
+from dpo_jax.data.sources.base import (
+    Note,
+    holdout,
+    load_comparisons,
+    only_comparisons,
+    open_stream,
+    prompt_hash,
+    source_names,
+)
+from dpo_jax.errors import UserError
+from dpo_jax.records import Comparison
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 # rows, distinct prompts, rejected with another prompt, empty chosen, empty rejected (also blank ones), identical pairs
@@ -28,11 +37,11 @@ def write(path, rows):
 
 
 def read(path, responses=2, split="train"):
-    return list(data.comparisons(files.read((str(path),), split, responses)))
+    return list(only_comparisons(files.read((str(path),), split, responses)))
 
 
 def notes(items):
-    return {item.text: item.number for item in items if isinstance(item, data.Note)}
+    return {item.text: item.number for item in items if isinstance(item, Note)}
 
 
 def test_every_kind_of_file_gives_the_same_comparisons(tmp_path):
@@ -124,7 +133,7 @@ def test_json_must_be_a_list_of_objects(tmp_path):
 def test_a_folder_gives_the_files_of_the_split(tmp_path):
     for name in ("train-00000-of-00002", "train-00001-of-00002", "sub/train", "train/b", "test", "train_8k", "notes"):
         write(tmp_path / f"{name}.jsonl", [PAIR])
-    found = [str(file.relative_to(tmp_path)) for file in files.resolve([str(tmp_path)], "train")]
+    found = [str(file.relative_to(tmp_path)) for file in files.resolve_files([str(tmp_path)], "train")]
     names = ["sub/train", "train/b", "train-00000-of-00002", "train-00001-of-00002"]
     assert found == [f"{name}.jsonl" for name in names]
     assert [c.where for c in read(tmp_path, split="test")] == [f"{tmp_path / 'test.jsonl'}:1"]
@@ -135,7 +144,7 @@ def test_a_folder_gives_the_files_of_the_split(tmp_path):
 def test_a_folder_that_mentions_no_split_is_a_train_split(tmp_path):
     for name in ("b", "a"):
         write(tmp_path / f"{name}.jsonl", [PAIR])
-    assert [file.name for file in files.resolve([str(tmp_path)], "train")] == ["a.jsonl", "b.jsonl"]
+    assert [file.name for file in files.resolve_files([str(tmp_path)], "train")] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserError, match="no file for split 'test'"):
         read(tmp_path, split="test")
     write(tmp_path / "my_test_set.jsonl", [PAIR])
@@ -167,37 +176,37 @@ def test_what_is_not_clear_is_refused(tmp_path):
 
 def test_load_finds_a_source_by_name(tmp_path):
     file = write(tmp_path / "a.jsonl", [PAIR])
-    assert len(data.load("files", (file,), "train", 2)) == 1
-    stream = data.stream("files", (file,), "train", 2)
+    assert len(load_comparisons("files", (file,), "train", 2)) == 1
+    stream = open_stream("files", (file,), "train", 2)
     assert [len(list(stream)), len(list(stream))] == [1, 1]
-    assert {"files", "hh", "synthetic"} <= set(data.sources())
-    assert not {"encode", "order", "pack", "table"} & set(data.sources())
+    assert {"files", "hh", "synthetic"} <= set(source_names())
+    assert not {"encode", "order", "pack", "table"} & set(source_names())
     with pytest.raises(
         UserError, match=r"unknown data source \(data.name\) 'file'; did you mean 'files'\? known: files,"
     ):
-        data.load("file", (file,), "train", 2)
+        load_comparisons("file", (file,), "train", 2)
     with pytest.raises(UserError, match="unknown data source"):
-        data.load("pack", (file,), "train", 2)
+        load_comparisons("pack", (file,), "train", 2)
     with pytest.raises(UserError, match="has no comparisons in split 'train'"):
-        data.load("files", (write(tmp_path / "b.jsonl", []),), "train", 2)
+        load_comparisons("files", (write(tmp_path / "b.jsonl", []),), "train", 2)
 
 
 def test_holdout_is_by_prompt_and_stays_when_data_is_added():
     comparisons = [Comparison(f"prompt {i % 500}", ("a", "b"), where=str(i)) for i in range(1000)]
-    train, held = map(list, data.holdout(comparisons, 0.1))
+    train, held = map(list, holdout(comparisons, 0.1))
     assert len(train) + len(held) == 1000
     assert len(held) == 100  # 50 of 500 prompts, each twice
     assert not {c.prompt for c in train} & {c.prompt for c in held}
-    assert list(data.holdout(comparisons[:500], 0.1)[1]) == [c for c in held if int(c.where) < 500]
-    assert [list(side) for side in data.holdout(comparisons, 0.0)] == [comparisons, []]
-    assert data.prompt_hash("prompt 0") == pytest.approx(0.1170173416, abs=1e-9)
+    assert list(holdout(comparisons[:500], 0.1)[1]) == [c for c in held if int(c.where) < 500]
+    assert [list(side) for side in holdout(comparisons, 0.0)] == [comparisons, []]
+    assert prompt_hash("prompt 0") == pytest.approx(0.1170173416, abs=1e-9)
     with pytest.raises(UserError, match="must be at least 0 and below 1, not 1"):
-        data.holdout(comparisons, 1.0)
+        holdout(comparisons, 1.0)
     with pytest.raises(UserError, match="leaves 1 of 1 comparisons to train on and 0 to evaluate"):
-        list(data.holdout(comparisons[:1], 0.1)[0])
+        list(holdout(comparisons[:1], 0.1)[0])
     for fraction in (0.0, 0.1):
         with pytest.raises(UserError, match="no row can be used; the first: f:1: no column 'prompt'"):
-            list(data.holdout([data.Note("x"), UserError("f:1: no column 'prompt'"), UserError("f:2")], fraction)[0])
+            list(holdout([Note("x"), UserError("f:1: no column 'prompt'"), UserError("f:2")], fraction)[0])
 
 
 def originals_hh(files_):
@@ -213,8 +222,8 @@ def originals_hh(files_):
 
 
 def hh_read(path, split, responses):
-    items = list(data.stream("hh", path, split, responses))
-    return list(data.comparisons(items)), notes(items)
+    items = list(open_stream("hh", path, split, responses))
+    return list(only_comparisons(items)), notes(items)
 
 
 def test_hh_is_read_as_the_original_reads_it(shared):
@@ -232,7 +241,7 @@ def test_hh_is_read_as_the_original_reads_it(shared):
 
 @pytest.mark.parametrize("name", HH)
 def test_hh_counts(shared, name):
-    rows = list(hh.pairs((str(shared / "data" / "hh" / name),), "test"))
+    rows = list(hh.hh_pairs((str(shared / "data" / "hh" / name),), "test"))
     empty = [sum(not getattr(row, key).strip() for row in rows) for key in ("chosen", "rejected")]
     same = sum(row.chosen == row.rejected for row in rows)
     elsewhere = sum(not row.same_prompt for row in rows)
@@ -289,7 +298,7 @@ def test_hh_merges_equal_prompts_where_the_first_one_stands(tmp_path):
     with pytest.raises(UserError, match=r"y\.jsonl:1: 'chosen' has no .*Assistant:'; this is not a dialogue"):
         hh_read((file,), "train", 2)
     with pytest.raises(UserError, match="at most 2 responses"):
-        data.load("hh", (file,), "train", 3)
+        load_comparisons("hh", (file,), "train", 3)
 
 
 def test_hh_from_the_hub(monkeypatch):
@@ -300,9 +309,9 @@ def test_hh_from_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or [row])
     assert hh_read((), "test", 2)[0][0].where == "Anthropic/hh-rlhf[test]:1"
     assert asked[0] == (("Anthropic/hh-rlhf",), {"split": "test"})
-    list(files.rows(("me/mine:one",), "dev"))
+    list(files.file_rows(("me/mine:one",), "dev"))
     assert asked[-1] == (("me/mine", "one"), {"split": "dev"})
-    list(files.rows(("me/mine:one@v1.0",), "dev"))
+    list(files.file_rows(("me/mine:one@v1.0",), "dev"))
     assert asked[-1] == (("me/mine", "one"), {"split": "dev", "revision": "v1.0"})
 
     def absent(*args, **options):
@@ -310,6 +319,6 @@ def test_hh_from_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(UserError, match=r"^me/mine: no such local path, and split 'test' cannot be .*hub \(offline\)$"):
-        data.load("hh", ("me/mine",), "test", 2)
+        load_comparisons("hh", ("me/mine",), "test", 2)
     with pytest.raises(UserError, match=r"me/mine\.jsonl: no such file"):
-        data.load("hh", ("me/mine.jsonl",), "test", 2)
+        load_comparisons("hh", ("me/mine.jsonl",), "test", 2)

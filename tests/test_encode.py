@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair, words
 
-from dpo_jax import data
 from dpo_jax.data import cache
-from dpo_jax.data.encode import Special, encode
-from dpo_jax.data.table import KINDS, Lengths, Table
-from dpo_jax.records import Comparison, Tokens, UserError
+from dpo_jax.data.encode import SpecialTokens, encode
+from dpo_jax.data.sources.base import Note, load_comparisons, prompt_key
+from dpo_jax.data.table import KINDS, LengthQuantiles, Table
+from dpo_jax.errors import UserError
+from dpo_jax.records import Comparison, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +163,9 @@ def test_report(tokenizer):
     comparisons = [pair(2, 3, 4), pair(4, 1, 2), Comparison("w1", (words(41, 9), words(41, 8)))]
     _, report = run(comparisons, tokenizer)
     assert (report.tokens, report.scored, report.identical_after_truncation) == (33, 26, 1)
-    assert report.prompt == Lengths(7 / 3, 2.0, 3.96, 4)
-    assert report.response == Lengths(26 / 6, 4.5, 6.0, 6)  # 4 5 2 3 6 6
-    assert report.whole == Lengths(7.0, 7.0, 7.0, 7)
+    assert report.prompt == LengthQuantiles(7 / 3, 2.0, 3.96, 4)
+    assert report.response == LengthQuantiles(26 / 6, 4.5, 6.0, 6)  # 4 5 2 3 6 6
+    assert report.whole == LengthQuantiles(7.0, 7.0, 7.0, 7)
     assert report.lines() == [
         "3 comparisons read, 3 kept: 33 tokens, 26 scored",
         "2 responses cut, their EOS lost",
@@ -176,8 +177,8 @@ def test_report(tokenizer):
 
 
 def test_a_tokenizer_is_asked_for_its_special_tokens_once_for_all_rows(tokenizer, monkeypatch):
-    calls, original = [], Special.of
-    monkeypatch.setattr(Special, "of", lambda its: calls.append(1) or original(its))
+    calls, original = [], SpecialTokens.of
+    monkeypatch.setattr(SpecialTokens, "of", lambda its: calls.append(1) or original(its))
     run([pair(2, 3, 4)] * 9, tokenizer, add_bos=None)
     assert len(calls) == 2  # for the check of the options, and for the rows
 
@@ -207,7 +208,7 @@ def test_bad_rows_are_counted_up_to_a_limit(tokenizer):
 
 
 def test_notes_are_added_up(tokenizer):
-    items = [data.Note("ties"), pair(1, 1, 1), data.Note("ties", 2), data.Note("others")]
+    items = [Note("ties"), pair(1, 1, 1), Note("ties", 2), Note("others")]
     report = run(items, tokenizer)[1]
     assert (report.read, report.notes) == (1, {"ties": 3, "others": 1})
     assert {"3 ties", "1 others"} <= set(report.lines())
@@ -223,8 +224,8 @@ def test_table(tokenizer, tmp_path):
     assert (len(table), table.responses) == (2, 2)
     kinds = {name: (getattr(table, name).dtype, getattr(table, name).ndim) for name in KINDS}
     assert kinds == KINDS
-    assert table.prompts.tolist() == [data.prompt_key(words(1, 2)), data.prompt_key(words(1, 4))]
-    cache.write(tmp_path, [table[0], table[1]])
+    assert table.prompts.tolist() == [prompt_key(words(1, 2)), prompt_key(words(1, 4))]
+    cache.write_table(tmp_path, [table[0], table[1]])
     again = Table.open(tmp_path)
     assert isinstance(again.ids, np.memmap)
     assert [lists(again[i]) for i in range(2)] == [lists(table[i]) for i in range(2)]
@@ -298,7 +299,7 @@ def test_real_dialogues_are_cut_as_the_original_cuts_them(shared, name, keep):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
-    rows = data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
+    rows = load_comparisons("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
     options = {"max_length": 512, "max_prompt_length": 256, "degenerate": "keep", "add_bos": False}
     table, report = encode(rows, tokenizer, truncation=f"paper_keep_{keep}", **options)
     assert len(table) == report.kept == 2312

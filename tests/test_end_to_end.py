@@ -16,9 +16,11 @@ from launched import own_environment
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_jax import checkpoint, cli, metrics, watch
-from dpo_jax.data import synthetic
-from dpo_jax.records import UserError
+from dpo_jax import cli
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError
+from dpo_jax.training import checkpoint, interrupts
+from dpo_jax.training.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
 TIMES = (
@@ -49,7 +51,7 @@ def run(world, monkeypatch, capsys):
     monkeypatch.setenv("DPO_JAX_CACHE", str(world / "cache"))
 
     def run(*args):
-        cli.run([str(arg) for arg in args])
+        cli.run_command([str(arg) for arg in args])
         return capsys.readouterr().out
 
     return run
@@ -82,7 +84,7 @@ def world(tmp_path_factory):
 
 
 def lines(run):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.read(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same_run(a, b):
@@ -117,11 +119,11 @@ def test_a_run_folder_holds_what_it_says(world):
     pairs = {f"{kind}/{which}" for kind in kinds for which in ("chosen", "rejected")}
     others = {"rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate", "examples_per_second"}
     others |= {"gradient_weight", "kl", "length_bias", "nll"}
-    assert pairs | others <= set(metrics.read(run / "metrics.jsonl")[3])
+    assert pairs | others <= set(read_metrics(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model", ".lock"}
     assert "<svg" in (run / "report.html").read_text()
-    samples = metrics.read(run / "samples.jsonl")
+    samples = read_metrics(run / "samples.jsonl")
     assert samples[0]["policy"] == samples[0]["reference"]  # same parameters, same seed
 
 
@@ -142,7 +144,7 @@ def test_killed_and_run_again_ends_the_same(world):
         process = command("train", "dpo.yaml", "--run", "runs/killed", cwd=world, cache=world / "cache")
         deadline = time.time() + 200
         while time.time() < deadline and process.poll() is None:
-            rows = metrics.read(other / "metrics.jsonl") if (other / "metrics.jsonl").exists() else []
+            rows = read_metrics(other / "metrics.jsonl") if (other / "metrics.jsonl").exists() else []
             if rows and rows[-1]["step"] >= wanted:
                 break
             time.sleep(0.02)
@@ -164,9 +166,9 @@ def test_sigterm_saves_and_its_exit_code_says_so(world):
         time.sleep(0.02)  # the line at step 0: training has begun
     process.send_signal(signal.SIGTERM)
     code, out, err = finish(process)
-    assert code == watch.AGAIN, err
+    assert code == interrupts.EXIT_AGAIN, err
     saved = int(re.search(r"saved at step (\d+)", out)[1])
-    assert not checkpoint.problem(other / "checkpoints" / str(saved))
+    assert not checkpoint.checkpoint_problem(other / "checkpoints" / str(saved))
     code, out, err = finish(command("train", "dpo.yaml", "--run", "runs/ended", cwd=world, cache=world / "cache"))
     assert code == 0, err
     assert f"resuming at step {saved}" in out
@@ -264,11 +266,13 @@ def test_eval_sample_export_report(world, run):
 def test_pairs_are_sampled_scored_and_labelled(world, run):
     args = ("pairs", "runs/sft", "own.jsonl", "--reward", "synthetic", "--label", "best_worst")
     out = run(*args, "--data.path", "pairs.jsonl", "--prompts", "20", "--max-new-tokens", "12")
-    rows = metrics.read(world / "own.jsonl")
+    rows = read_metrics(world / "own.jsonl")
     assert 0 < len(rows) <= 20
     assert f"{len(rows)} pairs from {len(rows)} of 20 prompts" in out
     for row in rows:
-        assert synthetic.reward(row["prompt"], row["chosen"]) > synthetic.reward(row["prompt"], row["rejected"])
+        assert synthetic.synthetic_reward(row["prompt"], row["chosen"]) > synthetic.synthetic_reward(
+            row["prompt"], row["rejected"]
+        )
 
 
 MISTAKES = [
@@ -344,7 +348,7 @@ def test_full_disk_is_one_line(world, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "run", full)
+    monkeypatch.setattr(cli, "run_command", full)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2

@@ -7,9 +7,11 @@ import pytest
 from known_models import KNOWN, OPT_350M
 from tiny import FAMILIES, VOCAB
 
-from dpo_jax import cli, plan
-from dpo_jax.models import architecture_of, build, families, family
-from dpo_jax.records import UserError
+from dpo_jax import cli
+from dpo_jax.commands.plan import count_collectives
+from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import architecture_of, families, family
+from dpo_jax.models.model import build_model
 
 
 def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
@@ -18,7 +20,9 @@ def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
         family("llamma")
     with pytest.raises(UserError, match=r"'gemma3' is not known; did you mean gemma3_text\?"):  # that sees pictures too
         family("gemma3")
-    with pytest.raises(UserError, match=r"'xlnet' is not known; known are .*; a new one is a file in dpo_jax/models/"):
+    with pytest.raises(
+        UserError, match=r"'xlnet' is not known; known are .*; a new one is a file in dpo_jax/models/families/"
+    ):
         family("xlnet")
 
 
@@ -153,8 +157,8 @@ def test_models_that_everybody_knows_are_read_as_transformers_reads_them(name):
     config, count = deepcopy(KNOWN[name])  # into which transformers writes
     architecture = architecture_of(config)
     assert architecture == architecture_of(AutoConfig.for_model(**config).to_dict())
-    shapes = jax.eval_shape(build(architecture).init, jax.eval_shape(jax.random.key, 0))
-    assert plan.count(shapes) == count
+    shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
+    assert count_collectives(shapes) == count
 
 
 def test_the_opt_that_is_another_model_is_refused_by_its_key():
@@ -200,9 +204,9 @@ def test_the_older_form_of_gemma_3_and_the_newer_mean_the_same():
 
 
 def test_the_command_names_every_family(capsys):
-    cli.run(["models"])
+    cli.run_command(["models"])
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in FAMILIES)
-    assert "To add one: a file dpo_jax/models/<model_type>.py" in out
+    assert "To add one: a file dpo_jax/models/families/<model_type>.py" in out
     with pytest.raises(UserError, match="dpo-jax models takes"):
-        cli.run(["models", "llama"])
+        cli.run_command(["models", "llama"])

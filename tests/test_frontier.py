@@ -9,25 +9,50 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import cli, frontier_page, metrics, models, rewards, sharding
-from dpo_jax.data import synthetic
+from dpo_jax import cli, sharding
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.data.sources import synthetic
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, frontier, measure, offline
-from dpo_jax.experiments.frontier import BestOf, Found, Job
-from dpo_jax.experiments.measure import Point, World
+from dpo_jax.errors import UserError
+from dpo_jax.experiments import frontier, offline
+from dpo_jax.experiments.frontier import BestOf, FrontierJob, FrontierResult
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.models import hf
-from dpo_jax.records import Tokens, UserError
-from dpo_jax.settings import Frontier
+from dpo_jax.experiments.world import (
+    Point,
+    World,
+    draw_pairs,
+    draw_responses,
+    enumerate_texts,
+    eval_layout,
+    make_measurer,
+    make_ref_logps,
+)
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.huggingface.folder import save_folder
+from dpo_jax.models.model import build_model
+from dpo_jax.pages.frontier import (
+    budgets,
+    describe_point,
+    frontier_curve,
+    frontier_figures,
+    frontier_json,
+    frontier_table,
+    optima,
+    render_frontier,
+    standalone_figure,
+)
+from dpo_jax.records import Tokens
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.training.metrics_file import read_metrics
 
-TOKENIZER = synthetic.tokenizer()
+TOKENIZER = synthetic.synthetic_tokenizer()
 CONFIG = {
     "model_type": "llama", "vocab_size": len(TOKENIZER), "hidden_size": 16, "intermediate_size": 16,
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
     "hidden_act": "silu", "initializer_range": 0.5, "tie_word_embeddings": True,
 }  # fmt: skip
-MODEL = models.build(models.family("llama").architecture(CONFIG))
-PROMPTS = [np.array(TOKENIZER(p)["input_ids"], np.int32) for p in synthetic.prompts("test", 150)]
+MODEL = build_model(family("llama").architecture(CONFIG))
+PROMPTS = [np.array(TOKENIZER(p)["input_ids"], np.int32) for p in synthetic.synthetic_prompts("test", 150)]
 
 
 def params(seed):
@@ -38,26 +63,26 @@ def params(seed):
 def world():
     """A world of one-word responses, of which all can be listed."""
     start, mesh = params(0), sharding.make_mesh()
-    where = sharding.of_params(mesh, MODEL.axes, start)
-    reward = rewards.get("synthetic")
-    return World(MODEL, mesh, where, start, sharding.put(start, where), TOKENIZER, reward, 1, 64, 0)
+    where = sharding.param_shardings(mesh, MODEL.axes, start)
+    reward = get_reward("synthetic")
+    return World(MODEL, mesh, where, start, sharding.put_params(start, where), TOKENIZER, reward, 1, 64, 0)
 
 
 def test_every_response_is_listed_once():
     """Two tokens beside the end: of at most 2 tokens there are the end alone, 2 ended ones and 4 that are cut."""
-    found = draws.responses(3, 2, 2)
+    found = draw_responses(3, 2, 2)
     assert sorted(found) == sorted([(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)])
 
 
 def test_reward_and_kl_are_those_of_the_sum_over_all_responses(world):
-    column = measure.column_of(world)
-    rewards_of, base = draws.listed(world, PROMPTS, column)
+    column = make_ref_logps(world)
+    rewards_of, base = enumerate_texts(world, PROMPTS, column)
     np.testing.assert_allclose(np.exp(base).sum(1), 1, atol=1e-5)
-    policy = sharding.put(params(1), world.where)
-    _, logps = draws.listed(world._replace(reference=policy), PROMPTS, column)
+    policy = sharding.put_params(params(1), world.where)
+    _, logps = enumerate_texts(world._replace(reference=policy), PROMPTS, column)
     p = np.exp(logps)
     pairs = Table.of(Tokens(x, (np.array([5]), np.array([6]))) for x in PROMPTS[:4])
-    point = measure.measurer(world, PROMPTS, pairs, measure.shape_of(world, pairs), column)(policy, "dpo", 0.1, 3)
+    point = make_measurer(world, PROMPTS, pairs, eval_layout(world, pairs), column)(policy, "dpo", 0.1, 3)
     assert point[:3] == ("dpo", 0.1, 3)
     exact_kl = (p * (logps - base)).sum(1)
     exact_reward = (p * rewards_of).sum(1)
@@ -76,33 +101,35 @@ def test_reward_and_kl_are_those_of_the_sum_over_all_responses(world):
 
 
 def _place(token):
-    return draws.responses(len(TOKENIZER), TOKENIZER.eos_token_id, 1).index((token,))
+    return draw_responses(len(TOKENIZER), TOKENIZER.eos_token_id, 1).index((token,))
 
 
 @pytest.mark.slow
 def test_the_reference_has_no_kl_from_itself(world):
     pairs = Table.of(Tokens(x, (np.array([5]), np.array([6]))) for x in PROMPTS[:4])
-    shape, column = measure.shape_of(world, pairs), measure.column_of(world)
-    point = measure.measurer(world, PROMPTS[:20], pairs, shape, column)(world.reference, "sft", 0.0, 0)
+    shape, column = eval_layout(world, pairs), make_ref_logps(world)
+    point = make_measurer(world, PROMPTS[:20], pairs, shape, column)(world.reference, "sft", 0.0, 0)
     assert (point.kl, point.kl_half) == (0, 0)
 
 
 def test_many_responses_are_not_listed(world):
-    assert draws.listed(world._replace(max_new_tokens=2), PROMPTS[:1], measure.column_of(world)) is None
+    assert enumerate_texts(world._replace(max_new_tokens=2), PROMPTS[:1], make_ref_logps(world)) is None
 
 
 def test_pairs_are_those_of_the_ids_drawn_and_are_kept(world, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    table = draws.pairs(path, world, PROMPTS[:30], 4, "ranked", 0)
-    rows = metrics.read(path)
+    table = draw_pairs(path, world, PROMPTS[:30], 4, "ranked", 0)
+    rows = read_metrics(path)
     assert len(rows) == len(table) > 30
     for i, row in enumerate(rows):
-        assert synthetic.reward(row["prompt"], row["chosen"]) > synthetic.reward(row["prompt"], row["rejected"])
+        assert synthetic.synthetic_reward(row["prompt"], row["chosen"]) > synthetic.synthetic_reward(
+            row["prompt"], row["rejected"]
+        )
         ids = [part.tolist() for part in (table[i].prompt, *table[i].responses)]
         assert ids == row["ids"]
         assert TOKENIZER.decode(ids[1], skip_special_tokens=True) == row["chosen"]
     before = path.read_bytes()
-    again = draws.pairs(path, world._replace(reward=None), PROMPTS[:30], 4, "ranked", 0)  # which nobody asks
+    again = draw_pairs(path, world._replace(reward=None), PROMPTS[:30], 4, "ranked", 0)  # which nobody asks
     assert path.read_bytes() == before
     np.testing.assert_array_equal(again.ids, table.ids)
 
@@ -110,14 +137,14 @@ def test_pairs_are_those_of_the_ids_drawn_and_are_kept(world, tmp_path):
 @pytest.mark.parametrize("method", [pytest.param("dpo", marks=pytest.mark.slow), "unlikelihood"])
 def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
     """And a strength makes the difference that it must."""
-    table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:30], 4, "ranked", 0)
-    settings = Frontier("synthetic", optim={"name": "rmsprop", "learning_rate": 1e-3}, max_steps=3, batch_size=8)
-    build = lambda strength: frontier.config_of(settings, method, strength)  # noqa: E731
-    column = measure.column_of(world)(world.reference, table, measure.shape_of(world, table))
-    program = offline.program(world, build(0.1), table, column)
+    table = draw_pairs(tmp_path / "p.jsonl", world, PROMPTS[:30], 4, "ranked", 0)
+    settings = FrontierConfig("synthetic", optim={"name": "rmsprop", "learning_rate": 1e-3}, max_steps=3, batch_size=8)
+    build = lambda strength: frontier.job_config(settings, method, strength)  # noqa: E731
+    column = make_ref_logps(world)(world.reference, table, eval_layout(world, table))
+    program = offline.offline_program(world, build(0.1), table, column)
     ends = []
     for strength in (0.1, 1.0, 0.1):
-        *_, (step, end) = offline.steps(program, build(strength), 0)
+        *_, (step, end) = offline.offline_steps(program, build(strength), 0)
         assert step == 3
         ends.append(jax.device_get(end))
     assert program.step._cache_size() == 1  # noqa: SLF001
@@ -129,30 +156,30 @@ def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
-    table = draws.pairs(tmp_path / "p.jsonl", world, PROMPTS[:10], 4, "ranked", 0)
+    table = draw_pairs(tmp_path / "p.jsonl", world, PROMPTS[:10], 4, "ranked", 0)
     optim = {"name": "rmsprop", "learning_rate": 1e30, "warmup_steps": 0}
-    settings = Frontier("synthetic", optim=optim, max_steps=4, batch_size=8)
-    c = frontier.config_of(settings, "unlikelihood", 0.5)
+    settings = FrontierConfig("synthetic", optim=optim, max_steps=4, batch_size=8)
+    c = frontier.job_config(settings, "unlikelihood", 0.5)
     with pytest.raises(UserError, match="not finite at step 2"):
-        list(offline.steps(offline.program(world, c, table, None), c, 0))
+        list(offline.offline_steps(offline.offline_program(world, c, table, None), c, 0))
 
 
 def test_the_runs_of_the_paper():
-    settings = Frontier("synthetic", max_steps=100, eval_every=30)
-    found = frontier.jobs(settings)
+    settings = FrontierConfig("synthetic", max_steps=100, eval_every=30)
+    found = frontier.frontier_jobs(settings)
     assert [j.strength for j in found if j.method == "dpo"] == [0.05, 0.1, 1, 5]
     assert [j.strength for j in found if j.method == "unlikelihood"] == [0.05, 0.1, 0.5, 1]
     assert len([j for j in found if j.method == "preferred_ft"]) == 6
-    assert found[0] == Job("dpo", 0.05, (30, 60, 90, 100))
-    assert frontier.jobs(Frontier("x", max_steps=60, eval_every=30))[0].steps == (30, 60)
-    assert frontier.jobs(Frontier("x", max_steps=10, eval_every=30))[0].steps == (10,)
+    assert found[0] == FrontierJob("dpo", 0.05, (30, 60, 90, 100))
+    assert frontier.frontier_jobs(FrontierConfig("x", max_steps=60, eval_every=30))[0].steps == (30, 60)
+    assert frontier.frontier_jobs(FrontierConfig("x", max_steps=10, eval_every=30))[0].steps == (10,)
 
 
 def point(method, strength, step, reward, kl, half=0.0):
     return Point(method, strength, step, reward, half, kl, half, -4.0, -5.0, 3.0, 0.25)
 
 
-FOUND = Found(
+FOUND = FrontierResult(
     [
         point("sft", 0, 0, 1.0, 0.0), point("dpo", 0.1, 10, 2.5, 0.25, 0.1), point("dpo", 0.1, 20, 3.0, 1.5),
         point("dpo", 1, 10, 2.0, 0.4), point("unlikelihood", 0.5, 10, 0.5, 0.1), point("dpo", 1, 20, 2.9, 6.0),
@@ -168,14 +195,14 @@ FOUND = Found(
 
 def test_gaps_by_hand():
     """On the line from (0, 1) to (0.5, 3), slope 4, the optimum at 0.25 is 2; beyond 1.5 it is below 4 + (kl - 1.5)."""
-    assert frontier_page.of_point(FOUND, FOUND.points[1])[::2] == (-0.5, True)
-    assert frontier_page.of_point(FOUND, FOUND.points[1]).half == pytest.approx(math.hypot(0.1, 0.15, 4 * 0.1))
-    assert frontier_page.of_point(FOUND, FOUND.points[2])[::2] == (1.0, True)
-    assert frontier_page.of_point(FOUND, FOUND.points[5])[::2] == (pytest.approx(8.5 - 2.9), False)
+    assert describe_point(FOUND, FOUND.points[1])[::2] == (-0.5, True)
+    assert describe_point(FOUND, FOUND.points[1]).half == pytest.approx(math.hypot(0.1, 0.15, 4 * 0.1))
+    assert describe_point(FOUND, FOUND.points[2])[::2] == (1.0, True)
+    assert describe_point(FOUND, FOUND.points[5])[::2] == (pytest.approx(8.5 - 2.9), False)
 
 
 def test_the_most_reward_within_a_kl():
-    head, optimum, dpo, unlikelihood, best = frontier_page.budgets(FOUND)
+    head, optimum, dpo, unlikelihood, best = budgets(FOUND)
     assert head[1:] == ["0.5", "1", "2", "4", "8", "16"]
     assert optimum[1:4] == ["3.00", "3.50", "<= 4.50"]
     assert dpo[1:] == ["2.50 +- 0.10", "2.50 +- 0.10", *["3.00 +- 0.00"] * 4]
@@ -184,7 +211,7 @@ def test_the_most_reward_within_a_kl():
 
 
 def test_the_table_of_runs():
-    head, sft, first, second, unlikelihood, one, two = frontier_page.table(FOUND)
+    head, sft, first, second, unlikelihood, one, two = frontier_table(FOUND)
     assert head[:4] == ["method", "strength", "step", "reward"]
     assert sft[:3] == ["SFT", "", "0"]
     assert first == [
@@ -194,30 +221,30 @@ def test_the_table_of_runs():
     assert unlikelihood[:2] == ["Unlikelihood", "alpha 0.5"]
     assert one[:7] == ["Best of N", "N 1", "", "1.00 +- 0.10", "<= 0.00", "1.00", "0.00 +- 0.14"]
     assert two[4] == "<= 0.19"
-    rows = frontier_page.optima(FOUND)
+    rows = optima(FOUND)
     assert rows[1][0] == "reference"
     assert rows[-1] == ["beta 0.1", "9.00 +- 0.10", "5.00 +- 0.10", "3", "left out: too few"]
 
 
 def test_the_page_and_its_figures():
-    page = frontier_page.page(FOUND, ["a <b> line"])
+    page = render_frontier(FOUND, ["a <b> line"])
     assert "a &lt;b&gt; line" in page
     assert page.count("<svg") == 3
     assert "<script" not in page
     assert "Best of N (KL: bound)" in page
-    assert json.loads(json.dumps(frontier_page.as_json(FOUND), allow_nan=False))["optimum"][0]["beta"] is None
-    alone = frontier_page.alone(frontier_page.frontier(FOUND))
+    assert json.loads(json.dumps(frontier_json(FOUND), allow_nan=False))["optimum"][0]["beta"] is None
+    alone = standalone_figure(frontier_curve(FOUND))
     assert alone.startswith("<svg")
     assert alone.index("<style>") < alone.index("<defs")
     none = FOUND._replace(points=FOUND.points[:1], best_of=[], curve=FOUND.curve[:1])
-    assert list(frontier_page.figures(none)) == ["frontier"]
+    assert list(frontier_figures(none)) == ["frontier"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random model's folder, and a small experiment."""
     folder = tmp_path_factory.mktemp("frontier")
-    hf.save(folder / "model", params(0), CONFIG, TOKENIZER)
+    save_folder(folder / "model", params(0), CONFIG, TOKENIZER)
     (folder / "small.yaml").write_text(
         "data: {name: synthetic, eval_split: test, max_prompt_length: 16}\nmodel: {path: model}\nreward: synthetic\n"
         "optim: {name: rmsprop, learning_rate: 1.0e-3, warmup_steps: 0}\nprompts: 40\nmax_new_tokens: 6\n"
@@ -234,7 +261,7 @@ def run(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
 
     def run(*options):
-        cli.run(["frontier", "small.yaml", *options])
+        cli.run_command(["frontier", "small.yaml", *options])
         return capsys.readouterr().out
 
     return run
@@ -249,7 +276,7 @@ def test_the_command_goes_on_and_the_same_seed_gives_the_same_figure(run, folder
 
     def kept():
         return sorted(
-            metrics.read(made / "points.jsonl"), key=lambda row: (row["method"], row["strength"], row["step"])
+            read_metrics(made / "points.jsonl"), key=lambda row: (row["method"], row["strength"], row["step"])
         )
 
     whole = kept()
@@ -327,7 +354,7 @@ def test_mistakes_are_told(run, folder, options, message):
 
 @pytest.mark.slow
 def test_a_run_ends_at_its_next_step_when_it_is_told(run, monkeypatch):
-    at_once = frontier.threads.at_once
+    at_once = frontier.distributed.run_concurrently
 
     def told(tasks, count, stop=None):
         if stop is None:
@@ -335,7 +362,7 @@ def test_a_run_ends_at_its_next_step_when_it_is_told(run, monkeypatch):
         stop()
         return next(iter(tasks))()
 
-    monkeypatch.setattr(frontier.threads, "at_once", told)
+    monkeypatch.setattr(frontier.distributed, "run_concurrently", told)
     with pytest.raises(CancelledError):
         run("--run", "runs/stopped", "--dpo", "--preferred_ft", "0")
 
@@ -358,12 +385,12 @@ def test_what_the_paper_found_as_far_as_it_holds_at_this_size(tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    cli.run(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
+    cli.run_command(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
     runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
     sizes = {"eval_prompts": 128, "prompts": 900, "max_steps": 96, "eval_every": 48, "optim.learning_rate": 1e-4}
     sizes |= {"optimum.samples": 512}  # with which the optimum is known up to a KL of about 1.4
     options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
-    cli.run(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
+    cli.run_command(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())
     ends = {(p["method"], p["strength"]): p for p in found["points"] if p["step"] == 96}
     far, near, unlikelihood, preferred = (

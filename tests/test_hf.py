@@ -10,9 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model, tokens_of, torch_model
 
-from dpo_jax import config, loading
-from dpo_jax.models import build, hf
-from dpo_jax.records import UserError
+from dpo_jax.config.schema import ModelConfig
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer, read_config, save_folder
+from dpo_jax.models.huggingface.safetensors import weights_hash
+from dpo_jax.models.model import build_model
+from dpo_jax.training.load import load_policy
 
 CASES = {
     **{name: (name, {}) for name in FAMILIES},
@@ -55,14 +58,14 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_trip_gives_the_same_file_and_the_same_logits(folders, case, tmp_path):
     source, out, tokens = folders(case), tmp_path / "out", tokens_of(2, 12)
-    architecture, config, params = hf.load(source)
-    hf.save(out, jax.tree.map(jax.numpy.asarray, params), config)
+    architecture, config, params = load_folder(source)
+    save_folder(out, jax.tree.map(jax.numpy.asarray, params), config)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    logits = jax.jit(lambda p: logits_of(build(architecture), p, tokens))(params)
+    logits = jax.jit(lambda p: logits_of(build_model(architecture), p, tokens))(params)
     np.testing.assert_allclose(torch_logits(out, tokens), logits, atol=1e-5)
-    assert_same(hf.load(out)[2], params)
+    assert_same(load_folder(out)[2], params)
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == EOS
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == "float32"
@@ -73,22 +76,22 @@ def test_a_trained_model_and_its_tokenizer_survive_a_round_trip(tmp_path):
     from transformers import AutoTokenizer
 
     source, out = shared_model("tinystories-656k"), tmp_path / "out"
-    architecture, config, params = hf.load(source)
-    tokenizer = hf.load_tokenizer(source)
-    hf.save(out, params, config, tokenizer)
+    architecture, config, params = load_folder(source)
+    tokenizer = load_tokenizer(source)
+    save_folder(out, params, config, tokenizer)
     tokens = np.asarray([tokenizer.encode("Once upon a time there was a")], np.int32)
     np.testing.assert_allclose(torch_logits(out, tokens), torch_logits(source, tokens), atol=1e-5)
-    logits = jax.jit(lambda p: logits_of(build(architecture), p, tokens))(params)
+    logits = jax.jit(lambda p: logits_of(build_model(architecture), p, tokens))(params)
     np.testing.assert_allclose(logits, torch_logits(source, tokens), atol=1e-4)
     assert AutoTokenizer.from_pretrained(out).encode("a little dog") == tokenizer.encode("a little dog")
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_the_tokenizers_eos_comes_before_the_configs(tmp_path):
-    _, config, params = hf.load(shared_model("tinystories-656k"))
-    tokenizer = hf.load_tokenizer(shared_model("tinystories-656k"))
+    _, config, params = load_folder(shared_model("tinystories-656k"))
+    tokenizer = load_tokenizer(shared_model("tinystories-656k"))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(7)
-    hf.save(tmp_path / "out", params, config, tokenizer)
+    save_folder(tmp_path / "out", params, config, tokenizer)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [7, 2]
 
 
@@ -102,8 +105,8 @@ def test_dtype_generation_tokenizer_and_template_survive_a_round_trip(shared, tm
     theirs.generation_config = GenerationConfig(temperature=0.7, top_p=0.8, do_sample=True, eos_token_id=[5, 9])
     theirs.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    loaded = loading.load_model(config.Model(path=str(source)), tokenizer, 0)
-    loaded.save(loaded.params, out, hf.load_tokenizer(source))
+    loaded = load_policy(ModelConfig(path=str(source)), tokenizer, 0)
+    loaded.save(loaded.params, out, load_tokenizer(source))
     ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert a.dtype == b.dtype == torch.bfloat16, name
@@ -120,29 +123,29 @@ def test_dtype_generation_tokenizer_and_template_survive_a_round_trip(shared, tm
 
 
 def test_shards_and_their_index(folders, tmp_path):
-    _, config, params = hf.load(folders("llama"))
-    hf.save(tmp_path / "out", params, config, max_shard_bytes=20_000)
+    _, config, params = load_folder(folders("llama"))
+    save_folder(tmp_path / "out", params, config, max_shard_bytes=20_000)
     names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
-    assert_same(hf.load(tmp_path / "out")[2], params)
+    assert_same(load_folder(tmp_path / "out")[2], params)
     tokens = tokens_of(1, 8)
     np.testing.assert_array_equal(torch_logits(tmp_path / "out", tokens), torch_logits(folders("llama"), tokens))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     (tmp_path / "out" / names[1]).unlink()
     with pytest.raises(UserError, match=names[1] + ": is missing, model.safetensors.index.json names it"):
-        hf.load(tmp_path / "out")
+        load_folder(tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_short_floats_in_and_out(folders, dtype, tmp_path):
-    _, config, params = hf.load(folders("gpt2"))
-    hf.save(tmp_path / "out", params, config, dtype=dtype)
+    _, config, params = load_folder(folders("gpt2"))
+    save_folder(tmp_path / "out", params, config, dtype=dtype)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
     stored = load_file(tmp_path / "out/model.safetensors")
     assert {x.dtype for x in stored.values()} == {np.dtype(kind)}
-    assert_same(hf.load(tmp_path / "out")[2], jax.tree.map(lambda x: x.astype(kind).astype(np.float32), params))
+    assert_same(load_folder(tmp_path / "out")[2], jax.tree.map(lambda x: x.astype(kind).astype(np.float32), params))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
     load_torch(tmp_path / "out")
 
@@ -154,7 +157,7 @@ def test_names_without_the_prefix_and_buffers_are_understood(folders, tmp_path):
     bare["h.1.attn.masked_bias"] = np.float32(-1e4)
     bare["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
     write(bare, folder)
-    assert_same(hf.load(folder)[2], hf.load(folders("gpt2"))[2])
+    assert_same(load_folder(folder)[2], load_folder(folders("gpt2"))[2])
 
 
 def test_a_tied_head_may_stand_for_the_embedding_but_not_differ_from_it(folders, tmp_path):
@@ -163,15 +166,15 @@ def test_a_tied_head_may_stand_for_the_embedding_but_not_differ_from_it(folders,
     tensors["lm_head.weight"] = embedding + 1
     write(tensors, folder)
     with pytest.raises(UserError, match=r"lm_head.weight differs from the embedding.*tie_word_embeddings to false"):
-        hf.load(folder)
+        load_folder(folder)
     del tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = embedding
     write(tensors, folder)
-    assert_same(hf.load(folder)[2], hf.load(folders("llama-tied"))[2])
+    assert_same(load_folder(folder)[2], load_folder(folders("llama-tied"))[2])
     tensors["lm_head.weight"] = embedding[:-1]
     write(tensors, folder)
     with pytest.raises(UserError, match=r"lm_head.weight has shape \(127, 32\)"):
-        hf.load(folder)
+        load_folder(folder)
 
 
 def drop(tensors, _):
@@ -230,78 +233,78 @@ def test_what_does_not_fit_is_named_in_one_line(folders, tmp_path, damage, messa
     write(tensors, folder)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as caught:
-        hf.load(folder)
+        load_folder(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
 
 
 def test_folders_that_hold_no_model_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="absent: there is no such model folder"):
-        hf.load(tmp_path / "absent")
+        load_folder(tmp_path / "absent")
     with pytest.raises(UserError, match=r"config.json is missing"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: is not valid JSON"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config.json: model_type is missing"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     shutil.copy(folders("llama") / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"there are no weights; model.safetensors or"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(
         UserError, match=r"only as a pickle, which is never read; convert it with transformers: .*safe_"
     ):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 30)
     with pytest.raises(UserError, match=r"model.safetensors: is damaged or no safetensors file"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
 
 
 def test_read_config_takes_the_file_or_its_folder(folders):
     folder = folders("gpt_neox")
-    assert hf.read_config(folder) == hf.read_config(folder / "config.json")
-    assert hf.read_config(folder)["model_type"] == "gpt_neox"
+    assert read_config(folder) == read_config(folder / "config.json")
+    assert read_config(folder)["model_type"] == "gpt_neox"
 
 
 def test_an_export_is_replaced_whole_and_other_folders_are_left_alone(folders, tmp_path):
-    _, config, params = hf.load(folders("llama"))
+    _, config, params = load_folder(folders("llama"))
     out = tmp_path / "out"
-    hf.save(out, params, config, max_shard_bytes=20_000)
-    hf.save(out, params, config)
+    save_folder(out, params, config, max_shard_bytes=20_000)
+    save_folder(out, params, config)
     assert sorted(f.name for f in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"out: holds notes.txt, which is no part of a model; choose another folder"):
-        hf.save(out, params, config)
+        save_folder(out, params, config)
     with pytest.raises(UserError, match=r"dtype 'int8' is not known; choose one of float32"):
-        hf.save(tmp_path / "other", params, config, dtype="int8")
+        save_folder(tmp_path / "other", params, config, dtype="int8")
 
 
 def test_a_save_that_fails_leaves_the_old_export(folders, tmp_path):
-    _, config, params = hf.load(folders("llama"))
-    hf.save(tmp_path / "out", params, config)
+    _, config, params = load_folder(folders("llama"))
+    save_folder(tmp_path / "out", params, config)
     with pytest.raises(KeyError):
-        hf.save(tmp_path / "out", {"embedding": params["embedding"]}, config)
+        save_folder(tmp_path / "out", {"embedding": params["embedding"]}, config)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert_same(hf.load(tmp_path / "out")[2], params)
+    assert_same(load_folder(tmp_path / "out")[2], params)
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "llama"])
 def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
-    architecture, _, params = hf.load(folders(kind))
-    name = hf.weights_hash(params, architecture)
+    architecture, _, params = load_folder(folders(kind))
+    name = weights_hash(params, architecture)
     assert len(name) == 32
     on_device = jax.tree.map(jax.numpy.asarray, dict(reversed(params.items())))
-    assert hf.weights_hash(on_device, architecture) == name
+    assert weights_hash(on_device, architecture) == name
     bits = params["layers"]["down"]["kernel"].view(np.uint32)
     bits[-1, -1, -1] ^= 1
-    assert hf.weights_hash(params, architecture) != name
+    assert weights_hash(params, architecture) != name
     bits[-1, -1, -1] ^= 1
-    assert hf.weights_hash(params, architecture) == name
+    assert weights_hash(params, architecture) == name
     other = type(architecture)(**{**vars(architecture), "eps": 1e-3})
-    assert hf.weights_hash(params, other) != name
+    assert weights_hash(params, other) != name
 
 
 def test_code_that_a_folder_names_is_not_run_and_said_so(folders, tmp_path, capsys):
@@ -309,42 +312,42 @@ def test_code_that_a_folder_names_is_not_run_and_said_so(folders, tmp_path, caps
     (folder / "modeling_own.py").write_text("raise SystemExit(9)")
     own = {**hf_config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     (folder / "config.json").write_text(json.dumps(own))
-    hf.load(folder)
+    load_folder(folder)
     assert "auto_map names code, which is never run; it is read as the LlamaForCausalLM" in capsys.readouterr().out
 
 
 def test_rows_beyond_the_tokenizer_are_kept():
     folder = shared_model("tinystories-656k")
-    assert hf.load(folder)[2]["embedding"].shape[0] == 2048 >= len(hf.load_tokenizer(folder))
+    assert load_folder(folder)[2]["embedding"].shape[0] == 2048 >= len(load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("name", ["./no-such", "../no/such", "/no/such", "some/no/such"])
 def test_a_tokenizer_folder_that_is_not_there(name):
     with pytest.raises(UserError, match=f"^{name}: there is no such folder to read a tokenizer from$"):
-        hf.load_tokenizer(name)
+        load_tokenizer(name)
 
 
 def test_a_tokenizer_that_cannot_be_used(folders, tmp_path):
     with pytest.raises(UserError, match="no tokenizer could be read from this folder: ") as caught:
-        hf.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no tokenizer could be read from the Hugging Face hub"):
-        hf.load_tokenizer("no-such-owner/no-such-model")
+        load_tokenizer("no-such-owner/no-such-model")
     source = shared_model("tinystories-656k")
     settings = json.loads((source / "tokenizer_config.json").read_text())
     shutil.copy(source / "tokenizer.json", tmp_path)
     settings = {k: v for k, v in settings.items() if "eos" not in k} | {"tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"the tokenizer has no eos_token; set it in tokenizer_config.json"):
-        hf.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_file_is_read_as_it_is(shared, tmp_path):
     """The class of this folder's tokenizer would put a prefix before every text, which the model never saw."""
     file = shared / "models/tinystories-656k/tokenizer_noprefix.json"
-    tokenizer = hf.load_tokenizer(file)
+    tokenizer = load_tokenizer(file)
     ids = tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "On"
     assert tokenizer.eos_token == "<|end_story|>"
     tokenizer.save_pretrained(tmp_path)
-    assert hf.load_tokenizer(tmp_path)("Once upon a time", add_special_tokens=False)["input_ids"] == ids
+    assert load_tokenizer(tmp_path)("Once upon a time", add_special_tokens=False)["input_ids"] == ids

@@ -13,8 +13,9 @@ from threading import Thread
 
 import pytest
 
-from dpo_jax.models import hf, hub
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import model_folder
+from dpo_jax.models.huggingface.hub import fetch_model, hub_config_file, is_hub_name
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -128,23 +129,23 @@ def test_without_a_network_the_answer_is_one_line(tmp_path):
 def cached(monkeypatch, tmp_path):
     """The folder of `org/name` in an otherwise empty cache of the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub.fetched.cache_clear()
+    fetch_model.cache_clear()
     place = tmp_path / "hub/models--org--name"
     (place / "refs").mkdir(parents=True)
     (place / "refs/main").write_text(COMMIT)
     (place / "snapshots" / COMMIT).mkdir(parents=True)
     yield place / "snapshots" / COMMIT
-    hub.fetched.cache_clear()
+    fetch_model.cache_clear()
 
 
 def test_a_name_becomes_the_folder_of_its_copy(cached, capsys, shared):
     shutil.copy(shared / "models/tinystories-656k/model.safetensors", cached)
-    assert hf.model_folder("org/name") == cached
+    assert model_folder("org/name") == cached
     assert f"revision {COMMIT}" in capsys.readouterr().out
-    assert hf.model_folder(f"org/name@{COMMIT}") == cached
+    assert model_folder(f"org/name@{COMMIT}") == cached
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"^org/name@other: no such folder, and the hub has given no such model: "):
-        hf.model_folder("org/name@other")
+        model_folder("org/name@other")
 
 
 def test_a_mistyped_folder_is_answered_with_the_likely_one(cached, tmp_path, monkeypatch):
@@ -152,24 +153,24 @@ def test_a_mistyped_folder_is_answered_with_the_likely_one(cached, tmp_path, mon
     (tmp_path / "runs/dpo").mkdir(parents=True)
     message = r"^runs/dop: no such folder \(did you mean runs/dpo\?\), and the hub has given no such model: "
     with pytest.raises(UserError, match=message):
-        hf.model_folder("runs/dop")
+        model_folder("runs/dop")
 
 
 def test_a_config_needs_no_weights(cached):
     (cached / "config.json").write_text("{}")
-    assert hub.config_of("org/name") == cached / "config.json"
+    assert hub_config_file("org/name") == cached / "config.json"
 
 
 def test_a_model_that_is_only_a_pickle_is_refused(cached):
     (cached / "config.json").write_text("{}")
     with pytest.raises(UserError, match="org/name: the hub has no safetensors of it, and a pickle is never read"):
-        hf.model_folder("org/name")
+        model_folder("org/name")
 
 
 def test_what_can_be_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a/b").mkdir(parents=True)
     names = ["org/name", "org/name@v1.0", "org/name@refs/pr/1"]
-    assert [hub.is_name(name) for name in names] == [True] * 3
+    assert [is_hub_name(name) for name in names] == [True] * 3
     others = ["a/b", "name", "./org/name", "/org/name", "org/name/more", "org/name@", ""]
-    assert [hub.is_name(name) for name in others] == [False] * 7
+    assert [is_hub_name(name) for name in others] == [False] * 7

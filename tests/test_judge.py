@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from dpo_jax.records import UserError
+from dpo_jax.config.commands import EndpointConfig
+from dpo_jax.errors import UserError
 from dpo_jax.rewards import judge as judging
-from dpo_jax.rewards.endpoint import Client
+from dpo_jax.rewards.endpoint import EndpointClient
 from dpo_jax.rewards.judge import Match, Verdict
-from dpo_jax.settings import Endpoint
 
 SECRET = "sk-0123456789"  # of no real service
 
@@ -70,7 +70,7 @@ def _no_proxy(monkeypatch):
 
 def client_of(server, cache, waits=None, **settings):
     sleep = (lambda s: None) if waits is None else waits.append
-    return Client(Endpoint("a-model", server.url, **settings), cache, sleep)
+    return EndpointClient(EndpointConfig("a-model", server.url, **settings), cache, sleep)
 
 
 def echo(body):
@@ -228,7 +228,7 @@ def test_requests_are_under_way_together(tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
-        Client(Endpoint(**({"model": "m"} | settings)), tmp_path)
+        EndpointClient(EndpointConfig(**({"model": "m"} | settings)), tmp_path)
 
 
 MATCH = Match("What is it?", "the longer answer", "short")
@@ -259,8 +259,8 @@ def test_a_reward_as_a_judge():
     ],
 )
 def test_answers_are_understood(answer, score):
-    assert judging.understood(answer, a_first=True) == score
-    assert judging.understood(answer, a_first=False) == (None if score is None else 1 - score)
+    assert judging.parse_verdict(answer, a_first=True) == score
+    assert judging.parse_verdict(answer, a_first=False) == (None if score is None else 1 - score)
 
 
 def reads_longer(question):
@@ -301,30 +301,33 @@ def test_a_judge_that_takes_the_first_is_found_out():
 
 def test_the_order_is_a_fair_draw_of_the_seed_and_the_match():
     matches = [Match(f"p{i}", "a", "b") for i in range(1000)]
-    drawn = [judging.starts(m, 0) for m in matches]
+    drawn = [judging.load_judge(m, 0) for m in matches]
     assert abs(sum(drawn) - 500) < 4 * 250**0.5
-    assert drawn == [judging.starts(m, 0) for m in matches]
-    assert drawn != [judging.starts(m, 1) for m in matches]
+    assert drawn == [judging.load_judge(m, 0) for m in matches]
+    assert drawn != [judging.load_judge(m, 1) for m in matches]
 
 
 def test_texts_are_filled_in_as_they_are():
     match = Match("Say {second} {x} \\1", "{prompt}", " b ")
-    assert judging.filled("{prompt}|{first}|{second}|{other}", match, True) == "Say {second} {x} \\1|{prompt}|b|{other}"
-    assert judging.filled("{first}|{second}", match, False) == "b|{prompt}"
+    assert (
+        judging.fill_template("{prompt}|{first}|{second}|{other}", match, True)
+        == "Say {second} {x} \\1|{prompt}|b|{other}"
+    )
+    assert judging.fill_template("{first}|{second}", match, False) == "b|{prompt}"
 
 
 def test_questions(tmp_path):
     for name, text in judging.QUESTIONS.items():
-        assert judging.template_of(name) == text
+        assert judging.question_template(name) == text
         assert all(place in text for place in ("{prompt}", "{first}", "{second}", "\nBetter: A\n"))
     own = tmp_path / "own.txt"
     own.write_text("{prompt} {first} {second} Better: A, B or tie")
-    assert judging.template_of(str(own)) == own.read_text()
+    assert judging.question_template(str(own)) == own.read_text()
     own.write_text("{prompt} {first} Better:")
     with pytest.raises(UserError, match=r"lacks \{second\}"):
-        judging.template_of(str(own))
+        judging.question_template(str(own))
     with pytest.raises(UserError, match="'dialog' is none of summary, concise, dialogue"):
-        judging.template_of("dialog")
+        judging.question_template("dialog")
     with pytest.raises(UserError, match="order: 'first'"):
         judging.by_asking(list, "summary", "first", 0)
 
@@ -333,5 +336,5 @@ def test_waiting_for_the_rate_is_in_seconds(tmp_path):
     """The one real wait: 2 requests at 600 a minute are 0.1 s apart."""
     with serving(echo) as server:
         start = time.monotonic()
-        Client(Endpoint("m", server.url, per_minute=600, parallel=1), tmp_path).ask(["a", "b"])
+        EndpointClient(EndpointConfig("m", server.url, per_minute=600, parallel=1), tmp_path).ask(["a", "b"])
         assert time.monotonic() - start >= 0.1

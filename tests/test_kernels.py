@@ -12,13 +12,19 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from test_attention import PLAIN, D, H, K, R, dense, inputs, layout, visible, with_gradient
 
-from dpo_jax import admit, config, losses, models, prepare, sharding
-from dpo_jax.models.attention import Rows, Scoring, packed_attention
+from dpo_jax import losses, sharding
+from dpo_jax.config.schema import Config
+from dpo_jax.models.attention import RowMask, Scoring, packed_attention
+from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.kernels import cudnn, splash
+from dpo_jax.models.model import build_model
+from dpo_jax.training import compile
+from dpo_jax.training.attention_check import attention_case
+from dpo_jax.training.compile import compiled_step
 
 LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-PLAIN_MODEL = models.architecture_of(LLAMA)
+PLAIN_MODEL = architecture_of(LLAMA)
 INTERPRETED = partial(splash, interpret=True)  # the TPU's kernel, run on a processor
 BY_XLA = partial(cudnn, implementation="xla")  # what is asked of cuDNN, done by XLA
 CALLS = {"cuda": r"__cudnn\$\w+", "tpu": "@tpu_custom_call"}
@@ -26,7 +32,7 @@ CALLS = {"cuda": r"__cudnn\$\w+", "tpu": "@tpu_custom_call"}
 
 def long_case(window):
     """Rows of more than two blocks, some of which nobody sees and some of which all see, and inputs."""
-    _, rows = admit.case(PLAIN_MODEL, "float32", window)
+    _, rows = attention_case(PLAIN_MODEL, "float32", window)
     keys, length = jax.random.split(jax.random.key(1), 4), rows.group.shape[1]
     return rows, [jax.random.normal(key, (R, length, n, D)) for key, n in zip(keys, (H, K, K, H), strict=True)]
 
@@ -78,7 +84,7 @@ def some_cudnn(monkeypatch):
 
 def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16)):
     """Returns the gradient of a model's hidden states, and what it is of."""
-    model = models.build(dataclasses.replace(PLAIN_MODEL, windows=windows), compute=compute, remat=remat)
+    model = build_model(dataclasses.replace(PLAIN_MODEL, windows=windows), compute=compute, remat=remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     row = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
@@ -110,16 +116,16 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
 
     def run(attend, params, batch, count):
         q, k, v, g, *rows = (x[0] for x in batch)
-        out, back = jax.vjp(lambda *x: attend(*x, Rows(*rows, jnp.int32(9)), Scoring(0.5, 2.0)), q, k, v)
+        out, back = jax.vjp(lambda *x: attend(*x, RowMask(*rows, jnp.int32(9)), Scoring(0.5, 2.0)), q, k, v)
         return [x[None] for x in (out, *back(g))]
 
-    one, rows = layout(9), sharding.split_rows(mesh, {"w": sharding.replicated(mesh)})
+    one, rows = layout(9), sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(1, 4, one.group.shape[1], n, D) for n in (heads, kv_heads, kv_heads, heads)]
     given = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     batch = [*given, *(jnp.concatenate([x, x])[None] for x in one[:3])]
-    split = rows.each(partial(run, sharding.split_heads(mesh, attend)))
-    found = jax.jit(split)({"w": jnp.ones(())}, jax.device_put(batch, sharding.of_batch(mesh)), 0)
+    split = rows.each(partial(run, sharding.shard_heads(mesh, attend)))
+    found = jax.jit(split)({"w": jnp.ones(())}, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
     theirs = jax.jit(partial(run, packed_attention))({}, batch, 0)
     for a, b in zip(found, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(b).max()))
@@ -132,8 +138,8 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
 def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudnn):
     """XLA cannot split a kernel: JAX refuses one that is not called where every axis of the mesh is manual."""
     mesh = sharding.make_mesh(*sizes)
-    rows = sharding.split_rows(mesh, {"w": sharding.replicated(mesh)})
-    attend = sharding.split_heads(mesh, attend)
+    rows = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
+    attend = sharding.shard_heads(mesh, attend)
 
     def run(params, batch, count):
         q, kv, group = batch
@@ -145,7 +151,7 @@ def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudn
         return [x[None] for x in (out, *back(out))]
 
     shapes = [((1, 8, 128, 4, 16), jnp.bfloat16), ((1, 8, 128, 2, 16), jnp.bfloat16), ((1, 8, 128), jnp.int32)]
-    where = sharding.of_batch(mesh)
+    where = sharding.batch_sharding(mesh)
     batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
     lowered = jax.jit(rows.each(run)).trace({"w": jnp.ones(())}, batch, 0).lower(lowering_platforms=(platform,))
     assert len(re.findall(CALLS[platform], lowered.as_text())) == (2 if platform == "cuda" else 3)
@@ -154,11 +160,11 @@ def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudn
 def test_runs_of_a_sweep_do_not_share_a_kernel(monkeypatch):
     """Several runs in one program are a further axis of rows, which kernels do not all take."""
     sizes, loss = [], losses.build({"name": "dpo"})
-    monkeypatch.setattr(prepare, "at_once", lambda count: count)
+    monkeypatch.setattr(compile, "vmap_width", lambda count: count)
     monkeypatch.setattr(jax.lax, "map", lambda function, xs, batch_size=None: sizes.append(batch_size) or 1 / 0)
     for name in ("chunks", "splash"):
-        run = SimpleNamespace(config=config.Config(), model=SimpleNamespace(attention=name), loss=loss)
-        parts = SimpleNamespace(mesh=sharding.make_mesh(), rows=sharding.ALONE, model=None)
+        run = SimpleNamespace(config=Config(), model=SimpleNamespace(attention=name), loss=loss)
+        parts = SimpleNamespace(mesh=sharding.make_mesh(), rows=sharding.NO_COLLECTIVES, model=None)
         with pytest.raises(ZeroDivisionError):
-            prepare.compiled_step(run, parts, {}, 2)([{}, {}], {}, 0, None, [{}, {}])
+            compiled_step(run, parts, {}, 2)([{}, {}], {}, 0, None, [{}, {}])
     assert sizes == [2, None]

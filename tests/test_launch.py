@@ -9,7 +9,7 @@ import sys
 import launched
 import pytest
 
-from dpo_jax import watch
+from dpo_jax.training import interrupts
 
 SCRIPTS = launched.ROOT / "scripts"
 # Two tasks, each told who it is as Slurm does; ends with the highest exit code, having ended all if one fails.
@@ -97,7 +97,7 @@ def test_slurm_does_not_try_again_what_a_user_must_mend(world, stand_ins):
 
 @pytest.mark.parametrize(
     ("codes", "tries", "ends"),
-    [([0], 1, 0), ([1, 255, 0], 3, 0), ([2, 0], 1, 2), ([watch.AGAIN, 0], 2, 0), ([1, 1, 1, 1, 0], 3, 1)],
+    [([0], 1, 0), ([1, 255, 0], 3, 0), ([2, 0], 1, 2), ([interrupts.EXIT_AGAIN, 0], 2, 0), ([1, 1, 1, 1, 0], 3, 1)],
 )
 def test_a_tpu_pod_is_started_again(stand_ins, tmp_path, codes, tries, ends):
     (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 compiled_step = runpy.run_path(str(ROOT / "scripts" / "_collectives.py"))["compiled_step"]
@@ -129,7 +129,7 @@ def test_a_plan_by_hand():
 
 def test_pmap_is_for_whole_parameters():
     with pytest.raises(UserError, match="every device holds all parameters"):
-        sharding.mapped_rows(sharding.make_mesh(2, 2, 1))
+        sharding.pmap_collectives(sharding.make_mesh(2, 2, 1))
 
 
 # The command line on many devices.

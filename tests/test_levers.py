@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import losses, models, optim, reference
+from dpo_jax import losses, optim, reference
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import CHUNK, batch_logps
 from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.families.registry import family
 from dpo_jax.models.kernels import splash
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 
@@ -37,8 +39,8 @@ def table():
 @pytest.fixture(scope="module")
 def trajectory(table):
     """name of a lever -> the metrics of the steps without it, and the parameters after them."""
-    architecture = models.family("llama").architecture({"model_type": "llama", **SIZES})
-    start = jax.jit(models.build(architecture).init)(jax.random.key(0))
+    architecture = family("llama").architecture({"model_type": "llama", **SIZES})
+    start = jax.jit(build_model(architecture).init)(jax.random.key(0))
     tx = optim.build("rmsprop", learning_rate=1e-3, warmup_steps=0)
     loss = losses.build({"name": "dpo", "beta": 1.0})
 
@@ -46,11 +48,11 @@ def trajectory(table):
     batch_logps.__kwdefaults__["chunk"] = 64
 
     def run(lever, attend=None):
-        model = models.build(architecture, remat="full" if lever == "kept activations" else "none")
+        model = build_model(architecture, remat="full" if lever == "kept activations" else "none")
         if attend is not None:
             model = model._replace(hidden=partial(model.hidden, attend=attend))
         logps = bench.logps_of(lever, model)
-        step, column = jax.jit(make_train_step(logps, loss, tx)), reference.make_column(logps)
+        step, column = jax.jit(make_train_step(logps, loss, tx)), reference.make_ref_logps_fn(logps)
         shape, state, found = bench.shape_of(lever, table, MAX_LENGTH, BATCH), init_state(start, tx), []
         for rows in np.arange(STEPS * BATCH).reshape(STEPS, BATCH):
             batch, count = bench.build(lever, table, rows, shape)

@@ -7,17 +7,21 @@ import yaml
 from tiny import folder_of
 from tokenizers import AddedToken
 
-from dpo_jax import cli, config, loading, plan
-from dpo_jax.data import synthetic
-from dpo_jax.models import hf
-from dpo_jax.records import UserError
+from dpo_jax import cli
+from dpo_jax.commands.plan import plan_run
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config, ModelConfig
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import adapter_folder, open_folder
+from dpo_jax.training.load import load_policy
 
-WORDS = len(synthetic.tokenizer())
+WORDS = len(synthetic.synthetic_tokenizer())
 
 
 def with_token(special):
     """Returns a tokenizer with one more token."""
-    tokenizer = synthetic.tokenizer()
+    tokenizer = synthetic.synthetic_tokenizer()
     tokenizer.add_tokens([AddedToken("<picture>", special=special)])
     return tokenizer
 
@@ -29,20 +33,20 @@ def model(tmp_path_factory):
 
 
 def test_a_vocabulary_without_the_tokenizers_ids_is_refused(model):
-    options = config.Model(path=str(model))
-    loading.load_model(options, synthetic.tokenizer(), 0)
+    options = ModelConfig(path=str(model))
+    load_policy(options, synthetic.synthetic_tokenizer(), 0)
     message = f"vocab_size {WORDS} is too little for the tokenizer's ids up to {WORDS}"
     with pytest.raises(UserError, match=message):
-        loading.load_model(options, with_token(False), 0)
+        load_policy(options, with_token(False), 0)
     ending = with_token(True)
     ending.eos_token = "<picture>"
     with pytest.raises(UserError, match=message):
-        loading.load_model(options, ending, 0)
+        load_policy(options, ending, 0)
 
 
 def test_a_special_token_that_only_other_models_know_is_refused_in_a_text(model, tmp_path, monkeypatch):
     """As with Gemma 3, whose tokenizer has a token for pictures that the model of 1B has no embedding for."""
-    loading.load_model(config.Model(path=str(model)), with_token(True), 0)
+    load_policy(ModelConfig(path=str(model)), with_token(True), 0)
     monkeypatch.chdir(tmp_path)
     with_token(True).save_pretrained(tmp_path / "tokenizer")
     rows = [
@@ -56,18 +60,18 @@ def test_a_special_token_that_only_other_models_know_is_refused_in_a_text(model,
     options |= {"model": {"path": str(model), "tokenizer": "tokenizer"}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     with pytest.raises(UserError, match="training data: a text has '<picture>', for which the model has no embedding"):
-        cli.run(["train", "run.yaml"])
+        cli.run_command(["train", "run.yaml"])
 
 
 def test_texts_longer_than_the_model_are_refused_by_every_command(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    synthetic.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    synthetic.synthetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
     chosen = ["--data.max-length", "65", "--model.tokenizer", "tokenizer"]
     message = "data.max_length: 65 is more than the model's 64 positions"
     with pytest.raises(UserError, match=message):
-        cli.run(["eval", str(model), "--reference.path", str(model), "--data.path", "none.jsonl", *chosen])
+        cli.run_command(["eval", str(model), "--reference.path", str(model), "--data.path", "none.jsonl", *chosen])
     with pytest.raises(UserError, match=message):
-        plan.of(config.parse(config.Config, None, ["--model.path", str(model), *chosen], prog="x"))
+        plan_run(parse_config(Config, None, ["--model.path", str(model), *chosen], prog="x"))
 
 
 def test_a_folder_of_adapters_is_no_model(tmp_path):
@@ -75,10 +79,10 @@ def test_a_folder_of_adapters_is_no_model(tmp_path):
     with pytest.raises(
         UserError, match=r"config.json is missing; these are adapters: give them as lora.path, and the mod"
     ):
-        hf.stored(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_adapters_are_found_in_the_folder_of_a_run(tmp_path):
-    assert hf.adapter_folder(str(tmp_path)) == tmp_path
+    assert adapter_folder(str(tmp_path)) == tmp_path
     (tmp_path / "config.yaml").write_text("")
-    assert hf.adapter_folder(str(tmp_path)) == tmp_path / "adapter"
+    assert adapter_folder(str(tmp_path)) == tmp_path / "adapter"

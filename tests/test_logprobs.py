@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dpo_jax import data, models
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
+from dpo_jax.data.sources.base import load_comparisons
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps, per_microbatch, token_logps
-from dpo_jax.models import hf
+from dpo_jax.logprobs import batch_logps, map_microbatches, token_logps
+from dpo_jax.models.huggingface.folder import load_folder
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 
 COUNT = 6
@@ -23,7 +24,7 @@ COUNT = 6
 @pytest.fixture(scope="module")
 def table(shared):
     """Six real comparisons of Anthropic HH, longest prompts and shortest, with ids folded into a small vocabulary."""
-    rows = data.load("hh", (str(shared / "data/hh/harmless-base/test.jsonl.gz"),), "test", 2)
+    rows = load_comparisons("hh", (str(shared / "data/hh/harmless-base/test.jsonl.gz"),), "test", 2)
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     full, _ = encode(
         rows[:40], tokenizer, max_length=192, max_prompt_length=96, truncation="paper_keep_end", degenerate="drop",
@@ -39,20 +40,20 @@ def pair(request, tmp_path_factory):
     """The same small random model in torch and here."""
     folder = tmp_path_factory.mktemp(request.param)
     originals.save_random(request.param, folder, 997)
-    architecture, _, params = hf.load(folder)
-    return originals.load(folder), models.build(architecture), params
+    architecture, _, params = load_folder(folder)
+    return originals.load(folder), build_model(architecture), params
 
 
 def packed(model, params, table, indices, shape):
-    batch, count, places = pack.build(table, indices, shape)
+    batch, count, places = pack.build_batch(table, indices, shape)
 
     @jax.jit
     def run(params, batch, count):
-        return per_microbatch(
+        return map_microbatches(
             lambda m: batch_logps(model, params, m, chunk=64).policy.reshape(m.scores.shape), batch, count
         )
 
-    return pack.unpack(run(params, batch, count), places)
+    return pack.unpack_batch(run(params, batch, count), places)
 
 
 def test_packed_log_probs_are_those_of_separate_sequences(pair, table):
@@ -60,7 +61,7 @@ def test_packed_log_probs_are_those_of_separate_sequences(pair, table):
     with torch.no_grad():
         expected = torch.stack([originals.sequence_logps(reference, table[i]) for i in range(COUNT)]).numpy()
     assert np.abs(expected).max() > 100  # far from trivial
-    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
+    shape = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=2)
     indices = np.array([5, 0, 3, 1, 4, 2])
     np.testing.assert_allclose(packed(model, params, table, indices, shape), expected[indices], rtol=2e-6, atol=1e-4)
 
@@ -68,10 +69,14 @@ def test_packed_log_probs_are_those_of_separate_sequences(pair, table):
 def test_shared_parts_and_confidence_are_those_of_separate_sequences(pair, table):
     """LD-DPO's log-probs of the first tokens, WPO's mean of log pi(y_t) - log sum_v pi(v)^2, against whole tables."""
     reference, model, params = pair
-    batch, count, places = pack.build(table, np.arange(COUNT), pack.choose(table, max_length=192, batch_size=COUNT))
-    found = jax.jit(lambda b: per_microbatch(partial(batch_logps, model, params, confidence=True, chunk=64), b, count))
+    batch, count, places = pack.build_batch(
+        table, np.arange(COUNT), pack.choose_layout(table, max_length=192, batch_size=COUNT)
+    )
+    found = jax.jit(
+        lambda b: map_microbatches(partial(batch_logps, model, params, confidence=True, chunk=64), b, count)
+    )
     lp = jax.tree.map(np.asarray, found(batch))
-    at = lambda x: pack.unpack(x.reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
+    at = lambda x: pack.unpack_batch(x.reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
     for i in range(COUNT):
         short = min(len(r) for r in table[i].responses)
         for p, ids in enumerate(table[i].responses):
@@ -85,7 +90,7 @@ def test_shared_parts_and_confidence_are_those_of_separate_sequences(pair, table
 
 def test_confidence_is_nan_unless_asked_for(pair, table):
     _, model, params = pair
-    batch, _, _ = pack.build(table, np.arange(COUNT), pack.choose(table, max_length=192, batch_size=COUNT))
+    batch, _, _ = pack.build_batch(table, np.arange(COUNT), pack.choose_layout(table, max_length=192, batch_size=COUNT))
     lp = batch_logps(model, params, jax.tree.map(lambda x: x[0], batch))
     assert np.isnan(lp.confidence).all()
 
@@ -95,11 +100,11 @@ def test_an_absent_response_changes_nothing_for_the_others(pair, table):
     whole = [table[i] for i in range(COUNT)]
     without = [t._replace(responses=(t.responses[0], t.responses[1][:0])) if i % 2 else t for i, t in enumerate(whole)]
     less = Table.of(without)
-    shape = pack.choose(less, max_length=192, batch_size=COUNT, rows=2)
-    batch, count, places = pack.build(less, np.arange(COUNT), shape)
-    lp = jax.jit(lambda b: per_microbatch(partial(batch_logps, model, params, chunk=64), b, count))(batch)
-    at = lambda x: pack.unpack(np.asarray(x).reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
-    usual = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
+    shape = pack.choose_layout(less, max_length=192, batch_size=COUNT, rows=2)
+    batch, count, places = pack.build_batch(less, np.arange(COUNT), shape)
+    lp = jax.jit(lambda b: map_microbatches(partial(batch_logps, model, params, chunk=64), b, count))(batch)
+    at = lambda x: pack.unpack_batch(np.asarray(x).reshape(*batch.scores.shape), places)  # noqa: E731 - shortest here
+    usual = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=2)
     expected = packed(model, params, table, np.arange(COUNT), usual)
     expected[1::2, 1] = 0
     np.testing.assert_allclose(at(lp.policy), expected, rtol=2e-6)
@@ -110,8 +115,8 @@ def test_an_absent_response_changes_nothing_for_the_others(pair, table):
 def test_any_layout_gives_the_same_log_probs(pair, table):
     _, model, params = pair
     indices = np.arange(COUNT)
-    first = packed(model, params, table, indices, pack.choose(table, max_length=192, batch_size=COUNT, rows=1))
-    alone = pack.choose(table, max_length=192, batch_size=COUNT, rows=3)._replace(groups=1, microbatches=2)
+    first = packed(model, params, table, indices, pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=1))
+    alone = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=3)._replace(groups=1, microbatches=2)
     np.testing.assert_allclose(packed(model, params, table, indices, alone), first, rtol=2e-6)
 
 
@@ -122,8 +127,8 @@ def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
     total = sum((originals.sequence_logps(reference, table[i]) * torch.tensor(weights[i])).sum() for i in range(COUNT))
     reference.zero_grad()
     total.backward()
-    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=4)
-    batch, count, places = pack.build(table, np.arange(COUNT), shape)
+    shape = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=4)
+    batch, count, places = pack.build_batch(table, np.arange(COUNT), shape)
     factor = np.zeros((shape.microbatches, shape.rows, shape.groups, 2), np.float32)
     factor[tuple(places.T)] = weights
 
@@ -138,7 +143,7 @@ def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
     for parameter in reference.parameters():
         parameter.data = parameter.grad
     reference.save_pretrained(tmp_path)
-    _, _, theirs = hf.load(tmp_path)
+    _, _, theirs = load_folder(tmp_path)
     largest = max(np.abs(b).max() for b in jax.tree.leaves(theirs))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         # The gradient of a key's bias is 0 in exact arithmetic; such a tensor is judged by the size of the others.
@@ -172,8 +177,8 @@ def test_chunked_head_is_log_softmax(chunks, cap):
 def test_the_logits_of_a_batch_never_exist(pair, table):
     """No array of the compiled gradient holds vocabulary x scored tokens of the batch; chunks bound it."""
     _, model, params = pair
-    shape = pack.choose(table, max_length=192, batch_size=COUNT, rows=2)
-    batch = jax.tree.map(lambda x: x[0], pack.build(table, np.arange(COUNT), shape)[0])
+    shape = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=2)
+    batch = jax.tree.map(lambda x: x[0], pack.build_batch(table, np.arange(COUNT), shape)[0])
     program = jax.jit(jax.grad(lambda p: batch_logps(model, p, batch, chunk=32).policy.sum()))
     jaxpr = str(jax.make_jaxpr(program)(params))
     assert "32" in jaxpr

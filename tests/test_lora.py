@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of
 from tiny import whole_rows as whole
 
-from dpo_jax import cli, config, loading
-from dpo_jax.data import synthetic
-from dpo_jax.models import build, family, hf, lora
+from dpo_jax import cli
+from dpo_jax.config.schema import LoraConfig
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError
+from dpo_jax.models import lora
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.huggingface.folder import load_folder, open_folder, read_config, save_folder
 from dpo_jax.models.lora import Lora
-from dpo_jax.records import UserError
+from dpo_jax.models.model import build_model
+from dpo_jax.training.load import load_adapters_config
 
 WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # to store projections: [in, out], fused by head, apart, fused
 SPEC = Lora(3, 7.0, ("all-linear",))
@@ -31,7 +37,7 @@ def folders(tmp_path_factory):
 
 def random_adapters(architecture, spec=SPEC, seed=0):
     """Adapters that change something: B is random too."""
-    adapters = lora.init(architecture, spec, seed)
+    adapters = lora.init_adapters(architecture, spec, seed)
     rng = np.random.default_rng(seed)
     for leaves in adapters["layers"].values():
         leaves["lora_b"] = rng.normal(size=leaves["lora_b"].shape).astype(np.float32) * 0.1
@@ -41,32 +47,34 @@ def random_adapters(architecture, spec=SPEC, seed=0):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
 @pytest.mark.parametrize("kind", [*WAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gptj", "llama"))])
 def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
-    architecture, config, base = hf.load(folders(kind))
-    adapters, model, tokens = random_adapters(architecture), build(architecture), tokens_of(2, 20)
+    architecture, config, base = load_folder(folders(kind))
+    adapters, model, tokens = random_adapters(architecture), build_model(architecture), tokens_of(2, 20)
     run = jax.jit(lambda p: logits_of(model, p, tokens))
-    ours = run(lora.joined(architecture, base, adapters, SPEC))
+    ours = run(lora.attach_adapters(architecture, base, adapters, SPEC))
     assert np.abs(ours - run(base)).max() > 0.01
-    lora.save(tmp_path / "adapter", adapters, SPEC, architecture, "base")
+    lora.save_adapters(tmp_path / "adapter", adapters, SPEC, architecture, "base")
     theirs = PeftModel.from_pretrained(load_torch(folders(kind)), tmp_path / "adapter").eval()
     with torch.no_grad():
         theirs = theirs(torch.tensor(tokens).long()).logits
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
-    hf.save(tmp_path / "merged", lora.merged(architecture, hf.stored(folders(kind))[2], adapters, SPEC), config)
-    np.testing.assert_allclose(run(hf.load(tmp_path / "merged")[2]), ours, atol=1e-4)
-    again, spec = lora.load(tmp_path / "adapter", architecture)
+    save_folder(
+        tmp_path / "merged", lora.merge_adapters(architecture, open_folder(folders(kind))[2], adapters, SPEC), config
+    )
+    np.testing.assert_allclose(run(load_folder(tmp_path / "merged")[2]), ours, atol=1e-4)
+    again, spec = lora.load_adapters(tmp_path / "adapter", architecture)
     assert spec[:2] == SPEC[:2]
     assert largest_difference(again, adapters) < 1e-6
-    one, two = (lora.modules(architecture, targets).keys() for targets in (spec.targets, SPEC.targets))
+    one, two = (lora.adapted_modules(architecture, targets).keys() for targets in (spec.targets, SPEC.targets))
     assert one == two
 
 
 def test_new_adapters_change_nothing_and_are_all_that_is_differentiated(folders):
-    architecture, _, base = hf.load(folders("llama"))
-    adapters, model = lora.init(architecture, SPEC, 0), build(architecture, remat="dots")
+    architecture, _, base = load_folder(folders("llama"))
+    adapters, model = lora.init_adapters(architecture, SPEC, 0), build_model(architecture, remat="dots")
     rows = whole(tokens_of(2, 24))
 
     def loss(adapters, base):
-        return jnp.sin(model.hidden(lora.joined(architecture, base, adapters, SPEC), *rows)).sum()
+        return jnp.sin(model.hidden(lora.attach_adapters(architecture, base, adapters, SPEC), *rows)).sum()
 
     before = jnp.sin(model.hidden(base, *rows)).sum()
     value, grads = jax.jit(jax.value_and_grad(loss))(adapters, base)
@@ -83,9 +91,9 @@ def test_new_adapters_change_nothing_and_are_all_that_is_differentiated(folders)
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
 def test_every_axis_of_an_adapter_has_a_name(folders, kind):
-    architecture, _, _ = hf.stored(folders(kind))
-    adapters = lora.init(architecture, SPEC, 0)
-    axes = lora.axes(architecture, build(architecture).axes, SPEC)
+    architecture, _, _ = open_folder(folders(kind))
+    adapters = lora.init_adapters(architecture, SPEC, 0)
+    axes = lora.adapter_axes(architecture, build_model(architecture).axes, SPEC)
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(np.ndim, adapters)
     assert axes["layers"]["o"]["lora_a"] == ("layers", "heads", "head_dim", "rank")
@@ -101,9 +109,9 @@ def test_every_axis_of_an_adapter_has_a_name(folders, kind):
 @pytest.fixture
 def written(folders, tmp_path):
     """An adapter's folder, its settings and its tensors, to be damaged."""
-    architecture = family("llama").architecture(hf.read_config(folders("llama")))
+    architecture = family("llama").architecture(read_config(folders("llama")))
     spec = Lora(2, 4.0, ("q_proj",))
-    lora.save(tmp_path, random_adapters(architecture, spec), spec, architecture, "base")
+    lora.save_adapters(tmp_path, random_adapters(architecture, spec), spec, architecture, "base")
     settings = json.loads((tmp_path / lora.SETTINGS).read_text())
     return tmp_path, architecture, settings, load_file(tmp_path / lora.WEIGHTS)
 
@@ -134,19 +142,19 @@ def test_what_does_not_fit_is_refused(written, settings, tensors, message):
     (folder / lora.SETTINGS).write_text(json.dumps(old | settings))
     save_file(values | tensors, folder / lora.WEIGHTS)
     with pytest.raises(UserError, match=message):
-        lora.load(folder, architecture)
+        lora.load_adapters(folder, architecture)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT's use of transformers
 @pytest.mark.parametrize(("kind", "rank"), [("gpt2", 3), ("gpt_neox", 3), ("phi3", 4)])
 def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
     """They have its first factor in common, and so the rank that is set and no more numbers than PEFT's."""
-    architecture, _, base = hf.stored(folders(kind))
+    architecture, _, base = open_folder(folders(kind))
     adapters = random_adapters(architecture, Lora(rank, 1.0, ("all-linear",)))
-    theirs = get_peft_model(load_torch(folders(kind)), LoraConfig(r=rank, target_modules="all-linear"))
+    theirs = get_peft_model(load_torch(folders(kind)), PeftLoraConfig(r=rank, target_modules="all-linear"))
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == count
-    layers = lora.joined(architecture, base, adapters, Lora(rank, 1.0, ("all-linear",)))["layers"]
+    layers = lora.attach_adapters(architecture, base, adapters, Lora(rank, 1.0, ("all-linear",)))["layers"]
     assert layers["q"]["lora_a"] is layers["k"]["lora_a"] is layers["v"]["lora_a"]
 
 
@@ -163,7 +171,7 @@ def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
 def test_settings_that_would_be_passed_over_are_refused(options, message):
     architecture = family("gpt2").architecture({"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1})
     with pytest.raises(UserError, match=message):
-        loading.adapters_of(config.Lora(**options), architecture, 0)
+        load_adapters_config(LoraConfig(**options), architecture, 0)
 
 
 def test_settings_that_adapt_nothing_are_refused():
@@ -171,11 +179,11 @@ def test_settings_that_adapt_nothing_are_refused():
     with pytest.raises(
         UserError, match=r"lora.targets: 'q_proj' is no projection of a gpt2; it has c_attn, c_fc, c_proj"
     ):
-        lora.init(architecture, Lora(2, 1.0, ("q_proj",)), 0)
+        lora.init_adapters(architecture, Lora(2, 1.0, ("q_proj",)), 0)
     with pytest.raises(UserError, match="lora: rank must be at least 1"):
-        lora.init(architecture, Lora(0, 1.0, ("c_attn",)), 0)
-    assert len(lora.modules(architecture, ("mlp.c_proj",))) == 1
-    assert len(lora.modules(architecture, ("c_proj",))) == 2
+        lora.init_adapters(architecture, Lora(0, 1.0, ("c_attn",)), 0)
+    assert len(lora.adapted_modules(architecture, ("mlp.c_proj",))) == 1
+    assert len(lora.adapted_modules(architecture, ("c_proj",))) == 2
 
 
 @pytest.mark.slow
@@ -184,7 +192,7 @@ def test_a_run_trains_and_keeps_adapters_only(folders, tmp_path, monkeypatch, ca
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(60), strict=False)]
     lines = [{"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]} for r in rows]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tokenizer = synthetic.tokenizer()
+    tokenizer = synthetic.synthetic_tokenizer()
     base = folders_of({"m": ("llama", {"vocab_size": len(tokenizer)})}, lambda _: tmp_path)("m")
     tokenizer.save_pretrained(base)
     config = {
@@ -197,15 +205,15 @@ def test_a_run_trains_and_keeps_adapters_only(folders, tmp_path, monkeypatch, ca
         "max_steps": 3,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    cli.run(["train", "run.yaml"])
+    cli.run_command(["train", "run.yaml"])
     run = tmp_path / "runs/run"
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
     assert losses[-1] != losses[0]
-    architecture, _, before = hf.load(base)
-    _, _, after = hf.load(run / "model")
-    adapters, _ = lora.load(run / "adapter", architecture)
+    architecture, _, before = load_folder(base)
+    _, _, after = load_folder(run / "model")
+    adapters, _ = lora.load_adapters(run / "adapter", architecture)
     assert set(adapters["layers"]) == {"q", "down"}
     changed = {
         name
@@ -219,10 +227,10 @@ def test_a_run_trains_and_keeps_adapters_only(folders, tmp_path, monkeypatch, ca
     np.testing.assert_allclose(after["layers"]["q"]["kernel"][1], expected, atol=1e-6)
     size = sum(f.stat().st_size for f in (run / "checkpoints").rglob("*") if f.is_file())
     assert size < sum(leaf.nbytes for leaf in jax.tree.leaves(before))
-    cli.run(["export", str(run), "out"])
-    assert largest_difference(hf.load(tmp_path / "out")[2], after) == 0
+    cli.run_command(["export", str(run), "out"])
+    assert largest_difference(load_folder(tmp_path / "out")[2], after) == 0
     capsys.readouterr()
-    cli.run(["eval", str(run), "--prompts", "0"])
+    cli.run_command(["eval", str(run), "--prompts", "0"])
     shown = capsys.readouterr().out
     last = [m["eval_rewards/margins"] for m in metrics if "eval_rewards/margins" in m][-1]
     assert f"{last:.4f}" in shown

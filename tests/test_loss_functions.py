@@ -12,8 +12,8 @@ import pytest
 from loss_table import ROWS, batch_of
 
 from dpo_jax import losses
-from dpo_jax.losses.registry import REGISTRY
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.losses import REGISTRY
 
 NAMES = sorted(REGISTRY)
 SMOOTHED = sorted(

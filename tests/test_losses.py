@@ -9,8 +9,9 @@ import pytest
 from loss_table import batch_of
 
 from dpo_jax import losses
-from dpo_jax.losses.registry import REGISTRY, register
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.losses import REGISTRY
+from dpo_jax.losses.parts import register
 
 
 def logps(policy, reference=None, lengths=None):

@@ -6,18 +6,20 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax import cli, losses, losses_command
-from dpo_jax.records import UserError
+from dpo_jax import cli, losses
+from dpo_jax.commands.losses import MARGINS, NOTATION, describe_loss, loss_curves
+from dpo_jax.errors import UserError
+from dpo_jax.losses import objective
 
 
 def said(capsys, *argv):
-    cli.run(["losses", *argv])
+    cli.run_command(["losses", *argv])
     return capsys.readouterr().out
 
 
 def test_every_loss_is_described_from_its_own_docstring_and_signature():
     for name, entry in losses.REGISTRY.items():
-        found = losses_command.describe(name)
+        found = describe_loss(name)
         defaults = {k: p.default for k, p in inspect.signature(entry.function).parameters.items() if k != "lp"}
         assert found.hyper == defaults
         assert re.fullmatch(r"\D+ (19|20)\d\d, arXiv \d{4}\.\d{5}(, .+)?", found.paper), name
@@ -27,14 +29,14 @@ def test_every_loss_is_described_from_its_own_docstring_and_signature():
 
 
 def test_a_description():
-    found = losses_command.describe("dpo")
+    found = describe_loss("dpo")
     assert found.title == "Direct preference optimization; smoothed, conservative DPO"
     assert found.paper == "Rafailov et al. 2023, arXiv 2305.18290, eq. 7"
     assert found.formula == ("z = beta (c - r)", "loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z)")
     assert found.hyper == {"beta": 0.1, "label_smoothing": 0.0}
     assert found.takes == "pairs, soft labels, f-divergences"
-    assert losses_command.describe("bco").takes == "pairs, or single responses, a step at once"
-    assert losses_command.describe("sft").takes == "responses, no reference"
+    assert describe_loss("bco").takes == "pairs, or single responses, a step at once"
+    assert describe_loss("sft").takes == "responses, no reference"
 
 
 def test_the_table_names_all_of_it(capsys):
@@ -43,8 +45,10 @@ def test_the_table_names_all_of_it(capsys):
         assert re.search(rf"│ {name} +│", page), name
     for part in ("label_smoothing 0.001", "q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)", "arXiv 2402.00856"):
         assert part in page
-    assert losses_command.NOTATION[-1] + "\n" in page
-    for option in (option for function in losses.OPTIONS for option in inspect.signature(function).parameters.values()):
+    assert NOTATION[-1] + "\n" in page
+    for option in (
+        option for function in objective.OPTIONS for option in inspect.signature(function).parameters.values()
+    ):
         if option.kind is option.KEYWORD_ONLY:
             assert re.search(rf"\n  {option.name} {re.escape(str(option.default))} +\w", page), option.name
 
@@ -64,7 +68,7 @@ def sigmoid(x):
 
 @pytest.fixture(scope="module")
 def curves():
-    return losses_command.curves(list(losses.REGISTRY))
+    return loss_curves(list(losses.REGISTRY))
 
 
 def test_every_loss_has_a_curve_and_those_of_the_margin_alone_are_told_apart(curves):
@@ -91,7 +95,7 @@ def test_every_loss_has_a_curve_and_those_of_the_margin_alone_are_told_apart(cur
     ],
 )
 def test_curves(curves, name, value, slope):
-    at = losses_command.MARGINS.tolist().index(2.0)
+    at = MARGINS.tolist().index(2.0)
     curve = next(curve for label, curve in curves.items() if name in label.split(", "))
     assert [curve.value[at], curve.gradient[at]] == pytest.approx([value, slope], rel=1e-5)
 
@@ -132,4 +136,4 @@ def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
 )
 def test_mistakes_are_one_line(argv, message):
     with pytest.raises(UserError, match=message):
-        cli.run(["losses", *argv])
+        cli.run_command(["losses", *argv])

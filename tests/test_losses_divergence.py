@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from loss_table import batch_of
 
-from dpo_jax.losses.divergence import transform
-from dpo_jax.losses.registry import REGISTRY
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.losses import REGISTRY
+from dpo_jax.losses.term_options import diverge
 
 # f of D_f(pi, ref) = E_ref[f(pi / ref)], with f(1) = f'(1) = 0 where an affine part is free
 GENERATORS = {
@@ -24,7 +24,7 @@ every_divergence = pytest.mark.parametrize(("name", "alpha"), GENERATORS)
 
 
 def scores(ratios, name, alpha=0.5):
-    lp = transform(batch_of([ratios], reference=[[0.0] * len(ratios)]), name, alpha)
+    lp = diverge(batch_of([ratios], reference=[[0.0] * len(ratios)]), name, alpha)
     return (lp.policy - lp.reference)[0]
 
 
@@ -51,7 +51,7 @@ def test_limits_of_the_alpha_divergence_are_the_two_kls():
 @every_divergence
 def test_the_reference_is_taken_off_first_and_nothing_else_changes(name, alpha):
     lp = batch_of([[-3.0, -4.0]], reference=[[-3.5, -2.0]], lengths=[[2.0, 3.0]], scores=[[1.0, 0.0]])
-    found = transform(lp, name, alpha)
+    found = diverge(lp, name, alpha)
     np.testing.assert_allclose(found.policy - found.reference, [scores([0.5, -2.0], name, alpha)], rtol=1e-6)
     for field in set(lp._fields) - {"policy", "reference"}:
         assert getattr(found, field) is getattr(lp, field)
@@ -71,7 +71,7 @@ def test_extremes_are_finite(loss, name, alpha):
     @jax.jit
     @jax.value_and_grad
     def total(x):
-        return REGISTRY[loss].function(transform(lp._replace(policy=x), name, alpha)).sum()
+        return REGISTRY[loss].function(diverge(lp._replace(policy=x), name, alpha)).sum()
 
     value, gradient = total(policy)
     assert np.isfinite(value)
@@ -80,7 +80,7 @@ def test_extremes_are_finite(loss, name, alpha):
 
 def test_scores_are_float32_of_bfloat16_log_probs_and_alpha_may_be_traced():
     lp = batch_of([[-3.0, -4.0]]).policy.astype(jnp.bfloat16)
-    found = transform(batch_of([[0.0, 0.0]])._replace(policy=lp), "alpha", 0.5)
+    found = diverge(batch_of([[0.0, 0.0]])._replace(policy=lp), "alpha", 0.5)
     assert found.policy.dtype == jnp.float32
     swept = jax.vmap(lambda alpha: scores([0.5, -2.0], "alpha", alpha))(jnp.array([0.5, 1.0]))
     np.testing.assert_allclose(swept, [scores([0.5, -2.0], "alpha", 0.5), [0.5, -2.0]], rtol=1e-6)
@@ -88,4 +88,4 @@ def test_scores_are_float32_of_bfloat16_log_probs_and_alpha_may_be_traced():
 
 def test_unknown_divergences_are_refused():
     with pytest.raises(UserError, match=r"loss.divergence: 'kl' is none; known: reverse_kl, forward_kl, js, alpha"):
-        transform(batch_of([[0.0, 0.0]]), "kl")
+        diverge(batch_of([[0.0, 0.0]]), "kl")

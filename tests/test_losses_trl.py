@@ -17,8 +17,8 @@ import torch
 from loss_table import batch_of
 
 from dpo_jax import losses
-from dpo_jax.losses.divergence import transform
-from dpo_jax.losses.registry import REGISTRY
+from dpo_jax.losses import REGISTRY
+from dpo_jax.losses.term_options import diverge
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -134,7 +134,7 @@ def ours(name, lp, divergence="reverse_kl", f_alpha=0.5, weights=None, **hyper):
     @jax.jit
     @jax.value_and_grad
     def mean(policy):
-        values = REGISTRY[name].function(transform(lp._replace(policy=policy), divergence, f_alpha), **hyper)
+        values = REGISTRY[name].function(diverge(lp._replace(policy=policy), divergence, f_alpha), **hyper)
         return values.mean() if weights is None else (values * weights).sum() / weights.sum()
 
     value, gradient = mean(lp.policy)

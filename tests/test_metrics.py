@@ -8,50 +8,51 @@ import numpy as np
 import pytest
 import rich.console
 
-from dpo_jax import metrics
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.intervals import fisher, mean_interval, wilson
+from dpo_jax.training.metrics_file import Progress, append_metrics, read_metrics, truncate_metrics
 
 
 def test_append_writes_one_json_object_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.append(path, 0, 0, {"eval_loss": np.float32(0.5)})
-    metrics.append(path, 1, 64, {"loss": float("nan"), "grad_norm": math.inf, "count": 3, "note": "x"})
+    append_metrics(path, 0, 0, {"eval_loss": np.float32(0.5)})
+    append_metrics(path, 1, 64, {"loss": float("nan"), "grad_norm": math.inf, "count": 3, "note": "x"})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 0, "examples": 0, "eval_loss": 0.5},
         {"step": 1, "examples": 64, "loss": None, "grad_norm": None, "count": 3, "note": "x"},
     ]
-    assert metrics.read(path)[1]["grad_norm"] is None
+    assert read_metrics(path)[1]["grad_norm"] is None
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 4, "exam', '{"step": 4, "examples": 4, "loss": 0.5}', "\x00\x00"])
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     for step in range(6):
-        metrics.append(whole, step, step, {"loss": 1 / (step + 1)})
+        append_metrics(whole, step, step, {"loss": 1 / (step + 1)})
     for step in range(4):
-        metrics.append(resumed, step, step, {"loss": 1 / (step + 1)})
+        append_metrics(resumed, step, step, {"loss": 1 / (step + 1)})
     with resumed.open("a") as file:
         file.write(torn)
-    metrics.truncate(resumed, 2)
-    assert [row["step"] for row in metrics.read(resumed)] == [0, 1, 2]
+    truncate_metrics(resumed, 2)
+    assert [row["step"] for row in read_metrics(resumed)] == [0, 1, 2]
     for step in range(3, 6):
-        metrics.append(resumed, step, step, {"loss": 1 / (step + 1)})
+        append_metrics(resumed, step, step, {"loss": 1 / (step + 1)})
     assert resumed.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["resumed.jsonl", "whole.jsonl"]
 
 
 def test_truncate_keeps_lines_of_the_step_and_their_nulls(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.append(path, 2, 2, {"loss": math.nan})
-    metrics.append(path, 2, 2, {"eval_loss": 1.0})
-    metrics.truncate(path, 2)
-    assert [row.get("eval_loss") for row in metrics.read(path)] == [None, 1.0]
-    metrics.truncate(path, 1)
+    append_metrics(path, 2, 2, {"loss": math.nan})
+    append_metrics(path, 2, 2, {"eval_loss": 1.0})
+    truncate_metrics(path, 2)
+    assert [row.get("eval_loss") for row in read_metrics(path)] == [None, 1.0]
+    truncate_metrics(path, 1)
     assert path.read_text() == ""
 
 
 def test_truncate_of_no_file_makes_none(tmp_path):
-    metrics.truncate(tmp_path / "metrics.jsonl", 3)
+    truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())
 
 
@@ -59,7 +60,7 @@ def test_a_line_torn_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):
-        metrics.read(path)
+        read_metrics(path)
 
 
 class Clock:
@@ -75,7 +76,7 @@ def shown(terminal, steps, seconds, every=10.0):
     """Returns what a display of 10 steps of 8 comparisons prints."""
     out, clock = io.StringIO(), Clock()
     console = rich.console.Console(file=out, force_terminal=terminal, width=200)
-    with metrics.Progress(10, 8, console=console, clock=clock, every=every) as progress:
+    with Progress(10, 8, console=console, clock=clock, every=every) as progress:
         for step in steps:
             clock.now = step * seconds
             progress.update(step, {"loss": 0.5, "rewards/accuracies": 0.75, "logps/chosen": -3.0, "grad_norm": None})
@@ -104,32 +105,32 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 def test_mean_interval_by_hand():
-    mean, half = metrics.mean_interval([1.0, 2.0, 3.0, 4.0])
+    mean, half = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert half == pytest.approx(1.959964 * math.sqrt(5 / 3) / 2, rel=1e-6)  # s^2 = 5/3, n = 4
 
 
 def test_mean_interval_with_weights():
-    assert metrics.mean_interval([1.0, 2.0], [3.0, 1.0])[0] == 1.25
+    assert mean_interval([1.0, 2.0], [3.0, 1.0])[0] == 1.25
     values = [0.3, 1.0, 5.0, 2.0]
-    plain = metrics.mean_interval(values)
-    assert metrics.mean_interval(values, [0.25] * 4) == pytest.approx(plain)
-    assert metrics.mean_interval(np.array([*values, 99.0]), np.array([2.0] * 4 + [0.0])) == pytest.approx(plain)
+    plain = mean_interval(values)
+    assert mean_interval(values, [0.25] * 4) == pytest.approx(plain)
+    assert mean_interval(np.array([*values, 99.0]), np.array([2.0] * 4 + [0.0])) == pytest.approx(plain)
     # sum w^2 (x - m)^2 = 9 / 16 + 9 / 16, n / (n - 1) = 2, sum w = 4
-    assert metrics.mean_interval([1.0, 2.0], [3.0, 1.0])[1] == pytest.approx(1.959964 * 1.5 / 4, rel=1e-6)
+    assert mean_interval([1.0, 2.0], [3.0, 1.0])[1] == pytest.approx(1.959964 * 1.5 / 4, rel=1e-6)
 
 
 def test_mean_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    intervals = [metrics.mean_interval(rng.exponential(size=200)) for _ in range(1000)]
+    intervals = [mean_interval(rng.exponential(size=200)) for _ in range(1000)]
     covered = sum(abs(mean - 1.0) <= half for mean, half in intervals)
     assert 920 <= covered <= 965
 
 
 def test_mean_interval_of_one_and_of_none():
-    assert metrics.mean_interval([2.0]) == (2.0, math.inf)
+    assert mean_interval([2.0]) == (2.0, math.inf)
     with pytest.raises(ValueError, match="no values"):
-        metrics.mean_interval([1.0], [0.0])
+        mean_interval([1.0], [0.0])
 
 
 @pytest.mark.parametrize(
@@ -144,23 +145,23 @@ def test_mean_interval_of_one_and_of_none():
     ],
 )
 def test_wilson(successes, n, low, high):
-    assert metrics.wilson(successes, n) == pytest.approx((low, high), abs=5e-6)
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-6)
 
 
 def test_wilson_bounds_solve_its_equation():
-    for p in metrics.wilson(7.5, 20):
+    for p in wilson(7.5, 20):
         assert abs(7.5 / 20 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 20), rel=1e-6)
 
 
 @pytest.mark.parametrize("successes", [-1, 11])
 def test_wilson_refuses_what_is_no_proportion(successes):
     with pytest.raises(ValueError, match="of 10"):
-        metrics.wilson(successes, 10)
+        wilson(successes, 10)
 
 
 def test_fishers_interval():
     """r = 0.5 of 28 pairs: atanh(0.5) = 0.5493 within 1.96 / 5, so 0.1573 and 0.9413 before they are turned back."""
-    low, high = metrics.fisher(0.5, 28)
+    low, high = fisher(0.5, 28)
     assert (low, high) == pytest.approx((math.tanh(0.5493061 - 0.3919928), math.tanh(0.5493061 + 0.3919928)), abs=1e-6)
-    assert metrics.fisher(0.0, 3) == (-1.0, 1.0)
-    assert metrics.fisher(1.0, 10) == (1.0, 1.0)
+    assert fisher(0.0, 3) == (-1.0, 1.0)
+    assert fisher(1.0, 10) == (1.0, 1.0)

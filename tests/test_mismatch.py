@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data.mismatch import mismatched, next_with_another_prompt
+from dpo_jax.data.noise import add_mismatched, next_with_another_prompt
 from dpo_jax.data.table import Table
-from dpo_jax.records import Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Tokens
 
 A, B = np.array([1, 2]), np.array([3])
 ROWS = [
@@ -21,7 +22,7 @@ ROWS = [
 
 def answered(max_length):
     counts = Counter()
-    return Table.of(mismatched(Table.of(ROWS), max_length, counts)), counts["cut"]
+    return Table.of(add_mismatched(Table.of(ROWS), max_length, counts)), counts["cut"]
 
 
 def test_the_next_comparison_with_another_prompt_gives_its_first_response():
@@ -48,4 +49,4 @@ def test_the_next_one_is_the_first_that_differs_counted_round(prompts):
 
 def test_prompts_that_are_all_the_same():
     with pytest.raises(UserError, match="all prompts are the same"):
-        list(mismatched(Table.of(ROWS[:2]), 9, Counter()))
+        list(add_mismatched(Table.of(ROWS[:2]), 9, Counter()))

@@ -9,9 +9,11 @@ import pytest
 from tiny import FAMILIES, VOCAB, folders_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
 from tiny import whole_rows as whole
 
-from dpo_jax.models import build, described, family, hf
-from dpo_jax.models.layout import to_ours
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import describe_families, family
+from dpo_jax.models.families.tensor_map import to_ours
+from dpo_jax.models.huggingface.folder import load_folder
+from dpo_jax.models.model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = "| `model_type` | which |"  # how that in the README begins
@@ -103,8 +105,8 @@ def by_name(params):
 
 def differences_from_torch(folder, length):
     """Returns how far logits are from transformers', and the gradient of each parameter, relative to its largest."""
-    architecture, _, params = hf.load(folder)
-    model = build(architecture)
+    architecture, _, params = load_folder(folder)
+    model = build_model(architecture)
     tokens = tokens_of(2, length, architecture.vocab)
     weights = np.random.default_rng(1).normal(size=(2, length, architecture.vocab)).astype(np.float32)
     weights /= length
@@ -139,7 +141,7 @@ def test_the_readmes_table_is_of_these_families():
     rows = (ROOT / "README.md").read_text().partition(TABLE)[2].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(name, what) for name, what, *_ in cells] == [
-        (f"`{name}`", line.partition(":")[0]) for name, _, line in described()
+        (f"`{name}`", line.partition(":")[0]) for name, _, line in describe_families()
     ]
     assert all(0 < float(number) < 1e-5 for _, _, *numbers in cells for number in numbers)
 
@@ -169,8 +171,8 @@ def packed(comparisons):
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind):
-    architecture, _, params = hf.load(folders(kind))
-    model = build(architecture)
+    architecture, _, params = load_folder(folders(kind))
+    model = build_model(architecture)
     comparisons = [comparison(0), comparison(1)]
     probe = jnp.asarray(np.random.default_rng(0).normal(size=architecture.width), jnp.float32)
 
@@ -207,22 +209,22 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
 
 @pytest.mark.slow
 def test_what_is_recomputed_does_not_change_gradients(folders):
-    architecture, _, params = hf.load(folders("llama"))
+    architecture, _, params = load_folder(folders("llama"))
     rows = whole(tokens_of(2, 40))
     grads = []
     for remat in ("none", "dots", "full"):
-        model = build(architecture, remat=remat)
+        model = build_model(architecture, remat=remat)
         grads.append(jax.jit(jax.grad(lambda p, m=model: jnp.sin(m.hidden(p, *rows)).sum()))(params))
     assert largest_difference(grads[1], grads[0]) < 1e-6
     assert largest_difference(grads[2], grads[0]) < 1e-6
 
 
 def test_recomputing_more_keeps_less(folders):
-    architecture, _, params = hf.load(folders("llama"))
+    architecture, _, params = load_folder(folders("llama"))
     rows = whole(tokens_of(4, 96))
     sizes = []
     for remat in ("none", "dots", "full"):
-        model = build(architecture, remat=remat)
+        model = build_model(architecture, remat=remat)
         back = jax.eval_shape(lambda p, m=model: jax.vjp(lambda q: m.hidden(q, *rows), p)[1], params)
         sizes.append(sum(leaf.size for leaf in jax.tree.leaves(back)))
     assert sizes[0] > sizes[1] > sizes[2]
@@ -232,11 +234,11 @@ def test_recomputing_more_keeps_less(folders):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.slow
 def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
-    architecture, _, params = hf.load(folders(kind))
+    architecture, _, params = load_folder(folders(kind))
     tokens = tokens_of(2, 40)
 
     def run(compute):
-        model = build(architecture, compute=compute, remat="dots")
+        model = build_model(architecture, compute=compute, remat="dots")
 
         def loss(p):
             logits = logits_of(model, p, tokens)
@@ -257,8 +259,8 @@ def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
-    architecture, _, params = hf.load(folders(kind))
-    model = build(architecture)
+    architecture, _, params = load_folder(folders(kind))
+    model = build_model(architecture)
     tokens = tokens_of(2, 24)
     whole_hidden = jax.jit(model.hidden)(params, *whole(tokens))
     # The second row starts 4 places later: left padding.
@@ -279,8 +281,8 @@ def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
 def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
-    architecture, _, loaded = hf.load(folders(kind))
-    params = jax.jit(build(architecture).init)(jax.random.key(0))
+    architecture, _, loaded = load_folder(folders(kind))
+    params = jax.jit(build_model(architecture).init)(jax.random.key(0))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, loaded)
     flat = by_name(params)
     assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
@@ -296,8 +298,8 @@ def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_axis_has_a_name(folders, kind):
-    architecture, _, params = hf.load(folders(kind))
-    axes = build(architecture).axes
+    architecture, _, params = load_folder(folders(kind))
+    axes = build_model(architecture).axes
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(np.ndim, params)
     assert axes["embedding"] == ("vocab", "embed")
@@ -309,10 +311,10 @@ def test_every_axis_has_a_name(folders, kind):
 
 @pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])
 def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
-    architecture, _, params = hf.load(folders(kind))
+    architecture, _, params = load_folder(folders(kind))
     rows = list(whole(tokens_of(1, 8)))
     rows[field] = rows[field].at[0, 5].set(256)
-    hidden = jax.jit(build(architecture).hidden)(params, *rows)
+    hidden = jax.jit(build_model(architecture).hidden)(params, *rows)
     assert jnp.isnan(hidden[0, 5]).all()
 
 
@@ -328,4 +330,4 @@ LLAMA = {
 @pytest.mark.parametrize(("key", "value"), [("compute", "float16"), ("remat", "some")])
 def test_unknown_settings_are_refused_with_the_known_ones(key, value):
     with pytest.raises(UserError, match=rf"model\.{key}: '{value}' is not known; choose one of"):
-        build(family("llama").architecture(LLAMA), **{key: value})
+        build_model(family("llama").architecture(LLAMA), **{key: value})

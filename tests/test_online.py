@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from enumerable import distance, exact, optimum
 
+from dpo_jax.errors import UserError
 from dpo_jax.experiments import online
-from dpo_jax.experiments.online import Options
-from dpo_jax.records import UserError
+from dpo_jax.experiments.online import OnlineOptions
 
-FAST = Options(
+FAST = OnlineOptions(
     beta=0.5,
     learning_rate=3e-3,
     prompts=64,
@@ -24,7 +24,7 @@ FAST = Options(
 
 def run(options, **given):
     model, reference = enumerable.world()
-    return online.train(
+    return online.train_online(
         model, reference, reference, enumerable.PROMPTS, enumerable.reward, options, eos=enumerable.EOS, **given
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_jax import optim
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
 
 def torch_trajectory(kind, grads, start, rate, warmup, max_norm, **options):
@@ -51,7 +51,7 @@ def test_is_torchs_with_warm_up_and_clipping(name, kind, options, torch_options,
 
 
 def test_warm_up_is_the_originals():
-    rate = optim.warm_up(1e-6, 150)
+    rate = optim.linear_warmup(1e-6, 150)
     assert float(rate(0)) == pytest.approx(1e-6 / 151)
     assert float(rate(149)) == pytest.approx(1e-6 * 150 / 151)
     assert float(rate(150)) == pytest.approx(1e-6)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.records import Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Tokens
 
 HAND = Table.of(
     [
@@ -32,7 +33,7 @@ IN_A_ROW = {
 
 
 def test_two_comparisons_in_a_row_by_hand():
-    batch, count, places = pack.build(HAND, [0, 1], pack.Shape(2, 1, 10, 3, 10))
+    batch, count, places = pack.build_batch(HAND, [0, 1], pack.Layout(2, 1, 10, 3, 10))
     for name, expected in IN_A_ROW.items():
         field = getattr(batch, name)
         assert field.dtype == (np.float32 if name in ("weights", "preference", "scores") else np.int32)
@@ -45,34 +46,37 @@ def test_two_comparisons_in_a_row_by_hand():
 
 
 def test_rows_go_into_microbatches_in_order_and_values_come_back():
-    shape = pack.Shape(2, 2, 4, 1, 6)
+    shape = pack.Layout(2, 2, 4, 1, 6)
     column = np.array([[[1, 10], [2, 20]], [[3, 30], [4, 40]]], np.float32)
-    batch, count, places = pack.build(HAND, np.array([1, 0, 1]), shape, column)
+    batch, count, places = pack.build_batch(HAND, np.array([1, 0, 1]), shape, column)
     assert (count, places.tolist()) == (2, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
     assert batch.tokens.tolist() == [[[41, 51, 52, 61], [11, 12, 13, 21]], [[41, 51, 52, 61], [0, 0, 0, 0]]]
     assert batch.weights[:, :, 0].tolist() == [[2.0, 0.5], [2.0, 0.0]]
     np.testing.assert_array_equal(
         batch.ref_logps[:, :, 0], [[column[1], column[0]], [column[1], np.full((2, 2), np.nan)]]
     )
-    np.testing.assert_array_equal(pack.unpack(batch.ref_logps, places), column[[1, 0, 1]])
+    np.testing.assert_array_equal(pack.unpack_batch(batch.ref_logps, places), column[[1, 0, 1]])
     with pytest.raises(ValueError, match="5 comparisons take 5 rows, more than"):
-        pack.build(HAND, [0, 1, 0, 1, 0], shape)
+        pack.build_batch(HAND, [0, 1, 0, 1, 0], shape)
 
 
 def test_first_fit_decreasing_by_hand():
-    shape = pack.Shape(9, 1, 10, 3, 100)
+    shape = pack.Layout(9, 1, 10, 3, 100)
     scored = np.ones(7, int)
-    assert pack.plan(np.array([3, 7, 3, 5, 5, 2, 3]), scored, shape) == [[1, 0], [3, 4], [2, 6, 5]]
-    assert pack.plan(np.array([2, 2, 2, 2]), scored[:4], shape) == [[0, 1, 2], [3]]  # three comparisons a row at most
-    assert pack.plan(np.array([2, 2, 2]), np.array([60, 50, 40]), shape) == [[0, 2], [1]]  # 100 scored at most
-    assert pack.plan(np.array([], int), np.array([], int), shape) == []
+    assert pack.plan_rows(np.array([3, 7, 3, 5, 5, 2, 3]), scored, shape) == [[1, 0], [3, 4], [2, 6, 5]]
+    assert pack.plan_rows(np.array([2, 2, 2, 2]), scored[:4], shape) == [
+        [0, 1, 2],
+        [3],
+    ]  # three comparisons a row at most
+    assert pack.plan_rows(np.array([2, 2, 2]), np.array([60, 50, 40]), shape) == [[0, 2], [1]]  # 100 scored at most
+    assert pack.plan_rows(np.array([], int), np.array([], int), shape) == []
 
 
 def test_a_comparison_that_fits_no_row():
-    shape = pack.Shape(9, 1, 10, 3, 20)
+    shape = pack.Layout(9, 1, 10, 3, 20)
     for lengths, scored in (([11], [1]), ([10], [21])):
         with pytest.raises(UserError, match=r"does not fit rows of 10 \(20 scored\); raise data.row_length"):
-            pack.plan(np.array(lengths), np.array(scored), shape)
+            pack.plan_rows(np.array(lengths), np.array(scored), shape)
 
 
 @st.composite
@@ -93,7 +97,7 @@ def shape_of(draw, table):
     longest, scored = int(table.lengths().max()), int(table.scored_lengths.max())
     rows = draw(st.integers(1, 4))
     length, scored = longest + draw(st.integers(0, 30)), scored + draw(st.integers(0, 20))
-    return pack.Shape(-(-len(table) // rows), rows, length, draw(st.integers(1, 4)), scored)
+    return pack.Layout(-(-len(table) // rows), rows, length, draw(st.integers(1, 4)), scored)
 
 
 @settings(deadline=None)
@@ -102,7 +106,7 @@ def test_every_scored_token_has_its_predictor_once(given_data):
     table = given_data.draw(tables())
     shape = shape_of(given_data.draw, table)
     indices = given_data.draw(st.permutations(range(len(table))))
-    batch, count, places = pack.build(table, indices, shape)
+    batch, count, places = pack.build_batch(table, indices, shape)
     assert len({tuple(place) for place in places.tolist()}) == len(indices)
     assert count == places[:, 0].max() + 1
     assert (batch.slot >= 0).sum() == table.scored_lengths.sum()
@@ -135,7 +139,7 @@ def test_a_plan_is_a_permutation_inside_its_budgets(given_data):
     table = given_data.draw(tables())
     shape = shape_of(given_data.draw, table)
     lengths, scored = table.lengths(), table.scored_lengths
-    rows = pack.plan(lengths, scored, shape)
+    rows = pack.plan_rows(lengths, scored, shape)
     assert sorted(member for row in rows for member in row) == list(range(len(table)))
     for row in rows:
         assert lengths[row].sum() <= shape.length
@@ -152,33 +156,33 @@ def table_of(*sizes):
 
 def test_choose_holds_the_data_and_no_more_than_the_batch_needs():
     table = table_of((40, 11, 11), (50, 11, 21))  # 60 and 80 tokens in a row, 22 and 32 scored
-    shape = pack.choose(table, max_length=512, batch_size=4)
-    assert shape == pack.Shape(4, 1, 384, 4, 192)  # 4 * 80 = 320 tokens at most: one row
-    many = pack.choose(table, max_length=512, batch_size=256)
+    shape = pack.choose_layout(table, max_length=512, batch_size=4)
+    assert shape == pack.Layout(4, 1, 384, 4, 192)  # 4 * 80 = 320 tokens at most: one row
+    many = pack.choose_layout(table, max_length=512, batch_size=256)
     assert many.rows * many.length <= 4096
     assert many.microbatches == -(-256 // many.rows)
-    assert pack.choose(table, max_length=512, batch_size=256, length=100).length == 100
+    assert pack.choose_layout(table, max_length=512, batch_size=256, length=100).length == 100
     with pytest.raises(UserError, match=r"data\.row_length 79 is shorter than the longest comparison, 80 tokens"):
-        pack.choose(table, max_length=512, batch_size=4, length=79)
+        pack.choose_layout(table, max_length=512, batch_size=4, length=79)
 
 
 def test_choose_never_takes_rows_longer_than_a_pair_may_need():
     table = table_of((200, 300, 300), (200, 300, 300))  # 798 tokens
-    assert pack.choose(table, max_length=512, batch_size=64).length in (1024,)
+    assert pack.choose_layout(table, max_length=512, batch_size=64).length in (1024,)
     longer = table_of((100, *[400] * 4))  # four responses: 1696 tokens
-    shape = pack.choose(longer, max_length=512, batch_size=8)
+    shape = pack.choose_layout(longer, max_length=512, batch_size=8)
     assert (shape.length, shape.scored) == (1792, 1984)
 
 
 def test_choose_shares_rows_among_devices():
     table = table_of(*((20, 10 + n, 30 - n) for n in range(20)))
     for devices in (1, 2, 4, 8):
-        shape = pack.choose(table, max_length=64, batch_size=64, multiple_of=devices)
+        shape = pack.choose_layout(table, max_length=64, batch_size=64, multiple_of=devices)
         assert shape.rows % devices == 0
         assert shape.microbatches * shape.rows >= 64
-    assert pack.choose(table, max_length=64, batch_size=64, rows=6, multiple_of=2)[:2] == (11, 6)
+    assert pack.choose_layout(table, max_length=64, batch_size=64, rows=6, multiple_of=2)[:2] == (11, 6)
     with pytest.raises(UserError, match="5 rows in a microbatch cannot be shared by 2 devices"):
-        pack.choose(table, max_length=64, batch_size=64, rows=5, multiple_of=2)
+        pack.choose_layout(table, max_length=64, batch_size=64, rows=5, multiple_of=2)
 
 
 @settings(deadline=None, max_examples=30)
@@ -186,30 +190,30 @@ def test_choose_shares_rows_among_devices():
 def test_any_batch_fits_the_chosen_shape(given_data):
     table = given_data.draw(tables())
     size = given_data.draw(st.integers(1, 20))
-    shape = pack.choose(table, max_length=64, batch_size=size, multiple_of=given_data.draw(st.integers(1, 3)))
+    shape = pack.choose_layout(table, max_length=64, batch_size=size, multiple_of=given_data.draw(st.integers(1, 3)))
     indices = given_data.draw(st.lists(st.integers(0, len(table) - 1), min_size=size, max_size=size))
-    batch, count, places = pack.build(table, indices, shape)
+    batch, count, places = pack.build_batch(table, indices, shape)
     assert 1 <= count <= shape.microbatches
-    np.testing.assert_array_equal(pack.unpack(batch.weights, places), table.weights[indices])
+    np.testing.assert_array_equal(pack.unpack_batch(batch.weights, places), table.weights[indices])
 
 
 def test_real_dialogues_pack_well(shared):
     from transformers import AutoTokenizer
 
-    from dpo_jax import data
-    from dpo_jax.data import order
+    from dpo_jax.data import order, pack
     from dpo_jax.data.encode import encode
+    from dpo_jax.data.sources.base import load_comparisons
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
-    rows = data.load("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
+    rows = load_comparisons("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
     options = {"truncation": "paper_keep_end", "degenerate": "drop", "add_bos": False}
     table, _ = encode(rows, tokenizer, max_length=512, max_prompt_length=256, **options)
-    shape = pack.choose(table, max_length=512, batch_size=64)
+    shape = pack.choose_layout(table, max_length=512, batch_size=64)
     used = slots = 0
-    seeded = order.bind("seeded", table.prompts, 0)
+    seeded = order.bind_order("seeded", table.prompts, 0)
     for step in range(20):
-        indices = order.rows_of(step, seeded, rows=len(table), batch_size=64)
-        _, count, _ = pack.build(table, indices, shape)
+        indices = order.example_indices(step, seeded, rows=len(table), batch_size=64)
+        _, count, _ = pack.build_batch(table, indices, shape)
         used += table.lengths()[indices].sum()
         slots += count * shape.rows * shape.length
     assert used / slots > 0.88
@@ -219,9 +223,9 @@ def test_real_dialogues_pack_well(shared):
 def test_a_process_builds_its_own_rows_as_they_are_in_the_whole():
     """Parts laid side by side are the whole batch, and places are those of the whole."""
     column = np.array([[1, 2], [3, 4]], np.float32)
-    shape, rows = pack.Shape(2, 4, 8, 2, 9), np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
-    whole, count, places = pack.build(HAND, rows, shape, column)
-    parts = [pack.build(HAND, rows, shape._replace(own=own), column) for own in ((0, 1), (1, 3), (3, 4))]
+    shape, rows = pack.Layout(2, 4, 8, 2, 9), np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
+    whole, count, places = pack.build_batch(HAND, rows, shape, column)
+    parts = [pack.build_batch(HAND, rows, shape._replace(own=own), column) for own in ((0, 1), (1, 3), (3, 4))]
     assert whole.tokens.any(axis=-1).sum() == 5
     for field, *own in zip(whole, *(part for part, _, _ in parts), strict=True):
         np.testing.assert_array_equal(field, np.concatenate(own, axis=1))

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import yaml
 
-from dpo_jax import cli, data, metrics
-from dpo_jax.data import made
-from dpo_jax.records import Chat, Comparison, UserError
+from dpo_jax import cli
+from dpo_jax.data import build_pairs
+from dpo_jax.data.sources.base import load_comparisons
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
+from dpo_jax.training.metrics_file import read_metrics
 
 GREETING = Chat(({"role": "user", "content": "Who are you?"},))
 
@@ -30,37 +33,37 @@ def at(tmp_path, monkeypatch):
 
 
 def pairs(*argv):
-    cli.run(["pairs", *argv])
-    return metrics.read(next(a for a in argv if a.startswith("out")))
+    cli.run_command(["pairs", *argv])
+    return read_metrics(next(a for a in argv if a.startswith("out")))
 
 
 def test_corrections_are_made_in_their_order(tmp_path):
     (tmp_path / "who.yaml").write_text(
         yaml.safe_dump({r"I am \w+": "I am Ada", r"Ada, made by (\w+)": r"Ada, not \1's"}, sort_keys=False)
     )
-    rules = made.rules(str(tmp_path / "who.yaml"))
-    assert made.corrected("Hi! I am Qwen, made by Acme.", rules) == "Hi! I am Ada, not Acme's."
-    assert made.corrected("I don't know.", rules) == "I don't know."
+    rules = build_pairs.correction_rules(str(tmp_path / "who.yaml"))
+    assert build_pairs.correct_answer("Hi! I am Qwen, made by Acme.", rules) == "Hi! I am Ada, not Acme's."
+    assert build_pairs.correct_answer("I don't know.", rules) == "I don't know."
 
 
 def test_what_yaml_reads_as_no_text_is_refused(tmp_path):
     (tmp_path / "who.yaml").write_text("No: Yes")
     with pytest.raises(UserError, match=r"who.yaml: False: True: both must be text"):
-        made.rules(str(tmp_path / "who.yaml"))
+        build_pairs.correction_rules(str(tmp_path / "who.yaml"))
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", "x"), ("a", r"\1")])
 def test_a_correction_that_is_none_is_refused(tmp_path, pattern, replacement):
     (tmp_path / "who.yaml").write_text(yaml.safe_dump({pattern: replacement}))
     with pytest.raises(UserError, match=r"who.yaml: .*no pattern and replacement"):
-        made.rules(str(tmp_path / "who.yaml"))
+        build_pairs.correction_rules(str(tmp_path / "who.yaml"))
 
 
 def test_damage_is_a_fifth_of_the_words_left_out_doubled_or_moved():
     text = " one two three four five\n"
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
-        damaged = made.corrupted(text, rng)
+        damaged = build_pairs.corrupt_answer(text, rng)
         if damaged is None:  # the one edit was none
             continue
         words = damaged.split()
@@ -71,13 +74,13 @@ def test_damage_is_a_fifth_of_the_words_left_out_doubled_or_moved():
         if len(words) == 5:  # two have changed places
             assert sum(a != b for a, b in zip(words, text.split(), strict=True)) == 2
     assert seen == {4, 5, 6}
-    assert made.corrupted("one", rng) == "oneone"
-    assert made.corrupted(" \n", rng) is None
+    assert build_pairs.corrupt_answer("one", rng) == "oneone"
+    assert build_pairs.corrupt_answer(" \n", rng) is None
 
 
 def test_the_answer_to_the_next_other_prompt():
     rows = [Comparison(p, (r,)) for p, r in (("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"))]
-    assert made.answers_to_others(rows) == ["3", "3", "4", "1"]
+    assert build_pairs.other_answers(rows) == ["3", "3", "4", "1"]
 
 
 def test_single_rows_become_every_pair_and_go_back(at):
@@ -135,7 +138,7 @@ def test_negatives_of_data_that_has_none(at, capsys):
     assert all(r["rejected"] != r["chosen"][0]["content"] for r in damaged)
     assert damaged == pairs("out3.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
     for name in ("out.jsonl", "out2.jsonl"):  # what is written is read back
-        first = data.load("files", (name,), "train", 2)[0]
+        first = load_comparisons("files", (name,), "train", 2)[0]
         assert first.prompt == GREETING
         assert first.responses[0] == answer("I am Ada, and you?")
 
@@ -180,4 +183,4 @@ def test_a_models_own_answers(at, shared):
 )
 def test_mistakes_are_one_line(argv, message):
     with pytest.raises(UserError, match=message):
-        cli.run(["pairs", *argv])
+        cli.run_command(["pairs", *argv])

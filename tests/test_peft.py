@@ -14,9 +14,12 @@ from tiny import FAMILIES, folders_of, load_torch, logits_of, tokens_of
 from dpo_jax import losses, optim
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import as_reference, batch_logps
-from dpo_jax.models import build, hf, lora
-from dpo_jax.records import Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.logprobs import as_ref_logps, batch_logps
+from dpo_jax.models import lora
+from dpo_jax.models.huggingface.folder import load_folder, open_folder
+from dpo_jax.models.model import build_model
+from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 
 # PEFT and transformers warn of each other.
@@ -56,10 +59,10 @@ def torch_logits(model, tokens):
 
 def assert_loads_as(folder, adapter, theirs):
     """The adapter of a PEFT folder over a base has these logits with us, which are not the base's."""
-    architecture, _, base = hf.load(folder)
-    adapters, spec = lora.load(adapter, architecture)
-    model, tokens = build(architecture), tokens_of(2, 20)
-    ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.joined(architecture, base, adapters, spec))
+    architecture, _, base = load_folder(folder)
+    adapters, spec = lora.load_adapters(adapter, architecture)
+    model, tokens = build_model(architecture), tokens_of(2, 20)
+    ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.attach_adapters(architecture, base, adapters, spec))
     np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
     with theirs.disable_adapter():
         assert np.abs(ours - torch_logits(theirs, tokens)).max() > 0.01
@@ -78,17 +81,17 @@ def test_ranks_and_alphas_of_some_modules_are_pefts(folders, tmp_path):
     theirs = adapted(folders("llama"), r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], **ranks)
     theirs.save_pretrained(tmp_path)
     assert_loads_as(folders("llama"), tmp_path, theirs)
-    architecture, _, _ = hf.stored(folders("llama"))
+    architecture, _, _ = open_folder(folders("llama"))
     settings = json.loads((tmp_path / lora.SETTINGS).read_text())
     (tmp_path / lora.SETTINGS).write_text(json.dumps(settings | {"alpha_pattern": {"q_proj|v_proj": 1}}))
     with pytest.raises(UserError, match=r"alpha_pattern has 'q_proj\|v_proj'; only names of modules"):
-        lora.load(tmp_path, architecture)
+        lora.load_adapters(tmp_path, architecture)
     uneven = adapted(folders("llama"), r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2})
     uneven.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"layers of model.layers.{i}.self_attn.q_proj have several ranks; give them one"
     ):
-        lora.load(tmp_path, architecture)
+        lora.load_adapters(tmp_path, architecture)
 
 
 def test_a_bfloat16_adapter_is_read(folders, tmp_path):
@@ -121,7 +124,7 @@ def test_what_pefts_adapters_have_more_is_refused_by_name(folders, settings, tmp
     theirs.save_pretrained(tmp_path)
     (key,) = settings
     with pytest.raises(UserError, match=rf"adapter_config.json: {key} = .* is not supported"):
-        lora.load(tmp_path, hf.stored(folders("llama"))[0])
+        lora.load_adapters(tmp_path, open_folder(folders("llama"))[0])
 
 
 STEPS, BATCH, RATE = 10, 4, 2e-2
@@ -144,19 +147,22 @@ def rows_of(step):
 
 def our_losses(folder, adapter, table):
     """Ten steps of the train step over an adapter's folder; the reference is the base."""
-    architecture, _, base = hf.load(folder)
-    adapters, spec = lora.load(adapter, architecture)
-    logps, tx = partial(batch_logps, build(architecture)), optim.build("adamw", learning_rate=RATE, warmup_steps=0)
+    architecture, _, base = load_folder(folder)
+    adapters, spec = lora.load_adapters(adapter, architecture)
+    logps, tx = (
+        partial(batch_logps, build_model(architecture)),
+        optim.build("adamw", learning_rate=RATE, warmup_steps=0),
+    )
 
     def policy(trained, base):
-        return lora.joined(architecture, base, trained, spec)
+        return lora.attach_adapters(architecture, base, trained, spec)
 
     step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, policy=policy))
-    column = jax.jit(lambda p, m: as_reference(logps(p, m), m))
-    shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=2)
+    column = jax.jit(lambda p, m: as_ref_logps(logps(p, m), m))
+    shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=2)
     state, found = init_state(adapters, tx), []
     for i in range(STEPS):
-        batch, count, _ = pack.build(table, rows_of(i), shape)
+        batch, count, _ = pack.build_batch(table, rows_of(i), shape)
         for m in range(count):
             batch.ref_logps[m] = column(base, jax.tree.map(lambda x, m=m: x[m], batch))
         state, metrics = step(state, batch, np.int32(count), base)

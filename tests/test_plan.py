@@ -5,10 +5,14 @@ import json
 import jax
 import pytest
 
-from dpo_jax import cli, optim, plan, prepare, sharding
-from dpo_jax.config import Config, parse
+from dpo_jax import cli, optim, sharding
+from dpo_jax.commands.plan import Memory, Plan, abstract_batch, plan_advice, plan_layout, plan_run, traced_step
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.training.compile import compiled_step, hparams
+from dpo_jax.training.shard import policy_shardings, state_shardings
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 128}
@@ -24,22 +28,22 @@ def config_of(tmp_path):
 
     def config_of(*options):
         fixed = ("--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8")
-        return parse(Config, None, [*fixed, *options], prog="x")
+        return parse_config(Config, None, [*fixed, *options], prog="x")
 
     return config_of
 
 
 @pytest.mark.slow
 def test_what_can_be_counted_is_exact(config_of):
-    one = plan.of(config_of())
+    one = plan_run(config_of())
     assert one.parameters == one.trained == COUNT
     assert one.memory.trained == one.memory.gradients == 4 * COUNT
     assert one.memory.optimiser == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
     assert one.memory.frozen == 0
-    assert one.shape == pack.Shape(1, 128, 128, 2, 128)
+    assert one.shape == pack.Layout(1, 128, 128, 2, 128)
     batch = 32 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
     assert one.memory.batch == batch
-    adamw = plan.of(config_of("--optim.name", "adamw", "--mesh.fsdp", "4"))
+    adamw = plan_run(config_of("--optim.name", "adamw", "--mesh.fsdp", "4"))
     whole = 2 * 4  # the counts of Adam and of the schedule
     assert adamw.memory.optimiser == pytest.approx(2 * COUNT, abs=whole)
     assert adamw.memory.trained == COUNT  # a quarter of 4 bytes each: all axes that are split are multiples of 4
@@ -47,7 +51,7 @@ def test_what_can_be_counted_is_exact(config_of):
 
 @pytest.mark.slow
 def test_adapters_need_little_beside_the_frozen_base(config_of):
-    found = plan.of(config_of("--lora.rank", "2"))
+    found = plan_run(config_of("--lora.rank", "2"))
     assert (found.parameters, found.trained) == (COUNT, ADAPTED)
     assert found.memory.frozen == 4 * COUNT
     assert found.memory.trained == found.memory.optimiser - 4 == 4 * ADAPTED
@@ -55,31 +59,31 @@ def test_adapters_need_little_beside_the_frozen_base(config_of):
 
 @pytest.mark.slow
 def test_keeping_less_and_fewer_rows_need_less(config_of):
-    online = plan.of(config_of("--reference.mode", "online", "--data.rows", "16"))
-    less = plan.of(config_of("--model.remat", "full", "--data.rows", "16"))
-    fewer = plan.of(config_of("--model.remat", "full", "--data.rows", "4"))
+    online = plan_run(config_of("--reference.mode", "online", "--data.rows", "16"))
+    less = plan_run(config_of("--model.remat", "full", "--data.rows", "16"))
+    fewer = plan_run(config_of("--model.remat", "full", "--data.rows", "4"))
     assert online.memory.activations > less.memory.activations > fewer.memory.activations
     assert (online.memory.frozen, less.memory.frozen) == (4 * COUNT, 0)
 
 
 def test_advice_says_what_would_help(config_of):
     config = config_of("--reference.mode", "online")
-    need = plan.Memory(trained=40, frozen=40, optimiser=40, gradients=40, logits=1, activations=99, batch=0)
-    found = plan.Plan(config, 1, 1, pack.Shape(1, 8, 128, 2, 128), need)
-    assert plan.advice(found, 260) == []
-    lines = plan.advice(found, 100)
+    need = Memory(trained=40, frozen=40, optimiser=40, gradients=40, logits=1, activations=99, batch=0)
+    found = Plan(config, 1, 1, pack.Layout(1, 8, 128, 2, 128), need)
+    assert plan_advice(found, 260) == []
+    lines = plan_advice(found, 100)
     # 160 last, which is to be at most 60 of 100: a quarter of it is.
     assert [line.partition(":")[0] for line in lines] == [
         "mesh.fsdp 4", "lora.rank 16", "reference.mode cache", "model.remat dots", "data.rows 4",
     ]  # fmt: skip
     over = found._replace(config=config_of("--reference.mode", "online", "--lora.rank", "2"))
-    assert [line.partition(":")[0] for line in plan.advice(over, 100)][:2] == ["mesh.fsdp 4", "lora.base nf4"]
+    assert [line.partition(":")[0] for line in plan_advice(over, 100)][:2] == ["mesh.fsdp 4", "lora.base nf4"]
     few = over._replace(config=config_of("--lora.rank", "2", "--lora.base", "int8"))
-    assert "lora.base" not in " ".join(plan.advice(few, 100))
+    assert "lora.base" not in " ".join(plan_advice(few, 100))
     small = found._replace(memory=need._replace(trained=1, frozen=0, optimiser=1, gradients=1))
-    assert [line.partition(":")[0] for line in plan.advice(small, 50)] == ["model.remat dots", "data.rows 4"]
-    bare = found._replace(shape=pack.Shape(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
-    assert plan.advice(bare, 50) == ["shorter rows (data.max_length), or devices with more memory"]
+    assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
+    bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
+    assert plan_advice(bare, 50) == ["shorter rows (data.max_length), or devices with more memory"]
 
 
 def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatch, capsys):
@@ -87,15 +91,15 @@ def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatc
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "sft.yaml").write_text("model: {config: config.json, tokenizer: synthetic}\n")
     (tmp_path / "dpo.yaml").write_text("model: {path: sft.yaml}\nbatch_size: 4\ndata: {max_length: 32}\n")
-    cli.run(["plan", "dpo.yaml", "--memory", "0.0001"])
+    cli.run_command(["plan", "dpo.yaml", "--memory", "0.0001"])
     out = capsys.readouterr().out
     assert f"{COUNT:,} parameters, {COUNT:,} of them trained; 4 device(s); up to 1 microbatches" in out
     assert "it does not fit; what would help:" in out
     assert "  mesh.fsdp" in out
-    cli.run(["plan", "dpo.yaml", "--lora.rank", "2"])
+    cli.run_command(["plan", "dpo.yaml", "--lora.rank", "2"])
     assert "of 80 GB: it fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        cli.run(["plan", "dpo.yaml", "--model.path", "nowhere"])
+        cli.run_command(["plan", "dpo.yaml", "--model.path", "nowhere"])
 
 
 def test_other_hyper_parameters_are_the_same_program(config_of):
@@ -103,11 +107,11 @@ def test_other_hyper_parameters_are_the_same_program(config_of):
 
     def program(*options):
         config = config_of(*options)
-        run, mesh = plan.traced(config), sharding.make_mesh()
-        trained, like = prepare.shardings_of(run, optim.build(**config.optim), mesh)
-        step = prepare.compiled_step(run, prepare.parts_of(run, mesh, trained), like)
-        batch = plan.batch_of(plan.shape_of(config, 8), 2)
-        count, numbers = jax.ShapeDtypeStruct((), "int32"), prepare.numbers(config)
+        run, mesh = traced_step(config), sharding.make_mesh()
+        trained, like = state_shardings(run, optim.build(**config.optim), mesh)
+        step = compiled_step(run, policy_shardings(run, mesh, trained), like)
+        batch = abstract_batch(plan_layout(config, 8), 2)
+        count, numbers = jax.ShapeDtypeStruct((), "int32"), hparams(config)
         return step.lower([like], batch, count, None, [numbers]).as_text()
 
     first = program()

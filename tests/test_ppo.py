@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from enumerable import distance, exact, optimum
 
+from dpo_jax.errors import UserError
 from dpo_jax.experiments import ppo
 from dpo_jax.experiments import ppo_parts as parts
-from dpo_jax.experiments.ppo import Options
-from dpo_jax.records import UserError
+from dpo_jax.experiments.ppo import PpoOptions
 
 MASK = np.array([[True, True, False], [True, True, True]])
 
@@ -60,16 +60,16 @@ def test_the_values_loss_is_the_worse_of_the_value_and_the_value_held():
 
 @pytest.mark.parametrize(("kl", "error"), [(6.0, 0.0), (6.6, 0.1), (12.0, 0.2), (5.4, -0.1), (0.0, -0.2), (-3.0, -0.2)])
 def test_the_controller(kl, error):
-    assert parts.adapted(0.5, kl, 6.0, 100, 1000) == pytest.approx(0.5 * (1 + error * 0.1))
-    assert parts.adapted(0.5, kl, 6.0, 100, np.inf) == 0.5
+    assert parts.adapt_kl_coef(0.5, kl, 6.0, 100, 1000) == pytest.approx(0.5 * (1 + error * 0.1))
+    assert parts.adapt_kl_coef(0.5, kl, 6.0, 100, np.inf) == 0.5
 
 
-FAST = Options(1.0, learning_rate=3e-3, rollouts=512, max_new_tokens=enumerable.LONGEST, horizon=np.inf)
+FAST = PpoOptions(1.0, learning_rate=3e-3, rollouts=512, max_new_tokens=enumerable.LONGEST, horizon=np.inf)
 
 
 def run(options, **given):
     model, reference = enumerable.world()
-    return ppo.train(
+    return ppo.train_ppo(
         model, reference, reference, enumerable.PROMPTS, enumerable.reward, options, eos=enumerable.EOS, **given
     )
 

@@ -12,17 +12,28 @@ import yaml
 from scipy.stats import norm
 from tiny import largest_difference, logits_of, tokens_of, torch_model
 
-from dpo_jax import cli, loading, optim, plan, prepare, sharding
-from dpo_jax.config import Config, parse
-from dpo_jax.data import pack, synthetic
+from dpo_jax import cli, optim, sharding
+from dpo_jax.commands.plan import bytes_per_device, lay_out, traced_step
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
+from dpo_jax.data import pack
+from dpo_jax.data.sources import synthetic
 from dpo_jax.data.table import Table
-from dpo_jax.models import build, hf, lora, qlora
-from dpo_jax.models.quantised import Quantised, quantise, whole
-from dpo_jax.prepare import layer_by_layer
-from dpo_jax.records import Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.models import lora, qlora
+from dpo_jax.models.huggingface.folder import load_folder, open_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
+from dpo_jax.models.huggingface.safetensors import weights_hash
+from dpo_jax.models.init import map_layers
+from dpo_jax.models.model import build_model
+from dpo_jax.models.quantized import Quantized, dequantize, quantize
+from dpo_jax.records import Tokens
 from dpo_jax.step import init_state
+from dpo_jax.training.compile import compiled_step, hparams
+from dpo_jax.training.load import load_policy
+from dpo_jax.training.shard import policy_shardings, state_shardings
 
-WORDS = len(synthetic.tokenizer())
+WORDS = len(synthetic.synthetic_tokenizer())
 
 
 def nf4_table():
@@ -34,13 +45,13 @@ def nf4_table():
 
 
 def as_floats(kernel):
-    return np.asarray(whole(kernel, jnp.float32))
+    return np.asarray(dequantize(kernel, jnp.float32))
 
 
 @pytest.mark.parametrize(("inputs", "tile"), [(1, 64), (2, 8)])
 def test_nf4_takes_the_nearest_of_the_papers_numbers_in_every_tile(inputs, tile):
     kernel = np.random.default_rng(0).normal(size=(128, 8, 6)).astype(np.float32)
-    made = quantise(jnp.asarray(kernel), inputs, "nf4")
+    made = quantize(jnp.asarray(kernel), inputs, "nf4")
     assert (made.values.dtype, made.values.shape) == (jnp.uint8, (128, 8, 3))
     tiles = np.moveaxis(kernel, inputs - 1, -1)  # the last of the inputs is cut
     tiles = tiles.reshape(*tiles.shape[:-1], -1, tile)
@@ -55,7 +66,7 @@ def test_nf4_takes_the_nearest_of_the_papers_numbers_in_every_tile(inputs, tile)
 @pytest.mark.parametrize("inputs", [1, 2])
 def test_int8_is_off_by_half_a_step_of_the_outputs_largest_number(inputs):
     kernel = np.random.default_rng(0).normal(size=(16, 8, 6)).astype(np.float32)
-    made = quantise(jnp.asarray(kernel), inputs, "int8")
+    made = quantize(jnp.asarray(kernel), inputs, "int8")
     assert made.values.dtype == jnp.int8
     step = np.abs(kernel).max(tuple(range(inputs)), keepdims=True) / 127.5
     np.testing.assert_allclose(made.scale, step, rtol=1e-6)
@@ -71,14 +82,14 @@ def llama(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("base")
     torch_model("llama", vocab_size=WORDS).to(torch.bfloat16).save_pretrained(folder)
-    synthetic.tokenizer().save_pretrained(folder)
+    synthetic.synthetic_tokenizer().save_pretrained(folder)
     return folder
 
 
 def held_in(folder, kind):
     """Returns a model, its base in few bits as host arrays, and the same base as floats."""
-    architecture, _, params = hf.stored(folder)
-    few = hf.whole(qlora.base(hf.narrow(params), architecture, kind, layer_by_layer))
+    architecture, _, params = open_folder(folder)
+    few = load_into_memory(qlora.quantize_base(narrow_dtypes(params), architecture, kind, map_layers))
     floats = qlora.as_floats(few)
     layers = {name: dict(leaves) for name, leaves in floats["layers"].items()}
     for leaves in layers.values():
@@ -90,8 +101,8 @@ def held_in(folder, kind):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_model_is_that_of_its_numbers_made_whole(llama, kind):
     architecture, few, floats = held_in(llama, kind)
-    _, _, before = hf.load(llama)
-    run = jax.jit(partial(logits_of, build(architecture), tokens=tokens_of(2, 20)))
+    _, _, before = load_folder(llama)
+    run = jax.jit(partial(logits_of, build_model(architecture), tokens=tokens_of(2, 20)))
     np.testing.assert_allclose(run(few), run(floats), atol=1e-5)
     kernels = [name for name, leaves in few["layers"].items() if "quantised" in leaves]
     assert sorted(kernels) == ["down", "gate", "k", "o", "q", "up", "v"]
@@ -119,24 +130,24 @@ def table():
 def config_of(folder, *options):
     fixed = ["--model.path", str(folder), "--data.max_length", "32", "--batch_size", "16", "--lora.rank", "2"]
     fixed += ["--optim.learning_rate", "1e-2", "--optim.warmup_steps", "0"]
-    return parse(Config, None, [*fixed, *options], prog="x")
+    return parse_config(Config, None, [*fixed, *options], prog="x")
 
 
 def two_steps(config, table, base, adapters):
     """Returns the metrics and the adapters after two steps of the compiled step of a run over a base."""
-    run = plan.traced(config)._replace(params=adapters, base=base)
+    run = traced_step(config)._replace(params=adapters, base=base)
     mesh, tx = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), optim.build(**config.optim)
-    trained, like = prepare.shardings_of(run, tx, mesh)
-    parts = prepare.parts_of(run, mesh, trained)
-    step, on_devices = prepare.compiled_step(run, parts, like), sharding.put(base, parts.base)
-    shape = pack.choose(table, max_length=32, batch_size=16, rows=4, length=64)
+    trained, like = state_shardings(run, tx, mesh)
+    parts = policy_shardings(run, mesh, trained)
+    step, on_devices = compiled_step(run, parts, like), sharding.put_params(base, parts.base)
+    shape = pack.choose_layout(table, max_length=32, batch_size=16, rows=4, length=64)
     column = np.random.default_rng(0).normal(size=(16, 2, 1)).astype(np.float32).repeat(2, axis=2) - 90
-    batch, count, _ = pack.build(table, np.arange(16), shape, column)
+    batch, count, _ = pack.build_batch(table, np.arange(16), shape, column)
     batch = sharding.put_batch(mesh, batch)
     state = jax.device_put(jax.device_get(init_state(adapters, tx)), jax.tree.map(lambda x: x.sharding, like))
     assert count > 1
     for _ in range(2):
-        (state,), (metrics,) = step([state], batch, np.int32(count), on_devices, [prepare.numbers(config)])
+        (state,), (metrics,) = step([state], batch, np.int32(count), on_devices, [hparams(config)])
     return jax.device_get((metrics, state.params))
 
 
@@ -150,8 +161,8 @@ def assert_same(one, two):
 @pytest.fixture(scope="module")
 def adapters(llama):
     """Adapters that change something."""
-    architecture, _, _ = hf.stored(llama)
-    made = lora.init(architecture, lora.Lora(2, 16.0, ("all-linear",)), 0)
+    architecture, _, _ = open_folder(llama)
+    made = lora.init_adapters(architecture, lora.Lora(2, 16.0, ("all-linear",)), 0)
     for leaves in made["layers"].values():
         leaves["lora_b"] = np.random.default_rng(0).normal(size=leaves["lora_b"].shape).astype(np.float32) * 0.1
     return made
@@ -177,19 +188,21 @@ def test_adapters_learn_as_over_the_base_made_whole(llama, table, adapters, kind
 @pytest.mark.slow
 def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch):
     """A bfloat16 model under adapters is not made wider on an accelerator, and nothing is lost by that."""
-    architecture, _, params = hf.stored(llama)
+    architecture, _, params = open_folder(llama)
     config = config_of(llama)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    narrow = hf.whole(loading.load_model(config.model, synthetic.tokenizer(), 0, config.lora).params)
+    narrow = load_into_memory(load_policy(config.model, synthetic.synthetic_tokenizer(), 0, config.lora).params)
     monkeypatch.undo()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow)} == {"bfloat16"}
-    assert hf.weights_hash(narrow, architecture) == hf.weights_hash(params, architecture)
-    model, spec = build(architecture), lora.Lora(2, 16.0, ("all-linear",))
+    assert weights_hash(narrow, architecture) == weights_hash(params, architecture)
+    model, spec = build_model(architecture), lora.Lora(2, 16.0, ("all-linear",))
 
     def loss(adapters, base):
-        return jnp.sin(logits_of(model, lora.joined(architecture, base, adapters, spec), tokens_of(2, 20))).sum()
+        return jnp.sin(
+            logits_of(model, lora.attach_adapters(architecture, base, adapters, spec), tokens_of(2, 20))
+        ).sum()
 
-    one, two = (jax.jit(jax.value_and_grad(loss))(adapters, base) for base in (hf.whole(params), narrow))
+    one, two = (jax.jit(jax.value_and_grad(loss))(adapters, base) for base in (load_into_memory(params), narrow))
     assert float(one[0]) == pytest.approx(float(two[0]), rel=1e-6)
     assert largest_difference(two[1], one[1]) < 1e-5
 
@@ -198,9 +211,9 @@ def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch
 def test_memory_is_that_of_few_bits(llama, kind):
     """In the plan and in the arguments of a compiled program; two numbers of nf4 lie in a byte."""
     config = config_of(llama, "--lora.base", kind)
-    run, mesh = plan.traced(config), sharding.make_mesh()
-    trained, _ = prepare.shardings_of(run, optim.build(**config.optim), mesh)
-    base = plan.laid(run.base, prepare.parts_of(run, mesh, trained).base)
+    run, mesh = traced_step(config), sharding.make_mesh()
+    trained, _ = state_shardings(run, optim.build(**config.optim), mesh)
+    base = lay_out(run.base, policy_shardings(run, mesh, trained).base)
     bits, mlp = {"nf4": 4, "int8": 8}[kind], 2 * 32 * 48
     numbers = 2 * (2 * 32 * 32 + 2 * 32 * 16) + 3 * mlp
     scales = {
@@ -208,10 +221,10 @@ def test_memory_is_that_of_few_bits(llama, kind):
         "int8": 2 * (32 + 2 * 16 + 32 + 2 * 48 + 32),
     }[kind]
     rest = 2 * WORDS * 32 + 2 * 2 * 32 + 32
-    assert plan.held(base) == numbers * bits // 8 + 4 * scales + 2 * rest  # bfloat16, as in the file
+    assert bytes_per_device(base) == numbers * bits // 8 + 4 * scales + 2 * rest  # bfloat16, as in the file
     _, few, _ = held_in(llama, kind)
-    gate = Quantised(*(jnp.asarray(few["layers"]["gate"][name]) for name in ("quantised", "scale")))
-    memory = jax.jit(partial(whole, dtype=jnp.float32)).lower(gate).compile().memory_analysis()
+    gate = Quantized(*(jnp.asarray(few["layers"]["gate"][name]) for name in ("quantised", "scale")))
+    memory = jax.jit(partial(dequantize, dtype=jnp.float32)).lower(gate).compile().memory_analysis()
     assert memory.argument_size_in_bytes == mlp * bits // 8 + gate.scale.nbytes
 
 
@@ -234,7 +247,7 @@ def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path,
         "max_steps": 2,
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    cli.run(["train", "run.yaml"])
+    cli.run_command(["train", "run.yaml"])
     out = capsys.readouterr().out
     assert "the policy is written in bfloat16, as the model it came from: what was trained is rounded to it" in out
     assert "adapters are merged into the nf4 base that they were trained over, made whole; adapter/ has them" in out
@@ -243,9 +256,9 @@ def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path,
     assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # the reference is the base in few bits
     assert losses[-1] < losses[0]
     architecture, few, floats = held_in(llama, "nf4")
-    trained, spec = lora.load(tmp_path / "runs/run/adapter", architecture)
-    expected = lora.merged(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1]
-    _, hf_config, after = hf.load(tmp_path / "runs/run/model")
+    trained, spec = lora.load_adapters(tmp_path / "runs/run/adapter", architecture)
+    expected = lora.merge_adapters(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1]
+    _, hf_config, after = load_folder(tmp_path / "runs/run/model")
     assert hf_config["dtype"] == "bfloat16"
     np.testing.assert_allclose(after["layers"]["down"]["kernel"][1], expected, rtol=2**-8)
     np.testing.assert_array_equal(after["embedding"], np.float32(few["embedding"]))
@@ -265,11 +278,11 @@ def test_what_has_no_meaning_is_refused(llama, options, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"path": str(llama)}}))
     with pytest.raises(UserError, match=message):
-        cli.run(["train", "run.yaml", *options])
+        cli.run_command(["train", "run.yaml", *options])
 
 
 def test_a_missing_package_is_one_line(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     config = config_of(llama, "--lora.base", "nf4")
     with pytest.raises(UserError, match=r"lora.base: needs a package .*: pip install dpo_jax\[qlora\]"):
-        loading.load_model(config.model, synthetic.tokenizer(), 0, config.lora)
+        load_policy(config.model, synthetic.synthetic_tokenizer(), 0, config.lora)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax import cli, metrics
+from dpo_jax import cli
+from dpo_jax.training.metrics_file import read_metrics
 
 # What there is, how it is to be read, and how many rows it has.
 DATA = {
@@ -40,12 +41,12 @@ def test_it_trains(what, shared, tmp_path, monkeypatch):
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
     tokenizer = shared / "tokenizers" / "minimind_6400"
     (tmp_path / "c.yaml").write_text(CONFIG % (name, shared.joinpath("data", *place), tokenizer, loss))
-    cli.run(["train", "c.yaml", "--run", "run"])
+    cli.run_command(["train", "c.yaml", "--run", "run"])
     told = json.loads((tmp_path / "run" / "data.json").read_text())
     read = [line for line in told if "comparisons read" in line]
     assert [line.split()[0] for line in read] == ["training", "held-out"]
     assert sum(int(line.split()[2].replace(",", "")) for line in read) == count
-    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     at_start = next(row for row in rows if "eval_loss" in row)["eval_loss"]
     assert at_start == pytest.approx(np.log(2) if loss == "dpo" else 0.5, abs=1e-6)  # KTO: 1 - sigmoid(0)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import drawing, report
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.pages import figure
+from dpo_jax.pages.run import PLOTS, polyline_points, read_run, write_report
 
 HOSTILE = "<script>alert('x')</script> & $\\frac{1}{2}$"
 DPO = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen")
@@ -64,14 +65,14 @@ class Page(html.parser.HTMLParser):
 
 
 def page(tmp_path, *runs):
-    return Page(report.write(list(runs), tmp_path / "out" / "report.html").read_text())
+    return Page(write_report(list(runs), tmp_path / "out" / "report.html").read_text())
 
 
 def test_a_dpo_run_has_every_figure(tmp_path):
     shown = page(tmp_path, run(tmp_path / "a"))
-    assert shown.titles == [plot.title for plot in report.PLOTS]
-    assert shown.tags.count("svg") == len(report.PLOTS) == 8
-    assert {metric for plot in report.PLOTS for metric in plot.series.values()} == set(DPO)
+    assert shown.titles == [plot.title for plot in PLOTS]
+    assert shown.tags.count("svg") == len(PLOTS) == 8
+    assert {metric for plot in PLOTS for metric in plot.series.values()} == set(DPO)
     assert "It may well fall" in shown.text
     assert ["loss", "name dpo, beta 0.1"] in shown.rows
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
@@ -91,7 +92,7 @@ def test_nothing_from_data_is_obeyed(tmp_path):
     }
     folder = run(tmp_path / "<img src=x onerror=alert(1)>$x$", **files)
     for runs in ([folder], [folder, run(tmp_path / "_b")]):
-        text = report.write(runs, tmp_path / "report.html").read_text()
+        text = write_report(runs, tmp_path / "report.html").read_text()
         shown = Page(text)
         assert not {"script", "img", "b<", "iframe", "link", "object"} & set(shown.tags)
         assert not [name for name, _ in shown.attributes if name.startswith("on") or name == "src"]
@@ -118,27 +119,27 @@ def test_without_eval_json_the_last_evaluation_counts(tmp_path):
 
 def test_two_runs_are_overlaid_and_their_differences_named(tmp_path):
     first, second = run(tmp_path / "first"), run(tmp_path / "second", steps=3, beta=0.5)
-    text = report.write([first, second], tmp_path / "report.html").read_text()
+    text = write_report([first, second], tmp_path / "report.html").read_text()
     shown = Page(text)
     assert ["", "first", "second"] in shown.rows
     assert ["eval_loss", "0.1667", "0.25"] in shown.rows
     assert ["loss.beta", "0.1", "0.5"] in shown.rows
     assert not [row for row in shown.rows if row[0] in ("seed", "loss.name")]
     assert shown.tags.count("svg") == 8
-    for colour in drawing.COLOURS[:2]:
+    for colour in figure.COLOURS[:2]:
         assert text.count(colour) >= 8 + 1  # in every figure and in the legend
 
 
 def test_curves_pass_through_the_data(tmp_path):
     folder = run(tmp_path / "a")
-    x, y = report.points(report.load(folder).lines, "eval_loss")
+    x, y = polyline_points(read_run(folder).lines, "eval_loss")
     assert x.tolist() == [0.0, 40.0]
     assert y.tolist() == [1.0, pytest.approx(1 / 6)]
 
 
 def test_many_points_are_drawn_as_means(tmp_path):
     small, large = (run(tmp_path / str(n), steps=n) for n in (80, 5000))
-    sizes = [report.write([r], tmp_path / "r.html").stat().st_size for r in (small, large)]
+    sizes = [write_report([r], tmp_path / "r.html").stat().st_size for r in (small, large)]
     assert sizes[1] < 2.5 * sizes[0]
     assert "fill-opacity: 0.14" in (tmp_path / "r.html").read_text()
 
@@ -165,15 +166,15 @@ def test_samples_without_a_reference_have_no_column_for_it(tmp_path):
 
 def test_the_same_run_gives_the_same_page(tmp_path):
     folder = run(tmp_path / "a")
-    pages = [report.write([folder], tmp_path / f"{i}.html").read_bytes() for i in range(2)]
+    pages = [write_report([folder], tmp_path / f"{i}.html").read_bytes() for i in range(2)]
     assert pages[0] == pages[1]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        report.write([tmp_path], tmp_path / "report.html")
+        write_report([tmp_path], tmp_path / "report.html")
 
 
 def test_a_damaged_eval_json_is_named(tmp_path):
     with pytest.raises(UserError, match=r"eval\.json: not JSON"):
-        report.write([run(tmp_path / "a", eval_json="{")], tmp_path / "report.html")
+        write_report([run(tmp_path / "a", eval_json="{")], tmp_path / "report.html")

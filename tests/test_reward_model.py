@@ -15,20 +15,30 @@ from test_losses_trl import stand_in
 from tiny import _ARGUMENTS, _IDS, EOS, folder_of, largest_difference
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from dpo_jax import assemble, cli, loading, losses, models, rewards
-from dpo_jax.config import Data
-from dpo_jax.config import Model as ModelOptions
-from dpo_jax.data import pack, synthetic
-from dpo_jax.data.ended import ended
+from dpo_jax import cli, losses
+from dpo_jax.config.schema import DataConfig, LoraConfig
+from dpo_jax.config.schema import ModelConfig as ModelOptions
+from dpo_jax.data import pack
+from dpo_jax.data.noise import append_token
+from dpo_jax.data.sources import synthetic
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_rewards
-from dpo_jax.models import hf, score
-from dpo_jax.records import Tokens, UserError
+from dpo_jax.models import reward_head
+from dpo_jax.models.families.registry import families, family
+from dpo_jax.models.huggingface.folder import load_folder, open_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.model import build_model
+from dpo_jax.records import Tokens
 from dpo_jax.rewards import trained
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.training.load import load_policy
 
 ROOT = Path(__file__).parent.parent
 PAD = 0
-ENCODING = {k: getattr(Data(), k) for k in ("max_length", "max_prompt_length", "truncation", "add_bos", "boundary")}
+ENCODING = {
+    k: getattr(DataConfig(), k) for k in ("max_length", "max_prompt_length", "truncation", "add_bos", "boundary")
+}
 FAMILIES = ("llama", "gpt2", "gptj", "opt", "gemma2")  # their heads: untied, tied, with a bias; a prefix; a cap
 
 
@@ -97,8 +107,8 @@ def by_torch(model, rows):
 
 def laid_out(rows, pad=PAD):
     """The rows as one microbatch of several to a row, and where each is."""
-    table = Table.of(ended(Table.of(rows), EOS, pad))
-    batch, _, places = pack.build(table, range(len(rows)), pack.Shape(1, 4, 96, 4, 96))
+    table = Table.of(append_token(Table.of(rows), EOS, pad))
+    batch, _, places = pack.build_batch(table, range(len(rows)), pack.Layout(1, 4, 96, 4, 96))
     return jax.tree.map(lambda x: x[0], batch), places
 
 
@@ -106,15 +116,15 @@ def laid_out(rows, pad=PAD):
 def test_rewards_are_those_of_transformers(folders, family):
     """Several comparisons to a row, prompts shared, against each text alone in a padded batch."""
     rows = comparisons()
-    architecture, _, params = hf.load(folders(family))
+    architecture, _, params = load_folder(folders(family))
     batch, places = laid_out(rows)
-    found = batch_rewards(models.build(architecture), params, batch)
+    found = batch_rewards(build_model(architecture), params, batch)
     with torch.no_grad():
         wanted = by_torch(torch_reward_model(family, folders(family)), rows).numpy()
-    policy = pack.unpack(np.asarray(found.policy).reshape(1, *batch.scores.shape), places)
+    policy = pack.unpack_batch(np.asarray(found.policy).reshape(1, *batch.scores.shape), places)
     np.testing.assert_allclose(policy, wanted, atol=1e-4)
     assert np.abs(wanted).max() > 0.1
-    lengths = pack.unpack(np.asarray(found.lengths).reshape(1, *batch.scores.shape), places)
+    lengths = pack.unpack_batch(np.asarray(found.lengths).reshape(1, *batch.scores.shape), places)
     np.testing.assert_array_equal(lengths, [[len(r) for r in row.responses] for row in rows])
     assert found.present.sum() == 14
 
@@ -122,13 +132,13 @@ def test_rewards_are_those_of_transformers(folders, family):
 def test_absent_responses_have_no_reward(folders):
     rows = comparisons(3)
     rows[1] = rows[1]._replace(responses=(np.zeros(0, np.int32), rows[1].responses[1]))
-    architecture, _, params = hf.load(folders("llama"))
+    architecture, _, params = load_folder(folders("llama"))
     batch, places = laid_out(rows)
-    found = batch_rewards(models.build(architecture), params, batch)
+    found = batch_rewards(build_model(architecture), params, batch)
     shape = (1, *batch.scores.shape)
-    present = pack.unpack(np.asarray(found.present).reshape(shape), places)
+    present = pack.unpack_batch(np.asarray(found.present).reshape(shape), places)
     np.testing.assert_array_equal(present, [[True, True], [False, True], [True, True]])
-    policy = pack.unpack(np.asarray(found.policy).reshape(shape), places)
+    policy = pack.unpack_batch(np.asarray(found.policy).reshape(shape), places)
     assert policy[1, 0] == 0
     with torch.no_grad():
         wanted = by_torch(torch_reward_model("llama", folders("llama")), rows).numpy()
@@ -138,8 +148,8 @@ def test_absent_responses_have_no_reward(folders):
 def test_the_gradient_of_the_loss_is_that_of_torch(folders):
     """Of -log sigmoid(r_c - r_r) + 0.1 (r_c + r_r)^2, by every parameter."""
     rows = comparisons()
-    architecture, config, params = hf.load(folders("llama"))
-    model, loss = models.build(architecture), losses.build({"name": "bradley_terry", "center": 0.1})
+    architecture, config, params = load_folder(folders("llama"))
+    model, loss = build_model(architecture), losses.build({"name": "bradley_terry", "center": 0.1})
     batch, _ = laid_out(rows)
 
     def mean(params):
@@ -162,9 +172,9 @@ def test_the_gradient_of_the_loss_is_that_of_torch(folders):
 def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family, tmp_path):
     """The new head is small and random, and the rest is the language model's; both give the same scores."""
     options = ModelOptions(path=str(folder_of(family, tmp_path / "base")))
-    loaded = loading.load_model(options, Words(), 3, None, ENCODING)
+    loaded = load_policy(options, Words(), 3, None, ENCODING)
     assert "becomes a" in loaded.note
-    params = hf.whole(loaded.params)
+    params = load_into_memory(loaded.params)
     assert params["score"].shape == (1, 32)
     assert 0.5 < params["score"].std() * math.sqrt(33) < 1.5
     assert not {"head", "head_bias"} & set(params)
@@ -175,18 +185,18 @@ def test_a_language_model_becomes_a_reward_model_that_transformers_loads(family,
     rows = comparisons()
     batch, places = laid_out(rows)
     found = batch_rewards(loaded.model, params, batch).policy
-    policy = pack.unpack(np.asarray(found).reshape(1, *batch.scores.shape), places)
+    policy = pack.unpack_batch(np.asarray(found).reshape(1, *batch.scores.shape), places)
     with torch.no_grad():
         np.testing.assert_allclose(policy, by_torch(theirs, rows).numpy(), atol=1e-4)
-    again = loading.load_model(ModelOptions(path=str(tmp_path / "out")), Words(), 4, None, ENCODING)
+    again = load_policy(ModelOptions(path=str(tmp_path / "out")), Words(), 4, None, ENCODING)
     assert again.note == ""
-    jax.tree.map(np.testing.assert_array_equal, hf.whole(again.params), params)
+    jax.tree.map(np.testing.assert_array_equal, load_into_memory(again.params), params)
 
 
 def test_a_random_reward_model_has_the_same_head(tmp_path):
     config = AutoConfig.for_model("llama", **{**_IDS, **_ARGUMENTS["llama"]}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = loading.load_model(ModelOptions(config=str(tmp_path)), Words(), 0, None, ENCODING)
+    loaded = load_policy(ModelOptions(config=str(tmp_path)), Words(), 0, None, ENCODING)
     assert loaded.params["score"].shape == (1, 32)
     assert 0.5 < loaded.params["score"].std() * math.sqrt(33) < 1.5
     assert "head" not in loaded.params
@@ -198,12 +208,12 @@ def test_ended_puts_a_token_after_each_response_but_for_one_that_ends_in_padding
         Tokens(np.array([5, 6]), (np.array([7, EOS]), np.array([8]))),
         Tokens(np.array([9]), (absent, np.array([10, 11])), 0.5, scores=(0.0, 2.0)),
     ]
-    table = Table.of(ended(Table.of(rows), EOS, PAD))
+    table = Table.of(append_token(Table.of(rows), EOS, PAD))
     assert [[r.tolist() for r in table[i].responses] for i in (0, 1)] == [[[7, 2, 2], [8, 2]], [[], [10, 11, 2]]]
     assert [table[i].prompt.tolist() for i in (0, 1)] == [[5, 6], [9]]
     assert table[1].weight == 0.5
     assert table[1].scores == (0.0, 2.0)
-    same = Table.of(ended(Table.of(rows), EOS, EOS))  # where EOS is padding, it ends the text before it
+    same = Table.of(append_token(Table.of(rows), EOS, EOS))  # where EOS is padding, it ends the text before it
     assert [[r.tolist() for r in same[i].responses] for i in (0, 1)] == [[[7, 2], [8, 2]], [[], [10, 11, 2]]]
 
 
@@ -213,10 +223,10 @@ def test_where_eos_is_padding_the_token_before_it_is_scored(folders, pad, tmp_pa
     rows = comparisons(5, responses=1)
     theirs = torch_reward_model("gpt2", folders("gpt2"))
     theirs.config.pad_token_id = pad
-    architecture, _, params = hf.load(folders("gpt2"))
+    architecture, _, params = load_folder(folders("gpt2"))
     batch, places = laid_out(rows, pad)
-    found = batch_rewards(models.build(architecture), params, batch).policy
-    policy = pack.unpack(np.asarray(found).reshape(1, *batch.scores.shape), places)
+    found = batch_rewards(build_model(architecture), params, batch).policy
+    policy = pack.unpack_batch(np.asarray(found).reshape(1, *batch.scores.shape), places)
     with torch.no_grad():
         np.testing.assert_allclose(policy, by_torch(theirs, rows).numpy(), atol=1e-4)
 
@@ -271,25 +281,25 @@ def test_a_reward_models_loss_goes_with_no_other(loss, message):
 def test_models_of_the_wrong_kind_are_refused(folders, tmp_path):
     reward, language = folders("llama"), folder_of("llama", tmp_path / "language")
     with pytest.raises(UserError, match="llama: a reward model, which writes nothing"):
-        loading.load_model(ModelOptions(path=str(reward)), Words(), 0)
+        load_policy(ModelOptions(path=str(reward)), Words(), 0)
     with pytest.raises(UserError, match=r"lora: the head of a reward model is trained too"):
-        loading.load_model(ModelOptions(path=str(reward)), Words(), 0, assemble.configs.Lora(rank=4), ENCODING)
+        load_policy(ModelOptions(path=str(reward)), Words(), 0, LoraConfig(rank=4), ENCODING)
     config = json.loads((reward / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "a", "1": "b", "2": "c"}, {"a": 0, "b": 1, "c": 2}
     (reward.parent / "three").mkdir()
     (reward.parent / "three" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="a classifier of 3 labels; a reward model has one"):
-        hf.stored(reward.parent / "three")
-    synthetic.tokenizer().save_pretrained(language)
+        open_folder(reward.parent / "three")
+    synthetic.synthetic_tokenizer().save_pretrained(language)
     with pytest.raises(UserError, match="language: no reward model but one that writes"):
-        rewards.get(f"model:{language}")
+        get_reward(f"model:{language}")
 
 
 def test_class_names_are_those_of_transformers():
     import transformers
 
-    for model_type in models.families():
-        name = score.class_of(models.family(model_type).CLASS)
+    for model_type in families():
+        name = reward_head.reward_class(family(model_type).CLASS)
         assert hasattr(transformers, name), name
 
 
@@ -323,12 +333,12 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
-        cli.run(["train", "reward.yaml"])
+        cli.run_command(["train", "reward.yaml"])
     return folder
 
 
 def ids_of(text):
-    return np.array(synthetic.tokenizer()(text)["input_ids"], np.int32)
+    return np.array(synthetic.synthetic_tokenizer()(text)["input_ids"], np.int32)
 
 
 @pytest.mark.slow
@@ -341,8 +351,8 @@ def test_a_run_learns_the_true_reward(world):
     assert last["eval_loss"] < 0.6 < first["eval_loss"]
     rows = pairs("test", 200)
     prompts, texts = [r.prompt for r in rows] * 2, [r.responses[i] for i in (0, 1) for r in rows]
-    scores = rewards.get(f"model:{world / 'runs/reward'}")(prompts, texts)
-    truth = [synthetic.reward(p, t) for p, t in zip(prompts, texts, strict=True)]
+    scores = get_reward(f"model:{world / 'runs/reward'}")(prompts, texts)
+    truth = [synthetic.synthetic_reward(p, t) for p, t in zip(prompts, texts, strict=True)]
     assert np.corrcoef(scores, truth)[0, 1] > 0.8
 
 
@@ -350,13 +360,13 @@ def test_a_run_learns_the_true_reward(world):
 def test_scores_of_texts_are_those_of_training(world):
     """model:FOLDER encodes as the run did: its accuracy on the held-out pairs is the run's own evaluation's."""
     rows = pairs("test", 256)
-    score = rewards.get(f"model:{world / 'runs/reward/model'}")
+    score = get_reward(f"model:{world / 'runs/reward/model'}")
     chosen, rejected = (score([r.prompt for r in rows], [r.responses[i] for r in rows]) for i in (0, 1))
     found = json.loads((world / "runs/reward/eval.json").read_text())["metrics"]
     assert found["eval_rewards/margins"]["n"] == 256
     assert float((chosen - rejected).mean()) == pytest.approx(found["eval_rewards/margins"]["mean"], abs=1e-4)
     ids = [ids_of(r.prompt) for r in rows], [ids_of(f"{r.responses[0]}<eos>") for r in rows]
-    np.testing.assert_allclose(trained.trained(str(world / "runs/reward")).of_ids(*ids), chosen, atol=1e-5)
+    np.testing.assert_allclose(trained.trained_reward(str(world / "runs/reward")).of_ids(*ids), chosen, atol=1e-5)
     assert score([], []).shape == (0,)
 
 
@@ -367,27 +377,27 @@ def test_transformers_gives_the_runs_scores(world):
     rows = [Tokens(ids_of(p), (ids_of(f"{c}<eos>"),)) for p, c in zip(prompts, texts, strict=True)]
     with torch.no_grad():
         wanted = by_torch(model, rows).numpy()[:, 0]
-    np.testing.assert_allclose(rewards.get(f"model:{world / 'runs/reward'}")(prompts, texts), wanted, atol=1e-4)
+    np.testing.assert_allclose(get_reward(f"model:{world / 'runs/reward'}")(prompts, texts), wanted, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_commands_that_want_a_language_model_refuse_it(world, monkeypatch):
     monkeypatch.chdir(world)
     with pytest.raises(UserError, match="a reward model, which writes nothing"):
-        cli.run(["sample", "runs/reward", "--prompt", "This film"])
+        cli.run_command(["sample", "runs/reward", "--prompt", "This film"])
     with pytest.raises(UserError, match="a reward model writes nothing, and has no log-probs of tokens"):
-        cli.run(["eval", "runs/reward", "--reward", "synthetic"])
+        cli.run_command(["eval", "runs/reward", "--reward", "synthetic"])
     with pytest.raises(UserError, match="a reward model, which writes nothing"):
-        cli.run(["pairs", "runs/reward", "x.jsonl", "--reward", "synthetic", "--data.name", "synthetic"])
+        cli.run_command(["pairs", "runs/reward", "x.jsonl", "--reward", "synthetic", "--data.name", "synthetic"])
 
 
 @pytest.mark.slow
 def test_a_reward_run_is_evaluated_and_exported(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("DPO_JAX_CACHE", str(world / "cache"))
-    cli.run(["eval", "runs/reward"])
+    cli.run_command(["eval", "runs/reward"])
     assert "rewards/accuracies" in capsys.readouterr().out
-    cli.run(["export", "runs/reward", "out"])
-    _, config, params = hf.load(world / "out")
-    jax.tree.map(np.testing.assert_array_equal, params, hf.load(world / "runs/reward/model")[2])
-    assert config[score.ENCODING]["max_length"] == 96
+    cli.run_command(["export", "runs/reward", "out"])
+    _, config, params = load_folder(world / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, load_folder(world / "runs/reward/model")[2])
+    assert config[reward_head.ENCODING]["max_length"] == 96

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax import rewards
-from dpo_jax.records import UserError
-from dpo_jax.rewards import words
+from dpo_jax.errors import UserError
+from dpo_jax.rewards import labels, words
+from dpo_jax.rewards.registry import get_reward
 
 TEXTS, SCORES = ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0]
 
@@ -27,7 +27,7 @@ TEXTS, SCORES = ["a", "b", "c", "d"], [0.0, 2.0, 1.0, 2.0]
     ],
 )
 def test_happy(completion, score):
-    assert rewards.get("happy")(["sad sad prompt"], [completion]) == [score]
+    assert get_reward("happy")(["sad sad prompt"], [completion]) == [score]
 
 
 def test_no_word_is_both_happy_and_sad():
@@ -36,11 +36,12 @@ def test_no_word_is_both_happy_and_sad():
 
 
 def test_synthetic_is_the_data_sources_own():
-    from dpo_jax.data import synthetic
+    from dpo_jax.data.sources import synthetic
+    from dpo_jax.rewards.registry import get_reward
 
     texts = [" Great, superb!", " Awful."]
-    found = rewards.get("synthetic")(["", ""], texts)
-    assert found.tolist() == [synthetic.reward("", text) for text in texts]
+    found = get_reward("synthetic")(["", ""], texts)
+    assert found.tolist() == [synthetic.synthetic_reward("", text) for text in texts]
 
 
 @pytest.fixture
@@ -63,16 +64,16 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("module")
 def test_a_function_of_a_module():
-    scores = rewards.get("my_reward:length")(["p", "prompt"], ["four", ""])
+    scores = get_reward("my_reward:length")(["p", "prompt"], ["four", ""])
     assert scores.tolist() == [8.0, 0.0]
     assert scores.dtype == np.float64
-    assert rewards.get("my_reward:as_trl")(["p", "prompt"], ["four", ""]).tolist() == [0.0, 1.0]
+    assert get_reward("my_reward:as_trl")(["p", "prompt"], ["four", ""]).tolist() == [0.0, 1.0]
 
 
 @pytest.mark.usefixtures("module")
 def test_a_score_for_each_completion():
     with pytest.raises(UserError, match="1 scores for 2 completions"):
-        rewards.get("my_reward:short")(["p", "p"], ["a", "b"])
+        get_reward("my_reward:short")(["p", "p"], ["a", "b"])
 
 
 @pytest.mark.usefixtures("module")
@@ -94,7 +95,7 @@ def test_a_score_for_each_completion():
 )
 def test_what_cannot_be_found_is_said(name, message):
     with pytest.raises(UserError) as error:
-        rewards.get(name)
+        get_reward(name)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -103,44 +104,44 @@ def test_what_cannot_be_found_is_said(name, message):
 @pytest.mark.parametrize("name", ["my_reward:nan", "my_reward:none"])
 def test_a_score_that_is_no_finite_number_is_refused(name):
     with pytest.raises(UserError, match=rf"reward '{name}': the score of 'text'"):
-        rewards.get(name)(["prompt"], ["text"])
+        get_reward(name)(["prompt"], ["text"])
 
 
 def test_ranked():
-    pairs = rewards.label("x", TEXTS, SCORES, "ranked", 0)
+    pairs = labels.label_pairs("x", TEXTS, SCORES, "ranked", 0)
     assert pairs == [("b", "a"), ("c", "a"), ("d", "a"), ("b", "c"), ("d", "c")]  # b and d have one score
 
 
 def test_best_worst():
-    assert rewards.label("x", TEXTS, SCORES, "best_worst", 0) == [("b", "a")]
-    assert rewards.label("x", TEXTS, [1.0] * 4, "best_worst", 0) == []
-    assert rewards.label("x", [], [], "best_worst", 0) == []
+    assert labels.label_pairs("x", TEXTS, SCORES, "best_worst", 0) == [("b", "a")]
+    assert labels.label_pairs("x", TEXTS, [1.0] * 4, "best_worst", 0) == []
+    assert labels.label_pairs("x", [], [], "best_worst", 0) == []
 
 
 def test_bradley_terry_has_all_pairs_of_distinct_completions():
-    pairs = rewards.label("x", TEXTS, SCORES, "bradley_terry", 0)
+    pairs = labels.label_pairs("x", TEXTS, SCORES, "bradley_terry", 0)
     assert {frozenset(pair) for pair in pairs} == {frozenset(pair) for pair in itertools.combinations(TEXTS, 2)}
     assert len(pairs) == 6
-    assert len(rewards.label("x", ["a", "b", "a", "a"], SCORES, "bradley_terry", 0)) == 3
+    assert len(labels.label_pairs("x", ["a", "b", "a", "a"], SCORES, "bradley_terry", 0)) == 3
 
 
 @pytest.mark.parametrize("difference", [-1.5, 0.0, 0.5, 3.0])
 def test_bradley_terry_frequencies(difference):
     n = 4000
     prompts = [f"prompt {i}" for i in range(n)]
-    pairs = [rewards.label(p, ["a", "b"], [difference, 0.0], "bradley_terry", 1)[0] for p in prompts]
+    pairs = [labels.label_pairs(p, ["a", "b"], [difference, 0.0], "bradley_terry", 1)[0] for p in prompts]
     p = 1 / (1 + math.exp(-difference))
     assert abs(pairs.count(("a", "b")) - n * p) <= 4 * math.sqrt(n * p * (1 - p))  # 4 standard deviations
 
 
 def test_bradley_terry_is_certain_at_the_extremes():
-    assert rewards.label("x", ["a", "b"], [1e4, -1e4], "bradley_terry", 0) == [("a", "b")]
-    assert rewards.label("x", ["a", "b"], [-1e4, 1e4], "bradley_terry", 0) == [("b", "a")]
+    assert labels.label_pairs("x", ["a", "b"], [1e4, -1e4], "bradley_terry", 0) == [("a", "b")]
+    assert labels.label_pairs("x", ["a", "b"], [-1e4, 1e4], "bradley_terry", 0) == [("b", "a")]
 
 
 def test_draws_depend_on_seed_and_prompt_alone():
     def draws(prompts, seed):
-        return [tuple(rewards.label(p, TEXTS, [0.0] * 4, "bradley_terry", seed)) for p in prompts]
+        return [tuple(labels.label_pairs(p, TEXTS, [0.0] * 4, "bradley_terry", seed)) for p in prompts]
 
     prompts = [f"p{i}" for i in range(50)]
     assert draws(prompts, 0) == draws(prompts[::-1], 0)[::-1]
@@ -150,15 +151,15 @@ def test_draws_depend_on_seed_and_prompt_alone():
 
 @pytest.mark.parametrize("how", ["bradley_terry", "ranked", "best_worst"])
 def test_a_text_is_never_paired_with_itself(how):
-    assert rewards.label("x", ["a", "a"], [0.0, 1.0], how, 0) == []
+    assert labels.label_pairs("x", ["a", "a"], [0.0, 1.0], how, 0) == []
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_has_no_label(score):
     with pytest.raises(UserError, match="no finite number"):
-        rewards.label("x", ["a", "b"], [0.0, score], "ranked", 0)
+        labels.label_pairs("x", ["a", "b"], [0.0, score], "ranked", 0)
 
 
 def test_an_unknown_way_of_labelling_is_refused():
     with pytest.raises(UserError, match="did you mean 'best_worst'"):
-        rewards.label("x", TEXTS, SCORES, "best-worst", 0)
+        labels.label_pairs("x", TEXTS, SCORES, "best-worst", 0)

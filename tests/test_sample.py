@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import AxisType
 from tiny import EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
-from dpo_jax import sample as sampling
-from dpo_jax import sharding
-from dpo_jax.models import build, capped, family, hf
-from dpo_jax.records import UserError
-from dpo_jax.sample import choose, filtered, sample
+from dpo_jax import sampling, sharding
+from dpo_jax.errors import UserError
+from dpo_jax.models.attention import capped
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer
+from dpo_jax.models.model import build_model
+from dpo_jax.sampling import choose_tokens, filter_logits, generate
 
 NEW = 12
 
@@ -26,8 +28,8 @@ def models(tmp_path_factory):
     def get(kind):
         if kind not in made:
             folder = folder_of(kind, tmp_path_factory.mktemp("models") / kind)
-            architecture, _, params = hf.load(folder)
-            made[kind] = folder, build(architecture), jax.tree.map(jnp.asarray, params)
+            architecture, _, params = load_folder(folder)
+            made[kind] = folder, build_model(architecture), jax.tree.map(jnp.asarray, params)
         return made[kind]
 
     return get
@@ -52,7 +54,7 @@ def torch_greedy(folder, prompt, new, eos):
 def test_greedy_equals_transformers_token_by_token(models, kind):
     folder, model, params = models(kind)
     prompts = prompts_of(7, 1, 33, 20)
-    ours = sample(model, params, prompts, max_new_tokens=NEW, temperature=0, eos_id=EOS, batch_size=3)
+    ours = generate(model, params, prompts, max_new_tokens=NEW, temperature=0, eos_id=EOS, batch_size=3)
     for prompt, new in zip(prompts, ours, strict=True):
         assert new.dtype == np.int32
         assert new.tolist() == torch_greedy(folder, prompt, NEW, EOS).tolist()
@@ -61,10 +63,10 @@ def test_greedy_equals_transformers_token_by_token(models, kind):
 @pytest.mark.parametrize("name", ["tinystories-656k", pytest.param("stories260k", marks=pytest.mark.slow)])
 def test_greedy_equals_transformers_on_a_trained_model(name):
     folder = shared_model(name)
-    architecture, _, params = hf.load(folder)
-    tokenizer = hf.load_tokenizer(folder)
+    architecture, _, params = load_folder(folder)
+    tokenizer = load_tokenizer(folder)
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The dog ran to the big tree and")]
-    ours = sample(build(architecture), params, prompts, max_new_tokens=200, temperature=0, eos_id=())
+    ours = generate(build_model(architecture), params, prompts, max_new_tokens=200, temperature=0, eos_id=())
     for prompt, new in zip(prompts, ours, strict=True):
         theirs = torch_greedy(folder, prompt, 200, None)
         assert tokenizer.decode(new) == tokenizer.decode(theirs)
@@ -73,8 +75,8 @@ def test_greedy_equals_transformers_on_a_trained_model(name):
 
 def test_bfloat16_generates(models):
     _, model, params = models("llama")
-    model = build(model.architecture, compute="bfloat16")
-    out = sample(model, params, prompts_of(5), max_new_tokens=4, temperature=0, eos_id=())
+    model = build_model(model.architecture, compute="bfloat16")
+    out = generate(model, params, prompts_of(5), max_new_tokens=4, temperature=0, eos_id=())
     assert out[0].shape == (4,)
 
 
@@ -82,10 +84,10 @@ def test_a_text_ends_with_the_first_of_its_end_tokens(models):
     _, model, params = models("llama")
     prompts = prompts_of(7, 20, 9)
     options = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 3, "batch_size": 4}
-    free = sample(model, params, prompts, eos_id=(), **options)
+    free = generate(model, params, prompts, eos_id=(), **options)
     assert [len(x) for x in free] == [NEW] * 3
     ends = (int(free[0][4]), int(free[1][0]))
-    cut = sample(model, params, prompts, eos_id=ends, **options)
+    cut = generate(model, params, prompts, eos_id=ends, **options)
     for long, short in zip(free, cut, strict=True):
         stops = np.flatnonzero(np.isin(long, ends))
         assert short.tolist() == long[: stops[0] + 1 if len(stops) else NEW].tolist()
@@ -96,12 +98,12 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
     _, model, params = models("gpt2")
     prompts = prompts_of(7, 20, 9, 40, 3)
     options = {"max_new_tokens": NEW, "eos_id": EOS, "top_k": 50}
-    together = sample(model, params, prompts, seed=1, batch_size=5, **options)
-    apart = sample(model, params, prompts, seed=1, batch_size=2, **options)
+    together = generate(model, params, prompts, seed=1, batch_size=5, **options)
+    apart = generate(model, params, prompts, seed=1, batch_size=2, **options)
     assert [x.tolist() for x in together] == [x.tolist() for x in apart]
-    other = sample(model, params, prompts, seed=2, batch_size=5, **options)
+    other = generate(model, params, prompts, seed=2, batch_size=5, **options)
     assert all(a.tolist() != b.tolist() for a, b in zip(together, other, strict=True))
-    same = sample(model, params, [prompts[0]] * 3, seed=1, batch_size=5, **options)
+    same = generate(model, params, [prompts[0]] * 3, seed=1, batch_size=5, **options)
     assert same[0].tolist() == together[0].tolist()
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
@@ -111,8 +113,8 @@ def test_copies_are_the_same_prompt_again(models, batch_size):
     """Copies of a prompt that fit a batch together, that do not, and prompts of which several fit."""
     _, model, params = models("gpt2")
     prompts, options = prompts_of(7, 33, 9), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": batch_size}
-    apart = sample(model, params, [p for p in prompts for _ in range(5)], **options)
-    shared = sample(model, params, prompts, copies=5, **options)
+    apart = generate(model, params, [p for p in prompts for _ in range(5)], **options)
+    shared = generate(model, params, prompts, copies=5, **options)
     assert [x.tolist() for x in shared] == [x.tolist() for x in apart]
     assert len({tuple(x.tolist()) for x in shared}) == 15
 
@@ -120,7 +122,7 @@ def test_copies_are_the_same_prompt_again(models, batch_size):
 def test_every_token_is_drawn_anew(models):
     _, model, params = models("gpt2")
     uniform = jax.tree.map(jnp.zeros_like, params)
-    (out,) = sample(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
+    (out,) = generate(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
     assert len(set(out.tolist())) > NEW / 2
 
 
@@ -128,22 +130,22 @@ def test_tokens_are_drawn_from_capped_logits(models):
     _, model, params = models("gemma2")
     steep = {**params, "embedding": params["embedding"] * 100}  # without the cap one token has all of the probability
     options = {"max_new_tokens": NEW, "eos_id": (), "batch_size": 1}
-    free = build(dataclasses.replace(model.architecture, logit_cap=None))
-    (greedy,) = sample(free, steep, prompts_of(7), temperature=0, **options)
-    (drawn,) = sample(free, steep, prompts_of(7), **options)
+    free = build_model(dataclasses.replace(model.architecture, logit_cap=None))
+    (greedy,) = generate(free, steep, prompts_of(7), temperature=0, **options)
+    (drawn,) = generate(free, steep, prompts_of(7), **options)
     assert drawn.tolist() == greedy.tolist()
-    (capped,) = sample(model, steep, prompts_of(7), **options)
+    (capped,) = generate(model, steep, prompts_of(7), **options)
     assert (capped != greedy).sum() > NEW / 2
 
 
 def test_a_shape_is_compiled_once(models):
     _, model, params = models("gpt2")
     options = {"max_new_tokens": 5, "eos_id": EOS, "batch_size": 2}
-    sample(model, params, prompts_of(3, 9, 31), temperature=0.5, **options)
+    generate(model, params, prompts_of(3, 9, 31), temperature=0.5, **options)
     before = sampling._generate._cache_size()  # noqa: SLF001
-    sample(model, params, prompts_of(32, 5), temperature=0.7, seed=8, **options)
+    generate(model, params, prompts_of(32, 5), temperature=0.7, seed=8, **options)
     assert sampling._generate._cache_size() == before  # noqa: SLF001
-    sample(model, params, prompts_of(33, 5), **options)
+    generate(model, params, prompts_of(33, 5), **options)
     assert sampling._generate._cache_size() == before + 1  # noqa: SLF001
 
 
@@ -166,7 +168,7 @@ LOGITS = jnp.log(jnp.asarray([[0.4, 0.1, 0.3, 0.15, 0.05]]))
     ],
 )
 def test_filters_keep_the_right_tokens(top_k, top_p, kept):
-    out = filtered(LOGITS, top_k, top_p)
+    out = filter_logits(LOGITS, top_k, top_p)
     assert np.flatnonzero(np.isfinite(out[0])).tolist() == kept
     assert jnp.array_equal(out[0, jnp.asarray(kept)], LOGITS[0, jnp.asarray(kept)])
 
@@ -179,7 +181,7 @@ def test_filters_equal_transformers(settings):
     top_k, top_p = settings
     logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 2
     theirs = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, torch.tensor(logits)))
-    assert np.array_equal(np.isfinite(filtered(jnp.asarray(logits), top_k, top_p)), np.isfinite(theirs.numpy()))
+    assert np.array_equal(np.isfinite(filter_logits(jnp.asarray(logits), top_k, top_p)), np.isfinite(theirs.numpy()))
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
@@ -187,7 +189,7 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
     filters = sampling._Filters(True, top_k)  # noqa: SLF001
-    tokens = choose(jnp.repeat(LOGITS / temperature, count, axis=0), keys, filters, None)
+    tokens = choose_tokens(jnp.repeat(LOGITS / temperature, count, axis=0), keys, filters, None)
     p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
     if top_k:
         p[np.argsort(p)[:-top_k]] = 0
@@ -205,7 +207,9 @@ def test_tokens_are_drawn_with_their_probability_from_many(vocab):
     p /= p.sum()
     with np.errstate(divide="ignore"):
         logits = jnp.asarray(np.log(p) + 7, jnp.float32)
-    found = np.bincount(sampling.drawn(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count)))
+    found = np.bincount(
+        sampling.sample_tokens(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count))
+    )
     assert len(found) <= vocab
     found = np.pad(found, (0, vocab - len(found)))
     assert (found[p == 0] == 0).all()
@@ -229,15 +233,15 @@ def test_what_has_no_probability_is_never_reached(fraction):
 def test_a_model_draws_with_its_probability_at_a_temperature(tmp_path, kind, temperature):
     """First tokens by a chi-squared statistic against the softmax of the model's logits: of a plain head, of one whose
     logits are capped, of one with a bias; of a vocabulary that is no multiple of a block, which is filled up."""
-    architecture, _, params = hf.load(folder_of(kind, tmp_path / kind, vocab_size=100))
-    model, count = build(architecture), 20_000
+    architecture, _, params = load_folder(folder_of(kind, tmp_path / kind, vocab_size=100))
+    model, count = build_model(architecture), 20_000
     tokens = tokens_of(1, 6, vocab=100)
     one = jnp.ones_like(tokens)
     hidden = model.hidden(params, tokens, jnp.arange(6)[None], one, jnp.zeros_like(one))[0, -1]
     logits = capped(hidden @ model.head(params).T, architecture.logit_cap)
     p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
     options = {"max_new_tokens": 1, "temperature": temperature, "eos_id": (), "batch_size": count}
-    found = np.bincount(np.concatenate(sample(model, params, list(tokens), copies=count, **options)), minlength=100)
+    found = np.bincount(np.concatenate(generate(model, params, list(tokens), copies=count, **options)), minlength=100)
     assert len(found) == 100
     likely = count * p > 5
     observed, expected = (np.append(x[likely], x[~likely].sum()) for x in (found, count * p))
@@ -254,13 +258,13 @@ def mesh_of(data, fsdp=1, tensor=1):
 @pytest.fixture
 def made(monkeypatch):
     """How the results of each batch lay on the devices: (number of devices, shape, shape of a device's part)."""
-    seen, fetch = [], sampling.processes.fetch
+    seen, fetch = [], sampling.distributed.fetch
 
     def look(arrays):
         seen.extend((len(x.sharding.device_set), x.shape, x.addressable_shards[0].data.shape) for x in arrays[:1])
         return fetch(arrays)
 
-    monkeypatch.setattr(sampling.processes, "fetch", look)
+    monkeypatch.setattr(sampling.distributed, "fetch", look)
     return seen
 
 
@@ -270,11 +274,11 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     """Of parameters that are whole on 2 and on 4 devices, in four parts, and in two on either half of the devices."""
     _, model, params = models("llama")
     prompts, options = prompts_of(7, 33, 9, 20, 3), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "copies": 3}
-    alone = sample(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts, batch_size=8, **options)
+    alone = generate(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts, batch_size=8, **options)
     mesh = mesh_of(*sizes)
-    laid = jax.device_put(params, sharding.of_params(mesh, model.axes, params))
+    laid = jax.device_put(params, sharding.param_shardings(mesh, model.axes, params))
     made.clear()
-    spread = sample(model, laid, prompts, batch_size=8, **options)
+    spread = generate(model, laid, prompts, batch_size=8, **options)
     assert [x.tolist() for x in spread] == [x.tolist() for x in alone]
     rows = sharding.row_devices(mesh)
     assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
@@ -284,25 +288,25 @@ def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypat
     _, model, params = models("llama")
     params, prompts = jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7, 33, 9, 20, 3, 11)
     options = {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": 1}
-    alone, given = sample(model, params, prompts, **options), []
-    at_once = sampling.threads.at_once
-    monkeypatch.setattr(sampling.threads, "several", lambda: 3)
-    monkeypatch.setattr(sampling.threads, "at_once", lambda *a: (given.append(a[1]), at_once(*a)))
-    assert [x.tolist() for x in sample(model, params, prompts, **options)] == [x.tolist() for x in alone]
+    alone, given = generate(model, params, prompts, **options), []
+    at_once = sampling.distributed.run_concurrently
+    monkeypatch.setattr(sampling.distributed, "concurrent_programs", lambda: 3)
+    monkeypatch.setattr(sampling.distributed, "run_concurrently", lambda *a: (given.append(a[1]), at_once(*a)))
+    assert [x.tolist() for x in generate(model, params, prompts, **options)] == [x.tolist() for x in alone]
     monkeypatch.setattr(sampling, "SMALL", 0)  # of a large model each batch takes memory for a copy of it
-    sample(model, params, prompts[:1], **options)
+    generate(model, params, prompts[:1], **options)
     assert given == [1, 3, 1, 1]
-    assert not sample(model, params, [], **options)
+    assert not generate(model, params, [], **options)
 
 
 @pytest.mark.slow
 def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made):
     _, model, params = models("llama")
     options = {"max_new_tokens": NEW, "eos_id": EOS}
-    alone = sample(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7), copies=6, **options)
+    alone = generate(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7), copies=6, **options)
     made.clear()
     for where in (np.asarray, jnp.asarray):
-        spread = sample(model, jax.tree.map(where, params), prompts_of(7), copies=6, **options)
+        spread = generate(model, jax.tree.map(where, params), prompts_of(7), copies=6, **options)
         assert [x.tolist() for x in spread] == [x.tolist() for x in alone]
     assert made == [(4, (8, NEW), (2, NEW))] * 2  # the copies of one prompt in four parts
 
@@ -329,7 +333,7 @@ def test_every_continuation_has_one_place(lengths, copies, batch_size, devices, 
 
 def test_no_prompts_give_no_texts(models):
     _, model, params = models("gpt2")
-    assert sample(model, params, [], max_new_tokens=3, eos_id=EOS) == []
+    assert generate(model, params, [], max_new_tokens=3, eos_id=EOS) == []
 
 
 @pytest.mark.parametrize(
@@ -346,7 +350,7 @@ def test_no_prompts_give_no_texts(models):
 )
 def test_what_cannot_be_sampled_is_refused(change, message):
     settings = {"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 256}
-    model = build(family("gpt2").architecture(settings))
+    model = build_model(family("gpt2").architecture(settings))
     options = {"prompts": [[5, 6]], "max_new_tokens": 4, "eos_id": EOS} | change
     with pytest.raises(UserError, match=message):
-        sample(model, None, options.pop("prompts"), **options)
+        generate(model, None, options.pop("prompts"), **options)

@@ -10,12 +10,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dpo_jax import assemble, config, folders, keys, report
-from dpo_jax.checkpoint import problem
-from dpo_jax.config import Config, Data, Model
-from dpo_jax.data import stream
-from dpo_jax.models import hf, weights
-from dpo_jax.records import UserError
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config, DataConfig, ModelConfig
+from dpo_jax.config.yaml import dump, read_yaml
+from dpo_jax.data.sources.base import open_stream
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import load_folder, read_config
+from dpo_jax.models.huggingface.safetensors import INDEX, WEIGHTS, weight_files
+from dpo_jax.pages.run import write_report
+from dpo_jax.training import setup
+from dpo_jax.training.checkpoint import checkpoint_problem
+from dpo_jax.training.run_folder import claim_folder
 
 # Model folders.
 
@@ -26,16 +31,16 @@ ELSEWHERE = ["../other.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "
 def test_an_index_names_files_beside_it_only(tmp_path, name):
     (tmp_path / "model").mkdir()
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
-    (tmp_path / "model" / weights.INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(UserError, match=r"index.json: names .* which is no safetensors file beside it"):
-        weights.weight_files(tmp_path / "model")
+        weight_files(tmp_path / "model")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"x": 1}}])
 def test_an_index_without_files_is_refused(tmp_path, index):
-    (tmp_path / weights.INDEX).write_text(json.dumps(index))
+    (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match="weight_map must name a file for each tensor"):
-        weights.weight_files(tmp_path)
+        weight_files(tmp_path)
 
 
 HEADERS = {
@@ -50,17 +55,17 @@ def test_headers_that_lie_are_refused(tmp_path, kind):
     tensor = {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**40]}
     header = json.dumps({"transformer.wte.weight": tensor}).encode()
     content = HEADERS[kind] or struct.pack("<Q", len(header)) + header + bytes(16)
-    (tmp_path / weights.WEIGHTS).write_bytes(content)
+    (tmp_path / WEIGHTS).write_bytes(content)
     sizes = {"vocab_size": 8, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
     with pytest.raises(UserError, match="is damaged or no safetensors file"):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
 
 
 def test_json_nested_beyond_measure_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="is not valid JSON"):
-        hf.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 # Configs.
@@ -70,7 +75,7 @@ def test_a_yaml_bomb_is_refused_at_its_first_alias(tmp_path):
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 12)]
     (tmp_path / "bomb.yaml").write_text("\n".join(["l0: &l0 [lol]", *levels]))
     with pytest.raises(UserError, match=r"bomb.yaml:2: alias \*l0: write the value out"):
-        keys.read_yaml(tmp_path / "bomb.yaml")
+        read_yaml(tmp_path / "bomb.yaml")
 
 
 HOSTILE = {
@@ -87,13 +92,13 @@ def test_a_config_that(tmp_path, kind):
     text, message = HOSTILE[kind]
     (tmp_path / "x.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as told:
-        keys.read_yaml(tmp_path / "x.yaml")
+        read_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(told.value)
 
 
 SECRETS = [
-    Config(data=Data(path=("https://me:secret@example.com/x.jsonl",))),
-    Config(model=Model(path="hf_" + "abcdefghijklmnopqrstuvwxyz")),
+    Config(data=DataConfig(path=("https://me:secret@example.com/x.jsonl",))),
+    Config(model=ModelConfig(path="hf_" + "abcdefghijklmnopqrstuvwxyz")),
     Config(run="ghp_" + "a1" * 18),
 ]
 
@@ -101,9 +106,9 @@ SECRETS = [
 @pytest.mark.parametrize("settings", SECRETS)
 def test_secrets_are_refused_before_anything_is_written_and_not_repeated(settings):
     with pytest.raises(UserError, match="holds a password or token") as told:
-        assemble.check(settings)
+        setup.check_config(settings)
     assert not any(word in str(told.value) for word in ("secret", "abcdef", "a1a1"))
-    assemble.check(Config(data=Data(path=("https://example.com:8080/a@b.jsonl", "gs://bucket/hf_data/x"))))
+    setup.check_config(Config(data=DataConfig(path=("https://example.com:8080/a@b.jsonl", "gs://bucket/hf_data/x"))))
 
 
 # Run folders.
@@ -114,13 +119,13 @@ def test_a_run_folder_from_which_a_link_leads_is_refused(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
     settings = Config(run=str(run), optim={"name": "rmsprop", "learning_rate": 1e-6})
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text(keys.dump(config.parse(Config, None, [], prog="x")))
+    (run / "config.yaml").write_text(dump(parse_config(Config, None, [], prog="x")))
     outside.mkdir()
     if name == "checkpoints":
         (run / "checkpoints").rmdir()
     (run / name).symlink_to(outside)
     with pytest.raises(UserError, match=r"a link that leads out of the run folder, .*outside; remove it"):
-        folders.claim_folder(settings)
+        claim_folder(settings)
     assert list(outside.iterdir()) == []
 
 
@@ -134,7 +139,7 @@ def test_manifests_cannot_name_files_elsewhere(tmp_path):
         (folder / "manifest.json").write_text(
             json.dumps({"format": 1, "files": {name: digest}, "leaves": {}, "metrics": {}})
         )
-        assert problem(folder) == f"its manifest names {name}"
+        assert checkpoint_problem(folder) == f"its manifest names {name}"
 
 
 def test_scripts_in_samples_are_shown_as_text(tmp_path):
@@ -144,7 +149,7 @@ def test_scripts_in_samples_are_shown_as_text(tmp_path):
     sample = {"step": 0, "examples": 0, "prompt": evil, "policy": evil, "reference": evil}
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     (tmp_path / "data.json").write_text(json.dumps([evil]))
-    page = report.write([tmp_path], tmp_path / "report.html").read_text()
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "alert(1)" in page
     assert "<script" not in page
     assert "<img" not in page
@@ -187,7 +192,7 @@ def assert_only_user_errors(function):
 @given(content=st.one_of(st.binary(max_size=200), yaml_like.map(lambda parts: "".join(parts).encode())))
 def test_whatever_is_in_a_config_ends_in_a_config_or_one_line(tmp_path, content):
     (tmp_path / "x.yaml").write_bytes(content)
-    assert_only_user_errors(lambda: config.parse(Config, str(tmp_path / "x.yaml"), [], prog="dpo-jax train"))
+    assert_only_user_errors(lambda: parse_config(Config, str(tmp_path / "x.yaml"), [], prog="dpo-jax train"))
 
 
 @FUZZ
@@ -196,7 +201,7 @@ def test_whatever_is_in_a_config_ends_in_a_config_or_one_line(tmp_path, content)
 )
 def test_whatever_arguments_end_in_a_config_or_one_line(argv):
     if not any("help" in a for a in argv):
-        assert_only_user_errors(lambda: config.parse(Config, None, argv, prog="dpo-jax train"))
+        assert_only_user_errors(lambda: parse_config(Config, None, argv, prog="dpo-jax train"))
 
 
 values = st.recursive(
@@ -221,7 +226,7 @@ lines = st.lists(st.dictionaries(columns, values, max_size=5), max_size=3).map(
 )
 def test_whatever_bytes_are_in_a_data_file_end_in_rows_or_one_line(tmp_path, kind, content):
     (tmp_path / f"x.{kind}").write_bytes(content)
-    assert_only_user_errors(lambda: list(stream("files", (str(tmp_path / f"x.{kind}"),), "train", 2)))
+    assert_only_user_errors(lambda: list(open_stream("files", (str(tmp_path / f"x.{kind}"),), "train", 2)))
 
 
 @FUZZ
@@ -229,7 +234,7 @@ def test_whatever_bytes_are_in_a_data_file_end_in_rows_or_one_line(tmp_path, kin
 @example(content=b'{"prompt": {"role": []}, "chosen": null, "rejected": null}')
 def test_whatever_rows_are_in_a_data_file_end_in_rows_or_one_line(tmp_path, content):
     (tmp_path / "x.jsonl").write_bytes(content)
-    assert_only_user_errors(lambda: list(stream("files", (str(tmp_path / "x.jsonl"),), "train", 2)))
+    assert_only_user_errors(lambda: list(open_stream("files", (str(tmp_path / "x.jsonl"),), "train", 2)))
 
 
 @FUZZ
@@ -239,10 +244,10 @@ def test_whatever_bytes_are_in_a_model_folder_end_in_one_line(tmp_path, content)
     sizes = {"vocab_size": 8, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 8}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
     with pytest.raises(UserError):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError):
-        hf.load(tmp_path)
+        load_folder(tmp_path)
 
 
 parts = st.fixed_dictionaries({"format": st.just(1), "files": values}, optional={"leaves": values, "metrics": values})
@@ -254,7 +259,7 @@ manifests = st.one_of(values, parts).map(lambda v: json.dumps(v).encode())
 def test_whatever_bytes_are_in_a_manifest_are_a_problem(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     try:
-        told = problem(tmp_path)
+        told = checkpoint_problem(tmp_path)
     except UserError as error:
         told = str(error)
     assert told

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpo_jax import rewards
+from dpo_jax.rewards.registry import get_reward
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "sentiment"
 
@@ -51,7 +51,7 @@ def test_what_is_written_is_a_reward(reviews, shared, tmp_path):
     assert done.returncode == 0, done.stderr
     with gzip.open(test, "rt") as file:
         rows = [json.loads(line) for line in file]
-    scores = rewards.get(f"logistic:{out}")([""] * len(rows), [r["text"] for r in rows])
+    scores = get_reward(f"logistic:{out}")([""] * len(rows), [r["text"] for r in rows])
     right = np.mean([(score > 0) == r["label"] for score, r in zip(scores, rows, strict=True)])
     assert right > 0.8
     assert f"right on {right:.4f} (" in done.stdout

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import sharding
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 from dpo_jax.step import init_state
 
 
@@ -20,7 +20,7 @@ def test_parameters_by_logical_axis():
     axes = {"embedding": ("vocab", "embed"), "q": ("layers", "embed", "heads", None), "odd": ("embed",)}
     shapes = {"embedding": (10, 4), "q": (3, 4, 2, 5), "odd": (3,)}
     arrays = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in shapes.items()}
-    laid = sharding.of_params(mesh, axes, arrays)
+    laid = sharding.param_shardings(mesh, axes, arrays)
     assert tuple(laid["embedding"].spec) == ("tensor", "fsdp")
     assert tuple(laid["q"].spec) == (None, "fsdp", "tensor", None)
     assert tuple(laid["odd"].spec) == (None,)  # 3 cannot be halved
@@ -29,9 +29,9 @@ def test_parameters_by_logical_axis():
 def test_optimiser_arrays_lie_as_their_parameters():
     mesh = sharding.make_mesh(1, 4, 1)
     params = {"w": jax.ShapeDtypeStruct((8, 3), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32)}
-    laid = sharding.of_params(mesh, {"w": ("embed", None), "b": (None,)}, params)
+    laid = sharding.param_shardings(mesh, {"w": ("embed", None), "b": (None,)}, params)
     state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3)), params)
-    where = sharding.of_state(mesh, laid, state)
+    where = sharding.state_shardings_like(mesh, laid, state)
     adam = where.opt_state[0]
     for tree in (where.params, adam.mu, adam.nu):
         assert tuple(tree["w"].spec) == ("fsdp", None)
@@ -42,7 +42,7 @@ def test_optimiser_arrays_lie_as_their_parameters():
 def test_rows_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(2, 2, 1)
     assert sharding.row_devices(mesh) == 4
-    assert tuple(sharding.of_batch(mesh).spec) == (None, ("data", "fsdp"))
+    assert tuple(sharding.batch_sharding(mesh).spec) == (None, ("data", "fsdp"))
 
 
 BAD = [((3, 1, 1), "does not multiply to the 4"), ((-1, -1, 1), "one may be -1")]

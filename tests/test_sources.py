@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax import data
-from dpo_jax.data import Note, stack_exchange
-from dpo_jax.records import Chat, Comparison, UserError
+from dpo_jax.data.noise import add_noise
+from dpo_jax.data.sources import stack_exchange
+from dpo_jax.data.sources.base import Note, holdout, load_comparisons, only_comparisons, open_stream
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
 
 
 def write(path, rows):
@@ -17,9 +19,9 @@ def write(path, rows):
 
 def read(source, path, responses=2, split="train"):
     """(comparisons, what was noted)."""
-    items = list(data.stream(source, path, split, responses))
+    items = list(open_stream(source, path, split, responses))
     notes = {item.text: item.number for item in items if isinstance(item, Note) and item.number}
-    return list(data.comparisons(items)), notes
+    return list(only_comparisons(items)), notes
 
 
 def shp_row(history, a, b, scores, label):
@@ -216,7 +218,7 @@ def test_hub_ids_are_the_default(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((*names, split)) or [])
     for source, responses in {"shp": 2, "stack_exchange": 2, "tldr": 2, "imdb": 1, "ultrafeedback": 2}.items():
         with pytest.raises(UserError, match="has no comparisons"):
-            data.load(source, (), "train", responses)
+            load_comparisons(source, (), "train", responses)
     assert asked == [
         ("stanfordnlp/SHP", "train"),
         ("HuggingFaceH4/stack-exchange-preferences", "train"),
@@ -236,7 +238,7 @@ def test_a_mixture_takes_shares_of_prompts(tmp_path):
     assert counts.pop("other") == 3
     assert set(counts.values()) == {2}  # a prompt is taken with both of its pairs
     assert 450 < len(counts) < 550  # of 2,000
-    held = [len(list(data.comparisons(side))) for side in data.holdout(pairs, 0.2)]
+    held = [len(list(only_comparisons(side))) for side in holdout(pairs, 0.2)]
     assert 0.15 < held[1] / len(pairs) < 0.25  # what is held out is another draw
     more, _ = read("mixture", (f"0.5*files:{many}",))
     assert {c.prompt for c in pairs} - {"other"} < {c.prompt for c in more}
@@ -260,36 +262,37 @@ def test_parts_that_are_not_written_right(part, message):
 
 
 def noisy(path, **options):
-    from dpo_jax.data.noise import noisy
+    from dpo_jax.data.noise import add_noise
+    from dpo_jax.data.sources.base import Note, only_comparisons, open_stream
 
     clean = {"flip": 0.0, "draw_labels": False, "duplicate": 0.0, "seed": 0}
-    items = list(noisy(data.stream("files", path, "train", 2), **(clean | options)))
+    items = list(add_noise(open_stream("files", path, "train", 2), **(clean | options)))
     notes = [item.text for item in items if isinstance(item, Note)]
-    return list(data.comparisons(items)), {text: notes.count(text) for text in notes}
+    return list(only_comparisons(items)), {text: notes.count(text) for text in notes}
 
 
 def test_noise_is_counted_and_the_same_every_time(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
-    flipped, notes = noisy(path, flip=0.3)
+    flipped, notes = add_noise(path, flip=0.3)
     swapped = sum(c.responses[0][0] == "r" for c in flipped)
     assert notes == {"pairs flipped, as data.flip_labels asks for": swapped}
     assert abs(swapped / 4000 - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
     assert all(c.scores == ((2.0, 0.0) if c.responses[0][0] == "c" else (0.0, 2.0)) for c in flipped)
-    assert noisy(path, flip=0.3)[0] == flipped != noisy(path, flip=0.3, seed=1)[0]
-    drawn, notes = noisy(path, draw_labels=True)
+    assert add_noise(path, flip=0.3)[0] == flipped != add_noise(path, flip=0.3, seed=1)[0]
+    drawn, notes = add_noise(path, draw_labels=True)
     against = sum(c.responses[0][0] == "r" for c in drawn)
     rate = 1 / (1 + np.exp(2.0))
     assert notes == {"pairs ordered against their scores, by a draw": against}
     assert abs(against / 4000 - rate) < 4 * (rate * (1 - rate) / 4000) ** 0.5
-    twice, notes = noisy(path, duplicate=0.5)
+    twice, notes = add_noise(path, duplicate=0.5)
     assert len(twice) == 4000 + notes["comparisons repeated, as data.duplicate asks for"]
     assert abs(len(twice) / 4000 - 1.5) < 4 * (0.25 / 4000) ** 0.5
-    assert noisy(path)[0] == read("files", path)[0]
+    assert add_noise(path)[0] == read("files", path)[0]
 
 
 def test_noise_that_cannot_be(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
     with pytest.raises(UserError, match=r"data\.flip_labels must be between 0 and 1, not 1\.5"):
-        noisy(path, flip=1.5)
+        add_noise(path, flip=1.5)
     with pytest.raises(UserError, match=r"a\.jsonl:1: data\.draw_labels needs two scores"):
-        noisy(path, draw_labels=True)
+        add_noise(path, draw_labels=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import cli, settings
+from dpo_jax import cli
+from dpo_jax.config.commands import COMMAND_CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("jax", "numpy", "scipy", "flax", "optax", "orbax", "transformers", "datasets", "matplotlib", "torch")
@@ -41,7 +42,7 @@ def test_help_imports_nothing_heavy(command):
     said, names = imported(HELP, *filter(None, [command, "--help"]))
     assert "dpo-jax" in said
     assert names == set()
-    if command in settings.OF:  # of the options of losses too, which their functions have
+    if command in COMMAND_CONFIGS:  # of the options of losses too, which their functions have
         assert ("Strength of the KL constraint" in said) == (command not in ("pairs", "frontier"))
 
 

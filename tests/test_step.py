@@ -8,13 +8,14 @@ import originals
 import pytest
 import torch
 
-from dpo_jax import losses, models, optim
+from dpo_jax import losses, optim
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import as_reference, batch_logps
-from dpo_jax.models import hf
+from dpo_jax.logprobs import as_ref_logps, batch_logps
+from dpo_jax.models.huggingface.folder import load_folder
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
-from dpo_jax.sharding import ALONE
+from dpo_jax.sharding import NO_COLLECTIVES
 from dpo_jax.step import Sync, gradient, init_state, make_eval_step, make_train_step
 
 VOCAB, BATCH, STEPS = 61, 8, 20
@@ -44,19 +45,19 @@ def indices(step):
 
 def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil=None):
     """Trains; returns the metrics of every step, the last parameters and the number of compilations."""
-    architecture, _, params = hf.load(folder)
-    model = models.build(architecture)
+    architecture, _, params = load_folder(folder)
+    model = build_model(architecture)
     logps = partial(batch_logps, model)
     loss = loss or losses.build({"name": "dpo", "beta": 0.5})
     tx = optim.build("rmsprop", **OPTIM)
     traced = []
     pure = make_train_step(logps, loss, tx)
     step = jax.jit(lambda *args: (traced.append(1), pure(*args))[1])
-    shape = pack.choose(table, max_length=32, batch_size=BATCH, rows=rows)
-    column = jax.jit(lambda p, m: as_reference(logps(p, m), m))
+    shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=rows)
+    column = jax.jit(lambda p, m: as_ref_logps(logps(p, m), m))
     state, history = jax.jit(partial(init_state, tx=tx))(params), []
     for i in range(steps):
-        batch, count, _ = pack.build(table, indices(i), shape)
+        batch, count, _ = pack.build_batch(table, indices(i), shape)
         for m in range(count):
             batch.ref_logps[m] = column(params, jax.tree.map(lambda x, m=m: x[m], batch))
         if weights is not None:
@@ -126,20 +127,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so(folder, table):
 
 
 def test_eval_gives_each_comparison_its_own_values(folder, table):
-    architecture, _, params = hf.load(folder)
-    logps = partial(batch_logps, models.build(architecture))
-    shape = pack.choose(table, max_length=32, batch_size=24, rows=2, length=128)
+    architecture, _, params = load_folder(folder)
+    logps = partial(batch_logps, build_model(architecture))
+    shape = pack.choose_layout(table, max_length=32, batch_size=24, rows=2, length=128)
     reference = np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32) * 9 - 60
     column = np.stack([reference, reference], axis=-1)
-    batch, count, places = pack.build(table, np.arange(24), shape, column)
+    batch, count, places = pack.build_batch(table, np.arange(24), shape, column)
     assert count > 1
     step = jax.jit(make_eval_step(logps, losses.build({"name": "dpo", "beta": 0.1})))
     metrics = step((params, None), np.zeros(1, np.float32), batch, np.int32(count))
     with torch.no_grad():
         policy = torch.stack([originals.sequence_logps(originals.load(folder), table[i]) for i in range(24)])
     expected = originals.preference_loss(policy, torch.tensor(reference), 0.1).numpy()
-    np.testing.assert_allclose(pack.unpack(metrics["loss"], places), expected, rtol=1e-4)
-    np.testing.assert_allclose(pack.unpack(metrics["logps/rejected"], places), policy[:, 1].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(pack.unpack_batch(metrics["loss"], places), expected, rtol=1e-4)
+    np.testing.assert_allclose(pack.unpack_batch(metrics["logps/rejected"], places), policy[:, 1].numpy(), rtol=1e-5)
 
 
 WHOLE = losses.build({"name": "dpo", "beta": 0.5})._replace(whole_batch=True)
@@ -174,12 +175,12 @@ def test_losses_across_comparisons_do_not_see_microbatches(folder, table, name):
 
 def test_a_loss_across_comparisons_is_differentiated_with_its_statistic(folder, table):
     """The gradient of two microbatches is that of the loss of all their comparisons, shifted by what went before."""
-    architecture, _, params = hf.load(folder)
-    logps, loss = partial(batch_logps, models.build(architecture)), losses.build({"name": "bco", "beta": 0.1})
-    batch, count, _ = pack.build(
+    architecture, _, params = load_folder(folder)
+    logps, loss = partial(batch_logps, build_model(architecture)), losses.build({"name": "bco", "beta": 0.1})
+    batch, count, _ = pack.build_batch(
         table,
         indices(0),
-        pack.choose(table, max_length=32, batch_size=BATCH, rows=1, length=128),
+        pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=1, length=128),
         np.full((24, 2, 2), -40.0),
     )
     batch = jax.tree.map(jax.numpy.asarray, batch)
@@ -192,9 +193,9 @@ def test_a_loss_across_comparisons_is_differentiated_with_its_statistic(folder, 
         return (lp.weights * loss.values(lp)).sum() / lp.weights.sum()
 
     def found(state):
-        return gradient(lambda parts, micro: logps(parts[0], micro), loss, state, None, batch, np.int32(count), ALONE)[
-            0
-        ]
+        return gradient(
+            lambda parts, micro: logps(parts[0], micro), loss, state, None, batch, np.int32(count), NO_COLLECTIVES
+        )[0]
 
     expected = jax.jit(jax.grad(whole))(params)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
@@ -216,15 +217,15 @@ def test_the_statistic_is_carried_from_step_to_step(folder, table):
 
 def test_a_reference_that_moves(folder, table):
     """TR-DPO: alpha of the policy and 1 - alpha of itself every second step, and nothing in between."""
-    architecture, _, params = hf.load(folder)
-    logps = partial(batch_logps, models.build(architecture))
+    architecture, _, params = load_folder(folder)
+    logps = partial(batch_logps, build_model(architecture))
     loss, tx = losses.build({"name": "dpo", "beta": 0.5}), optim.build("rmsprop", **OPTIM)
     step = jax.jit(make_train_step(logps, loss, tx, Sync(every=2, alpha=0.25)))
-    shape = pack.choose(table, max_length=32, batch_size=BATCH)
+    shape = pack.choose_layout(table, max_length=32, batch_size=BATCH)
     state = init_state(params, tx, reference=params)
     expected = params
     for i in range(4):
-        batch, count, _ = pack.build(table, indices(i), shape, np.zeros((len(table), 2, 2), np.float32))
+        batch, count, _ = pack.build_batch(table, indices(i), shape, np.zeros((len(table), 2, 2), np.float32))
         state, _ = step(state, batch, np.int32(count))
         if i % 2:
             expected = jax.tree.map(lambda p, r: 0.25 * np.asarray(p) + 0.75 * r, state.params, expected)

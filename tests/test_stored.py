@@ -12,8 +12,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, folders_of
 
 from dpo_jax import sharding
-from dpo_jax.models import architecture_of, build, hf, layout, stored
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.families.tensor_map import cut
+from dpo_jax.models.huggingface import lazy
+from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.model import build_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_parameters_are_read_block_by_block(folders, kind):
-    _, _, stored = hf.stored(folders(kind))
+    _, _, stored = open_folder(folders(kind))
     rng = np.random.default_rng(0)
     for leaf in jax.tree.leaves(stored):
         whole = np.asarray(leaf)
@@ -42,7 +47,7 @@ def large(tmp_path_factory):
     config = {"model_type": "llama", "vocab_size": 65536, "hidden_size": 64, "num_attention_heads": 4}
     config |= {"num_hidden_layers": 16, "intermediate_size": 2048, "tie_word_embeddings": True}
     folder = tmp_path_factory.mktemp("large") / "model"
-    hf.save(folder, jax.jit(build(architecture_of(config)).init)(jax.random.key(0)), config, dtype="bfloat16")
+    save_folder(folder, jax.jit(build_model(architecture_of(config)).init)(jax.random.key(0)), config, dtype="bfloat16")
     return folder
 
 
@@ -62,7 +67,7 @@ SMALL = 2**20  # of Python's own
 
 
 def test_reading_takes_little_memory_beside_what_is_read(large):
-    _, _, params = hf.stored(large)
+    _, _, params = open_folder(large)
     for leaf in jax.tree.leaves(params):
         array, most = beside(lambda leaf=leaf: np.asarray(leaf))
         assert most < 0.3 * array.nbytes + SMALL
@@ -71,19 +76,19 @@ def test_reading_takes_little_memory_beside_what_is_read(large):
 @pytest.mark.parametrize(("sizes", "most_of_it"), [((4, 1, 1), 1.3), ((1, 4, 1), 0.65)])
 def test_devices_are_filled_one_after_another(large, sizes, most_of_it):
     """Devices that hold the same block get it from the first; of quarters one is read while another is put in place."""
-    architecture, _, params = hf.stored(large)
+    architecture, _, params = open_folder(large)
     mesh = sharding.make_mesh(*sizes)
-    where = sharding.of_params(mesh, build(architecture).axes, params)
-    arrays, most = beside(lambda: sharding.put(params, where))
+    where = sharding.param_shardings(mesh, build_model(architecture).axes, params)
+    arrays, most = beside(lambda: sharding.put_params(params, where))
     assert most < most_of_it * LARGEST + SMALL
     assert np.array_equal(arrays["embedding"], params["embedding"])
 
 
 def test_writing_takes_the_memory_of_a_tensor(large, tmp_path):
-    architecture, hf_config, params = hf.stored(large)
+    architecture, hf_config, params = open_folder(large)
     mesh = sharding.make_mesh(1, 4, 1)
-    arrays = sharding.put(params, sharding.of_params(mesh, build(architecture).axes, params))
-    _, most = beside(lambda: hf.save(tmp_path / "out", arrays, hf_config))
+    arrays = sharding.put_params(params, sharding.param_shardings(mesh, build_model(architecture).axes, params))
+    _, most = beside(lambda: save_folder(tmp_path / "out", arrays, hf_config))
     assert most < 1.3 * LARGEST / 2 + SMALL  # of bfloat16
     files = [folder / "model.safetensors" for folder in (large, tmp_path / "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -91,7 +96,7 @@ def test_writing_takes_the_memory_of_a_tensor(large, tmp_path):
 
 def test_a_process_that_does_not_write_fetches_what_the_other_does(folders, tmp_path):
     """Arrays whose parts lie with several processes are put together by all of them, a tensor at a time."""
-    _, hf_config, params = hf.load(folders("gpt2"))
+    _, hf_config, params = load_folder(folders("gpt2"))
     seen = {True: [], False: []}
     for writes, shapes in seen.items():
 
@@ -99,15 +104,15 @@ def test_a_process_that_does_not_write_fetches_what_the_other_does(folders, tmp_
             shapes.append(x.shape)
             return np.asarray(x)
 
-        hf.save(tmp_path / str(writes), params, hf_config, fetch=fetch, writes=writes)
+        save_folder(tmp_path / str(writes), params, hf_config, fetch=fetch, writes=writes)
     assert seen[True] == seen[False]
     assert max(map(np.prod, seen[True])) < max(leaf.size for leaf in jax.tree.leaves(params)) + 1
     assert [p.name for p in tmp_path.iterdir()] == ["True"]
 
 
 def test_a_file_is_as_the_library_writes_it(folders, tmp_path):
-    _, hf_config, params = hf.load(folders("llama"))
-    hf.save(tmp_path / "out", params, hf_config)
+    _, hf_config, params = load_folder(folders("llama"))
+    save_folder(tmp_path / "out", params, hf_config)
     with (tmp_path / "out/model.safetensors").open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
@@ -121,7 +126,7 @@ def test_a_file_is_as_the_library_writes_it(folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "phi3"])
 def test_a_device_reads_its_part_of_the_files_only(folders, kind, monkeypatch):
-    architecture, _, params = hf.stored(folders(kind))
+    architecture, _, params = open_folder(folders(kind))
     taken = []
 
     def spied(tensor, part, index, read):
@@ -132,9 +137,9 @@ def test_a_device_reads_its_part_of_the_files_only(folders, kind, monkeypatch):
                 taken[-1] += np.prod([b.stop - b.start for b in block])
                 return read[block]
 
-        return layout.cut(tensor, part, index, Counted())
+        return cut(tensor, part, index, Counted())
 
-    monkeypatch.setattr(stored, "cut", spied)
+    monkeypatch.setattr(lazy, "cut", spied)
     for name in ("q", "k", "v"):
         leaf = params["layers"][name]["kernel"]
         taken.clear()
@@ -148,20 +153,20 @@ def test_a_device_reads_its_part_of_the_files_only(folders, kind, monkeypatch):
 
 
 def test_stored_parameters_are_put_on_devices_as_host_arrays_are(folders):
-    architecture, _, params = hf.stored(folders("gpt2"))
+    architecture, _, params = open_folder(folders("gpt2"))
     mesh = sharding.make_mesh(1, 2, 2)
-    where = sharding.of_params(mesh, build(architecture).axes, params)
-    ours = sharding.put(params, where)
+    where = sharding.param_shardings(mesh, build_model(architecture).axes, params)
+    ours = sharding.put_params(params, where)
     assert ours["layers"]["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(hf.whole(params)), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(load_into_memory(params)), strict=True):
         assert a.dtype == b.dtype == np.float32
         assert np.array_equal(a, b)
 
 
 def test_files_that_change_while_they_are_in_use_are_noticed(folders, tmp_path):
-    _, hf_config, params = hf.load(folders("llama"))
-    hf.save(tmp_path / "out", params, hf_config)
-    opened = hf.stored(tmp_path / "out")[2]["embedding"]
+    _, hf_config, params = load_folder(folders("llama"))
+    save_folder(tmp_path / "out", params, hf_config)
+    opened = open_folder(tmp_path / "out")[2]["embedding"]
     assert np.array_equal(opened[:2], params["embedding"][:2])
     file = tmp_path / "out/model.safetensors"
     os.utime(file, ns=(1, 1))
@@ -173,9 +178,9 @@ def test_files_that_change_while_they_are_in_use_are_noticed(folders, tmp_path):
 
 
 def test_a_tensor_in_two_files_is_refused(folders, tmp_path):
-    _, hf_config, params = hf.load(folders("llama"))
-    hf.save(tmp_path / "out", params, hf_config, max_shard_bytes=20_000)
+    _, hf_config, params = load_folder(folders("llama"))
+    save_folder(tmp_path / "out", params, hf_config, max_shard_bytes=20_000)
     first, second = sorted((tmp_path / "out").glob("*.safetensors"))[:2]
     save_file({**load_file(first), **load_file(second)}, second, {"format": "pt"})
     with pytest.raises(UserError, match=rf"{second.name}: tensor .* is in {first.name} too; remove one of them"):
-        hf.load(tmp_path / "out")
+        load_folder(tmp_path / "out")

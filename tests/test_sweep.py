@@ -7,8 +7,10 @@ import pytest
 from launched import TIMES, make_world
 from safetensors.numpy import load_file
 
-from dpo_jax import cli, metrics, sweep_command
-from dpo_jax.records import UserError
+from dpo_jax import cli
+from dpo_jax.commands.sweep import group_runs, sweep_configs
+from dpo_jax.errors import UserError
+from dpo_jax.training.metrics_file import read_metrics
 
 SAME = ("dpo.yaml", "--max-steps", "8", "--eval-every", "64", "--save-every", "3", "--samples.prompts", "0")
 BETAS = ("0.05", "0.5")
@@ -25,7 +27,7 @@ def world(tmp_path_factory):
 
 
 def sweep(*options):
-    cli.run(["sweep", *SAME, *options])
+    cli.run_command(["sweep", *SAME, *options])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def swept(world):
 
 def assert_same(run, other):
     """Asserts that two runs have the same metrics, samples and policy, to rounding."""
-    ours, theirs = (metrics.read(folder / "metrics.jsonl") for folder in (run, other))
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, other))
     assert len(ours) == len(theirs) == 8 + 3  # evaluated at the start, at half and at the end
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() - TIMES == b.keys() - TIMES
@@ -52,7 +54,7 @@ def assert_same(run, other):
 @pytest.mark.slow
 def test_each_run_of_a_sweep_is_the_run_alone(world, swept, beta, rate):
     name = f"loss.beta={beta},optim.learning_rate={rate}"
-    cli.run(["train", *SAME, "--loss.beta", beta, "--optim.learning_rate", rate, "--run", f"runs/{name}"])
+    cli.run_command(["train", *SAME, "--loss.beta", beta, "--optim.learning_rate", rate, "--run", f"runs/{name}"])
     assert_same(swept / name, world / "runs" / name)
     assert len(list(swept.glob("loss.beta=*/report.html"))) == 4
     assert all(f"loss.beta={b}" in (swept / "report.html").read_text() for b in BETAS)
@@ -61,7 +63,7 @@ def test_each_run_of_a_sweep_is_the_run_alone(world, swept, beta, rate):
 @pytest.mark.slow
 def test_runs_at_once_are_the_runs_one_after_another(world, swept, monkeypatch):
     """As on an accelerator: vmap over the runs, whose sums have another order."""
-    monkeypatch.setattr("dpo_jax.prepare.at_once", lambda count: count)
+    monkeypatch.setattr("dpo_jax.training.compile.vmap_width", lambda count: count)
     sweep("--loss.beta", ",".join(BETAS), "--run", "runs/wide", "--optim.learning_rate", RATES[0])
     for beta in BETAS:
         assert_same(world / f"runs/wide/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}")
@@ -80,7 +82,7 @@ def test_each_run_of_a_sweep_goes_on_from_its_own_step(world, swept, capsys):
     assert "resuming at step 7 of 8: loss.beta=0.05" in out
     for beta in BETAS:
         run, whole = world / f"runs/again/loss.beta={beta}", swept / f"loss.beta={beta},optim.learning_rate={RATES[0]}"
-        lines = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
+        lines = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
         assert [r["step"] for r in lines] == list(range(1, 9))
         a, b = (load_file(folder / "model/model.safetensors") for folder in (run, whole))
         assert all((value == b[name]).all() for name, value in a.items())
@@ -107,18 +109,18 @@ def test_a_run_that_fails_leaves_the_others_whole_and_a_longer_sweep_them_as_the
 def test_runs_of_other_programs_train_one_after_another(world, capsys):
     sweep("--loss.name", "dpo,ipo", "--run", "runs/mixed", "--max-steps", "1", "--eval-every", "0")
     assert "2 runs: loss.name=dpo; loss.name=ipo" in capsys.readouterr().out
-    first = [metrics.read(world / f"runs/mixed/loss.name={name}/metrics.jsonl")[0] for name in ("dpo", "ipo")]
+    first = [read_metrics(world / f"runs/mixed/loss.name={name}/metrics.jsonl")[0] for name in ("dpo", "ipo")]
     # Of a policy that is the reference: log 2, and (0 - 1 / (2 * 0.1))^2.
     assert [row["eval_loss"] for row in first] == pytest.approx([np.log(2), 25], rel=1e-5)
 
 
 def test_only_numbers_of_loss_and_optimiser_share_a_program(world):
     argv = ["--loss.beta", "0.1,0.2", "--optim.warmup_steps", "1,2", "--optim.name", "adamw,rmsprop"]
-    configs = sweep_command.variants("dpo.yaml", [*argv, "--loss.name", "dpo"])
-    found = [[c.loss["beta"] for c in group] for group in sweep_command.groups(configs)]
+    configs = sweep_configs("dpo.yaml", [*argv, "--loss.name", "dpo"])
+    found = [[c.loss["beta"] for c in group] for group in group_runs(configs)]
     assert found == [[0.1, 0.2]] * 4
-    seeds = sweep_command.variants("dpo.yaml", ["--seed", "1,2"])
-    assert [len(group) for group in sweep_command.groups(seeds)] == [1, 1]
+    seeds = sweep_configs("dpo.yaml", ["--seed", "1,2"])
+    assert [len(group) for group in group_runs(seeds)] == [1, 1]
     assert configs[0].run == "runs/dpo-sweep/loss.beta=0.1,optim.warmup_steps=1,optim.name=adamw"
 
 
@@ -141,6 +143,6 @@ def test_mistakes_are_told_before_anything_runs(world, argv, message):
     (world / "itself.yaml").write_text("model: {path: itself.yaml}")
     (world / "stage.yaml").write_text((world / "dpo.yaml").read_text())
     with pytest.raises(UserError, match=message):
-        cli.run(["sweep", "dpo.yaml", *argv])
+        cli.run_command(["sweep", "dpo.yaml", *argv])
     assert not (world / "runs" / "dpo-sweep" / "loss.beta=0.1").exists()
     assert not (world / "runs" / "stage").exists()

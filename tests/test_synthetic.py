@@ -7,20 +7,20 @@ import statistics
 
 import pytest
 
-from dpo_jax import data
-from dpo_jax.data import synthetic
 from dpo_jax.data.encode import encode
-from dpo_jax.records import UserError
+from dpo_jax.data.sources import synthetic
+from dpo_jax.data.sources.base import load_comparisons
+from dpo_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return synthetic.tokenizer()
+    return synthetic.synthetic_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return data.load("synthetic", (), "train", 2)
+    return load_comparisons("synthetic", (), "train", 2)
 
 
 def ids(tokenizer, text):
@@ -34,13 +34,17 @@ def test_the_world_never_changes():
         " in wartime and one saves a house. Meanwhile, the story seems masterful. The humour seems"
         " dreadful but the camera is awful. I found the pace so awful. My uncle resented it.",
     )
-    assert synthetic.prompts("train", 3) == ["My cousin chose", "A baker and a nurse", "The film follows a doctor from"]
-    assert len(synthetic.tokenizer()) == 202
+    assert synthetic.synthetic_prompts("train", 3) == [
+        "My cousin chose",
+        "A baker and a nurse",
+        "The film follows a doctor from",
+    ]
+    assert len(synthetic.synthetic_tokenizer()) == 202
 
 
 def test_reviews_are_cut_after_two_to_eight_tokens(tokenizer):
     for split, count in (("train", 20_000), ("test", 1_000)):
-        reviews = data.load("synthetic", (), split, 1)
+        reviews = load_comparisons("synthetic", (), split, 1)
         assert len(reviews) == count
         sizes = {len(ids(tokenizer, review.prompt)) for review in reviews[:1000]}
         assert sizes == set(range(2, 9))
@@ -49,7 +53,7 @@ def test_reviews_are_cut_after_two_to_eight_tokens(tokenizer):
 
 def test_splits_share_no_review():
     train, test = (
-        {c.prompt + c.responses[0] for c in data.load("synthetic", (), split, 1)} for split in ("train", "test")
+        {c.prompt + c.responses[0] for c in load_comparisons("synthetic", (), split, 1)} for split in ("train", "test")
     )
     assert len(train) == 20_000
     assert not train & test
@@ -57,7 +61,7 @@ def test_splits_share_no_review():
 
 def test_the_same_prefix_whatever_the_number_of_responses(pairs):
     for number, (prompt, example) in enumerate(
-        zip(data.load("synthetic", (), "train", 0), data.load("synthetic", (), "train", 1), strict=True)
+        zip(load_comparisons("synthetic", (), "train", 0), load_comparisons("synthetic", (), "train", 1), strict=True)
     ):
         assert prompt.responses == ()
         assert prompt.prompt == example.prompt == pairs[number].prompt
@@ -65,15 +69,16 @@ def test_the_same_prefix_whatever_the_number_of_responses(pairs):
 
 
 def test_reward_is_the_sum_of_the_completions_words():
-    assert synthetic.reward("superb superb", " The plot was awful and the cast was good.") == -0.5
-    assert synthetic.reward("", " Great, superb! Superb.") == 2.75
-    assert synthetic.reward("", "") == 0.0
-    assert synthetic.reward("", "superbly ungreat") == 0.0
+    assert synthetic.synthetic_reward("superb superb", " The plot was awful and the cast was good.") == -0.5
+    assert synthetic.synthetic_reward("", " Great, superb! Superb.") == 2.75
+    assert synthetic.synthetic_reward("", "") == 0.0
+    assert synthetic.synthetic_reward("", "superbly ungreat") == 0.0
 
 
 def test_labels_agree_with_the_reward_on_about_four_of_five_pairs(pairs):
     gaps = [
-        synthetic.reward("", first) - synthetic.reward("", second) for first, second in (p.responses for p in pairs)
+        synthetic.synthetic_reward("", first) - synthetic.synthetic_reward("", second)
+        for first, second in (p.responses for p in pairs)
     ]
     chance = statistics.mean(1 / (1 + math.exp(-abs(gap))) for gap in gaps)
     right = statistics.mean(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps)
@@ -93,7 +98,7 @@ def test_both_continuations_of_a_prefix_belong_to_the_world(pairs, tokenizer):
 
 def test_the_mood_makes_what_follows_likelier():
     ends = []
-    for review in data.load("synthetic", (), "train", 1):
+    for review in load_comparisons("synthetic", (), "train", 1):
         words = re.findall("[a-z]+", review.responses[0])
         praise = [synthetic.SCORES[word] > 0 for word in words if word in synthetic.SCORES]
         ends.append(praise[0] == praise[-1])
@@ -113,20 +118,20 @@ def ends_in_chose(pair):
 
 
 def test_prompts_are_distinct_and_of_their_split():
-    prompts = synthetic.prompts("test", 1500)
+    prompts = synthetic.synthetic_prompts("test", 1500)
     assert len(set(prompts)) == 1500
     assert prompts[:400] == list(dict.fromkeys(c.prompt for c in synthetic.read((), "test", 0)))[:400]
-    assert prompts[:10] == synthetic.prompts("test", 10)
+    assert prompts[:10] == synthetic.synthetic_prompts("test", 10)
 
 
 def test_prompts_end_where_the_world_does(monkeypatch):
     monkeypatch.setattr(synthetic, "DRAWS_PER_PROMPT", 1)
     with pytest.raises(UserError, match=r"has fewer than 1000 distinct prompts \(\d+ found\); ask for fewer"):
-        synthetic.prompts("test", 1000)
+        synthetic.synthetic_prompts("test", 1000)
 
 
 def test_tokenizer_gives_back_the_text_and_ids_concatenate(pairs, tokenizer):
-    for pair in itertools.chain(pairs[:3000], data.load("synthetic", (), "test", 2)):
+    for pair in itertools.chain(pairs[:3000], load_comparisons("synthetic", (), "test", 2)):
         for response in pair.responses:
             whole = ids(tokenizer, pair.prompt + response)
             assert ids(tokenizer, pair.prompt) + ids(tokenizer, response) == whole

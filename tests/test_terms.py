@@ -9,8 +9,8 @@ import pytest
 from loss_table import batch_of
 
 from dpo_jax import losses
+from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
-from dpo_jax.records import UserError
 
 RANDOM = np.random.default_rng(0)
 PAIRS = batch_of(
@@ -129,14 +129,14 @@ def test_averages_skip_what_is_absent():
         "rewards/chosen": jnp.array([jnp.nan, 4.0, 9.0, jnp.nan]),
         "nothing": jnp.full(4, jnp.nan),
     }
-    found = measures.averages(metrics, jnp.array([1.0, 3.0, 0.0, 0.0]))
+    found = losses.weighted_means(metrics, jnp.array([1.0, 3.0, 0.0, 0.0]))
     assert float(found["loss"]) == pytest.approx(1.75)
     assert float(found["rewards/chosen"]) == 4.0
     assert math.isnan(found["nothing"])
 
 
 def test_a_loss_that_is_nan_is_not_skipped():
-    found = measures.averages({"loss": jnp.array([1.0, jnp.nan])}, jnp.ones(2))
+    found = losses.weighted_means({"loss": jnp.array([1.0, jnp.nan])}, jnp.ones(2))
     assert math.isnan(found["loss"])
 
 
@@ -147,7 +147,7 @@ def test_absent_responses_have_no_metrics():
         lengths=[[4.0, 0.0], [0.0, 3.0], [2.0, 2.0]],
         present=[[True, False], [False, True], [True, True]],
     )
-    found = measures.rewards(lp, 0.5) | measures.likelihood(lp)
+    found = measures.reward_metrics(lp, 0.5) | measures.likelihood_metrics(lp)
     nan = math.nan
     expected = {
         "rewards/chosen": [1.0, nan, 0.0],
@@ -178,13 +178,13 @@ def test_length_bias_is_the_correlation_of_margin_and_length():
     margin = (0.1 * longer + rng.normal(size=40)).astype(np.float32)
     metrics = {"rewards/margins": margin, "lengths/chosen": longer + 30, "lengths/rejected": np.full(40, 30.0)}
     expected = np.corrcoef(margin, longer)[0, 1]
-    bias = measures.length_bias(metrics, np.ones(40))
+    bias = losses.length_bias(metrics, np.ones(40))
     assert float(bias) == pytest.approx(expected, abs=1e-5)
     # Absent comparisons, and those without one of the responses, do not count.
     more = {k: np.concatenate([v, [999.0, np.nan]]) for k, v in metrics.items()}
     weights = np.concatenate([np.ones(40), [0.0, 1.0]])
-    assert float(measures.length_bias(more, weights)) == pytest.approx(expected, abs=1e-5)
-    assert float(measures.length_bias(metrics | {"lengths/chosen": np.full(40, 30.0)}, np.ones(40))) == 0
+    assert float(losses.length_bias(more, weights)) == pytest.approx(expected, abs=1e-5)
+    assert float(losses.length_bias(metrics | {"lengths/chosen": np.full(40, 30.0)}, np.ones(40))) == 0
 
 
 def test_each_term_has_a_statistic_of_its_own():

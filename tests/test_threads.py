@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 
-from dpo_jax import threads
+from dpo_jax import distributed
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_all_tasks_are_done(count):
     done = []
-    threads.at_once((partial(done.append, i) for i in range(20)), count)
+    distributed.run_concurrently((partial(done.append, i) for i in range(20)), count)
     assert sorted(done) == list(range(20))
     assert count > 1 or done == list(range(20))
 
@@ -19,7 +19,7 @@ def test_all_tasks_are_done(count):
 def test_so_many_run_at_a_time():
     """Three wait for each other, which two could not."""
     together, met = threading.Barrier(3, timeout=60), []
-    threads.at_once([lambda: met.append(together.wait())] * 6, 3)
+    distributed.run_concurrently([lambda: met.append(together.wait())] * 6, 3)
     assert sorted(met) == [0, 0, 1, 1, 2, 2]
 
 
@@ -36,7 +36,7 @@ def test_a_task_that_fails_ends_the_others():
         raise ValueError("it is not finite")
 
     with pytest.raises(ValueError, match="it is not finite"):
-        threads.at_once([long, fails, *[long] * 50], 2, stopped.set)
+        distributed.run_concurrently([long, fails, *[long] * 50], 2, stopped.set)
     assert all(ended)
     assert 1 <= len(ended) < 40
 
@@ -49,10 +49,10 @@ def test_a_task_that_cannot_be_made_ends_the_others():
         raise ValueError("no reward model")
 
     with pytest.raises(ValueError, match="no reward model"):
-        threads.at_once(tasks(), 2, stopped.set)
+        distributed.run_concurrently(tasks(), 2, stopped.set)
     assert stopped.is_set()
 
 
 def test_there_is_one_at_a_time_on_several_devices():
     """The tests have four, whose programs would wait for each other."""
-    assert threads.several() == 1
+    assert distributed.concurrent_programs() == 1

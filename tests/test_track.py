@@ -10,8 +10,10 @@ import pytest
 from launched import make_world
 from tensorboardX.proto.event_pb2 import Event
 
-from dpo_jax import cli, metrics, track
-from dpo_jax.records import UserError
+from dpo_jax import cli
+from dpo_jax.errors import UserError
+from dpo_jax.training import trackers
+from dpo_jax.training.metrics_file import read_metrics
 
 
 def events(folder):
@@ -36,7 +38,7 @@ def _value(value):
 
 def expected(folder):
     """Returns the numbers of metrics.jsonl in the same form."""
-    rows = metrics.read(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     numbers = ((r["step"], k, v) for r in rows for k, v in r.items() if k not in ("step", "examples"))
     return {(step, name): value for step, name, value in numbers if value is not None}
 
@@ -45,13 +47,13 @@ def expected(folder):
 def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, monkeypatch):
     monkeypatch.chdir(make_world(tmp_path))
     options = ("--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
-    cli.run(["train", "dpo.yaml", *options, "--max-steps", "5"])
+    cli.run_command(["train", "dpo.yaml", *options, "--max-steps", "5"])
     first = events(tmp_path / "runs/dpo/tensorboard")
     assert max(step for step, _ in first) == 5
     # As if it was killed after step 3.
     for name in ("model", "checkpoints/5"):
         (tmp_path / "runs/dpo" / name).rename(tmp_path / name.replace("/", "-"))
-    cli.run(["train", "dpo.yaml", *options, "--max-steps", "6"])
+    cli.run_command(["train", "dpo.yaml", *options, "--max-steps", "6"])
     found, lines = events(tmp_path / "runs/dpo/tensorboard"), expected(tmp_path / "runs/dpo")
     shown = {step: found.pop((step, "samples/text_summary")) for step in (0, 6)}
     assert found.keys() == lines.keys()
@@ -60,7 +62,7 @@ def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, mo
     # The step 5 of the first try is gone, with the evaluation that was its end.
     assert (5, "eval_loss") in first
     assert (5, "eval_loss") not in found
-    samples = metrics.read(tmp_path / "runs/dpo/samples.jsonl")
+    samples = read_metrics(tmp_path / "runs/dpo/samples.jsonl")
     for step, text in shown.items():
         assert_is_table(text, [s for s in samples if s["step"] == step])
 
@@ -75,7 +77,7 @@ def assert_is_table(text, samples):
 
 
 def test_cells_of_a_table_stay_cells(tmp_path):
-    tracker = track.tracker("tensorboard", tmp_path, {})
+    tracker = trackers.make_tracker("tensorboard", tmp_path, {})
     tracker.table(2, [{"prompt": "a|b\nc", "reference": None}, {"prompt": "<b>", "reference": "d"}])
     tracker.close()
     text = "| prompt | reference |\n| --- | --- |\n| a&#124;b<br>c |  |\n| &lt;b&gt; | d |"
@@ -92,7 +94,7 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda **table: table))
     for _ in range(2):
-        tracker = track.tracker("wandb", tmp_path, {"seed": 1})
+        tracker = trackers.make_tracker("wandb", tmp_path, {"seed": 1})
         tracker.log(3, {"loss": 0.5, "kl": math.nan, "note": "text", "none": None})
         tracker.table(3, [{"prompt": "p", "policy": "a"}, {"prompt": "q", "policy": None}])
         tracker.table(4, [])
@@ -104,7 +106,7 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
     assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
     assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
     (tmp_path / "wandb_id").unlink()  # as of a folder that was removed and made again
-    track.tracker("wandb", tmp_path, {}).log(0, {})
+    trackers.make_tracker("wandb", tmp_path, {}).log(0, {})
     assert calls[-2]["id"] != start["id"]
 
 
@@ -113,7 +115,7 @@ def test_wandb_has_the_names_of_the_originals_runs_too(tmp_path, monkeypatch):
     run = SimpleNamespace(log=lambda values, step: lines.append(values), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
     given = {"loss": 1.0, "loss/sft": 2.0, "rewards/margins": 3.0, "logps/chosen": 4.0, "grad_norm": 5.0}
-    tracker = track.tracker("wandb", tmp_path, {})
+    tracker = trackers.make_tracker("wandb", tmp_path, {})
     tracker.log(1, given)
     tracker.log(1, {f"eval_{name}": value for name, value in given.items()})
     train = {"loss/train": 1.0, "rewards_train/margins": 3.0, "logps_train/chosen": 4.0}
@@ -130,18 +132,18 @@ def test_what_wandb_says_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RefusedError))
     with pytest.raises(UserError, match=r"track: wandb: No API key; log in"):
-        track.tracker("wandb", tmp_path, {}).log(0, {})
+        trackers.make_tracker("wandb", tmp_path, {}).log(0, {})
 
 
 def test_nothing_is_started_where_nothing_is_logged(tmp_path):
-    tracker = track.tracker("tensorboard", tmp_path, {})
+    tracker = trackers.make_tracker("tensorboard", tmp_path, {})
     tracker.close()
     assert not list(tmp_path.iterdir())
-    track.tracker("", tmp_path, {}).log(1, {"loss": 1.0})
+    trackers.make_tracker("", tmp_path, {}).log(1, {"loss": 1.0})
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setitem(track.PACKAGES, "wandb", "no_such_package")
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "no_such_package")
     with pytest.raises(UserError, match=r"track: no_such_package is not installed; pip install 'dpo_jax\[track\]'"):
-        track.check("wandb")
-    track.check("")
+        trackers.check_tracker("wandb")
+    trackers.check_tracker("")

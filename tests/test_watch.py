@@ -12,9 +12,10 @@ import jax
 import launched
 import pytest
 
-from dpo_jax import checkpoint, processes, watch
-from dpo_jax.config import Config, Data, Model
-from dpo_jax.records import UserError
+from dpo_jax import distributed
+from dpo_jax.config.schema import Config, DataConfig, ModelConfig
+from dpo_jax.errors import UserError
+from dpo_jax.training import checkpoint, interrupts
 
 LOOP = """
 import time
@@ -62,10 +63,10 @@ def test_the_second_ctrl_c_stops_at_once():
 
 
 def test_signals_are_as_before_afterwards():
-    before = {s: signal.getsignal(s) for s in watch.SIGNALS}
-    with watch.asked_to_end() as asked:
+    before = {s: signal.getsignal(s) for s in interrupts.SIGNALS}
+    with interrupts.stop_requests() as asked:
         assert not asked()
-    assert {s: signal.getsignal(s) for s in watch.SIGNALS} == before
+    assert {s: signal.getsignal(s) for s in interrupts.SIGNALS} == before
 
 
 def test_a_hang_prints_stacks_and_ends_the_process():
@@ -95,23 +96,26 @@ with watch.hang(0.5) as alive:
 
 def test_out_of_memory_says_what_to_change():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nlong list of buffers")
-    config = Config(data=Data(rows=8), model=Model(remat="none", compute="float32"))
-    with pytest.raises(UserError) as told, watch.memory(config):
+    config = Config(data=DataConfig(rows=8), model=ModelConfig(remat="none", compute="float32"))
+    with pytest.raises(UserError) as told, interrupts.explain_out_of_memory(config):
         raise full
     assert re.search(
         r"allocating 8 bytes.*data.rows below 8, model.remat full, model.compute bfloat16", str(told.value)
     )
     assert "\n" not in str(told.value)
-    with pytest.raises(UserError) as told, watch.memory(Config(model=Model(remat="full", compute="bfloat16"))):
+    with (
+        pytest.raises(UserError) as told,
+        interrupts.explain_out_of_memory(Config(model=ModelConfig(remat="full", compute="bfloat16"))),
+    ):
         raise full
     assert "data.rows 1, more devices along mesh.fsdp" in str(told.value)
     other = jax.errors.JaxRuntimeError("INTERNAL: else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="else"), watch.memory(config):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="else"), interrupts.explain_out_of_memory(config):
         raise other
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with watch.locked(tmp_path / "run"):
+    with interrupts.lock_folder(tmp_path / "run"):
         code = f"""
 from pathlib import Path
 from dpo_jax import records, watch
@@ -135,7 +139,7 @@ BAD = ["", "here", "host:1,2", "host:1,2,x", "host:1,2,2", "host,2,0", "host:1,0
 @pytest.mark.parametrize("how", BAD)
 def test_processes_that_cannot_be(how):
     with pytest.raises(UserError, match=r"--distributed .*give auto .* or HOST:PORT,PROCESSES,INDEX"):
-        processes.join(how)
+        distributed.initialize(how)
 
 
 # Whole runs.
@@ -155,9 +159,9 @@ def test_a_notice_to_one_process_ends_all_with_everything_saved(world):
     process = launched.start(world, name, launch=launched.launch_local(2, 1))
     launched.wait_for(world, name, 2)
     os.kill(launched.peers(name)[1], signal.SIGTERM)
-    out, _ = launched.finish(process, watch.AGAIN)
+    out, _ = launched.finish(process, interrupts.EXIT_AGAIN)
     saved = int(re.search(r"saved at step (\d+)", out)[1])
-    assert not checkpoint.problem(world / "runs" / name / "checkpoints" / str(saved))
+    assert not checkpoint.checkpoint_problem(world / "runs" / name / "checkpoints" / str(saved))
     out, _ = launched.finish(launched.start(world, name, launch=launched.launch_local(2, 1)))
     assert f"resuming at step {saved} of 20" in out
     launched.assert_same_run(world, name)

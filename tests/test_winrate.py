@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import evaluate, losses, models, winrate
+from dpo_jax import evaluation, losses
 from dpo_jax.data.table import Table
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.rewards.judge import Match, Verdict, by_reward
-from dpo_jax.sample import sample
+from dpo_jax.rewards.winrate import kl_bound, pick_best, tally_wins, win_share
+from dpo_jax.sampling import generate
 
 VOCAB, EOS = 5, 4
 PROMPT = np.array([1, 2], np.int32)
@@ -34,11 +37,11 @@ def world():
         "num_attention_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "initializer_range": 0.5, "tie_word_embeddings": False,
     }  # fmt: skip
-    model = models.build(models.family("llama").architecture(config))
+    model = build_model(family("llama").architecture(config))
     params = {who: jax.jit(model.init)(jax.random.key(i)) for i, who in enumerate(("policy", "reference"))}
-    judge = evaluate.Judge(model, losses.build({"name": "dpo"}), params, np.zeros(1), 64, 16)
+    judge = evaluation.EvalModel(model, losses.build({"name": "dpo"}), params, np.zeros(1), 64, 16)
     table = Table.of(Tokens(PROMPT, (np.array(r, np.int32),)) for r in RESPONSES)
-    p = {who: np.exp(evaluate.logps(judge, who, table)[:, 0, 0].astype(np.float64)) for who in params}
+    p = {who: np.exp(evaluation.table_logps(judge, who, table)[:, 0, 0].astype(np.float64)) for who in params}
     assert all(x.sum() == pytest.approx(1, abs=1e-5) for x in p.values())
     return model, params, {who: x / x.sum() for who, x in p.items()}
 
@@ -47,7 +50,7 @@ def drawn(world, who, prompts, copies, seed):
     """Scores of samples, float[prompts, copies]."""
     model, params, _ = world
     options = {"max_new_tokens": 2, "eos_id": EOS, "seed": seed, "batch_size": 512}
-    found = sample(model, params[who], [PROMPT] * prompts, copies=copies, **options)
+    found = generate(model, params[who], [PROMPT] * prompts, copies=copies, **options)
     return np.array([score(tuple(r.tolist())) for r in found]).reshape(prompts, copies)
 
 
@@ -68,7 +71,7 @@ def test_the_win_rate_is_the_exact_one(world):
     count = 4000
     a, b = (drawn(world, who, count, 1, seed)[:, 0] for seed, who in enumerate(("policy", "reference")))
     judge = by_reward(lambda prompts, texts: np.array([float(t) for t in texts]))
-    found = winrate.tally(judge([Match("", str(x), str(y)) for x, y in zip(a, b, strict=True)])).wins
+    found = tally_wins(judge([Match("", str(x), str(y)) for x, y in zip(a, b, strict=True)])).wins
     assert abs(exact - 0.5) > 0.025
     assert found.low < exact < found.high
     assert found.n == count
@@ -80,9 +83,9 @@ def test_the_best_of_n_is_distributed_as_it_must_be_and_within_its_bound(world, 
     p = world[2]["reference"]
     exact = best_distribution(p, n)
     assert exact.sum() == pytest.approx(1)
-    assert float(exact @ np.log(exact / p)) <= winrate.kl_bound(n) + 1e-12
+    assert float(exact @ np.log(exact / p)) <= kl_bound(n) + 1e-12
     scores = drawn(world, "reference", 2500, 8, 3)
-    chosen = np.take_along_axis(scores, winrate.best_of(scores, n)[:, None], axis=1)[:, 0]
+    chosen = np.take_along_axis(scores, pick_best(scores, n)[:, None], axis=1)[:, 0]
     values = np.unique(SCORES)
     expected = np.array([exact[v == SCORES].sum() for v in values])
     found = np.array([(chosen == v).mean() for v in values])
@@ -95,19 +98,19 @@ def test_the_bound_is_reached_where_every_response_is_rare(n):
     places = np.arange(0, 100_001) / 100_000
     best = np.diff(places**n)
     kl = float((best * np.log(np.maximum(best, 1e-300) * 100_000)).sum())
-    assert kl == pytest.approx(winrate.kl_bound(n), abs=2e-3)
-    assert kl <= winrate.kl_bound(n)
+    assert kl == pytest.approx(kl_bound(n), abs=2e-3)
+    assert kl <= kl_bound(n)
 
 
 def test_the_bound_by_hand():
-    assert winrate.kl_bound(1) == 0
-    assert winrate.kl_bound(2) == pytest.approx(math.log(2) - 0.5)
-    assert winrate.kl_bound(128) == pytest.approx(3.8598, abs=1e-4)
+    assert kl_bound(1) == 0
+    assert kl_bound(2) == pytest.approx(math.log(2) - 0.5)
+    assert kl_bound(128) == pytest.approx(3.8598, abs=1e-4)
 
 
 def test_the_best_of_the_first_n():
     scores = [[1.0, 3.0, 3.0, 5.0], [2.0, 1.0, 0.0, -1.0]]
-    assert [winrate.best_of(scores, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 0], [3, 0]]
+    assert [pick_best(scores, n).tolist() for n in (1, 2, 3, 4)] == [[0, 0], [1, 0], [1, 0], [3, 0]]
 
 
 def test_a_tally_by_hand():
@@ -122,7 +125,7 @@ def test_a_tally_by_hand():
         (Verdict(0.5, None, ""),),
         (Verdict(0.0, None, ""),),
     ]
-    found = winrate.tally(matches)
+    found = tally_wins(matches)
     assert (found.wins.mean, found.wins.n) == ((1 + 0.5 + 0.5 + 0 + 0.5 + 0) / 6, 6)
     assert (found.ties, found.unread) == (3, 2)
     # Of the five that prefer one, all but the win of a where it was read second prefer the one read first.
@@ -131,12 +134,12 @@ def test_a_tally_by_hand():
 
 
 def test_nothing_to_tally():
-    found = winrate.tally([])
+    found = tally_wins([])
     assert math.isnan(found.wins.mean)
     assert found.wins[1:] == (0.0, 1.0, 0)
 
 
 def test_the_interval_is_wilsons():
     """Wilson 1927, of 3 of 10: 0.1078 to 0.6032."""
-    found = winrate.share(3, 10)
+    found = win_share(3, 10)
     assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)

@@ -9,26 +9,29 @@ import numpy as np
 import pytest
 from test_judge import serving
 
-from dpo_jax import cli, models, rewards
-from dpo_jax.data import synthetic
-from dpo_jax.models import hf
-from dpo_jax.records import UserError
-from dpo_jax.winrate import kl_bound
+from dpo_jax import cli
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.huggingface.folder import save_folder
+from dpo_jax.models.model import build_model
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.rewards.winrate import kl_bound
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two random models, and comparisons of the built-in world to compare them on."""
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = synthetic.tokenizer()
+    tokenizer = synthetic.synthetic_tokenizer()
     config = {
         "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16,
         "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
         "hidden_act": "silu", "initializer_range": 0.3, "tie_word_embeddings": True,
     }  # fmt: skip
-    model = models.build(models.family("llama").architecture(config))
+    model = build_model(family("llama").architecture(config))
     for i, name in enumerate(("one", "two")):
-        hf.save(folder / name, jax.device_get(jax.jit(model.init)(jax.random.key(i))), config, tokenizer)
+        save_folder(folder / name, jax.device_get(jax.jit(model.init)(jax.random.key(i))), config, tokenizer)
     rows = [r for r, _ in zip(synthetic.read((), "test", 2), range(30), strict=False)]
     lines = [json.dumps({"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]}) for r in rows]
     (folder / "pairs.jsonl").write_text("\n".join(lines))
@@ -44,7 +47,9 @@ def winrate(folders, tmp_path, monkeypatch):
 
     def run(*argv):
         data = ("--data.path", "pairs.jsonl", "--data.eval-path", "pairs.jsonl", "--samples.max-new-tokens", "6")
-        cli.run(["winrate", *argv, *data, "--prompts", "12", "--batch-size", "24", "--out", str(tmp_path / "out")])
+        cli.run_command(
+            ["winrate", *argv, *data, "--prompts", "12", "--batch-size", "24", "--out", str(tmp_path / "out")]
+        )
         lines = (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()
         return json.loads((tmp_path / "out" / "winrate.json").read_text()), [json.loads(line) for line in lines]
 
@@ -53,7 +58,7 @@ def winrate(folders, tmp_path, monkeypatch):
 
 def scored(judged):
     """The judgements again, from the texts: the synthetic reward of both."""
-    score = rewards.get("synthetic")
+    score = get_reward("synthetic")
     a, b = (score([""] * len(judged), [row[k] for row in judged]) for k in ("response", "other"))
     return 0.5 + 0.5 * np.sign(a - b)
 
@@ -71,7 +76,7 @@ def test_a_reward_judges_the_best_of_several_against_the_data(winrate, tmp_path,
         assert row["tally"]["wins"]["mean"] == pytest.approx(scored(own).mean())
         assert [j["outcome"] for j in own] == scored(own).tolist()
         assert {j["other"] for j in own} <= chosen
-        mean = rewards.get("synthetic")([""] * 12, [j["response"] for j in own]).mean()
+        mean = get_reward("synthetic")([""] * 12, [j["response"] for j in own]).mean()
         assert row["reward"][0] == pytest.approx(mean)
         assert row["words"] == pytest.approx(np.mean([len(j["response"].split()) for j in own]))
         assert row["kl_bound"] == kl_bound(row["best_of"])

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from dpo_jax import rewards
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.rewards.registry import get_reward
 from dpo_jax.rewards.words import ngrams
 
 
@@ -20,7 +20,7 @@ def written(path, content):
 
 def test_a_word_list_adds_up_every_occurrence(tmp_path):
     path = written(tmp_path / "list.json", {"good": 1, "bad": -2.5})
-    found = rewards.get(f"words:{path}")(["good good"] * 3, ["Good, GOOD; bad goodness", "", "badly"])
+    found = get_reward(f"words:{path}")(["good good"] * 3, ["Good, GOOD; bad goodness", "", "badly"])
     assert found.tolist() == [-0.5, 0.0, 0.0]
 
 
@@ -35,7 +35,7 @@ def test_ngrams_are_a_set_of_words_and_neighbours():
 def test_a_logistic_regression_reads_prompt_and_completion_as_one_text(tmp_path):
     weights = {"not": -0.5, "not good": -2.0, "good": 1.0, "good good": 10.0}
     path = written(tmp_path / "lr.json", {"bias": 0.25, "weights": weights})
-    found = rewards.get(f"logistic:{path}")(["It is not", "", "Good", ""], [" good", "good", " day. Good", "a"])
+    found = get_reward(f"logistic:{path}")(["It is not", "", "Good", ""], [" good", "good", " day. Good", "a"])
     assert found.tolist() == [0.25 - 0.5 - 2.0 + 1.0, 1.25, 1.25, 0.25]
 
 
@@ -55,7 +55,7 @@ def test_a_logistic_regression_reads_prompt_and_completion_as_one_text(tmp_path)
 def test_a_file_of_another_form_is_refused(tmp_path, kind, content, message):
     path = written(tmp_path / "x.json", content)
     with pytest.raises(UserError, match=message) as error:
-        rewards.get(f"{kind}:{path}")
+        get_reward(f"{kind}:{path}")
     assert str(path) in str(error.value)
 
 
@@ -63,25 +63,28 @@ def test_the_logistic_regression_of_real_reviews_is_right_about_nine_of_ten(shar
     """The figure of 90.5% is of 25,000 reviews; these 2,000 have a standard error of 0.7%."""
     with gzip.open(shared / "data/imdb/test_2k.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    score = rewards.get(f"logistic:{shared / 'data/sentiment_lr/weights.json.gz'}")
+    score = get_reward(f"logistic:{shared / 'data/sentiment_lr/weights.json.gz'}")
     found = score([""] * len(rows), [row["text"] for row in rows])
     right = sum((s > 0) == (row["label"] == 1) for s, row in zip(found, rows, strict=True))
     assert abs(right / len(rows) - 0.905) < 0.02
 
 
 def test_vader_is_refused_where_it_is_not_installed(monkeypatch):
+    from dpo_jax.errors import UserError
     from dpo_jax.rewards import words
+    from dpo_jax.rewards.registry import get_reward
 
     words._analyser.cache_clear()  # noqa: SLF001
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(UserError, match=r"install dpo_jax\[vader\]"):
-        rewards.get("vader")(["p"], ["c"])
+        get_reward("vader")(["p"], ["c"])
 
 
 def test_vader_is_its_compound_score_of_the_completion(monkeypatch):
     """The package is optional: this stands in for it with its interface."""
     from dpo_jax.rewards import words
+    from dpo_jax.rewards.registry import get_reward
 
     class Analyser:
         def polarity_scores(self, text):
@@ -91,5 +94,5 @@ def test_vader_is_its_compound_score_of_the_completion(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", module)
     words._analyser.cache_clear()  # noqa: SLF001
-    assert rewards.get("vader")(["prompt"], ["four"]).tolist() == [0.4]
+    assert get_reward("vader")(["prompt"], ["four"]).tolist() == [0.4]
     words._analyser.cache_clear()  # noqa: SLF001

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import capped
+from dpo_jax.models.attention import capped
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 WINDOW = 8  # less than any sequence in the tests

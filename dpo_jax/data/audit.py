@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import Item, as_bytes, attempt, prompt_key
-from dpo_jax.data.encode import Options, encode
+from dpo_jax.data.encode import EncodeOptions, encode
+from dpo_jax.data.sources.base import Item, as_bytes, or_error, prompt_key
 from dpo_jax.data.table import Table
-from dpo_jax.records import Array, Comparison, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, Comparison
 
 COMPARED = 500  # comparisons that are tokenised in both ways
 
 
-class Counts(NamedTuple):
+class PairCounts(NamedTuple):
     """Counts of one side of the data.
 
     Attributes:
@@ -56,7 +57,7 @@ class Piece(NamedTuple):
     scored: bool
 
 
-def count(items: Iterable[Item]) -> Counts:
+def count_pairs(items: Iterable[Item]) -> PairCounts:
     """Counts comparisons; 24 bytes are kept for each."""
     prompts, ordered, unordered = array("Q"), array("Q"), array("Q")
     identical = unpaired = wanted = 0
@@ -73,7 +74,7 @@ def count(items: Iterable[Item]) -> Counts:
         ordered.append(prompt_key("\0".join(whole)))
         unordered.append(prompt_key("\0".join(sorted(whole))))
     keys = np.array(prompts, np.uint64)
-    return Counts(
+    return PairCounts(
         len(keys), len(np.unique(keys)), len(keys) - len(np.unique(ordered)), identical,
         _conflicts(np.array(ordered, np.uint64), np.array(unordered, np.uint64)), unpaired, wanted, keys,
     )  # fmt: skip
@@ -89,26 +90,26 @@ def _conflicts(ordered: Array, unordered: Array) -> int:
     return int(several[group].sum())
 
 
-def shared_prompts(first: Counts, second: Counts) -> int:
+def shared_prompts(first: PairCounts, second: PairCounts) -> int:
     """How many comparisons of the second have a prompt that the first has too."""
     return int(np.isin(second.keys, first.keys).sum())
 
 
-def boundary_differences(items: Iterable[Item], tokenizer: Any, options: Options) -> tuple[int, int]:
+def boundary_differences(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> tuple[int, int]:
     """(different, compared): comparisons whose tokens differ when prompt and response are tokenised together."""
     different = compared = 0
     for item in items:
         if compared == COMPARED:
             break
         if isinstance(item, Comparison):
-            found = [attempt(_uncut, item, tokenizer, options, boundary) for boundary in ("separate", "joint")]
+            found = [or_error(_uncut, item, tokenizer, options, boundary) for boundary in ("separate", "joint")]
             if not any(isinstance(one, UserError) for one in found):
                 compared += 1
                 different += found[0] != found[1]
     return different, compared
 
 
-def _uncut(item: Comparison, tokenizer: Any, options: Options, boundary: str) -> list[list[int]]:
+def _uncut(item: Comparison, tokenizer: Any, options: EncodeOptions, boundary: str) -> list[list[int]]:
     free = {"truncation": "refuse", "max_length": 10**9, "degenerate": "keep", "boundary": boundary}
     table, _ = encode([item], tokenizer, **{**options._asdict(), **free})
     return [part.tolist() for part in (table[0].prompt, *table[0].responses)]

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from dpo_jax.data import Item, Note, as_bytes
-from dpo_jax.data.encode import CHUNK, Options, check, encoded
-from dpo_jax.data.table import KINDS, Lengths, Report, Table, Tally
-from dpo_jax.records import Array, Tokens, UserError
+from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_one
+from dpo_jax.data.sources.base import Item, Note, as_bytes
+from dpo_jax.data.table import KINDS, EncodeReport, EncodeTally, LengthQuantiles, Table
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, Tokens
 
 CACHE_FORMAT = 3
 ABANDONED = 24 * 3600  # seconds after which a draft that nobody finished is removed
-
 log = logging.getLogger(__name__)
 
 
-def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **options: Any) -> tuple[Table, Report]:
+def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **options: Any) -> tuple[Table, EncodeReport]:
     """`encode`, done once for the same content and opened from disk (memory-mapped) after that.
 
     An entry is a folder `tokens-<key>` in `cache_dir`, and appears whole or not at all. What it depends on is every
@@ -42,8 +42,8 @@ def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **opti
     Raises:
       UserError: as `encode`; or the cache folder cannot be written.
     """
-    chosen = Options(**options)
-    check(tokenizer, chosen)
+    chosen = EncodeOptions(**options)
+    check_encode_options(tokenizer, chosen)
     entry = cache_dir / f"tokens-{_key(items, tokenizer, chosen)}"
     if entry.exists():
         try:
@@ -58,7 +58,7 @@ def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **opti
     return _open_entry(entry)
 
 
-def write(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
+def write_table(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
     """Writes comparisons into a folder as a table's arrays, a chunk at a time.
 
     Returns:
@@ -75,7 +75,7 @@ def write(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
     return _digests(folder)
 
 
-def unnamed(cache_dir: Path, tokens: Iterable[Tokens]) -> Table:
+def write_unnamed(cache_dir: Path, tokens: Iterable[Tokens]) -> Table:
     """Comparisons as a table that lies on the cache's disk, without a name there, until the process has done with it.
 
     Raises:
@@ -84,7 +84,7 @@ def unnamed(cache_dir: Path, tokens: Iterable[Tokens]) -> Table:
     try:
         draft = _draft(cache_dir / "tokens-unnamed")
         try:
-            write(draft, tokens)
+            write_table(draft, tokens)
             return Table.open(draft)
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # the memory that it is mapped into keeps it
@@ -127,7 +127,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _key(items: Iterable[Item], tokenizer: Any, options: Options) -> str:
+def _key(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> str:
     """Hash of all that the table depends on; every text goes in with its length, so none runs into the next."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls switch these two on and off in a tokenizer in use, and encode() overrules them.
@@ -152,12 +152,12 @@ def _parts(items: Iterable[Item]) -> Iterator[bytes]:
         yield from texts
 
 
-def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: Options) -> None:
+def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> None:
     """Makes the entry beside its place and renames it there."""
     draft = _draft(entry)
     try:
-        tally = Tally()
-        digests = write(draft, encoded(items, tokenizer, options, tally))
+        tally = EncodeTally()
+        digests = write_table(draft, encode_one(items, tokenizer, options, tally))
         content = {"digests": digests, "report": tally.report()._asdict()}
         (draft / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         draft.rename(entry)
@@ -184,10 +184,10 @@ def _sweep(cache_dir: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _open_entry(entry: Path) -> tuple[Table, Report]:
+def _open_entry(entry: Path) -> tuple[Table, EncodeReport]:
     content = json.loads((entry / "report.json").read_text(encoding="utf-8"))
     if content["digests"] != _digests(entry):
         raise ValueError("its arrays are not those that were written")
     fields = content["report"]
-    spans = {name: Lengths(*fields[name]) for name in ("prompt", "response", "whole")}
-    return Table.open(entry), Report(**{**fields, **spans})
+    spans = {name: LengthQuantiles(*fields[name]) for name in ("prompt", "response", "whole")}
+    return Table.open(entry), EncodeReport(**{**fields, **spans})

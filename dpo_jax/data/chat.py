@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dpo_jax.records import Chat, Comparison, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
 
 
 class Template(NamedTuple):
@@ -36,7 +37,7 @@ class Rendered(NamedTuple):
     ends: bool = True
 
 
-def template_of(source: str, options: tuple[str, ...]) -> Template:
+def chat_template(source: str, options: tuple[str, ...]) -> Template:
     """A template from a file's contents and options written `name=value`, the values as in YAML."""
     pairs = [option.partition("=") for option in options]
     if bad := [option for option, pair in zip(options, pairs, strict=True) if not pair[1]]:
@@ -47,7 +48,7 @@ def template_of(source: str, options: tuple[str, ...]) -> Template:
         raise UserError(f"data.chat_template_kwargs: not YAML: {' '.join(str(error).split())}") from error
 
 
-def render(comparison: Comparison, tokenizer: Any, template: Template) -> Rendered:
+def render_comparison(comparison: Comparison, tokenizer: Any, template: Template) -> Rendered:
     """A comparison as text; one that is text already stays as it is.
 
     Text that the template puts after the EOS of a response is left out, if it is blank.
@@ -65,7 +66,7 @@ def render(comparison: Comparison, tokenizer: Any, template: Template) -> Render
     return Rendered(prompt, tuple(text for text, _ in found), all(ends for _, ends in found))
 
 
-def plain(response: Any) -> str:
+def plain_text(response: Any) -> str:
     """What a response says, without what a template writes around it: a text, or a message's contents and calls."""
     if isinstance(response, str):
         return response
@@ -83,7 +84,7 @@ def as_columns(prompt: str | Chat) -> dict[str, Any]:
 
 def prompt_text(prompt: str | Chat, tokenizer: Any, template: Template, where: str = "the prompt") -> str:
     """A prompt alone as the text that a model continues."""
-    return render(Comparison(prompt, (), where=where), tokenizer, template).prompt
+    return render_comparison(Comparison(prompt, (), where=where), tokenizer, template).prompt
 
 
 def _response(

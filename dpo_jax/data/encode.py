@@ -8,20 +8,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dpo_jax.data import Item, Note, attempt, prompt_key, unknown
-from dpo_jax.data.chat import Rendered, Template, plain, render
-from dpo_jax.data.table import Report, Table, Tally
+from dpo_jax.data.chat import Rendered, Template, plain_text, render_comparison
+from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_name
+from dpo_jax.data.table import EncodeReport, EncodeTally, Table
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
-from dpo_jax.records import Chat, Comparison, Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison, Tokens
 
 CHUNK = 1024
 DEGENERATE = ("drop", "refuse", "keep")
 BOUNDARIES = ("separate", "joint")
-
 T = TypeVar("T")
 
 
-class Options(NamedTuple):
+class EncodeOptions(NamedTuple):
     """How text becomes tokens.
 
     Attributes:
@@ -48,7 +48,7 @@ class Options(NamedTuple):
     skip_bad_rows: int = 0
 
 
-class Special(NamedTuple):
+class SpecialTokens(NamedTuple):
     """What a tokenizer has of its own, looked up once for all rows, since transformers takes long to find it.
 
     Attributes:
@@ -66,20 +66,20 @@ class Special(NamedTuple):
     begins: bool
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Special":
+    def of(cls, tokenizer: Any) -> "SpecialTokens":
         """Looks it up."""
         eos, bos, unk = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "unk"))
         begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
         return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, begins)
 
-    def bos_before(self, prompt: Any, options: Options) -> bool:
+    def bos_before(self, prompt: Any, options: EncodeOptions) -> bool:
         """Whether BOS is put before a prompt."""
         if options.add_bos is not None:
             return options.add_bos
         return self.begins and not isinstance(prompt, Chat)
 
 
-def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, Report]:
+def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, EncodeReport]:
     """`encoded`, as a table in memory.
 
     Args:
@@ -90,22 +90,22 @@ def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table
     Raises:
       UserError: an option is wrong, or a comparison cannot be encoded; it names the comparison's `where`.
     """
-    tally = Tally()
-    table = Table.of(encoded(items, tokenizer, Options(**options), tally))
+    tally = EncodeTally()
+    table = Table.of(encode_one(items, tokenizer, EncodeOptions(**options), tally))
     return table, tally.report()
 
 
-def encoded(items: Iterable[Item], tokenizer: Any, options: Options, tally: Tally) -> Iterator[Tokens]:
+def encode_one(items: Iterable[Item], tokenizer: Any, options: EncodeOptions, tally: EncodeTally) -> Iterator[Tokens]:
     """Yields comparisons as tokens, every response ended with EOS unless it is cut, and counts what became of them.
 
     Raises:
       UserError: as `encode`; at the end, if nothing was left.
     """
-    check(tokenizer, options)
-    finish = partial(_finish, Special.of(tokenizer), options, tally)
+    check_encode_options(tokenizer, options)
+    finish = partial(_finish, SpecialTokens.of(tokenizer), options, tally)
     for chunk in _batched(_rendered(_screened(items, options, tally), tokenizer, options, tally), CHUNK):
         for (comparison, rendered), ids in zip(chunk, _tokenised(chunk, tokenizer, options.boundary), strict=True):
-            result = attempt(finish, comparison, rendered, *ids)
+            result = or_error(finish, comparison, rendered, *ids)
             if isinstance(result, UserError):
                 tally.bad(result, options.skip_bad_rows)
             elif result is not None:
@@ -114,7 +114,7 @@ def encoded(items: Iterable[Item], tokenizer: Any, options: Options, tally: Tall
         raise UserError(f"none of {tally.counts['read']} comparisons is left to encode; counted: {tally.found()}")
 
 
-def check(tokenizer: Any, options: Options) -> None:
+def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
     """Refuses options that are wrong, and tokenizers that cannot serve."""
     for kind, name, known in (
         ("truncation (data.truncation)", options.truncation, TRUNCATIONS),
@@ -122,14 +122,14 @@ def check(tokenizer: Any, options: Options) -> None:
         ("choice for data.boundary", options.boundary, BOUNDARIES),
     ):
         if name not in known:
-            raise unknown(kind, name, known)
+            raise unknown_name(kind, name, known)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
     if options.add_bos and tokenizer.bos_token_id is None:
         raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
-    least = 1 + Special.of(tokenizer).bos_before("", options)
+    least = 1 + SpecialTokens.of(tokenizer).bos_before("", options)
     if options.max_length <= least:
         raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
@@ -139,7 +139,7 @@ def check(tokenizer: Any, options: Options) -> None:
         )
 
 
-def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator[Comparison]:
+def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally) -> Iterator[Comparison]:
     """The comparisons among items, without those with empty, identical or misplaced responses, unless these are to be
     kept."""
     size = None
@@ -166,7 +166,7 @@ def _screened(items: Iterable[Item], options: Options, tally: Tally) -> Iterator
 
 
 def _fault(comparison: Comparison) -> str:
-    said = [plain(response) for response in comparison.responses if response is not None]
+    said = [plain_text(response) for response in comparison.responses if response is not None]
     if not all(map(str.strip, said)):
         return "empty"
     if len(set(said)) < len(said):
@@ -175,10 +175,10 @@ def _fault(comparison: Comparison) -> str:
 
 
 def _rendered(
-    comparisons: Iterator[Comparison], tokenizer: Any, options: Options, tally: Tally
+    comparisons: Iterator[Comparison], tokenizer: Any, options: EncodeOptions, tally: EncodeTally
 ) -> Iterator[tuple[Comparison, Rendered]]:
     for comparison in comparisons:
-        rendered = attempt(render, comparison, tokenizer, options.template)
+        rendered = or_error(render_comparison, comparison, tokenizer, options.template)
         if isinstance(rendered, UserError):
             tally.bad(rendered, options.skip_bad_rows)
         else:
@@ -225,9 +225,9 @@ def _common(first: Ids, second: Ids) -> int:
 
 
 def _finish(
-    special: Special,
-    options: Options,
-    tally: Tally,
+    special: SpecialTokens,
+    options: EncodeOptions,
+    tally: EncodeTally,
     comparison: Comparison,
     rendered: Rendered,
     prompt: Ids,
@@ -257,7 +257,7 @@ def _finish(
     return Tokens(ids, tuple(cut), comparison.weight, key, comparison.preference, comparison.scores)
 
 
-def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: Special, bos: bool, chat: bool) -> None:
+def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, chat: bool) -> None:
     for number, ids in enumerate([prompt, *responses]):
         part = f"response {number}" if number else "the prompt"
         # A chat template ends the turns of a prompt with EOS; in text it can only be there by mistake.

@@ -2,13 +2,66 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
-from dpo_jax.data import Item, Note, Stream, as_bytes
-from dpo_jax.records import Comparison, UserError
+import numpy as np
+
+from dpo_jax.data.sources.base import Item, Note, Stream, as_bytes
+from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, Comparison, Tokens
 
 
-def noisy(items: Iterable[Item], *, flip: float, draw_labels: bool, duplicate: float, seed: int) -> Iterable[Item]:
+def append_token(table: Table, end: int, pad: int) -> Iterator[Tokens]:
+    """Yields comparisons in which a token follows each response, but for one whose last token is padding.
+
+    A reward is then read at the last token that is no padding, as transformers reads it: EOS or, where texts are
+    padded with EOS, the token before it.
+
+    Args:
+      table: comparisons.
+      end: the token that follows.
+      pad: the token that texts are padded with.
+    """
+
+    def longer(response: Array) -> Array:
+        return np.append(response, np.int32(end)) if len(response) and response[-1] != pad else response
+
+    for index in range(len(table)):
+        row = table[index]
+        yield row._replace(responses=tuple(map(longer, row.responses)))
+
+
+def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Iterator[Tokens]:
+    """Yields comparisons with one response more to each prompt: the first that is there of the next comparison,
+    counted round the table, that has another prompt. It is `cut`, and counted so, where prompt and response would not
+    keep to `max_length` tokens.
+
+    Raises:
+      UserError: all prompts are the same.
+    """
+    for index, donor in enumerate(next_with_another_prompt(table.prompts)):
+        tokens = table[index]
+        answer = next(response for response in table[donor].responses if len(response))
+        room = max(1, max_length - len(tokens.prompt))
+        counts["cut"] += len(answer) > room
+        yield tokens._replace(responses=(*tokens.responses, answer[:room]), scores=(*tokens.scores, 0.0))
+
+
+def next_with_another_prompt(prompts: Array | Sequence[int]) -> Iterator[int]:
+    """Yields, for each element of `prompts`, the place of the next one that differs, counted round."""
+    count, place = len(prompts), 0
+    for index in range(count):
+        place = max(place, index + 1)
+        while prompts[place % count] == prompts[index]:
+            place += 1
+            if place == index + count:
+                raise UserError("data: all prompts are the same, so that no response belongs to another one")
+        yield place % count
+
+
+def add_noise(items: Iterable[Item], *, flip: float, draw_labels: bool, duplicate: float, seed: int) -> Iterable[Item]:
     """Items with noise in the labels of pairs, which notes count.
 
     Args:

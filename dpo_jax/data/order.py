@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dpo_jax.records import Array, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array
 
 Order = Callable[[int], Array]
 """epoch -> int64[N], the rows of a table in the order in which the epoch takes them."""
@@ -25,7 +26,7 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return rows // batch_size
 
 
-def rows_of(step: int, order: Order, *, rows: int, batch_size: int) -> Array:
+def example_indices(step: int, order: Order, *, rows: int, batch_size: int) -> Array:
     """The rows of a step: int64[batch_size], without repeats inside an epoch.
 
     Args:
@@ -40,7 +41,7 @@ def rows_of(step: int, order: Order, *, rows: int, batch_size: int) -> Array:
     return order(epoch)[batch * batch_size : (batch + 1) * batch_size].copy()
 
 
-def bind(name: str, prompts: Array, seed: int) -> Order:
+def bind_order(name: str, prompts: Array, seed: int) -> Order:
     """The order of that name over a table.
 
     Args:

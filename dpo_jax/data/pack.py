@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.data.table import Table
-from dpo_jax.records import Array, Batch, Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, Batch, Tokens
 
 MICROBATCH_TOKENS = 4096
 LENGTH_UNIT = 128
@@ -28,7 +29,7 @@ HEAD_COST = 0.3
 MICROBATCH_COST = 128
 
 
-class Shape(NamedTuple):
+class Layout(NamedTuple):
     """The fixed sizes of a batch, so that a step is compiled once.
 
     Attributes:
@@ -48,7 +49,7 @@ class Shape(NamedTuple):
     own: tuple[int, int] | None = None
 
 
-def choose(
+def choose_layout(
     table: Table,
     *,
     max_length: int,
@@ -56,7 +57,7 @@ def choose(
     rows: int | None = None,
     length: int | None = None,
     multiple_of: int = 1,
-) -> Shape:
+) -> Layout:
     """The shape with the least expected cost for batches drawn from a table.
 
     Row lengths up to 2 * max_length, where every pair fits (up to 512 if that is more; longer only if the table needs
@@ -80,8 +81,8 @@ def choose(
         raise UserError(f"{rows} rows in a microbatch cannot be shared by {multiple_of} devices; give a multiple")
     best, least = None, math.inf
     for size in [length] if length is not None else _row_lengths(longest, max_length):
-        draft = Shape(batch_size, 1, size, _groups(table, size, batch_size), _scored(table, size))
-        needed = np.array([len(plan(*step, draft)) for step in _simulated(table, batch_size)])
+        draft = Layout(batch_size, 1, size, _groups(table, size, batch_size), _scored(table, size))
+        needed = np.array([len(plan_rows(*step, draft)) for step in _simulated(table, batch_size)])
         for count in [rows] if rows is not None else _row_counts(size, batch_size, multiple_of):
             microbatches = np.ceil(needed / count)
             row_cost = size * (1 + size * ATTENTION_COST) + draft.scored * HEAD_COST
@@ -92,7 +93,7 @@ def choose(
     return best
 
 
-def plan(lengths: Array, scored: Array, shape: Shape) -> list[list[int]]:
+def plan_rows(lengths: Array, scored: Array, shape: Layout) -> list[list[int]]:
     """Which comparisons share a row: first-fit decreasing by length under the budgets T, S and G.
 
     Args:
@@ -126,8 +127,8 @@ def plan(lengths: Array, scored: Array, shape: Shape) -> list[list[int]]:
     return rows
 
 
-def build(
-    table: Table, indices: Sequence[int] | Array, shape: Shape, ref_logps: Array | None = None
+def build_batch(
+    table: Table, indices: Sequence[int] | Array, shape: Layout, ref_logps: Array | None = None
 ) -> tuple[Batch, int, Array]:
     """Lays the comparisons of a step out in microbatches of rows.
 
@@ -148,7 +149,7 @@ def build(
     """
     indices = np.asarray(indices, np.int64)
     batch = _empty(shape, table.responses)
-    rows = plan(table.lengths()[indices], table.scored_lengths[indices], shape)
+    rows = plan_rows(table.lengths()[indices], table.scored_lengths[indices], shape)
     if len(rows) > shape.microbatches * shape.rows:
         raise ValueError(f"{len(indices)} comparisons take {len(rows)} rows, more than {shape} has")
     places = np.zeros((len(indices), 3), np.int64)
@@ -165,7 +166,7 @@ def build(
     return batch, -(-len(rows) // shape.rows), places
 
 
-def unpack(values: Array, places: Array) -> Array:
+def unpack_batch(values: Array, places: Array) -> Array:
     """Values by place, [M, R, G, ...], as values by comparison, [B, ...], in the order that `build` was given."""
     return np.asarray(values)[tuple(places.T)]
 
@@ -198,7 +199,7 @@ def _span(row: Batch, start: int, ids: Array, position: int, group: int, branch:
     row.branch[span] = branch
 
 
-def _empty(shape: Shape, responses: int) -> Batch:
+def _empty(shape: Layout, responses: int) -> Batch:
     start, end = shape.own or (0, shape.rows)
     lead = (shape.microbatches, end - start)
     tokens, positions, group, branch = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))

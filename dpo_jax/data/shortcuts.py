@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import prompt_key
-from dpo_jax.data.chat import plain
+from dpo_jax.data.chat import plain_text
+from dpo_jax.data.sources.base import prompt_key
 from dpo_jax.records import Array, Comparison
 
 MOST = 20_000  # comparisons looked at
@@ -60,7 +60,7 @@ class Shortcut(NamedTuple):
     top: list[tuple[str, float]]
 
 
-def shortcuts(comparisons: Iterable[Comparison]) -> list[Shortcut]:
+def find_shortcuts(comparisons: Iterable[Comparison]) -> list[Shortcut]:
     """Classifiers by length, by format, and by words; none where there are too few comparisons to tell.
 
     Args:
@@ -69,7 +69,7 @@ def shortcuts(comparisons: Iterable[Comparison]) -> list[Shortcut]:
     """
     pairs, keys = [], []
     for item in comparisons:
-        texts = [None if response is None else plain(response) for response in item.responses]
+        texts = [None if response is None else plain_text(response) for response in item.responses]
         if len(texts) > 1:
             pairs.append((texts[0], texts[-1]))
             keys.append(prompt_key(item.prompt))
@@ -87,7 +87,7 @@ def shortcuts(comparisons: Iterable[Comparison]) -> list[Shortcut]:
     ]
 
 
-def fit(features: Any, labels: Array, strength: float = 1.0) -> Array:
+def fit_shortcut(features: Any, labels: Array, strength: float = 1.0) -> Array:
     """Weights float64[D] that minimise sum log(1 + exp(-label * x w)) + strength/2 |w|^2.
 
     Args:
@@ -155,7 +155,7 @@ def _judged(name: str, names: list[str], features: Any, labels: Array, held: Arr
     if (labels < 0).any():  # unpaired: one kind of label may be more frequent, which is no feature of a response
         ones = np.ones((len(labels), 1))
         features, names = _beside(features, ones), [*names, "(any response)"]
-    weights = fit(features[~held], labels[~held])
+    weights = fit_shortcut(features[~held], labels[~held])
     margins = labels[held] * (features[held] @ weights)
     order = [i for i in np.argsort(-np.abs(weights)) if weights[i]][:SHOWN]
     top = [(names[i], float(weights[i])) for i in order]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.records import Array, Tokens, UserError
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, Tokens
 
 # The arrays of a table: their types and numbers of axes.
 KINDS = {
@@ -129,7 +130,7 @@ class Table:
         return cls(**arrays)
 
 
-class Lengths(NamedTuple):
+class LengthQuantiles(NamedTuple):
     """Statistics of lengths in tokens."""
 
     mean: float
@@ -141,7 +142,7 @@ class Lengths(NamedTuple):
         return f"mean {self.mean:.1f}, p50 {self.p50:g}, p99 {self.p99:g}, max {self.max}"
 
 
-class Report(NamedTuple):
+class EncodeReport(NamedTuple):
     """What became of the comparisons: all counts are of comparisons unless they say otherwise.
 
     Attributes:
@@ -181,9 +182,9 @@ class Report(NamedTuple):
     eos_added: int
     tokens: int
     scored: int
-    prompt: Lengths
-    response: Lengths
-    whole: Lengths
+    prompt: LengthQuantiles
+    response: LengthQuantiles
+    whole: LengthQuantiles
     notes: dict[str, int]
     first_bad: str
 
@@ -214,7 +215,7 @@ class Report(NamedTuple):
         ]
 
 
-class Tally:
+class EncodeTally:
     """Counts of what becomes of comparisons, kept while they pass; its size does not grow with their number."""
 
     def __init__(self):
@@ -242,14 +243,16 @@ class Tally:
         """The counts that are not 0."""
         return {name: count for name, count in {**self.counts, **self.notes}.items() if count}
 
-    def report(self) -> Report:
+    def report(self) -> EncodeReport:
         """What was counted."""
         spans: dict[str, Any] = {name: _lengths(lengths) for name, lengths in self.spans.items()}
-        counts = {name: self.counts[name] for name in Report._fields if name not in (*spans, "notes", "first_bad")}
-        return Report(**counts, **spans, notes=dict(self.notes), first_bad=self.first_bad)
+        counts = {
+            name: self.counts[name] for name in EncodeReport._fields if name not in (*spans, "notes", "first_bad")
+        }
+        return EncodeReport(**counts, **spans, notes=dict(self.notes), first_bad=self.first_bad)
 
 
-def _lengths(counts: Counter[int]) -> Lengths:
+def _lengths(counts: Counter[int]) -> LengthQuantiles:
     """Mean, percentiles (between two values, in proportion) and maximum of values by how often each occurs."""
     values = np.array(sorted(counts))
     ends = np.cumsum([counts[value] for value in values])
@@ -257,7 +260,7 @@ def _lengths(counts: Counter[int]) -> Lengths:
     low, high = (values[np.searchsorted(ends, side(places), "right")] for side in (np.floor, np.ceil))
     p50, p99 = low + (high - low) * (places - np.floor(places))
     mean = sum(value * count for value, count in counts.items()) / ends[-1]
-    return Lengths(float(mean), float(p50), float(p99), int(values[-1]))
+    return LengthQuantiles(float(mean), float(p50), float(p99), int(values[-1]))
 
 
 def offsets_of(sizes: Sequence[Sequence[int]]) -> Array:

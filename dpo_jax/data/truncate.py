@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
 Ids = list[int]
 

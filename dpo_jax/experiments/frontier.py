@@ -18,24 +18,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import assemble, folders, keys, loop, metrics, rewards, threads, watch
-from dpo_jax.config import Config, Samples
+from dpo_jax import distributed
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.schema import Config, SamplesConfig
+from dpo_jax.config.yaml import difference, dump
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws, offline, online, optimum, ppo, setup
-from dpo_jax.experiments.measure import Point, score
+from dpo_jax.errors import UserError
+from dpo_jax.experiments import offline, online, optimum, ppo, setup
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.setup import Shared
-from dpo_jax.metrics import mean_interval
-from dpo_jax.records import Array, UserError
-from dpo_jax.rewards import Reward
-from dpo_jax.settings import Frontier
+from dpo_jax.experiments.setup import SharedSetup
+from dpo_jax.experiments.world import Point, enumerate_texts, score_completions, score_texts
+from dpo_jax.intervals import mean_interval
+from dpo_jax.paths import is_run, written
+from dpo_jax.records import Array
+from dpo_jax.rewards.registry import Reward, get_reward
+from dpo_jax.training import interrupts, loop
+from dpo_jax.training import setup as run_setup
+from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
+from dpo_jax.training.run_folder import run_config
 
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
 ONLINE = ("ppo", "ppo_gt", "online_dpo")
 
 
-class Job(NamedTuple):
+class FrontierJob(NamedTuple):
     """One run: a method at one strength, and the steps at which it is measured."""
 
     method: str
@@ -51,7 +58,7 @@ class BestOf(NamedTuple):
     reward_half: float
 
 
-class Found(NamedTuple):
+class FrontierResult(NamedTuple):
     """What an experiment comes to.
 
     Attributes:
@@ -73,101 +80,100 @@ class Found(NamedTuple):
     pairs: int
 
 
-Keep = Callable[[Job, Any, int], None]
+Keep = Callable[[FrontierJob, Any, int], None]
 """(job, parameters, updates done): measures and keeps the point, if it is wanted; is told of every update."""
-
-Train = Callable[[Job], None]
+Train = Callable[[FrontierJob], None]
 """Trains one run, from its start."""
 
 
-def jobs(settings: Frontier) -> list[Job]:
+def frontier_jobs(settings: FrontierConfig) -> list[FrontierJob]:
     """Returns the runs; one measures every `eval_every` steps and at its end."""
     methods = ("dpo", *ONLINE, "unlikelihood", "preferred_ft")
     found = []
     for method in methods:
         sizes = settings.online if method in ONLINE else settings
         every = (*range(sizes.eval_every, sizes.max_steps, sizes.eval_every), sizes.max_steps)
-        found += [Job(method, float(strength), every) for strength in getattr(settings, method)]
+        found += [FrontierJob(method, float(strength), every) for strength in getattr(settings, method)]
     return found
 
 
-def run(settings: Frontier, say: Callable[[str], None]) -> Found:
+def run_frontier(settings: FrontierConfig, say: Callable[[str], None]) -> FrontierResult:
     """Runs what is missing of an experiment, and returns all of it.
 
     Raises:
       UserError: settings that no experiment can have; the folder belongs to another one.
     """
-    setup.check(settings)
+    setup.check_frontier(settings)
     folder = Path(settings.run)
     with _claimed(folder, settings):
-        shared, path = setup.shared(settings, folder, say), folder / "points.jsonl"
-        metrics.truncate(path, LAST)  # which drops a line that a kill has torn
-        done, writing = {point[:3] for point in points(path)}, threading.Lock()
+        shared, path = setup.setup_shared(settings, folder, say), folder / "points.jsonl"
+        truncate_metrics(path, LAST)  # which drops a line that a kill has torn
+        done, writing = {point[:3] for point in frontier_points(path)}, threading.Lock()
 
         stopped = threading.Event()
 
-        def keep(job: Job, params: Any, step: int) -> None:
+        def keep(job: FrontierJob, params: Any, step: int) -> None:
             if stopped.is_set():
                 raise CancelledError
             if step in job.steps and (*job[:2], step) not in done:
                 point = shared.measure(params, *job[:2], step)
                 values = point._asdict()
                 with writing:
-                    metrics.append(path, values.pop("step"), step * settings.batch_size, values)
+                    append_metrics(path, values.pop("step"), step * settings.batch_size, values)
                 if step == job.steps[-1]:
                     say(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
 
-        start, every = Job("sft", 0.0, (0,)), jobs(settings)
+        start, every = FrontierJob("sft", 0.0, (0,)), frontier_jobs(settings)
         keep(start, shared.world.reference, 0)
         missing = [job for job in every if not {(*job[:2], step) for step in job.steps} <= done]
         trainer = partial(_trainer, shared, folder, keep, say)
-        threads.at_once(_tasks(missing, trainer), threads.several(), stopped.set)
+        distributed.run_concurrently(_tasks(missing, trainer), distributed.concurrent_programs(), stopped.set)
         places = {job[:2]: place for place, job in enumerate((start, *every))}
-        return _found(shared, folder, sorted(points(path), key=lambda p: (places[p[:2]], p.step)))
+        return _found(shared, folder, sorted(frontier_points(path), key=lambda p: (places[p[:2]], p.step)))
 
 
-def _claimed(folder: Path, settings: Frontier) -> Any:
+def _claimed(folder: Path, settings: FrontierConfig) -> Any:
     """Makes the run folder, or takes it up again if it belongs to the same settings; returns the hold on it."""
-    old = folders.config_of(folder, kind=Frontier) if folders.is_run(folder) else settings
-    if changed := keys.difference(old, settings, FREE):
+    old = run_config(folder, kind=FrontierConfig) if is_run(folder) else settings
+    if changed := difference(old, settings, FREE):
         raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
-    lock = watch.locked(folder)
-    with folders.written(folder / "config.yaml") as file:
-        file.write(keys.dump(settings))
+    lock = interrupts.lock_folder(folder)
+    with written(folder / "config.yaml") as file:
+        file.write(dump(settings))
     return lock
 
 
-def _tasks(missing: Sequence[Job], trainer: Callable[[str], Train]) -> Iterator[Callable[[], None]]:
+def _tasks(missing: Sequence[FrontierJob], trainer: Callable[[str], Train]) -> Iterator[Callable[[], None]]:
     """Yields what trains each run; what runs of one method share is made when the first of them is wanted."""
     for method, those in itertools.groupby(missing, key=lambda job: job.method):
         train = trainer(method)
         yield from (partial(train, job) for job in those)
 
 
-def _trainer(shared: Shared, folder: Path, keep: Keep, say: Callable[[str], None], method: str) -> Train:
+def _trainer(shared: SharedSetup, folder: Path, keep: Keep, say: Callable[[str], None], method: str) -> Train:
     """Returns what trains one run of a method."""
     if method not in ONLINE:
         return _offline(shared, method, keep)
-    judge = rewards.get(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else shared.world.reward
+    judge = get_reward(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else shared.world.reward
     return _online(shared, judge, keep)
 
 
-def _offline(shared: Shared, method: str, keep: Keep) -> Train:
+def _offline(shared: SharedSetup, method: str, keep: Keep) -> Train:
     """Returns what trains on pairs; runs of one method share a compiled step."""
     settings, world = shared.settings, shared.world
     table = shared.train if method != "preferred_ft" else _chosen(shared.train)
     column = shared.column(world.reference, table, shared.shape) if method == "dpo" else None
-    program = offline.program(world, config_of(settings, method, 1.0), table, column)
+    program = offline.offline_program(world, job_config(settings, method, 1.0), table, column)
 
-    def train(job: Job) -> None:
+    def train(job: FrontierJob) -> None:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
-        for step, params in offline.steps(program, config_of(settings, method, job.strength), seed):
+        for step, params in offline.offline_steps(program, job_config(settings, method, job.strength), seed):
             keep(job, params, step)
 
     return train
 
 
-def config_of(settings: Frontier, method: str, strength: float) -> Config:
+def job_config(settings: FrontierConfig, method: str, strength: float) -> Config:
     """Returns the config of one run on pairs."""
     losses = {"dpo": {"beta": strength}, "unlikelihood": {"alpha": strength}, "preferred_ft": {}}
     loss = {"name": method if method != "preferred_ft" else "sft", **losses[method]}
@@ -179,16 +185,16 @@ def _chosen(pairs: Table) -> Table:
     return Table.of(pairs[i]._replace(responses=pairs[i].responses[:1], scores=()) for i in range(len(pairs)))
 
 
-def _online(shared: Shared, judge: Reward, keep: Keep) -> Train:
+def _online(shared: SharedSetup, judge: Reward, keep: Keep) -> Train:
     """Returns what trains on completions of the policy itself."""
     settings, world = shared.settings, shared.world
 
     def judged(prompts: list[Array], completions: list[Array]) -> np.ndarray:
-        return score(world, judge, prompts, completions).astype(np.float32)
+        return score_completions(world, judge, prompts, completions).astype(np.float32)
 
     start = jax.device_put(world.start), jax.device_put(world.start)
 
-    def train(job: Job) -> None:
+    def train(job: FrontierJob) -> None:
         method, options = _online_options(settings, job)
         method(
             world.model, *start, shared.prompts, judged, options, steps=settings.online.max_steps, seed=settings.seed,
@@ -198,20 +204,20 @@ def _online(shared: Shared, judge: Reward, keep: Keep) -> Train:
     return train
 
 
-def _online_options(settings: Frontier, job: Job) -> tuple[Callable[..., Any], Any]:
+def _online_options(settings: FrontierConfig, job: FrontierJob) -> tuple[Callable[..., Any], Any]:
     """Returns what trains on the policy's own completions, and its options."""
     sizes, new = settings.online, settings.max_new_tokens
     if job.method == "online_dpo":
-        options = online.Options(
+        options = online.OnlineOptions(
             job.strength, sizes.learning_rate, sizes.rollouts // settings.completions, settings.completions, new,
             settings.label, settings.batch_size,
         )  # fmt: skip
-        return online.train, options
+        return online.train_online, options
     given = {"rollouts": sizes.rollouts, "init_kl_coef": sizes.init_kl_coef, "horizon": sizes.horizon}
-    return ppo.train, ppo.Options(job.strength, sizes.learning_rate, max_new_tokens=new, **given)
+    return ppo.train_ppo, ppo.PpoOptions(job.strength, sizes.learning_rate, max_new_tokens=new, **given)
 
 
-def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> Path:
+def _reward_model(shared: SharedSetup, folder: Path, say: Callable[[str], None]) -> Path:
     """Returns the run folder of a reward model of the pairs, trained if need be."""
     settings, out = shared.settings, folder / "reward"
     paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
@@ -219,16 +225,16 @@ def _reward_model(shared: Shared, folder: Path, say: Callable[[str], None]) -> P
     optim = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
     config = Config(
         data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
-        samples=Samples(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
+        samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
         run=str(out), seed=settings.seed,
     )  # fmt: skip
-    loop.train(assemble.run_of(config, say), say)
+    loop.train_run(run_setup.setup_run(config, say), say)
     return out
 
 
-def points(path: Path) -> list[Point]:
+def frontier_points(path: Path) -> list[Point]:
     """Returns the points in a file, which may be absent."""
-    rows = metrics.read(path) if path.is_file() else []
+    rows = read_metrics(path) if path.is_file() else []
 
     def point(row: dict[str, Any]) -> Point:
         values: dict[str, Any] = {name: math.nan if row[name] is None else row[name] for name in Point._fields}
@@ -237,14 +243,14 @@ def points(path: Path) -> list[Point]:
     return [point(row) for row in rows]
 
 
-def _found(shared: Shared, folder: Path, known: list[Point]) -> Found:
+def _found(shared: SharedSetup, folder: Path, known: list[Point]) -> FrontierResult:
     """Returns all that is known, with the optimum and the best of N."""
     settings, world, held_out = shared.settings, shared.world, shared.held_out
-    samples = draws.rewards(folder / "reference.npy", world, held_out, settings.optimum.samples)
-    every = draws.listed(world, held_out, shared.column)
+    samples = score_texts(folder / "reference.npy", world, held_out, settings.optimum.samples)
+    every = enumerate_texts(world, held_out, shared.column)
     if every is not None:
-        curve, left_out = optimum.from_list(*every, settings.optimum.betas), []
+        curve, left_out = optimum.optimum_from_list(*every, settings.optimum.betas), []
     else:
-        curve, left_out = optimum.from_samples(samples, settings.optimum.betas, settings.seed)
-    best = [BestOf(n, *mean_interval(optimum.best_of(samples, n))) for n in settings.best_of]
-    return Found(known, curve, left_out, best, every is not None, len(held_out), len(shared.train))
+        curve, left_out = optimum.optimum_from_samples(samples, settings.optimum.betas, settings.seed)
+    best = [BestOf(n, *mean_interval(optimum.best_of_n(samples, n))) for n in settings.best_of]
+    return FrontierResult(known, curve, left_out, best, every is not None, len(held_out), len(shared.train))

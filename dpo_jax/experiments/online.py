@@ -15,15 +15,16 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax import keys, losses
+from dpo_jax import losses
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError, closest
 from dpo_jax.experiments.ppo import Each, Reward, Tell
-from dpo_jax.logprobs import as_reference, batch_logps, per_microbatch
-from dpo_jax.models import Model
-from dpo_jax.records import Array, Batch, Tokens, TrainState, UserError
+from dpo_jax.logprobs import as_ref_logps, batch_logps, map_microbatches
+from dpo_jax.models.model import Model
+from dpo_jax.records import Array, Batch, Tokens, TrainState
 from dpo_jax.rewards.labels import LABELLERS
-from dpo_jax.sample import sample
+from dpo_jax.sampling import generate
 from dpo_jax.step import init_state, make_train_step
 
 UNIT = 128  # of the length of a row
@@ -31,7 +32,7 @@ MICROBATCH = 2048  # tokens
 SOFT = "soft"
 
 
-class Options(NamedTuple):
+class OnlineOptions(NamedTuple):
     """How online DPO goes.
 
     Attributes:
@@ -56,13 +57,13 @@ class Options(NamedTuple):
     inner_epochs: int = 1
 
 
-def train(
+def train_online(
     model: Model,
     params: Any,
     reference: Any,
     prompts: Sequence[Array],
     reward: Reward,
-    options: Options,
+    options: OnlineOptions,
     *,
     steps: int,
     seed: int,
@@ -101,7 +102,7 @@ def train(
         numbers = {"beta": options.beta, "learning_rate": options.learning_rate * (1 - done / steps)}
         found = []
         for rows in _batches(len(table), options, draw):
-            batch, count, _ = pack.build(table, rows, shape)
+            batch, count, _ = pack.build_batch(table, rows, shape)
             state, metrics = _step(model, state, reference, batch, np.int32(count), numbers)
             found.append(metrics)
         told = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
@@ -114,9 +115,9 @@ def train(
     return state.params
 
 
-def _check(options: Options, prompts: Sequence[Array]) -> None:
+def _check(options: OnlineOptions, prompts: Sequence[Array]) -> None:
     if options.label not in (SOFT, *LABELLERS):
-        known = keys.closest(options.label, [SOFT, *LABELLERS])
+        known = closest(options.label, [SOFT, *LABELLERS])
         raise UserError(f"online DPO: label: unknown {options.label!r}; {known}")
     if options.completions < 2 or min(options.prompts, options.batch_size, options.inner_epochs) < 1:
         raise UserError("online DPO: completions are at least 2, prompts, batch_size and inner_epochs at least 1")
@@ -124,11 +125,11 @@ def _check(options: Options, prompts: Sequence[Array]) -> None:
         raise UserError("online DPO: there are no prompts")
 
 
-def _shape(options: Options, longest: int) -> pack.Shape:
+def _shape(options: OnlineOptions, longest: int) -> pack.Layout:
     """Returns the layout of a step, which holds any pairs of completions."""
     length = -(-(longest + 2 * options.max_new_tokens) // UNIT) * UNIT
     rows = max(1, min(options.batch_size, MICROBATCH // length))
-    return pack.Shape(-(-options.batch_size // rows), rows, length, length // 4, length)
+    return pack.Layout(-(-options.batch_size // rows), rows, length, length // 4, length)
 
 
 def _labelled(
@@ -136,14 +137,14 @@ def _labelled(
     policy: Any,
     prompts: Sequence[Array],
     reward: Reward,
-    options: Options,
+    options: OnlineOptions,
     draw: np.random.Generator,
     eos,
 ) -> tuple[Table, float]:
     """Returns pairs of the policy's completions, labelled, and the mean score of all completions."""
     chosen = draw.choice(len(prompts), options.prompts, replace=options.prompts > len(prompts))
     asked, copies = [np.asarray(prompts[i], np.int32) for i in chosen], options.completions
-    answers = sample(
+    answers = generate(
         model, policy, asked, copies=copies, max_new_tokens=options.max_new_tokens, eos_id=eos,
         seed=int(draw.integers(2**31)), batch_size=copies * len(asked),
     )  # fmt: skip
@@ -169,7 +170,7 @@ def _pairs(scored: list[Any], label: str, draw: np.random.Generator) -> list[tup
     return [(a, b, 0.5 * (1 + math.tanh((r - s) / 2))) for (a, r), (b, s) in every if a != b]
 
 
-def _batches(count: int, options: Options, draw: np.random.Generator) -> list[Array]:
+def _batches(count: int, options: OnlineOptions, draw: np.random.Generator) -> list[Array]:
     """Returns the rows of each step of a round; the last of a pass may be fewer."""
     starts = range(0, count, options.batch_size)
     orders = (draw.permutation(count) for _ in range(options.inner_epochs))
@@ -182,7 +183,7 @@ def _step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Returns the state after a step of DPO, and TRL's metrics."""
     logps = partial(batch_logps, model)
-    column = per_microbatch(lambda micro: as_reference(logps(reference, micro), micro), batch, count)
+    column = map_microbatches(lambda micro: as_ref_logps(logps(reference, micro), micro), batch, count)
     loss = losses.build({"name": "dpo", "beta": numbers["beta"]})
     tx = optax.adam(numbers["learning_rate"])
     return make_train_step(logps, loss, tx)(state, batch._replace(ref_logps=column), count)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from dpo_jax.metrics import Z95, mean_interval
+from dpo_jax.intervals import Z95, mean_interval
 from dpo_jax.records import Array
 
 RESAMPLES = 100
@@ -38,7 +38,7 @@ class Optimum(NamedTuple):
     effective: float
 
 
-def tilted(rewards: Array, base: Array, beta: float) -> tuple[Array, Array, Array]:
+def tilted_weights(rewards: Array, base: Array, beta: float) -> tuple[Array, Array, Array]:
     """Returns the reward of base * exp(rewards / beta) / Z, its KL from base and the sum of its squared weights,
     float64[...] each; `base` holds log-probabilities of the K responses, float64[..., K]."""
     weighed = base + rewards / beta
@@ -48,7 +48,7 @@ def tilted(rewards: Array, base: Array, beta: float) -> tuple[Array, Array, Arra
     return reward, reward / beta - log_z[..., 0], (weights**2).sum(-1)
 
 
-def from_list(rewards: Array, base: Array, betas: Sequence[float]) -> list[Optimum]:
+def optimum_from_list(rewards: Array, base: Array, betas: Sequence[float]) -> list[Optimum]:
     """Returns the reference and the optimum at each beta, exactly but for the prompts being some of many.
 
     Args:
@@ -57,12 +57,12 @@ def from_list(rewards: Array, base: Array, betas: Sequence[float]) -> list[Optim
       betas: falling or rising, above 0.
     """
     start = Optimum(math.inf, *mean_interval((np.exp(base) * rewards).sum(-1)), 0.0, 0.0, math.inf)
-    found = [tilted(rewards, base, beta) for beta in sorted(betas, reverse=True)]
+    found = [tilted_weights(rewards, base, beta) for beta in sorted(betas, reverse=True)]
     pairs = zip(sorted(betas, reverse=True), found, strict=True)
     return [start, *(Optimum(b, *mean_interval(r), *mean_interval(kl), math.inf) for b, (r, kl, _) in pairs)]
 
 
-def from_samples(rewards: Array, betas: Sequence[float], seed: int = 0) -> tuple[list[Optimum], list[Optimum]]:
+def optimum_from_samples(rewards: Array, betas: Sequence[float], seed: int = 0) -> tuple[list[Optimum], list[Optimum]]:
     """Returns the reference and the optimum at each beta by self-normalised importance weights, and those left out.
 
     Intervals are by the bootstrap: prompts are drawn anew, and of each its samples. At a small beta few samples have
@@ -79,17 +79,17 @@ def from_samples(rewards: Array, betas: Sequence[float], seed: int = 0) -> tuple
     for b in range(RESAMPLES):
         at = random.integers(prompts, size=prompts)
         drawn = rewards[at[:, None], random.integers(count, size=rewards.shape)]
-        again[b] = [[part.mean() for part in tilted(drawn, base, beta)[:2]] for beta in betas]
+        again[b] = [[part.mean() for part in tilted_weights(drawn, base, beta)[:2]] for beta in betas]
     halves = Z95 * again.std(axis=0, ddof=1)
     found = [Optimum(math.inf, *mean_interval(rewards.mean(1)), 0.0, 0.0, float(count))]
     for beta, (reward_half, kl_half) in zip(betas, halves, strict=True):
-        reward, kl, squares = (float(part.mean()) for part in tilted(rewards, base, beta))
+        reward, kl, squares = (float(part.mean()) for part in tilted_weights(rewards, base, beta))
         found.append(Optimum(beta, reward, float(reward_half), kl, float(kl_half), 1 / squares))
     few = [o.effective < FEWEST for o in found]
     return [o for o, f in zip(found, few, strict=True) if not f], [o for o, f in zip(found, few, strict=True) if f]
 
 
-class Limit(NamedTuple):
+class RewardLimit(NamedTuple):
     """The most reward at one KL.
 
     Attributes:
@@ -105,7 +105,7 @@ class Limit(NamedTuple):
     known: bool
 
 
-def limit(curve: Sequence[Optimum], kl: float) -> Limit:
+def reward_limit(curve: Sequence[Optimum], kl: float) -> RewardLimit:
     """Returns the most reward that any policy has at a KL.
 
     Between two optima it is on the line through them. The curve is concave with slope beta, so that beyond the last
@@ -118,19 +118,21 @@ def limit(curve: Sequence[Optimum], kl: float) -> Limit:
     x = [o.kl for o in curve]
     at = int(np.searchsorted(x, kl, side="right"))
     if at == 0:
-        return Limit(curve[0].reward, curve[0].reward_half, curve[1].beta if len(curve) > 1 else math.inf, True)
+        return RewardLimit(curve[0].reward, curve[0].reward_half, curve[1].beta if len(curve) > 1 else math.inf, True)
     if at == len(curve):
         last = curve[-1]
         beyond = kl - last.kl
-        return Limit(last.reward + (last.beta * beyond if beyond else 0.0), last.reward_half, last.beta, beyond == 0)
+        return RewardLimit(
+            last.reward + (last.beta * beyond if beyond else 0.0), last.reward_half, last.beta, beyond == 0
+        )
     low, high = curve[at - 1], curve[at]
     part = (kl - low.kl) / (high.kl - low.kl)
     slope = (high.reward - low.reward) / (high.kl - low.kl)
     reward_half = (1 - part) * low.reward_half + part * high.reward_half
-    return Limit(low.reward + slope * (kl - low.kl), reward_half, slope, True)
+    return RewardLimit(low.reward + slope * (kl - low.kl), reward_half, slope, True)
 
 
-def best_of(rewards: Array, n: int) -> Array:
+def best_of_n(rewards: Array, n: int) -> Array:
     """Returns the expected greatest reward of n of the K samples of each prompt, float64[prompts]: the mean over all
     choices of n different ones, which is unbiased for n independent samples.
 

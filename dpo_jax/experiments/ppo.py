@@ -16,18 +16,19 @@ import optax
 
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.experiments import ppo_parts as parts
-from dpo_jax.logprobs import scored_logps, scored_states
-from dpo_jax.models import Model
-from dpo_jax.records import Array, Batch, Tokens, UserError
-from dpo_jax.sample import sample
+from dpo_jax.logprobs import token_logps_of_batch, token_states_of_batch
+from dpo_jax.models.model import Model
+from dpo_jax.records import Array, Batch, Tokens
+from dpo_jax.sampling import generate
 
 Reward = Callable[[list[Array], list[Array]], np.ndarray]  # (prompts, completions), n of ids each -> float32[n]
 Each = Callable[[int, Any], None]  # (steps done, the policy's parameters)
 Tell = Callable[[int, dict[str, float]], None]  # (steps done, figures)
 
 
-class Options(NamedTuple):
+class PpoOptions(NamedTuple):
     """How PPO goes; defaults as in the code of Ziegler et al. 2019, or TRL's where that depends on the task.
 
     Attributes:
@@ -90,13 +91,13 @@ class Rollouts(NamedTuple):
     returns: Array
 
 
-def train(
+def train_ppo(
     model: Model,
     params: Any,
     reference: Any,
     prompts: Sequence[Array],
     reward: Reward,
-    options: Options,
+    options: PpoOptions,
     *,
     steps: int,
     seed: int,
@@ -141,7 +142,7 @@ def train(
         told = {name: float(value) for name, value in found.items()} | {"kl_coef": kl_coef}
         if not np.isfinite(list(told.values())).all():
             raise UserError(f"PPO is not finite at step {step + 1} ({told}); lower learning_rate")
-        kl_coef = parts.adapted(kl_coef, told["kl"], options.kl_target, options.rollouts, options.horizon)
+        kl_coef = parts.adapt_kl_coef(kl_coef, told["kl"], options.kl_target, options.rollouts, options.horizon)
         if tell is not None:
             tell(step + 1, told)
         if each is not None:
@@ -149,10 +150,10 @@ def train(
     return learner.policy
 
 
-def _shape(options: Options, prompts: Sequence[Array]) -> pack.Shape:
+def _shape(options: PpoOptions, prompts: Sequence[Array]) -> pack.Layout:
     """Returns the layout of a step's completions: one to a row, a minibatch's worth at a time."""
     longest, new = max(map(len, prompts)), options.max_new_tokens
-    return pack.Shape(options.minibatches, options.rollouts // options.minibatches, longest + new, 1, new)
+    return pack.Layout(options.minibatches, options.rollouts // options.minibatches, longest + new, 1, new)
 
 
 def _learner(model: Model, params: Any) -> Learner:
@@ -161,7 +162,7 @@ def _learner(model: Model, params: Any) -> Learner:
     return Learner(params, {"weight": jnp.zeros(width), "bias": jnp.zeros(())})
 
 
-def _check(options: Options, prompts: Sequence[Array]) -> None:
+def _check(options: PpoOptions, prompts: Sequence[Array]) -> None:
     if options.minibatches < 1 or options.rollouts < 1 or options.rollouts % options.minibatches:
         raise UserError(f"PPO: {options.rollouts} rollouts do not make {options.minibatches} equal minibatches")
     if not options.kl_target > 0 or not options.horizon > 0:
@@ -171,18 +172,25 @@ def _check(options: Options, prompts: Sequence[Array]) -> None:
 
 
 def _drawn(
-    model: Model, policy: Any, prompts: Sequence[Array], reward: Reward, options: Options, shape: pack.Shape, draw, eos
+    model: Model,
+    policy: Any,
+    prompts: Sequence[Array],
+    reward: Reward,
+    options: PpoOptions,
+    shape: pack.Layout,
+    draw,
+    eos,
 ) -> tuple[Batch, Array]:
     """Returns a step's completions as a batch [M, R, ...] of one to a row, and their scores float32[M, R]."""
     chosen = draw.choice(len(prompts), options.rollouts, replace=options.rollouts > len(prompts))
     asked, count = [np.asarray(prompts[i], np.int32) for i in chosen], options.rollouts
-    answers = sample(
+    answers = generate(
         model, policy, asked, max_new_tokens=options.max_new_tokens, eos_id=eos, seed=int(draw.integers(2**31)),
         batch_size=count,
     )  # fmt: skip
     scored = np.asarray(reward(asked, answers), np.float32)
     table = Table.of(Tokens(p, (a,)) for p, a in zip(asked, answers, strict=True))
-    batch, _, places = pack.build(table, np.arange(count), shape)
+    batch, _, places = pack.build_batch(table, np.arange(count), shape)
     scores = np.zeros((shape.microbatches, shape.rows), np.float32)
     scores[places[:, 0], places[:, 1]] = scored
     return batch, scores
@@ -194,7 +202,7 @@ def _adam(learning_rate: Any, norm: Any) -> optax.GradientTransformation:
 
 def _scored(model: Model, learner: Learner, batch: Batch) -> tuple[Array, Array]:
     """Returns log-probs and values of the tokens of some rows, float32[R, T]; a value is of the text before a token."""
-    logps, hidden = scored_states(model, learner.policy, batch)
+    logps, hidden = token_states_of_batch(model, learner.policy, batch)
     values = hidden.astype(jnp.float32) @ learner.head["weight"] + learner.head["bias"]
     return logps, values
 
@@ -236,7 +244,7 @@ def _judged(
 ) -> tuple[Rollouts, dict[str, Array]]:
     """Returns completions with what they were worth, from a batch [M, R, ...] and scores [M, R], and its figures."""
     logps, values = jax.lax.map(partial(_scored, model, learner), batch)
-    ref_logps = jax.lax.map(partial(scored_logps, model, reference), batch)
+    ref_logps = jax.lax.map(partial(token_logps_of_batch, model, reference), batch)
     batch, logps, values, ref_logps, scores = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (batch, logps, values, ref_logps, scores)
     )
@@ -260,6 +268,6 @@ def _objective(
     logps, values = _scored(model, learner, rollouts.batch)
     policy = parts.policy_loss(logps, rollouts.logps, rollouts.advantages, mask, numbers["clip"])
     value = parts.value_loss(values, rollouts.values, rollouts.returns, mask, numbers["value_clip"])
-    clipped = parts.mean(jnp.abs(jnp.expm1(logps - rollouts.logps)) > numbers["clip"], mask)
+    clipped = parts.masked_mean(jnp.abs(jnp.expm1(logps - rollouts.logps)) > numbers["clip"], mask)
     told = {"policy_loss": policy, "value_loss": value, "clipped": clipped}
     return policy + numbers["vf_coef"] * value, told

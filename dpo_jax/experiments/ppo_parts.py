@@ -64,22 +64,22 @@ def policy_loss(logps: Array, old: Array, advantage: Array, mask: Array, clip: A
     """
     ratio = jnp.exp(jnp.where(mask, logps - old, 0.0))
     kept = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-    return -mean(kept, mask)
+    return -masked_mean(kept, mask)
 
 
 def value_loss(values: Array, old: Array, returns: Array, mask: Array, clip: Array | float) -> Array:
     """Returns half the larger of two squared errors, the value's and that of the value held within `clip` of the old
     one, as a mean over tokens."""
     held = jnp.clip(values, old - clip, old + clip)
-    return 0.5 * mean(jnp.maximum((values - returns) ** 2, (held - returns) ** 2), mask)
+    return 0.5 * masked_mean(jnp.maximum((values - returns) ** 2, (held - returns) ** 2), mask)
 
 
-def mean(values: Array, mask: Array) -> Array:
+def masked_mean(values: Array, mask: Array) -> Array:
     """Returns the mean over tokens."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(mask.sum(), 1)
 
 
-def adapted(kl_coef: float, kl: float, target: float, completions: int, horizon: float) -> float:
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, completions: int, horizon: float) -> float:
     """Returns the KL coefficient after a step, by proportional control (Ziegler et al. 2019, section 2.2).
 
         e = clamp(KL / target - 1, -0.2, 0.2),    beta <- beta (1 + e completions / horizon)

@@ -8,22 +8,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax import assemble, data, optim, rewards, sharding
-from dpo_jax.config import Data
+from dpo_jax import optim, sharding
+from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.schema import DataConfig
 from dpo_jax.data import pack
+from dpo_jax.data.sources.base import only_comparisons, prompt_key
 from dpo_jax.data.table import Table
-from dpo_jax.experiments import draws
-from dpo_jax.experiments.measure import Column, Point, World, column_of, measurer, shape_of
-from dpo_jax.models import hf
+from dpo_jax.errors import UserError
+from dpo_jax.experiments.world import Column, Point, World, draw_pairs, eval_layout, make_measurer, make_ref_logps
+from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.kernels import CHUNKS
-from dpo_jax.records import Array, UserError
-from dpo_jax.settings import Frontier
+from dpo_jax.records import Array
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.training.load import load_policy, load_run_tokenizer
+from dpo_jax.training.tables import comparison_streams, prompt_ids
 
 DRAWS = 256  # completions that are sampled at a time, at most
 UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # of Data, in which pairs are read
 
 
-class Shared(NamedTuple):
+class SharedSetup(NamedTuple):
     """What every run of an experiment uses.
 
     Attributes:
@@ -37,17 +41,17 @@ class Shared(NamedTuple):
       measure: (params, method, strength, step) -> Point.
     """
 
-    settings: Frontier
+    settings: FrontierConfig
     world: World
     train: Table
     column: Column
-    shape: pack.Shape
+    shape: pack.Layout
     prompts: list[Array]
     held_out: list[Array]
     measure: Callable[..., Point]
 
 
-def check(settings: Frontier) -> None:
+def check_frontier(settings: FrontierConfig) -> None:
     """Refuses values that no experiment can have, by key."""
     sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts")}
     sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.samples": settings.optimum.samples}
@@ -76,19 +80,19 @@ def check(settings: Frontier) -> None:
             f"model.attention: {settings.model.attention}: experiments compute it by {CHUNKS}; leave it out"
         )
     for key in UNUSED:
-        if getattr(settings.data, key) != getattr(Data(), key):
+        if getattr(settings.data, key) != getattr(DataConfig(), key):
             raise UserError(f"data.{key}: pairs are made of the reference's completions, so it has no meaning here")
     optim.build(**settings.optim)
-    rewards.get(settings.reward)
+    get_reward(settings.reward)
 
 
-def shared(settings: Frontier, folder: Path, say: Callable[[str], None]) -> Shared:
+def setup_shared(settings: FrontierConfig, folder: Path, say: Callable[[str], None]) -> SharedSetup:
     """Returns what the runs share; pairs are drawn and labelled unless the folder has them."""
     world, start = _world(settings), time.perf_counter()
     counts = settings.prompts, settings.eval_prompts
-    sides = zip(assemble.comparisons(settings.data, 0), counts, strict=True)
+    sides = zip(comparison_streams(settings.data, 0), counts, strict=True)
     prompts, held_out = (_prompts(rows, count, settings, world) for rows, count in sides)
-    make = partial(draws.pairs, world=world, how=settings.label)
+    make = partial(draw_pairs, world=world, how=settings.label)
     train = make(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
     test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
     say(
@@ -96,39 +100,39 @@ def shared(settings: Frontier, folder: Path, say: Callable[[str], None]) -> Shar
         f"{len(test):,} held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
     )
     both = Table.of(table[i] for table in (train, test) for i in range(len(table)))
-    column, shape = column_of(world), shape_of(world, both)
-    measure = measurer(world, held_out, test, shape, column)
-    return Shared(settings, world, train, column, shape, prompts, held_out, measure)
+    column, shape = make_ref_logps(world), eval_layout(world, both)
+    measure = make_measurer(world, held_out, test, shape, column)
+    return SharedSetup(settings, world, train, column, shape, prompts, held_out, measure)
 
 
-def _world(settings: Frontier) -> World:
+def _world(settings: FrontierConfig) -> World:
     """Returns what all policies are made and measured with, the reference on the devices."""
-    tokenizer = assemble.tokenizer_of(settings.model)
-    loaded = assemble.load_model(settings.model, tokenizer, settings.seed)
-    start, mesh = hf.whole(loaded.params), sharding.make_mesh()
-    where = sharding.of_params(mesh, loaded.model.axes, start)
+    tokenizer = load_run_tokenizer(settings.model)
+    loaded = load_policy(settings.model, tokenizer, settings.seed)
+    start, mesh = load_into_memory(loaded.params), sharding.make_mesh()
+    where = sharding.param_shardings(mesh, loaded.model.axes, start)
     return World(
         model=loaded.model,
         mesh=mesh,
         where=where,
         start=start,
-        reference=sharding.put(start, where),
+        reference=sharding.put_params(start, where),
         tokenizer=tokenizer,
-        reward=rewards.get(settings.reward),
+        reward=get_reward(settings.reward),
         max_new_tokens=settings.max_new_tokens,
         draws=min(settings.eval_prompts, DRAWS),
         seed=settings.seed,
     )
 
 
-def _prompts(rows: Any, count: int | None, settings: Frontier, world: World) -> list[Array]:
+def _prompts(rows: Any, count: int | None, settings: FrontierConfig, world: World) -> list[Array]:
     """Returns the first distinct prompts as ids, all that are wanted or as many as there are."""
     found: dict[int, Any] = {}
-    for row in data.comparisons(rows):
+    for row in only_comparisons(rows):
         if count is not None and len(found) == count:
             break
-        found.setdefault(data.prompt_key(row.prompt), row.prompt)
-    ids = assemble.prompt_ids(list(found.values()), world.tokenizer, settings.data)
+        found.setdefault(prompt_key(row.prompt), row.prompt)
+    ids = prompt_ids(list(found.values()), world.tokenizer, settings.data)
     longest = max(map(len, ids))
     if longest > settings.data.max_prompt_length:
         raise UserError(f"data.max_prompt_length: a prompt has {longest} tokens, more than it says")

@@ -5,8 +5,7 @@ Notation as in pairwise.py: c and r are log pi - log ref of the two.
 
 from jax.nn import log_sigmoid, sigmoid
 
-from dpo_jax.losses.parts import check, log_ratios, pair
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import log_ratios, pair, register, require
 from dpo_jax.records import Array, Logps
 
 
@@ -57,7 +56,7 @@ def sppo_hard(lp: Logps, *, beta: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    check("beta", beta, lambda b: b > 0, "above 0")
+    require("beta", beta, lambda b: b > 0, "above 0")
     c, r = pair(log_ratios(lp))
     return (c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2
 

@@ -7,8 +7,7 @@ in pairwise.py.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from dpo_jax.losses.parts import check, log_ratios, logistic, margin, pair, weighted_mean
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, register, require, weighted_mean
 from dpo_jax.records import Array, Logps
 
 
@@ -95,7 +94,7 @@ def beta_dpo(
     Returns:
       float32[B].
     """
-    check("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
+    require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     excess = _mean_margin(lp) - _usual_margin(lp, decay=decay)
     dynamic = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
     return jnp.where(lp.weights > 0, logistic(dynamic * margin(log_ratios(lp)), label_smoothing), 0.0)

@@ -4,8 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from dpo_jax.losses.parts import check, pair, per_token
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import logistic, margin, pair, per_token, register, require
 from dpo_jax.records import Array, Logps
 
 
@@ -42,6 +41,27 @@ def unlikelihood(lp: Logps, *, alpha: float = 0.5) -> Array:
     Returns:
       float32[B].
     """
-    check("alpha", alpha, lambda a: 0 <= a <= 1, "within 0 and 1")
+    require("alpha", alpha, lambda a: 0 <= a <= 1, "within 0 and 1")
     chosen, rejected = pair(lp.policy)
     return alpha * rejected - chosen
+
+
+@register(responses=2, uses_reference=False, soft_labels=True, rewards=True)
+def bradley_terry(lp: Logps, *, label_smoothing: float = 0.0, center: float = 0.0) -> Array:
+    """Likelihood of a Bradley-Terry reward model (Rafailov et al. 2023, arXiv 2305.18290, eq. 2).
+
+        loss = -log sigmoid(r_c - r_r) + lambda (r_c + r_r)^2
+
+    It trains a reward model, which is no language model: `Logps.policy` holds its rewards.
+
+    Args:
+      lp: rewards of B pairs.
+      label_smoothing: The assumed rate of flipped labels.
+      center: lambda, which keeps rewards around 0 (TRL's center_rewards_coefficient; its authors' 0.01).
+
+    Returns:
+      float32[B].
+    """
+    require("center", center, lambda c: c >= 0, "at least 0")
+    chosen, rejected = pair(lp.policy)
+    return logistic(margin(lp.policy), label_smoothing) + center * (chosen + rejected) ** 2

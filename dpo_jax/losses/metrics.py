@@ -6,22 +6,22 @@ from jax.nn import sigmoid
 from dpo_jax.records import Array, Logps
 
 
-def likelihood(lp: Logps) -> dict[str, Array]:
+def likelihood_metrics(lp: Logps) -> dict[str, Array]:
     """Returns the log-probs, float32[B], of the best response and (P > 1) of the worst; nats a token for the best."""
     chosen = jnp.where(lp.present[:, 0], lp.policy[:, 0], jnp.nan)
     metrics = {"logps/chosen": chosen, "nll": chosen / -jnp.maximum(lp.lengths[:, 0], 1.0)}
     if lp.policy.shape[1] == 1:
         return metrics
-    return metrics | {"logps/rejected": jnp.where(lp.present[:, -1], lp.policy[:, -1], jnp.nan)} | lengths(lp)
+    return metrics | {"logps/rejected": jnp.where(lp.present[:, -1], lp.policy[:, -1], jnp.nan)} | length_metrics(lp)
 
 
-def lengths(lp: Logps) -> dict[str, Array]:
+def length_metrics(lp: Logps) -> dict[str, Array]:
     """Returns the tokens, float32[B], of the best response and of the worst."""
     found = jnp.where(lp.present, lp.lengths, jnp.nan)
     return {"lengths/chosen": found[:, 0], "lengths/rejected": found[:, -1]}
 
 
-def margins(values: Array, lp: Logps) -> dict[str, Array]:
+def margin_metrics(values: Array, lp: Logps) -> dict[str, Array]:
     """Returns TRL's reward metrics, float32[B], of the best response against the worst; values: float[B, P].
 
     A tie counts as half right, where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and
@@ -42,7 +42,7 @@ def margins(values: Array, lp: Logps) -> dict[str, Array]:
     }
 
 
-def rewards(lp: Logps, beta: Array | float) -> dict[str, Array]:
+def reward_metrics(lp: Logps, beta: Array | float) -> dict[str, Array]:
     """Returns `margins` of rewards beta * (log pi - log ref) (paper, eq. 5 without its partition function), float32[B],
     and what goes with them.
 
@@ -51,14 +51,14 @@ def rewards(lp: Logps, beta: Array | float) -> dict[str, Array]:
       sequences as far as the reference wrote them.
     """
     ratios = jnp.where(lp.present, lp.policy - lp.reference, jnp.nan)
-    return margins(beta * ratios, lp) | {
+    return margin_metrics(beta * ratios, lp) | {
         "logratios/chosen": ratios[:, 0],
         "logratios/rejected": ratios[:, -1],
         "kl": -jnp.nanmean(ratios, axis=1),
     }
 
 
-def averages(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
+def weighted_means(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
     """Returns the weighted mean of each metric over the comparisons that have it, float32[], and `length_bias`.
 
     A loss that is NaN stays NaN; a metric that no comparison has is NaN. Where no comparison has both responses the

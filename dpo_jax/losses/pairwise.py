@@ -9,8 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import check, log_ratios, logistic, margin, pair, per_token
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, register, require
 from dpo_jax.records import Array, Logps
 
 
@@ -62,7 +61,7 @@ def ipo(lp: Logps, *, beta: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    check("beta", beta, lambda b: b > 0, "above 0")
+    require("beta", beta, lambda b: b > 0, "above 0")
     return (margin(per_token(log_ratios(lp), lp)) - 1 / (2 * beta)) ** 2
 
 
@@ -79,7 +78,7 @@ def ipo_sum(lp: Logps, *, beta: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    check("beta", beta, lambda b: b > 0, "above 0")
+    require("beta", beta, lambda b: b > 0, "above 0")
     return (margin(log_ratios(lp)) - 1 / (2 * beta)) ** 2
 
 
@@ -116,7 +115,7 @@ def robust(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Arr
     Returns:
       float32[B].
     """
-    check("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
+    require("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
     z = beta * margin(log_ratios(lp))
     kept, flipped = (1 - label_smoothing) * log_sigmoid(z), label_smoothing * log_sigmoid(-z)
     return (flipped - kept) / (1 - 2 * label_smoothing)
@@ -137,7 +136,7 @@ def exo_pair(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> 
     Returns:
       float32[B].
     """
-    check("label_smoothing", label_smoothing, lambda eps: 0 < eps < 0.5, "above 0 and below 0.5")
+    require("label_smoothing", label_smoothing, lambda eps: 0 < eps < 0.5, "above 0 and below 0.5")
     z = beta * margin(log_ratios(lp))
     chosen = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-label_smoothing))
     return chosen + sigmoid(-z) * (log_sigmoid(-z) - jnp.log(label_smoothing))
@@ -158,7 +157,7 @@ def discopop(lp: Logps, *, beta: float = 0.1, tau: float = 0.05) -> Array:
     Returns:
       float32[B].
     """
-    check("tau", tau, lambda t: 0 < t < 1, "above 0 and below 1")
+    require("tau", tau, lambda t: 0 < t < 1, "above 0 and below 1")
     z = beta * margin(log_ratios(lp))
     exponential = jnp.exp(log_sigmoid(z / tau) - z)  # as a product it would be 0 * inf at very negative z
     return exponential - sigmoid(-z / tau) * log_sigmoid(z)
@@ -189,7 +188,7 @@ def odpo(
     Returns:
       float32[B].
     """
-    check("alpha", alpha, lambda a: a >= 0, "at least 0")
+    require("alpha", alpha, lambda a: a >= 0, "at least 0")
     gap = better_by(lp)
     z = beta * margin(log_ratios(lp)) - alpha * (jnp.log(gap) if offset == "log" else gap)
     return logistic(z, label_smoothing)
@@ -219,7 +218,7 @@ def dpop(lp: Logps, *, beta: float = 0.3, penalty: float = 50.0, label_smoothing
     Returns:
       float32[B].
     """
-    check("penalty", penalty, lambda p: p >= 0, "at least 0")
+    require("penalty", penalty, lambda p: p >= 0, "at least 0")
     c, r = pair(log_ratios(lp))
     return logistic(beta * (c - r - penalty * relu(-c)), label_smoothing)
 

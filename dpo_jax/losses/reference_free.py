@@ -7,8 +7,7 @@ m_c = p_c / L_c, m_r = p_r / L_r.
 import jax.numpy as jnp
 from jax.nn import relu
 
-from dpo_jax.losses.parts import check, logistic, margin, pair, per_token, power
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import logistic, margin, pair, per_token, power, register, require
 from dpo_jax.records import Array, Logps
 
 
@@ -69,7 +68,7 @@ def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weigh
     Returns:
       float32[B].
     """
-    check("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
+    require("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     nll = -per_token(lp.policy, lp)[:, 0]
     return logistic(beta * margin(lp.policy), label_smoothing) + nll_weight * nll
 
@@ -110,6 +109,6 @@ def slic(lp: Logps, *, delta: float = 1.0, nll_weight: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    check("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
+    require("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     chosen, rejected = pair(lp.policy)
     return relu(delta - chosen + rejected) - nll_weight * chosen

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import check, log_ratios, weighted_mean
-from dpo_jax.losses.registry import register
+from dpo_jax.losses.parts import log_ratios, register, require, weighted_mean
 from dpo_jax.records import Array, Logps
 
 
@@ -20,7 +19,7 @@ def _there(lp: Logps) -> Array:
 
 def _check_weights(desirable_weight: float, undesirable_weight: float) -> None:
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        check(name, weight, lambda w: w >= 0, "at least 0")
+        require(name, weight, lambda w: w >= 0, "at least 0")
 
 
 def _mean_of_present(wanted: Array, unwanted: Array, lp: Logps) -> Array:
@@ -103,7 +102,7 @@ def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9) -> Array:
     Returns:
       float32[B].
     """
-    check("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
+    require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     delta = _reward_shift(lp, beta=beta, decay=decay)
     c, r = (beta * log_ratios(lp)).T
     return _mean_of_present(-log_sigmoid(c - delta), -log_sigmoid(delta - r), lp)

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
-Config = Mapping[str, Any]  # a Hugging Face config.json
-
+HfConfig = Mapping[str, Any]  # a Hugging Face config.json
 # Hugging Face's names of an activation -> what it is here; "gelu_tanh" is the approximation.
 ACTIVATIONS = {
     "silu": "silu",
@@ -132,7 +131,7 @@ class Architecture:
         return (self.width + 1) ** -0.5
 
 
-def need(config: Config, key: str) -> Any:
+def need_setting(config: HfConfig, key: str) -> Any:
     """Returns the value of a key that has no default.
 
     Raises:
@@ -143,31 +142,31 @@ def need(config: Config, key: str) -> Any:
     return config[key]
 
 
-def get(config: Config, key: str, default: Any) -> Any:
+def get_setting(config: HfConfig, key: str, default: Any) -> Any:
     """Returns the value of a key, the default if it is missing or null."""
     value = config.get(key)
     return default if value is None else value
 
 
-def only(config: Config, key: str, value: Any) -> None:
+def only_setting(config: HfConfig, key: str, value: Any) -> None:
     """Raises UserError unless a setting is missing or has the one value that is supported."""
-    if get(config, key, value) != value:
+    if get_setting(config, key, value) != value:
         raise UserError(f"config.json: {key} = {config[key]!r} is not supported, only {value!r} is")
 
 
-def activation(config: Config, key: str, default: str) -> Any:
+def activation(config: HfConfig, key: str, default: str) -> Any:
     """Returns our name of an activation.
 
     Raises:
       UserError: it is not one of `ACTIVATIONS`.
     """
-    name = get(config, key, default)
+    name = get_setting(config, key, default)
     if name not in ACTIVATIONS:
         raise UserError(f"config.json: {key} = {name!r} is not supported; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def head_dim(config: Config, width: int, heads: int) -> int:
+def head_dim(config: HfConfig, width: int, heads: int) -> int:
     """Returns the explicit `head_dim`, or D / H.
 
     Raises:
@@ -175,22 +174,22 @@ def head_dim(config: Config, width: int, heads: int) -> int:
     """
     if config.get("head_dim") is None and width % heads:
         raise UserError(f"config.json: the width {width} is not a multiple of the {heads} heads; set head_dim")
-    return get(config, "head_dim", width // heads)
+    return get_setting(config, "head_dim", width // heads)
 
 
-def kv_heads(config: Config, heads: int) -> int:
+def kv_heads(config: HfConfig, heads: int) -> int:
     """Returns the number of key-value heads, H if it is not given.
 
     Raises:
       UserError: it does not divide H.
     """
-    number = get(config, "num_key_value_heads", heads)
+    number = get_setting(config, "num_key_value_heads", heads)
     if heads % number:
         raise UserError(f"config.json: num_key_value_heads = {number} does not divide the {heads} query heads")
     return number
 
 
-def rope_settings(config: Config) -> dict[str, Any]:
+def rope_settings(config: HfConfig) -> dict[str, Any]:
     """Returns what a config.json says of rotary positions, in transformers 5's form (`rope_parameters`) or the older.
 
     Raises:
@@ -204,7 +203,7 @@ def rope_settings(config: Config) -> dict[str, Any]:
     return {**old, **new}
 
 
-def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
+def rope(config: HfConfig, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
     """Returns the rotary embedding of a config.json.
 
     Args:
@@ -218,43 +217,47 @@ def rope(config: Config, dim: int, *, theta: str = "rope_theta", part: tuple[str
     """
     new = rope_settings(config)
     if part is None:
-        only(config, "partial_rotary_factor", 1.0)
-        only(new, "partial_rotary_factor", 1.0)
+        only_setting(config, "partial_rotary_factor", 1.0)
+        only_setting(new, "partial_rotary_factor", 1.0)
         part = ("", 1.0)
-    fraction = get(config, "partial_rotary_factor", get(config, *part))
-    return rope_of(new, dim, get(config, theta, 10000.0), fraction, config.get("original_max_position_embeddings"))
+    fraction = get_setting(config, "partial_rotary_factor", get_setting(config, *part))
+    return rope_of(
+        new, dim, get_setting(config, theta, 10000.0), fraction, config.get("original_max_position_embeddings")
+    )
 
 
-def rope_of(new: Config, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None) -> Rope:
+def rope_of(
+    new: HfConfig, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None
+) -> Rope:
     """Returns the rotary embedding that `rope_parameters` describe; the other arguments are its defaults.
 
     Raises:
       UserError: a kind of scaling other than none, "linear" and "llama3".
     """
-    kind = get(new, "rope_type", get(new, "type", "default"))
+    kind = get_setting(new, "rope_type", get_setting(new, "type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are default, linear, llama3")
-    theta = float(get(new, "rope_theta", theta))
-    dims = int(dim * get(new, "partial_rotary_factor", fraction))
+    theta = float(get_setting(new, "rope_theta", theta))
+    dims = int(dim * get_setting(new, "partial_rotary_factor", fraction))
     if dims < 2 or dims % 2:
         raise UserError(f"config.json: {dims} rotary dimensions a head; it must be an even number above 0")
     if kind == "default":
         return Rope(dims, theta)
-    factor = float(need(new, "factor"))
+    factor = float(need_setting(new, "factor"))
     if kind == "linear":
         return Rope(dims, theta, kind, factor)
-    low, high = float(need(new, "low_freq_factor")), float(need(new, "high_freq_factor"))
-    original = original or int(need(new, "original_max_position_embeddings"))
+    low, high = float(need_setting(new, "low_freq_factor")), float(need_setting(new, "high_freq_factor"))
+    original = original or int(need_setting(new, "original_max_position_embeddings"))
     return Rope(dims, theta, kind, factor, low, high, original)
 
 
-def windows(config: Config, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:
+def layer_windows(config: HfConfig, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:
     """Returns the window of each layer, from `layer_types` (or `kinds`, its default) and `sliding_window`.
 
     Raises:
       UserError: a kind of layer that is not supported, too many or too few of them, or no size of the window.
     """
-    kinds = [*(get(config, "layer_types", kinds) or ["full_attention"] * layers)]
+    kinds = [*(get_setting(config, "layer_types", kinds) or ["full_attention"] * layers)]
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             known = "full_attention, sliding_attention"
@@ -263,7 +266,7 @@ def windows(config: Config, layers: int, kinds: Sequence[str] | None) -> tuple[i
         raise UserError(f"config.json: layer_types has {len(kinds)} entries for {layers} layers")
     if "sliding_attention" not in kinds:
         return ()
-    size = need(config, "sliding_window")
+    size = need_setting(config, "sliding_window")
     if size < 1:
         raise UserError(f"config.json: sliding_window = {size}: it must be at least 1")
     return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)

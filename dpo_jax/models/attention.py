@@ -16,11 +16,10 @@ from dpo_jax.records import Array
 CHUNK = 128  # queries at a time: below it a matmul is too small, above it the causal skip saves less
 MAX_CHUNKS = 32  # the chunks are unrolled in the program, so very long rows get larger ones
 LOWEST = -1e30  # the score of a key that is not seen; finite, so that no difference of scores is NaN
-
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class Rows(NamedTuple):
+class RowMask(NamedTuple):
     """What of a row each of its tokens sees: not to its right, of the same group, the prompt and its own branch.
 
     Attributes:
@@ -53,7 +52,7 @@ def capped_slope(y: Array, cap: float | None) -> Array | float:
     return 1.0 if cap is None else 1.0 - jnp.square(y / cap)
 
 
-def packed_attention(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, chunk: int = CHUNK) -> Array:
+def packed_attention(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, *, chunk: int = CHUNK) -> Array:
     """Causal attention in which a response sees its own prompt and itself, never a sibling or a neighbour.
 
     Queries go in static chunks and a chunk computes no score to its right; the backward pass keeps only the
@@ -73,7 +72,7 @@ def packed_attention(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring,
     return _attend(q, k, v, rows, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
-class Seen(NamedTuple):
+class CacheMask(NamedTuple):
     """Which tokens of a cache the new token of each sequence sees.
 
     Attributes:
@@ -99,7 +98,7 @@ class Seen(NamedTuple):
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: Seen, scoring: Scoring
+    q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: CacheMask, scoring: Scoring
 ) -> tuple[Array, tuple[Array, ...]]:
     """Attention of one new token a sequence over a cache, in which the sequences of a prompt share its part.
 
@@ -163,7 +162,7 @@ def _by_token(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
 
 
-def seen_keys(rows: Rows, start: int, stop: int) -> Array:
+def visible_keys(rows: RowMask, start: int, stop: int) -> Array:
     """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees; always itself."""
     query, key = (jax.tree.map(cut, rows._replace(window=None)) for cut in (
         lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
@@ -189,7 +188,7 @@ def _scores(q: Array, k: Array, scoring: Scoring) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, chunk: int) -> Array:
+def _attend(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, chunk: int) -> Array:
     return _attend_fwd(q, k, v, rows, scoring, chunk)[0]
 
 
@@ -200,7 +199,7 @@ def _spans(length: int, chunk: int) -> list[tuple[int, int]]:
 def _attend_fwd(q, k, v, rows, scoring, chunk):
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], seen_keys(rows, a, b), scoring)
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(rows, a, b), scoring)
         for a, b in _spans(q.shape[1], chunk)
     ]
     out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
@@ -219,7 +218,7 @@ def _attend_bwd(scoring, chunk, residuals, g):
     for a, b in _spans(q.shape[1], chunk):
         part, d_part = queries[..., a:b, :], do[..., a:b, :]
         scores = _scores(part, keys[:, :, :b], scoring)
-        seen = seen_keys(rows, a, b)[:, None, None]
+        seen = visible_keys(rows, a, b)[:, None, None]
         p = jnp.exp(jnp.where(seen, scores, LOWEST) - lse[..., a:b, None])
         dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
         slope = scoring.scale * capped_slope(scores, scoring.cap)

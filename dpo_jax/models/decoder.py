@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import Rows, Scoring, Seen, cached_attention, packed_attention
+from dpo_jax.models.attention import CacheMask, RowMask, Scoring, cached_attention, packed_attention
 from dpo_jax.models.kernels import Attend, keeps_attention
 from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
 from dpo_jax.records import Array
@@ -23,7 +23,7 @@ from dpo_jax.records import Array
 Cache = tuple[tuple[Array, ...], ...]
 
 
-def grown(cache: Cache, room: int) -> Cache:
+def extend_cache(cache: Cache, room: int) -> Cache:
     """Returns a cache with room for so many own tokens of each sequence."""
 
     def one(x: Array) -> Array:
@@ -104,10 +104,10 @@ def _attention(
     reach = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
         positions = None if reach is None else context.positions
-        mixed = attend(q, k, v, Rows(context.group, context.branch, positions, reach), scoring)
+        mixed = attend(q, k, v, RowMask(context.group, context.branch, positions, reach), scoring)
         kept = k, v
     else:
-        mixed, kept = cached_attention(q, k, v, cache, Seen(context.mask, context.place, reach), scoring)
+        mixed, kept = cached_attention(q, k, v, cache, CacheMask(context.mask, context.place, reach), scoring)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import Rows, Scoring, seen_keys
+from dpo_jax.models.attention import RowMask, Scoring, visible_keys
 from dpo_jax.records import Array
 
-Attend = Callable[[Array, Array, Array, Rows, Scoring], Array]  # as `packed_attention`
-
+Attend = Callable[[Array, Array, Array, RowMask, Scoring], Array]  # as `packed_attention`
 CHUNKS = "chunks"  # the name of `packed_attention`, which every device has
 BLOCK = 128  # queries, and keys, that a kernel takes at a time: splash's own choice
 _NAMED = jax.checkpoint_policies.save_only_these_names("attention")
@@ -43,7 +42,7 @@ class Kernel(NamedTuple):
     note: str = ""
 
 
-def splash(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, interpret: bool = False) -> Array:
+def splash(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, *, interpret: bool = False) -> Array:
     """Splash attention, which skips blocks of which nothing is seen; on processors with `interpret`, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library  # slow to import, needed where it is used
 
@@ -60,14 +59,14 @@ def splash(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, interp
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         return kernel(q * jnp.asarray(scoring.scale, q.dtype), k, v)
 
-    def run(q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        seen = seen_keys(rows, 0, q.shape[1])
+    def run(q: Array, k: Array, v: Array, rows: RowMask) -> Array:
+        seen = visible_keys(rows, 0, q.shape[1])
         return jax.vmap(one)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), seen).swapaxes(1, 2)
 
     return _in_blocks(run, q, k, v, rows)
 
 
-def cudnn(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, implementation: Any = "cudnn") -> Array:
+def cudnn(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, *, implementation: Any = "cudnn") -> Array:
     """cuDNN's flash attention, which skips what is to the right of a query and masks the rest.
 
     Raises:
@@ -76,8 +75,8 @@ def cudnn(q: Array, k: Array, v: Array, rows: Rows, scoring: Scoring, *, impleme
     if scoring.cap is not None:
         raise NotImplementedError("cannot cap scores, which this model does")
 
-    def run(q: Array, k: Array, v: Array, rows: Rows) -> Array:
-        seen = seen_keys(rows, 0, q.shape[1])[:, None]
+    def run(q: Array, k: Array, v: Array, rows: RowMask) -> Array:
+        seen = visible_keys(rows, 0, q.shape[1])[:, None]
         how: dict[str, Any] = {"mask": seen, "is_causal": True, "scale": scoring.scale}
         return jax.nn.dot_product_attention(q, k, v, **how, implementation=implementation)
 
@@ -89,7 +88,9 @@ _ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--
 KERNELS = {"cudnn": Kernel("gpu", cudnn, ("bfloat16",), _ORDER), "splash": Kernel("tpu", splash)}
 
 
-def _in_blocks(run: Callable[[Array, Array, Array, Rows], Array], q: Array, k: Array, v: Array, rows: Rows) -> Array:
+def _in_blocks(
+    run: Callable[[Array, Array, Array, RowMask], Array], q: Array, k: Array, v: Array, rows: RowMask
+) -> Array:
     """Runs a kernel on rows of whole blocks, the last of them padded; the backward pass makes the mask again."""
     length = q.shape[1]
     pad = partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, -length % BLOCK)) + ((0, 0),) * (x.ndim - 2)))

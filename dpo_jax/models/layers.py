@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.architecture import Architecture, Rope
-from dpo_jax.models.quantised import Quantised, whole
+from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.records import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def project(x: Array, kernel: Array | Quantised, bias: Array | None, contract: int) -> Array:
+def project(x: Array, kernel: Array | Quantized, bias: Array | None, contract: int) -> Array:
     """Multiplies the last axes of x with the first of a kernel, in the dtype of x, accumulating in float32.
 
     The kernel is the float32 master: the cast is inside, so that its gradient comes back in float32 though both
@@ -51,7 +51,7 @@ def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) 
 
 def _project_fwd(x, kernel, bias, contract):
     axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-    y = _product(x, whole(kernel, x.dtype), axes)
+    y = _product(x, dequantize(kernel, x.dtype), axes)
     y = y if bias is None else y + bias
     return y.astype(x.dtype), (x, kernel, bias)
 
@@ -60,15 +60,14 @@ def _project_bwd(contract, residuals, g):
     x, kernel, bias = residuals
     lead = tuple(range(x.ndim - contract))
     outputs = tuple(range(len(lead), g.ndim)), tuple(range(contract, kernel.ndim))
-    dx = _product(g, whole(kernel, x.dtype), outputs).astype(x.dtype)
+    dx = _product(g, dequantize(kernel, x.dtype), outputs).astype(x.dtype)
     db = None if bias is None else g.astype(jnp.float32).sum(lead).astype(bias.dtype)
-    if isinstance(kernel, Quantised):
+    if isinstance(kernel, Quantized):
         return dx, None, db
     return dx, _product(x, g, (lead, lead)).astype(kernel.dtype), db
 
 
 project.defvjp(_project_fwd, _project_bwd)
-
 # Cheap elementwise work is done again in the backward pass, which then need not keep its float32 intermediates.
 _cheap = partial(jax.checkpoint, prevent_cse=False)
 
@@ -149,7 +148,7 @@ class Linear(nn.Module):
         weights = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
         if self.has_variable("params", "quantised"):
-            kernel = Quantised(*(self.get_variable("params", name) for name in ("quantised", "scale")))
+            kernel = Quantized(*(self.get_variable("params", name) for name in ("quantised", "scale")))
         else:
             kernel = self.param("kernel", weights, (*self.inputs, *self.outputs))
         bias = self.param("bias", zeros, self.outputs) if self.bias else None

@@ -15,11 +15,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.models import family
+from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.layout import Part, Tensor, sides
-from dpo_jax.models.weights import read_json, write_json
-from dpo_jax.records import Array, UserError
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, sides
+from dpo_jax.models.huggingface.safetensors import read_json, write_json
+from dpo_jax.records import Array
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL = "all-linear"
@@ -45,7 +46,7 @@ class Lora(NamedTuple):
     targets: tuple[str, ...]
 
 
-def modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
+def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
     """Returns the modules that are adapted, `{i}` standing for the layer, each with the tensor of its weight.
 
     Raises:
@@ -65,7 +66,7 @@ def modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, T
     return {name: tensor for name, tensor in known.items() if any(name in names for names in matched.values())}
 
 
-def init(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
+def init_adapters(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
     """Returns adapters as host arrays, A drawn as PEFT does (uniform up to 1 / sqrt(inputs)), B zero: nothing changes.
 
     Raises:
@@ -74,7 +75,7 @@ def init(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
     if lora.rank < 1 or not lora.targets:
         raise UserError("lora: rank must be at least 1, and targets must name a module")
     rng, adapters = np.random.default_rng(seed), {}
-    for tensor in modules(architecture, lora.targets).values():
+    for tensor in adapted_modules(architecture, lora.targets).values():
         inputs, outputs = sides(tensor)
         size = (architecture.layers, *inputs, lora.rank)
         a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
@@ -88,16 +89,16 @@ def _name(tensor: Tensor) -> str:
     return "_".join(part.path[1] for part in tensor.parts)
 
 
-def _outputs(tensor: Tensor, part: Part) -> tuple[Any, ...]:
+def _outputs(tensor: Tensor, part: TensorPart) -> tuple[Any, ...]:
     """Returns which of a module's outputs a projection has, to index arrays [L, r, *outputs] with."""
     own = part.take if part.inputs else part.take[len(tensor.split[0]) :]
     return (slice(None), slice(None), *own)
 
 
-def joined(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
+def attach_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
     """Returns the parameters of the adapted model: those of the base, which are not copied, and its adapters."""
     layers, scale = dict(base["layers"]), lora.alpha / lora.rank
-    for tensor in modules(architecture, lora.targets).values():
+    for tensor in adapted_modules(architecture, lora.targets).values():
         a, b = (adapters["layers"][_name(tensor)][key] for key in ("lora_a", "lora_b"))
         for part in tensor.parts:
             name = part.path[1]
@@ -105,26 +106,26 @@ def joined(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> 
     return {**base, "layers": layers}
 
 
-def axes(architecture: Architecture, of_model: Any, lora: Lora) -> Any:
+def adapter_axes(architecture: Architecture, of_model: Any, lora: Lora) -> Any:
     """Returns the logical names of the axes of adapters, from those of the model."""
     found = {}
-    for tensor in modules(architecture, lora.targets).values():
+    for tensor in adapted_modules(architecture, lora.targets).values():
         a, b = _axes_of(tensor, tensor.parts[0], of_model)
         fused = (*b[:2], *(None for _ in sides(tensor)[1]))  # several projections lie along these
         found[_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
     return {"layers": found}
 
 
-def _axes_of(tensor: Tensor, part: Part, of_model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _axes_of(tensor: Tensor, part: TensorPart, of_model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the names of the axes of A and B in one projection."""
     kernel, count = of_model["layers"][part.path[1]]["kernel"], 1 + len(sides(tensor)[0])  # with layers
     return (*kernel[:count], "rank"), (kernel[0], "rank", *kernel[count:])
 
 
-def joined_axes(architecture: Architecture, of_model: Any, of_base: Any, lora: Lora) -> Any:
+def attached_axes(architecture: Architecture, of_model: Any, of_base: Any, lora: Lora) -> Any:
     """Returns the logical names of the axes of what `joined` returns, from those of the model and of its base."""
     layers = dict(of_base["layers"])
-    for tensor in modules(architecture, lora.targets).values():
+    for tensor in adapted_modules(architecture, lora.targets).values():
         for part in tensor.parts:
             named = dict(zip(("lora_a", "lora_b"), _axes_of(tensor, part, of_model), strict=True))
             layers[part.path[1]] = {**layers[part.path[1]], **named}
@@ -142,9 +143,9 @@ class _Merged:
         return kernel + np.tensordot(a, b, 1)
 
 
-def merged(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
+def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
     """Returns the parameters of a plain model that equals the adapted one, for a folder; layers are made one by one."""
-    params = joined(architecture, base, adapters, lora)
+    params = attach_adapters(architecture, base, adapters, lora)
 
     def one(leaves: Any) -> Any:
         if "lora_a" not in leaves:
@@ -156,7 +157,7 @@ def merged(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> 
     return {**params, "layers": {name: one(leaves) for name, leaves in params["layers"].items()}}
 
 
-def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
+def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
     """Writes adapters as PEFT does.
 
     Args:
@@ -166,7 +167,7 @@ def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, ba
       architecture: of the base.
       base: the folder or name of the base.
     """
-    tensors, chosen = {}, modules(architecture, lora.targets)
+    tensors, chosen = {}, adapted_modules(architecture, lora.targets)
     for name, tensor in chosen.items():
         a, b = (np.asarray(adapters["layers"][_name(tensor)][key]) for key in ("lora_a", "lora_b"))
         for i in range(architecture.layers):
@@ -183,7 +184,7 @@ def save(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, ba
     write_json(folder / SETTINGS, settings)
 
 
-def load(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora]:
+def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora]:
     """Returns the adapters in a PEFT folder as host arrays, and what they are.
 
     Raises:
@@ -214,7 +215,7 @@ def _targets(names: Any, tensors: Mapping[str, Any], architecture: Architecture)
     if names == ALL:
         return (ALL,)
     if isinstance(names, str):
-        names = [name for name in modules(architecture, (ALL,)) if f"{_key(name, 0)}A.weight" in tensors]
+        names = [name for name in adapted_modules(architecture, (ALL,)) if f"{_key(name, 0)}A.weight" in tensors]
     # PEFT may name each layer's module: what is not in all layers will be missed among the tensors.
     every = {re.sub(r"\.\d+\.", ".{i}.", name).rpartition("{i}.")[2] for name in names}
     return tuple(sorted(every))
@@ -239,7 +240,7 @@ def _read(
     folder: Path, tensors: dict[str, Any], settings: Mapping[str, Any], lora: Lora, architecture: Architecture
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields (name of an adapter, its leaves), and takes what it reads from `tensors`."""
-    for name, tensor in modules(architecture, lora.targets).items():
+    for name, tensor in adapted_modules(architecture, lora.targets).items():
         keys = [_key(name, i) for i in range(architecture.layers)]
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.layout import sides
-from dpo_jax.models.lora import ALL, modules
-from dpo_jax.models.quantised import Quantised, quantise, whole
+from dpo_jax.models.families.tensor_map import sides
+from dpo_jax.models.lora import ALL, adapted_modules
+from dpo_jax.models.quantized import Quantized, dequantize, quantize
 from dpo_jax.records import Array
 
 
-def base(
-    params: Any, architecture: Architecture, kind: str, each: Callable[[Callable[[Array], Quantised], Array], Quantised]
+def quantize_base(
+    params: Any, architecture: Architecture, kind: str, each: Callable[[Callable[[Array], Quantized], Array], Quantized]
 ) -> Any:
     """Returns a model's parameters with the kernels of all projections in few bits.
 
@@ -31,16 +31,16 @@ def base(
       each: (function of a layer's kernel, kernels of all layers [L, ...]) -> its results, stacked.
     """
     layers = dict(params["layers"])
-    for tensor in modules(architecture, (ALL,)).values():
+    for tensor in adapted_modules(architecture, (ALL,)).values():
         for part in tensor.parts:
             name = part.path[1]
             rest = {key: value for key, value in layers[name].items() if key != "kernel"}
-            made = each(partial(quantise, inputs=len(sides(tensor)[0]), kind=kind), layers[name]["kernel"])
+            made = each(partial(quantize, inputs=len(sides(tensor)[0]), kind=kind), layers[name]["kernel"])
             layers[name] = {**rest, "quantised": made.values, "scale": made.scale}
     return {**params, "layers": layers}
 
 
-def axes(of_base: Any, base: Any) -> Any:
+def quantized_axes(of_base: Any, base: Any) -> Any:
     """Returns the logical names of the axes of a base, in few bits or not, from those of the model."""
 
     def one(name: str, leaves: Any) -> Any:
@@ -54,11 +54,11 @@ class _Whole:
     """A kernel in few bits as floats, made a layer at a time."""
 
     def __init__(self, leaves: Any):
-        self.kernel = Quantised(leaves["quantised"], leaves["scale"])
+        self.kernel = Quantized(leaves["quantised"], leaves["scale"])
 
     def __getitem__(self, layer: int) -> np.ndarray:
         values, scale = (jnp.asarray(x[layer]) for x in self.kernel)
-        return np.asarray(whole(Quantised(values, scale), jnp.float32))
+        return np.asarray(dequantize(Quantized(values, scale), jnp.float32))
 
 
 def as_floats(base: Any) -> Any:

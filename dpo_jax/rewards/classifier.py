@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import keys
-from dpo_jax.models import hf
-from dpo_jax.records import Array, UserError
+from dpo_jax.errors import UserError, closest
+from dpo_jax.models.huggingface.folder import model_folder, read_config
+from dpo_jax.records import Array
 
 BATCH = 32  # texts
 
@@ -30,7 +30,7 @@ def classifier(name: str) -> Callable[..., Array]:
     if importlib.util.find_spec("torch") is None:
         raise UserError("reward 'classifier' runs in torch, which is not installed; install dpo_jax[classifier]")
     path, _, label = name.partition("#")
-    folder = hf.model_folder(path)
+    folder = model_folder(path)
     place = _place(folder, label, f"reward 'classifier:{name}'")
     model, tokenizer = _loaded(folder)
     longest = min(tokenizer.model_max_length, _positions(model.config))
@@ -52,7 +52,7 @@ def classifier(name: str) -> Callable[..., Array]:
 
 def _place(folder: Path, label: str, who: str) -> int:
     """Returns the number of a label by a model's config.json, which is checked to be a classifier's."""
-    config = hf.read_config(folder)
+    config = read_config(folder)
     named = config.get("architectures") or ["a model"]
     if not named[0].endswith("ForSequenceClassification"):
         raise UserError(f"{who}: {folder} holds {named[0]}, no *ForSequenceClassification")
@@ -60,7 +60,7 @@ def _place(folder: Path, label: str, who: str) -> int:
     if len(labels) == 1 and not label:
         return 0
     if label not in labels:
-        raise UserError(f"{who}: name a label as FOLDER#LABEL; {keys.closest(label, list(labels))}")
+        raise UserError(f"{who}: name a label as FOLDER#LABEL; {closest(label, list(labels))}")
     return labels[label]
 
 

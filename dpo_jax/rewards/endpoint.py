@@ -21,15 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.records import UserError
-from dpo_jax.settings import Endpoint
+from dpo_jax.config.commands import EndpointConfig
+from dpo_jax.errors import UserError
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the same request may succeed
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
 SAID = 300  # characters of a server's message that an error repeats
 
 
-class Answer(NamedTuple):
+class EndpointAnswer(NamedTuple):
     """What the model said, and for how many tokens."""
 
     text: str
@@ -37,10 +37,10 @@ class Answer(NamedTuple):
     tokens_out: int
 
 
-class Client:
+class EndpointClient:
     """Asks an endpoint."""
 
-    def __init__(self, endpoint: Endpoint, cache: Path, sleep: Callable[[float], None] = time.sleep):
+    def __init__(self, endpoint: EndpointConfig, cache: Path, sleep: Callable[[float], None] = time.sleep):
         """Prepares; asks nothing yet.
 
         Args:
@@ -72,7 +72,7 @@ class Client:
             finally:
                 pool.shutdown(cancel_futures=True)  # what has not begun, after an error
 
-    def _answer(self, question: str) -> Answer:
+    def _answer(self, question: str) -> EndpointAnswer:
         messages = [{"role": "user", "content": question}]
         request = {"model": self.endpoint.model, "messages": messages, **self._fields}
         text = json.dumps([self.endpoint.base_url, request], sort_keys=True)
@@ -86,7 +86,7 @@ class Client:
         _keep(path, answer)
         return answer
 
-    def _tried(self, request: dict[str, Any]) -> Answer:
+    def _tried(self, request: dict[str, Any]) -> EndpointAnswer:
         """Returns the answer to a request, tried again while it fails in passing."""
         problem = ""
         for attempt in range(self.endpoint.retries + 1):
@@ -134,11 +134,13 @@ class Client:
         except ValueError as e:
             raise UserError(f"{url}: answered what is not JSON; is endpoint.base_url right?") from e
 
-    def _paid(self, found: Any) -> Answer:
+    def _paid(self, found: Any) -> EndpointAnswer:
         """Returns an answer, its cost counted."""
         try:
             text, usage = found["choices"][0]["message"]["content"] or "", found.get("usage") or {}
-            answer = Answer(str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)))
+            answer = EndpointAnswer(
+                str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
+            )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
             said = self._hidden(json.dumps(found))
             raise UserError(f"{self.endpoint.base_url}: answered what is no chat completion: {said}") from e
@@ -180,7 +182,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         """Makes it an error."""
 
 
-def _checked(endpoint: Endpoint) -> dict[str, Any]:
+def _checked(endpoint: EndpointConfig) -> dict[str, Any]:
     """Returns the further fields of a request; refuses settings that make no sense."""
     if not endpoint.model:
         raise UserError("endpoint.model: name the model to ask")
@@ -215,15 +217,15 @@ def _asked_for(headers: email.message.Message) -> float:
         return 0.0
 
 
-def _kept(path: Path) -> Answer | None:
+def _kept(path: Path) -> EndpointAnswer | None:
     """Returns the answer in a file; a file that holds none counts as absent and is replaced."""
     try:
-        return Answer(**json.loads(path.read_text(encoding="utf-8")))
+        return EndpointAnswer(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _keep(path: Path, answer: Answer) -> None:
+def _keep(path: Path, answer: EndpointAnswer) -> None:
     """Writes an answer, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")

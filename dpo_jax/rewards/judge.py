@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.records import UserError
-from dpo_jax.rewards import Reward
+from dpo_jax.errors import UserError
+from dpo_jax.rewards.registry import Reward
 
 ORDERS = ("random", "both")
 
@@ -71,31 +71,31 @@ def by_asking(ask: Callable[[list[str]], list[str]], question: str, order: str, 
     """
     if order not in ORDERS:
         raise UserError(f"order: {order!r} is not known; choose one of {', '.join(ORDERS)}")
-    template = template_of(question)
+    template = question_template(question)
 
     def judge(matches: Sequence[Match]) -> list[tuple[Verdict, ...]]:
         asked = [
             (place, a_first)
             for place, match in enumerate(matches)
             if match.a != match.b
-            for a_first in ((True, False) if order == "both" else (starts(match, seed),))
+            for a_first in ((True, False) if order == "both" else (load_judge(match, seed),))
         ]
-        answers = ask([filled(template, matches[place], a_first) for place, a_first in asked])
+        answers = ask([fill_template(template, matches[place], a_first) for place, a_first in asked])
         found: list[list[Verdict]] = [[] for _ in matches]
         for (place, a_first), answer in zip(asked, answers, strict=True):
-            found[place].append(Verdict(understood(answer, a_first), a_first, answer))
+            found[place].append(Verdict(parse_verdict(answer, a_first), a_first, answer))
         return [tuple(verdicts) or (Verdict(0.5, None, "the same text"),) for verdicts in found]
 
     return judge
 
 
-def starts(match: Match, seed: int) -> bool:
+def load_judge(match: Match, seed: int) -> bool:
     """Returns whether `a` is to be read first: a fair draw that depends on the seed and the match alone."""
     text = "\0".join((str(seed), *match)).encode("utf-8", "surrogatepass")
     return bool(hashlib.sha256(text).digest()[0] & 1)
 
 
-def filled(template: str, match: Match, a_first: bool) -> str:
+def fill_template(template: str, match: Match, a_first: bool) -> str:
     """Returns the question on a match; what stands in braces within its texts stays as it is."""
     first, second = (match.a, match.b) if a_first else (match.b, match.a)
     texts = {"prompt": match.prompt, "first": first, "second": second}
@@ -105,7 +105,7 @@ def filled(template: str, match: Match, a_first: bool) -> str:
 _BETTER = re.compile(r"^\W*[Bb]etter:\W*(A|B|(?:a )?[Tt]ie)\W*$", re.MULTILINE)
 
 
-def understood(answer: str, a_first: bool) -> float | None:
+def parse_verdict(answer: str, a_first: bool) -> float | None:
     """Returns the score of `a` that an answer's last line `Better: ...` says, or None where there is none."""
     found = _BETTER.findall(answer)
     if not found:
@@ -113,7 +113,7 @@ def understood(answer: str, a_first: bool) -> float | None:
     return {"A": float(a_first), "B": float(not a_first)}.get(found[-1], 0.5)
 
 
-def template_of(question: str) -> str:
+def question_template(question: str) -> str:
     """Returns the text of a question, built in or in a file."""
     if question in QUESTIONS:
         return QUESTIONS[question]
@@ -135,7 +135,6 @@ Better: B
 or, where neither is better,
 Better: tie
 """
-
 # What the paper asks (appendix C.2), in our words: of summaries with and without a word on length, and of dialogues.
 QUESTIONS: Mapping[str, str] = {
     "summary": "Below are a post from a forum and two summaries of it. Which of them summarises the post better: which "

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax import keys
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError, closest
 
 
-def finite(score: object, where: str, completion: str) -> float:
+def check_finite(score: object, where: str, completion: str) -> float:
     """Returns a score as a float; anything but a finite number is a UserError."""
     try:
         number = float(score)  # type: ignore[arg-type]
@@ -22,7 +21,7 @@ def finite(score: object, where: str, completion: str) -> float:
     return number
 
 
-def label(
+def label_pairs(
     prompt: str, completions: Sequence[str], scores: Sequence[float], how: str, seed: int
 ) -> list[tuple[str, str]]:
     """Returns (chosen, rejected) pairs of the completions of one prompt.
@@ -40,9 +39,9 @@ def label(
       UserError: an unknown `how`, or a score that is not finite.
     """
     if how not in LABELLERS:
-        raise UserError(f"unknown way of labelling {how!r}; {keys.closest(how, list(LABELLERS))}")
+        raise UserError(f"unknown way of labelling {how!r}; {closest(how, list(LABELLERS))}")
     texts = zip(completions, scores, strict=True)
-    scored = [(text, finite(score, f"prompt {prompt[:60]!r}", text)) for text, score in texts]
+    scored = [(text, check_finite(score, f"prompt {prompt[:60]!r}", text)) for text, score in texts]
     digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
     return LABELLERS[how](scored, np.random.default_rng(int.from_bytes(digest)))
 

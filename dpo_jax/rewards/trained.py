@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import models, reference
+from dpo_jax import reference
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
-from dpo_jax.data.ended import ended
+from dpo_jax.data.noise import append_token
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_rewards
-from dpo_jax.models import hf, score
-from dpo_jax.records import Array, Comparison, Tokens, UserError
+from dpo_jax.models import reward_head
+from dpo_jax.models.huggingface.folder import load_tokenizer, model_folder, open_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.model import build_model
+from dpo_jax.records import Array, Comparison, Tokens
 
 ROW = 512  # tokens in a row at least, so that few lengths are compiled
 MICROBATCH = 4096  # tokens
 BATCH = 256  # texts
 
 
-class Trained(NamedTuple):
+class TrainedReward(NamedTuple):
     """A reward model's functions `(prompts, completions)`, both of n prompts and n completions.
 
     Attributes:
@@ -33,7 +37,7 @@ class Trained(NamedTuple):
     of_ids: Callable[..., Array]
 
 
-def trained(path: str) -> Trained:
+def trained_reward(path: str) -> TrainedReward:
     """Returns the rewards of a model folder, or of a run that has trained one.
 
     Texts become tokens as in training where the folder is a run's, by what its config.json says of that; else as
@@ -43,18 +47,18 @@ def trained(path: str) -> Trained:
     Raises:
       UserError: no such folder, or no reward model; when called, a text that cannot be encoded.
     """
-    folder = hf.model_folder(path)
-    tokenizer, (architecture, config, stored) = hf.load_tokenizer(folder), hf.stored(folder)
+    folder = model_folder(path)
+    tokenizer, (architecture, config, stored) = load_tokenizer(folder), open_folder(folder)
     if not architecture.score:
         raise UserError(f"{path}: no reward model but one that writes; train one with the loss bradley_terry")
-    params = jax.device_put(hf.whole(stored))
-    column = reference.make_column(partial(batch_rewards, models.build(architecture)))
+    params = jax.device_put(load_into_memory(stored))
+    column = reference.make_ref_logps_fn(partial(batch_rewards, build_model(architecture)))
     pad = config.get("pad_token_id")
 
     def of_table(table: Table) -> Array:
-        table = Table.of(ended(table, tokenizer.eos_token_id, -1 if pad is None else pad))
+        table = Table.of(append_token(table, tokenizer.eos_token_id, -1 if pad is None else pad))
         shape = _shape(int(table.lengths().max()))
-        return reference.one_pass(column, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
+        return reference.table_ref_logps(column, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
 
     def of_texts(prompts: Sequence[str], completions: Sequence[str]) -> Array:
         pairs = zip(prompts, completions, strict=True)
@@ -69,19 +73,19 @@ def trained(path: str) -> Trained:
     def of_ids(prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
         return of_table(Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True)))
 
-    return Trained(of_texts, of_ids)
+    return TrainedReward(of_texts, of_ids)
 
 
 def _encoding(config: Any, positions: int) -> dict[str, Any]:
     """Returns how texts become tokens, as `encode` takes it; every text is kept."""
     usual = {"max_length": positions, "max_prompt_length": positions - 1, "truncation": "keep_start", "add_bos": None}
-    return usual | config.get(score.ENCODING, {}) | {"degenerate": "keep"}
+    return usual | config.get(reward_head.ENCODING, {}) | {"degenerate": "keep"}
 
 
-def _shape(longest: int) -> pack.Shape:
+def _shape(longest: int) -> pack.Layout:
     """Returns a layout for texts of at most so many tokens, one of few."""
     length = ROW
     while length < longest:
         length *= 2
     rows = max(1, MICROBATCH // length)
-    return pack.Shape(-(-BATCH // rows), rows, length, length // 8, length)
+    return pack.Layout(-(-BATCH // rows), rows, length, length // 8, length)

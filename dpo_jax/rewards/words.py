@@ -10,11 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_jax.records import UserError
+from dpo_jax.errors import UserError
 
 Score = Callable[[str, str], float]
 """(prompt, completion) -> score of one completion."""
-
 WORD = re.compile(r"[a-z]+")
 _HAPPY = """
 happy happily happiness glad joy joyful cheerful merry smile smiled smiles smiling laugh laughed laughing laughter
@@ -38,7 +37,7 @@ def happy(prompt: str, completion: str) -> float:
     return float(sum(word in HAPPY for word in words) - sum(word in SAD for word in words))
 
 
-def listed(path: str) -> Score:
+def word_list(path: str) -> Score:
     """Returns the reward of a word list: a JSON object {word: weight}, summed over the words of a completion.
 
     Words are sequences of the letters a to z in any case; each occurrence counts.
@@ -52,7 +51,7 @@ def listed(path: str) -> Score:
     return lambda prompt, completion: math.fsum(weights.get(word, 0.0) for word in WORD.findall(completion.lower()))
 
 
-def logistic(path: str) -> Score:
+def logistic_regression(path: str) -> Score:
     """Returns the log-odds that a text is positive, by a logistic regression over its set of words and pairs of words.
 
     score = bias + sum of the weights of the set of n-grams in the prompt and its completion, read as one text; the

@@ -1,0 +1,34 @@
+"""`dpo-jax export`: a checkpoint as a Hugging Face folder."""
+
+from pathlib import Path
+
+from dpo_jax import losses
+from dpo_jax.commands.common import leading_arguments, log_line
+from dpo_jax.config.yaml import arguments
+from dpo_jax.errors import UserError
+from dpo_jax.paths import is_run
+from dpo_jax.training.load import export_notes, load_policy, load_run_tokenizer
+from dpo_jax.training.restore import restore_state
+from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.tables import reward_encoding
+
+
+def export_command(argv: list[str]) -> None:
+    """`dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
+    (path, out), rest = leading_arguments(argv, "export", "RUN", "OUT")
+    given = arguments(rest)
+    if any(key != "checkpoint" or len(values) != 1 for key, values in given):
+        raise UserError("dpo-jax export takes RUN, OUT and perhaps --checkpoint newest, best or a step; nothing else")
+    which = given[-1][1][0] if given else "newest"
+    if not is_run(path):
+        raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
+    settings = run_config(path)
+    tokenizer = load_run_tokenizer(settings.model)
+    loss = losses.build(settings.loss)
+    rewarded = reward_encoding(settings, loss)
+    loaded = load_policy(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    state = restore_state(path, settings, loaded, loss, which)
+    loaded.save(state.params, Path(out), tokenizer)
+    for line in export_notes(settings, loaded):
+        log_line(line)
+    log_line(f"wrote {out}, which transformers loads with from_pretrained")

@@ -1,0 +1,23 @@
+"""`dpo-jax models`: the families of models that can be loaded."""
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dpo_jax.commands.common import leading_arguments, log_line
+from dpo_jax.models.families.registry import describe_families
+
+
+def models_command(argv: list[str]) -> None:
+    """`dpo-jax models`."""
+    leading_arguments(argv, "models")
+    grid = Grid("model_type", "class in transformers", "what it is")
+    for row in describe_families():
+        grid.add_row(*row)
+    Console().print(grid)
+    log_line(
+        "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
+        "Rotary positions: default, linear, llama3; longrope in phi3. What else a config.json asks for is refused by\n"
+        "its key, and so are mixtures of experts.\n"
+        "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
+        "row in tests/tiny.py, from which the tests compare it with transformers."
+    )

@@ -1,0 +1,231 @@
+"""`dpo-jax winrate`: samples policies at several temperatures, or the best of several, and has them judged."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Column
+from rich.table import Table as Grid
+
+from dpo_jax.commands.common import command_config, log_line
+from dpo_jax.config.commands import WinrateConfig
+from dpo_jax.config.schema import ModelConfig
+from dpo_jax.config.yaml import dump
+from dpo_jax.data import chat
+from dpo_jax.data.sources.base import only_comparisons, prompt_key
+from dpo_jax.errors import UserError
+from dpo_jax.intervals import mean_interval
+from dpo_jax.models.huggingface.folder import model_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.huggingface.safetensors import weights_hash
+from dpo_jax.pages.winrate import WinrateRow, render_winrate, winrate_json, winrate_table
+from dpo_jax.paths import cache_folder, is_run, written
+from dpo_jax.records import Array
+from dpo_jax.rewards.endpoint import EndpointClient
+from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
+from dpo_jax.rewards.registry import REWARDS, Reward, get_reward
+from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wins
+from dpo_jax.sampling import generate
+from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
+from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.tables import comparison_streams, decode_texts, prompt_ids, prompt_texts
+
+
+class SampledPolicy(NamedTuple):
+    """What is sampled, with the prompts as it reads them."""
+
+    name: str
+    loaded: LoadedModel
+    tokenizer: Any
+    prompts: list[list[int]]
+    key: str  # of everything that its samples depend on beside how they are drawn
+
+
+class WinrateQuestion(NamedTuple):
+    """What everything is measured on: prompts, in words, and the other response to each."""
+
+    prompts: list[str]
+    others: list[str]
+    other: str  # whose they are
+
+
+def winrate_command(argv: list[str]) -> None:
+    """`dpo-jax winrate RUN_OR_MODEL ... --judge NAME [--against data|RUN_OR_MODEL] [--temperatures 0 0.5 1]`."""
+    first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    paths, rest = argv[:first], argv[first:]
+    if not paths:
+        raise UserError("dpo-jax winrate takes the folders of runs or models, then options such as --judge happy")
+    settings = command_config(paths[0], rest, WinrateConfig, "winrate")
+    judge, client, best = _judge(settings)
+    policies, question = _setting(paths, settings)
+    rows, judged = [], []
+    for row, matches, verdicts in _measured(policies, question, judge, best, settings):
+        rows.append(row)
+        judged += [_as_json(row, *pair) for pair in zip(matches, verdicts, strict=True)]
+        log_line(f"{row.policy} at {row.temperature:g}, best of {row.best_of}: {_percent(row.tally.wins)}")
+    lines = _said(settings, question, client)
+    _print(rows, lines)
+    log_line(f"the page: {_write(_folder(paths[0], settings), settings, rows, judged, lines)}")
+
+
+def _judge(settings: WinrateConfig) -> tuple[Judge, EndpointClient | None, Reward | None]:
+    """Returns the judge, the client that it asks if it does, and the reward that says which response is best."""
+    if not settings.judge:
+        raise UserError(f"--judge: name a reward ({', '.join(REWARDS)}, ...), or endpoint to ask a model")
+    if min(settings.best_of, default=0) < 1 or min(settings.temperatures, default=-1) < 0 or settings.prompts < 1:
+        raise UserError("--best-of: numbers from 1 on; --temperatures: from 0 on; --prompts: at least 1")
+    if max(settings.best_of) > 1 and not settings.best_by:
+        raise UserError("--best-of: say with --best-by by which reward the best one is chosen")
+    if max(settings.best_of) > 1 and 0 in settings.temperatures:
+        raise UserError("--best-of: all samples at temperature 0 are the same; give other --temperatures")
+    best = get_reward(settings.best_by) if settings.best_by else None
+    if settings.judge != "endpoint":
+        return by_reward(get_reward(settings.judge)), None, best
+    client = EndpointClient(settings.endpoint, cache_folder() / "answers")
+    return by_asking(client.ask, settings.question, settings.order, settings.seed), client, best
+
+
+def _setting(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[SampledPolicy], WinrateQuestion]:
+    """Returns the policies, and what they are measured on."""
+    from_data = settings.against == "data"
+    _, rows = comparison_streams(settings.data, int(from_data))
+    found: dict[int, Any] = {}
+    for row in only_comparisons(rows):
+        if len(found) == settings.prompts:
+            break
+        found.setdefault(prompt_key(row.prompt), row)
+    comparisons = list(found.values())
+    raw = [c.prompt for c in comparisons]
+    names = [Path(path).resolve().name for path in paths]
+    names = names if len(set(names)) == len(names) else list(paths)
+    policies = [_policy(name, path, raw, settings) for name, path in zip(names, paths, strict=True)]
+    texts = prompt_texts(raw, policies[0].tokenizer, settings.data)
+    if from_data:
+        return policies, WinrateQuestion(
+            texts, [chat.plain_text(c.responses[0]) for c in comparisons], "the data's responses"
+        )
+    other = _policy(settings.against, settings.against, raw, settings)
+    temperature = settings.samples.temperature
+    drawn = _drawn(other, temperature, 1, settings.seed + 1, settings)  # not the policy's own random numbers
+    return policies, WinrateQuestion(texts, [c for (c,) in drawn], f"{settings.against} at {temperature:g}")
+
+
+def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfig) -> SampledPolicy:
+    """Returns a run's or a folder's model; a run reads prompts as its own config says."""
+    own = run_config(path) if is_run(path) else settings
+    folder = str(model_folder(path))
+    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=settings.model.compute)
+    tokenizer = load_run_tokenizer(model)
+    loaded = load_policy(model, tokenizer, settings.seed)
+    ids = prompt_ids(prompts, tokenizer, own.data)
+    hashed = weights_hash(loaded.params, loaded.model.architecture)
+    return SampledPolicy(name, loaded, tokenizer, ids, json.dumps([hashed, model.compute, tokenizer.eos_token_id, ids]))
+
+
+def _drawn(
+    policy: SampledPolicy, temperature: float, copies: int, seed: int, settings: WinrateConfig
+) -> list[list[str]]:
+    """Returns `copies` completions of each prompt, drawn anew only if they are not kept."""
+    names = ("max_new_tokens", "top_k", "top_p")
+    options = {name: getattr(settings.samples, name) for name in names}
+    options |= {"temperature": temperature, "copies": copies, "seed": seed}
+    key = hashlib.blake2b(f"{json.dumps(options)} {policy.key}".encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "completions" / f"{key}.json"
+    if path.is_file():
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        ends = {"eos_id": policy.tokenizer.eos_token_id, "batch_size": settings.batch_size}
+        ids = generate(policy.loaded.model, load_into_memory(policy.loaded.params), policy.prompts, **options, **ends)
+        texts = decode_texts(policy.tokenizer, ids)
+        with written(path) as f:
+            json.dump(texts, f)
+    return [texts[i : i + copies] for i in range(0, len(texts), copies)]
+
+
+def _measured(
+    policies: Sequence[SampledPolicy],
+    question: WinrateQuestion,
+    judge: Judge,
+    best: Reward | None,
+    settings: WinrateConfig,
+) -> Iterator[tuple[WinrateRow, list[Match], list[tuple[Verdict, ...]]]]:
+    """Yields the win rate of each policy at each temperature as the best of each number, with what was judged."""
+    most = max(settings.best_of)
+    for policy in policies:
+        for temperature in settings.temperatures:
+            drawn = _drawn(policy, temperature, most, settings.seed, settings)
+            scores = _scores(question.prompts, drawn, best)
+            for n in settings.best_of:
+                chosen = pick_best(scores, n)
+                responses = [texts[i] for texts, i in zip(drawn, chosen, strict=True)]
+                matches = [Match(*m) for m in zip(question.prompts, responses, question.others, strict=True)]
+                verdicts = judge(matches)
+                kept = np.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
+                reward = (*mean_interval(kept),) if best else None
+                words = float(np.mean([len(text.split()) for text in responses]))
+                yield WinrateRow(policy.name, temperature, n, tally_wins(verdicts), reward, words), matches, verdicts
+
+
+def _scores(prompts: list[str], drawn: list[list[str]], best: Reward | None) -> Array:
+    """Returns the reward of each completion, float64[prompts, copies]; zeros where there is none."""
+    copies = len(drawn[0])
+    if best is None:
+        return np.zeros((len(prompts), copies))
+    found = best([p for p in prompts for _ in range(copies)], [text for texts in drawn for text in texts])
+    return found.reshape(len(prompts), copies)
+
+
+def _as_json(row: WinrateRow, match: Match, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Returns all that was judged of one match."""
+    where = {"policy": row.policy, "temperature": row.temperature, "best_of": row.best_of}
+    texts = {"prompt": match.prompt, "response": match.a, "other": match.b}
+    said = [{"score": v.score, "response_first": v.a_first, "said": v.said} for v in verdicts]
+    return where | texts | {"outcome": match_outcome(verdicts), "verdicts": said}
+
+
+def _said(settings: WinrateConfig, question: WinrateQuestion, client: EndpointClient | None) -> list[str]:
+    """Returns in words what was compared and what it took."""
+    words = np.mean([len(text.split()) for text in question.others])
+    lines = [f"{len(question.prompts):,} prompts, against {question.other} ({words:.1f} words), judge {settings.judge}"]
+    if client:
+        cost = f", which cost {client.cost:.4g}" if settings.endpoint.price_in is not None else ""
+        lines.append(f"{settings.endpoint.model} was asked {client.asked:,} times{cost}; {client.found:,} answers kept")
+    return lines
+
+
+def _percent(share: WinShare) -> str:
+    return f"{share.mean:.1%} ({share.low:.1%} .. {share.high:.1%}) of {share.n:,}"
+
+
+def _print(rows: Sequence[WinrateRow], lines: Sequence[str]) -> None:
+    head, *body = winrate_table(rows)
+    grid = Grid(Column(head[0], no_wrap=True), *head[1:])
+    for cells in body:
+        grid.add_row(*cells)
+    Console().print(grid)
+    for line in lines:
+        log_line(line)
+
+
+def _folder(path: str, settings: WinrateConfig) -> Path:
+    name = Path(path).resolve().name
+    return Path(settings.out or (Path(path) / "winrate" if is_run(path) else Path("runs") / f"{name}.winrate"))
+
+
+def _write(
+    folder: Path, settings: WinrateConfig, rows: list[WinrateRow], judged: list[dict[str, Any]], lines: list[str]
+) -> Path:
+    """Writes the table, the figures and every judgement; returns the page."""
+    with written(folder / "config.yaml") as f:
+        f.write(dump(settings))
+    with written(folder / "judgements.jsonl") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
+    with written(folder / "winrate.json") as f:
+        json.dump([winrate_json(row) for row in rows], f, indent=1)
+    with written(folder / "winrate.html") as f:
+        f.write(render_winrate(rows, lines, judged))
+    return folder / "winrate.html"

@@ -1,0 +1,170 @@
+"""One YAML is one experiment: frozen dataclasses, strict, with dotted overrides from the command line.
+
+The YAML is flattened to arguments which stand before those of the command line, so that both are read by one parser
+and get the same errors. A loss or an optimiser is chosen by name, and its options are the keyword-only parameters of
+the functions of that name: a new variant needs no line here. Such a section may be a list, and then its keys are
+counted from 0: `loss: [{name: dpo}, {name: sft}]` is `--loss.0.name dpo --loss.1.name sft`.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Annotated, Any, TypeVar, get_args
+
+import tyro
+
+from dpo_jax.config.variants import first_line, options_of, unknown_name, variants
+from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
+from dpo_jax.errors import UserError, closest
+
+T = TypeVar("T")
+
+
+def _options(section: str, name: str) -> type:
+    """Returns a dataclass of `name` and the options of the variant of that name, with their help texts."""
+    functions = variants()[section][name]
+    fields: list[Any] = [("name", str, field(default=name))]
+    for function in functions:
+        for option in options_of(function):
+            annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
+            fields.append((option.name, annotated, field(default=option.default)))
+    new = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
+    new.__doc__ = f"{name}: {first_line(functions[0])}"
+    return new
+
+
+def _chosen(pairs: KeyTexts, section: str, default: str) -> dict[str, str]:
+    """Returns the name that is chosen in a section, as {"": name}, or in each element of a list, {"0": name, ...}."""
+    elements = sorted({k.split(".")[1] for k, _ in pairs if k.startswith(f"{section}.") and k.split(".")[1].isdigit()})
+    names = {key: texts[0] for key, texts in pairs if texts}
+    if not elements:
+        return {"": names.get(f"{section}.name", default)}
+    for expected, element in enumerate(sorted(elements, key=int)):
+        if int(element) != expected or f"{section}.{element}.name" not in names:
+            raise UserError(f"{section}.{element}: give {section}.{expected}.name; elements of a list count from 0")
+    return {element: names[f"{section}.{element}.name"] for element in sorted(elements, key=int)}
+
+
+def _with_variants(base: type, pairs: KeyTexts) -> type:
+    """Returns `base` with each section that is chosen by name replaced by that choice's own options."""
+    fields: list[Any] = []
+    known = variants()
+    for f in dataclasses.fields(base):
+        if f.name not in known:
+            fields.append((f.name, f.type, f))
+            continue
+        assert callable(f.default_factory)
+        kinds: dict[str, Any] = {}
+        for element, name in _chosen(pairs, f.name, f.default_factory()["name"]).items():
+            if name not in known[f.name]:
+                key = ".".join(filter(None, (f.name, element, "name")))
+                raise UserError(f"{key}: unknown {f.name} {name!r}; {unknown_name(name, list(known[f.name]))}")
+            kinds[element] = _options(f.name, name)
+        kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
+        fields.append((f.name, kind, field(default_factory=kind)))
+    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+
+
+def _listing(section: str, kinds: Mapping[str, type]) -> type:
+    """Returns a dataclass that stands for a list of dataclasses: its options are called 0, 1, ..."""
+    fields: list[Any] = [
+        (f"element_{i}", Annotated[kind, tyro.conf.arg(name=i)], field(default_factory=kind, metadata={"name": i}))
+        for i, kind in kinds.items()
+    ]
+    return dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
+
+
+def _plain(section: Any) -> Any:
+    """Returns a section chosen by name as a dict, or a list of them as a tuple of dicts."""
+    values = dataclasses.asdict(section)
+    return tuple(values.values()) if "element_0" in values else values
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all options of a dataclass."""
+    keys = []
+    for f in dataclasses.fields(kind):
+        name = prefix + f.metadata.get("name", f.name)
+        inner = get_args(f.type)[0] if f.metadata else f.type
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            keys += _keys(inner, f"{name}.")
+        else:
+            keys.append(name)
+    return keys
+
+
+def _first_sentence(box: str) -> str:
+    """Returns the message inside the parser's box as one line."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if set(line) & set("-─") and not set(line) - set("-─╭╮╰╯├┤ ")]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(" ".join(body).split())
+
+
+def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
+    """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
+    known = _keys(kind)
+    for key, _ in pairs:
+        if key not in known:
+            raise UserError(f"{where}unknown key {key!r}; {closest(key, known)}")
+    args = []
+    for key, values in pairs:
+        single = len(values) == 1 and values[0].startswith("-")  # else taken for an option
+        args += [f"--{key}={values[0]}"] if single else [f"--{key}", *values]
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return _cli(kind, args, prog)
+    except SystemExit as e:
+        raise UserError(f"{where}{_first_sentence(box.getvalue())}") from e
+
+
+def _cli(kind: type[T], args: Sequence[str], prog: str) -> T:
+    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(kind, args=args, prog=prog, config=config, use_underscores=True)
+
+
+def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -> None:
+    """Prints all options of a dataclass; those of a loss and an optimiser are those that a file or argv chooses.
+
+    Raises:
+      SystemExit: always, with code 0.
+      UserError: no loss or optimiser of that name.
+    """
+    chosen = [*(flatten(read_yaml(file)) if file else []), *arguments(argv)]
+    _cli(_with_variants(kind, chosen), ["--help"], prog)
+
+
+def parse_config(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str) -> T:
+    """Returns an instance of a dataclass from a YAML file, if any, and overrides.
+
+    Args:
+      kind: a dataclass, such as `Config`.
+      file: the YAML, or None.
+      argv: `--key.path value` overrides; they win over the file.
+      prog: the command, for messages.
+
+    Raises:
+      UserError: an unknown key or name, a wrong type, a value that is missing.
+    """
+    written = flatten(read_yaml(file)) if file else []
+    given = arguments(argv)
+    full = _with_variants(kind, [*written, *given])
+    if written:
+        _parse(_with_variants(kind, written), written, f"{file}: ", prog)
+    last = _applied(written, given, full)
+    parsed = _parse(full, list(last.items()), "", prog)
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: _plain(v) if k in variants() else v for k, v in values.items()})
+
+
+def _applied(written: KeyTexts, given: KeyTexts, kind: type) -> dict[str, list[str]]:
+    """Returns the file's keys with those of the command line over them. A key given again replaces the earlier one,
+    lists included; where a name has changed, options of the file that the new choice does not have are dropped."""
+    last, known = dict([*written, *given]), _keys(kind)
+    named = {key for key, texts in written if key.endswith(".name") and last[key] != texts}
+    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in variants()}
+    stale = {k for k, _ in written if k not in dict(given) and k not in known and k.startswith(tuple(sections))}
+    return {k: v for k, v in last.items() if k not in stale}

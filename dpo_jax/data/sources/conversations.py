@@ -1,0 +1,98 @@
+"""Conversations as data sets write them (OpenAI's messages, ShareGPT's turns) to the ones that templates read."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax.data.sources.formats import shorten, type_name
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat
+
+ROLES = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
+    **{"model": "assistant", "observation": "tool", "function_response": "tool"},
+}
+OTHER_NAMES = {"from": "role", "value": "content"}  # ShareGPT's
+Message = dict[str, Any]
+
+
+def as_message(where: str, key: str, value: Any) -> Message:
+    """One message in OpenAI's form, its empty fields left out; `UserError` for what is none."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key!r} must hold messages with role and content, not {type_name(value)}")
+    found: Message = {OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items() if part is not None}
+    role, content = found.get("role"), found.get("content", "")
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(f"{where}: {key!r} has a message of role {shorten(role)}; known: {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = _joined(where, key, content)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: {key!r} has a message whose content is {type_name(content)}, not text")
+    return {**found, "role": ROLES[role], "content": content}
+
+
+def role(value: Any) -> str:
+    """Who speaks in a message, as templates name it; nothing for what is no message."""
+    given = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    return ROLES.get(given, "") if isinstance(given, str) else ""
+
+
+def as_messages(where: str, key: str, value: Any) -> list[Message]:
+    """A list of messages, or one message alone; `UserError` for anything else, and for none."""
+    found = [as_message(where, key, one) for one in (value if isinstance(value, list) else [value])]
+    if not found:
+        raise UserError(f"{where}: {key!r} has no messages")
+    return found
+
+
+def as_chat(where: str, turns: Sequence[Message], row: dict[str, Any]) -> Chat:
+    """The conversation to answer, with the row's columns `system`, `tools` and `chat_template_kwargs`.
+
+    Raises:
+      UserError: no turn is the user's, the last is the assistant's, or a column is of the wrong type.
+    """
+    if row.get("system"):
+        if turns[:1] and turns[0]["role"] == "system":
+            raise UserError(f"{where}: a system message both in the conversation and in the column 'system'")
+        turns = [as_message(where, "system", {"role": "system", "content": row["system"]}), *turns]
+    if not any(turn["role"] == "user" for turn in turns):
+        raise UserError(f"{where}: the prompt has no user turn")
+    if turns[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the prompt ends with an assistant turn, which the response cannot follow")
+    options = _parsed(where, row, "chat_template_kwargs", dict) or {}
+    tools = _parsed(where, row, "tools", list) or []
+    return Chat(tuple(turns), tuple(tools), options)
+
+
+def as_answer(where: str, key: str, turns: Sequence[Message]) -> Message:
+    """The one assistant message that a response must be; `UserError` for anything else."""
+    if not turns or turns[-1]["role"] != "assistant":
+        raise UserError(f"{where}: {key!r} does not end with an assistant turn")
+    if len(turns) > 1:
+        raise UserError(f"{where}: {key!r} has {len(turns)} turns after the prompt; a response is one assistant turn")
+    return turns[0]
+
+
+def common_turns(first: Sequence[Message], second: Sequence[Message]) -> int:
+    """How many messages two conversations begin with in common, the last of either never counted."""
+    most = min(len(first), len(second)) - 1
+    return next((i for i in range(most) if first[i] != second[i]), most)
+
+
+def _joined(where: str, key: str, parts: list[Any]) -> str:
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise UserError(f"{where}: {key!r} has content that is not text; only text can be trained on here")
+    return "".join(part["text"] for part in parts)
+
+
+def _parsed(where: str, row: dict[str, Any], key: str, kind: type) -> Any:
+    """A column that holds an object or list, as such or as JSON text; nothing where it is absent or empty."""
+    value = row.get(key) or None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{where}: {key!r} is not JSON ({error})") from error
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{where}: {key!r} must be {type_name(kind())}, not {type_name(value)}")
+    return value

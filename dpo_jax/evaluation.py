@@ -1,0 +1,181 @@
+"""Accuracy, margins and KL on held-out data, with confidence intervals."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dpo_jax import distributed, reference
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.intervals import fisher, mean_interval, wilson
+from dpo_jax.logprobs import batch_logps, logps_fn, map_microbatches, token_logps_of_batch
+from dpo_jax.losses import Loss, length_bias
+from dpo_jax.models.model import Model
+from dpo_jax.records import Array, Batch, Tokens
+from dpo_jax.sampling import generate
+from dpo_jax.sharding import NO_COLLECTIVES, Collectives
+from dpo_jax.step import make_eval_step, only_trained
+
+
+class Evaluator(NamedTuple):
+    """What evaluates one table.
+
+    Attributes:
+      step: the compiled eval step.
+      table: N comparisons.
+      reference: float32[N, P, 2], or None for a loss without one.
+      shape: the layout of a batch.
+      batch_size: comparisons in a batch.
+      put: moves a Batch to the devices.
+      numbers: hyper-parameters that the step takes as arguments.
+    """
+
+    step: Callable
+    table: Table
+    reference: Array | None
+    shape: pack.Layout
+    batch_size: int
+    put: Callable
+    numbers: Any = ()
+
+
+def jit_eval_step(
+    logps: Callable, loss_of: Callable[[Any], Loss], rows: Collectives = NO_COLLECTIVES, policy: Callable = only_trained
+) -> Callable:
+    """Returns the compiled eval step, `((trained, base), running, batch, count, numbers) -> metrics [M, R, G]`, of the
+    loss that `loss_of` makes of the numbers."""
+
+    def step(params: tuple, running: Array, batch: Batch, count: Array, numbers: Any) -> dict[str, Array]:
+        return make_eval_step(logps, loss_of(numbers), rows, policy)(params, running, batch, count)
+
+    return jax.jit(step)
+
+
+def evaluate_table(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
+    """Returns every metric of every comparison, float32[N] each, in the order of the table; NaN where it has none.
+
+    `params` is (trained, base).
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(evaluator.table), evaluator.batch_size):
+        rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
+        batch, count, places = pack.build_batch(evaluator.table, rows, evaluator.shape, evaluator.reference)
+        metrics = evaluator.step(params, running, evaluator.put(batch), count, evaluator.numbers)
+        parts.append({k: pack.unpack_batch(distributed.fetch(v), places) for k, v in metrics.items()})
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def mean_with_interval(value: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Returns the (weighted) mean, low and high (95%) and the number of values."""
+    mean, half = mean_interval(value, weights)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(value)}
+
+
+def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it, by their
+    weights, as in training; Wilson's for accuracy, Fisher's for the correlation `length_bias`, as of so many values of
+    one weight as would be worth the same. A metric that no comparison has is left out; where none has both responses,
+    the margin is that of the means of those that are there.
+
+    Args:
+      metrics: name -> float32[N].
+      weights: float32[N], 0 for comparisons that do not count.
+    """
+    there = {k: (weights > 0) & (k.startswith("loss") | ~np.isnan(v)) for k, v in metrics.items()}
+    out = {f"eval_{k}": mean_with_interval(metrics[k][at], weights[at]) for k, at in there.items() if at.any()}
+    if "eval_rewards/margins" in out:
+        accuracy, known = out["eval_rewards/accuracies"], weights[there["rewards/accuracies"]].astype(np.float64)
+        worth = known.sum() ** 2 / (known**2).sum()
+        accuracy["low"], accuracy["high"] = wilson(accuracy["mean"] * worth, worth)
+        bias = float(length_bias(metrics, weights))
+        low, high = fisher(bias, worth)
+        out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(known)}
+    elif {"eval_rewards/chosen", "eval_rewards/rejected"} <= out.keys():
+        chosen, rejected = out["eval_rewards/chosen"], out["eval_rewards/rejected"]
+        mean, half = chosen["mean"] - rejected["mean"], math.hypot(*(e["high"] - e["mean"] for e in (chosen, rejected)))
+        out["eval_rewards/margins"] = {"mean": mean, "low": mean - half, "high": mean + half}
+        out["eval_rewards/margins"]["n"] = chosen["n"] + rejected["n"]
+    return out
+
+
+class EvalModel(NamedTuple):
+    """A policy, perhaps beside its reference, to be measured.
+
+    Attributes:
+      model: pure functions of both.
+      loss: whose metrics are wanted.
+      params: "policy" and perhaps "reference" -> parameters.
+      running: the policy's `TrainState.running`.
+      batch_size: comparisons, or completions, at a time.
+      max_length: longest prompt plus response in tokens.
+    """
+
+    model: Model
+    loss: Loss
+    params: dict[str, Any]
+    running: Any
+    batch_size: int
+    max_length: int
+
+
+def table_logps(judge: EvalModel, who: str, table: Table) -> np.ndarray:
+    """Returns the log-probs of a table under one of the models, float32[N, P, 2], as `reference.one_pass`."""
+    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
+    column = reference.make_ref_logps_fn(partial(batch_logps, judge.model))
+    params = jax.device_put(judge.params[who])
+    return reference.table_ref_logps(column, params, table, shape, judge.batch_size, jax.device_put)
+
+
+def token_logps_per_example(judge: EvalModel, table: Table) -> Iterator[tuple[Tokens, dict[str, list[Array]]]]:
+    """Yields each comparison with the log-probs of its responses' tokens under each model: name -> P arrays [n_p]."""
+    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
+    score = partial(token_logps_of_batch, judge.model)
+    step = jax.jit(lambda params, batch, count: map_microbatches(partial(score, params), batch, count))
+    models = {who: jax.device_put(params) for who, params in judge.params.items()}
+    for start in range(0, len(table), judge.batch_size):
+        rows = np.arange(start, min(start + judge.batch_size, len(table)))
+        batch, count, places = pack.build_batch(table, rows, shape)
+        found = {who: np.asarray(step(params, jax.device_put(batch), count)) for who, params in models.items()}
+        for row, (m, r, g) in zip(rows, places, strict=True):
+            slots = [batch.slot[m, r] == g * table.responses + p for p in range(table.responses)]
+            yield table[int(row)], {who: [logps[m, r][slot] for slot in slots] for who, logps in found.items()}
+
+
+def evaluate_model(judge: EvalModel, table: Table) -> dict[str, np.ndarray]:
+    """Returns every metric of the loss for every comparison of a table, float32[N] each."""
+    column = table_logps(judge, "reference", table) if "reference" in judge.params else None
+    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
+    step = jit_eval_step(logps_fn(judge.model, judge.loss), lambda _: judge.loss)
+    evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
+    return evaluate_table(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
+
+
+def distinct_prompts(table: Table, count: int) -> list[Array]:
+    """Returns the first `count` distinct prompts of a table as ids."""
+    found: dict[bytes, Array] = {}
+    for i in range(len(table)):
+        if len(found) == count:
+            break
+        found.setdefault(table[i].prompt.tobytes(), table[i].prompt)
+    return list(found.values())
+
+
+def complete_prompts(judge: EvalModel, prompts: list[Array], **options: Any) -> dict[str, list[Array]]:
+    """Returns each model's completions of the same prompts from the same seed; options as for `generate`."""
+    draw = partial(generate, judge.model, prompts=prompts, batch_size=judge.batch_size, **options)
+    return {who: draw(params) for who, params in judge.params.items()}
+
+
+def policy_kl(judge: EvalModel, prompts: list[Array], completions: list[Array]) -> np.ndarray:
+    """Returns log pi(y | x) - log pi_ref(y | x) of the policy's own completions, whose mean estimates
+    KL(policy || reference) over whole sequences, in nats (paper, section 6.1).
+
+    A completion that reached the length limit counts up to there.
+    """
+    table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
+    judge = judge._replace(max_length=max(judge.max_length, int(table.lengths().max()) + 1))
+    return (table_logps(judge, "policy", table) - table_logps(judge, "reference", table))[:, 0, 0]

@@ -1,0 +1,58 @@
+"""Means, proportions and correlations with 95% confidence intervals."""
+
+import math
+
+import numpy as np
+
+from dpo_jax.records import Array
+
+Z95 = 1.959963984540054  # a normal variable lies within +-Z95 standard deviations 95% of the time
+
+
+def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, float]:
+    """Returns the (weighted) mean of n values and half the width of its 95% interval, normally approximated.
+
+    The variance of a weighted mean m is n / (n - 1) * sum(w^2 (x - m)^2) / sum(w)^2 over the n values of positive
+    weight, which for equal weights is the familiar s^2 / n. A single value has an infinite interval.
+
+    Raises:
+      ValueError: no value has a positive weight.
+    """
+    counted = np.ones(len(values)) if weights is None else weights
+    pairs = [(float(x), float(w)) for x, w in zip(values, counted, strict=True) if w > 0]
+    if not pairs:
+        raise ValueError("the mean of no values")
+    total = math.fsum(w for _, w in pairs)
+    mean = math.fsum(w * x for x, w in pairs) / total
+    if len(pairs) == 1:
+        return mean, math.inf
+    spread = math.fsum((w * (x - mean)) ** 2 for x, w in pairs) * len(pairs) / (len(pairs) - 1)
+    return mean, Z95 * math.sqrt(spread) / total
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """Returns Wilson's 95% interval for a proportion; of nothing seen, (0, 1).
+
+    Wilson 1927: the proportions p for which |successes/n - p| <= z sqrt(p (1 - p) / n). Unlike the normal
+    approximation it has a width at 0 of n and n of n, and stays within [0, 1]. Ties may count as half a success.
+
+    Raises:
+      ValueError: successes are not within 0 and n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fisher(correlation: float, n: float) -> tuple[float, float]:
+    """Returns Fisher's 95% interval for a correlation over n pairs (1915: atanh is nearly normal, with variance
+    1 / (n - 3)); of fewer than 4 pairs, (-1, 1)."""
+    if n < 4 or abs(correlation) >= 1:
+        return (-1.0, 1.0) if n < 4 else (correlation, correlation)
+    centre, half = math.atanh(correlation), Z95 / math.sqrt(n - 3)
+    return math.tanh(centre - half), math.tanh(centre + half)

@@ -1,0 +1,198 @@
+"""Objectives: one loss or a weighted sum of several, with their hyper-parameters bound."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from dpo_jax.config.variants import unknown_name
+from dpo_jax.errors import UserError
+from dpo_jax.losses import metrics as measures
+from dpo_jax.losses import term_options
+from dpo_jax.losses.parts import REGISTRY, Entry
+from dpo_jax.records import Array, Logps
+
+Term = Mapping[str, Any]  # the name of a loss and its options
+OPTIONS = (term_options.transformed, term_options.weighted)  # whose keyword-only parameters every term has
+
+
+class Loss(NamedTuple):
+    """An objective: one loss or a weighted sum of several, with hyper-parameters bound.
+
+    Attributes:
+      values: Logps -> float32[B], unreduced.
+      metrics: Logps -> TRL's metric names to float32[B], the loss among them; NaN where a comparison has none.
+      statistics: Logps -> float32[K], what `Logps.running` becomes after a step: a number for each of the K terms.
+      terms: K.
+      responses: P, how many responses a comparison must have; None for any number from 2 on.
+      uses_reference: whether `Logps.reference` must be filled in.
+      whole_batch: whether the values of some depend on others, so that a step's comparisons must be seen at once.
+      confidence: whether `Logps.confidence` must be filled in.
+      mismatched: whether the last response must be one to another prompt.
+      soft_labels, unpaired, scores: whether comparisons may have a preference below 1, may lack a response, and must
+        have ratings.
+      rewards: whether `Logps.policy` must be the rewards of a reward model.
+    """
+
+    values: Callable[[Logps], Array]
+    metrics: Callable[[Logps], dict[str, Array]]
+    statistics: Callable[[Logps], Array]
+    terms: int
+    responses: int | None
+    uses_reference: bool
+    whole_batch: bool
+    confidence: bool
+    mismatched: bool
+    soft_labels: bool
+    unpaired: bool
+    scores: bool
+    rewards: bool
+
+
+class BoundTerm(NamedTuple):
+    """A term: its loss, the hyper-parameters of it, and the options of `transformed` and `weighted`."""
+
+    name: str
+    entry: Entry
+    hyper: dict[str, Any]
+    transform: dict[str, Any]
+    weigh: dict[str, Any]
+
+    def shown(self, lp: Logps) -> Logps:
+        """The log-probs that the loss is shown."""
+        return term_options.transformed(
+            term_options.first_responses(lp, self.entry.responses or lp.policy.shape[1]), **self.transform
+        )
+
+    def value(self, lp: Logps) -> Array:
+        """What the term adds to the objective, float32[B]."""
+        values = partial(self.entry.function, **self.hyper)
+        shown = self.shown(lp)
+        value = term_options.soft_label(shown, values) if self.entry.soft_labels else values(shown)
+        return term_options.weighted(value, shown, **self.weigh)
+
+    def statistic(self, lp: Logps) -> Array:
+        """What the term carries to the next step, float32[]."""
+        return self.entry.statistic(self.shown(lp), **self.hyper) if self.entry.statistic else lp.running
+
+
+def build(loss: Term | Sequence[Term]) -> Loss:
+    """Returns the objective of a config: `{"name": "dpo", "beta": 0.1}`, or a list of such, which are added up.
+
+    Raises:
+      UserError: no such loss, a parameter that it does not have, or terms that do not go together.
+    """
+    bound = [_bind(**term) for term in ([loss] if isinstance(loss, Mapping) else loss)]
+    responses = _responses(bound)
+    _check_shared_parts(bound)
+    entries = [b.entry for b in bound]
+    return Loss(
+        values=lambda lp: jnp.sum(_each(bound, lp, BoundTerm.value), axis=0),
+        metrics=partial(_metrics, bound),
+        statistics=lambda lp: jax.lax.stop_gradient(_each(bound, lp, BoundTerm.statistic)),
+        terms=len(bound),
+        responses=responses,
+        uses_reference=any(e.uses_reference for e in entries),
+        whole_batch=any(e.whole_batch for e in entries),
+        confidence=any(b.weigh["wpo"] for b in bound),
+        mismatched=any(e.mismatched for e in entries),
+        soft_labels=all(e.soft_labels for e in entries),
+        unpaired=all(e.unpaired for e in entries),
+        scores=any(e.scores for e in entries),
+        rewards=any(e.rewards for e in entries),
+    )
+
+
+def _options(function: Callable) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _bind(name: str, **given: Any) -> BoundTerm:
+    """Returns the named loss with its hyper-parameters, and the options of a term apart."""
+    if name not in REGISTRY:
+        raise UserError(f"loss.name: unknown loss {name!r}; {unknown_name(name, list(REGISTRY))}")
+    entry = REGISTRY[name]
+    groups = [_options(function) for function in (entry.function, *OPTIONS)]
+    known = {key: option for group in groups for key, option in group.items()}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"loss {name}: unknown parameter {key!r}; its parameters: {', '.join(known)}")
+        texts = get_args(known[key].annotation)
+        if texts and value not in texts:
+            raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
+    bound = BoundTerm(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
+    term_options.check_term(name, entry, bound.transform | bound.weigh)
+    if not any(isinstance(value, Tracer) for value in given.values()):
+        _check(bound)  # traced numbers were looked at before
+    return bound
+
+
+def _check(bound: BoundTerm) -> None:
+    """Refuses hyper-parameters that have no meaning: those that no loss can have, and what the loss itself refuses."""
+    for key, value in (bound.hyper | bound.transform | bound.weigh).items():
+        low = 0.0 if key == "beta" else -math.inf
+        if isinstance(value, int | float) and not low < value < math.inf:
+            raise UserError(f"loss {bound.name}: {key} {value} is not a finite number{' above 0' * (key == 'beta')}")
+    try:
+        jax.eval_shape(bound.value, term_options.example_logps(bound.entry.responses or 2))
+    except UserError as e:
+        raise UserError(f"loss {bound.name}: {e}") from e
+
+
+def _responses(bound: Sequence[BoundTerm]) -> int | None:
+    """Returns the P that all terms can do with: those of one response take the first of any number."""
+    names = [b.name for b in bound]
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"loss: {', '.join(names) or 'no term'}: give each loss once")
+    wanted = {b.name: b.entry.responses for b in bound if b.entry.responses != 1}
+    if not wanted:
+        return 1
+    known = [p for p in wanted.values() if p is not None]
+    mismatched = any(b.entry.mismatched for b in bound)
+    if len({b.entry.rewards for b in bound}) > 1:
+        raise UserError(f"loss: {', '.join(names)}: one is of a reward model, another of a language model's log-probs")
+    if mismatched and None in wanted.values():
+        raise UserError(f"loss: {', '.join(names)}: one takes every response, another one that is not an answer")
+    return max(known) if known else None
+
+
+def _check_shared_parts(bound: Sequence[BoundTerm]) -> None:
+    """Refuses to desensitise to length where a response to another prompt has a say in what the responses share."""
+    strange = [b.name for b in bound if b.entry.mismatched]
+    for b in bound:
+        alpha = b.transform["ld_alpha"]
+        if strange and not isinstance(alpha, Tracer) and alpha != 1:
+            raise UserError(
+                f"loss {b.name}: ld_alpha {alpha} cannot be used beside {strange[0]}: its responses to other prompts "
+                "would shorten what the others share"
+            )
+
+
+def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, Logps], Array]) -> Array:
+    """Returns a function of each term and the log-probs, with the statistic of that term, stacked on an axis K."""
+    needed, given = _responses(bound), lp.policy.shape[1]
+    if given != needed and (needed or given < 2):
+        raise ValueError(f"log-probs of {given} responses, where {', '.join(b.name for b in bound)} takes {needed}")
+    running = jnp.broadcast_to(lp.running, (len(bound),))
+    return jnp.stack([function(b, lp._replace(running=r)) for b, r in zip(bound, running, strict=True)])
+
+
+def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
+    """Returns every metric, float32[B]: the loss, those of its terms, and TRL's with the first term's beta."""
+    values = _each(bound, lp, BoundTerm.value)
+    answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
+    metrics = {"loss": jnp.sum(values, axis=0)}
+    if any(b.entry.rewards for b in bound):
+        return metrics | measures.length_metrics(answers) | measures.margin_metrics(answers.policy, answers)
+    metrics |= measures.likelihood_metrics(answers)
+    if len(bound) > 1:
+        metrics |= {f"loss/{b.name}": value / b.weigh["weight"] for b, value in zip(bound, values, strict=True)}
+    with_reference = [b for b in bound if b.entry.uses_reference]
+    if with_reference:
+        metrics |= measures.reward_metrics(answers, with_reference[0].hyper.get("beta", 1.0))
+    return metrics

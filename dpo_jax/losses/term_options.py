@@ -1,0 +1,161 @@
+"""f-DPO (Wang et al. 2023, arXiv 2309.16240): another divergence from the reference than the reverse KL."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.nn import log_sigmoid
+
+from dpo_jax.errors import UserError
+from dpo_jax.losses.parts import Entry, log_ratios, power
+from dpo_jax.records import Array, Logps
+
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+
+
+def diverge(lp: Logps, name: Divergence, alpha: float = 0.5) -> Logps:
+    """Puts the scores of an f-divergence where a loss looks for log-ratios: `policy` is s and `reference` is 0.
+
+    A policy that maximises reward less beta times D_f(pi, ref) has rewards beta f'(pi / ref), up to a constant, where
+    with the reverse KL they are beta log(pi / ref). With t = pi / ref and x = log t the scores are
+
+        reverse_kl   f'(t) = log t                              s = x
+        forward_kl   f'(t) = 1 - 1/t                            s = 1 - e^-x
+        js           f'(t) = log(2 t / (1 + t))                 s = log 2 + log sigmoid(x)
+        alpha        f'(t) = (t^(alpha - 1) - 1) / (alpha - 1)  s = (e^((alpha - 1) x) - 1) / (alpha - 1)
+
+    all with s(0) = 0, so that they may be divided by lengths. alpha -> 1 is the reverse KL and alpha = 0 the forward
+    one. Exponents are held at 80, as in TRL, beyond which the gradient is 0.
+
+    Args:
+      lp: log-probabilities of B comparisons; any length desensitising comes before.
+      name: the divergence.
+      alpha: of the alpha-divergence (TRL's f_alpha_divergence_coef).
+
+    Returns:
+      The same record with other `policy` and `reference`, float32[B, P]; with reverse_kl the record itself.
+
+    Raises:
+      UserError: no such divergence.
+    """
+    if name == "reverse_kl":
+        return lp
+    if name not in DIVERGENCES:
+        raise UserError(f"loss.divergence: {name!r} is none; known: reverse_kl, {', '.join(DIVERGENCES)}")
+    x = log_ratios(lp)
+    return lp._replace(policy=DIVERGENCES[name](x, alpha), reference=jnp.zeros_like(x))
+
+
+DIVERGENCES: dict[str, Callable[[Array, float], Array]] = {
+    "forward_kl": lambda x, _: power(x, -1.0),
+    "js": lambda x, _: math.log(2) + log_sigmoid(x),
+    "alpha": lambda x, alpha: power(x, alpha - 1.0),
+}
+Values = Callable[[Logps], Array]
+
+
+def transformed(
+    lp: Logps,
+    *,
+    reference_free: bool = False,
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
+    divergence_alpha: float = 0.5,
+    ld_alpha: float = 1.0,
+) -> Logps:
+    """The log-probs that a term's loss is shown.
+
+    Args:
+      lp: log-probabilities of B comparisons.
+      reference_free: Take log pi_ref as 0, as the original code's option does.
+      divergence: The f-divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
+      divergence_alpha: alpha of the alpha-divergence.
+      ld_alpha: What a response's tokens count beyond the length of the shorter one (LD-DPO, arXiv 2409.06411).
+    """
+    less = 1.0 - ld_alpha
+    lp = lp._replace(
+        policy=lp.policy - less * (lp.policy - lp.policy_shared),
+        reference=lp.reference - less * (lp.reference - lp.reference_shared),
+    )
+    if reference_free:
+        lp = lp._replace(reference=jnp.zeros_like(lp.reference))
+    return diverge(lp, divergence, divergence_alpha)
+
+
+def weighted(value: Array, lp: Logps, *, weight: float = 1.0, wpo: bool = False) -> Array:
+    """What a term adds to the objective, float32[B].
+
+    Args:
+      value: of its loss, float32[B].
+      lp: the log-probs.
+      weight: What the loss is multiplied by, among several terms.
+      wpo: Weigh pairs by how likely the policy is to write them (WPO, arXiv 2406.11827, eq. 2).
+    """
+    return weight * value * (wpo_weight(lp) if wpo else 1.0)
+
+
+def wpo_weight(lp: Logps) -> Array:
+    """WPO's weight of a pair, float32[B], a constant to the gradient: how likely both responses are under the policy,
+    token by token, next to what it would have drawn itself (arXiv 2406.11827, section 3)."""
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum(lp.confidence, axis=1)))
+
+
+def soft_label(lp: Logps, values: Values) -> Array:
+    """The expected value, float32[B], of a pairwise loss whose label is right with probability `lp.preference`."""
+    swapped = lp._replace(**{name: getattr(lp, name)[:, ::-1] for name in PAIRED})
+    return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
+
+
+PAIRED = ("policy", "reference", "policy_shared", "reference_shared", "lengths", "present", "scores", "confidence")
+
+
+def first_responses(lp: Logps, responses: int) -> Logps:
+    """The log-probs of the first responses only."""
+    return lp._replace(**{name: getattr(lp, name)[:, :responses] for name in PAIRED})
+
+
+def example_logps(responses: int) -> Logps:
+    """The shapes of the log-probs of one comparison."""
+    number, row = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, responses), jnp.float32)
+    rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
+    return Logps(**dict.fromkeys(PAIRED, row) | {"weights": number, "preference": number} | rest)
+
+
+def check_term(name: str, entry: Entry, options: dict) -> None:
+    """Refuses options of a term that mean nothing for its loss.
+
+    Raises:
+      UserError: with the reason.
+    """
+    pair = entry.responses == 2 and not entry.whole_batch and not entry.rewards
+    if any(isinstance(value, Tracer) for value in options.values()):
+        return  # they were checked as numbers before the program was traced
+    reasons = {
+        "weight": not options["weight"] > 0 and "a term counts for more than nothing: weight > 0",
+        "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
+        "divergence": options["divergence"] != "reverse_kl" and _against_divergence(entry, options),
+        "divergence_alpha": options["divergence"] != "alpha"
+        and options["divergence_alpha"] != (transformed.__kwdefaults__ or {})["divergence_alpha"]
+        and "only divergence alpha has one",
+        "ld_alpha": _against_ld(entry, options["ld_alpha"]),
+        "wpo": options["wpo"] and not pair and "it weighs pairs one by one, which this loss does not look at",
+    }
+    for key, reason in reasons.items():
+        if reason:
+            raise UserError(f"loss {name}: {key} {options[key]} cannot be used: {reason}")
+
+
+def _against_divergence(entry: Entry, options: dict) -> str | bool:
+    if options["reference_free"]:
+        return "without a reference there is nothing to diverge from"
+    if not entry.uses_reference:
+        return "it has no reference to diverge from"
+    return not entry.divergences and "the loss is defined for the reverse KL only"
+
+
+def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
+    if ld_alpha == 1 or (0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched and not entry.rewards):
+        return False
+    return "it is from 0 to 1, for losses that compare log-probs of responses"

@@ -1,0 +1,43 @@
+"""Gemma (2B, 7B): Llama with scaled embeddings, norms that store their scale less 1, and a tied head."""
+
+from typing import Any
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families import llama
+
+CLASS = "GemmaForCausalLM"
+PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+DEFAULTS = {
+    "max_position_embeddings": 8192,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what a Gemma config.json describes.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    config = {**DEFAULTS, **config}
+    # The first releases name the exact function and mean its approximation, as transformers does.
+    act = "gelu_tanh" if config.get("hidden_act") == "gelu" else arch.activation(config, "hidden_act", "gelu_new")
+    return gemma_like(config, "gemma", activation=act)
+
+
+def gemma_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
+    """Returns what the config.json of any Gemma describes, with some fields given.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    arch.only_setting(config, "mlp_bias", False)
+    arch.only_setting(config, "use_bidirectional_attention", False)
+    scale = arch.need_setting(config, "hidden_size") ** 0.5
+    return llama.llama_like(config, family, norm_offset=1.0, embedding_scale=scale, **fields)
+
+
+tensors = llama.tensors

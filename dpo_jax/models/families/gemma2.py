@@ -1,0 +1,60 @@
+"""Gemma 2 (2B to 27B): Gemma with caps on scores and logits, norms on both sides, a window in every other layer."""
+
+from typing import Any
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families import gemma, llama
+from dpo_jax.models.families.tensor_map import Tensor
+
+CLASS = "Gemma2ForCausalLM"
+PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+DEFAULTS = {
+    **gemma.DEFAULTS,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what a Gemma 2 config.json describes.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    config = {**DEFAULTS, **config}
+    return gemma2_like(config, "gemma2", every=2, score_cap=config["attn_logit_softcapping"])
+
+
+def gemma2_like(config: HfConfig, family: str, every: int, **fields: Any) -> Architecture:
+    """Returns what Gemma 2 and 3 share; by default one in `every` layers sees all, the last of them.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    layers = arch.need_setting(config, "num_hidden_layers")
+    kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    return gemma.gemma_like(
+        config,
+        family,
+        activation=arch.activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        post_norm=True,
+        windows=arch.layer_windows(config, layers, kinds),
+        score_scale=arch.need_setting(config, "query_pre_attn_scalar") ** -0.5,
+        logit_cap=config["final_logit_softcapping"],
+        **fields,
+    )
+
+
+def tensors(a: Architecture) -> dict[str, Tensor]:
+    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    return llama.llama_tensors(a, NORMS)

@@ -1,0 +1,101 @@
+"""Llama 2 to 3.2, TinyLlama, SmolLM2 and many more: rotary positions, gated MLP, shared key-value heads.
+
+Mistral, Qwen, Phi-3, Gemma and OLMo 2 are told by how they differ: `like` and `table` are theirs too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, linear, plain
+
+CLASS = "LlamaForCausalLM"
+PREFIX = "model."
+HEAD = "lm_head.weight"
+BUFFERS = ("rotary_emb.inv_freq",)
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # ours -> its
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what a Llama config.json describes. Dropout is always off.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    return llama_like(config, "llama")
+
+
+def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
+    """Returns what a config.json with Llama's keys describes, with some fields given.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
+    dim = arch.head_dim(config, width, heads)
+    attention_bias, mlp_bias = (
+        arch.get_setting(config, "attention_bias", False),
+        arch.get_setting(config, "mlp_bias", False),
+    )
+    values: dict[str, Any] = {
+        "family": family,
+        "vocab": arch.need_setting(config, "vocab_size"),
+        "width": width,
+        "layers": arch.need_setting(config, "num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": arch.kv_heads(config, heads),
+        "head_dim": dim,
+        "mlp": arch.need_setting(config, "intermediate_size"),
+        "norm": "rms",
+        "eps": arch.get_setting(config, "rms_norm_eps", 1e-6),
+        "gated": True,
+        "parallel": False,
+        "qkv_bias": attention_bias,
+        "out_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+        "tied": arch.get_setting(config, "tie_word_embeddings", False),
+        "max_positions": arch.get_setting(config, "max_position_embeddings", 2048),
+        "initializer_range": arch.get_setting(config, "initializer_range", 0.02),
+    }
+    if "activation" not in fields:
+        values["activation"] = arch.activation(config, "hidden_act", "silu")
+    if "rope" not in fields:
+        values["rope"] = arch.rope(config, dim)
+    return Architecture(**{**values, **fields})
+
+
+def tensors(a: Architecture) -> dict[str, Tensor]:
+    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    return llama_tensors(a, NORMS)
+
+
+def llama_tensors(a: Architecture, norms: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns the tensors of a model that names them as Llama does, all but its norms: ours -> its name."""
+    width, layer = a.width, "model.layers.{i}."
+    found = {
+        "model.embed_tokens.weight": plain(("embedding",), a.vocab, width),
+        "model.norm.weight": plain(("final_norm", "scale"), width),
+        layer + "self_attn.o_proj.weight": linear(("layers", "o", "kernel"), (width,), (a.heads, a.head_dim)),
+        layer + "mlp.gate_proj.weight": linear(("layers", "gate", "kernel"), (a.mlp,), (width,)),
+        layer + "mlp.up_proj.weight": linear(("layers", "up", "kernel"), (a.mlp,), (width,)),
+        layer + "mlp.down_proj.weight": linear(("layers", "down", "kernel"), (width,), (a.mlp,)),
+    }
+    for ours, name in norms.items():
+        found[f"{layer}{name}.weight"] = plain(("layers", ours, "scale"), width)
+    for name, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
+        where, shape = f"{layer}self_attn.{name}_proj.", (heads, a.head_dim)
+        found[where + "weight"] = linear(("layers", name, "kernel"), shape, (width,))
+        if a.qkv_bias:
+            found[where + "bias"] = Tensor((shape,), (TensorPart(("layers", name, "bias")),))
+        if a.qk_norm and name != "v":
+            norm = TensorPart(("layers", f"{name}_norm", "scale"))
+            found[f"{layer}self_attn.{name}_norm.weight"] = Tensor((shape[a.qk_norm == "head" :],), (norm,))
+    if a.out_bias:
+        found[layer + "self_attn.o_proj.bias"] = plain(("layers", "o", "bias"), width)
+    if a.mlp_bias:
+        for name, size in (("gate", a.mlp), ("up", a.mlp), ("down", width)):
+            found[f"{layer}mlp.{name}_proj.bias"] = plain(("layers", name, "bias"), size)
+    if not a.tied:
+        found[HEAD] = plain(("head",), a.vocab, width)
+    return found

@@ -1,0 +1,28 @@
+"""Mistral (7B v0.1 to v0.3, Zephyr): Llama with a sliding window in every layer."""
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families import llama
+
+CLASS = "MistralForCausalLM"
+PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what a Mistral config.json describes; `sliding_window: null` means none.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    config = {**DEFAULTS, **config}
+    arch.only_setting(config, "attention_bias", False)
+    arch.only_setting(config, "mlp_bias", False)
+    arch.only_setting(config, "layer_types", None)
+    window = config["sliding_window"]
+    layers = arch.need_setting(config, "num_hidden_layers")
+    kinds = None if window is None else ["sliding_attention"] * layers
+    return llama.llama_like(config, "mistral", windows=arch.layer_windows(config, layers, kinds))
+
+
+tensors = llama.tensors

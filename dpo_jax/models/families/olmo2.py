@@ -1,0 +1,27 @@
+"""OLMo 2 (1B to 32B): Llama normalised after attention and MLP, not before; queries and keys over all heads at once."""
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families import llama
+from dpo_jax.models.families.tensor_map import Tensor
+
+CLASS = "Olmo2ForCausalLM"
+PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+DEFAULTS = {"rms_norm_eps": 1e-5}
+NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what an OLMo 2 config.json describes.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    config = {**DEFAULTS, **config}
+    arch.only_setting(config, "mlp_bias", False)
+    return llama.llama_like(config, "olmo2", qk_norm="all", pre_norm=False, post_norm=True)
+
+
+def tensors(a: Architecture) -> dict[str, Tensor]:
+    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    return llama.llama_tensors(a, NORMS)

@@ -1,0 +1,23 @@
+"""Qwen3, dense (0.6B to 32B): Llama whose queries and keys are normalised head by head."""
+
+from dpo_jax.models import architecture as arch
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families import llama, qwen2
+
+CLASS = "Qwen3ForCausalLM"
+PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
+
+
+def architecture(config: HfConfig) -> Architecture:
+    """Returns what a Qwen3 config.json describes.
+
+    Raises:
+      UserError: a setting that is missing or not supported.
+    """
+    config = {**DEFAULTS, **config}
+    arch.only_setting(config, "mlp_bias", False)
+    return llama.llama_like(config, "qwen3", qk_norm="head", windows=qwen2.qwen_windows(config))
+
+
+tensors = llama.tensors

@@ -1,0 +1,253 @@
+"""Hugging Face model folders in and out: config.json, safetensors (never a pickle) and the tokenizer."""
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.errors import UserError
+from dpo_jax.models import reward_head
+from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.families.registry import architecture_of, family
+from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
+from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
+from dpo_jax.models.huggingface.safetensors import (
+    DTYPES,
+    INDEX,
+    Fetch,
+    read_json,
+    tensors_of,
+    weight_files,
+    write_json,
+    write_params,
+)
+
+MAX_SHARD_BYTES = 5 * 10**9
+# What an export consists of: a folder that holds anything else is never replaced.
+EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", INDEX, "*token*.json", "chat_template.*")
+EXPORTED += ("vocab.json", "merges.txt", "additional_chat_templates", "*.model")
+
+
+def model_folder(path: str) -> Path:
+    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
+
+    Raises:
+      UserError: no such folder or model of the hub; a run that has not finished.
+    """
+    if is_hub_name(path):
+        return fetch_model(path)
+    if not Path(path).is_dir():
+        kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
+        raise UserError(f"{path}: no such folder; give {kinds}")
+    if not (Path(path) / "config.yaml").is_file():  # by which the folder of a run is known
+        return Path(path)
+    if not (Path(path) / "model").is_dir():
+        raise UserError(f"{path}: this run has exported no model yet; finish it with dpo-jax train")
+    return Path(path) / "model"
+
+
+def adapter_folder(path: str) -> Path:
+    """Returns the PEFT folder that a path names: itself, what a run has exported, or a copy of the hub's.
+
+    Raises:
+      UserError: no such model of the hub.
+    """
+    if is_hub_name(path):
+        return fetch_model(path)
+    return Path(path) / "adapter" if (Path(path) / "config.yaml").is_file() else Path(path)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns the contents of a config.json.
+
+    Args:
+      path: the file, or the folder that holds it.
+
+    Raises:
+      UserError: there is none, or it is not a config.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such model folder; give a local folder with a config.json")
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        what = "this is not a Hugging Face model folder"
+        if (path / "adapter_config.json").exists():
+            what = "these are adapters: give them as lora.path, and the model that they are for as model.path"
+        raise UserError(f"{path}: config.json is missing; {what}")
+    config = read_json(file)
+    if "model_type" not in config:
+        raise UserError(f"{file}: model_type is missing; give the family, llama for example")
+    return config
+
+
+def read_generation(folder: str | Path) -> dict[str, Any]:
+    """Returns the contents of a model folder's generation_config.json, nothing if it has none."""
+    file = Path(folder) / "generation_config.json"
+    return read_json(file) if file.exists() else {}
+
+
+def load_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+    """Reads a model folder, as `stored` does, with its parameters as numpy float32."""
+    architecture, config, params = open_folder(folder)
+    return architecture, config, load_into_memory(params)
+
+
+def open_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+    """Opens a model folder, all but reading its weights.
+
+    Weights come from model.safetensors or the shards of its index, in any of float64, 32, 16 and bfloat16. Buffers
+    that are no weights are skipped; any other tensor too many, too few or of another shape is an error.
+
+    Returns:
+      The architecture; the config as it is in the file, but with the dtype that the weights have; and the parameters,
+      which are read block by block when they are put on devices.
+
+    Raises:
+      UserError: something is missing, damaged or not supported.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        if config.get("quantization_config"):
+            raise UserError("config.json: quantization_config is not supported; use the model before quantisation")
+        module, architecture = family(config["model_type"]), architecture_of(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if "auto_map" in config:
+        print(
+            f"{folder}: its auto_map names code, which is never run; it is read as the {module.CLASS} it claims to be"
+        )
+    params, dtype = lazy_params(weight_files(folder), module, architecture)
+    return architecture, {**config, "dtype": dtype}, params
+
+
+def save_folder(
+    folder: str | Path,
+    params: Mapping[str, Any],
+    hf_config: HfConfig,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    generation: HfConfig | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    fetch: Fetch = np.asarray,
+    writes: bool = True,
+) -> None:
+    """Writes a model folder that `from_pretrained` of transformers' AutoModelForCausalLM loads, or that of
+    AutoModelForSequenceClassification where its config says that it is a reward model.
+
+    It is written beside its place and renamed: `folder` is never half a model.
+
+    Args:
+      folder: where; what `save` wrote there before is replaced.
+      params: the parameters: numpy, on devices, or stored.
+      hf_config: config.json of the model it came from.
+      tokenizer: a transformers tokenizer to put beside, or None.
+      dtype: of the tensors in the file: "float32", "bfloat16" or "float16"; None is that of the model it came from.
+      generation: generation_config.json of the model it came from, or nothing.
+      max_shard_bytes: more than this goes to several files with an index.
+      fetch: an array -> the same in this host's memory; is called for one tensor after another.
+      writes: whether this process is the one of several that writes; the others only fetch.
+
+    Raises:
+      UserError: an unknown dtype, or a folder with something else in it.
+    """
+    folder = Path(folder).absolute()
+    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    module, architecture = family(hf_config["model_type"]), architecture_of(hf_config)
+    tensors = tensors_of(params, module, architecture, dtype, fetch)
+    if not writes:
+        for _ in tensors:
+            pass
+        return
+    _check_replaceable(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_params(temporary, tensors, module, architecture, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
+        config = {**hf_config, "architectures": [name], "dtype": dtype}
+        _write_configs(temporary, config, tokenizer, dict(generation or {}))
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Returns the tokenizer of a model folder or of a model on the Hugging Face hub; no remote code is run.
+
+    Args:
+      folder: a local folder, a tokenizer's json file in one (read as it is, with the folder's special tokens), or
+        `name` or `owner/name` on the hub, maybe with `@revision`.
+
+    Raises:
+      UserError: there is none, or it has no end-of-sequence token.
+    """
+    if Path(folder).suffix == ".json" and Path(folder).is_file():
+        return _tokenizer_file(Path(folder))
+    from transformers import AutoTokenizer  # here, since it takes seconds to import
+
+    name = str(folder)
+    local = Path(folder).expanduser()
+    looks_local = name.startswith(("./", "../", "/", "~")) or name.count("/") > 1
+    if looks_local and not local.exists():
+        raise UserError(f"{name}: there is no such folder to read a tokenizer from")
+    try:
+        found, revision = (local, "") if local.exists() else name.partition("@")[::2]
+        tokenizer = AutoTokenizer.from_pretrained(found, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        where = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no tokenizer could be read from {where}: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    return tokenizer
+
+
+def _tokenizer_file(file: Path) -> Any:
+    """Returns the tokenizer that one json file describes; the class of the folder's own might rebuild it otherwise."""
+    from transformers import PreTrainedTokenizerFast
+
+    base = load_tokenizer(file.parent)
+    names = {f"{k}_token": getattr(base, f"{k}_token") for k in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v is not None})
+
+
+def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any]) -> None:
+    dropped = ("torch_dtype", "transformers_version", "_name_or_path")
+    config = {key: value for key, value in hf_config.items() if key not in dropped}
+    ends = [] if tokenizer is None else [tokenizer.eos_token_id]
+    for known in (generation.get("eos_token_id"), hf_config.get("eos_token_id")):
+        ends += known if isinstance(known, list) else [known]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ids = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
+    generation = {**ids, **generation}
+    if ends:
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name a folder to write the model to")
+    for file in sorted(folder.iterdir()) if folder.exists() else ():
+        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in EXPORTED):
+            raise UserError(f"{folder}: holds {file.name}, which is no part of a model; choose another folder")
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

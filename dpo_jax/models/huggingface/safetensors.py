@@ -1,0 +1,184 @@
+"""The files of a model folder: what they are called, JSON, and parameters as safetensors. No other format is opened."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dpo_jax.errors import UserError
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families.tensor_map import Tensor, plain, to_theirs
+from dpo_jax.models.families.tensor_map import TreePath as Keys
+from dpo_jax.records import Array
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names of them
+Fetch = Callable[[Any], np.ndarray]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a model folder: one, or the shards of an index.
+
+    Raises:
+      UserError: there are none, or only pickles.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        return _shards_of(folder)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        how = "convert it with transformers: model.save_pretrained(folder, safe_serialization=True)"
+        raise UserError(f"{folder}: has its weights only as a pickle, which is never read; {how}")
+    raise UserError(f"{folder}: there are no weights; {WEIGHTS} or {INDEX} is needed")
+
+
+def _shards_of(folder: Path) -> list[Path]:
+    """Returns the files that an index names, all of which lie beside it."""
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{folder / INDEX}: weight_map must name a file for each tensor; download the folder again")
+    files = [folder / name for name in sorted(set(named.values()))]
+    for file in files:
+        if file.parent != folder or file.suffix != ".safetensors":
+            raise UserError(f"{folder / INDEX}: names {str(file)!r}, which is no safetensors file beside it")
+        if not file.exists():
+            raise UserError(f"{file}: is missing, {INDEX} names it; download the folder again")
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      UserError: it is not JSON, or no object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a value as JSON with sorted keys, one to a line."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weights_hash(params: Mapping[str, Any], architecture: Architecture) -> str:
+    """Returns 32 hex digits that identify a model: blake2b of all parameters and of the architecture's fields.
+
+    Floats count by their values, whatever holds them.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
+    for path, value in sorted(_flatten(params)):
+        dtype = np.dtype(np.float32) if value.dtype in tuple(DTYPES.values()) else value.dtype
+        digest.update(f"{path} {dtype} {value.shape}".encode())
+        for i in range(value.shape[0]) if value.ndim > 2 else (slice(None),):  # a layer at a time
+            array = np.ascontiguousarray(np.asarray(value[i]).astype(dtype, copy=False))
+            digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def expand(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str, int | None, Tensor]]:
+    """Yields (name in the file, layer or None, tensor) for every tensor of a checkpoint."""
+    for pattern, tensor in module.tensors(architecture).items():
+        if "{i}" not in pattern:
+            yield pattern, None, tensor
+            continue
+        for i in range(architecture.layers):
+            yield pattern.replace("{i}", str(i)), i, tensor
+    if architecture.score:
+        yield "score.weight", None, plain(("score",), 1, architecture.width)
+
+
+def _flatten(tree: Mapping[str, Any], before: Keys = ()) -> Iterator[tuple[Keys, Array]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*before, key))
+        else:
+            yield (*before, key), value
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Returns names in order, cut so that no shard is above `limit` bytes unless it is one tensor."""
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def tensors_of(
+    params: Mapping[str, Any], module: ModuleType, architecture: Architecture, dtype: str, fetch: Fetch
+) -> Iterator[np.ndarray]:
+    """Yields the tensors of a checkpoint in the order of `expand`, each made when it is asked for.
+
+    Args:
+      params: the parameters: numpy, on devices, or stored.
+      module: the family.
+      architecture: what the parameters belong to.
+      dtype: a name of `DTYPES`.
+      fetch: an array -> the same in this host's memory.
+    """
+    flat = dict(_flatten(params))
+    for _, layer, tensor in expand(module, architecture):
+        values = (flat[part.path] for part in tensor.parts)
+        pieces = (value[:] if layer is None else value[layer] for value in values)
+        parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
+        yield np.ascontiguousarray(to_theirs(tensor, parts))
+
+
+def write_params(
+    folder: Path, tensors: Iterator[np.ndarray], module: ModuleType, architecture: Architecture, dtype: str, limit: int
+) -> None:
+    """Writes parameters as safetensors, with an index where there are more than `limit` bytes.
+
+    One tensor is in the host's memory at a time, beside parameters that are there already.
+
+    Args:
+      folder: where; it exists.
+      tensors: from `tensors_of`.
+      module: the family.
+      architecture: what the parameters belong to.
+      dtype: theirs.
+      limit: bytes in a file; a larger tensor has one to itself.
+    """
+    shapes = {name: tensor.shape for name, _, tensor in expand(module, architecture)}
+    sizes = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, limit)
+    one = len(shards) == 1
+    names = [WEIGHTS if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, members in zip(names, shards, strict=True):
+        _write(folder / file, {name: shapes[name] for name in members}, dtype, tensors)
+    if not one:
+        files = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+
+
+def _write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterator[np.ndarray]) -> None:
+    """Writes a safetensors file from the next tensors, as they come: the library's function takes all at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, size = 0, np.dtype(DTYPES[dtype]).itemsize
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * size
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in zip(shapes, tensors, strict=False):
+            f.write(tensor.reshape(-1).view(np.uint8).data)

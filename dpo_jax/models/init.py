@@ -1,0 +1,20 @@
+"""Random parameters, and functions mapped over layers, as host arrays."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax.models.model import Model
+
+
+def init_params(model: Model, seed: int) -> Any:
+    """Returns random parameters as host arrays."""
+    return jax.device_get(jax.jit(model.init)(jax.random.key(seed)))
+
+
+def map_layers(function: Callable, kernel: Any) -> Any:
+    """Returns a function's results for each layer of a kernel [L, ...], stacked, as host arrays."""
+    compiled = jax.jit(function)
+    return jax.tree.map(lambda *x: np.stack(x), *(jax.device_get(compiled(kernel[i])) for i in range(kernel.shape[0])))

@@ -1,0 +1,122 @@
+"""Decoder-only language models as pure functions of their parameters: what the rest of the package uses."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dpo_jax.errors import UserError
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.kernels import CHUNKS
+from dpo_jax.records import Array
+
+COMPUTE = ("float32", "bfloat16")
+
+
+# nobody means a family of a similar name
+class Model(NamedTuple):
+    """The pure functions of one architecture. Parameters are a nested dict of float32, layers stacked on axis 0.
+
+    Attributes:
+      architecture: what it is.
+      init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
+      hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
+        `whole`, a function, each layer's parameters go through it just before they are used; with `attend`, attention
+        is computed by it, a function as `packed_attention`.
+      head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
+        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states. Of a reward
+        model it is float32[1, D], and the product is the reward of the text so far.
+      prefill: (params, tokens, positions, group, copies, room) -> hidden [P, T, D] of P prompts, which end at the
+        right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
+        `group` 0 is padding.
+      apart: params -> the same as `decode` takes them: a list of layers, kernels in the compute dtype. A copy, made
+        once for many tokens.
+      decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the tokens,
+        before which each sequence has `place` others; `valid` bool[P, T] says which tokens of the prompts are some.
+      axes: like params, but tuples with the logical name of each axis.
+      attention: the name of what computes attention in `hidden`; the other functions have their own.
+    """
+
+    architecture: Architecture
+    init: Callable[[Array], Any]
+    hidden: Callable[..., Array]
+    head: Callable[[Any], Array]
+    prefill: Callable[[Any, Array, Array, Array, int, int], tuple[Array, Cache]]
+    apart: Callable[[Any], Any]
+    decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
+    axes: Any
+    attention: str = CHUNKS
+
+
+def build_model(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:
+    """Returns the functions of an architecture.
+
+    Args:
+      architecture: what to build.
+      compute: dtype of activations and matmuls, "float32" or "bfloat16".
+      remat: what the backward pass computes again: "none"; "dots", all but projections and attention; "full".
+
+    Raises:
+      UserError: an unknown `compute` or `remat`.
+    """
+    for key, value, known in (("compute", compute, COMPUTE), ("remat", remat, tuple(POLICIES))):
+        if value not in known:
+            raise UserError(f"model.{key}: {value!r} is not known; choose one of {', '.join(known)}")
+    decoder = Decoder(architecture, compute, remat)
+    keeping = Decoder(architecture, compute, keep=True)
+    shapes = jax.eval_shape(partial(_init, decoder), jax.eval_shape(jax.random.key, 0))
+    return Model(
+        architecture,
+        init=lambda key: nn.meta.unbox(_init(decoder, key)),
+        hidden=partial(_hidden, decoder),
+        head=partial(_head, architecture),
+        prefill=partial(_prefill, keeping),
+        apart=partial(_apart, keeping),
+        decode=partial(_decode, keeping),
+        axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
+    )
+
+
+def _init(decoder: Decoder, key: Array) -> Any:
+    one = jnp.zeros((1, 1), jnp.int32)
+    return decoder.init(key, one, one, Context(group=one, branch=one))["params"]
+
+
+def _hidden(decoder, params, tokens, positions, group, branch, whole=None, attend=packed_attention):
+    context = Context(group=group, branch=branch)
+    return decoder.clone(whole=whole, attend=attend).apply({"params": params}, tokens, positions, context)[0]
+
+
+def _head(architecture: Architecture, params: Any) -> Array:
+    if architecture.score:
+        return params["score"]
+    weight = params["embedding" if architecture.tied else "head"]
+    return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
+
+
+def _prefill(decoder, params, tokens, positions, group, copies, room):
+    context = Context(group=group, branch=jnp.zeros_like(group))
+    hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
+    keys, values = (x.swapaxes(2, 3) for x in kept)
+    layers, prompts, kv_heads, _, dim = keys.shape
+    own = jnp.zeros((prompts * copies, kv_heads, room, dim), keys.dtype)
+    return hidden, tuple((keys[i], values[i], own, own) for i in range(layers))
+
+
+def _apart(decoder: Decoder, params: Any) -> Any:
+    def one(path: Any, x: Array, layer: int) -> Array:
+        return x[layer].astype(decoder.compute) if path[-1].key == "kernel" else x[layer]
+
+    layers = range(decoder.architecture.layers)
+    return {**params, "layers": [jax.tree.map_with_path(partial(one, layer=i), params["layers"]) for i in layers]}
+
+
+def _decode(decoder, params, token, position, cache, valid, place):
+    context = Context(place=place, mask=valid)
+    hidden, cache = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
+    return hidden[:, 0], cache

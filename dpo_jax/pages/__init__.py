@@ -1,0 +1,1 @@
+"""HTML pages of runs, data, win rates and frontiers."""

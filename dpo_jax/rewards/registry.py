@@ -1,0 +1,86 @@
+"""Rewards: functions (prompts, completions) -> scores, one for each completion, higher is better; found by name.
+
+    happy, synthetic, vader     built in
+    words:FILE                  a word list (JSON)
+    logistic:FILE               a logistic regression over words and pairs of words (JSON)
+    model:FOLDER                a reward model: a run with the loss bradley_terry, or transformers' folder of one
+    classifier:FOLDER#LABEL     a classifier of transformers, of any family (in torch, extra `classifier`)
+    module:function             your own, or one written for TRL: it is called with the keywords prompts and completions
+
+`labels` draws preference pairs from scores; `judge` compares two responses, by a reward or by asking a model.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.sources import synthetic
+from dpo_jax.errors import UserError, closest
+from dpo_jax.records import Array
+from dpo_jax.rewards import trained, words
+from dpo_jax.rewards.classifier import classifier
+from dpo_jax.rewards.labels import check_finite
+
+Reward = Callable[[Sequence[str], Sequence[str]], Array]
+"""(prompts, completions), n texts each -> float64[n]."""
+REWARDS: dict[str, words.Score] = {"happy": words.happy, "synthetic": synthetic.synthetic_reward, "vader": words.vader}
+FILES: dict[str, Callable[[str], words.Score]] = {"words": words.word_list, "logistic": words.logistic_regression}
+
+
+def get_reward(name: str) -> Reward:
+    """Returns a reward by its name; `module:function` imports and so runs that module.
+
+    Raises:
+      UserError: there is no such reward; the returned function, on a score that is no finite number.
+    """
+    kind, colon, rest = name.partition(":")
+    if kind in FILES and colon:
+        reward = _each(FILES[kind](rest))
+    elif kind == "model" and colon:
+        reward = trained.trained_reward(rest).of_texts
+    elif kind == "classifier" and colon:
+        reward = classifier(rest)
+    elif colon:
+        reward = _imported(name)
+    elif name in REWARDS:
+        reward = _each(REWARDS[name])
+    else:
+        known = [*REWARDS, *(f"{kind}:FILE" for kind in FILES), "model:FOLDER", "classifier:FOLDER#LABEL"]
+        raise UserError(f"unknown reward {name!r}; {closest(name, known)} (or give module:function)")
+
+    def checked(prompts: Sequence[str], completions: Sequence[str]) -> Array:
+        scores = list(reward(prompts=list(prompts), completions=list(completions)))
+        if len(scores) != len(completions):
+            raise UserError(f"reward {name!r}: {len(scores)} scores for {len(completions)} completions")
+        pairs = zip(scores, completions, strict=True)
+        return np.array([check_finite(score, f"reward {name!r}", text) for score, text in pairs], np.float64)
+
+    return checked
+
+
+def _each(score: words.Score) -> Callable[..., list[float]]:
+    """Returns the reward of a score of single completions."""
+    return lambda prompts, completions: [score(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """Returns the function that `module:function` names."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as e:  # ValueError: an empty module name
+        raise UserError(f"reward {name!r}: cannot import {module_name!r} ({e}); is its folder in PYTHONPATH?") from e
+    function = getattr(module, attribute, None)
+    if function is None:
+        known = closest(attribute, [n for n in vars(module) if not n.startswith("_")])
+        raise UserError(f"reward {name!r}: {module_name} has no {attribute!r}; {known}")
+    if not callable(function):
+        raise UserError(f"reward {name!r}: {attribute} is no function (prompts, completions) -> scores")
+    try:
+        inspect.signature(function).bind(prompts=[], completions=[])
+    except TypeError as e:
+        raise UserError(f"reward {name!r}: it must take the keywords prompts and completions, lists of texts") from e
+    return function

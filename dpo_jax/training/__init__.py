@@ -1,0 +1,1 @@
+"""From a config to a trained model: set up, shard, compile, train, save, resume."""

@@ -1,0 +1,133 @@
+"""Which implementation of attention a run takes: a library's kernel only if it equals our own on this very device."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import distributed, sharding
+from dpo_jax.config.schema import ModelConfig
+from dpo_jax.errors import UserError
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.attention import RowMask, Scoring, packed_attention
+from dpo_jax.models.decoder import scoring_of
+from dpo_jax.models.kernels import CHUNKS, KERNELS, Attend
+from dpo_jax.models.model import Model
+from dpo_jax.records import Array
+
+# How far a kernel may be from exact attention, as a share of the largest value: so many times as far as chunks are in
+# the same dtype, or `LEAST`.
+MARGIN, LEAST = 4.0, 1e-5
+OUTPUTS = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
+WINDOW = 40
+# Two rows of (group, branch, tokens): prompts with one to three responses, some across blocks, and padding.
+CASE = (
+    ((1, 0, 100), (1, 1, 60), (1, 2, 50), (2, 0, 30), (2, 1, 20), (2, 2, 7), (2, 3, 9), (0, 0, 24)),
+    ((1, 0, 150), (1, 1, 110), (2, 0, 1), (2, 1, 20), (2, 2, 15), (0, 0, 4)),
+)
+
+
+def with_attention(model: Model, options: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[Model, str]:
+    """Returns a model with the attention that the config asks for, and what is to be said of that, or "".
+
+    All processes of a run call it, and get the same.
+
+    Args:
+      model: as built.
+      options: the config's section.
+      mesh: over which the model will run; None for one device.
+
+    Raises:
+      UserError: a kernel is named that this device has not, that cannot be used here, or that is not equal to chunks.
+    """
+    name, platform = options.attention, jax.default_backend()
+    if name == "auto":
+        name = next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
+    if name == CHUNKS:
+        return model, ""
+    devices = 1 if mesh is None else sharding.head_devices(mesh)
+    problem = kernel_refusal(name, model.architecture, options.compute, devices)
+    if not distributed.all_agree(not problem):
+        problem = problem or "failed in another process"
+        if options.attention == "auto":
+            return model, f"attention: {CHUNKS}, as {name} {problem}"
+        raise UserError(f"model.attention: {name} {problem}; take {CHUNKS}, or auto")
+    attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
+    attending = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
+    return attending, "; ".join(filter(None, (f"attention: {name}, which equals {CHUNKS} here", KERNELS[name].note)))
+
+
+def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
+    """Returns why a kernel cannot be used for a model on this device, or "" where it can."""
+    kernel, here = KERNELS[name], jax.default_backend()
+    if kernel.platform != here:
+        return f"runs on a {kernel.platform}, and this is a {here}"
+    if compute not in kernel.dtypes:
+        return f"takes {' or '.join(kernel.dtypes)}, and model.compute is {compute}"
+    if a.kv_heads % devices:
+        return f"cannot share {a.kv_heads} key-value heads evenly among {devices} devices (mesh.tensor)"
+    scoring = scoring_of(a)
+    for window in (None, WINDOW) if any(a.windows) else (None,):
+        try:
+            found = np.asarray(
+                jax.jit(partial(kernel_errors, kernel.attend, scoring))(*attention_case(a, compute, window))
+            )
+        except Exception as e:  # whatever a library's kernel may raise: it is said, and the kernel is not used
+            return f"fails here ({type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]})"
+        for what, (far, near) in zip(OUTPUTS, found, strict=True):
+            limit = max(MARGIN * near, LEAST)
+            if not far <= limit:  # so that NaN fails
+                return f"is not equal to {CHUNKS} here ({what} is {far:.1e} of its largest value off, not {limit:.1e})"
+    return ""
+
+
+def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> Array:
+    """Returns how far attention and its gradients are from exact, as shares of the largest value: float32[4, 2], of
+    `attend` and of chunks. Pure; for `jax.jit`.
+
+    Args:
+      attend: as `packed_attention`.
+      scoring: how queries score keys.
+      inputs: q, k and v, and a cotangent of the output.
+      rows: which keys a query sees.
+    """
+    at_once: Attend = partial(packed_attention, chunk=rows.group.shape[1])
+    with jax.default_matmul_precision("highest"):
+        exact = _with_gradients(at_once, scoring, [x.astype(jnp.float32) for x in inputs], rows)
+    found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
+
+    def far(x: Array, y: Array) -> Array:
+        return jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()
+
+    return jnp.array([(far(x, z), far(y, z)) for x, y, z in zip(found, chunks, exact, strict=True)])
+
+
+def _with_gradients(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> tuple[Array, ...]:
+    def run(q: Array, k: Array, v: Array) -> Array:
+        return attend(q, k, v, rows, scoring)
+
+    out, back = jax.vjp(run, *inputs[:3])
+    return out, *back(inputs[3])
+
+
+def attention_case(a: Architecture, compute: str, window: int | None = None) -> tuple[list[Array], RowMask]:
+    """Returns `CASE` for a model: q, k, v and a cotangent of at most two key-value heads, and which keys are seen.
+
+    Scores spread by 2 or, where they are capped, by a fifth of that if it is more; positions continue from the prompt
+    in every response.
+    """
+    scoring, rng, kv_heads = scoring_of(a), np.random.default_rng(0), min(2, a.kv_heads)
+    parts: tuple[list[list[int]], ...] = ([], [], [])
+    for row in CASE:
+        prompt = {g: n for g, b, n in row if b == 0}
+        tokens = [(g, b, i + (prompt[g] if b else 0)) for g, b, n in row for i in range(n)]
+        for part, values in zip(parts, zip(*tokens, strict=True), strict=True):
+            part.append(list(values))
+    group, branch, positions = (np.array(part, np.int32) for part in parts)
+    heads = [kv_heads * a.heads // a.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // a.kv_heads]
+    q, *rest = (rng.standard_normal((*group.shape, n, a.head_dim), np.float32) for n in heads)
+    q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * a.head_dim**0.5)
+    rows = RowMask(group, branch) if window is None else RowMask(group, branch, positions, np.int32(window))
+    return [jnp.asarray(x, compute) for x in (q, *rest)], rows

@@ -1,0 +1,311 @@
+"""Checkpoints by orbax, each with a manifest that says what it holds, since orbax restores a flipped byte silently.
+
+A checkpoint is a folder `<step>/` of orbax's files and `manifest.json`, written last: format, checksums of every file
+and of every leaf, and the metrics of the evaluation at that step. The leaves' are sums that do not depend on how an
+array lies on devices, so they are checked after the arrays are back on whatever devices there are now.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dpo_jax import distributed
+from dpo_jax.errors import UserError
+from dpo_jax.records import Array, TrainState
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+LOWER = ("loss", "nll", "kl")  # metrics with one of these in their name are better when lower
+ROOM = 1.1  # a checkpoint's size on disk over its arrays' at most
+
+
+def checksums(tree: Any) -> dict[str, Array]:
+    """Returns a uint32 for each leaf: the sum, modulo 2^32, of its elements' bits times a weight of their place.
+
+    Integer sums do not depend on their order, so neither do these on devices. Pure; for `jax.jit`.
+    """
+    return {jax.tree_util.keystr(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(x: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place = (place ^ (place >> 15)) * jnp.uint32(0x9E3779B1) + index
+    weight = (place ^ (place >> 13)) * jnp.uint32(0x85EBCA6B) | 1  # odd, so that a changed bit always shows
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+_checksums = jax.jit(checksums)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return file_digest(f, "blake2b").hexdigest()
+
+
+def _write_manifest(folder: Path, leaves: Mapping[str, list], metrics: Mapping[str, float]) -> None:
+    """Writes the manifest; from then on the checkpoint counts."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    digests = {str(p.relative_to(folder)): _digest(p) for p in files}
+    content = {"format": FORMAT, "jax": jax.__version__, "orbax": ocp.__version__}
+    content |= {"files": digests, "leaves": dict(leaves), "metrics": dict(metrics)}
+    temporary = folder / f"{MANIFEST}.tmp"
+    with temporary.open("w") as f:
+        json.dump(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint.
+
+    Raises:
+      FileNotFoundError: it has none: it was not finished.
+      ValueError: it is damaged.
+      UserError: it is of another version's format.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError("no manifest")
+    if content.get("format") != FORMAT:
+        made = f"format {content.get('format')}, made with jax {content.get('jax')}, orbax {content.get('orbax')}"
+        raise UserError(f"{folder}: {made}; this version reads format {FORMAT}: go on with the version that wrote it")
+    if not all(isinstance(content.get(part), dict) for part in ("files", "leaves", "metrics")):
+        raise ValueError("no whole manifest")
+    return content
+
+
+def checkpoint_problem(folder: Path) -> str:
+    """Returns what is wrong with the files of a checkpoint, or an empty string; another format is a UserError."""
+    try:
+        expected = read_manifest(folder)["files"]
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return "its manifest is damaged"
+    if not expected:
+        return "its manifest names no files"
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"its manifest names {name}"
+        if not path.is_file() or _digest(path) != digest:
+            return f"{name} is {'damaged' if path.is_file() else 'missing'}"
+    return ""
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, whole or not, the newest first."""
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
+
+
+def best_checkpoint(folder: Path, metric: str) -> int | None:
+    """Returns the step of the finished checkpoint with the best value of a metric, the later one of equals."""
+    sign, found = -1 if any(word in metric for word in LOWER) else 1, []
+    for step in steps_in(folder):
+        path = folder / str(step) / MANIFEST
+        metrics = read_manifest(path.parent).get("metrics", {}) if path.is_file() else {}
+        if metrics.get(metric) is not None:
+            found.append((sign * metrics[metric], step))
+    return max(found)[1] if found else None
+
+
+class Checkpoints:
+    """The checkpoints of a run: asynchronous saves, checked restores. All processes of a run call it alike."""
+
+    def __init__(self, folder: Path, *, keep: int = 2, best: str = "", read_only: bool = False):
+        """Opens the folder.
+
+        Args:
+          folder: where the checkpoints lie; made unless `read_only`.
+          keep: how many to keep, at least 2, so that a damaged newest leaves one before it.
+          best: a metric; the checkpoint with its best value is kept beside those.
+          read_only: touch nothing, for a reader beside a run that may still be going on.
+        """
+        self.folder, self.keep, self.best, self.read_only = folder.absolute(), keep, best, read_only
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised, and told once
+        self.orbax = ocp.StandardCheckpointer()
+        self.worker = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+        self.times: dict[str, float] = {}
+        if distributed.is_primary() and not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for torn in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(torn, ignore_errors=True)
+        distributed.barrier("checkpoints")
+
+    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves a state without waiting for the disk; a failure of the save before it is raised here.
+
+        Args:
+          state: may be donated as soon as this returns.
+          step: its number.
+          metrics: of the evaluation at that step, if there was one.
+
+        Raises:
+          UserError: the disk has no room for it.
+        """
+        start = time.perf_counter()
+        self.wait()
+        self.check_room(state)
+        sums = _checksums(state)
+        self.orbax.save(self.folder / str(step), state, force=True)
+        self.times["save_stall_seconds"] = time.perf_counter() - start
+        self.pending = self.worker.submit(self._finish, step, state_shapes(state), sums, metrics or {}, start)
+
+    def _finish(self, step: int, shapes: dict[str, list], sums: dict[str, Array], metrics: Any, start: float) -> None:
+        self.orbax.wait_until_finished()
+        if distributed.is_primary():
+            leaves = {name: [*shapes[name], int(value)] for name, value in sums.items()}
+            _write_manifest(self.folder / str(step), leaves, metrics)
+            self._prune()
+        self.times["save_seconds"] = time.perf_counter() - start
+
+    def _prune(self) -> None:
+        """Deletes all but the newest finished checkpoints and the best."""
+        finished = [s for s in steps_in(self.folder) if (self.folder / str(s) / MANIFEST).is_file()]
+        kept = {*finished[: self.keep], best_checkpoint(self.folder, self.best) if self.best else None}
+        for step in set(finished) - kept:
+            (self.folder / str(step) / MANIFEST).unlink()  # first, so that half a deleted one is never taken for whole
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
+    def taken(self) -> dict[str, float]:
+        """Returns what the last save took, and the time for which it held up the steps, in seconds; once."""
+        done, self.times = (self.times, {}) if self.pending is None or self.pending.done() else ({}, self.times)
+        return done
+
+    def check_room(self, state: Any) -> None:
+        """Raises UserError if the disk has no room for one more checkpoint."""
+        needed = ROOM * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            sizes = f"{free / 1e9:.3g} GB are free, a checkpoint takes {needed / 1e9:.3g} GB"
+            raise UserError(f"{self.folder}: {sizes}; free space, then run the same command again")
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            pending.result()
+        except (OSError, ValueError, RuntimeError) as e:  # ValueError from orbax's writers, as when the disk is full
+            why = str(e).partition("\n")[0][:300]
+            raise UserError(f"{self.folder}: a checkpoint could not be saved ({why}); mend that, then run again") from e
+
+    def step_of(self, which: str) -> int | None:
+        """Returns the step that newest, best or a number means; None for the newest that is whole.
+
+        Raises:
+          UserError: there is none.
+        """
+        if which == "newest":
+            return None
+        step = (best_checkpoint(self.folder, self.best) if self.best else None) if which == "best" else which
+        if str(step) not in map(str, steps_in(self.folder)):
+            why = "the run's keep_best names no metric" if which == "best" and not self.best else "there is none such"
+            raise UserError(f"{self.folder}: checkpoint {which}: {why}; there are {steps_in(self.folder)}")
+        return int(step or 0)
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
+        """Returns the newest checkpoint that is whole and fits, or None where there is none.
+
+        Those before it that are damaged or of something else are moved to `damaged/` beside the folder (a reader skips
+        them), and said so.
+
+        Args:
+          like: shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
+          step: takes this one or none.
+
+        Raises:
+          UserError: a checkpoint of another format; all that are whole are of another model or optimiser.
+        """
+        wanted, skipped = state_shapes(like), set[int]()
+        while True:
+            chosen = distributed.broadcast_from_primary(
+                self._newest(wanted, skipped, step) if distributed.is_primary() else -1
+            )
+            if chosen < 0:
+                return None
+            leaves = read_manifest(self.folder / str(chosen))["leaves"]
+            restored: Any = self.orbax.restore(self.folder / str(chosen), like)
+            wrong = [name for name, value in _checksums(restored).items() if int(value) != leaves[name][-1]]
+            if not wrong:
+                return restored
+            skipped.add(chosen)
+            if distributed.is_primary():
+                self._set_aside(chosen, f"{wrong[0]} is not what was saved")
+
+    def _newest(self, wanted: Mapping[str, list], skipped: set[int], only: int | None) -> int:
+        """Returns the newest step that is whole and fits, or -1; sets aside what is newer and cannot be used."""
+        foreign: dict[int, str] = {}
+        for step in steps_in(self.folder):
+            if step in skipped or only not in (None, step):
+                continue
+            if why := checkpoint_problem(self.folder / str(step)):
+                self._set_aside(step, why)
+            elif why := _foreign(read_manifest(self.folder / str(step))["leaves"], wanted):
+                foreign[step] = why
+            else:
+                for other, why in foreign.items():
+                    self._set_aside(other, why)
+                return step
+        for step, why in foreign.items():
+            raise UserError(f"{self.folder / str(step)}: {why}; give another --run")
+        return -1
+
+    def _set_aside(self, step: int, why: str) -> None:
+        if self.read_only:
+            print(f"checkpoint {step}: {why}; passed over")
+            return
+        aside = self.folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        target = aside / f"{step}-{sum(1 for _ in aside.iterdir())}"
+        shutil.move(self.folder / str(step), target)
+        print(f"checkpoint {step}: {why}; moved to {target}, using the one before it")
+
+    def close(self) -> None:
+        """Waits for the disk and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self.worker.shutdown()
+            self.orbax.close()
+
+
+def state_shapes(state: Any) -> dict[str, list]:
+    """Returns [dtype, sizes] of each leaf, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): [np.dtype(x.dtype).name, list(x.shape)] for path, x in leaves}
+
+
+def _foreign(leaves: Mapping[str, list], wanted: Mapping[str, list]) -> str:
+    """Returns in what a checkpoint's leaves differ from those wanted, or an empty string."""
+    for name in [*wanted, *(n for n in leaves if n not in wanted)]:
+        found, expected = (x.get(name, ["absent"])[:2] for x in (leaves, wanted))
+        if found != expected:
+            why = f"{name} is {' '.join(map(str, found))} in it, {' '.join(map(str, expected))} in this run"
+            return f"it is of another model or optimiser ({why})"
+    return ""

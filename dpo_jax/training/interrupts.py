@@ -1,0 +1,129 @@
+"""What happens to a run from outside: it is asked to end, it hangs, memory runs out, a second one wants its folder."""
+
+import contextlib
+import faulthandler
+import fcntl
+import itertools
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import jax
+from jax.experimental import multihost_utils
+
+from dpo_jax import distributed
+from dpo_jax.config.schema import Config
+from dpo_jax.errors import UserError
+
+EXIT_AGAIN = 75  # exit code: ended early with all saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # exit code: stopped at once by Ctrl-C
+LOCK_FILE = ".lock"  # in a run folder; the kernel frees it when its process ends, however that ends
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_questions = itertools.count(1)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], str]]:
+    """Yields a function, to be called after every step: why the run was asked to end, the same in all processes, or "".
+
+    SIGTERM, the first Ctrl-C, or with several processes a notice to any of them that its machine will be taken away.
+    The second Ctrl-C stops the process at once, even inside of a long compilation.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
+        yield lambda: ""
+        return
+    several, asked = distributed.is_distributed(), list[str]()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    # With several processes SIGTERM is that of JAX's own service, which tells all of them.
+    before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if not (several and s == signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(read, asked, several), daemon=True).start()
+    try:
+        yield _agreed if several else lambda: "".join(asked[:1])
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write)
+
+
+def _agreed() -> str:
+    # Steps begin anew with every run of this program, and the service wants a number that grows.
+    ended = multihost_utils.reached_preemption_sync_point(next(_questions))
+    return "a signal or notice to one of the processes" if ended else ""
+
+
+def _listen(read: int, asked: list[str], several: bool) -> None:
+    """Notes signals as they come, which a handler in Python does only between two instructions of the main thread."""
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            name = signal.Signals(number[0]).name
+            if name == "SIGINT" and name in asked:
+                print("dpo-jax: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+                distributed.exit_now(EXIT_INTERRUPTED)
+            if name == "SIGINT":
+                print("dpo-jax: ending after this step, to save it; Ctrl-C again stops at once", file=sys.stderr)
+            if several:
+                os.kill(os.getpid(), signal.SIGTERM)
+            asked.append(name)
+
+
+@contextlib.contextmanager
+def hang_watchdog(seconds: float) -> Iterator[Callable[[], None]]:
+    """Yields a function to be called again and again: so many seconds (0: never) after its last call the stacks of all
+    threads go to standard error and the process ends with exit code 1.
+    """
+
+    def alive() -> None:
+        if seconds:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config) -> Iterator[None]:
+    """Turns an error of a device out of memory into a UserError that says what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        rows = "data.rows 1" if config.data.rows is None else f"data.rows below {config.data.rows}"
+        remedies = [rows, *(["model.remat full"] if config.model.remat != "full" else [])]
+        remedies += ["model.compute bfloat16"] if config.model.compute != "bfloat16" else []
+        asked = str(e).strip().splitlines()[0]
+        raise UserError(
+            f"a device is out of memory ({asked}); give, in this order: {', '.join(remedies)}, more devices along "
+            "mesh.fsdp, a shorter data.max_length, fewer values in a sweep; dpo-jax plan shows what each of them brings"
+        ) from e
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Holds a folder, made if need be, against a second writer, until the file that this returns is closed.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read() or "another process"
+        file.close()
+        raise UserError(f"{folder}: {who} is writing this run; wait for it or end it") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

@@ -1,0 +1,68 @@
+"""The models of a run or a folder: its policy as a checkpoint has it, and the reference beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import losses, optim
+from dpo_jax.config.schema import Config
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.paths import is_run
+from dpo_jax.records import TrainState
+from dpo_jax.step import init_state
+from dpo_jax.training import setup
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.load import LoadedModel
+from dpo_jax.training.run_folder import run_config
+
+
+def restore_state(
+    path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "newest"
+) -> TrainState:
+    """Returns the state of one of a run's checkpoints, or that of a model folder's parameters before any step."""
+    moves = setup.make_sync(settings, loss) is not None
+    trained = loaded.params if loaded.lora is None else loaded.adapters
+
+    def start(params: Any) -> TrainState:
+        return init_state(params, optim.build(**settings.optim), loss.terms, params if moves else ())
+
+    if not is_run(path):
+        return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
+    return _saved(Path(path), jax.eval_shape(start, trained), which)
+
+
+def _saved(run: Path, like: TrainState, which: str = "newest") -> TrainState:
+    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
+
+    Args:
+      run: its folder.
+      like: shapes and dtypes.
+      which: newest, best (by the run's keep_best), or a step.
+
+    Raises:
+      UserError: the run has none, or not that one.
+    """
+    one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
+    state = None
+    if folder.is_dir():
+        checkpoints = Checkpoints(folder, best=run_config(run).keep_best, read_only=True)
+        state = checkpoints.restore(like, checkpoints.step_of(which))
+        checkpoints.close()
+    if state is None:
+        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
+    return jax.device_get(state)
+
+
+def restore_models(path: str, settings: Config, loaded: LoadedModel, state: TrainState) -> dict[str, Any]:
+    """Returns the policy and, if there is one, the reference as it stands."""
+    models = {"policy": loaded.policy(state.params)}
+    uses = is_run(path) and losses.build(settings.loss).uses_reference
+    if state.reference:
+        models["reference"] = state.reference
+    elif settings.reference.path or uses:
+        models["reference"] = load_into_memory(setup.reference_weights(settings, loaded)[0])
+    return models

@@ -1,0 +1,192 @@
+"""A config -> everything a run is made of: tokenizer, models, tables, folders."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_jax import distributed, losses, optim, sharding
+from dpo_jax.config.schema import Config, ReferenceConfig
+from dpo_jax.config.yaml import dump
+from dpo_jax.errors import UserError
+from dpo_jax.losses import Loss
+from dpo_jax.models.huggingface.folder import model_folder, open_folder
+from dpo_jax.models.huggingface.safetensors import weights_hash
+from dpo_jax.models.model import Model
+from dpo_jax.paths import cache_folder
+from dpo_jax.sampling import generate
+from dpo_jax.step import Sync
+from dpo_jax.training import trackers
+from dpo_jax.training.attention_check import with_attention
+from dpo_jax.training.load import LoadedModel, export_notes, load_policy, load_run_tokenizer
+from dpo_jax.training.run import Run
+from dpo_jax.training.run_folder import check_secrets, claim_folder
+from dpo_jax.training.tables import (
+    check_ids,
+    comparison_streams,
+    decode_texts,
+    eval_examples,
+    load_table,
+    responses_per_prompt,
+    reward_encoding,
+    with_noise,
+)
+
+
+def make_sync(config: Config, loss: Loss) -> Sync | None:
+    """Returns how the reference follows the policy, if it does.
+
+    Raises:
+      UserError: it cannot.
+    """
+    every, alpha = config.reference.sync_every, config.reference.sync_alpha
+    if not every and alpha != ReferenceConfig.sync_alpha:
+        raise UserError(
+            f"reference.sync_alpha: {alpha} moves nothing; say with reference.sync_every how often it is to"
+        )
+    if not every:
+        return None
+    if every < 0 or not 0 < alpha <= 1:
+        raise UserError(f"reference: sync_every {every} is less than 0, or sync_alpha {alpha} is not in (0, 1]")
+    if not loss.uses_reference:
+        raise UserError("reference.sync_every: the loss has no reference that could follow the policy")
+    if config.lora.rank or config.lora.path:
+        raise UserError("reference.sync_every: with lora the reference is the model without adapters, which stays")
+    if config.reference.mode == "cache":
+        raise UserError("reference.sync_every: a reference that moves cannot be cached; set reference.mode: online")
+    return Sync(every, alpha)
+
+
+def make_completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) -> Callable[[Any], list[str]]:
+    """Returns `params -> completions as text` of tokenised prompts, drawn as the config says."""
+    options = config.samples
+    draw = partial(
+        generate,
+        model,
+        prompts=prompts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_id=tokenizer.eos_token_id,
+        seed=config.seed,
+    )
+    return lambda params: decode_texts(tokenizer, draw(params))
+
+
+def check_config(config: Config) -> None:
+    """Refuses values that no run can have, by key; it reads no data and loads no model."""
+    check_secrets(config)
+    trackers.check_tracker(config.track)
+    for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}: {getattr(config, key)} is less than 1")
+    if config.keep < 2:
+        raise UserError(f"keep: {config.keep}: at least 2 checkpoints, so that one is left if the newest is damaged")
+    if not config.hang_seconds >= 0:
+        raise UserError(f"hang_seconds: {config.hang_seconds} is less than 0; 0 is never")
+    if config.data.skip_bad_rows < 0:
+        raise UserError(f"data.skip_bad_rows: {config.data.skip_bad_rows} is less than 0")
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
+    if config.lora.base and config.reference.path:
+        raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; leave it out")
+    loss = losses.build(config.loss)
+    make_sync(config, loss)
+    responses_per_prompt(config, loss)
+    optim.build(**config.optim)
+
+
+def check_length(config: Config, model: Model) -> None:
+    """Refuses texts that may be longer than the model."""
+    limit = model.architecture.max_positions
+    if config.data.max_length > limit:
+        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+
+
+def setup_run(config: Config, say: Callable[[str], None]) -> Run:
+    """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
+    check_config(config)
+    loss = losses.build(config.loss)
+    sync = make_sync(config, loss)
+    tokenizer = load_run_tokenizer(config.model)
+    loaded = load_policy(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
+    check_length(config, loaded.model)
+    for line in export_notes(config, loaded):
+        say(line)
+    heard: list[str] = []
+
+    def hear(line: str) -> None:  # said now, and kept for the report
+        heard.append(line)
+        say(line)
+
+    if loaded.note:
+        hear(loaded.note)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model, note = with_attention(loaded.model, config.model, mesh)
+    if note:
+        hear(note)
+    rows = comparison_streams(config.data, responses_per_prompt(config, loss))
+    with distributed.primary_first("the data"):  # which then find it in the cache
+        train = load_table(config, loss, tokenizer, with_noise(config, rows[0]), "training", hear)
+        held_out = eval_examples(config, load_table(config, loss, tokenizer, rows[1], "held-out", hear))
+    for what, table in (("training", train), ("held-out", held_out)):
+        check_ids(table, what, tokenizer, loaded.model)
+    same = {"config": dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    distributed.assert_same_everywhere(
+        same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)}
+    )
+    folder, lock = claim_folder(config)
+    if distributed.is_primary():
+        (folder / "data.json").write_text(json.dumps(heard, indent=1))
+    shown = 0 if loss.rewards else config.samples.prompts  # a reward model writes nothing
+    prompts = [held_out[i].prompt for i in range(min(shown, len(held_out)))]
+    return Run(
+        config=config,
+        folder=folder,
+        lock=lock,
+        cache=cache_folder(),
+        model=model,
+        loss=loss,
+        sync=sync,
+        params=loaded.params if loaded.lora is None else loaded.adapters,
+        frozen=partial(reference_weights, config, loaded) if loss.uses_reference else None,
+        train=train,
+        held_out=held_out,
+        complete=make_completer(config, loaded.model, tokenizer, prompts) if prompts else None,
+        prompts=decode_texts(tokenizer, prompts),
+        export=partial(loaded.export, tokenizer=tokenizer),
+        base=None if loaded.lora is None else loaded.params,
+        lora=loaded.lora,
+    )
+
+
+def sweep_member(run: Run, config: Config) -> Run:
+    """Returns a run that differs from another in `prepare.numbers` only, with a folder of its own."""
+    loss = losses.build(config.loss)
+    folder, lock = claim_folder(config)
+    if distributed.is_primary():
+        shutil.copy(run.folder / "data.json", folder / "data.json")
+    return run._replace(config=config, folder=folder, lock=lock, loss=loss)
+
+
+def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
+    """Returns the reference's host or stored arrays and their hash; by default those of the policy at the start.
+
+    Raises:
+      UserError: a reference of another architecture, which one table of log-probs cannot serve here.
+    """
+    params, architecture = policy.params, policy.model.architecture
+    if config.reference.path:
+        architecture, _, params = open_folder(model_folder(config.reference.path))
+        if architecture != policy.model.architecture:
+            raise UserError(f"reference.path: {config.reference.path} is of another architecture than the policy")
+    return params, weights_hash(params, architecture)
+
+
+def with_run_folder(config: Config, file: str) -> Config:
+    """Returns the config with its run folder filled in, runs/<name of the YAML> by default."""
+    return dataclasses.replace(config, run=config.run or str(Path("runs") / Path(file).stem))
