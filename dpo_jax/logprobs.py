@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from dpo_jax.losses import Loss
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
-from dpo_jax.records import Array, Batch, Logps
+from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
 
 CHUNK = 512  # tokens whose logits exist at one time
+# Relative difference between log-probs of the same weights from two programs, by compute dtype.
+ROUNDING = {"float32": FLOAT32_ROUNDING, "bfloat16": 2.0**-13}
 
 
 def _logits(hidden: Array, head: Array, j: Array, size: int, cap: float | None) -> tuple[Array, Array]:
@@ -121,11 +123,11 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     Returns:
       Logps of B = R * G comparisons, in the order of the rows.
     """
-    rows, groups, responses, _ = batch.ref_logps.shape
+    rows, segments, responses, _ = batch.ref_logps.shape
     scored, slot, target, chunks, size = _scored(model, params, batch, chunk)
     head, cap = model.head(params), model.architecture.logit_cap
     logps: Array = token_logps(scored, head, target, chunks, size, cap)
-    add = _adder(slot, (rows, groups, responses))
+    add = _adder(slot, (rows, segments, responses))
     lengths = add(jnp.ones_like(logps))
     present = lengths > 0
     shared = _is_shared(slot, lengths)
@@ -136,8 +138,9 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         )
     # NaN stays in the reference only where one is missing.
     reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
+    policy = add(logps)
     each = {
-        "policy": add(logps),
+        "policy": policy,
         "reference": reference,
         "policy_shared": add(jnp.where(shared, logps, 0.0)),
         "reference_shared": reference_shared,
@@ -145,6 +148,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         "present": present,
         "scores": batch.scores,
         "confidence": mean,
+        "rounding": ROUNDING[scored.dtype.name] * (abs(policy) + abs(reference)),
     }
     return _by_comparison(batch, each)
 
@@ -157,9 +161,9 @@ def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
 
     Args and returns as for `batch_logps`; `lengths` are the tokens that are rewarded, and there is no reference.
     """
-    rows, groups, responses, _ = batch.ref_logps.shape
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
-    scored = _adder(batch.slot, (rows, groups, responses))(jnp.ones(batch.slot.shape))
+    rows, segments, responses, _ = batch.ref_logps.shape
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
+    scored = _adder(batch.slot, (rows, segments, responses))(jnp.ones(batch.slot.shape))
     present = scored > 0
     # The tokens of a response stand side by side, in the order of the slots, so that each ends where the sum does.
     last = jnp.maximum(jnp.cumsum(scored.reshape(rows, -1), axis=1).astype(jnp.int32) - 1, 0)
@@ -176,6 +180,7 @@ def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
         "present": present,
         "scores": batch.scores,
         "confidence": jnp.full_like(rewards, jnp.nan),
+        "rounding": ROUNDING[hidden.dtype.name] * abs(rewards),
     }
     return _by_comparison(batch, each)
 
@@ -213,7 +218,7 @@ def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array,
     size = max(1, min(chunk // len(batch.slot), batch.slot.shape[1]))
     source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
     chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.group, batch.branch)
+    hidden = model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
     return jnp.take_along_axis(hidden, source[..., None], axis=1), slot, target, chunks, size
 
 
@@ -224,11 +229,11 @@ def as_ref_logps(lp: Logps, batch: Batch) -> Array:
 
 def _adder(slot: Array, shape: tuple[int, int, int]) -> Callable[[Array], Array]:
     """Returns the sum over each response's tokens, float32[R, S] -> float32[R, G, P]; slot: int32[R, S]."""
-    rows, groups, responses = shape
+    rows, segments, responses = shape
     # Padding goes to one more segment, which is cut off.
-    segment = jnp.where(slot >= 0, slot, groups * responses)
-    add = jax.vmap(partial(jax.ops.segment_sum, num_segments=groups * responses + 1))
-    return lambda x: add(x, segment)[:, :-1].reshape(rows, groups, responses)
+    segment = jnp.where(slot >= 0, slot, segments * responses)
+    add = jax.vmap(partial(jax.ops.segment_sum, num_segments=segments * responses + 1))
+    return lambda x: add(x, segment)[:, :-1].reshape(rows, segments, responses)
 
 
 def _is_shared(slot: Array, lengths: Array) -> Array:

@@ -1,22 +1,36 @@
-"""The records that pass between the layers: they are the architecture, the rest is functions from one to the next.
+"""Records that pass between the layers. They are the architecture; the rest of the package maps one to the next.
 
-Axis letters, everywhere: R rows, T tokens in a row, G comparisons in a row, P responses to a prompt, S scored
-tokens in a row, B = R * G comparisons, D model width, H heads, K key-value heads, V vocabulary, L layers,
-M microbatches.
+Axis letters: R rows, T tokens in a row, G comparisons in a row, P responses to a prompt, S scored tokens in a row,
+B = R * G comparisons, D model width, H heads, K key-value heads, V vocabulary, L layers, M microbatches.
+
+A record holds numpy arrays on the host and jax.Arrays on devices, with the same shapes; the annotations say which, and
+tests/test_records.py checks them.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-Array = Any  # numpy on the host, jax on a device: a record is the same on both sides
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from dpo_jax.errors import UserError, closest
+
+Array = Any  # an array whose shape the docstring gives; numpy on the host, jax.Array on a device
+PerToken = Int32[Any, "*M R T"]
+PerScored = Int32[Any, "*M R S"]
+PerComparison = Float32[Any, " B"]
+PerResponse = Float32[Any, "B P"]
+
+# Two programs that compute the same float32 sum of token log-probs differ by a few units in its last place.
+FLOAT32_ROUNDING = 4 * 2.0**-23
 
 
 class Chat(NamedTuple):
-    """A conversation up to the turn that is to be answered; the tokenizer's chat template makes it text.
+    """A conversation before the assistant's turn; the tokenizer's chat template renders it as text.
 
     Attributes:
-      messages: objects with `role`, `content` and what else the template reads, oldest first.
+      messages: objects with `role`, `content` and other fields of the template, oldest first.
       tools: descriptions of the functions that the model may call.
       options: further arguments of the template.
     """
@@ -32,12 +46,12 @@ class Comparison(NamedTuple):
     Attributes:
       prompt: the text before every response, or a conversation.
       responses: P responses, best first; P = 1 is supervised fine-tuning, P = 2 a preference pair. Each is a text, an
-        assistant's message where the prompt is a conversation, or None where it is absent.
+        assistant message after a conversation, or None for an absent response.
       weight: multiplies the loss of this comparison.
       where: `file:line` (or the like) for error messages.
       preference: the probability that the first response is the better one.
-      scores: a rating of each response by whoever made the data, or nothing.
-      misplaced: whether a response is no answer to the prompt but a piece of some other dialogue.
+      scores: ratings of the responses by the data's authors; () without ratings.
+      misplaced: True if a response continues some other dialogue instead of this prompt.
     """
 
     prompt: str | Chat
@@ -54,16 +68,16 @@ class Tokens(NamedTuple):
 
     Attributes:
       prompt: int32[n], n >= 1.
-      responses: P arrays int32[n_p]; the last id is EOS unless the response was cut; an absent one, of which there is
-        at most P - 1, has no ids.
+      responses: P arrays int32[n_p]; the last id is EOS unless the response was cut; an absent response has no ids,
+        and at most P - 1 are absent.
       weight: multiplies the loss of this comparison.
-      prompt_key: uint64, equal for comparisons of the same prompt, as it was before any cut.
+      prompt_key: uint64, equal for equal prompts before truncation.
       preference: the probability that the first response is the better one.
-      scores: a rating of each response, or nothing.
+      scores: ratings of the responses; () without ratings.
     """
 
-    prompt: Array
-    responses: tuple[Array, ...]
+    prompt: Int32[Any, " n"]
+    responses: tuple[Int32[Any, " _"], ...]
     weight: float = 1.0
     prompt_key: int = 0
     preference: float = 1.0
@@ -71,85 +85,138 @@ class Tokens(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Comparisons laid out in rows as [prompt | response 1 | ... | response P], several to a row.
+    """Comparisons packed in rows as [prompt | response 1 | ... | response P], several to a row.
 
-    A response's last token is not in the row, since its hidden state would predict nothing that is scored.
-    Every field may carry a leading axis M of microbatches.
+    A response's last token is not in the row: its hidden state predicts nothing that is scored. Every field may carry a
+    leading axis M of microbatches.
 
     Attributes:
-      tokens: int32[R, T], input ids; 0 where `group` is 0.
+      tokens: int32[R, T], input ids; 0 where `segment_ids` is 0.
       positions: int32[R, T], continuing from the prompt's end in every response.
-      group: int32[R, T], 1 + the comparison's place in the row; 0 is padding.
-      branch: int32[R, T], 0 for the prompt, 1 + p for response p.
-      source: int32[R, S], the place in the row whose hidden state predicts a scored token.
+      segment_ids: int32[R, T], 1 + the comparison's place in the row; 0 is padding.
+      branch_ids: int32[R, T], 0 for the prompt, 1 + p for response p.
+      source: int32[R, S], the position in the row whose hidden state predicts a scored token.
       target: int32[R, S], the id of that scored token.
-      slot: int32[R, S], place * P + p, the response to which it belongs; -1 is padding.
-      weights: float32[R, G], 0 where there is no comparison.
+      slot: int32[R, S], g * P + p for response p of comparison g; -1 is padding.
+      weights: float32[R, G], 0 for absent comparisons.
       preference: float32[R, G], the probability that the first response is the better one.
-      scores: float32[R, G, P], ratings of the responses; 0 where there is none.
-      ref_logps: float32[R, G, P, 2], log pi_ref(y | x) summed over the response, and over as many of its first tokens
-        as the comparison's shortest response has; NaN until it is filled in.
+      scores: float32[R, G, P], ratings of the responses; 0 without ratings.
+      ref_logps: float32[R, G, P, 2], log pi_ref(y | x) summed over the response and over its shared part (see `Logps`);
+        NaN until filled in.
     """
 
-    tokens: Array
-    positions: Array
-    group: Array
-    branch: Array
-    source: Array
-    target: Array
-    slot: Array
-    weights: Array
-    preference: Array
-    scores: Array
-    ref_logps: Array
+    tokens: PerToken
+    positions: PerToken
+    segment_ids: PerToken
+    branch_ids: PerToken
+    source: PerScored
+    target: PerScored
+    slot: PerScored
+    weights: Float32[Any, "*M R G"]
+    preference: Float32[Any, "*M R G"]
+    scores: Float32[Any, "*M R G P"]
+    ref_logps: Float32[Any, "*M R G P 2"]
+
+
+class Missing:
+    """A field of `Logps` that was not given; using it in any way is a UserError that names it.
+
+    It is a pytree without leaves, so that a record with missing fields passes through jit and grad.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__") and attribute not in ("__jax_array__", "__array__"):
+            raise AttributeError(attribute)  # copy and pickle look for hooks that may be absent
+        return self._refuse()
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UserError(f"Logps.{self.name} is missing and this loss reads it; give Logps.of(..., {self.name}=...)")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __neg__ = __getitem__ = __gt__ = __lt__ = __ge__ = __le__ = __len__ = __float__ = __bool__ = _refuse
 
 
 class Logps(NamedTuple):
-    """Sequence log-probabilities of B comparisons: all that a loss may look at.
+    """Sequence log-probabilities of B comparisons: the only input of a loss.
 
-    The shared part of a response is as many of its first tokens as the comparison's shortest response has.
+    The shared part of a response is its first n tokens, where n is the length of the comparison's shortest response.
 
     Attributes:
-      policy: float32[B, P], log pi(y | x), summed over the response's tokens; for the loss of a reward model its
-        reward r(x, y).
+      policy: float32[B, P], log pi(y | x), summed over the response's tokens; the reward r(x, y) for the loss of a
+        reward model.
       reference: float32[B, P], the same under the frozen reference.
       policy_shared: float32[B, P], log pi summed over the shared part.
       reference_shared: float32[B, P], the same under the reference.
-      lengths: float32[B, P], scored tokens of each response, EOS included; 0 where it is absent.
-      present: bool[B, P], false where a response (or the whole comparison) is absent.
+      lengths: float32[B, P], scored tokens of each response, EOS included; 0 for an absent response.
+      present: bool[B, P], False for an absent response or comparison.
       weights: float32[B], 0 for absent comparisons.
       preference: float32[B], the probability that the first response is the better one; 1 for a hard label.
-      scores: float32[B, P], ratings of the responses; 0 where there is none.
-      confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless it was asked for.
-      running: float32[], the statistic that a loss carries from step to step, if it has one.
+      scores: float32[B, P], ratings of the responses; 0 without ratings.
+      confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless the loss asks for it.
+      rounding: float32[B, P], nats by which rounding may move `policy` or `reference`: smaller log-ratios are noise.
+      running: float32[], the statistic that a loss carries from step to step; 0 for a loss without one.
     """
 
-    policy: Array
-    reference: Array
-    policy_shared: Array
-    reference_shared: Array
-    lengths: Array
-    present: Array
-    weights: Array
-    preference: Array
-    scores: Array
-    confidence: Array
-    running: Array
+    policy: PerResponse
+    reference: PerResponse
+    policy_shared: PerResponse
+    reference_shared: PerResponse
+    lengths: PerResponse
+    present: Bool[Any, "B P"]
+    weights: PerComparison
+    preference: PerComparison
+    scores: PerResponse
+    confidence: PerResponse
+    rounding: PerResponse
+    running: Float32[Any, "..."]
+
+    @classmethod
+    def of(cls, policy: Any, reference: Any = None, **fields: Any) -> "Logps":
+        """Returns the record of plain arrays or nested lists; a field that is not given is `Missing`.
+
+        Args:
+          policy: float[B, P], log-probs of P responses per prompt, best first.
+          reference: float[B, P], the same under the reference; may be missing for losses without one.
+          **fields: any other field of the record; by default `present` is `lengths` > 0, `weights` and `preference`
+            are 1, `running` is 0 and `rounding` is that of float32.
+
+        Raises:
+          UserError: an unknown field, or one of another shape than [B, P] (or [B]).
+        """
+        given = {"policy": policy, "reference": reference} | fields
+        if unknown := sorted(given.keys() - set(cls._fields)):
+            raise UserError(f"Logps has no field {unknown[0]!r}; {closest(unknown[0], cls._fields)}")
+        given = {name: v if hasattr(v, "shape") else np.asarray(v) for name, v in given.items() if v is not None}
+        both = np.shape(given["policy"])
+        if len(both) != 2:
+            raise UserError(f"Logps.policy: shape {both}; give [B, P], one row per prompt, e.g. policy[None] for one")
+        magnitude = abs(given["policy"]) + (abs(given["reference"]) if "reference" in given else 0.0)
+        one, there = np.ones(both[0], np.float32), given["lengths"] > 0 if "lengths" in given else np.ones(both, bool)
+        derived = {"present": there, "rounding": FLOAT32_ROUNDING * magnitude, "weights": one, "preference": one}
+        given = derived | {"running": np.float32(0.0)} | given
+        for name, value in given.items():
+            shape = () if name == "running" else both[:1] if name in ("weights", "preference") else both
+            if np.shape(value) != shape:
+                raise UserError(f"Logps.{name}: shape {np.shape(value)}, expected {shape}, as policy has {both}")
+        return cls(**{name: given.get(name, Missing(name)) for name in cls._fields})
 
 
 class TrainState(NamedTuple):
-    """All that training changes; arrays only.
+    """Everything that training changes; arrays only.
 
     Attributes:
       step: int32[], updates done.
-      params: pytree of float32 arrays, the policy.
-      opt_state: the optimiser's state.
-      running: float32[K], what each of the loss's terms carries from step to step.
-      reference: pytree like params, a reference that moves; () for one that does not.
+      params: pytree of float32 arrays, the policy (or its adapters).
+      opt_state: the state of the optimizer.
+      running: float32[K], the statistic of each of the K terms of the loss.
+      reference: pytree like params for a reference that moves; () for a frozen one.
     """
 
-    step: Array
+    step: Int32[Any, ""]
     params: Any
     opt_state: Any
-    running: Array
+    running: Float32[Any, " K"]
     reference: Any

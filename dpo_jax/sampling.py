@@ -66,7 +66,7 @@ def generate(
     _check(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
     filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
-    functions, ends = (model.prefill, model.apart, model.decode, model.head), tuple(np.atleast_1d(eos_id).tolist())
+    functions, ends = (model.prefill, model.unstack, model.decode, model.head), tuple(np.atleast_1d(eos_id).tolist())
     fixed, others = (mesh, functions, max_new_tokens, filters, ends), (jax.random.key(seed), temperature, top_p)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
 
@@ -200,13 +200,13 @@ def _continued(
 ) -> tuple[Array, Array]:
     """Returns new tokens [B, N] and how many of each row are meant.
 
-    `rows` are tokens and group of prompts [P, T], which end at the right, and the numbers [P, B / P] of their
+    `rows` are tokens and mask of prompts [P, T], which end at the right, and the numbers [P, B / P] of their
     continuations; `others` are the key, the temperature and top_p.
     """
-    prefill, apart, decode, head = functions
-    (tokens, group, numbers), (key, temperature, top_p) = rows, others
+    prefill, unstack, decode, head = functions
+    (tokens, mask, numbers), (key, temperature, top_p) = rows, others
     copies, numbers = numbers.shape[1], numbers.ravel()
-    sizes = jnp.repeat(group.sum(-1), copies)
+    sizes = jnp.repeat(mask.sum(-1), copies)
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
@@ -220,13 +220,13 @@ def _continued(
 
     def step(state: _State) -> _State:
         before = state.made - 1  # the newest token is not yet in the cache
-        hidden, cache = decode(layers, state.last, sizes + before, state.cache, group > 0, before)
+        hidden, cache = decode(layers, state.last, sizes + before, state.cache, mask > 0, before)
         return pick(state, hidden, cache)
 
-    positions = jnp.maximum(jnp.cumsum(group, axis=-1) - 1, 0)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     rooms = _rooms(max(1, new_tokens - 1))  # the last token is not read
-    hidden, cache = prefill(params, tokens, positions, group, copies, rooms[0])
-    layers, (weight, vocab), cap = apart(params), _padded(head(params)), filters.cap
+    hidden, cache = prefill(params, tokens, positions, mask, copies, rooms[0])
+    layers, (weight, vocab), cap = unstack(params), _padded(head(params)), filters.cap
     if filters.random:  # logits are divided by it once for all tokens
         weight, cap = weight / temperature, None if cap is None else cap / temperature
     weight = weight.astype(hidden.dtype)
@@ -255,13 +255,13 @@ def _padded(weight: Array) -> tuple[Array, int]:
 
 
 def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and group int32[rows, T]: prompts end at the right, padding and unused rows have group 0."""
+    """Returns tokens and mask int32[rows, T]: prompts end at the right, padding and unused rows have mask 0."""
     length = -(-max(len(p) for p in prompts) // MULTIPLE) * MULTIPLE
-    tokens, group = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
-        group[row, length - len(prompt) :] = 1
-    return tokens, group
+        mask[row, length - len(prompt) :] = 1
+    return tokens, mask
 
 
 def _check(

@@ -12,7 +12,6 @@ from dpo_jax.losses import Loss, weighted_means
 from dpo_jax.records import Array, Batch, Logps, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
-# (params, one microbatch) -> Logps
 Metrics = dict[str, Array]
 PolicyFn = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
 Differentiable = tuple[Array, Array]  # Logps.policy and .policy_shared

@@ -36,7 +36,7 @@ def shape_of(lever: str, table: Table, max_length: int, batch_size: int) -> pack
         scored = max(shape.scored, -(-int(table.scored_lengths.max()) // 64) * 64)
         shape = shape._replace(length=length, scored=scored, microbatches=-(-batch_size // shape.rows))
     if lever in ("packing", "shared prefix and packing"):
-        shape = shape._replace(groups=1, microbatches=-(-batch_size // shape.rows))
+        shape = shape._replace(segments=1, microbatches=-(-batch_size // shape.rows))
     return shape
 
 
@@ -65,7 +65,7 @@ def _separate(table: Table, rows: np.ndarray, shape: pack.Layout) -> tuple[Batch
     ints = [np.zeros((shape.microbatches, shape.rows, n), np.int32) for n in (shape.length,) * 4 + (shape.scored,) * 3]
     tokens, positions, group, branch, source, target, slot = ints
     slot -= 1
-    weights = np.zeros((shape.microbatches, shape.rows, shape.groups), np.float32)
+    weights = np.zeros((shape.microbatches, shape.rows, shape.segments), np.float32)
     for number, members in enumerate(plan):
         at, token, score = divmod(number, shape.rows), 0, 0
         for place, member in enumerate(members):

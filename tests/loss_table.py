@@ -21,6 +21,7 @@ def batch_of(policy, **fields):
         "preference": np.ones(len(policy), np.float32),
         "scores": np.zeros_like(policy),
         "confidence": np.full_like(policy, np.nan),
+        "rounding": np.zeros_like(policy),
         "running": np.float32(0.0),
     }
     return Logps(policy, **{k: np.asarray(fields.get(k, v), v.dtype) for k, v in values.items()})

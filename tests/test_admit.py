@@ -38,11 +38,11 @@ def has(monkeypatch, attend, name="splash"):
 
 
 def _blind(q, k, v, rows, scoring):
-    return packed_attention(q, k, v, rows._replace(branch=rows.branch * 0), scoring)
+    return packed_attention(q, k, v, rows._replace(branch_ids=rows.branch_ids * 0), scoring)
 
 
 def _neighbours(q, k, v, rows, scoring):
-    return packed_attention(q, k, v, rows._replace(group=jnp.minimum(rows.group, 1)), scoring)
+    return packed_attention(q, k, v, rows._replace(segment_ids=jnp.minimum(rows.segment_ids, 1)), scoring)
 
 
 def _wide(q, k, v, rows, scoring):

@@ -31,7 +31,7 @@ def layout(window=None):
 
 def visible(rows):
     """The rule, entry by entry."""
-    group, branch = np.asarray(rows.group), np.asarray(rows.branch)
+    group, branch = np.asarray(rows.segment_ids), np.asarray(rows.branch_ids)
     out = np.zeros((*group.shape, group.shape[1]), bool)
     for r in range(group.shape[0]):
         for i in range(group.shape[1]):
@@ -104,7 +104,7 @@ def test_bfloat16_is_near_and_keeps_the_dtypes():
 def test_padding_gives_numbers_and_reaches_nobody():
     q, k, v, _ = inputs()
     rows = layout()
-    pad = (rows.group == 0)[..., None, None]
+    pad = (rows.segment_ids == 0)[..., None, None]
     changed = [jnp.where(pad, 100.0, x) for x in (q, k, v)]
     run = jax.jit(lambda *x: packed_attention(*x, rows, PLAIN))
     before, after = run(q, k, v), run(*changed)

@@ -56,7 +56,7 @@ CONFIGS = {
 def abstract_batch(shape, responses):
     lead = (shape.microbatches, shape.rows)
     ints, floats = (partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.int32, jnp.float32))
-    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.groups)
+    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.segments)
     return Batch(
         *(ints(row),) * 4,
         *(ints(scored),) * 3,
@@ -82,7 +82,7 @@ def traced(c, name):
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == size
     state = jax.eval_shape(partial(init_state, tx=tx), params)
-    shape = pack.Layout(microbatches=16, rows=4, length=2 * c.data.max_length, groups=10, scored=896)
+    shape = pack.Layout(microbatches=16, rows=4, length=2 * c.data.max_length, segments=10, scored=896)
     step = make_train_step(partial(batch_logps, model), loss, tx)
     new, metrics = jax.eval_shape(step, state, abstract_batch(shape, loss.responses), jnp.int32(3))
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str(a)), new, state)

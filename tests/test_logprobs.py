@@ -116,7 +116,7 @@ def test_any_layout_gives_the_same_log_probs(pair, table):
     _, model, params = pair
     indices = np.arange(COUNT)
     first = packed(model, params, table, indices, pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=1))
-    alone = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=3)._replace(groups=1, microbatches=2)
+    alone = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=3)._replace(segments=1, microbatches=2)
     np.testing.assert_allclose(packed(model, params, table, indices, alone), first, rtol=2e-6)
 
 
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_separate_sequences(pair, table, tmp_path):
     total.backward()
     shape = pack.choose_layout(table, max_length=192, batch_size=COUNT, rows=4)
     batch, count, places = pack.build_batch(table, np.arange(COUNT), shape)
-    factor = np.zeros((shape.microbatches, shape.rows, shape.groups, 2), np.float32)
+    factor = np.zeros((shape.microbatches, shape.rows, shape.segments, 2), np.float32)
     factor[tuple(places.T)] = weights
 
     @jax.jit

@@ -270,7 +270,7 @@ def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
     hidden, cache = jax.jit(model.prefill, static_argnums=(4, 5))(params, padded, positions, group, 1, 8)
     np.testing.assert_allclose(hidden[0], whole_hidden[0, :16], atol=1e-5)
     np.testing.assert_allclose(hidden[1, 4:], whole_hidden[1, :12], atol=1e-5)
-    decode, params = jax.jit(model.decode), jax.jit(model.apart)(params)
+    decode, params = jax.jit(model.decode), jax.jit(model.unstack)(params)
     for index in range(16, 24):
         position = jnp.asarray([index, index - 4])
         token = jnp.asarray([tokens[0, index], tokens[1, index - 4]])

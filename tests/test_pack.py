@@ -21,8 +21,8 @@ HAND = Table.of(
 IN_A_ROW = {
     "tokens": [11, 12, 13, 21, 41, 51, 52, 61, 0, 0],
     "positions": [0, 1, 2, 3, 0, 1, 2, 1, 0, 0],
-    "group": [1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
-    "branch": [0, 0, 0, 1, 0, 1, 1, 2, 0, 0],
+    "segment_ids": [1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
+    "branch_ids": [0, 0, 0, 1, 0, 1, 1, 2, 0, 0],
     "source": [2, 3, 2, 4, 5, 6, 4, 7, 0, 0],
     "target": [21, 22, 31, 51, 52, 53, 61, 62, 0, 0],
     "slot": [0, 0, 1, 2, 2, 2, 3, 3, -1, -1],
@@ -110,20 +110,20 @@ def test_every_scored_token_has_its_predictor_once(given_data):
     assert len({tuple(place) for place in places.tolist()}) == len(indices)
     assert count == places[:, 0].max() + 1
     assert (batch.slot >= 0).sum() == table.scored_lengths.sum()
-    assert (batch.group > 0).sum() == table.lengths().sum()
-    assert not batch.tokens[batch.group == 0].any()
+    assert (batch.segment_ids > 0).sum() == table.lengths().sum()
+    assert not batch.tokens[batch.segment_ids == 0].any()
     for index, (m, r, g) in zip(indices, places.tolist(), strict=True):
         check_one(table[index], type(batch)(*(field[m, r] for field in batch)), g)
 
 
 def check_one(tokens, row, g):
     """A comparison's own tokens and nothing else stand in its group, and what is scored follows from them."""
-    prompt = (row.group == g + 1) & (row.branch == 0)
+    prompt = (row.segment_ids == g + 1) & (row.branch_ids == 0)
     assert row.tokens[prompt].tolist() == tokens.prompt.tolist()
     assert row.positions[prompt].tolist() == list(range(len(tokens.prompt)))
     assert row.weights[g] == tokens.weight
     for p, response in enumerate(tokens.responses):
-        mine = (row.group == g + 1) & (row.branch == p + 1)
+        mine = (row.segment_ids == g + 1) & (row.branch_ids == p + 1)
         assert row.tokens[mine].tolist() == response[:-1].tolist()
         scored = row.slot == g * len(tokens.responses) + p
         assert row.target[scored].tolist() == response.tolist()
@@ -144,9 +144,13 @@ def test_a_plan_is_a_permutation_inside_its_budgets(given_data):
     for row in rows:
         assert lengths[row].sum() <= shape.length
         assert scored[row].sum() <= shape.scored
-        assert len(row) <= shape.groups
+        assert len(row) <= shape.segments
     for earlier, row in itertools.pairwise(rows):  # first fit: what opens a row had no room before
-        free = shape.length - lengths[earlier].sum(), shape.scored - scored[earlier].sum(), shape.groups - len(earlier)
+        free = (
+            shape.length - lengths[earlier].sum(),
+            shape.scored - scored[earlier].sum(),
+            shape.segments - len(earlier),
+        )
         assert lengths[row[-1]] > free[0] or scored[row[-1]] > free[1] or free[2] < 1
 
 

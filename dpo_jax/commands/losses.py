@@ -204,16 +204,5 @@ def _pairs(margins: Array, shift: float) -> Logps:
     whose log-ratio is 0."""
     policy = jnp.stack([margins / 2 + shift, -margins / 2 + shift, 0.0 * margins], 1) + LEVEL
     reference, ones = jnp.full_like(policy, LEVEL), jnp.ones_like(policy)
-    return Logps(
-        policy=policy,
-        reference=reference,
-        policy_shared=policy,
-        reference_shared=reference,
-        lengths=ones,
-        present=ones > 0,
-        weights=ones[:, 0],
-        preference=ones[:, 0],
-        scores=jnp.broadcast_to(jnp.array([3.0, 1.0, 0.0]), policy.shape),
-        confidence=0.0 * ones,
-        running=jnp.zeros(()),
-    )
+    scores = jnp.broadcast_to(jnp.array([3.0, 1.0, 0.0]), policy.shape)
+    return Logps.of(policy, reference, lengths=ones, scores=scores, confidence=0.0 * ones)

@@ -18,6 +18,6 @@ def models_command(argv: list[str]) -> None:
         "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
         "Rotary positions: default, linear, llama3; longrope in phi3. What else a config.json asks for is refused by\n"
         "its key, and so are mixtures of experts.\n"
-        "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and tensors(architecture), and a\n"
-        "row in tests/tiny.py, from which the tests compare it with transformers."
+        "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
+        "tensors(architecture), and a row in tests/tiny.py, from which the tests compare it with transformers."
     )

@@ -161,8 +161,8 @@ def plan_layout(config: Config, devices: int) -> pack.Layout:
     """Returns the layout of a batch whose rows are full: as set, or rows of 2 * max_length in microbatches of 4096."""
     length = config.data.row_length or 2 * config.data.max_length
     rows = config.data.rows or devices * max(1, TOKENS // length)
-    groups = min(config.batch_size, max(1, length // 64))
-    return pack.Layout(math.ceil(config.batch_size / rows), rows, length, groups, length)
+    segments = min(config.batch_size, max(1, length // 64))
+    return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
 
 
 def planned_responses(config: Config, loss: losses.Loss) -> int:
@@ -174,7 +174,7 @@ def abstract_batch(shape: pack.Layout, responses: int) -> Batch:
     """Returns the shapes of a batch."""
     lead = (shape.microbatches, shape.rows)
     ints, floats = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
-    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.groups)
+    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.segments)
     answers = (*places, responses)
     fields = [ints(row)] * 4 + [ints(scored)] * 3 + [floats(places)] * 2 + [floats(answers), floats((*answers, 2))]
     return Batch(*fields)

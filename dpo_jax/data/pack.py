@@ -36,7 +36,7 @@ class Layout(NamedTuple):
       microbatches: M, the most that a batch can need.
       rows: R, rows in a microbatch.
       length: T, tokens in a row.
-      groups: G, the most comparisons in a row.
+      segments: G, the most comparisons in a row.
       scored: S, the most scored tokens in a row.
       own: (first, end) of the rows of a microbatch that this process builds; None for all.
     """
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     microbatches: int
     rows: int
     length: int
-    groups: int
+    segments: int
     scored: int
     own: tuple[int, int] | None = None
 
@@ -114,7 +114,7 @@ def plan_rows(lengths: Array, scored: Array, shape: Layout) -> list[list[int]]:
             f"({shape.scored} scored); raise data.row_length"
         )
     rows: list[list[int]] = []
-    tokens, scores, places = (np.full(len(lengths), size) for size in (shape.length, shape.scored, shape.groups))
+    tokens, scores, places = (np.full(len(lengths), size) for size in (shape.length, shape.scored, shape.segments))
     for index in np.argsort(-lengths, kind="stable"):
         fits = (tokens >= lengths[index]) & (scores >= scored[index]) & (places > 0)
         row = int(fits.argmax())
@@ -191,24 +191,26 @@ def _fill(row: Batch, members: list[Tokens]) -> None:
         row.weights[place], row.preference[place], row.scores[place] = member.weight, member.preference, member.scores
 
 
-def _span(row: Batch, start: int, ids: Array, position: int, group: int, branch: int) -> None:
+def _span(row: Batch, start: int, ids: Array, position: int, segment: int, branch: int) -> None:
     span = slice(start, start + len(ids))
     row.tokens[span] = ids
     row.positions[span] = np.arange(position, position + len(ids))
-    row.group[span] = group
-    row.branch[span] = branch
+    row.segment_ids[span] = segment
+    row.branch_ids[span] = branch
 
 
 def _empty(shape: Layout, responses: int) -> Batch:
     start, end = shape.own or (0, shape.rows)
     lead = (shape.microbatches, end - start)
-    tokens, positions, group, branch = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))
+    tokens, positions, segment_ids, branch_ids = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))
     source, target = (np.zeros((*lead, shape.scored), np.int32) for _ in range(2))
     slot = np.full((*lead, shape.scored), -1, np.int32)
-    weights, preference = (np.zeros((*lead, shape.groups), np.float32) for _ in range(2))
-    scores = np.zeros((*lead, shape.groups, responses), np.float32)
+    weights, preference = (np.zeros((*lead, shape.segments), np.float32) for _ in range(2))
+    scores = np.zeros((*lead, shape.segments, responses), np.float32)
     ref_logps = np.full((*scores.shape, 2), np.nan, np.float32)
-    return Batch(tokens, positions, group, branch, source, target, slot, weights, preference, scores, ref_logps)
+    return Batch(
+        tokens, positions, segment_ids, branch_ids, source, target, slot, weights, preference, scores, ref_logps
+    )
 
 
 def _row_lengths(longest: int, max_length: int) -> list[int]:

@@ -6,11 +6,8 @@ docstring. A loss rejects values without a meaning with `parts.require`. To add 
 `@register` in a file of this folder and give it a row in tests/loss_table.py; the tests fail until it has one.
 """
 
-from dpo_jax.losses.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from dpo_jax.losses.batchwise import aot, aot_unpaired, beta_dpo
-from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
-from dpo_jax.losses.metrics import length_bias, weighted_means
-from dpo_jax.losses.objective import Loss, build
+# isort: off
+# Losses are listed in this order (`dpo-jax losses`).
 from dpo_jax.losses.pairwise import (
     discopop,
     dpo,
@@ -24,10 +21,17 @@ from dpo_jax.losses.pairwise import (
     robust,
     sigmoid_norm,
 )
-from dpo_jax.losses.parts import REGISTRY, register
+from dpo_jax.losses.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from dpo_jax.losses.batchwise import aot, aot_unpaired, beta_dpo
+from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
 from dpo_jax.losses.ranked import lipo, plackett_luce
 from dpo_jax.losses.reference_free import alphapo, cpo, orpo, simpo, slic
-from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
+from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
+from dpo_jax.losses.objective import Loss, build
+from dpo_jax.losses.metrics import length_bias, weighted_means
+from dpo_jax.losses.parts import REGISTRY, register
+
+# isort: on
 
 __all__ = [
     "REGISTRY",

@@ -1,4 +1,4 @@
-"""What a run says of its log-probs, under TRL's names first; NaN where a comparison has nothing to say."""
+"""Metrics of log-probs, under TRL's names where it has them; NaN for comparisons without a value."""
 
 import jax.numpy as jnp
 from jax.nn import sigmoid
@@ -7,7 +7,7 @@ from dpo_jax.records import Array, Logps
 
 
 def likelihood_metrics(lp: Logps) -> dict[str, Array]:
-    """Returns the log-probs, float32[B], of the best response and (P > 1) of the worst; nats a token for the best."""
+    """Returns the log-probs, float32[B], of the best and (P > 1) the worst response; for the best, nats per token."""
     chosen = jnp.where(lp.present[:, 0], lp.policy[:, 0], jnp.nan)
     metrics = {"logps/chosen": chosen, "nll": chosen / -jnp.maximum(lp.lengths[:, 0], 1.0)}
     if lp.policy.shape[1] == 1:
@@ -21,17 +21,23 @@ def length_metrics(lp: Logps) -> dict[str, Array]:
     return {"lengths/chosen": found[:, 0], "lengths/rejected": found[:, -1]}
 
 
-def margin_metrics(values: Array, lp: Logps) -> dict[str, Array]:
-    """Returns TRL's reward metrics, float32[B], of the best response against the worst; values: float[B, P].
+def margin_metrics(values: Array, noise: Array, lp: Logps) -> dict[str, Array]:
+    """Returns TRL's reward metrics, float32[B], of the best response against the worst.
 
-    A tie counts as half right, where TRL counts it as wrong, so that a policy equal to its reference scores 0.5 and
-    not 0. Where the chosen response is the better one with probability p only, accuracy is the probability that the
-    label agrees with the rewards: at best the larger of p and 1 - p. gradient_weight is sigmoid(-margin), how much a
-    pair still moves the model (paper, section 4).
+    A margin within the rounding error of its log-probs is a tie, and reported as 0. A tie counts as half right (TRL:
+    wrong), so that a policy equal to its reference scores 0.5. If the chosen response is better with probability p,
+    accuracy is the probability that the label agrees with the rewards: at most max(p, 1 - p). gradient_weight is
+    sigmoid(-margin), how much a pair still moves the model (paper, section 4).
+
+    Args:
+      values: float[B, P], rewards.
+      noise: float[B, P], how far rounding may move each of them.
+      lp: log-probs, for labels and absent responses.
     """
     shown = jnp.where(lp.present, values.astype(jnp.float32), jnp.nan)
     chosen, rejected = shown[:, 0], shown[:, -1]
     margin = chosen - rejected
+    margin = jnp.where(jnp.abs(margin) <= noise[:, 0] + noise[:, -1], 0.0, margin)
     right = 0.5 * (jnp.sign(margin) + 1.0)
     return {
         "rewards/chosen": chosen,
@@ -43,15 +49,14 @@ def margin_metrics(values: Array, lp: Logps) -> dict[str, Array]:
 
 
 def reward_metrics(lp: Logps, beta: Array | float) -> dict[str, Array]:
-    """Returns `margins` of rewards beta * (log pi - log ref) (paper, eq. 5 without its partition function), float32[B],
-    and what goes with them.
+    """Returns `margin_metrics` of rewards beta * (log pi - log ref) (paper, eq. 5 without its partition function), and:
 
-    - logratios/*: log pi - log ref, whatever beta.
-    - kl: log ref - log pi, averaged over the responses, whose mean estimates KL(reference || policy) over whole
-      sequences as far as the reference wrote them.
+    - logratios/*: log pi - log ref, float32[B].
+    - kl: the mean over responses of log ref - log pi, float32[B]. Its mean over responses written by the reference
+      estimates KL(reference || policy) of whole sequences.
     """
     ratios = jnp.where(lp.present, lp.policy - lp.reference, jnp.nan)
-    return margin_metrics(beta * ratios, lp) | {
+    return margin_metrics(beta * ratios, beta * lp.rounding, lp) | {
         "logratios/chosen": ratios[:, 0],
         "logratios/rejected": ratios[:, -1],
         "kl": -jnp.nanmean(ratios, axis=1),
@@ -61,8 +66,8 @@ def reward_metrics(lp: Logps, beta: Array | float) -> dict[str, Array]:
 def weighted_means(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:
     """Returns the weighted mean of each metric over the comparisons that have it, float32[], and `length_bias`.
 
-    A loss that is NaN stays NaN; a metric that no comparison has is NaN. Where no comparison has both responses the
-    margin is that of the means, as TRL's for KTO.
+    A NaN loss stays NaN; a metric without any value is NaN. If no comparison has both responses (KTO), the margin is
+    the difference of the mean rewards, as in TRL.
 
     Args:
       metrics: name -> float32[B].
@@ -71,21 +76,22 @@ def weighted_means(metrics: dict[str, Array], weights: Array) -> dict[str, Array
     means = {name: _mean(value, weights, skip=not name.startswith("loss")) for name, value in metrics.items()}
     if "rewards/margins" in metrics:
         means["length_bias"] = length_bias(metrics, weights)
-        apart = means["rewards/chosen"] - means["rewards/rejected"]  # all that single responses can say
-        means["rewards/margins"] = jnp.where(jnp.isnan(means["rewards/margins"]), apart, means["rewards/margins"])
+        of_means = means["rewards/chosen"] - means["rewards/rejected"]
+        means["rewards/margins"] = jnp.where(jnp.isnan(means["rewards/margins"]), of_means, means["rewards/margins"])
     return means
 
 
 def _mean(value: Array, weights: Array, skip: bool) -> Array:
-    # What is absent may hold anything, and 0 * NaN is NaN.
+    # Absent comparisons may hold NaN, and 0 * NaN is NaN.
     counted = (weights > 0) & ~(jnp.isnan(value) & skip)
     weights = jnp.where(counted, weights, 0.0)
     return jnp.sum(jnp.where(counted, value, 0.0) * weights) / jnp.sum(weights)
 
 
 def length_bias(metrics: dict[str, Array], weights: Array) -> Array:
-    """Returns the correlation, over comparisons, of the reward margin with how much longer the chosen response is:
-    near 1, the policy has learned to prefer length; 0 where either does not vary.
+    """Returns the correlation of the reward margin with the length difference (chosen - rejected) over comparisons.
+
+    Near 1, the policy has learned to prefer long responses. 0 if either does not vary; ties count as margin 0.
     """
     longer = metrics["lengths/chosen"] - metrics["lengths/rejected"]
     margin = metrics["rewards/margins"]

@@ -188,7 +188,11 @@ def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
     answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
     metrics = {"loss": jnp.sum(values, axis=0)}
     if any(b.entry.rewards for b in bound):
-        return metrics | measures.length_metrics(answers) | measures.margin_metrics(answers.policy, answers)
+        return (
+            metrics
+            | measures.length_metrics(answers)
+            | measures.margin_metrics(answers.policy, answers.rounding, answers)
+        )
     metrics |= measures.likelihood_metrics(answers)
     if len(bound) > 1:
         metrics |= {f"loss/{b.name}": value / b.weigh["weight"] for b, value in zip(bound, values, strict=True)}

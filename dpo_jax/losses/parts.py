@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Logps
+from dpo_jax.records import Array, Logps, Missing
+
+# A missing field has no leaves, so that jit, grad and tree.map pass it through.
+jax.tree_util.register_pytree_node(Missing, lambda m: ((), m.name), lambda name, _: Missing(name))
 
 CLAMP = 80.0  # e^80 is 6e34: beyond it float32 overflows
 

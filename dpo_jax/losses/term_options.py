@@ -11,7 +11,7 @@ from jax.nn import log_sigmoid
 
 from dpo_jax.errors import UserError
 from dpo_jax.losses.parts import Entry, log_ratios, power
-from dpo_jax.records import Array, Logps
+from dpo_jax.records import Array, Logps, Missing
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
@@ -74,11 +74,12 @@ def transformed(
       divergence_alpha: alpha of the alpha-divergence.
       ld_alpha: What a response's tokens count beyond the length of the shorter one (LD-DPO, arXiv 2409.06411).
     """
-    less = 1.0 - ld_alpha
-    lp = lp._replace(
-        policy=lp.policy - less * (lp.policy - lp.policy_shared),
-        reference=lp.reference - less * (lp.reference - lp.reference_shared),
-    )
+    if isinstance(ld_alpha, Tracer) or ld_alpha != 1.0:
+        less = 1.0 - ld_alpha
+        lp = lp._replace(
+            policy=lp.policy - less * (lp.policy - lp.policy_shared),
+            reference=lp.reference - less * (lp.reference - lp.reference_shared),
+        )
     if reference_free:
         lp = lp._replace(reference=jnp.zeros_like(lp.reference))
     return diverge(lp, divergence, divergence_alpha)
@@ -104,23 +105,29 @@ def wpo_weight(lp: Logps) -> Array:
 
 def soft_label(lp: Logps, values: Values) -> Array:
     """The expected value, float32[B], of a pairwise loss whose label is right with probability `lp.preference`."""
-    swapped = lp._replace(**{name: getattr(lp, name)[:, ::-1] for name in PAIRED})
+    swapped = _map_responses(lp, lambda x: x[:, ::-1])
     return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
 
 
-PAIRED = ("policy", "reference", "policy_shared", "reference_shared", "lengths", "present", "scores", "confidence")
+PER_RESPONSE = tuple(name for name in Logps._fields if name not in ("weights", "preference", "running"))
 
 
 def first_responses(lp: Logps, responses: int) -> Logps:
     """The log-probs of the first responses only."""
-    return lp._replace(**{name: getattr(lp, name)[:, :responses] for name in PAIRED})
+    return _map_responses(lp, lambda x: x[:, :responses])
+
+
+def _map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
+    """Returns the record with a function of each field [B, P] that is not missing."""
+    given = {name: getattr(lp, name) for name in PER_RESPONSE}
+    return lp._replace(**{name: function(x) for name, x in given.items() if not isinstance(x, Missing)})
 
 
 def example_logps(responses: int) -> Logps:
     """The shapes of the log-probs of one comparison."""
     number, row = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, responses), jnp.float32)
     rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
-    return Logps(**dict.fromkeys(PAIRED, row) | {"weights": number, "preference": number} | rest)
+    return Logps(**dict.fromkeys(PER_RESPONSE, row) | {"weights": number, "preference": number} | rest)
 
 
 def check_term(name: str, entry: Entry, options: dict) -> None:

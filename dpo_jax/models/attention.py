@@ -20,17 +20,17 @@ _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class RowMask(NamedTuple):
-    """What of a row each of its tokens sees: not to its right, of the same group, the prompt and its own branch.
+    """Mask of a packed row: causal, within one segment, only the prompt and its own branch.
 
     Attributes:
-      group: int32[R, T]; 0 is padding, which sees padding.
-      branch: int32[R, T]; 0 is the prompt.
+      segment_ids: int32[R, T]; 0 is padding, which sees padding.
+      branch_ids: int32[R, T]; 0 is the prompt.
       positions: int32[R, T], or None where there is no window.
       window: int32[], keys at this distance in `positions` or farther are not seen.
     """
 
-    group: Array
-    branch: Array
+    segment_ids: Array
+    branch_ids: Array
     positions: Array = None
     window: Array = None
 
@@ -168,7 +168,9 @@ def visible_keys(rows: RowMask, start: int, stop: int) -> Array:
         lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
     ))  # fmt: skip
     causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-    seen = causal & (query.group == key.group) & ((key.branch == 0) | (key.branch == query.branch))
+    seen = (
+        causal & (query.segment_ids == key.segment_ids) & ((key.branch_ids == 0) | (key.branch_ids == query.branch_ids))
+    )
     return seen if rows.window is None else seen & (query.positions - key.positions < rows.window)
 
 

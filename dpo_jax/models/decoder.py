@@ -42,8 +42,8 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def _no_whole_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps all but what makes parameters whole: the backward pass does that again."""
+def _recompute_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy: keeps everything but all-gathered parameters, which the backward pass gathers again."""
     return primitive.name not in ("all_gather", "shard_map")
 
 
@@ -51,8 +51,8 @@ class Context(NamedTuple):
     """What every layer sees beside the hidden states.
 
     Attributes:
-      group: int32[R, T]; None when decoding.
-      branch: int32[R, T]; None when decoding.
+      segment_ids: int32[R, T]; None when decoding.
+      branch_ids: int32[R, T]; None when decoding.
       positions: int32[R, T]; None when decoding.
       place: int32[], how many tokens follow the prompts in the cache; None for whole rows.
       mask: bool[P, T], which tokens of the prompts in the cache are some; None for whole rows.
@@ -60,8 +60,8 @@ class Context(NamedTuple):
         or those without a window and those with one. Empty with learned positions.
     """
 
-    group: Array = None
-    branch: Array = None
+    segment_ids: Array = None
+    branch_ids: Array = None
     positions: Array = None
     place: Array = None
     mask: Array = None
@@ -104,7 +104,7 @@ def _attention(
     reach = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
         positions = None if reach is None else context.positions
-        mixed = attend(q, k, v, RowMask(context.group, context.branch, positions, reach), scoring)
+        mixed = attend(q, k, v, RowMask(context.segment_ids, context.branch_ids, positions, reach), scoring)
         kept = k, v
     else:
         mixed, kept = cached_attention(q, k, v, cache, CacheMask(context.mask, context.place, reach), scoring)
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
       compute: dtype of the activations.
       remat: a name of `POLICIES`.
       keep: whether it returns the keys and values of the tokens it reads.
-      whole: one layer's parameters as they lie on the devices -> as the layer needs them; None: they are so.
+      gather: all-gathers the parameters of one layer; None where nothing is sharded.
       attend: attention over packed rows.
     """
 
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
     compute: str = "float32"
     remat: str = "none"
     keep: bool = False
-    whole: Callable[[Any], Any] | None = None
+    gather: Callable[[Any], Any] | None = None
     attend: Attend = packed_attention
 
     @nn.compact
@@ -249,9 +249,9 @@ class Decoder(nn.Module):
     def _layers(self) -> Callable[..., tuple[Array, Cache | None]]:
         block = Block
         policy = POLICIES[self.remat]
-        if self.whole is not None:
-            whole, policy = self.whole, policy or _no_whole_parameters
-            block = nn.map_variables(Block, "params", lambda v: {"params": whole(v["params"])})
+        if self.gather is not None:
+            gather, policy = self.gather, policy or _recompute_gathers
+            block = nn.map_variables(Block, "params", lambda v: {"params": gather(v["params"])})
         if policy is not None:
             block = nn.remat(block, policy=policy, prevent_cse=False)
         axes: Any = (0, 0, nn.broadcast)

@@ -18,26 +18,25 @@ from dpo_jax.records import Array
 COMPUTE = ("float32", "bfloat16")
 
 
-# nobody means a family of a similar name
 class Model(NamedTuple):
     """The pure functions of one architecture. Parameters are a nested dict of float32, layers stacked on axis 0.
 
     Attributes:
       architecture: what it is.
       init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
-      hidden: (params, tokens, positions, group, branch), each int32[R, T] -> [R, T, D] after the final norm. With
-        `whole`, a function, each layer's parameters go through it just before they are used; with `attend`, attention
-        is computed by it, a function as `packed_attention`.
+      hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> [R, T, D] after the final
+        norm. `gather` is applied to each layer's parameters just before use; `attend` replaces `packed_attention`.
       head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
         `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states. Of a reward
         model it is float32[1, D], and the product is the reward of the text so far.
-      prefill: (params, tokens, positions, group, copies, room) -> hidden [P, T, D] of P prompts, which end at the
+      prefill: (params, tokens, positions, mask, copies, room) -> hidden [P, T, D] of P prompts, which end at the
         right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
-        `group` 0 is padding.
-      apart: params -> the same as `decode` takes them: a list of layers, kernels in the compute dtype. A copy, made
+        `mask` int32[P, T] is 1 for real tokens, 0 for left padding.
+      unstack: params -> decode-time params: one tree per layer, kernels cast to the compute dtype. A copy, made
         once for many tokens.
-      decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the tokens,
-        before which each sequence has `place` others; `valid` bool[P, T] says which tokens of the prompts are some.
+      decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the new
+        tokens; each sequence has `place` generated tokens before them. `valid` bool[P, T] is True for real prompt
+        tokens, False for left padding.
       axes: like params, but tuples with the logical name of each axis.
       attention: the name of what computes attention in `hidden`; the other functions have their own.
     """
@@ -47,7 +46,7 @@ class Model(NamedTuple):
     hidden: Callable[..., Array]
     head: Callable[[Any], Array]
     prefill: Callable[[Any, Array, Array, Array, int, int], tuple[Array, Cache]]
-    apart: Callable[[Any], Any]
+    unstack: Callable[[Any], Any]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
     attention: str = CHUNKS
@@ -76,7 +75,7 @@ def build_model(architecture: Architecture, *, compute: str = "float32", remat: 
         hidden=partial(_hidden, decoder),
         head=partial(_head, architecture),
         prefill=partial(_prefill, keeping),
-        apart=partial(_apart, keeping),
+        unstack=partial(_unstack, keeping),
         decode=partial(_decode, keeping),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
     )
@@ -84,12 +83,12 @@ def build_model(architecture: Architecture, *, compute: str = "float32", remat: 
 
 def _init(decoder: Decoder, key: Array) -> Any:
     one = jnp.zeros((1, 1), jnp.int32)
-    return decoder.init(key, one, one, Context(group=one, branch=one))["params"]
+    return decoder.init(key, one, one, Context(segment_ids=one, branch_ids=one))["params"]
 
 
-def _hidden(decoder, params, tokens, positions, group, branch, whole=None, attend=packed_attention):
-    context = Context(group=group, branch=branch)
-    return decoder.clone(whole=whole, attend=attend).apply({"params": params}, tokens, positions, context)[0]
+def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, attend=packed_attention):
+    context = Context(segment_ids=segment_ids, branch_ids=branch_ids)
+    return decoder.clone(gather=gather, attend=attend).apply({"params": params}, tokens, positions, context)[0]
 
 
 def _head(architecture: Architecture, params: Any) -> Array:
@@ -99,8 +98,8 @@ def _head(architecture: Architecture, params: Any) -> Array:
     return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
 
-def _prefill(decoder, params, tokens, positions, group, copies, room):
-    context = Context(group=group, branch=jnp.zeros_like(group))
+def _prefill(decoder, params, tokens, positions, mask, copies, room):
+    context = Context(segment_ids=mask, branch_ids=jnp.zeros_like(mask))
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
     keys, values = (x.swapaxes(2, 3) for x in kept)
     layers, prompts, kv_heads, _, dim = keys.shape
@@ -108,7 +107,7 @@ def _prefill(decoder, params, tokens, positions, group, copies, room):
     return hidden, tuple((keys[i], values[i], own, own) for i in range(layers))
 
 
-def _apart(decoder: Decoder, params: Any) -> Any:
+def _unstack(decoder: Decoder, params: Any) -> Any:
     def one(path: Any, x: Array, layer: int) -> Array:
         return x[layer].astype(decoder.compute) if path[-1].key == "kernel" else x[layer]
 

@@ -22,7 +22,7 @@ from dpo_jax.records import Array
 MARGIN, LEAST = 4.0, 1e-5
 OUTPUTS = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
 WINDOW = 40
-# Two rows of (group, branch, tokens): prompts with one to three responses, some across blocks, and padding.
+# Two rows of (segment_ids, branch_ids, tokens): prompts with one to three responses, some across blocks, and padding.
 CASE = (
     ((1, 0, 100), (1, 1, 60), (1, 2, 50), (2, 0, 30), (2, 1, 20), (2, 2, 7), (2, 3, 9), (0, 0, 24)),
     ((1, 0, 150), (1, 1, 110), (2, 0, 1), (2, 1, 20), (2, 2, 15), (0, 0, 4)),
@@ -93,7 +93,7 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
       inputs: q, k and v, and a cotangent of the output.
       rows: which keys a query sees.
     """
-    at_once: Attend = partial(packed_attention, chunk=rows.group.shape[1])
+    at_once: Attend = partial(packed_attention, chunk=rows.segment_ids.shape[1])
     with jax.default_matmul_precision("highest"):
         exact = _with_gradients(at_once, scoring, [x.astype(jnp.float32) for x in inputs], rows)
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
@@ -125,9 +125,13 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
         tokens = [(g, b, i + (prompt[g] if b else 0)) for g, b, n in row for i in range(n)]
         for part, values in zip(parts, zip(*tokens, strict=True), strict=True):
             part.append(list(values))
-    group, branch, positions = (np.array(part, np.int32) for part in parts)
+    segment_ids, branch_ids, positions = (np.array(part, np.int32) for part in parts)
     heads = [kv_heads * a.heads // a.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // a.kv_heads]
-    q, *rest = (rng.standard_normal((*group.shape, n, a.head_dim), np.float32) for n in heads)
+    q, *rest = (rng.standard_normal((*segment_ids.shape, n, a.head_dim), np.float32) for n in heads)
     q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * a.head_dim**0.5)
-    rows = RowMask(group, branch) if window is None else RowMask(group, branch, positions, np.int32(window))
+    rows = (
+        RowMask(segment_ids, branch_ids)
+        if window is None
+        else RowMask(segment_ids, branch_ids, positions, np.int32(window))
+    )
     return [jnp.asarray(x, compute) for x in (q, *rest)], rows

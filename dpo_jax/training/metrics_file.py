@@ -20,7 +20,6 @@ import rich.progress
 
 from dpo_jax.errors import UserError
 
-# a normal variable lies within +-Z95 standard deviations 95% of the time
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "eval_loss", "eval_rewards/accuracies")
 
 

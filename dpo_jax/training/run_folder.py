@@ -30,7 +30,6 @@ def run_config(run: str | Path, argv: Sequence[str] = (), kind: type = Config, p
     return parse_config(kind, str(Path(run) / "config.yaml"), argv, prog=prog)
 
 
-# which is there only after an error
 def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
     """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
 

@@ -63,6 +63,6 @@ def gather_on_use(model: Model, rows: Collectives, params: Any) -> Model:
         return whole(tree, params["layers"])
 
     return model._replace(
-        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, whole=layer),
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, gather=layer),
         head=lambda tree: model.head(top(tree)),
     )
