@@ -82,15 +82,15 @@ def test_one_line_names_the_row_or_it_is_counted(run, what):
     assert len(said) < 400
     code, out, said = run("data", rows(good, bad, bad), "--data.skip_bad_rows", "2", *argv)
     assert (code, said) == (0, "")
-    (counted,) = [line for line in out.splitlines() if "bad rows left out" in line]
-    assert counted.startswith("training data: 2 bad rows left out; the first: a.jsonl:21: ")
+    (counted,) = [line for line in out.splitlines() if "bad examples skipped" in line]
+    assert counted.startswith("training data: 2 bad examples skipped; the first: a.jsonl:21: ")
     assert message in counted
     code, _, said = run("data", rows(good, bad, bad), "--data.skip_bad_rows", "1", *argv)
-    assert (code, "a.jsonl:22: " in said, "(bad row 2; data.skip_bad_rows is 1)" in said) == (2, True, True)
+    assert (code, "a.jsonl:22: " in said, "(bad example 2; data.skip_bad_rows is 1)" in said) == (2, True, True)
 
 
 UNNAMED = json.dumps({"prompt": "w1", "text": "w2"}).encode()
-NO_ROW = "no row can be used; the first: a.jsonl:1: "
+NO_ROW = "all examples are bad; the first: a.jsonl:1: "
 NOTHING = {
     "an empty file": (b"", (), "has no comparisons in split 'train' of ['a.jsonl']; check data.path"),
     "rows without the columns": (

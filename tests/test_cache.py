@@ -32,8 +32,8 @@ def tokenizer():
 @pytest.fixture
 def tokenised(monkeypatch):
     """How often texts were tokenised."""
-    calls, original = [], encode_module.encode_one
-    monkeypatch.setattr(cache, "encode_one", lambda *args: calls.append(1) or original(*args))
+    calls, original = [], encode_module.encode_stream
+    monkeypatch.setattr(cache, "encode_stream", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -94,7 +94,7 @@ def peak(function):
 def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
     """Reading, tokenising and writing; KTO's responses to other prompts; a reward model's token after each response."""
     monkeypatch.setattr(cache, "CHUNK", 64)
-    monkeypatch.setattr(encode, "CHUNK", 64)
+    monkeypatch.setattr(encode_module, "CHUNK", 64)
     row, made = json.dumps({"prompt": "w1 w2", "chosen": "w4 w5 " * 20, "rejected": "w6 w7 " * 20}), {}
     for size in (1000, 6000):
         file = tmp_path / f"{size}.jsonl"
@@ -127,7 +127,7 @@ def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "encode_one", killed)
+        patch.setattr(cache, "encode_stream", killed)
         with pytest.raises(KeyboardInterrupt):
             cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
     assert list(tmp_path.iterdir()) == [new]
@@ -144,13 +144,13 @@ def test_a_process_killed_at_any_instant_poisons_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from dpo_jax import data
-from dpo_jax.data import synthetic
+from dpo_jax.data.sources import synthetic
+from dpo_jax.data.sources.base import open_stream
 from dpo_jax.data.cache import cached_encode
 print("ready", flush=True)
 options = dict(max_length=64, max_prompt_length=32, truncation="refuse", degenerate="drop", add_bos=False)
-items = data.stream("files", (sys.argv[1],), "train", 2)
-table, report = cached_encode(items, synthetic.tokenizer(), Path(sys.argv[2]), **options)
+items = open_stream("files", (sys.argv[1],), "train", 2)
+table, report = cached_encode(items, synthetic.synthetic_tokenizer(), Path(sys.argv[2]), **options)
 print(table.digest, report.kept)
 """
     folder = tmp_path / "cache"

@@ -69,7 +69,7 @@ def test_eos_is_there_once_whether_the_template_writes_it_or_not(tokenizers):
         table, report = encode([talk("hi")], tokenizer, template=template, **OPTIONS)
         assert [list(ids).count(tokenizer.eos_token_id) for ids in table[0].responses] == [1, 1]
         assert report.eos_added == added
-    assert "1 whose chat template does not end a response with EOS, which was added" in report.lines()
+    assert "1 with a chat template that does not end a response with EOS; EOS was appended" in report.lines()
 
 
 THINK = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -217,7 +217,7 @@ def test_joint_tokens_are_trls(tokenizers):
     uneven, _ = encode([Comparison("Paris is ", (" x", "lovely"))], tokenizer, boundary="joint", **OPTIONS)
     words_of = [tokenizer.convert_ids_to_tokens(ids) for ids in (uneven[0].prompt, *uneven[0].responses)]
     assert words_of == [["Paris", "Ġis"], ["Ġ", "Ġx", "<|endoftext|>"], ["Ġlovely", "<|endoftext|>"]]
-    assert "1 with a token that spans the end of the prompt, and goes with the response" in report.lines()
+    assert "1 with a token that spans the end of the prompt; it was moved to the response" in report.lines()
 
 
 def test_bos_is_put_where_the_tokenizer_puts_it_and_never_in_a_response(shared):

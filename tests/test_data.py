@@ -205,7 +205,7 @@ def test_holdout_is_by_prompt_and_stays_when_data_is_added():
     with pytest.raises(UserError, match="leaves 1 of 1 comparisons to train on and 0 to evaluate"):
         list(holdout(comparisons[:1], 0.1)[0])
     for fraction in (0.0, 0.1):
-        with pytest.raises(UserError, match="no row can be used; the first: f:1: no column 'prompt'"):
+        with pytest.raises(UserError, match="all examples are bad; the first: f:1: no column 'prompt'"):
             list(holdout([Note("x"), UserError("f:1: no column 'prompt'"), UserError("f:2")], fraction)[0])
 
 

@@ -92,7 +92,7 @@ def test_bos_belongs_to_the_prompt_and_is_never_cut(tokenizer):
         (
             Comparison("w1", ("w1", " \n"), where="f:3"),
             {"degenerate": "refuse"},
-            "^f:3: empty response; remove the row",
+            "^f:3: empty response; remove the example",
         ),
         (Comparison("w1", ("w1", "w1"), where="f:3"), {"degenerate": "refuse"}, "^f:3: identical response; remove the"),
         (pair(1, 1, 1), {"truncation": "paper_keep_ends"}, "unknown truncation .* did you mean 'paper_keep_end'"),
@@ -147,13 +147,13 @@ def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
     assert (report.kept, report.empty_kept, report.identical_kept, report.empty_dropped) == (5, 3, 1, 0)
     assert report.identical_after_truncation == 0  # it is for those that a cut has made so
     assert lists(table[1]) == [[1], [EOS], [2, EOS]]
-    assert "3 kept, with an empty response" in report.lines()
+    assert "3 kept despite an empty response" in report.lines()
     elsewhere = [pair(2, 3, 4), pair(1, 2, 3, misplaced=True), Comparison("w1", ("w2", ""), misplaced=True)]
     table, report = run(elsewhere, tokenizer)
     assert (report.kept, report.misplaced_dropped, report.empty_dropped) == (1, 1, 1)
-    assert "1 dropped, whose rejected transcript does not start with the prompt" in report.lines()
+    assert "1 dropped: the rejected transcript does not start with the prompt" in report.lines()
     assert run(elsewhere, tokenizer, degenerate="keep")[1].misplaced_kept == 1
-    with pytest.raises(UserError, match="misplaced response; remove the row"):
+    with pytest.raises(UserError, match="misplaced response; remove the example"):
         run(elsewhere[:2], tokenizer, degenerate="refuse")
     alone = [Comparison("w1", ("w2",)), Comparison("w1", ("",))]
     assert run(alone, tokenizer)[1].empty_dropped == 1
@@ -165,14 +165,14 @@ def test_report(tokenizer):
     assert (report.tokens, report.scored, report.identical_after_truncation) == (33, 26, 1)
     assert report.prompt == LengthQuantiles(7 / 3, 2.0, 3.96, 4)
     assert report.response == LengthQuantiles(26 / 6, 4.5, 6.0, 6)  # 4 5 2 3 6 6
-    assert report.whole == LengthQuantiles(7.0, 7.0, 7.0, 7)
+    assert report.sequence == LengthQuantiles(7.0, 7.0, 7.0, 7)
     assert report.lines() == [
         "3 comparisons read, 3 kept: 33 tokens, 26 scored",
-        "2 responses cut, their EOS lost",
-        "1 kept, with responses that are identical after the cut",
-        "tokens in a prompt: mean 2.3, p50 2, p99 3.96, max 4",
-        "tokens in a response: mean 4.3, p50 4.5, p99 6, max 6",
-        "tokens in a prompt and longest response: mean 7.0, p50 7, p99 7, max 7",
+        "2 responses truncated (they lose their EOS)",
+        "1 kept with responses that are identical after truncation",
+        "tokens per prompt: mean 2.3, p50 2, p99 3.96, max 4",
+        "tokens per response: mean 4.3, p50 4.5, p99 6, max 6",
+        "tokens per prompt with longest response: mean 7.0, p50 7, p99 7, max 7",
     ]
 
 
@@ -187,7 +187,7 @@ def test_text_that_the_tokenizer_cannot_write_is_counted():
     tokenizer = make_tokenizer(eos_token="<eos>", unk_token="w0")
     report = run([Comparison("w1 x", ("y z", "w2"))], tokenizer)[1]
     assert report.unknown_tokens == 3
-    assert "3 tokens that are the tokenizer's <unk>: text which it cannot write" in report.lines()
+    assert "3 tokens are <unk>: the tokenizer has no token for that text" in report.lines()
     assert run([Comparison("w1", ("w2", "w3"))], tokenizer)[1].unknown_tokens == 0
 
 
@@ -195,9 +195,9 @@ def test_bad_rows_are_counted_up_to_a_limit(tokenizer):
     items = [pair(1, 1, 1), UserError("f:2: broken"), pair(2, 2, 2), Comparison("w1", ("w1 <eos>", "w2"), where="f:4")]
     table, report = run(items, tokenizer, skip_bad_rows=2)
     assert (len(table), report.read, report.kept, report.bad_skipped) == (2, 4, 2, 2)
-    assert "2 bad rows left out; the first: f:2: broken" in report.lines()
+    assert "2 bad examples skipped; the first: f:2: broken" in report.lines()
     with pytest.raises(
-        UserError, match=r"^f:4: response 1 contains the EOS .* \(bad row 2; data\.skip_bad_rows is 1\)"
+        UserError, match=r"^f:4: response 1 contains the EOS .* \(bad example 2; data\.skip_bad_rows is 1\)"
     ):
         run(items, tokenizer, skip_bad_rows=1)
     with pytest.raises(UserError, match=r"^f:2: broken$"):

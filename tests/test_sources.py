@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.data.noise import add_noise
 from dpo_jax.data.sources import stack_exchange
 from dpo_jax.data.sources.base import Note, holdout, load_comparisons, only_comparisons, open_stream
 from dpo_jax.errors import UserError
@@ -273,26 +272,26 @@ def noisy(path, **options):
 
 def test_noise_is_counted_and_the_same_every_time(tmp_path):
     path = write(tmp_path / "a.jsonl", PAIRS)
-    flipped, notes = add_noise(path, flip=0.3)
+    flipped, notes = noisy(path, flip=0.3)
     swapped = sum(c.responses[0][0] == "r" for c in flipped)
-    assert notes == {"pairs flipped, as data.flip_labels asks for": swapped}
+    assert notes == {"pairs flipped (data.flip_labels)": swapped}
     assert abs(swapped / 4000 - 0.3) < 4 * (0.3 * 0.7 / 4000) ** 0.5
     assert all(c.scores == ((2.0, 0.0) if c.responses[0][0] == "c" else (0.0, 2.0)) for c in flipped)
-    assert add_noise(path, flip=0.3)[0] == flipped != add_noise(path, flip=0.3, seed=1)[0]
-    drawn, notes = add_noise(path, draw_labels=True)
+    assert noisy(path, flip=0.3)[0] == flipped != noisy(path, flip=0.3, seed=1)[0]
+    drawn, notes = noisy(path, draw_labels=True)
     against = sum(c.responses[0][0] == "r" for c in drawn)
     rate = 1 / (1 + np.exp(2.0))
-    assert notes == {"pairs ordered against their scores, by a draw": against}
+    assert notes == {"pairs ordered against their scores (data.draw_labels)": against}
     assert abs(against / 4000 - rate) < 4 * (rate * (1 - rate) / 4000) ** 0.5
-    twice, notes = add_noise(path, duplicate=0.5)
-    assert len(twice) == 4000 + notes["comparisons repeated, as data.duplicate asks for"]
+    twice, notes = noisy(path, duplicate=0.5)
+    assert len(twice) == 4000 + notes["comparisons repeated (data.duplicate)"]
     assert abs(len(twice) / 4000 - 1.5) < 4 * (0.25 / 4000) ** 0.5
-    assert add_noise(path)[0] == read("files", path)[0]
+    assert noisy(path)[0] == read("files", path)[0]
 
 
 def test_noise_that_cannot_be(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
     with pytest.raises(UserError, match=r"data\.flip_labels must be between 0 and 1, not 1\.5"):
-        add_noise(path, flip=1.5)
+        noisy(path, flip=1.5)
     with pytest.raises(UserError, match=r"a\.jsonl:1: data\.draw_labels needs two scores"):
-        add_noise(path, draw_labels=True)
+        noisy(path, draw_labels=True)

@@ -1,4 +1,11 @@
-"""Tokenised data on disk: made once for the same content, written as it comes, and mapped into memory after that."""
+"""Tokenized data on disk: encoded once for the same content, written in chunks, and memory-mapped afterwards.
+
+The cache is a folder of entries `tokens-<key>`; the key is a hash of everything the table depends on (`_key`). An entry
+has one .npy file for each array of `Table` and `report.json`: {"digests": {array: blake2b of its file}, "report":
+fields of `EncodeReport`}. It is written to a draft folder `tokens-<key>.<pid>-<random>` and then renamed, so that an
+entry is complete or absent, however many processes write it and whenever they are killed. Opening compares the digests,
+so that a damaged entry is encoded again and never trained on.
+"""
 
 import contextlib
 import hashlib
@@ -16,28 +23,28 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_one
+from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_stream
 from dpo_jax.data.sources.base import Item, Note, as_bytes
 from dpo_jax.data.table import KINDS, EncodeReport, EncodeTally, LengthQuantiles, Table
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Tokens
+from dpo_jax.records import Tokens
 
-CACHE_FORMAT = 3
-ABANDONED = 24 * 3600  # seconds after which a draft that nobody finished is removed
+# Part of every key. Raise it when the arrays or the report change, or when the same content encodes differently.
+CACHE_FORMAT = 4
+ABANDONED = 24 * 3600  # seconds after which the draft of a killed run is removed
 log = logging.getLogger(__name__)
 
 
 def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **options: Any) -> tuple[Table, EncodeReport]:
-    """`encode`, done once for the same content and opened from disk (memory-mapped) after that.
+    """Returns what `encode` does, as a memory-mapped table; the same content is encoded only once.
 
-    An entry is a folder `tokens-<key>` in `cache_dir`, and appears whole or not at all. What it depends on is every
-    text and number (not `where`), the tokenizer, and the options. Comparisons pass one by one, twice: memory does not
-    grow with their number.
+    Two passes are made over the items, one for the key and one to encode. Memory does not grow with their number.
 
     Args:
-      items: can be gone through again and again; else as for `encode`.
-      tokenizer, options: as for `encode`.
-      cache_dir: made if need be.
+      items: as for `encode`, and re-iterable.
+      tokenizer: as for `encode`.
+      cache_dir: the folder of the entries, created if it does not exist.
+      options: as for `encode`.
 
     Raises:
       UserError: as `encode`; or the cache folder cannot be written.
@@ -49,23 +56,21 @@ def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **opti
         try:
             return _open_entry(entry)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            log.warning("cache entry %s is damaged (%s) and is made again", entry, error)
+            log.warning("cache entry %s is damaged (%s); encoding again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
-    try:
+    with _writable(cache_dir):
         _write_entry(entry, items, tokenizer, chosen)
-    except OSError as error:
-        raise UserError(f"{cache_dir}: the cache cannot be written ({error}); choose another folder") from error
     return _open_entry(entry)
 
 
 def write_table(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
-    """Writes comparisons into a folder as a table's arrays, a chunk at a time.
+    """Writes comparisons as the arrays of a table, a chunk at a time, for `Table.open`.
 
     Returns:
-      The blake2b of each array's file, by name.
+      Array name -> blake2b of its file.
     """
     with contextlib.ExitStack() as stack:
-        arrays = {name: stack.enter_context(_Growing(folder / f"{name}.npy")) for name in KINDS}
+        arrays = {name: stack.enter_context(_GrowingArray(folder / f"{name}.npy")) for name in KINDS}
         tokens = iter(tokens)
         while chunk := list(islice(tokens, CHUNK)):
             part, start = Table.of(chunk), arrays["ids"].size
@@ -76,47 +81,54 @@ def write_table(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
 
 
 def write_unnamed(cache_dir: Path, tokens: Iterable[Tokens]) -> Table:
-    """Comparisons as a table that lies on the cache's disk, without a name there, until the process has done with it.
+    """Returns comparisons as a memory-mapped table without a cache entry; its files vanish when the process ends.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the cache folder cannot be written.
     """
-    try:
+    with _writable(cache_dir):
         draft = _draft(cache_dir / "tokens-unnamed")
         try:
             write_table(draft, tokens)
             return Table.open(draft)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)  # the memory that it is mapped into keeps it
+            # The mapping keeps the deleted files' contents alive.
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writable(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{cache_dir}: the cache cannot be written ({error}); choose another folder") from error
 
 
-class _Growing:
-    """An array's file to which more is added along the first axis."""
+class _GrowingArray:
+    """A .npy file to which arrays are appended along the first axis."""
 
     def __init__(self, path: Path):
-        self.size, self._file, self._kind = 0, path.open("wb"), {}
+        self.size, self._file, self._header = 0, path.open("wb"), {}
 
-    def __enter__(self) -> "_Growing":
+    def __enter__(self) -> "_GrowingArray":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._write_header()
         self._file.close()
 
-    def append(self, values: Array) -> None:
-        if not self._kind:
-            self._kind = {"descr": npy.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
+    def append(self, values: np.ndarray) -> None:
+        if not self._header:
+            self._header = {"descr": npy.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
             self._write_header()
         self._file.write(np.ascontiguousarray(values).data)
         self.size += len(values)
 
     def _write_header(self) -> None:
-        """Writes or renews the header, in which numpy leaves room for the first axis to grow."""
-        if self._kind:
+        """Writes the header, or overwrites it with the final size: numpy pads headers so that the size can grow."""
+        if self._header:
             self._file.seek(0)
-            npy.write_array_header_1_0(self._file, {**self._kind, "shape": (self.size, *self._kind["shape"][1:])})
+            npy.write_array_header_1_0(self._file, {**self._header, "shape": (self.size, *self._header["shape"][1:])})
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -128,20 +140,21 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _key(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> str:
-    """Hash of all that the table depends on; every text goes in with its length, so none runs into the next."""
+    """Returns a blake2b hash of all that the table depends on: items (without `where`), tokenizer and options."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls switch these two on and off in a tokenizer in use, and encode() overrules them.
+    # Calling a tokenizer writes its padding and truncation into this JSON; encode() sets both itself.
     model.update(padding=None, truncation=None)
     special = (tokenizer.eos_token_id, tokenizer.bos_token_id, bool(getattr(tokenizer, "split_special_tokens", False)))
     template = tokenizer.chat_template
     head = json.dumps([CACHE_FORMAT, model, special, template, sorted(options._asdict().items())])
     digest = hashlib.blake2b(head.encode(), digest_size=16)
-    for part in _parts(items):
+    for part in _hashed_parts(items):
         digest.update(part)
     return digest.hexdigest()
 
 
-def _parts(items: Iterable[Item]) -> Iterator[bytes]:
+def _hashed_parts(items: Iterable[Item]) -> Iterator[bytes]:
+    """Yields the bytes of each item. Lengths come before texts, so that ("ab", "c") and ("a", "bc") differ."""
     for item in items:
         if isinstance(item, UserError | Note):
             yield repr(item).encode("utf-8", "surrogatepass")
@@ -153,16 +166,16 @@ def _parts(items: Iterable[Item]) -> Iterator[bytes]:
 
 
 def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> None:
-    """Makes the entry beside its place and renames it there."""
+    """Writes an entry as a draft beside it, then renames the draft."""
     draft = _draft(entry)
     try:
         tally = EncodeTally()
-        digests = write_table(draft, encode_one(items, tokenizer, options, tally))
+        digests = write_table(draft, encode_stream(items, tokenizer, options, tally))
         content = {"digests": digests, "report": tally.report()._asdict()}
         (draft / "report.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         draft.rename(entry)
     except OSError:
-        # Another process that was faster with the same content is as good.
+        # The rename fails if another process has written the same entry meanwhile, which serves as well.
         if not entry.exists():
             raise
     finally:
@@ -170,15 +183,14 @@ def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: En
 
 
 def _draft(entry: Path) -> Path:
-    """Makes a folder beside an entry, for what is to become it."""
+    """Creates a draft folder beside an entry, with a name that no other process uses."""
     draft = entry.with_name(f"{entry.name}.{os.getpid()}-{secrets.token_hex(4)}")
     draft.mkdir(parents=True)
-    _sweep(entry.parent)
+    _remove_abandoned(entry.parent)
     return draft
 
 
-def _sweep(cache_dir: Path) -> None:
-    """Removes drafts that killed runs have left."""
+def _remove_abandoned(cache_dir: Path) -> None:
     for draft in cache_dir.glob("tokens-*.*"):
         if time.time() - draft.stat().st_mtime > ABANDONED:
             shutil.rmtree(draft, ignore_errors=True)
@@ -187,7 +199,7 @@ def _sweep(cache_dir: Path) -> None:
 def _open_entry(entry: Path) -> tuple[Table, EncodeReport]:
     content = json.loads((entry / "report.json").read_text(encoding="utf-8"))
     if content["digests"] != _digests(entry):
-        raise ValueError("its arrays are not those that were written")
+        raise ValueError("its arrays differ from those written")
     fields = content["report"]
-    spans = {name: LengthQuantiles(*fields[name]) for name in ("prompt", "response", "whole")}
+    spans = {name: LengthQuantiles(*fields[name]) for name in ("prompt", "response", "sequence")}
     return Table.open(entry), EncodeReport(**{**fields, **spans})

@@ -1,4 +1,7 @@
-"""Text to token ids: rendered, tokenised, checked, cut to length and counted, a chunk of comparisons at a time."""
+"""Text to token ids: comparisons are rendered, tokenized, checked, truncated and counted, a chunk at a time.
+
+Memory stays that of one chunk: every stage is a generator over the one before it.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,33 +12,32 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dpo_jax.data.chat import Rendered, Template, plain_text, render_comparison
-from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_name
+from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_choice
 from dpo_jax.data.table import EncodeReport, EncodeTally, Table
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison, Tokens
 
-CHUNK = 1024
+CHUNK = 1024  # comparisons that the tokenizer gets in one call, which it spreads over its threads
 DEGENERATE = ("drop", "refuse", "keep")
 BOUNDARIES = ("separate", "joint")
 T = TypeVar("T")
 
 
 class EncodeOptions(NamedTuple):
-    """How text becomes tokens.
+    """Options of `encode`. The table and its cache key depend on all of them.
 
     Attributes:
-      max_length: tokens of a prompt with any one of its responses.
-      max_prompt_length: what the paper's modes cut prompts to; the other modes do not look at it.
+      max_length: most tokens of a prompt with any one of its responses.
+      max_prompt_length: tokens to which the paper's truncation modes cut a prompt; other modes ignore it.
       truncation: a name in `TRUNCATIONS`.
       degenerate: what to do with empty, identical or misplaced responses: `drop`, `refuse` or `keep`.
-      add_bos: put BOS before every prompt (None: if the tokenizer does so itself; a conversation has what its template
-        writes); it counts as part of the prompt and is never cut off.
-      boundary: `separate` tokenises prompt and responses apart, as the paper's code does; `joint` together, as TRL
-        does: the prompt is then the tokens with which it begins alone and before every response, and a token that
-        spans its end goes with each response.
-      template: how conversations are written.
-      skip_bad_rows: how many rows that cannot be used are counted instead of raised.
+      add_bos: whether to put BOS before every prompt. BOS counts as part of the prompt and is never cut off. None: if
+        the tokenizer does so by itself; a conversation then has what its template writes.
+      boundary: `separate` tokenizes prompt and responses apart, as the paper's code does. `joint` tokenizes them
+        together, as TRL does: a token that spans the end of the prompt belongs to the response.
+      template: how conversations become text.
+      skip_bad_rows: most bad examples to skip and count before one is an error.
     """
 
     max_length: int
@@ -49,13 +51,13 @@ class EncodeOptions(NamedTuple):
 
 
 class SpecialTokens(NamedTuple):
-    """What a tokenizer has of its own, looked up once for all rows, since transformers takes long to find it.
+    """Special tokens of a tokenizer, looked up once per pass because transformers is slow to find them.
 
     Attributes:
-      eos, bos: their ids.
-      unk: the id of what cannot be written; None where that is EOS too.
-      eos_token, bos_token: as text.
-      begins: whether the tokenizer puts BOS before a text by itself.
+      eos, bos: ids; `bos` is None if there is none.
+      unk: the id for text without a token; None if there is none, or if it is EOS.
+      eos_token, bos_token: their texts.
+      adds_bos: whether the tokenizer puts BOS before a text by itself.
     """
 
     eos: int
@@ -63,48 +65,51 @@ class SpecialTokens(NamedTuple):
     unk: int | None
     eos_token: str
     bos_token: str
-    begins: bool
+    adds_bos: bool
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialTokens":
-        """Looks it up."""
+        """Returns the special tokens of a tokenizer."""
         eos, bos, unk = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "unk"))
-        begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-        return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, begins)
+        adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, adds_bos)
 
     def bos_before(self, prompt: Any, options: EncodeOptions) -> bool:
-        """Whether BOS is put before a prompt."""
+        """Returns whether BOS goes before this prompt."""
         if options.add_bos is not None:
             return options.add_bos
-        return self.begins and not isinstance(prompt, Chat)
+        return self.adds_bos and not isinstance(prompt, Chat)
 
 
 def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, EncodeReport]:
-    """`encoded`, as a table in memory.
+    """Returns items as a table in memory, and the report on them.
 
     Args:
-      items: with comparisons that all have the same number of responses.
+      items: comparisons that all have the same number of responses, errors and notes.
       tokenizer: a fast Hugging Face tokenizer with an EOS token.
-      options: the fields of `Options`.
+      options: the fields of `EncodeOptions`.
 
     Raises:
-      UserError: an option is wrong, or a comparison cannot be encoded; it names the comparison's `where`.
+      UserError: an option is wrong; a comparison cannot be encoded (the message begins with its `where`); nothing is
+        left.
     """
     tally = EncodeTally()
-    table = Table.of(encode_one(items, tokenizer, EncodeOptions(**options), tally))
+    table = Table.of(encode_stream(items, tokenizer, EncodeOptions(**options), tally))
     return table, tally.report()
 
 
-def encode_one(items: Iterable[Item], tokenizer: Any, options: EncodeOptions, tally: EncodeTally) -> Iterator[Tokens]:
-    """Yields comparisons as tokens, every response ended with EOS unless it is cut, and counts what became of them.
+def encode_stream(
+    items: Iterable[Item], tokenizer: Any, options: EncodeOptions, tally: EncodeTally
+) -> Iterator[Tokens]:
+    """Yields comparisons as token ids and counts them in `tally`. A response ends with EOS unless it was truncated.
 
     Raises:
-      UserError: as `encode`; at the end, if nothing was left.
+      UserError: as `encode`, while iterating.
     """
     check_encode_options(tokenizer, options)
     finish = partial(_finish, SpecialTokens.of(tokenizer), options, tally)
     for chunk in _batched(_rendered(_screened(items, options, tally), tokenizer, options, tally), CHUNK):
-        for (comparison, rendered), ids in zip(chunk, _tokenised(chunk, tokenizer, options.boundary), strict=True):
+        for (comparison, rendered), ids in zip(chunk, _tokenized(chunk, tokenizer, options.boundary), strict=True):
             result = or_error(finish, comparison, rendered, *ids)
             if isinstance(result, UserError):
                 tally.bad(result, options.skip_bad_rows)
@@ -115,23 +120,27 @@ def encode_one(items: Iterable[Item], tokenizer: Any, options: EncodeOptions, ta
 
 
 def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
-    """Refuses options that are wrong, and tokenizers that cannot serve."""
+    """Checks the options, and that the tokenizer can serve.
+
+    Raises:
+      UserError: an unknown name, a length without room, or a tokenizer that is slow or lacks EOS or BOS.
+    """
     for kind, name, known in (
         ("truncation (data.truncation)", options.truncation, TRUNCATIONS),
         ("choice for data.degenerate", options.degenerate, DEGENERATE),
         ("choice for data.boundary", options.boundary, BOUNDARIES),
     ):
         if name not in known:
-            raise unknown_name(kind, name, known)
+            raise unknown_choice(kind, name, known)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UserError(f"{type(tokenizer).__name__} is not a fast tokenizer; convert it to a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token, with which every response must end; set its eos_token")
+        raise UserError("the tokenizer has no EOS token, which must end every response; set its eos_token")
     if options.add_bos and tokenizer.bos_token_id is None:
-        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset it")
+        raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset data.add_bos")
     least = 1 + SpecialTokens.of(tokenizer).bos_before("", options)
     if options.max_length <= least:
-        raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response")
+        raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response; raise it")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
         raise UserError(
             f"data.max_prompt_length {options.max_prompt_length} must lie between {least} and data.max_length "
@@ -140,8 +149,7 @@ def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
 
 
 def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally) -> Iterator[Comparison]:
-    """The comparisons among items, without those with empty, identical or misplaced responses, unless these are to be
-    kept."""
+    """Yields the comparisons among items; counts notes, bad examples and degenerate comparisons."""
     size = None
     for item in items:
         if isinstance(item, Note):
@@ -154,10 +162,10 @@ def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally)
         size = len(item.responses) if size is None else size
         if len(item.responses) != size:
             numbers = f"{len(item.responses)} responses where the first comparison has {size}"
-            raise UserError(f"{item.where}: {numbers}; give all the same number")
+            raise UserError(f"{item.where}: {numbers}; give every comparison the same number")
         if fault := _fault(item):
             if options.degenerate == "refuse":
-                message = f"{item.where}: {fault} response; remove the row or set data.degenerate to drop"
+                message = f"{item.where}: {fault} response; remove the example or set data.degenerate to drop"
                 tally.bad(UserError(message), options.skip_bad_rows)
                 continue
             tally.counts[f"{fault}_{'dropped' if options.degenerate == 'drop' else 'kept'}"] += 1
@@ -166,10 +174,11 @@ def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally)
 
 
 def _fault(comparison: Comparison) -> str:
-    said = [plain_text(response) for response in comparison.responses if response is not None]
-    if not all(map(str.strip, said)):
+    """Returns `empty`, `identical` or `misplaced` for a degenerate comparison, else ''."""
+    texts = [plain_text(response) for response in comparison.responses if response is not None]
+    if not all(map(str.strip, texts)):
         return "empty"
-    if len(set(said)) < len(said):
+    if len(set(texts)) < len(texts):
         return "identical"
     return "misplaced" if comparison.misplaced else ""
 
@@ -190,10 +199,10 @@ def _batched(values: Iterator[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _tokenised(
+def _tokenized(
     chunk: list[tuple[Comparison, Rendered]], tokenizer: Any, boundary: str
 ) -> Iterator[tuple[Ids, list[Ids], int]]:
-    """For each comparison the ids of its prompt and of its responses, and how many of the prompt's the boundary moved.
+    """Yields (prompt ids, ids of each response, prompt tokens moved to the responses) for each comparison.
 
     An absent response has no ids.
     """
@@ -205,6 +214,7 @@ def _tokenised(
     for (_, rendered), prompt in zip(chunk, ids, strict=False):
         responses = [[] if text is None else next(following) for text in rendered.responses]
         if joint:
+            # All responses share one prompt, so it ends where the first of them departs from the prompt's own tokens.
             size = min((_common(prompt, response) for response in responses if response), default=len(prompt))
             yield prompt[:size], [response[size:] for response in responses], len(prompt) - size
         else:
@@ -212,13 +222,13 @@ def _tokenised(
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[Ids]:
-    # Some tokenizer.json files switch on padding and truncation of their own, so both are switched off by name.
+    # Some tokenizer.json files switch padding and truncation on, so both are switched off by name.
     options = {"add_special_tokens": False, "padding": False, "truncation": False}
     return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
 
 def _common(first: Ids, second: Ids) -> int:
-    """How many ids two lists begin with in common."""
+    """Returns the length of the common prefix."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
@@ -234,9 +244,9 @@ def _finish(
     responses: list[Ids],
     moved: int,
 ) -> Tokens | None:
-    """Ids checked, with BOS and EOS, cut and counted; None where the prompt leaves no room."""
+    """Checks ids, adds BOS and EOS, truncates and counts; None if the prompt leaves no room for a response."""
     chat, bos = isinstance(comparison.prompt, Chat), special.bos_before(comparison.prompt, options)
-    _check_ids(comparison.where, prompt, responses, special, bos, chat)
+    _check_special_ids(comparison.where, prompt, responses, special, bos, chat)
     head = [special.bos] if bos and special.bos is not None else []
     ended = [
         [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
@@ -250,17 +260,20 @@ def _finish(
     if special.unk is not None:
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
-    _count_cuts(tally.counts, (head + prompt, ended), result)
+    _count_truncated(tally.counts, (head + prompt, ended), result)
     tally.keep(*result)
-    ids, *cut = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
+    ids, *truncated = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
     key = prompt_key(comparison.prompt)
-    return Tokens(ids, tuple(cut), comparison.weight, key, comparison.preference, comparison.scores)
+    return Tokens(ids, tuple(truncated), comparison.weight, key, comparison.preference, comparison.scores)
 
 
-def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, chat: bool) -> None:
+def _check_special_ids(
+    where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, chat: bool
+) -> None:
+    """Refuses EOS or BOS in the middle of a text, and a prompt without tokens."""
     for number, ids in enumerate([prompt, *responses]):
         part = f"response {number}" if number else "the prompt"
-        # A chat template ends the turns of a prompt with EOS; in text it can only be there by mistake.
+        # A chat template ends the turns of a prompt with EOS; in plain text EOS can only be a mistake.
         if (number or not chat) and special.eos in ids:
             raise UserError(f"{where}: {part} contains the EOS token {special.eos_token!r}; remove it from the text")
         if number and special.bos in ids:
@@ -271,9 +284,9 @@ def _check_ids(where: str, prompt: Ids, responses: list[Ids], special: SpecialTo
         raise UserError(f"{where}: the prompt has no tokens, so nothing predicts a response's first; set data.add_bos")
 
 
-def _count_cuts(counts: Counter[str], whole: tuple[Ids, list[Ids]], cut: tuple[Ids, list[Ids]]) -> None:
-    shorter = [len(after) < len(before) for before, after in zip(whole[1], cut[1], strict=True)]
-    present = [tuple(response) for response in cut[1] if response]
-    counts["prompts_truncated"] += len(cut[0]) < len(whole[0])
+def _count_truncated(counts: Counter[str], before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
+    shorter = [len(now) < len(then) for then, now in zip(before[1], after[1], strict=True)]
+    present = [tuple(response) for response in after[1] if response]
+    counts["prompts_truncated"] += len(after[0]) < len(before[0])
     counts["responses_truncated"] += sum(shorter)
     counts["identical_after_truncation"] += any(shorter) and len(set(present)) < len(present)

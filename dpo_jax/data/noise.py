@@ -1,4 +1,12 @@
-"""Noise added to pairs on purpose, to see what a loss makes of it; each draw depends on the pair and a seed alone."""
+"""Transforms of data: label noise for a stream of items, and extra tokens or responses for a table.
+
+    add_noise        items -> items    labels flipped or sampled, comparisons repeated: studies of noisy preferences
+    append_token     Table -> Tokens   one token after every response: reward models
+    add_mismatched   Table -> Tokens   one more response, from another prompt: losses that estimate a KL (KTO)
+
+Every random decision of `add_noise` is a hash of the comparison and the seed, so that it does not depend on the order
+of the data or on what else is in it.
+"""
 
 import hashlib
 import math
@@ -10,70 +18,23 @@ import numpy as np
 from dpo_jax.data.sources.base import Item, Note, Stream, as_bytes
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Comparison, Tokens
-
-
-def append_token(table: Table, end: int, pad: int) -> Iterator[Tokens]:
-    """Yields comparisons in which a token follows each response, but for one whose last token is padding.
-
-    A reward is then read at the last token that is no padding, as transformers reads it: EOS or, where texts are
-    padded with EOS, the token before it.
-
-    Args:
-      table: comparisons.
-      end: the token that follows.
-      pad: the token that texts are padded with.
-    """
-
-    def longer(response: Array) -> Array:
-        return np.append(response, np.int32(end)) if len(response) and response[-1] != pad else response
-
-    for index in range(len(table)):
-        row = table[index]
-        yield row._replace(responses=tuple(map(longer, row.responses)))
-
-
-def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Iterator[Tokens]:
-    """Yields comparisons with one response more to each prompt: the first that is there of the next comparison,
-    counted round the table, that has another prompt. It is `cut`, and counted so, where prompt and response would not
-    keep to `max_length` tokens.
-
-    Raises:
-      UserError: all prompts are the same.
-    """
-    for index, donor in enumerate(next_with_another_prompt(table.prompts)):
-        tokens = table[index]
-        answer = next(response for response in table[donor].responses if len(response))
-        room = max(1, max_length - len(tokens.prompt))
-        counts["cut"] += len(answer) > room
-        yield tokens._replace(responses=(*tokens.responses, answer[:room]), scores=(*tokens.scores, 0.0))
-
-
-def next_with_another_prompt(prompts: Array | Sequence[int]) -> Iterator[int]:
-    """Yields, for each element of `prompts`, the place of the next one that differs, counted round."""
-    count, place = len(prompts), 0
-    for index in range(count):
-        place = max(place, index + 1)
-        while prompts[place % count] == prompts[index]:
-            place += 1
-            if place == index + count:
-                raise UserError("data: all prompts are the same, so that no response belongs to another one")
-        yield place % count
+from dpo_jax.records import Comparison, Tokens
 
 
 def add_noise(items: Iterable[Item], *, flip: float, draw_labels: bool, duplicate: float, seed: int) -> Iterable[Item]:
-    """Items with noise in the labels of pairs, which notes count.
+    """Returns items with noise in the labels of pairs; notes count what was changed.
 
     Args:
-      items: with comparisons of two responses.
-      flip: the share of pairs whose responses change places.
-      draw_labels: order pairs by a draw: the first is the better one with the sigmoid of the difference in scores.
-      duplicate: the share of comparisons that come twice.
-      seed: of all draws.
+      items: re-iterable, comparisons with two responses.
+      flip: share of pairs whose responses are swapped.
+      draw_labels: whether to sample the order of each pair: the first response stays first with the probability
+        sigmoid(score 1 - score 2).
+      duplicate: share of comparisons that are repeated.
+      seed: of all decisions.
 
     Raises:
-      UserError: a share is not between 0 and 1; while they are gone through, a comparison that has no two responses,
-        or no scores to draw by.
+      UserError: a share is outside [0, 1]; while iterating, a comparison without two responses, or without scores to
+        sample by.
     """
     for key, share in (("flip_labels", flip), ("duplicate", duplicate)):
         if not 0 <= share <= 1:
@@ -86,29 +47,83 @@ def add_noise(items: Iterable[Item], *, flip: float, draw_labels: bool, duplicat
             if not isinstance(item, Comparison):
                 yield item
                 continue
-            if draw_labels and _draw(item, seed, "label") >= _odds(item):
-                yield Note("pairs ordered against their scores, by a draw")
+            if draw_labels and _uniform(item, seed, "label") >= _first_is_better(item):
+                yield Note("pairs ordered against their scores (data.draw_labels)")
                 item = _swapped(item)
-            if _draw(item, seed, "flip") < flip:
-                yield Note("pairs flipped, as data.flip_labels asks for")
+            if _uniform(item, seed, "flip") < flip:
+                yield Note("pairs flipped (data.flip_labels)")
                 item = _swapped(item)
             yield item
-            if _draw(item, seed, "duplicate") < duplicate:
-                yield Note("comparisons repeated, as data.duplicate asks for")
+            if _uniform(item, seed, "duplicate") < duplicate:
+                yield Note("comparisons repeated (data.duplicate)")
                 yield item
 
     return Stream(changed)
 
 
-def _draw(item: Comparison, seed: int, what: str) -> float:
-    """A number in [0, 1), whatever the order of the two responses."""
+def append_token(table: Table, end: int, pad: int) -> Iterator[Tokens]:
+    """Yields comparisons with one more token after each response, so that a reward model sees the last real one.
+
+    A row drops the last token of a response (`pack`), but a reward is read there. As in transformers, it is read at
+    the last token that is not padding. So a response that ends with `pad` (EOS, for tokenizers that pad with EOS) gets
+    no token: dropping its last one leaves the token to read.
+
+    Args:
+      table: comparisons.
+      end: the token to append.
+      pad: the padding token of the reward model's tokenizer.
+    """
+
+    def longer(response: np.ndarray) -> np.ndarray:
+        return np.append(response, np.int32(end)) if len(response) and response[-1] != pad else response
+
+    for index in range(len(table)):
+        tokens = table[index]
+        yield tokens._replace(responses=tuple(map(longer, tokens.responses)))
+
+
+def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Iterator[Tokens]:
+    """Yields comparisons with one more response, taken from the next comparison that has another prompt.
+
+    It is the first response of that comparison that is not absent, truncated so that prompt and response keep to
+    `max_length` tokens; `counts["cut"]` counts the truncated ones.
+
+    Raises:
+      UserError: all prompts are the same.
+    """
+    for index, donor in enumerate(next_with_another_prompt(table.prompts)):
+        tokens = table[index]
+        answer = next(response for response in table[donor].responses if len(response))
+        room = max(1, max_length - len(tokens.prompt))
+        counts["cut"] += len(answer) > room
+        yield tokens._replace(responses=(*tokens.responses, answer[:room]), scores=(*tokens.scores, 0.0))
+
+
+def next_with_another_prompt(prompts: np.ndarray | Sequence[int]) -> Iterator[int]:
+    """Yields, for each element of `prompts`, the index of the next element that differs; the end wraps to the start.
+
+    Raises:
+      UserError: all elements are equal.
+    """
+    count, place = len(prompts), 0
+    for index in range(count):
+        place = max(place, index + 1)
+        while prompts[place % count] == prompts[index]:
+            place += 1
+            if place == index + count:
+                raise UserError("data: all prompts are the same, so no response belongs to another prompt; add data")
+        yield place % count
+
+
+def _uniform(item: Comparison, seed: int, what: str) -> float:
+    """Returns a hash in [0, 1) that does not depend on the order of the responses."""
     parts = [as_bytes(item.prompt), *sorted(as_bytes(response) for response in item.responses)]
     digest = hashlib.blake2b(repr((seed, what, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _odds(item: Comparison) -> float:
-    """The probability that the first response is the better one, by Bradley and Terry."""
+def _first_is_better(item: Comparison) -> float:
+    """Returns the Bradley-Terry probability that the first response is the better one."""
     if len(item.scores) != 2:
         raise UserError(f"{item.where}: data.draw_labels needs two scores; give the data score_chosen, score_rejected")
     return 1 / (1 + math.exp(min(item.scores[1] - item.scores[0], 700)))
@@ -116,5 +131,5 @@ def _odds(item: Comparison) -> float:
 
 def _swapped(item: Comparison) -> Comparison:
     if len(item.responses) != 2:
-        raise UserError(f"{item.where}: noise in labels needs two responses, not {len(item.responses)}")
+        raise UserError(f"{item.where}: label noise needs two responses, not {len(item.responses)}")
     return item._replace(responses=item.responses[::-1], scores=item.scores[::-1])

@@ -1,44 +1,43 @@
-"""Rows to batches: several comparisons laid end to end in rows of one fixed length, each prompt once.
+"""Comparisons to batches: several comparisons share a row of fixed length, and each prompt is written once.
 
-A comparison lies in a row as [prompt | response 1 | ... | response P]. The last token of a response is not in the
-row, for its hidden state would predict nothing; so a comparison takes n_prompt + sum(n_p - 1) tokens. Positions
-continue from the prompt in every branch, and the first token of every response is predicted by the prompt's last.
+A comparison lies in a row as [prompt | response 1 | ... | response P]. The last token of a response is not in the row,
+because its hidden state would predict nothing that is scored: a comparison takes n_prompt + sum(n_p - 1) tokens.
+Positions continue from the prompt in every response, and the prompt's last token predicts the first token of each.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int64, Shaped
 
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Batch, Tokens
+from dpo_jax.records import Batch, Tokens
 
-MICROBATCH_TOKENS = 4096
-LENGTH_UNIT = 128
-SHORT_LENGTH = 512
-SCORED_UNIT = 64
-SCORED_SLACK = 1.15
+MICROBATCH_TOKENS = 4096  # most tokens in a microbatch on one device, unless a single row has more
+LENGTH_UNIT = 128  # row lengths are multiples of it
+SHORT_LENGTH = 512  # rows up to this long are tried even if 2 * max_length is shorter
+SCORED_UNIT = 64  # the scored tokens of a row are a multiple of it
+SCORED_SLACK = 1.15  # scored tokens that a row has room for, over those of a full row on average
 SIMULATED_STEPS = 64
-# Measured for causal attention in query chunks: rows of 1024 cost 9% more for each token than rows of 512.
-ATTENTION_COST = 1 / 5100
-# The output head's work for a scored token, over the layers' work for a token (GPT-2: 0.45, large models less).
-HEAD_COST = 0.3
-# What a microbatch costs beside its tokens (gradients are added up, parameters read again), in tokens.
-MICROBATCH_COST = 128
+# The cost model of `choose_layout`, in units of the layers' cost of one token.
+ATTENTION_COST = 1 / 5100  # per token and token of row length; measured: rows of 1024 cost 9% more a token than 512
+HEAD_COST = 0.3  # per scored token, the output head (GPT-2: 0.45; less for larger models)
+MICROBATCH_COST = 128  # per microbatch and device: adding up gradients, reading the parameters again
 
 
 class Layout(NamedTuple):
-    """The fixed sizes of a batch, so that a step is compiled once.
+    """The fixed sizes of a batch, so that a step compiles once.
 
     Attributes:
-      microbatches: M, the most that a batch can need.
+      microbatches: M, the most microbatches that a batch can need.
       rows: R, rows in a microbatch.
       length: T, tokens in a row.
       segments: G, the most comparisons in a row.
       scored: S, the most scored tokens in a row.
-      own: (first, end) of the rows of a microbatch that this process builds; None for all.
+      own: (first, end), the rows of a microbatch that this process builds; None for all.
     """
 
     microbatches: int
@@ -58,21 +57,20 @@ def choose_layout(
     length: int | None = None,
     multiple_of: int = 1,
 ) -> Layout:
-    """The shape with the least expected cost for batches drawn from a table.
+    """Returns the layout with the least expected cost per step for batches sampled from a table.
 
-    Row lengths up to 2 * max_length, where every pair fits (up to 512 if that is more; longer only if the table needs
-    it), are tried on simulated steps, each with the numbers of rows that make a microbatch of at most 4096 tokens on
-    each device, or of one row.
+    Each row length up to 2 * max_length (every pair fits that; longer only if the table needs it) is tried on simulated
+    steps with each number of rows that fills a microbatch of up to 4096 tokens per device.
 
     Args:
       table: the data.
-      max_length: tokens of a prompt with any one response.
-      batch_size: comparisons in a step.
-      rows, length: R and T, where the user sets them.
-      multiple_of: devices that share the rows; R is a multiple of it.
+      max_length: most tokens of a prompt with any one response.
+      batch_size: comparisons per step.
+      rows, length: R and T, if the user sets them.
+      multiple_of: devices that share the rows of a microbatch; R is a multiple of it.
 
     Raises:
-      UserError: a row length is too short for the data, or `rows` cannot be shared evenly.
+      UserError: `length` is too short for the data, or the devices cannot share `rows` evenly.
     """
     longest = int(table.lengths().max())
     if length is not None and length < longest:
@@ -81,40 +79,47 @@ def choose_layout(
         raise UserError(f"{rows} rows in a microbatch cannot be shared by {multiple_of} devices; give a multiple")
     best, least = None, math.inf
     for size in [length] if length is not None else _row_lengths(longest, max_length):
-        draft = Layout(batch_size, 1, size, _groups(table, size, batch_size), _scored(table, size))
-        needed = np.array([len(plan_rows(*step, draft)) for step in _simulated(table, batch_size)])
+        draft = Layout(batch_size, 1, size, _segments(table, size, batch_size), _scored(table, size))
+        needed = np.array([len(plan_rows(*step, draft)) for step in _simulated_steps(table, batch_size)])
         for count in [rows] if rows is not None else _row_counts(size, batch_size, multiple_of):
             microbatches = np.ceil(needed / count)
             row_cost = size * (1 + size * ATTENTION_COST) + draft.scored * HEAD_COST
-            tokens = count * row_cost + MICROBATCH_COST * multiple_of
-            if (cost := float(microbatches.mean()) * tokens) < least:
+            cost = float(microbatches.mean()) * (count * row_cost + MICROBATCH_COST * multiple_of)
+            if cost < least:
+                # In the worst case every comparison takes a row of its own.
                 best, least = draft._replace(microbatches=math.ceil(batch_size / count), rows=count), cost
     assert best is not None, "there is always a row length and a number of rows to try"
     return best
 
 
-def plan_rows(lengths: Array, scored: Array, shape: Layout) -> list[list[int]]:
-    """Which comparisons share a row: first-fit decreasing by length under the budgets T, S and G.
+def plan_rows(lengths: Int[np.ndarray, " B"], scored: Int[np.ndarray, " B"], layout: Layout) -> list[list[int]]:
+    """Returns which comparisons share a row: first-fit decreasing bin packing by length.
+
+    The longest comparison is placed first, each into the first row with room for its tokens (T), its scored tokens (S)
+    and one more comparison (G). The plan depends on the arguments alone, so that every process computes the same one
+    and builds only its own rows.
 
     Args:
-      lengths: int[B], tokens each comparison takes in a row.
-      scored: int[B], tokens of its responses.
-      shape: the budgets.
+      lengths: tokens that each comparison takes in a row.
+      scored: scored tokens of each comparison.
+      layout: the limits of a row.
 
     Returns:
-      One list of indices into the batch for each row, a function of the lengths alone: every host finds the same.
+      For each row, the indices into the batch of its comparisons, in their order in the row.
 
     Raises:
-      UserError: a comparison exceeds a budget on its own.
+      UserError: a comparison alone exceeds a limit.
     """
     lengths, scored = np.asarray(lengths), np.asarray(scored)
-    if len(lengths) and (lengths.max() > shape.length or scored.max() > shape.scored):
+    if len(lengths) and (lengths.max() > layout.length or scored.max() > layout.scored):
         raise UserError(
-            f"a comparison of {lengths.max()} tokens ({scored.max()} scored) does not fit rows of {shape.length} "
-            f"({shape.scored} scored); raise data.row_length"
+            f"a comparison of {lengths.max()} tokens ({scored.max()} scored) does not fit rows of {layout.length} "
+            f"({layout.scored} scored); raise data.row_length"
         )
     rows: list[list[int]] = []
-    tokens, scores, places = (np.full(len(lengths), size) for size in (shape.length, shape.scored, shape.segments))
+    # What is left of each limit in up to B rows. Unopened rows have all of it, so the first fit is never past the next
+    # row to open.
+    tokens, scores, places = (np.full(len(lengths), size) for size in (layout.length, layout.scored, layout.segments))
     for index in np.argsort(-lengths, kind="stable"):
         fits = (tokens >= lengths[index]) & (scores >= scored[index]) & (places > 0)
         row = int(fits.argmax())
@@ -128,70 +133,75 @@ def plan_rows(lengths: Array, scored: Array, shape: Layout) -> list[list[int]]:
 
 
 def build_batch(
-    table: Table, indices: Sequence[int] | Array, shape: Layout, ref_logps: Array | None = None
-) -> tuple[Batch, int, Array]:
-    """Lays the comparisons of a step out in microbatches of rows.
+    table: Table,
+    indices: Sequence[int] | Int[np.ndarray, " B"],
+    layout: Layout,
+    ref_logps: Float32[np.ndarray, "N P 2"] | None = None,
+) -> tuple[Batch, int, Int64[np.ndarray, "B 3"]]:
+    """Builds the batch of one step.
 
     Args:
       table: the data.
-      indices: int[B], rows of the table.
-      shape: the fixed sizes.
-      ref_logps: float32[N, P, 2] by row of the table, or none.
+      indices: the comparisons of the step, as indices of the table; the same one may come several times.
+      layout: the fixed sizes.
+      ref_logps: reference log-probs of every comparison in the table; None leaves `Batch.ref_logps` NaN.
 
     Returns:
-      The batch, every field with leading axes [M, R], or only the process's own rows of R; the number of microbatches
-      in use, at the front; and int64[B, 3], the microbatch, row of R and place of each comparison, the same in every
-      process. `ref_logps` is NaN where nothing is known.
+      The batch; every field has leading axes [M, R], or [M, end - first] with `layout.own`.
+      The number of microbatches in use; the others, at the end, are empty.
+      int64[B, 3], the place of each comparison: its microbatch, its row of R and its position among the row's G, the
+      same in every process.
 
     Raises:
-      UserError: a comparison does not fit the shape.
-      ValueError: there are more comparisons than the shape holds.
+      UserError: a comparison does not fit a row.
+      ValueError: the comparisons need more rows than the layout has.
     """
     indices = np.asarray(indices, np.int64)
-    batch = _empty(shape, table.responses)
-    rows = plan_rows(table.lengths()[indices], table.scored_lengths[indices], shape)
-    if len(rows) > shape.microbatches * shape.rows:
-        raise ValueError(f"{len(indices)} comparisons take {len(rows)} rows, more than {shape} has")
+    batch = _empty_batch(layout, table.responses)
+    rows = plan_rows(table.lengths()[indices], table.scored_lengths[indices], layout)
+    if len(rows) > layout.microbatches * layout.rows:
+        raise ValueError(f"{len(indices)} comparisons take {len(rows)} rows, more than {layout} has")
     places = np.zeros((len(indices), 3), np.int64)
-    start, end = shape.own or (0, shape.rows)
+    start, end = layout.own or (0, layout.rows)
     for number, members in enumerate(rows):
-        microbatch, row = divmod(number, shape.rows)
+        microbatch, row = divmod(number, layout.rows)
         for place, member in enumerate(members):
             places[member] = (microbatch, row, place)
         if start <= row < end:
             fields = Batch(*(field[microbatch, row - start] for field in batch))
-            _fill(fields, [table[int(indices[member])] for member in members])
+            _fill_row(fields, [table[int(indices[member])] for member in members])
             if ref_logps is not None:
                 fields.ref_logps[: len(members)] = ref_logps[indices[members]]
-    return batch, -(-len(rows) // shape.rows), places
+    return batch, -(-len(rows) // layout.rows), places
 
 
-def unpack_batch(values: Array, places: Array) -> Array:
-    """Values by place, [M, R, G, ...], as values by comparison, [B, ...], in the order that `build` was given."""
+def unpack_batch(values: Shaped[Any, "M R G ..."], places: Int64[np.ndarray, "B 3"]) -> Shaped[np.ndarray, "B ..."]:
+    """Returns values by place in the batch as values by comparison, in the order of `build_batch`'s `indices`."""
     return np.asarray(values)[tuple(places.T)]
 
 
-def _fill(row: Batch, members: list[Tokens]) -> None:
-    """Writes comparisons into the fields of one row, from the front."""
+def _fill_row(row: Batch, members: list[Tokens]) -> None:
+    """Writes comparisons into the fields of one row (views of the batch), one after another from the start."""
     token = score = 0
     for place, member in enumerate(members):
         start, size = token, len(member.prompt)
-        _span(row, token, member.prompt, 0, place + 1, 0)
+        _write_span(row, token, member.prompt, 0, place + 1, 0)
         token += size
         for number, response in enumerate(member.responses):
-            if not len(response):  # absent: it takes no place
+            if not len(response):  # an absent response takes no tokens
                 continue
             end = score + len(response)
+            # The prompt's last token predicts the first token, every other token is predicted by the one before it.
             row.source[score] = start + size - 1
             row.source[score + 1 : end] = np.arange(token, token + len(response) - 1)
             row.target[score:end] = response
             row.slot[score:end] = place * len(member.responses) + number
-            _span(row, token, response[:-1], size, place + 1, number + 1)
+            _write_span(row, token, response[:-1], size, place + 1, number + 1)
             token, score = token + len(response) - 1, end
         row.weights[place], row.preference[place], row.scores[place] = member.weight, member.preference, member.scores
 
 
-def _span(row: Batch, start: int, ids: Array, position: int, segment: int, branch: int) -> None:
+def _write_span(row: Batch, start: int, ids: np.ndarray, position: int, segment: int, branch: int) -> None:
     span = slice(start, start + len(ids))
     row.tokens[span] = ids
     row.positions[span] = np.arange(position, position + len(ids))
@@ -199,14 +209,14 @@ def _span(row: Batch, start: int, ids: Array, position: int, segment: int, branc
     row.branch_ids[span] = branch
 
 
-def _empty(shape: Layout, responses: int) -> Batch:
-    start, end = shape.own or (0, shape.rows)
-    lead = (shape.microbatches, end - start)
-    tokens, positions, segment_ids, branch_ids = (np.zeros((*lead, shape.length), np.int32) for _ in range(4))
-    source, target = (np.zeros((*lead, shape.scored), np.int32) for _ in range(2))
-    slot = np.full((*lead, shape.scored), -1, np.int32)
-    weights, preference = (np.zeros((*lead, shape.segments), np.float32) for _ in range(2))
-    scores = np.zeros((*lead, shape.segments, responses), np.float32)
+def _empty_batch(layout: Layout, responses: int) -> Batch:
+    start, end = layout.own or (0, layout.rows)
+    lead = (layout.microbatches, end - start)
+    tokens, positions, segment_ids, branch_ids = (np.zeros((*lead, layout.length), np.int32) for _ in range(4))
+    source, target = (np.zeros((*lead, layout.scored), np.int32) for _ in range(2))
+    slot = np.full((*lead, layout.scored), -1, np.int32)
+    weights, preference = (np.zeros((*lead, layout.segments), np.float32) for _ in range(2))
+    scores = np.zeros((*lead, layout.segments, responses), np.float32)
     ref_logps = np.full((*scores.shape, 2), np.nan, np.float32)
     return Batch(
         tokens, positions, segment_ids, branch_ids, source, target, slot, weights, preference, scores, ref_logps
@@ -214,7 +224,7 @@ def _empty(shape: Layout, responses: int) -> Batch:
 
 
 def _row_lengths(longest: int, max_length: int) -> list[int]:
-    """Powers of two and their halves between, in units of 128, from the longest comparison up."""
+    """Returns the row lengths to try: LENGTH_UNIT times 1, 2, 3, 4, 6, 8, 12, ..., none shorter than `longest`."""
     top = _round_up(max(2 * max_length, longest, SHORT_LENGTH), LENGTH_UNIT)
     steps = sorted({k << n for n in range(top.bit_length()) for k in (2, 3)} | {1})
     sizes = [LENGTH_UNIT * step for step in steps if longest <= LENGTH_UNIT * step <= top]
@@ -222,28 +232,35 @@ def _row_lengths(longest: int, max_length: int) -> list[int]:
 
 
 def _row_counts(length: int, batch_size: int, multiple_of: int) -> range:
-    """Multiples of the devices, up to a microbatch's tokens on each of them and to a row for each comparison."""
+    """Returns the numbers of rows to try: at most MICROBATCH_TOKENS per device, and no more rows than comparisons."""
     most = max(1, min(MICROBATCH_TOKENS // length, math.ceil(batch_size / multiple_of)))
     return range(multiple_of, most * multiple_of + 1, multiple_of)
 
 
 def _scored(table: Table, length: int) -> int:
-    """S: what a full row scores on average and some more, for the head's cost is proportional to it."""
+    """Returns S: the scored tokens of a full row on average, and some slack; the output head computes all S."""
     usual = SCORED_SLACK * length * float(table.scored_lengths.sum()) / float(table.lengths().sum())
     return _round_up(max(int(table.scored_lengths.max()), math.ceil(usual)), SCORED_UNIT)
 
 
-def _groups(table: Table, length: int, batch_size: int) -> int:
-    """G: twice the comparisons of a full row of average ones; places are cheap, and short ones flock together."""
+def _segments(table: Table, length: int, batch_size: int) -> int:
+    """Returns G: twice the comparisons of a full row on average; short ones share rows, and unused places cost little.
+
+    Sorting by length puts short comparisons together, so that some rows hold many more than the average.
+    """
     return max(1, min(batch_size, math.ceil(2 * length / float(table.lengths().mean())), length))
 
 
-def _simulated(table: Table, batch_size: int) -> list[tuple[Array, Array]]:
-    """(lengths, scored) of some batches drawn from the table, always the same ones."""
+def _simulated_steps(table: Table, batch_size: int) -> list[tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]]:
+    """Returns (lengths, scored lengths) of batches sampled from the table with replacement and a fixed seed.
+
+    The number of rows that a step needs depends on how its lengths fit together, which averages do not tell. The seed
+    is fixed so that the same table always gets the same layout, on every process and after a restart.
+    """
     lengths, scored = table.lengths(), table.scored_lengths
     random = np.random.default_rng(0)
-    draws = [random.integers(len(table), size=batch_size) for _ in range(SIMULATED_STEPS)]
-    return [(lengths[draw], scored[draw]) for draw in draws]
+    samples = [random.integers(len(table), size=batch_size) for _ in range(SIMULATED_STEPS)]
+    return [(lengths[sample], scored[sample]) for sample in samples]
 
 
 def _round_up(value: int, unit: int) -> int:

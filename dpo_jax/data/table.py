@@ -1,4 +1,4 @@
-"""The tokenised data as flat arrays, which a run maps from disk instead of reading them, and the report on them."""
+"""Tokenized comparisons as flat arrays, which a run memory-maps, and the report on what encoding did to them."""
 
 import functools
 import hashlib
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64, UInt64
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Tokens
+from dpo_jax.records import Tokens
 
-# The arrays of a table: their types and numbers of axes.
+# The arrays of a table: dtype and number of axes of each.
 KINDS = {
     "ids": (np.dtype(np.int32), 1),
     "offsets": (np.dtype(np.int64), 2),
@@ -26,31 +27,32 @@ KINDS = {
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """N comparisons of P responses each, end to end.
+    """N comparisons of P responses each, concatenated in flat arrays.
 
     Attributes:
-      ids: int32[total], for each comparison its prompt and then its responses, best first.
-      offsets: int64[N, P + 2]; the prompt of i is `ids[offsets[i, 0]:offsets[i, 1]]`, its response p is
-        `ids[offsets[i, p + 1]:offsets[i, p + 2]]`, empty where it is absent.
+      ids: int32[total], the token ids of each comparison: its prompt, then its responses, best first.
+      offsets: int64[N, P + 2], the boundaries in `ids`. Comparison i has its prompt at
+        `ids[offsets[i, 0]:offsets[i, 1]]` and response p at `ids[offsets[i, p + 1]:offsets[i, p + 2]]`; the slice of an
+        absent response is empty.
       weights: float32[N], multiply the losses.
-      prompts: uint64[N], equal where the prompts are, as they were before any cut.
+      prompts: uint64[N], prompt keys: equal for equal prompts before truncation.
       preferences: float32[N], the probability that the first response is the better one.
-      scores: float32[N, P], ratings of the responses; 0 where there is none.
+      scores: float32[N, P], ratings of the responses; 0 without ratings.
     """
 
-    ids: Array
-    offsets: Array
-    weights: Array
-    prompts: Array
-    preferences: Array
-    scores: Array
+    ids: Int32[np.ndarray, " total"]
+    offsets: Int64[np.ndarray, "N P+2"]
+    weights: Float32[np.ndarray, " N"]
+    prompts: UInt64[np.ndarray, " N"]
+    preferences: Float32[np.ndarray, " N"]
+    scores: Float32[np.ndarray, "N P"]
 
     @classmethod
     def of(cls, tokens: Iterable[Tokens]) -> "Table":
-        """Lays comparisons that are token ids already, all of one P, end to end.
+        """Returns tokenized comparisons, all with the same P, as a table in memory.
 
         Raises:
-          ValueError: there are none, or a prompt has no token, or none of its responses has.
+          ValueError: there are no comparisons, a prompt is empty, or all responses of a comparison are.
         """
         tokens = list(tokens)
         sizes = [[len(one.prompt), *map(len, one.responses)] for one in tokens]
@@ -65,9 +67,9 @@ class Table:
             scores=np.array([one.scores or (0.0,) * len(one.responses) for one in tokens], np.float32),
         )
 
-    def take(self, rows: Array) -> "Table":
-        """The comparisons of some rows, int[n], n >= 1, in that order, as a table in memory."""
-        return Table.of(self[int(row)] for row in rows)
+    def take(self, indices: Int[np.ndarray, " n"]) -> "Table":
+        """Returns the comparisons at `indices` (n >= 1), in that order, as a table in memory."""
+        return Table.of(self[int(index)] for index in indices)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -85,31 +87,34 @@ class Table:
 
     @property
     def responses(self) -> int:
-        """P, the number of responses to a prompt."""
+        """P, the number of responses per prompt."""
         return self.offsets.shape[1] - 2
 
     @property
-    def prompt_lengths(self) -> Array:
+    def prompt_lengths(self) -> Int64[np.ndarray, " N"]:
         """int64[N], tokens of each prompt."""
         return self.offsets[:, 1] - self.offsets[:, 0]
 
     @property
-    def response_lengths(self) -> Array:
-        """int64[N, P], tokens of each response, EOS included; 0 where it is absent."""
+    def response_lengths(self) -> Int64[np.ndarray, "N P"]:
+        """int64[N, P], tokens of each response, EOS included; 0 for an absent response."""
         return np.diff(self.offsets[:, 1:], axis=1)
 
     @property
-    def scored_lengths(self) -> Array:
-        """int64[N], scored tokens of each comparison: those of all its responses."""
+    def scored_lengths(self) -> Int64[np.ndarray, " N"]:
+        """int64[N], scored tokens of each comparison: all tokens of its responses."""
         return self.offsets[:, -1] - self.offsets[:, 1]
 
-    def lengths(self) -> Array:
-        """int64[N], tokens that each comparison takes in a row: the last of every response is only predicted."""
+    def lengths(self) -> Int64[np.ndarray, " N"]:
+        """Returns int64[N], the tokens that each comparison takes in a row: all but the last one of every response."""
         return self.offsets[:, -1] - self.offsets[:, 0] - (self.response_lengths > 0).sum(axis=1)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hexadecimal blake2b of ids and offsets: what log-probs depend on. Weights are not part of it."""
+        """blake2b of `ids` and `offsets` in hexadecimal: a key for log-probs, which depend on nothing else here.
+
+        The dtype and shape of each array are hashed too, so that no two pairs of arrays have the same bytes.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.ids, self.offsets):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -118,16 +123,23 @@ class Table:
 
     @classmethod
     def open(cls, folder: Path) -> "Table":
-        """Maps a saved table into memory, read-only.
+        """Memory-maps the table that `cache.write_table` wrote, read-only.
 
         Raises:
-          OSError, ValueError, EOFError: a file is missing, or is not an array of the right kind.
+          OSError, ValueError, EOFError: a file is missing, or is not an array of the right dtype and rank.
         """
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in KINDS}
         kinds = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
         if kinds != KINDS or len({len(array) for name, array in arrays.items() if name != "ids"}) > 1:
             raise ValueError(f"{folder} holds no table: arrays {kinds}")
         return cls(**arrays)
+
+
+def offsets_of(sizes: Sequence[Sequence[int]]) -> Int64[np.ndarray, "N P+2"]:
+    """Returns `Table.offsets` for N comparisons, each given as the lengths of [prompt, response 1, ..., response P]."""
+    ends = np.cumsum(np.array(sizes, np.int64)).reshape(len(sizes), -1)
+    starts = np.concatenate([[0], ends[:-1, -1]])
+    return np.concatenate([starts[:, None], ends], axis=1)
 
 
 class LengthQuantiles(NamedTuple):
@@ -143,25 +155,27 @@ class LengthQuantiles(NamedTuple):
 
 
 class EncodeReport(NamedTuple):
-    """What became of the comparisons: all counts are of comparisons unless they say otherwise.
+    """Counts of what encoding did. The unit is comparisons unless an attribute says otherwise.
 
     Attributes:
-      read, kept: before and after.
-      bad_skipped: rows that cannot be used, under `skip_bad_rows`.
-      empty_dropped, identical_dropped, misplaced_dropped: with an empty response; else with two identical ones; else
-        with one that belongs to some other dialogue.
-      empty_kept, identical_kept, misplaced_kept: the same, under `degenerate: keep`.
-      prompt_too_long_dropped: whose prompt alone fills max_length, under `keep_start`.
-      prompts_truncated: prompts that were cut.
-      responses_truncated: responses (not comparisons) that were cut, and so have lost their EOS.
-      identical_after_truncation: kept ones whose responses have become the same; their loss teaches nothing.
-      boundary_moved: with a token that spans the end of the prompt, under `boundary: joint`.
-      unknown_tokens: tokens (not comparisons) that stand for text which the tokenizer cannot write.
-      eos_added: conversations whose template does not end a response with EOS, so that it was added.
-      tokens, scored: ids stored, the prompt once; those of them in responses.
-      prompt, response, whole: lengths of kept prompts, of kept responses, of prompt and longest response together.
-      notes: what else was counted, by the source.
-      first_bad: why the first bad row cannot be used.
+      read, kept: comparisons before and after.
+      bad_skipped: bad examples that were skipped, as `skip_bad_rows` allows.
+      empty_dropped, identical_dropped, misplaced_dropped: dropped for an empty response, for identical responses, or
+        for a response that belongs to another dialogue. The first fault in this order counts.
+      empty_kept, identical_kept, misplaced_kept: kept despite that fault, with `degenerate: keep`.
+      prompt_too_long_dropped: dropped because the prompt alone fills max_length, with `keep_start`.
+      prompts_truncated: prompts that were truncated.
+      responses_truncated: responses (not comparisons) that were truncated and so lost their EOS.
+      identical_after_truncation: kept ones whose responses became identical; their loss teaches nothing.
+      boundary_moved: ones with a token that spans the end of the prompt, with `boundary: joint`.
+      unknown_tokens: tokens (not comparisons) that are the tokenizer's <unk>.
+      eos_added: conversations whose chat template does not end a response with EOS, so that EOS was appended.
+      tokens: all token ids of the table.
+      scored: token ids in responses.
+      prompt, response: lengths of kept prompts and of kept responses.
+      sequence: lengths of kept prompts with their longest response, which max_length limits.
+      notes: further counts by the source: text -> number.
+      first_bad: the error of the first bad example.
     """
 
     read: int
@@ -184,76 +198,76 @@ class EncodeReport(NamedTuple):
     scored: int
     prompt: LengthQuantiles
     response: LengthQuantiles
-    whole: LengthQuantiles
+    sequence: LengthQuantiles
     notes: dict[str, int]
     first_bad: str
 
     def lines(self) -> list[str]:
-        """The report as lines of plain text; counts of nothing are left out, except the first line's."""
+        """Returns the report as lines of text, without counts that are 0."""
         notes = {
-            f"bad rows left out; the first: {self.first_bad}": self.bad_skipped,
+            f"bad examples skipped; the first: {self.first_bad}": self.bad_skipped,
             **self.notes,
-            "dropped, with an empty response": self.empty_dropped,
-            "dropped, with identical responses": self.identical_dropped,
-            "dropped, whose rejected transcript does not start with the prompt": self.misplaced_dropped,
-            "dropped, whose prompt alone fills max_length": self.prompt_too_long_dropped,
-            "kept, with an empty response": self.empty_kept,
-            "kept, with identical responses": self.identical_kept,
-            "kept, whose rejected transcript does not start with the prompt": self.misplaced_kept,
-            "prompts cut": self.prompts_truncated,
-            "responses cut, their EOS lost": self.responses_truncated,
-            "kept, with responses that are identical after the cut": self.identical_after_truncation,
-            "with a token that spans the end of the prompt, and goes with the response": self.boundary_moved,
-            "tokens that are the tokenizer's <unk>: text which it cannot write": self.unknown_tokens,
-            "whose chat template does not end a response with EOS, which was added": self.eos_added,
+            "dropped: an empty response": self.empty_dropped,
+            "dropped: identical responses": self.identical_dropped,
+            "dropped: the rejected transcript does not start with the prompt": self.misplaced_dropped,
+            "dropped: the prompt alone fills max_length": self.prompt_too_long_dropped,
+            "kept despite an empty response": self.empty_kept,
+            "kept despite identical responses": self.identical_kept,
+            "kept despite a rejected transcript that does not start with the prompt": self.misplaced_kept,
+            "prompts truncated": self.prompts_truncated,
+            "responses truncated (they lose their EOS)": self.responses_truncated,
+            "kept with responses that are identical after truncation": self.identical_after_truncation,
+            "with a token that spans the end of the prompt; it was moved to the response": self.boundary_moved,
+            "tokens are <unk>: the tokenizer has no token for that text": self.unknown_tokens,
+            "with a chat template that does not end a response with EOS; EOS was appended": self.eos_added,
         }
-        spans = {"prompt": self.prompt, "response": self.response, "prompt and longest response": self.whole}
+        spans = {"prompt": self.prompt, "response": self.response, "prompt with longest response": self.sequence}
         return [
             f"{self.read:,} comparisons read, {self.kept:,} kept: {self.tokens:,} tokens, {self.scored:,} scored",
             *(f"{count:,} {note}" for note, count in notes.items() if count),
-            *(f"tokens in a {name}: {span}" for name, span in spans.items()),
+            *(f"tokens per {name}: {span}" for name, span in spans.items()),
         ]
 
 
 class EncodeTally:
-    """Counts of what becomes of comparisons, kept while they pass; its size does not grow with their number."""
+    """Running counts for an `EncodeReport`. Its size does not grow with the number of comparisons."""
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
-        self.spans: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "response", "whole")}
+        self.spans: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "response", "sequence")}
         self.first_bad = ""
 
     def bad(self, error: UserError, most: int) -> None:
-        """Counts a row that cannot be used; raises its error where there are more of them than may be."""
+        """Counts a bad example; raises its error once there are more than `most`."""
         self.counts["bad_skipped"] += 1
         self.first_bad = self.first_bad or str(error)
         if self.counts["bad_skipped"] > most:
-            raise UserError(f"{error} (bad row {most + 1}; data.skip_bad_rows is {most})") if most else error
+            raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 
     def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
-        """Counts a comparison that is kept, as cut."""
+        """Counts a comparison that is kept, with the ids it has after truncation."""
         sizes = [len(response) for response in responses if len(response)]
         self.counts.update(kept=1, tokens=len(prompt) + sum(sizes), scored=sum(sizes))
         self.spans["prompt"][len(prompt)] += 1
         self.spans["response"].update(sizes)
-        self.spans["whole"][len(prompt) + max(sizes)] += 1
+        self.spans["sequence"][len(prompt) + max(sizes)] += 1
 
     def found(self) -> dict[str, int]:
-        """The counts that are not 0."""
+        """Returns the counts that are not 0, by name."""
         return {name: count for name, count in {**self.counts, **self.notes}.items() if count}
 
     def report(self) -> EncodeReport:
-        """What was counted."""
-        spans: dict[str, Any] = {name: _lengths(lengths) for name, lengths in self.spans.items()}
+        """Returns the counts so far as a report."""
+        spans: dict[str, Any] = {name: _length_quantiles(lengths) for name, lengths in self.spans.items()}
         counts = {
             name: self.counts[name] for name in EncodeReport._fields if name not in (*spans, "notes", "first_bad")
         }
         return EncodeReport(**counts, **spans, notes=dict(self.notes), first_bad=self.first_bad)
 
 
-def _lengths(counts: Counter[int]) -> LengthQuantiles:
-    """Mean, percentiles (between two values, in proportion) and maximum of values by how often each occurs."""
+def _length_quantiles(counts: Counter[int]) -> LengthQuantiles:
+    """Returns mean, linearly interpolated percentiles and maximum of a histogram: length -> how often it occurs."""
     values = np.array(sorted(counts))
     ends = np.cumsum([counts[value] for value in values])
     places = np.array([0.5, 0.99]) * (ends[-1] - 1)
@@ -261,10 +275,3 @@ def _lengths(counts: Counter[int]) -> LengthQuantiles:
     p50, p99 = low + (high - low) * (places - np.floor(places))
     mean = sum(value * count for value, count in counts.items()) / ends[-1]
     return LengthQuantiles(float(mean), float(p50), float(p99), int(values[-1]))
-
-
-def offsets_of(sizes: Sequence[Sequence[int]]) -> Array:
-    """`Table.offsets`, int64[N, P + 2], of the lengths of [prompt, response 1, ...] of N comparisons end to end."""
-    ends = np.cumsum(np.array(sizes, np.int64)).reshape(len(sizes), -1)
-    starts = np.concatenate([[0], ends[:-1, -1]])
-    return np.concatenate([starts[:, None], ends], axis=1)

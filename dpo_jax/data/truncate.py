@@ -1,4 +1,8 @@
-"""What is cut from comparisons that are too long: each function is a value of `data.truncation`."""
+"""Truncation of comparisons that are too long: one function for each value of `data.truncation`.
+
+Each takes (prompt ids, ids of each response with EOS, limits, where) and returns (prompt, responses), or None if the
+comparison is to be dropped.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,36 +13,46 @@ Ids = list[int]
 
 
 class Limits(NamedTuple):
-    """Lengths in tokens: prompt and longest response, prompt alone when cut, and BOS at the front (0 or 1)."""
+    """Limits in tokens.
 
-    whole: int
+    Attributes:
+      total: prompt with its longest response (max_length).
+      prompt: a prompt once it is cut (max_prompt_length).
+      bos: 1 if the prompt begins with BOS, else 0.
+    """
+
+    total: int
     prompt: int
     bos: int
 
 
 def paper_keep_start(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]]:
-    """The original's cut, keeping the prompt's start; see `_paper`."""
+    """Truncates as the paper's code does, keeping the start of a prompt; see `_paper`."""
     return _paper(prompt, responses, limits, prompt[: limits.prompt])
 
 
 def paper_keep_end(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]]:
-    """The original's cut, keeping the prompt's end (and BOS, where there is one), as it does for HH; see `_paper`."""
+    """Truncates as the paper's code does for HH, keeping BOS and the end of a prompt; see `_paper`."""
     room = limits.prompt - limits.bos
     return _paper(prompt, responses, limits, prompt[: limits.bos] + prompt[limits.bos :][-room:])
 
 
 def keep_start(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]] | None:
-    """TRL's cut: prompt and response together end at max_length; nothing is left where the prompt alone fills it."""
-    room = limits.whole - len(prompt)
+    """Truncates as TRL does: cuts prompt + response at max_length; None if the prompt alone fills it."""
+    room = limits.total - len(prompt)
     return (prompt, [response[:room] for response in responses]) if room > 0 else None
 
 
 def refuse(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]]:
-    """Cuts nothing: `UserError` for what is too long."""
+    """Truncates nothing.
+
+    Raises:
+      UserError: the prompt with its longest response exceeds max_length.
+    """
     longest = max(map(len, responses))
-    if len(prompt) + longest > limits.whole:
+    if len(prompt) + longest > limits.total:
         raise UserError(
-            f"{where}: prompt of {len(prompt)} tokens and response of {longest} exceed data.max_length {limits.whole}; "
+            f"{where}: prompt of {len(prompt)} tokens and response of {longest} exceed data.max_length {limits.total}; "
             "raise it or choose a data.truncation"
         )
     return prompt, responses
@@ -50,14 +64,15 @@ TRUNCATIONS: dict[str, Callable[[Ids, list[Ids], Limits, str], tuple[Ids, list[I
 
 
 def _paper(prompt: Ids, responses: list[Ids], limits: Limits, short: Ids) -> tuple[Ids, list[Ids]]:
-    """Steps 4 and 5 of the original's `tokenize_batch_element`: the longest response decides for all of them.
+    """Truncates as `tokenize_batch_element` of the paper's code does. The longest response decides for all.
 
-    One token too many cuts the prompt all the way to max_prompt_length. If that is not enough, every response is cut
-    to max_length - max_prompt_length, even where the prompt is shorter than it might be; EOS goes with the rest.
+    A comparison that is too long by one token has its prompt cut to max_prompt_length at once. If it is still too long,
+    every response is cut to max_length - max_prompt_length and loses its EOS, even where the prompt is shorter than
+    max_prompt_length and would leave more room.
     """
     longest = max(map(len, responses))
-    if len(prompt) + longest > limits.whole:
+    if len(prompt) + longest > limits.total:
         prompt = short
-    if len(prompt) + longest > limits.whole:
-        responses = [response[: limits.whole - limits.prompt] for response in responses]
+    if len(prompt) + longest > limits.total:
+        responses = [response[: limits.total - limits.prompt] for response in responses]
     return prompt, responses

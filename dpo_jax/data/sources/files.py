@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, Note, Row, as_bytes, convert_each
+from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_examples
 from dpo_jax.data.sources.columns import READ, as_list, comparisons_from_columns
 from dpo_jax.data.sources.formats import SUFFIXES, rows_in_file, suffix
 from dpo_jax.errors import UserError
@@ -41,12 +41,12 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         _check_kind(where, found, kinds)
         return [_once(item, seen) for item in found] if responses == 1 and "chosen" in row else found
 
-    yield from convert_each(file_rows(path, split), convert)
+    yield from expand_examples(file_rows(path, split), convert)
     if unread:
         yield Note(f"columns that nothing reads: {as_list(unread)}", len(unread))
 
 
-def file_rows(path: Sequence[str], split: str) -> Iterator[Row | UserError]:
+def file_rows(path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:
     """Yields (`file:line`, object) for every row of the files or hub ids that `path` names, in order.
 
     A hub id is `owner/name`, or `owner/name:config` for one of its configurations, either with `@revision` if it is
@@ -62,7 +62,7 @@ def is_hub_id(name: str) -> bool:
     return not is_file and HUB_ID.fullmatch(name) is not None
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
+def _hub(name: str, split: str) -> Iterator[RawExample]:
     import datasets
     import datasets.exceptions
 

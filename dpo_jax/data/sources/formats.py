@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.sources.base import Row, or_error
+from dpo_jax.data.sources.base import RawExample, or_error
 from dpo_jax.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -44,7 +44,7 @@ def shorten(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def rows_in_file(file: Path) -> Iterator[Row | UserError]:
+def rows_in_file(file: Path) -> Iterator[RawExample | UserError]:
     """Yields the rows of a file, of a kind that its suffix tells, in order; a bad row is an error in its place.
 
     Raises:
@@ -89,19 +89,19 @@ def _parse(where: str, raw: bytes) -> Any:
         raise UserError(f"{where}: not valid JSON ({error}){hint}") from error
 
 
-def _object(where: str, row: Any) -> Row:
+def _object(where: str, row: Any) -> RawExample:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with named columns, not {type_name(row)}")
     return where, row
 
 
-def _jsonl(file: Path) -> Iterator[Row | UserError]:
+def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
     for where, line in _lines(file):
         if line.strip():
             yield or_error(lambda where, line: _object(where, _parse(where, line)), where, line)
 
 
-def _json(file: Path) -> Iterator[Row | UserError]:
+def _json(file: Path) -> Iterator[RawExample | UserError]:
     values = _parse(str(file), b"".join(line for _, line in _lines(file)))
     if not isinstance(values, list):
         raise UserError(f"{file}: a .json file must be a list of objects, not {type_name(values)}")
@@ -109,13 +109,13 @@ def _json(file: Path) -> Iterator[Row | UserError]:
         yield or_error(_object, f"{file}:{number}", row)
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path) -> Iterator[RawExample]:
     import pyarrow.parquet
 
     yield from _arrow_rows(file, "parquet", lambda: pyarrow.parquet.ParquetFile(file).iter_batches(1024))
 
 
-def _arrow(file: Path) -> Iterator[Row]:
+def _arrow(file: Path) -> Iterator[RawExample]:
     """The streaming format, which is that of `datasets`' files, or else the file format, also called Feather."""
     import pyarrow
 
@@ -131,7 +131,7 @@ def _arrow(file: Path) -> Iterator[Row]:
     yield from _arrow_rows(file, "arrow", batches)
 
 
-def _arrow_rows(file: Path, kind: str, batches: Any) -> Iterator[Row]:
+def _arrow_rows(file: Path, kind: str, batches: Any) -> Iterator[RawExample]:
     import pyarrow
 
     number = 0

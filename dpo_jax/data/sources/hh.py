@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dpo_jax.data.sources.base import Item, Note, convert_rows
+from dpo_jax.data.sources.base import Item, Note, convert_examples
 from dpo_jax.data.sources.columns import text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -67,7 +67,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
 def hh_pairs(path: tuple[str, ...], split: str) -> Iterator[HhPair | UserError]:
     """Every row in the order of the files; arguments and errors as in `read`."""
-    return convert_rows(file_rows(path or (HUB_ID,), split), _pair)
+    return convert_examples(file_rows(path or (HUB_ID,), split), _pair)
 
 
 def _comparison(pair: HhPair) -> Comparison:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, Note, convert_each, prompt_hash
+from dpo_jax.data.sources.base import Item, Note, expand_examples, prompt_hash
 from dpo_jax.data.sources.columns import text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -33,7 +33,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """
     if responses not in (0, 1):
         raise UserError("data source 'imdb' has reviews, no preferences; make pairs from a model with dpo-jax pairs")
-    return convert_each(file_rows(path or (HUB_ID,), split), lambda where, row: [_review(where, row, responses)])
+    return expand_examples(file_rows(path or (HUB_ID,), split), lambda where, row: [_review(where, row, responses)])
 
 
 def _review(where: str, row: dict[str, Any], responses: int) -> Item:

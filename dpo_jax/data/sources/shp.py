@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, Note, convert_rows
+from dpo_jax.data.sources.base import Item, Note, convert_examples
 from dpo_jax.data.sources.columns import binary_label, number_column, text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -34,7 +34,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         raise UserError(f"data source 'shp' has at most 2 responses to a prompt, not {responses}")
     prompts: dict[str, list[Rated]] = {}
     close = 0
-    for found in convert_rows(file_rows(path or (HUB_ID,), split), _row):
+    for found in convert_examples(file_rows(path or (HUB_ID,), split), _row):
         if isinstance(found, UserError):
             yield found
             continue

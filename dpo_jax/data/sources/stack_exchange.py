@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sources.base import Item, Note, Row, convert_rows
+from dpo_jax.data.sources.base import Item, Note, RawExample, convert_examples
 from dpo_jax.data.sources.columns import number_column, text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -50,7 +50,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         raise UserError(f"data source 'stack_exchange' has the splits train and test, not {split!r}")
     questions: dict[str, QuestionPost] = {}
     count = 0
-    for found in convert_rows(_split(list(file_rows(path or (HUB_ID,), "train")), split), _question):
+    for found in convert_examples(_split(list(file_rows(path or (HUB_ID,), "train")), split), _question):
         if isinstance(found, UserError):
             yield found
         else:
@@ -117,7 +117,7 @@ class _Outermost(HTMLParser):
         return int(self._open[:1] in (["p"], ["code"]))
 
 
-def _split(every: list[Row | UserError], split: str) -> Iterator[Row | UserError]:
+def _split(every: list[RawExample | UserError], split: str) -> Iterator[RawExample | UserError]:
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(every))
     test = int(len(every) * TEST_SHARE)
     return (every[i] for i in (order[:test] if split == "test" else order[test:]))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from dpo_jax.data.sources.base import unknown_name
+from dpo_jax.data.sources.base import unknown_choice
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
@@ -163,7 +163,7 @@ def _vocabulary() -> list[str]:
 def _draws(split: str) -> Iterator[tuple[str, str, str, float]]:
     """Endless (prompt, continuation, independent continuation, coin in [0, 1)), the same for everyone."""
     if split not in SIZES:
-        raise unknown_name("split of the synthetic world", split, SIZES)
+        raise unknown_choice("split of the synthetic world", split, SIZES)
     return _stream(random.Random(f"film reviews, {split}"))
 
 

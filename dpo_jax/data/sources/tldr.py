@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, convert_each
+from dpo_jax.data.sources.base import Item, expand_examples
 from dpo_jax.data.sources.columns import binary_label, text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -28,7 +28,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """
     if responses not in (0, 1, 2):
         raise UserError(f"data source 'tldr' has at most 2 responses to a prompt, not {responses}")
-    return convert_each(file_rows(path or (HUB_ID,), split), lambda where, row: [_comparison(where, row, responses)])
+    return expand_examples(file_rows(path or (HUB_ID,), split), lambda where, row: [_comparison(where, row, responses)])
 
 
 def _comparison(where: str, row: dict[str, Any], responses: int) -> Comparison:

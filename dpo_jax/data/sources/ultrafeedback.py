@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, Note, convert_each
+from dpo_jax.data.sources.base import Item, Note, expand_examples
 from dpo_jax.data.sources.columns import Rated, comparisons_from_columns, number_column, ranked, text_column
 from dpo_jax.data.sources.files import file_rows
 from dpo_jax.errors import UserError
@@ -30,7 +30,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """
     names = {"train": "train_prefs", "test": "test_prefs"}
     where = split if path else names.get(split, split)
-    return convert_each(file_rows(path or (HUB_ID,), where), lambda where, row: _items(where, row, responses))
+    return expand_examples(file_rows(path or (HUB_ID,), where), lambda where, row: _items(where, row, responses))
 
 
 def _items(where: str, row: dict[str, Any], responses: int) -> list[Item]:
