@@ -32,12 +32,12 @@ from dpo_jax.models.huggingface.folder import save_folder
 from dpo_jax.models.model import build_model
 from dpo_jax.pages.frontier import (
     budgets,
-    describe_point,
     frontier_curve,
     frontier_figures,
     frontier_json,
     frontier_table,
     optima,
+    point_gap,
     render_frontier,
     standalone_figure,
 )
@@ -195,10 +195,10 @@ FOUND = FrontierResult(
 
 def test_gaps_by_hand():
     """On the line from (0, 1) to (0.5, 3), slope 4, the optimum at 0.25 is 2; beyond 1.5 it is below 4 + (kl - 1.5)."""
-    assert describe_point(FOUND, FOUND.points[1])[::2] == (-0.5, True)
-    assert describe_point(FOUND, FOUND.points[1]).half == pytest.approx(math.hypot(0.1, 0.15, 4 * 0.1))
-    assert describe_point(FOUND, FOUND.points[2])[::2] == (1.0, True)
-    assert describe_point(FOUND, FOUND.points[5])[::2] == (pytest.approx(8.5 - 2.9), False)
+    assert point_gap(FOUND, FOUND.points[1])[::2] == (-0.5, True)
+    assert point_gap(FOUND, FOUND.points[1]).half == pytest.approx(math.hypot(0.1, 0.15, 4 * 0.1))
+    assert point_gap(FOUND, FOUND.points[2])[::2] == (1.0, True)
+    assert point_gap(FOUND, FOUND.points[5])[::2] == (pytest.approx(8.5 - 2.9), False)
 
 
 def test_the_most_reward_within_a_kl():

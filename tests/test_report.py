@@ -1,15 +1,30 @@
-"""The report page: what it shows, and that data cannot make it do anything."""
+"""The report page: what it shows; and that text of users is escaped in every kind of page."""
 
 import html.parser
 import json
+import math
+import tomllib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dpo_jax import cli
+from dpo_jax.data.audit import Piece
+from dpo_jax.data.shortcuts import Shortcut
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.frontier import FrontierResult
+from dpo_jax.experiments.optimum import Optimum
+from dpo_jax.experiments.world import Point
 from dpo_jax.pages import figure
+from dpo_jax.pages.data import DataPage, render_data
+from dpo_jax.pages.frontier import render_frontier
 from dpo_jax.pages.run import PLOTS, polyline_points, read_run, write_report
+from dpo_jax.pages.winrate import WinrateRow, render_winrate
+from dpo_jax.rewards.winrate import WinTally, win_share
 
+TEMPLATES = Path(figure.__file__).parent / "templates"
 HOSTILE = "<script>alert('x')</script> & $\\frac{1}{2}$"
 DPO = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen")
 DPO += ("logps/rejected", "grad_norm", "learning_rate")
@@ -99,6 +114,86 @@ def test_nothing_from_data_is_obeyed(tmp_path):
         assert shown.text.count("alert('x')") == 5
         assert "default-src 'none'" in text
         assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/", "")  # svg's namespaces
+
+
+QUOTED = f"""_" onload="alert(2)" ' onload='alert(3)'><img src=x> {HOSTILE}"""
+
+
+def hostile_runs(folder):
+    sample = json.dumps({"step": 1, "prompt": QUOTED, "policy": QUOTED, "reference": QUOTED}) + "\n"
+    files: dict[str, Any] = {"samples_jsonl": sample, "data_json": json.dumps([QUOTED])}
+    runs = [run(folder / name, eval_json=metrics_json({QUOTED: 1}), **files) for name in ('a"<script>', "b'&lt;")]
+    return write_report(runs, folder / "comparison.html").read_text()
+
+
+def hostile_data(_):
+    pieces = [Piece(QUOTED, False), Piece(QUOTED, True)]
+    shortcuts = [Shortcut(QUOTED, 80.5, 100, 0.5, [(QUOTED, 1.25)])]
+    lengths = {"prompt": np.array([3, 4])}
+    return render_data(DataPage(QUOTED, {"training": [QUOTED]}, shortcuts, [{"prompt": pieces}], lengths, 64))
+
+
+def hostile_winrate(_):
+    tally = WinTally(win_share(7.5, 12), 3, 1, win_share(4, 9), win_share(0, 0))
+    rows = [WinrateRow(QUOTED, temperature, 1, tally, None, 5.5) for temperature in (0.5, 1.0)]
+    verdicts = [{"score": 1.0, "said": QUOTED}]
+    judged = {"prompt": QUOTED, "response": QUOTED, "other": QUOTED, "outcome": 1.0, "verdicts": verdicts}
+    return render_winrate(rows, [QUOTED], [judged])
+
+
+def hostile_frontier(_):
+    points = [Point("sft", 0, 0, 1.0, 0.1, 0.0, 0.0, -4.0, -5.0, 3.0, 0.25)]
+    curve = [Optimum(math.inf, 1.0, 0.1, 0.0, 0.0, math.inf)]
+    return render_frontier(FrontierResult(points, curve, [], [], False, 256, 600), [QUOTED])
+
+
+@pytest.mark.parametrize(
+    ("render", "shown"),
+    # runs: 6 samples, 2 reports on data, a metric. data: title and heading, a line, a classifier and its feature, two
+    # pieces. win rates: title and heading, a line, a label, two rows, four cells of a judgement.
+    [(hostile_runs, 9), (hostile_data, 7), (hostile_winrate, 10), (hostile_frontier, 1)],
+)
+def test_text_of_users_is_escaped_in_every_kind_of_page(tmp_path, render, shown):
+    text = render(tmp_path)
+    found = Page(text)
+    assert not {"script", "img", "iframe", "link", "object"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name == "src"]
+    assert found.text.count(QUOTED) == shown
+    assert "default-src 'none'" in text
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/", "")
+
+
+def test_only_the_svg_of_figures_is_not_escaped():
+    unescaped = [line for path in TEMPLATES.iterdir() for line in path.read_text().splitlines() if "| safe" in line]
+    assert len(unescaped) == 1
+    assert "{{ panel.svg | safe }}" in unescaped[0]
+    assert not [path for path in TEMPLATES.parent.glob("*.py") if "Markup" in path.read_text()]
+
+
+def test_the_templates_are_installed():
+    settings = tomllib.loads((TEMPLATES.parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["dpo_jax.pages"]
+    assert {path for pattern in patterns for path in TEMPLATES.parent.glob(pattern)} == set(TEMPLATES.iterdir())
+
+
+def test_the_command_keeps_the_report_of_the_first_of_several_runs(tmp_path, capsys):
+    first, second = run(tmp_path / "first"), run(tmp_path / "second", beta=0.5)
+    cli.run_command(["report", str(first)])
+    own = (first / "report.html").read_bytes()
+    assert capsys.readouterr().out == f"wrote {first / 'report.html'}\n"
+    cli.run_command(["report", str(first), str(second)])
+    assert capsys.readouterr().out == f"wrote {first / 'comparison.html'}, a comparison of 2 runs\n"
+    assert (first / "report.html").read_bytes() == own
+    assert ["loss.beta", "0.1", "0.5"] in Page((first / "comparison.html").read_text()).rows
+    assert not list(second.glob("*.html"))
+    cli.run_command(["report", str(first), str(second), "--out", str(tmp_path / "both.html")])
+    assert (tmp_path / "both.html").read_bytes() == (first / "comparison.html").read_bytes()
+
+
+@pytest.mark.parametrize("argv", [[], ["--out", "a.html"], ["RUN", "--outs", "a"], ["RUN", "--out", "a", "b"]])
+def test_other_arguments_of_the_command_are_refused(argv):
+    with pytest.raises(UserError, match="give run folders, then at most the option --out"):
+        cli.run_command(["report", *argv])
 
 
 def test_eval_json_gives_the_final_numbers(tmp_path):

@@ -1,4 +1,4 @@
-"""`dpo-jax report`: runs on one page."""
+"""`dpo-jax report`: a page on one run, or on several runs side by side."""
 
 from pathlib import Path
 
@@ -8,10 +8,14 @@ from dpo_jax.pages.run import write_report
 
 
 def report_command(argv: list[str]) -> None:
-    """`dpo-jax report RUN ... [--out FILE.html]`."""
+    """`dpo-jax report RUN ... [--out FILE.html]`.
+
+    Without --out the page is `report.html` in the run folder; for several runs it is `comparison.html` in the first
+    run folder, so that the first run keeps its own report.
+    """
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     runs, options = [Path(a) for a in argv[:first]], arguments(argv[first:])
     if any(key != "out" or len(values) != 1 for key, values in options) or not runs:
-        raise UserError("dpo-jax report takes the folders of runs, then --out FILE.html; nothing else")
-    out = Path(options[-1][1][0]) if options else runs[0] / "report.html"
-    print(f"wrote {write_report(runs, out)}")
+        raise UserError("dpo-jax report: give run folders, then at most the option --out FILE.html")
+    out = Path(options[-1][1][0]) if options else runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    print(f"wrote {write_report(runs, out)}" + (f", a comparison of {len(runs)} runs" if len(runs) > 1 else ""))

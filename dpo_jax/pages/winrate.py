@@ -1,29 +1,27 @@
-"""What `dpo-jax winrate` found: its table, and one page without scripts or anything from a network."""
+"""Table and page of `dpo-jax winrate`."""
 
-import html
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.pages import figure
-from dpo_jax.pages.run import STYLE, TEMPLATE
+from dpo_jax.pages.output import json_values, render_page
 from dpo_jax.rewards.winrate import WinShare, WinTally, kl_bound
 
-HEAD = ("policy", "T", "best of", "win rate", "n", "ties", "unread", "read first", "agree", "reward", "KL <=", "words")
-SHOWN = 20
+SHOWN = 20  # judgements on the page
+SETTINGS = {"temperature": "temperature {:g}", "best_of": "best of {:g}"}
 
 
 class WinrateRow(NamedTuple):
-    """One policy, sampled in one way.
+    """Result of one policy with one way of sampling.
 
     Attributes:
-      policy: its name.
-      temperature: at which it was sampled.
-      best_of: of how many samples the best was judged.
-      tally: what the judge says.
-      reward: mean, and half its 95% interval, of the reward that chose the best; None if there is none.
-      words: mean words of a response.
+      policy: name of the policy.
+      temperature: sampling temperature.
+      best_of: number of samples of which the best one is judged.
+      tally: counts of the judge's verdicts.
+      reward: mean of the reward that chose the best sample, and half its 95% interval; None without such a reward.
+      words: mean number of words in a response.
     """
 
     policy: str
@@ -34,118 +32,95 @@ class WinrateRow(NamedTuple):
     words: float
 
 
-def winrate_cells(row: WinrateRow) -> list[str]:
-    """Returns a row of the table as texts, under `HEAD`; "" is nothing."""
+def winrate_table(rows: Sequence[WinrateRow]) -> list[list[str]]:
+    """Returns the table, the head first, without the columns whose cells are all empty."""
+    cells = [_cells(row) for row in rows]
+    head = [name for name in cells[0] if any(row[name] for row in cells)]
+    return [head, *([row[name] for name in head] for row in cells)]
+
+
+def _cells(row: WinrateRow) -> dict[str, str]:
+    """Returns the cells of a row by the names of the columns; "" is an empty cell."""
     tally = row.tally
-    return [
-        row.policy,
-        f"{row.temperature:g}",
-        str(row.best_of),
-        _share(tally.wins),
-        str(tally.wins.n),
-        str(tally.ties),
-        str(tally.unread or ""),
-        _share(tally.first),
-        _share(tally.agree),
-        f"{row.reward[0]:.3f} +- {row.reward[1]:.3f}" if row.reward else "",
-        f"{kl_bound(row.best_of):.2f}" if row.best_of > 1 else "",
-        f"{row.words:.1f}",
-    ]
+    return {
+        "policy": row.policy,
+        "T": f"{row.temperature:g}",
+        "best of": str(row.best_of),
+        "win rate": _share_text(tally.wins),
+        "n": str(tally.wins.n),
+        "ties": str(tally.ties),
+        "unread": str(tally.unread or ""),
+        "read first": _share_text(tally.first),
+        "agree": _share_text(tally.agree),
+        "reward": f"{row.reward[0]:.3f} +- {row.reward[1]:.3f}" if row.reward else "",
+        "KL <=": f"{kl_bound(row.best_of):.2f}" if row.best_of > 1 else "",
+        "words": f"{row.words:.1f}",
+    }
 
 
-def _share(share: WinShare) -> str:
+def _share_text(share: WinShare) -> str:
     return f"{share.mean:.3f} ({share.low:.3f} .. {share.high:.3f})" if share.n else ""
 
 
-def winrate_table(rows: Sequence[WinrateRow]) -> list[list[str]]:
-    """Returns the table, its head first, without the columns in which nothing stands."""
-    columns = zip(HEAD, *map(winrate_cells, rows), strict=True)
-    return [list(line) for line in zip(*(column for column in columns if any(column[1:])), strict=True)]
-
-
 def winrate_json(row: WinrateRow) -> dict[str, Any]:
-    """Returns a row as JSON has it; NaN becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, WinShare):
-            return {key: plain(part) for key, part in value._asdict().items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    tally = {key: plain(value) for key, value in row.tally._asdict().items()}
-    return row._asdict() | {"tally": tally, "kl_bound": kl_bound(row.best_of)}
+    """Returns a row as JSON values; NaN becomes null."""
+    return json_values(row) | {"kl_bound": kl_bound(row.best_of)}
 
 
 def render_winrate(rows: Sequence[WinrateRow], lines: Sequence[str], judged: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the whole page as HTML.
+    """Returns the page as HTML.
 
     Args:
-      rows: of the table.
-      lines: what was compared, in words.
-      judged: judgements, of which some are shown, from all over them.
+      rows: rows of the table.
+      lines: sentences on what was compared.
+      judged: all judgements; the page shows `SHOWN` of them, evenly spaced.
     """
-    title = "Win rates: " + ", ".join(dict.fromkeys(row.policy for row in rows))
-    figures = "".join(f"<figure>{svg}</figure>" for svg in (_over(rows, "temperature"), _over(rows, "best_of")) if svg)
-    note = (
-        "Win rate: how often the policy's response is judged better, a tie counting half, with Wilson's 95% interval. "
-        "Read first: how often the response that was read first is preferred, 0.5 without a bias. Agree: how often "
-        "both orders prefer the same one. KL: a bound for the best of n from the policy as it is sampled, in nats."
-    )
     head, *body = winrate_table(rows)
-    parts = [
-        f"<h1>{_escape(title)}</h1>",
-        *(f"<p>{_escape(line)}</p>" for line in lines),
-        f'<div class="figures">{figures}</div>' if figures else "",
-        _table(head, body),
-        f'<p class="note">{note}</p>',
-        "<h2>Judgements</h2>",
-        _table(("prompt", "policy's response", "other", "judged"), _shown(judged), "samples"),
-    ]
-    whole = "\n".join(filter(None, parts))
-    return TEMPLATE.format(title=_escape(title), style=STYLE, body=whole)
+    drawn = (winrate_figure(rows, axis) for axis in SETTINGS)
+    return render_page(
+        "winrate.html",
+        title="Win rates: " + ", ".join(dict.fromkeys(row.policy for row in rows)),
+        lines=lines,
+        panels=[figure.Panel(svg) for svg in drawn if svg],
+        head=head,
+        rows=body,
+        judgements=[_judgement_cells(row) for row in judged[:: max(1, -(-len(judged) // SHOWN))]],
+    )
 
 
-def _shown(judged: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Returns some judgements from all over, as rows."""
-    some = judged[:: max(1, -(-len(judged) // SHOWN))]
-    told = [(row, "\n".join(f"{v['score']}: {v['said']}" for v in row["verdicts"])) for row in some]
-    return [[row["prompt"], row["response"], row["other"], f"{row['outcome']}\n{said}"] for row, said in told]
+def _judgement_cells(row: Mapping[str, Any]) -> list[str]:
+    """Returns prompt, response, the other response, and the outcome with a line for each verdict."""
+    verdicts = (f"{verdict['score']}: {verdict['said']}" for verdict in row["verdicts"])
+    return [row["prompt"], row["response"], row["other"], "\n".join([str(row["outcome"]), *verdicts])]
 
 
-def _over(rows: Sequence[WinrateRow], axis: str) -> str:
-    """Returns win rates over temperatures or over how many samples the best is of, as SVG; "" where that is one point.
+def winrate_figure(rows: Sequence[WinrateRow], axis: str) -> str:
+    """Returns win rates against `axis` ("temperature" or "best_of") as SVG; "" if the axis has fewer than two values.
 
-    A curve is what differs in nothing else.
+    Each policy has a curve for each value of the other setting.
     """
     if len({getattr(row, axis) for row in rows}) < 2:
         return ""
-    other = "best_of" if axis == "temperature" else "temperature"
-    said = {"best_of": "best of {:g}", "temperature": "temperature {:g}"}[other]
-    several = len({getattr(row, other) for row in rows}) > 1
     fig = figure.new_figure(6, 3.6)
     axes = fig.add_subplot()
-    ordered = sorted(rows, key=lambda row: (row.policy, getattr(row, other), getattr(row, axis)))
-    for i, (key, group) in enumerate(itertools.groupby(ordered, key=lambda row: (row.policy, getattr(row, other)))):
-        x, shares = zip(*((getattr(row, axis), row.tally.wins) for row in group), strict=True)
-        y = [share.mean for share in shares]
-        around = [[s.mean - s.low for s in shares], [s.high - s.mean for s in shares]]
-        label = f"{key[0]}, {said.format(key[1])}" if several else key[0]
-        colour = figure.COLOURS[i % len(figure.COLOURS)]
-        axes.errorbar(x, y, around, color=colour, label=label, marker="o", ms=4, lw=1.6, capsize=2)
+    entries = {}
+    for i, (label, group) in enumerate(_curves(rows, axis)):
+        shares = [row.tally.wins for row in group]
+        errors = [[s.mean - s.low for s in shares], [s.high - s.mean for s in shares]]
+        x, y = [getattr(row, axis) for row in group], [s.mean for s in shares]
+        style = {"color": figure.COLOURS[i % len(figure.COLOURS)], "marker": "o", "ms": 4, "lw": 1.6, "capsize": 2}
+        entries[label] = axes.errorbar(x, y, errors, **style)
     axes.axhline(0.5, color=figure.INK, alpha=0.4, lw=0.8, ls="--")
-    axes.set_ylabel("win rate", color=figure.INK, fontsize=9)
-    axes.legend(frameon=False, labelcolor=figure.INK, fontsize=9)
+    figure.add_legend(axes, entries)
     if axis == "best_of":
         axes.set_xscale("log", base=2)
-    return figure.figure_svg(fig, axes, axis.replace("_", " "))
+    return figure.figure_svg(fig, axes, axis.replace("_", " "), "win rate")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Returns an HTML table."""
-    top = "".join(f"<th>{_escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{body}</table></div>'
-
-
-def _escape(value: object) -> str:
-    """Returns any text so that a browser shows it and never obeys it."""
-    return html.escape(str(value))
+def _curves(rows: Sequence[WinrateRow], axis: str) -> Iterator[tuple[str, list[WinrateRow]]]:
+    """Yields (label, rows) of each curve; the rows differ only in `axis` and are sorted by it."""
+    other = "best_of" if axis == "temperature" else "temperature"
+    several = len({getattr(row, other) for row in rows}) > 1
+    ordered = sorted(rows, key=lambda row: (row.policy, getattr(row, other), getattr(row, axis)))
+    for (policy, value), group in itertools.groupby(ordered, key=lambda row: (row.policy, getattr(row, other))):
+        yield f"{policy}, {SETTINGS[other].format(value)}" if several else policy, list(group)
