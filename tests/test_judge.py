@@ -3,6 +3,8 @@
 import contextlib
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from dpo_jax.config.commands import EndpointConfig
 from dpo_jax.errors import UserError
 from dpo_jax.rewards import judge as judging
-from dpo_jax.rewards.endpoint import EndpointClient
+from dpo_jax.rewards.endpoint import EndpointClient, EndpointConfig
 from dpo_jax.rewards.judge import Match, Verdict
 
 SECRET = "sk-0123456789"  # of no real service
@@ -68,9 +69,16 @@ def _no_proxy(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def client_of(server, cache, waits=None, **settings):
-    sleep = (lambda s: None) if waits is None else waits.append
-    return EndpointClient(EndpointConfig("a-model", server.url, **settings), cache, sleep)
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that somebody wanted to sleep; nobody does."""
+    found = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+def client_of(server, cache, **settings):
+    return EndpointClient(EndpointConfig("a-model", server.url, **settings), cache)
 
 
 def echo(body):
@@ -100,7 +108,7 @@ def test_answers_come_in_order_and_each_question_is_asked_once(tmp_path):
         assert len(server.seen) in (21, 22)  # 21 if the damaged one is that of the other request
 
 
-def test_what_fails_in_passing_is_tried_again_after_growing_waits(tmp_path):
+def test_temporary_failures_are_retried_after_growing_waits(tmp_path, waits):
     failures = [
         (429, {"Retry-After": "17"}, {}),
         (503, {}, {}),
@@ -109,36 +117,40 @@ def test_what_fails_in_passing_is_tried_again_after_growing_waits(tmp_path):
     ]
     left = list(failures)
     with serving(lambda body: left.pop(0) if left else "yes") as server:
-        waits = []
-        assert client_of(server, tmp_path, waits).ask(["?"]) == ["yes"]
+        assert client_of(server, tmp_path).ask(["?"]) == ["yes"]
         assert len(server.seen) == 5
     assert waits[0] == 17
-    for wait, centre in zip(waits[1:], (2, 4, 8), strict=True):
-        assert 0.75 * centre <= wait <= 1.25 * centre
+    for wait, most in zip(waits[1:], (1, 2, 4), strict=True):
+        assert 0.75 * most <= wait <= most
 
 
-def test_retries_end(tmp_path):
+def test_retries_end(tmp_path, waits):
     with serving(lambda body: (503, {}, {"error": {"message": "too\nbusy"}})) as server:
         with pytest.raises(UserError, match="no answer after 3 tries: 503 Service Unavailable: too busy"):
             client_of(server, tmp_path, retries=2).ask(["?"])
         assert len(server.seen) == 3
-    waits = []
+    with serving(lambda body: (429, {"Retry-After": "121"}, {})) as server:  # longer than the client waits
+        with pytest.raises(UserError, match="no answer after 1 tries: 429 Too Many Requests"):
+            client_of(server, tmp_path).ask(["?"])
+        assert len(server.seen) == 1
+    waits.clear()
     with pytest.raises(UserError, match=r"no answer after 2 tries: .*refused"):
-        client_of(server, tmp_path, waits, retries=1).ask(["?"])  # nobody listens any more
+        client_of(server, tmp_path, retries=1).ask(["?"])  # nobody listens any more
     assert len(waits) == 1
 
 
-def test_a_refusal_is_said_at_once_and_never_with_the_key(tmp_path, monkeypatch):
+def test_a_refusal_is_not_retried_and_its_message_lacks_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET)
     with serving(lambda body: (401, {}, {"error": {"message": f"Incorrect key: {SECRET}"}})) as server:
-        with pytest.raises(UserError, match=r"401 Unauthorized: Incorrect key: .*is \$MY_KEY set") as error:
+        with pytest.raises(UserError, match=r"401 Unauthorized: Incorrect key: .*; check \$MY_KEY") as error:
             client_of(server, tmp_path, key="MY_KEY").ask(["?"])
         assert SECRET not in str(error.value)
         assert len(server.seen) == 1
         assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
 
 
-def test_the_key_is_written_nowhere_and_none_is_sent_without_one(tmp_path, monkeypatch):
+def test_the_key_is_written_nowhere_and_none_is_sent_without_one(tmp_path, monkeypatch, caplog):
+    caplog.set_level("DEBUG")
     with serving(echo) as server:
         client_of(server, tmp_path).ask(["?"])
         assert "Authorization" not in server.headers[0]
@@ -146,26 +158,68 @@ def test_the_key_is_written_nowhere_and_none_is_sent_without_one(tmp_path, monke
         client_of(server, tmp_path).ask(["??"])
         assert server.headers[1]["Authorization"] == f"Bearer {SECRET}"
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and SECRET in f.read_text()]
+    assert "openai" in {record.name.partition(".")[0] for record in caplog.records}
+    assert SECRET not in caplog.text
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nX: y")
-    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY: holds characters that no key has"):
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY: contains characters that no API key has"):
         client_of(server, tmp_path)
 
 
-def test_a_redirection_is_not_followed(tmp_path, monkeypatch):
+def test_nothing_else_of_the_environment_is_sent(tmp_path, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {SECRET}\nX-Other: {SECRET}")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("MY_KEY", "sk-mine")
+    with serving(echo) as server:
+        client_of(server, tmp_path, key="ABSENT").ask(["?"])
+        client_of(server, tmp_path, key="MY_KEY").ask(["??"])
+    without, with_key = server.headers
+    assert with_key.pop("Authorization") == "Bearer sk-mine"
+    for headers in (without, with_key):
+        assert {name.lower() for name in headers if not name.lower().startswith("x-stainless-")} == {
+            *("host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length")
+        }
+        assert SECRET not in str(headers)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(tmp_path, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    with serving(echo) as other, serving(lambda body: (302, {"Location": other.url}, {})) as server:
-        with pytest.raises(UserError, match="302"):
+    with serving(echo) as other, serving(lambda body: (status, {"Location": other.url}, {})) as server:
+        with pytest.raises(UserError, match=f"after 1 tries: {status}"):
             client_of(server, tmp_path).ask(["?"])
         assert not other.seen
+        assert len(server.seen) == 1
+
+
+def test_a_proxy_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("ALL_PROXY", "unknown://127.0.0.1:9")
+    with serving(echo) as server, pytest.raises(UserError, match=r"proxy in the environment: .*unset HTTPS_PROXY"):
+        client_of(server, tmp_path).ask(["?"])
+
+
+def test_without_the_client(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r"needs the package openai; install dpo_jax\[judge\]"):
+        EndpointClient(EndpointConfig("m"), tmp_path)
+
+
+def test_importing_the_settings_is_light():
+    heavy = ("jax", "numpy", "openai", "yaml", "dpo_jax.config.schema")
+    code = f"import sys, dpo_jax.rewards.endpoint; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello", "not JSON"),
-        ({"error": "x"}, "no chat completion"),
-        ([1], "no chat completion"),
-        ({"choices": []}, "no chat"),
+        (b"hello", "not JSON of a chat completion; check endpoint.base_url: hello"),
+        (b"\xff", "not JSON of a chat completion"),
+        ({"error": "x"}, 'not JSON of a chat completion; .* {"error": "x"}'),
+        ([1], "not JSON of a chat completion"),
+        ({"choices": []}, "not JSON of a chat"),
     ],
 )
 def test_another_protocol_is_refused(tmp_path, content, message):
@@ -191,16 +245,42 @@ def test_cost_is_counted_and_limited_and_the_next_call_goes_on(tmp_path):
         assert (again.found, again.asked) == (3, 7)
         assert again.cost == pytest.approx(2.1)
     no_usage = (200, {}, {"choices": [{"message": {"content": "x"}}]})
-    with serving(lambda body: no_usage) as server, pytest.raises(UserError, match="max_cost cannot be kept"):
+    with (
+        serving(lambda body: no_usage) as server,
+        pytest.raises(UserError, match="no token usage, which endpoint"),
+    ):
         client_of(server, tmp_path, max_cost=1.0, **prices).ask(["?"])
 
 
-def test_requests_keep_their_rate(tmp_path):
+def test_requests_keep_their_rate(tmp_path, waits):
     with serving(echo) as server:
-        waits = []
-        client_of(server, tmp_path, waits, parallel=1, per_minute=60).ask([str(i) for i in range(4)])
+        client_of(server, tmp_path, parallel=1, per_minute=60).ask([str(i) for i in range(4)])
     assert len(waits) == 3  # nobody sleeps here, so each has to wait longer by a second
     assert np.allclose(np.round(waits), [1, 2, 3])
+
+
+def test_retries_count_for_the_rate(tmp_path, waits):
+    left = [(503, {"Retry-After": "17"}, {})]
+    with serving(lambda body: left.pop() if left else "yes") as server:
+        client_of(server, tmp_path, per_minute=60).ask(["?"])
+    assert np.allclose(np.round(waits), [17, 1])
+
+
+def test_nothing_is_retried_once_the_budget_is_spent(tmp_path, monkeypatch):
+    left = [(503, {}, {})]
+    with serving(lambda body: left.pop() if left else "yes") as server:
+        client = client_of(server, tmp_path, max_cost=1.0, price_in=1.0, price_out=1.0)
+        monkeypatch.setattr(time, "sleep", lambda seconds: setattr(client, "cost", 1.0))
+        with pytest.raises(UserError, match="max_cost"):
+            client.ask(["?"])
+        assert len(server.seen) == 1
+
+
+def test_a_lone_surrogate_is_asked_about(tmp_path):
+    with serving(echo) as server:
+        assert client_of(server, tmp_path).ask(["a \ud800 b"]) == ["you said a ? b"]
+        assert client_of(server, tmp_path).ask(["a ? b"]) == ["you said a ? b"]
+        assert len(server.seen) == 2
 
 
 def test_requests_are_under_way_together(tmp_path):
@@ -218,12 +298,12 @@ def test_requests_are_under_way_together(tmp_path):
     ("settings", "message"),
     [
         ({"model": ""}, "endpoint.model: name the model"),
-        ({"base_url": "file:///etc"}, "does not start with http"),
-        ({"parallel": 0}, "endpoint.parallel: 0 is less than 1"),
-        ({"per_minute": 0.0}, "endpoint.per_minute: 0.0 is less than"),
-        ({"max_cost": 1.0}, "give endpoint.price_in and endpoint.price_out"),
-        ({"body": ("temperature",)}, "endpoint.body: 'temperature': give name=value"),
-        ({"body": ("model=x",)}, "neither model"),
+        ({"base_url": "file:///etc"}, "endpoint.base_url must start with http"),
+        ({"parallel": 0}, "endpoint.parallel must be at least 1, got 0"),
+        ({"per_minute": 0.0}, "endpoint.per_minute must be at least 0.001, got 0.0"),
+        ({"max_cost": 1.0}, "needs endpoint.price_in and endpoint.price_out"),
+        ({"body": ("temperature",)}, "endpoint.body: 'temperature': write name=value"),
+        ({"body": ("model=x",)}, "model, messages, stream and n cannot be set"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo_jax.config.schema import Config, DataConfig, ModelConfig
+from dpo_jax.rewards.endpoint import EndpointConfig
 
 
 @dataclass(frozen=True)
@@ -84,34 +85,6 @@ class PairsConfig:
     """Answers sampled at a time."""
     seed: int = 0
     """Of the samples, the labels and the damage."""
-
-
-@dataclass(frozen=True)
-class EndpointConfig:
-    """A model behind an OpenAI-compatible interface."""
-
-    model: str = ""
-    """Its name there."""
-    base_url: str = "https://api.openai.com/v1"
-    """Where the interface is; a local server's may be http://localhost:8000/v1."""
-    key: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; where it is not set, none is sent."""
-    body: tuple[str, ...] = ("temperature=0", "max_tokens=300")
-    """Further fields of a request, name=value."""
-    parallel: int = 8
-    """Requests under way at a time."""
-    per_minute: float | None = None
-    """Most requests a minute."""
-    retries: int = 6
-    """Further tries of a request that fails in passing, after 1, 2, 4, ... seconds or as the server asks."""
-    timeout: float = 120.0
-    """Seconds to wait for an answer."""
-    price_in: float | None = None
-    """Of a million tokens read, in the currency of max_cost."""
-    price_out: float | None = None
-    """Of a million tokens written."""
-    max_cost: float | None = None
-    """What one call of the command may cost; requests already under way then are finished."""
 
 
 @dataclass(frozen=True)

@@ -1,233 +1,216 @@
-"""A model behind an OpenAI-compatible interface (chat completions): asked in parallel, each question once.
+"""An OpenAI-compatible chat endpoint, asked in parallel through the `openai` client (extra `judge`).
 
-Answers are kept on disk under a key of their content, so that what is interrupted goes on where it was. The key for
-the interface comes from the environment, goes into one header, and is never printed, logged or written.
+Answers are cached on disk by the content of their request, so an interrupted command continues where it stopped. The
+API key comes from the environment, is sent in one header, and is never printed, logged or written.
 """
 
 import contextlib
-import email.message
 import hashlib
-import http.client
+import importlib
 import json
 import os
-import random
 import secrets
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dpo_jax.config.commands import EndpointConfig
 from dpo_jax.errors import UserError
 
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the same request may succeed
-LONGEST_WAIT = 60.0  # seconds between two tries, unless the server asks for more
-SAID = 300  # characters of a server's message that an error repeats
+OWN = "x-stainless-"  # how the client's own headers start; OWN + "retry-count" holds the retries so far
+HEADERS = {"host", "connection", "accept", "accept-encoding", "content-type", "content-length", "user-agent"}
+QUOTED = 300  # characters of a server's message that an error repeats
+ADVICE: dict[int | None, str] = {401: "; check ${key}", 404: "; check endpoint.base_url and endpoint.model"}
 
 
-class EndpointAnswer(NamedTuple):
-    """What the model said, and for how many tokens."""
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A model behind an OpenAI-compatible interface."""
 
-    text: str
-    tokens_in: int
-    tokens_out: int
+    model: str = ""
+    """Name of the model at the endpoint."""
+    base_url: str = "https://api.openai.com/v1"
+    """Address of the interface; that of a local server may be http://localhost:8000/v1."""
+    key: str = "OPENAI_API_KEY"
+    """Environment variable that holds the API key; if it is not set, no key is sent."""
+    body: tuple[str, ...] = ("temperature=0", "max_tokens=300")
+    """Further fields of a request, name=value."""
+    parallel: int = 8
+    """Concurrent requests."""
+    per_minute: float | None = None
+    """Most requests per minute, retries included."""
+    retries: int = 6
+    """Retries of a request after a connection error or status 408, 409, 429 or 5xx. The waits are 0.5, 1, 2, 4 and then
+    8 seconds, or what the server asks for, up to 2 minutes."""
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+    price_in: float | None = None
+    """Price per million input tokens (same currency as max_cost)."""
+    price_out: float | None = None
+    """Price per million output tokens."""
+    max_cost: float | None = None
+    """Budget of one command; requests already sent are finished."""
 
 
 class EndpointClient:
-    """Asks an endpoint."""
+    """Asks a model; counts answers `asked` of the server, answers `found` in the cache, and the `cost`."""
 
-    def __init__(self, endpoint: EndpointConfig, cache: Path, sleep: Callable[[float], None] = time.sleep):
-        """Prepares; asks nothing yet.
+    def __init__(self, endpoint: EndpointConfig, cache: Path):
+        """Checks the settings; sends nothing.
 
         Args:
-          endpoint: whom to ask.
-          cache: the folder of answers.
-          sleep: waits for so many seconds.
+          endpoint: the model to ask.
+          cache: folder of answers.
 
         Raises:
-          UserError: settings that make no sense.
+          UserError: invalid settings, or the package openai is not installed.
         """
         self.endpoint, self.asked, self.found, self.cost = endpoint, 0, 0, 0.0
-        self._fields, self._cache, self._sleep = _checked(endpoint), cache, sleep
-        self._secret = os.environ.get(endpoint.key, "").strip()
-        if not (self._secret.isascii() and self._secret.isprintable()):
-            raise UserError(f"${endpoint.key}: holds characters that no key has")
-        self._opener = urllib.request.build_opener(_Stay)
+        self._fields, self._cache = _checked_fields(endpoint), cache
+        self._key = os.environ.get(endpoint.key, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"${endpoint.key}: contains characters that no API key has; set it again")
+        try:
+            self._openai: Any = importlib.import_module("openai")
+        except ImportError as e:
+            raise UserError("judge 'endpoint' needs the package openai; install dpo_jax[judge]") from e
         self._lock, self._next = threading.Lock(), 0.0
 
     def ask(self, questions: Sequence[str]) -> list[str]:
-        """Returns the model's answer to each question, from the cache where it is there.
+        """Returns the model's answer to each question, from the cache where possible.
 
         Raises:
-          UserError: the endpoint refuses, fails for good, or would cost too much; answers so far are kept.
+          UserError: the server refuses or fails, or the budget is spent; answers so far are cached.
         """
-        with ThreadPoolExecutor(self.endpoint.parallel) as pool:
-            futures = {question: pool.submit(self._answer, question) for question in dict.fromkeys(questions)}
+        with self._connect() as client, ThreadPoolExecutor(self.endpoint.parallel) as pool:
+            futures = {question: pool.submit(self._answer, client, question) for question in dict.fromkeys(questions)}
             try:
-                return [futures[question].result().text for question in questions]
+                return [futures[question].result() for question in questions]
             finally:
-                pool.shutdown(cancel_futures=True)  # what has not begun, after an error
+                pool.shutdown(cancel_futures=True)  # after an error, send no further question
 
-    def _answer(self, question: str) -> EndpointAnswer:
+    def _connect(self) -> Any:
+        """Returns the client, which follows no redirect, so that only endpoint.base_url sees questions and key."""
+        try:
+            http = self._openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [self._admit]})
+        except (ImportError, ValueError) as e:
+            raise UserError(f"proxy in the environment: {e}; change or unset HTTPS_PROXY, HTTP_PROXY, ALL_PROXY") from e
+        url, timeout, retries = self.endpoint.base_url, self.endpoint.timeout, self.endpoint.retries
+        return self._openai.OpenAI(
+            api_key="set by _admit", base_url=url, timeout=timeout, max_retries=retries, http_client=http
+        )
+
+    def _admit(self, request: Any) -> None:
+        """Runs before each try: checks the budget, waits for the rate limit, sets the headers.
+
+        The client takes further headers from OPENAI_* variables. They may be secrets of another service: none is sent.
+        """
+        limit = self.endpoint.max_cost
+        with self._lock:
+            if limit is not None and self.cost >= limit:
+                spent = f"{self.asked} answers cost {self.cost:.4g} of at most {limit:g}"
+                raise UserError(f"endpoint.max_cost: {spent}; they are cached, run the command again to continue")
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + (60 / self.endpoint.per_minute if self.endpoint.per_minute else 0.0)
+        if turn > now:
+            time.sleep(turn - now)
+        for name in set(request.headers) - HEADERS:
+            if not name.startswith(OWN):
+                del request.headers[name]
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+
+    def _answer(self, client: Any, question: str) -> str:
         messages = [{"role": "user", "content": question}]
         request = {"model": self.endpoint.model, "messages": messages, **self._fields}
         text = json.dumps([self.endpoint.base_url, request], sort_keys=True)
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         path = self._cache / key[:2] / f"{key}.json"
-        if (kept := _kept(path)) is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # absent or damaged
+            cached = json.loads(path.read_text(encoding="utf-8"))["text"]
             with self._lock:
                 self.found += 1
-            return kept
-        answer = self._tried(request)
-        _keep(path, answer)
-        return answer
+            return cached
+        answer = self._paid_answer(self._send(client, question))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.write_text(json.dumps(answer), encoding="utf-8")
+        temporary.replace(path)  # so that a file under its name is complete
+        return answer["text"]
 
-    def _tried(self, request: dict[str, Any]) -> EndpointAnswer:
-        """Returns the answer to a request, tried again while it fails in passing."""
-        problem = ""
-        for attempt in range(self.endpoint.retries + 1):
-            self._admit()
-            try:
-                return self._paid(self._sent(request))
-            except urllib.error.HTTPError as e:
-                with e:
-                    problem, wait = self._said(e), _asked_for(e.headers)
-                if e.code not in PASSING:
-                    raise UserError(self._refusal(e.code, problem)) from None
-            except (OSError, http.client.HTTPException) as e:  # no connection, or one that broke
-                problem, wait = self._hidden(str(e) or type(e).__name__), 0.0
-            if attempt < self.endpoint.retries:
-                self._sleep(max(wait, min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.75, 1.25)))
-        tries = f"{self.endpoint.retries + 1} tries"
-        raise UserError(f"{self.endpoint.base_url}: no answer after {tries}: {problem}; answers so far are kept")
-
-    def _admit(self) -> None:
-        """Waits for its turn; refuses where the money is spent."""
-        limit = self.endpoint.max_cost
-        with self._lock:
-            if limit is not None and self.cost >= limit:
-                raise UserError(
-                    f"endpoint.max_cost: {self.asked} answers cost {self.cost:.4g} of at most {limit:g}; they are "
-                    "kept, and the same command goes on with as much again"
-                )
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + (60 / self.endpoint.per_minute if self.endpoint.per_minute else 0.0)
-        if turn > now:
-            self._sleep(turn - now)
-
-    def _sent(self, request: dict[str, Any]) -> Any:
-        """Returns what the server answers, as JSON."""
-        headers = {"Content-Type": "application/json", "User-Agent": "dpo_jax"}
-        url = self.endpoint.base_url.rstrip("/") + "/chat/completions"
-        sent = urllib.request.Request(url, json.dumps(request).encode(), headers)
-        if self._secret:
-            sent.add_unredirected_header("Authorization", f"Bearer {self._secret}")
-        with self._opener.open(sent, timeout=self.endpoint.timeout) as response:
-            content = response.read()
+    def _send(self, client: Any, question: str) -> bytes:
+        """Returns the content of the server's response."""
+        content = question.encode("utf-8", "replace").decode()  # the client refuses lone surrogates
+        messages = [{"role": "user", "content": content}]
+        create = client.chat.completions.with_raw_response.create
         try:
-            return json.loads(content)
-        except ValueError as e:
-            raise UserError(f"{url}: answered what is not JSON; is endpoint.base_url right?") from e
+            return create(model=self.endpoint.model, messages=messages, extra_body=self._fields).http_response.content
+        except (self._openai.APIStatusError, self._openai.APIConnectionError) as e:
+            raise self._failure(e) from None
 
-    def _paid(self, found: Any) -> EndpointAnswer:
-        """Returns an answer, its cost counted."""
+    def _paid_answer(self, content: bytes) -> dict[str, Any]:
+        """Returns the answer in a response, with its tokens, after adding its cost."""
         try:
+            found = json.loads(content)
             text, usage = found["choices"][0]["message"]["content"] or "", found.get("usage") or {}
-            answer = EndpointAnswer(
-                str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-            )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
-            said = self._hidden(json.dumps(found))
-            raise UserError(f"{self.endpoint.base_url}: answered what is no chat completion: {said}") from e
+            read, written = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            said = self._quote(content.decode("utf-8", "replace"))
+            raise self._error(f"response is not JSON of a chat completion; check endpoint.base_url: {said}") from None
         if self.endpoint.max_cost is not None and not usage:
-            raise UserError(f"{self.endpoint.base_url}: says not how many tokens it used, so max_cost cannot be kept")
-        prices = self.endpoint.price_in or 0.0, self.endpoint.price_out or 0.0
+            raise self._error("response has no token usage, which endpoint.max_cost needs; remove endpoint.max_cost")
         with self._lock:
             self.asked += 1
-            self.cost += (answer.tokens_in * prices[0] + answer.tokens_out * prices[1]) / 1e6
-        return answer
+            self.cost += (read * (self.endpoint.price_in or 0.0) + written * (self.endpoint.price_out or 0.0)) / 1e6
+        return {"text": str(text), "tokens_in": read, "tokens_out": written}
 
-    def _said(self, error: urllib.error.HTTPError) -> str:
-        """Returns a server's message on a failure, as one line."""
-        try:
-            content = error.read(10_000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            content = ""
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            content = str(json.loads(content)["error"]["message"])
-        return self._hidden(f"{error.code} {error.reason}: {content}")
+    def _failure(self, error: Any) -> UserError:
+        """Returns the error of a request that the server refused, or that failed in its last try."""
+        status, tries = getattr(error, "status_code", None), int(error.request.headers.get(f"{OWN}retry-count", 0)) + 1
+        if status is None:
+            problem = str(error.__cause__) or type(error.__cause__).__name__
+        else:
+            body, response = error.body, error.response
+            said = body["message"] if isinstance(body, dict) and "message" in body else response.text
+            problem = f"{status} {response.reason_phrase}: {said}"
+        advice = ADVICE.get(status, "").format(key=self.endpoint.key)
+        return self._error(f"no answer after {tries} tries: {self._quote(problem)}{advice}; answers so far are cached")
 
-    def _hidden(self, text: str) -> str:
-        """Returns a text as the beginning of one line, without the key, which a server might repeat."""
-        text = text.replace(self._secret, "(the key)") if self._secret else text
-        return " ".join(text.split())[:SAID]
+    def _error(self, problem: str) -> UserError:
+        return UserError(f"{self.endpoint.base_url}: {problem}")
 
-    def _refusal(self, code: int, problem: str) -> str:
-        known = {
-            401: f"; is ${self.endpoint.key} set, and right?",
-            404: "; are endpoint.base_url and endpoint.model right?",
-        }
-        return f"{self.endpoint.base_url}: {problem}{known.get(code, '')}"
+    def _quote(self, text: str) -> str:
+        """Returns the start of a text as one line, without the key, which a server may repeat."""
+        text = text.replace(self._key, "(the key)") if self._key else text
+        return " ".join(text.split())[:QUOTED]
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: what is sent is for the server that was named."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        """Makes it an error."""
-
-
-def _checked(endpoint: EndpointConfig) -> dict[str, Any]:
-    """Returns the further fields of a request; refuses settings that make no sense."""
+def _checked_fields(endpoint: EndpointConfig) -> dict[str, Any]:
+    """Returns the further fields of a request; refuses invalid settings."""
     if not endpoint.model:
         raise UserError("endpoint.model: name the model to ask")
     if not endpoint.base_url.startswith(("http://", "https://")):
-        raise UserError(f"endpoint.base_url: {endpoint.base_url!r} does not start with http:// or https://")
+        raise UserError(f"endpoint.base_url must start with http:// or https://, got {endpoint.base_url!r}")
     least = {"parallel": 1, "retries": 0, "timeout": 1e-3, "per_minute": 1e-3, "max_cost": 0.0}
     for name, limit in least.items():
         value = getattr(endpoint, name)
-        if value is not None and value < limit:
-            raise UserError(f"endpoint.{name}: {value} is less than {limit:g}")
+        if value is not None and not value >= limit:
+            raise UserError(f"endpoint.{name} must be at least {limit:g}, got {value}")
     if endpoint.max_cost is not None and (endpoint.price_in is None or endpoint.price_out is None):
-        raise UserError("endpoint.max_cost: give endpoint.price_in and endpoint.price_out, of a million tokens each")
-    return dict(_field(text) for text in endpoint.body)
+        raise UserError("endpoint.max_cost needs endpoint.price_in and endpoint.price_out, per million tokens")
+    return dict(_parse_field(text) for text in endpoint.body)
 
 
-def _field(text: str) -> tuple[str, Any]:
-    """Returns name and value of `name=value`, the value read as JSON where it is some, else as text."""
+def _parse_field(text: str) -> tuple[str, Any]:
+    """Returns name and value of `name=value`; a value that is not JSON is a text."""
     name, equals, value = text.partition("=")
     if not equals or not name or name in ("model", "messages", "stream", "n"):
-        raise UserError(f"endpoint.body: {text!r}: give name=value, and neither model, messages, stream nor n")
+        raise UserError(f"endpoint.body: {text!r}: write name=value; model, messages, stream and n cannot be set")
     try:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _asked_for(headers: email.message.Message) -> float:
-    """Returns the seconds that a server asks to wait; 0 where it says nothing, or a date."""
-    try:
-        return max(0.0, float(headers.get("Retry-After", 0)))
-    except ValueError:
-        return 0.0
-
-
-def _kept(path: Path) -> EndpointAnswer | None:
-    """Returns the answer in a file; a file that holds none counts as absent and is replaced."""
-    try:
-        return EndpointAnswer(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _keep(path: Path, answer: EndpointAnswer) -> None:
-    """Writes an answer, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    beside.write_text(json.dumps(answer._asdict()), encoding="utf-8")
-    beside.replace(path)
