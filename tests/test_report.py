@@ -98,7 +98,7 @@ def test_an_sft_run_has_only_its_own_figures(tmp_path):
     assert shown.titles == ["Loss", "Gradient norm", "Learning rate"]
 
 
-def test_nothing_from_data_is_obeyed(tmp_path):
+def test_text_from_data_is_escaped(tmp_path):
     sample = json.dumps({"step": 1, "prompt": HOSTILE, "policy": HOSTILE, "reference": HOSTILE})
     files: dict[str, Any] = {
         "samples_jsonl": sample + "\n",
