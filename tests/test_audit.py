@@ -43,7 +43,7 @@ def test_counts_by_hand():
         "10 comparisons of 4 prompts",
         "2 comparisons that repeat an earlier one",
         "1 with identical responses",
-        "5 with the responses of another one in another order: conflicting labels",
+        "5 with conflicting labels: the responses of another comparison in another order",
         "2 unpaired, 1 of them wanted",
     ]
     other = audit.count_pairs([pair("q", "1", "2"), pair("t", "1", "2"), pair("q", "3", "4")])
@@ -195,7 +195,7 @@ def test_the_command(tmp_path, shared, monkeypatch, capsys):
     cli.main()
     said = capsys.readouterr().out
     assert "training data: 1 comparisons that repeat an earlier one" in said
-    assert "training data: 1 bad rows left out; the first: a.jsonl:202: not valid JSON" in said
+    assert "training data: 1 bad examples skipped; the first: a.jsonl:202: not valid JSON" in said
     assert "shortcut: words and pairs of words predict 1.000" in said
     html = (tmp_path / "runs" / "c.data.html").read_text()
     page = Page()

@@ -20,7 +20,7 @@ RANK = ("--loss.name", "plackett_luce", "--data.responses", "3")
 # What: a good row, a bad one (or its bytes), arguments, what is said of it.
 BAD = {
     "a column of mixed types": (PAIR, PAIR | {"chosen": 3}, (), "'chosen' must be text, not a number"),
-    "texts and conversations": (PAIR, TALK, (), "a conversation, where the rows before it are texts"),
+    "texts and conversations": (PAIR, TALK, (), "a conversation, but the examples before it are texts"),
     "no JSON": (PAIR, b'{"prompt": "w1"', (), "not valid JSON"),
     "no UTF-8": (PAIR, b'{"prompt": "\xff"}', (), "not UTF-8 text"),
     "an endless line": (PAIR, b"w" * 10_000_000, (), "not valid JSON"),

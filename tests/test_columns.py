@@ -67,7 +67,7 @@ def test_a_text_beside_messages_is_the_users_turn():
     for responses, expected in ((2, PAIR), (1, PAIR._replace(responses=(GOOD,))), (0, PAIR._replace(responses=()))):
         assert read({"prompt": "hi", **sides}, responses) == [expected]
     whole = CONVERSATIONS["no prompt"]
-    told = Note("rows whose messages do not hold the text in the column 'prompt', which is left out")
+    told = Note("examples whose messages lack the text in column 'prompt'; it is ignored")
     assert read({"prompt": "hello", **whole}) == [PAIR, told]
     assert read({"prompt": "hi ", **whole}) == [PAIR]
 
@@ -78,8 +78,8 @@ def test_conversations_and_texts_do_not_share_a_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
     for name, kinds, words in (
-        ("a", [Comparison, UserError, Comparison, UserError], "a conversation, where the rows before it are texts"),
-        ("b", [Comparison, UserError, Comparison], "a text, where the rows before it are conversations"),
+        ("a", [Comparison, UserError, Comparison, UserError], "a conversation, but the examples before it are texts"),
+        ("b", [Comparison, UserError, Comparison], "a text, but the examples before it are conversations"),
     ):
         items = list(open_stream("files", (str(tmp_path / f"{name}.jsonl"),), "train", 2))
         assert [type(item) for item in items] == kinds
@@ -95,7 +95,7 @@ def test_columns_that_nothing_reads_are_told(tmp_path):
     rows = [TEXT | {"wieght": 2, "id": 1}, TEXT | {"weight": 2, "prompt": "q", "provenance": {}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     items = list(open_stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
-    assert items[2:] == [Note("columns that nothing reads: id, wieght", 2)]
+    assert items[2:] == [Note("unused columns: id, wieght", 2)]
 
 
 def test_a_message_is_short_however_long_the_value():
@@ -172,7 +172,7 @@ WRONG = [
     (TEXT | {"scores": [1, float("nan")]}, 2, "'scores' must be finite, not nan"),
     (TEXT | {"scores": [1]}, 2, "'scores' must be a list of two numbers"),
     (TEXT | {"scores": [1, 1]}, 2, r"scores 1 \(chosen\) and 1 \(rejected\): a tie, which prefers neither"),
-    (TEXT | {"scores": [1, 2]}, 2, "scores 1 .* 2 .*: but it is the higher one that must be chosen"),
+    (TEXT | {"scores": [1, 2]}, 2, "scores 1 .* 2 .*: the chosen one must have the higher score"),
     (TEXT | {"score_chosen": 1}, 2, "no column 'score_rejected'"),
     (TEXT | {"chosen": [GOOD]}, 2, "'chosen' must be text, not a list"),
     ({"prompt": "p", "completion": "c", "label": 2}, 2, "'label' must be true or false, not 2"),
@@ -216,7 +216,7 @@ def test_bad_rows_are_items_in_their_place(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(text.encode() + b"\n\xff\n")
     items = list(open_stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
     assert [type(item) for item in items] == [Comparison, UserError, UserError, UserError, Comparison, UserError]
-    expected = ["2: not valid JSON", "3: 'weight' must be", "4: a row must be an object", "6: not UTF-8"]
+    expected = ["2: not valid JSON", "3: 'weight' must be", "4: an example must be an object", "6: not UTF-8"]
     errors = [str(item) for item in items if isinstance(item, UserError)]
     assert [message in error for message, error in zip(expected, errors, strict=True)] == [True] * 4
     with pytest.raises(UserError, match=r"a\.jsonl:2: not valid JSON"):

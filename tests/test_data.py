@@ -71,7 +71,7 @@ def test_one_response_is_the_completion_or_each_distinct_chosen(tmp_path):
     rows = [PAIR, PAIR | {"rejected": "s"}, PAIR | {"chosen": "d"}]
     file = write(tmp_path / "b.jsonl", rows)
     assert [(c.responses, c.where[-1]) for c in read(file, responses=1)] == [(("c",), "1"), (("d",), "3")]
-    repeated = "rows repeat a prompt with the same chosen response and are read once"
+    repeated = "examples left out: they repeat a prompt and its chosen response"
     assert notes(files.read((file,), "train", 1)) == {repeated: 1}
 
 
@@ -82,13 +82,13 @@ def test_no_response_is_the_prompt_alone(tmp_path):
 
 BAD_ROWS = {
     '{"prompt": "p"': r"a\.jsonl:2: not valid JSON",
-    "[1]": r"a\.jsonl:2: a row must be an object with named columns, not a list",
+    "[1]": r"a\.jsonl:2: an example must be an object with named columns, not a list",
     '{"prompt": "p", "chosen": "c"}': r"a\.jsonl:2: no column 'rejected'; the columns are: chosen, prompt",
     '{"prompt": "p", "chosen": ["c"], "rejected": "r"}': r"a\.jsonl:2: 'chosen' must be text, not a list",
     '{"prompt": null, "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: 'prompt' must be text, not null",
     '{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: 'prompt' holds half of a surrogate pair",
     '{"prompt": "p", "completion": "c"}': r"a\.jsonl:2: the loss needs pairs.*the columns are: completion, prompt",
-    '{"chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; transcripts such as Anthropic HH's",
+    '{"chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; for transcripts such as Anthropic HH's",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": -1}': r"a\.jsonl:2: 'weight' must be finite and not neg",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": NaN}': r"a\.jsonl:2: 'weight' must be finite",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": 1e39}': r"a\.jsonl:2: 'weight' must be finite",
@@ -114,7 +114,7 @@ def test_bytes_that_are_no_text_and_files_that_are_not_whole(tmp_path):
         with pytest.raises(UserError, match=rf"{name}\.jsonl\.gz:1: cannot be read"):
             read(tmp_path / f"{name}.jsonl.gz")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as parquet after row 0"):
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read as parquet after example 0"):
         read(tmp_path / "a.parquet")
 
 
@@ -123,10 +123,10 @@ def test_json_must_be_a_list_of_objects(tmp_path):
     with pytest.raises(UserError, match=r"a\.json: a \.json file must be a list of objects, not an object"):
         read(tmp_path / "a.json")
     (tmp_path / "b.json").write_text('{"a": 1}\n{"a": 1}')
-    with pytest.raises(UserError, match=r"b\.json: not valid JSON.*one object a line is a \.jsonl file"):
+    with pytest.raises(UserError, match=r"b\.json: not valid JSON.*name a file with one object per line \.jsonl"):
         read(tmp_path / "b.json")
     (tmp_path / "c.json").write_text(json.dumps([PAIR, "x"]))
-    with pytest.raises(UserError, match=r"c\.json:2: a row must be an object with named columns, not text"):
+    with pytest.raises(UserError, match=r"c\.json:2: an example must be an object with named columns, not text"):
         read(tmp_path / "c.json")
 
 
@@ -163,12 +163,12 @@ def test_what_is_not_clear_is_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             read(tmp_path / path)
     (tmp_path / "a.csv").write_text("prompt")
-    with pytest.raises(UserError, match=r"a\.csv: not a kind of file that can be read; known: \.jsonl"):
+    with pytest.raises(UserError, match=r"a\.csv: unknown kind of data file; known: \.jsonl"):
         read(tmp_path / "a.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no data files in this folder"):
         read(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"data\.path names no file"):
+    with pytest.raises(UserError, match=r"data\.path is empty; set it to files"):
         list(files.read((), "train", 2))
     with pytest.raises(UserError, match="the loss needs 3 ranked responses: columns prompt, completions, scores"):
         read(one, responses=3)
@@ -235,7 +235,7 @@ def test_hh_is_read_as_the_original_reads_it(shared):
     assert noted == {}
     read_examples, noted = hh_read((str(folder),), "test", 1)
     assert [(c.prompt, *c.responses) for c in read_examples] == examples
-    assert noted == {"rows left out, since a later one has the same prompt": 8552 - len(examples)}
+    assert noted == {"examples left out: a later one has the same prompt": 8552 - len(examples)}
     assert [c.prompt for c in hh_read((str(folder),), "test", 0)[0]] == [prompt for prompt, _ in examples]
 
 
@@ -295,7 +295,7 @@ def test_hh_merges_equal_prompts_where_the_first_one_stands(tmp_path):
     assert noted == {}
     assert [c.responses for c in hh_read((file,), "train", 1)[0]] == [(" 5",), (" 3",)]
     file = write(tmp_path / "y.jsonl", [{"chosen": "\n\nHuman: a", "rejected": ""}])
-    with pytest.raises(UserError, match=r"y\.jsonl:1: 'chosen' has no .*Assistant:'; this is not a dialogue"):
+    with pytest.raises(UserError, match=r"y\.jsonl:1: 'chosen' has no .*Assistant:'; it is not a dialogue"):
         hh_read((file,), "train", 2)
     with pytest.raises(UserError, match="at most 2 responses"):
         load_comparisons("hh", (file,), "train", 3)

@@ -43,7 +43,7 @@ def test_shp_drops_close_scores_and_merges_prompts(tmp_path):
         ("\n\nHuman: why?\n\nAssistant:", (" y", " w"), (40.0, 4.0), "4"),
         ("\n\nHuman: how?\n\nAssistant:", (" v", " u"), (9.0, 3.0), "2"),
     ]
-    assert notes == {"rows left out, whose scores differ by a factor below 2": 2}
+    assert notes == {"examples left out: scores differ by a factor below 2": 2}
     # The answer y has its first score, 5, so that x with 10 is the best one of its prompt.
     assert [c.responses for c in read("shp", path, 1)[0]] == [(" x",), (" v",)]
     assert [c.responses for c in read("shp", path, 0)[0]] == [(), ()]
@@ -80,7 +80,7 @@ HTML = {
 
 @pytest.mark.parametrize("html", HTML)
 def test_html_keeps_what_the_original_keeps(html):
-    assert stack_exchange.plain_text(html) == HTML[html]
+    assert stack_exchange.html_to_text(html) == HTML[html]
 
 
 def question(text, *answers):
@@ -121,7 +121,7 @@ def test_stack_exchange_takes_the_last_of_questions_asked_twice(tmp_path):
     pairs, notes = read("stack_exchange", write(tmp_path / "a.jsonl", rows))
     last = int(np.random.default_rng(42).permutation(3)[-1])
     assert [c.responses for c in pairs] == [(f" a{last}", f" b{last}")]
-    assert notes == {"questions left out, since they are asked again": 2}
+    assert notes == {"questions left out: they occur again later": 2}
     empty, unrated = question("q"), {"question": "q", "answers": [{"text": "a", "pm_score": None}]}
     for row, message in (
         (empty, "'answers' must be a list of objects"),
@@ -164,7 +164,7 @@ def test_imdb_cuts_reviews_after_two_to_eight_words(tmp_path, shared):
     assert len(examples) >= 190
     assert {c.prompt + c.responses[0] for c in examples} <= set(texts)
     assert all(c.responses[0][0] == " " for c in examples)
-    assert notes["reviews left out, which are no longer than their prompt"] == 201 - len(examples) >= 1
+    assert notes["reviews left out: no longer than their prompt"] == 201 - len(examples) >= 1
     assert [c.prompt for c in read("imdb", path, 0)[0]] == [c.prompt for c in examples]
     with pytest.raises(UserError, match="has reviews, no preferences; make pairs from a model with dpo-jax pairs"):
         read("imdb", path)
@@ -188,7 +188,7 @@ def test_ultrafeedback_binarised(tmp_path):
     assert pairs == [Comparison(ask, (better, worse), where=f"{path[0]}:1", scores=(8.5, 3.0))]
     assert notes == {"pairs of equal scores left out": 1}
     assert [c[:2] for c in read("ultrafeedback", path, 1)[0]] == [(ask, (better,))] * 2
-    with pytest.raises(UserError, match="but it is the higher one that must be chosen"):
+    with pytest.raises(UserError, match="the chosen one must have the higher score"):
         read("ultrafeedback", write(tmp_path / "a.jsonl", [row | {"score_chosen": 1}]))
 
 

@@ -125,7 +125,7 @@ def test_prompts_are_distinct_and_of_their_split():
 
 
 def test_prompts_end_where_the_world_does(monkeypatch):
-    monkeypatch.setattr(synthetic, "DRAWS_PER_PROMPT", 1)
+    monkeypatch.setattr(synthetic, "SAMPLES_PER_PROMPT", 1)
     with pytest.raises(UserError, match=r"has fewer than 1000 distinct prompts \(\d+ found\); ask for fewer"):
         synthetic.synthetic_prompts("test", 1000)
 

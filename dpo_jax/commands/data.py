@@ -1,9 +1,10 @@
-"""`dpo-jax data`: what data is before anything is trained on it."""
+"""`dpo-jax data`: describes the data of a config before anything is trained on it, in the terminal and as a page."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from dpo_jax.data import audit, cache
 from dpo_jax.data.encode import EncodeOptions
 from dpo_jax.data.shortcuts import Shortcut, find_shortcuts
 from dpo_jax.data.sources.base import Item
+from dpo_jax.data.table import Table
 from dpo_jax.intervals import wilson
 from dpo_jax.losses import Loss
 from dpo_jax.pages.data import DataPage, render_data
@@ -41,50 +43,49 @@ def data_command(argv: list[str]) -> None:
     out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
     with written(out) as f:
         f.write(render_data(page))
-    log_line(f"the report: {out}")
+    log_line(f"report: {out}")
 
 
 def _first_model(model: ModelConfig) -> ModelConfig:
-    """The model section whose tokenizer a run has: its own, or that of the YAML from which it starts."""
+    """Returns the model section that has the tokenizer: follows `model.path` through the YAMLs of earlier runs."""
     while not model.tokenizer and model.path.endswith((".yaml", ".yml")):
-        parsed = parse_config(Config, model.path, [], prog="dpo-jax data")
-        model = parsed.model
+        model = parse_config(Config, model.path, [], prog="dpo-jax data").model
     return model
 
 
 def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings: LookConfig, loss: Loss) -> DataPage:
-    """All that is found out about the data."""
+    """Returns counts, shortcuts, lengths and comparisons to show, of the training and held-out data (`sides`)."""
     options = encode_options(settings.data)
     counts = {side: audit.count_pairs(items) for side, items in sides.items()}
     lines, tables = {}, {}
     for side, items in sides.items():
         tables[side], report = cache.cached_encode(items, tokenizer, cache_folder() / "tokens", **options)
-        refused = [f"`train` refuses it: {fault}" for fault in label_faults(tables[side], loss)]
+        refused = [f"`train` will refuse this data: {fault}" for fault in label_faults(tables[side], loss)]
         lines[side] = [*counts[side].lines(), *report.lines(), *refused]
     if shared := audit.shared_prompts(*counts.values()):
-        lines["held-out"].append(f"{shared:,} with a prompt that training has too: what is measured there was learnt")
+        lines["held-out"].append(f"{shared:,} with a prompt of the training data: evaluation on them is not held out")
     different, compared = audit.boundary_differences(sides["training"], tokenizer, EncodeOptions(**options))
-    note = f"{different:,} of the first {compared:,} differ in tokens between data.boundary separate and joint"
+    note = f"{different:,} of the first {compared:,} tokenize differently with data.boundary separate and joint"
     lines["training"].append(note)
     table = tables["training"]
     comparisons = (item for item in sides["training"] if isinstance(item, Comparison))
     found = find_shortcuts(comparisons) if table.responses > 1 else None
-    shown = [_named(audit.pieces(table, row, tokenizer)) for row in range(min(settings.show, len(table)))]
+    shown = [_named(audit.pieces(table, i, tokenizer)) for i in range(min(settings.show, len(table)))]
     return DataPage(name, lines, found, shown, _lengths(table), settings.data.max_length)
 
 
 def _names(responses: int) -> list[str]:
-    """What the parts of a comparison are called, the prompt first."""
+    """Returns the names of the parts of a comparison, the prompt first."""
     return ["prompt", *(["chosen", "rejected"] if responses == 2 else [f"response {i + 1}" for i in range(responses)])]
 
 
 def _named(parts: list[list[audit.Piece]]) -> dict[str, list[audit.Piece]]:
-    """The parts of a comparison by what they are; an absent response is left out."""
+    """Returns the parts of a comparison by name, without absent responses."""
     return {name: part for name, part in zip(_names(len(parts) - 1), parts, strict=True) if part}
 
 
-def _lengths(table: Any) -> dict[str, Any]:
-    """Lengths in tokens by what they are lengths of; of absent responses none."""
+def _lengths(table: Table) -> dict[str, np.ndarray]:
+    """Returns lengths in tokens by name of the part, without absent responses."""
     lengths = zip(_names(table.responses), [table.prompt_lengths, *table.response_lengths.T], strict=True)
     return {name: values[values > 0] for name, values in lengths}
 
@@ -94,9 +95,8 @@ def _print(page: DataPage) -> None:
         for line in lines:
             log_line(f"{side} data: {line}")
     for shortcut in page.shortcuts or ():
-        log_line(
-            f"shortcut: {describe_data(shortcut)}; most telling: {', '.join(name for name, _ in shortcut.top[:8])}"
-        )
+        top = ", ".join(name for name, _ in shortcut.top[:8])
+        log_line(f"shortcut: {describe_shortcut(shortcut)}; largest weights: {top}")
     console = Console()
     for parts in page.rows:
         for name, part in parts.items():
@@ -108,8 +108,8 @@ def _print(page: DataPage) -> None:
         console.rule()
 
 
-def describe_data(shortcut: Shortcut) -> str:
-    """A classifier's accuracy in words."""
+def describe_shortcut(shortcut: Shortcut) -> str:
+    """Returns a classifier's accuracy, its 95% confidence interval and chance as text."""
     low, high = wilson(shortcut.right, shortcut.total)
     accuracy = shortcut.right / shortcut.total
     return (

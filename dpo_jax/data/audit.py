@@ -1,4 +1,4 @@
-"""What preference data is, before anything is trained on it: counts, contradictions, and rows as a model sees them."""
+"""Statistics of preference data before training: counts, contradictory labels, and comparisons as a model sees them."""
 
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,23 +10,23 @@ from dpo_jax.data.encode import EncodeOptions, encode
 from dpo_jax.data.sources.base import Item, as_bytes, or_error, prompt_key
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array, Comparison
+from dpo_jax.records import Comparison
 
-COMPARED = 500  # comparisons that are tokenised in both ways
+COMPARED = 500  # comparisons that are tokenized with both boundaries
 
 
 class PairCounts(NamedTuple):
-    """Counts of one side of the data.
+    """Counts of the training or held-out data.
 
     Attributes:
-      comparisons: all of them.
-      prompts: distinct ones.
-      repeated: comparisons that are the same as an earlier one.
-      identical: whose responses are the same.
-      conflicting: with the same prompt and responses as another one, in another order.
-      unpaired: with an absent response.
+      comparisons: all comparisons.
+      prompts: distinct prompts.
+      repeated: comparisons that repeat an earlier one.
+      identical: comparisons with two identical responses.
+      conflicting: comparisons whose prompt and responses occur in another comparison in another order.
+      unpaired: comparisons with an absent response.
       wanted: unpaired ones whose response is the wanted one.
-      keys: uint64[N], the prompts.
+      keys: uint64[N], the prompt keys.
     """
 
     comparisons: int
@@ -36,14 +36,14 @@ class PairCounts(NamedTuple):
     conflicting: int
     unpaired: int
     wanted: int
-    keys: Array
+    keys: np.ndarray
 
     def lines(self) -> list[str]:
-        """The counts as text, without those of nothing."""
+        """Returns the counts as lines of text, without counts that are 0."""
         notes = {
             "comparisons that repeat an earlier one": self.repeated,
             "with identical responses": self.identical,
-            "with the responses of another one in another order: conflicting labels": self.conflicting,
+            "with conflicting labels: the responses of another comparison in another order": self.conflicting,
             f"unpaired, {self.wanted:,} of them wanted": self.unpaired,
         }
         first = f"{self.comparisons:,} comparisons of {self.prompts:,} prompts"
@@ -51,14 +51,14 @@ class PairCounts(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A stretch of text that a model sees, of one or more tokens, and whether they are scored."""
+    """A piece of text of one or more tokens, and whether they are scored."""
 
     text: str
     scored: bool
 
 
 def count_pairs(items: Iterable[Item]) -> PairCounts:
-    """Counts comparisons; 24 bytes are kept for each."""
+    """Counts comparisons. Memory: 24 bytes for each, three 64-bit hashes."""
     prompts, ordered, unordered = array("Q"), array("Q"), array("Q")
     identical = unpaired = wanted = 0
     for item in items:
@@ -70,9 +70,9 @@ def count_pairs(items: Iterable[Item]) -> PairCounts:
         unpaired += absent
         wanted += absent and item.responses[0] is not None
         prompts.append(prompt_key(item.prompt))
-        whole = [str(prompts[-1]), *(f"{as_bytes(response)}" for response in item.responses)]
-        ordered.append(prompt_key("\0".join(whole)))
-        unordered.append(prompt_key("\0".join(sorted(whole))))
+        texts = [str(prompts[-1]), *(f"{as_bytes(response)}" for response in item.responses)]
+        ordered.append(prompt_key("\0".join(texts)))
+        unordered.append(prompt_key("\0".join(sorted(texts))))
     keys = np.array(prompts, np.uint64)
     return PairCounts(
         len(keys), len(np.unique(keys)), len(keys) - len(np.unique(ordered)), identical,
@@ -80,8 +80,8 @@ def count_pairs(items: Iterable[Item]) -> PairCounts:
     )  # fmt: skip
 
 
-def _conflicts(ordered: Array, unordered: Array) -> int:
-    """Rows whose unordered key comes with several ordered ones."""
+def _conflicts(ordered: np.ndarray, unordered: np.ndarray) -> int:
+    """Returns how many comparisons share their unordered key with one that has another ordered key."""
     if not len(ordered):
         return 0
     _, group = np.unique(unordered, return_inverse=True)
@@ -91,43 +91,49 @@ def _conflicts(ordered: Array, unordered: Array) -> int:
 
 
 def shared_prompts(first: PairCounts, second: PairCounts) -> int:
-    """How many comparisons of the second have a prompt that the first has too."""
+    """Returns how many comparisons of `second` have a prompt that `first` has too."""
     return int(np.isin(second.keys, first.keys).sum())
 
 
 def boundary_differences(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> tuple[int, int]:
-    """(different, compared): comparisons whose tokens differ when prompt and response are tokenised together."""
+    """Returns (different, compared): comparisons whose tokens differ between `boundary: separate` and `joint`.
+
+    Only the first 500 comparisons that can be encoded are compared.
+    """
     different = compared = 0
     for item in items:
         if compared == COMPARED:
             break
         if isinstance(item, Comparison):
-            found = [or_error(_uncut, item, tokenizer, options, boundary) for boundary in ("separate", "joint")]
+            found = [or_error(_untruncated, item, tokenizer, options, boundary) for boundary in ("separate", "joint")]
             if not any(isinstance(one, UserError) for one in found):
                 compared += 1
                 different += found[0] != found[1]
     return different, compared
 
 
-def _uncut(item: Comparison, tokenizer: Any, options: EncodeOptions, boundary: str) -> list[list[int]]:
+def _untruncated(item: Comparison, tokenizer: Any, options: EncodeOptions, boundary: str) -> list[list[int]]:
     free = {"truncation": "refuse", "max_length": 10**9, "degenerate": "keep", "boundary": boundary}
     table, _ = encode([item], tokenizer, **{**options._asdict(), **free})
     return [part.tolist() for part in (table[0].prompt, *table[0].responses)]
 
 
-def pieces(table: Table, row: int, tokenizer: Any) -> list[list[Piece]]:
-    """The prompt and each response of a row, in pieces as small as tokens and whole characters allow."""
-    tokens = table[row]
+def pieces(table: Table, index: int, tokenizer: Any) -> list[list[Piece]]:
+    """Returns the prompt and each response of a comparison in pieces as small as tokens and characters allow."""
+    tokens = table[index]
     parts = [(tokens.prompt, False), *((response, True) for response in tokens.responses)]
     return [[Piece(text, scored) for text in _texts(ids.tolist(), tokenizer)] for ids, scored in parts]
 
 
 def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """Texts that are together what all ids decode to; some tokenizers write no space before the first of them."""
+    """Yields texts that join to the decoded ids.
+
+    Prefixes are decoded, and not single tokens: some tokenizers drop the space before the first token.
+    """
     before, start = "", 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end])
-        # A token may hold only some bytes of a character.
+        # A token may hold only some bytes of a character, which then decodes to U+FFFD until its other bytes follow.
         if not text.endswith("\ufffd") or end == len(ids) or end - start == 8:
             yield text[len(before) :]
             before, start = text, end

@@ -1,4 +1,4 @@
-"""Preference pairs out of what is there: answers corrected, damaged, of another prompt, or single ones put together."""
+"""Builds preference pairs from existing answers: corrected, corrupted, of another prompt, or paired from labels."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,46 +13,48 @@ from dpo_jax.data.sources.base import Note, prompt_key
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
-EDITS = 5  # one edit for so many words
+WORDS_PER_EDIT = 5  # of `corrupt_answer`
 
 
 class CorrectionRule(NamedTuple):
-    """What is replaced by what, as in `re.sub`."""
+    """A pattern and its replacement, as `re.sub` takes them."""
 
     pattern: re.Pattern
     replacement: str
 
 
 def correction_rules(path: str) -> list[CorrectionRule]:
-    """Returns the rules in a YAML file that maps patterns to replacements.
+    """Returns the rules of a YAML file that maps patterns to replacements, in its order.
 
     Raises:
-      UserError: it cannot be read, or holds a pattern or a replacement that is none.
+      UserError: the file cannot be read, or holds something that is no pattern or replacement of `re.sub`.
     """
     found = []
     for pattern, replacement in read_yaml(path).items():
         if not isinstance(pattern, str) or not isinstance(replacement, str):
-            raise UserError(f"{path}: {pattern!r}: {replacement!r}: both must be text, in quotes; '' takes away")
+            raise UserError(f"{path}: {pattern!r}: {replacement!r}: both must be text; quote them ('' removes a match)")
         try:
             found.append(CorrectionRule(re.compile(pattern), replacement))
-            found[-1].pattern.sub(found[-1].replacement, "")  # an error if it names a group that is not there
+            found[-1].pattern.sub(found[-1].replacement, "")  # fails if the replacement names an unknown group
         except (re.error, IndexError) as e:
             raise UserError(f"{path}: {pattern!r}: {replacement!r}: no pattern and replacement of re.sub ({e})") from e
     return found
 
 
 def correct_answer(text: str, rules: Iterable[CorrectionRule]) -> str:
-    """Returns a text with every match of every rule replaced, in their order."""
+    """Returns a text with all matches of each rule replaced, one rule after another."""
     for rule in rules:
         text = rule.pattern.sub(rule.replacement, text)
     return text
 
 
 def corrupt_answer(text: str, rng: np.random.Generator) -> str | None:
-    """Returns a text with a fifth of its words, at least one, left out, doubled or in another's place; None where that
-    leaves it as it is, as a text without words."""
+    """Returns a text after one random edit per five words (at least one): a word dropped, doubled or swapped.
+
+    None if the text is the same afterwards, or has no words.
+    """
     words, end = re.findall(r"\s*\S+", text), text[len(text.rstrip()) :]
-    for _ in range(-(-len(words) // EDITS)):
+    for _ in range(-(-len(words) // WORDS_PER_EDIT)):
         at = int(rng.integers(len(words)))
         edit = rng.integers(3) if len(words) > 1 else 1
         if edit == 0:
@@ -61,60 +63,67 @@ def corrupt_answer(text: str, rng: np.random.Generator) -> str | None:
             words.insert(at, words[at])
         else:
             words[at], words[at - 1] = words[at - 1], words[at]
-    damaged = "".join(words) + end
-    return damaged if damaged != text else None
+    corrupted = "".join(words) + end
+    return corrupted if corrupted != text else None
 
 
-def other_answers(rows: Sequence[Comparison]) -> list[Any]:
-    """Returns, for each comparison, the first response of the next one, counted round, that has another prompt.
+def other_answers(comparisons: Sequence[Comparison]) -> list[Any]:
+    """Returns, for each comparison, the first response of the next one with another prompt; the end wraps around.
 
     Raises:
       UserError: all prompts are the same.
     """
-    prompts = [prompt_key(row.prompt) for row in rows]
-    return [rows[place].responses[0] for place in next_with_another_prompt(prompts)]
+    prompts = [prompt_key(comparison.prompt) for comparison in comparisons]
+    return [comparisons[place].responses[0] for place in next_with_another_prompt(prompts)]
 
 
-def single_responses(row: Comparison) -> Iterator[dict[str, Any]]:
-    """Yields the responses of a pair as rows of their own, with the label that says which is wanted.
+def single_responses(pair: Comparison) -> Iterator[dict[str, Any]]:
+    """Yields each response of a pair as the columns of an unpaired example: `label` is true for the preferred one.
 
     Raises:
-      UserError: it is only likely that the first is the better one, which a label cannot say.
+      UserError: the preference is soft, which a label cannot express.
     """
-    if row.preference != 1:
-        raise UserError(f"{row.where}: preference {row.preference:g}: a row alone is wanted or not; remove the row")
-    for response, label in zip(row.responses, (True, False), strict=True):
+    if pair.preference != 1:
+        raise UserError(f"{pair.where}: preference {pair.preference:g}: a row alone is wanted or not; remove the row")
+    for response, label in zip(pair.responses, (True, False), strict=True):
         if response is not None:
-            yield pair_columns(row) | {"completion": as_column(response), "label": label}
+            yield pair_columns(pair) | {"completion": as_column(response), "label": label}
 
 
-def pair_columns(row: Comparison) -> dict[str, Any]:
-    """The prompt of a row, and its weight if it has one, as columns."""
-    return chat.as_columns(row.prompt) | ({"weight": row.weight} if row.weight != 1 else {})
+def pair_columns(comparison: Comparison) -> dict[str, Any]:
+    """Returns the prompt of a comparison, and its weight unless it is 1, as columns."""
+    weight = {"weight": comparison.weight} if comparison.weight != 1 else {}
+    return chat.as_columns(comparison.prompt) | weight
 
 
-def pair_up(rows: Iterable[Comparison]) -> Iterator[Comparison | Note]:
-    """Yields every wanted response of a prompt against every unwanted one, prompts in the order of their first row; a
-    note where one is both.
+def pair_up(examples: Iterable[Comparison]) -> Iterator[Comparison | Note]:
+    """Yields every wanted response of a prompt against every unwanted one, prompts in the order of first appearance.
+
+    A response that is both gives a note instead.
+
+    Args:
+      examples: unpaired examples: (response, None) if wanted, (None, response) if not.
 
     Raises:
-      UserError: a row has a weight, which means nothing for a pair of two rows.
+      UserError: an example has a weight, which has no meaning for a pair of two examples.
     """
     found: dict[int, tuple[Comparison, list, list]] = {}
-    for row in rows:
-        if row.weight != 1:
-            raise UserError(f"{row.where}: weight {row.weight:g}: a pair is made of two rows; remove the column")
-        its = found.setdefault(prompt_key(row.prompt), (row, [], []))
-        for response, side in zip(row.responses, its[1:], strict=True):
+    for example in examples:
+        if example.weight != 1:
+            raise UserError(
+                f"{example.where}: weight {example.weight:g}: a pair is made of two rows; remove the column"
+            )
+        _, *sides = found.setdefault(prompt_key(example.prompt), (example, [], []))
+        for response, side in zip(example.responses, sides, strict=True):
             if response is not None and response not in side:
                 side.append(response)
-    for row, wanted, unwanted in found.values():
+    for first, wanted, unwanted in found.values():
         for chosen in wanted:
             for rejected in unwanted:
                 same = chosen == rejected
-                yield Note("responses both wanted and not") if same else row._replace(responses=(chosen, rejected))
+                yield Note("responses both wanted and not") if same else first._replace(responses=(chosen, rejected))
 
 
 def as_column(response: Any) -> Any:
-    """Returns a response as the column of a file from which it is read back."""
+    """Returns a response as a column from which the source `files` reads it back."""
     return [response] if isinstance(response, dict) else response

@@ -1,4 +1,4 @@
-"""Conversations to text, by the tokenizer's own chat template or another one."""
+"""Conversations to text, by a chat template: the tokenizer's own or another one."""
 
 import functools
 import json
@@ -12,11 +12,11 @@ from dpo_jax.records import Chat, Comparison
 
 
 class Template(NamedTuple):
-    """How conversations are written.
+    """A chat template and its arguments.
 
     Attributes:
-      source: the Jinja template; empty for the tokenizer's own.
-      options: arguments of it, for every row; a row's own ones go before them.
+      source: the Jinja template; "" for the tokenizer's own.
+      options: (name, value) of arguments for every conversation; those of a conversation itself override them.
     """
 
     source: str = ""
@@ -27,9 +27,9 @@ class Rendered(NamedTuple):
     """One comparison as text.
 
     Attributes:
-      prompt: all up to where the model begins to write, the template's generation prompt included.
-      responses: what it is to write, without the EOS with which it ends; None for an absent one.
-      ends: whether the template itself ended all responses with EOS.
+      prompt: the text that the model continues, the template's generation prompt included.
+      responses: the continuations, without the EOS that ends them; None for an absent response.
+      ends: whether the template itself ends every response with EOS.
     """
 
     prompt: str
@@ -38,7 +38,11 @@ class Rendered(NamedTuple):
 
 
 def chat_template(source: str, options: tuple[str, ...]) -> Template:
-    """A template from a file's contents and options written `name=value`, the values as in YAML."""
+    """Returns the template of a file's contents and of arguments written `name=value`, values in YAML.
+
+    Raises:
+      UserError: an argument is not `name=value`, or its value is not YAML.
+    """
     pairs = [option.partition("=") for option in options]
     if bad := [option for option, pair in zip(options, pairs, strict=True) if not pair[1]]:
         raise UserError(f"data.chat_template_kwargs: {bad[0]!r} is not name=value")
@@ -49,13 +53,13 @@ def chat_template(source: str, options: tuple[str, ...]) -> Template:
 
 
 def render_comparison(comparison: Comparison, tokenizer: Any, template: Template) -> Rendered:
-    """A comparison as text; one that is text already stays as it is.
+    """Returns a comparison as text. Texts stay as they are; conversations go through the chat template.
 
-    Text that the template puts after the EOS of a response is left out, if it is blank.
+    Blank text that the template writes after the EOS of a response is dropped.
 
     Raises:
-      UserError: a message spells a special token, which would be taken for one; the template fails, or does not begin
-        the whole with the prompt, or writes more after EOS.
+      UserError: a message spells a special token, which would be tokenized as one; the template fails, does not write
+        the same prompt before a response as without one, or writes more than blanks after EOS.
     """
     if not isinstance(comparison.prompt, Chat):
         return Rendered(comparison.prompt, comparison.responses)
@@ -67,15 +71,15 @@ def render_comparison(comparison: Comparison, tokenizer: Any, template: Template
 
 
 def plain_text(response: Any) -> str:
-    """What a response says, without what a template writes around it: a text, or a message's contents and calls."""
+    """Returns the text of a response without a template: a text itself, or a message's content and other fields."""
     if isinstance(response, str):
         return response
-    said = [str(value) for name, value in sorted(response.items()) if name not in ("role", "content") and value]
-    return "\n".join([response["content"], *said])
+    others = [str(value) for name, value in sorted(response.items()) if name not in ("role", "content") and value]
+    return "\n".join([response["content"], *others])
 
 
 def as_columns(prompt: str | Chat) -> dict[str, Any]:
-    """A prompt as the columns of a file from which `files` reads it back."""
+    """Returns a prompt as columns from which the source `files` reads it back."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     extra = {"tools": list(prompt.tools), "chat_template_kwargs": dict(prompt.options)}
@@ -83,28 +87,32 @@ def as_columns(prompt: str | Chat) -> dict[str, Any]:
 
 
 def prompt_text(prompt: str | Chat, tokenizer: Any, template: Template, where: str = "the prompt") -> str:
-    """A prompt alone as the text that a model continues."""
+    """Returns a prompt without responses as the text that a model continues; errors as `render_comparison`."""
     return render_comparison(Comparison(prompt, (), where=where), tokenizer, template).prompt
 
 
 def _response(
     where: str, chat: Chat, tokenizer: Any, template: Template, prompt: str, answer: Any
 ) -> tuple[str | None, bool]:
-    """A response as text, and whether the template ends it with EOS."""
+    """Returns (text of a response, whether the template ends it with EOS).
+
+    The text is the part of the rendered conversation after the prompt, so that prompt and response always join to what
+    the template writes.
+    """
     if answer is None:
         return None, True
-    whole = _apply(where, chat, tokenizer, template, answer)
-    if not whole.startswith(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    rendered = _apply(where, chat, tokenizer, template, answer)
+    if not rendered.startswith(prompt):
+        at = next((i for i, (a, b) in enumerate(zip(prompt, rendered, strict=False)) if a != b), len(rendered))
         raise UserError(
             f"{where}: the chat template writes {prompt[at:][:40]!r} for the model to continue but "
-            f"{whole[at:][:40]!r} before its answer; set data.chat_template_kwargs so that the two agree, or another "
-            "data.chat_template"
+            f"{rendered[at:][:40]!r} before its answer; set data.chat_template_kwargs to make the two agree, or set "
+            "another data.chat_template"
         )
-    said, ending, rest = whole[len(prompt) :].partition(tokenizer.eos_token)
+    text, ending, rest = rendered[len(prompt) :].partition(tokenizer.eos_token)
     if rest.strip():
         raise UserError(f"{where}: the chat template writes {rest.strip()[:40]!r} after a response's EOS; use another")
-    return said, bool(ending)
+    return text, bool(ending)
 
 
 def _apply(where: str, chat: Chat, tokenizer: Any, template: Template, answer: Any) -> str:
@@ -128,9 +136,10 @@ def _apply(where: str, chat: Chat, tokenizer: Any, template: Template, answer: A
 
 
 def _check_spelling(comparison: Comparison, tokenizer: Any) -> None:
+    """Refuses messages whose text contains a special token, such as a forged end of turn."""
     chat = comparison.prompt
     texts = json.dumps([chat.messages, chat.tools, comparison.responses], ensure_ascii=False)  # type: ignore
-    if match := _special(tuple(sorted(_special_tokens(tokenizer)))).search(texts):
+    if match := _special_pattern(tuple(sorted(_special_tokens(tokenizer)))).search(texts):
         raise UserError(
             f"{comparison.where}: a message spells the special token {match.group()!r}, which would be read as one; "
             "remove it from the text"
@@ -142,5 +151,5 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _special(tokens: tuple[str, ...]) -> re.Pattern:
+def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))

@@ -1,1 +1,1 @@
-"""One module per data source; `base` states their contract."""
+"""Data sources, one module each; `base` states their contract. The module's name is the value of `data.name`."""

@@ -1,4 +1,4 @@
-"""Conversations as data sets write them (OpenAI's messages, ShareGPT's turns) to the ones that templates read."""
+"""Conversations in the forms of data sets (OpenAI's messages, ShareGPT's turns) to the form of chat templates."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,11 @@ Message = dict[str, Any]
 
 
 def as_message(where: str, key: str, value: Any) -> Message:
-    """One message in OpenAI's form, its empty fields left out; `UserError` for what is none."""
+    """Returns one message in OpenAI's form, without fields that are null.
+
+    Raises:
+      UserError: the value is not a message with a known role and a text.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key!r} must hold messages with role and content, not {type_name(value)}")
     found: Message = {OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items() if part is not None}
@@ -33,40 +37,52 @@ def as_message(where: str, key: str, value: Any) -> Message:
 
 
 def role(value: Any) -> str:
-    """Who speaks in a message, as templates name it; nothing for what is no message."""
+    """Returns the role of a message under the name that templates use; '' if the value is not a message."""
     given = value.get("role", value.get("from")) if isinstance(value, dict) else None
     return ROLES.get(given, "") if isinstance(given, str) else ""
 
 
 def as_messages(where: str, key: str, value: Any) -> list[Message]:
-    """A list of messages, or one message alone; `UserError` for anything else, and for none."""
+    """Returns a list of messages, given such a list or one message.
+
+    Raises:
+      UserError: the value is something else, or the list is empty.
+    """
     found = [as_message(where, key, one) for one in (value if isinstance(value, list) else [value])]
     if not found:
         raise UserError(f"{where}: {key!r} has no messages")
     return found
 
 
-def as_chat(where: str, turns: Sequence[Message], row: dict[str, Any]) -> Chat:
-    """The conversation to answer, with the row's columns `system`, `tools` and `chat_template_kwargs`.
+def as_chat(where: str, turns: Sequence[Message], example: dict[str, Any]) -> Chat:
+    """Returns the conversation to answer, with the columns `system`, `tools` and `chat_template_kwargs` of the example.
 
     Raises:
-      UserError: no turn is the user's, the last is the assistant's, or a column is of the wrong type.
+      UserError: no turn is the user's, the last turn is the assistant's, or a column has the wrong type.
     """
-    if row.get("system"):
+    if example.get("system"):
         if turns[:1] and turns[0]["role"] == "system":
-            raise UserError(f"{where}: a system message both in the conversation and in the column 'system'")
-        turns = [as_message(where, "system", {"role": "system", "content": row["system"]}), *turns]
+            raise UserError(
+                f"{where}: a system message both in the conversation and in the column 'system'; remove one"
+            )
+        turns = [as_message(where, "system", {"role": "system", "content": example["system"]}), *turns]
     if not any(turn["role"] == "user" for turn in turns):
         raise UserError(f"{where}: the prompt has no user turn")
     if turns[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the prompt ends with an assistant turn, which the response cannot follow")
-    options = _parsed(where, row, "chat_template_kwargs", dict) or {}
-    tools = _parsed(where, row, "tools", list) or []
+        raise UserError(
+            f"{where}: the prompt ends with an assistant turn, which a response cannot follow; remove that turn"
+        )
+    options = _parsed(where, example, "chat_template_kwargs", dict) or {}
+    tools = _parsed(where, example, "tools", list) or []
     return Chat(tuple(turns), tuple(tools), options)
 
 
 def as_answer(where: str, key: str, turns: Sequence[Message]) -> Message:
-    """The one assistant message that a response must be; `UserError` for anything else."""
+    """Returns the one assistant message that a response must be.
+
+    Raises:
+      UserError: the turns are something else.
+    """
     if not turns or turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: {key!r} does not end with an assistant turn")
     if len(turns) > 1:
@@ -75,20 +91,20 @@ def as_answer(where: str, key: str, turns: Sequence[Message]) -> Message:
 
 
 def common_turns(first: Sequence[Message], second: Sequence[Message]) -> int:
-    """How many messages two conversations begin with in common, the last of either never counted."""
+    """Returns how many messages two conversations begin with in common. The last of either is a response."""
     most = min(len(first), len(second)) - 1
     return next((i for i in range(most) if first[i] != second[i]), most)
 
 
 def _joined(where: str, key: str, parts: list[Any]) -> str:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise UserError(f"{where}: {key!r} has content that is not text; only text can be trained on here")
+        raise UserError(f"{where}: {key!r} has content that is not text; remove the example: only text is supported")
     return "".join(part["text"] for part in parts)
 
 
-def _parsed(where: str, row: dict[str, Any], key: str, kind: type) -> Any:
-    """A column that holds an object or list, as such or as JSON text; nothing where it is absent or empty."""
-    value = row.get(key) or None
+def _parsed(where: str, example: dict[str, Any], key: str, kind: type) -> Any:
+    """Returns a column with an object or list, given as such or as JSON text; None if it is absent or empty."""
+    value = example.get(key) or None
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Data files to rows: JSON lines, JSON, Parquet and Arrow, the first two also compressed; one row at a time."""
+"""Data files to examples, one at a time: JSON lines and JSON (also compressed), Parquet and Arrow."""
 
 import bz2
 import gzip
@@ -16,7 +16,7 @@ from dpo_jax.errors import UserError
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 KINDS = (".jsonl", ".json", ".parquet", ".arrow")
 SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", *(COMPRESSED if "json" in kind else ())))
-LINE_LIMIT = 64 * 2**20
+LINE_LIMIT = 64 * 2**20  # bytes; a longer line is an error, so that a file without line feeds fills no memory
 JSON_TYPES: dict[type, str] = {
     type(None): "null",
     bool: "a boolean",
@@ -29,33 +29,33 @@ JSON_TYPES: dict[type, str] = {
 
 
 def suffix(file: Path) -> str:
-    """The longest known suffix of a file's name, or nothing."""
+    """Returns the longest known suffix of a file's name, or ''."""
     return max((one for one in SUFFIXES if file.name.endswith(one)), key=len, default="")
 
 
 def type_name(value: object) -> str:
-    """What JSON calls the type of a value."""
+    """Returns the name of a value's type in JSON."""
     return JSON_TYPES.get(type(value), type(value).__name__)
 
 
 def shorten(value: object, most: int = 60) -> str:
-    """A value as a message shows it: on one line, and of a long one the beginning."""
+    """Returns a value as a message shows it: on one line, a long one cut short."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def rows_in_file(file: Path) -> Iterator[RawExample | UserError]:
-    """Yields the rows of a file, of a kind that its suffix tells, in order; a bad row is an error in its place.
+def examples_in_file(file: Path) -> Iterator[RawExample | UserError]:
+    """Yields the examples of a file in order, read by its suffix; a bad example as its error.
 
     Raises:
-      UserError: the file cannot be read, or not to its end.
+      UserError: the file cannot be read to its end.
     """
     plain = file.with_suffix("") if file.suffix in COMPRESSED else file
     yield from {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}[plain.suffix](file)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, bytes) of each line; only a line feed ends one, as in JSON lines."""
+    """Yields (`file:line`, bytes) of each line. Only a line feed ends a line, as JSON lines specifies."""
     number = 0
     try:
         with _open(file) as stream:
@@ -65,11 +65,11 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
                     raise UserError(f"{file}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; is this JSON lines?")
                 yield f"{file}:{number}", line
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{file}:{number + 1}: cannot be read ({error}); is the file whole?") from error
+        raise UserError(f"{file}:{number + 1}: cannot be read ({error}); the file may be truncated") from error
 
 
 def _open(file: Path) -> io.BufferedIOBase:
-    """A file's bytes, unpacked."""
+    """Opens a file for reading its decompressed bytes."""
     if file.suffix == ".zst":
         import pyarrow
 
@@ -85,14 +85,14 @@ def _parse(where: str, raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
-        hint = "; one object a line is a .jsonl file" if "Extra data" in str(error) else ""
+        hint = "; name a file with one object per line .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{where}: not valid JSON ({error}){hint}") from error
 
 
-def _object(where: str, row: Any) -> RawExample:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object with named columns, not {type_name(row)}")
-    return where, row
+def _object(where: str, example: Any) -> RawExample:
+    if not isinstance(example, dict):
+        raise UserError(f"{where}: an example must be an object with named columns, not {type_name(example)}")
+    return where, example
 
 
 def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
@@ -105,18 +105,18 @@ def _json(file: Path) -> Iterator[RawExample | UserError]:
     values = _parse(str(file), b"".join(line for _, line in _lines(file)))
     if not isinstance(values, list):
         raise UserError(f"{file}: a .json file must be a list of objects, not {type_name(values)}")
-    for number, row in enumerate(values, 1):
-        yield or_error(_object, f"{file}:{number}", row)
+    for number, value in enumerate(values, 1):
+        yield or_error(_object, f"{file}:{number}", value)
 
 
 def _parquet(file: Path) -> Iterator[RawExample]:
     import pyarrow.parquet
 
-    yield from _arrow_rows(file, "parquet", lambda: pyarrow.parquet.ParquetFile(file).iter_batches(1024))
+    yield from _arrow_examples(file, "parquet", lambda: pyarrow.parquet.ParquetFile(file).iter_batches(1024))
 
 
 def _arrow(file: Path) -> Iterator[RawExample]:
-    """The streaming format, which is that of `datasets`' files, or else the file format, also called Feather."""
+    """Reads both formats of Arrow: streams, which `datasets` saves, and files, also called Feather."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -128,19 +128,21 @@ def _arrow(file: Path) -> Iterator[RawExample]:
                 source.seek(0)
                 yield from pyarrow.ipc.open_stream(source)
 
-    yield from _arrow_rows(file, "arrow", batches)
+    yield from _arrow_examples(file, "arrow", batches)
 
 
-def _arrow_rows(file: Path, kind: str, batches: Any) -> Iterator[RawExample]:
+def _arrow_examples(file: Path, kind: str, batches: Any) -> Iterator[RawExample]:
     import pyarrow
 
     number = 0
     try:
         for batch in batches():
             for start in range(0, len(batch), 1024):
-                for row in batch.slice(start, 1024).to_pylist():
+                for example in batch.slice(start, 1024).to_pylist():
                     number += 1
-                    yield f"{file}:{number}", row
+                    yield f"{file}:{number}", example
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: cannot be read as {kind} after row {number} ({reason})") from error
+        raise UserError(
+            f"{file}: cannot be read as {kind} after example {number} ({reason}); the file may be truncated"
+        ) from error

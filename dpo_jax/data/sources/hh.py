@@ -1,4 +1,4 @@
-"""Anthropic's helpful and harmless dialogues (Bai et al. 2022), split and merged as the original DPO code does it."""
+"""Anthropic's helpful and harmless dialogues (Bai et al. 2022), read as the paper's code does."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,14 +14,14 @@ TURN = "\n\nAssistant:"
 
 
 class HhPair(NamedTuple):
-    """One row: a dialogue up to the last assistant turn, and the two turns.
+    """One example: a dialogue up to its last assistant turn, and two such turns.
 
     Attributes:
       prompt: the chosen transcript up to and including its last `TURN`.
-      chosen: the rest of it, with its leading space.
+      chosen: the rest of the chosen transcript, with its leading space.
       rejected: the rejected transcript from the same character on.
-      same_prompt: whether the rejected transcript starts with the prompt; if not, the cut falls somewhere else in it.
-      where: for error messages.
+      same_prompt: whether the rejected transcript starts with the prompt; if not, `rejected` is an arbitrary piece.
+      where: `file:line` for error messages.
     """
 
     prompt: str
@@ -32,15 +32,14 @@ class HhPair(NamedTuple):
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
-    """Yields the dialogues as comparisons, those with equal prompts next to one another.
+    """Yields the dialogues as comparisons, grouped by prompt in the order of each prompt's first example.
 
-    A prompt stands where it first appears. With one response there is one example for each prompt, with the chosen
-    turn of its last row (the original's `sft_target`); with none, only the prompt. Where the rejected transcript does
-    not start with the prompt (7 of the 8,552 test rows), the original's cut falls anywhere in it, inside of a word too:
-    its comparison is `misplaced`, and dropped unless data.degenerate says otherwise.
+    With one response per prompt, that is the chosen turn of the prompt's last example (`sft_target` in the paper's
+    code). If the rejected transcript does not start with the prompt (7 of the 8,552 test examples), the paper's code
+    cuts it at an arbitrary character. Such a comparison is `misplaced`, and data.degenerate drops it by default.
 
     Args:
-      path: hub ids, folders in the hub's layout (`*/<split>.jsonl.gz`), or files; nothing is `Anthropic/hh-rlhf`.
+      path: hub ids, folders in the hub's layout (`*/<split>.jsonl.gz`), or files; () for `Anthropic/hh-rlhf`.
       split: `train` or `test`.
       responses: 0, 1 or 2.
 
@@ -48,7 +47,9 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       UserError: the data cannot be found, or a transcript has no assistant turn.
     """
     if responses not in (0, 1, 2):
-        raise UserError(f"data source 'hh' has at most 2 responses to a prompt, not {responses}")
+        raise UserError(
+            f"data source 'hh' has at most 2 responses per prompt, not {responses}; choose another loss or source"
+        )
     prompts: dict[str, list[HhPair]] = {}
     for pair in hh_pairs(path, split):
         if isinstance(pair, UserError):
@@ -62,11 +63,11 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
             yield from map(_comparison, group)
     count = sum(map(len, prompts.values()))
     if responses == 1 and len(prompts) < count:
-        yield Note("rows left out, since a later one has the same prompt", count - len(prompts))
+        yield Note("examples left out: a later one has the same prompt", count - len(prompts))
 
 
 def hh_pairs(path: tuple[str, ...], split: str) -> Iterator[HhPair | UserError]:
-    """Every row in the order of the files; arguments and errors as in `read`."""
+    """Yields every example in the order of the files; arguments and errors as in `read`."""
     return convert_examples(file_rows(path or (HUB_ID,), split), _pair)
 
 
@@ -74,15 +75,19 @@ def _comparison(pair: HhPair) -> Comparison:
     return Comparison(pair.prompt, (pair.chosen, pair.rejected), where=pair.where, misplaced=not pair.same_prompt)
 
 
-def _pair(where: str, row: dict) -> HhPair:
-    return split_row(where, text_column(where, row, "chosen"), text_column(where, row, "rejected"))
+def _pair(where: str, example: dict) -> HhPair:
+    return split_transcripts(where, text_column(where, example, "chosen"), text_column(where, example, "rejected"))
 
 
-def split_row(where: str, chosen: str, rejected: str) -> HhPair:
-    """Cuts both transcripts where the chosen one's last assistant turn begins; `UserError` where it has none."""
+def split_transcripts(where: str, chosen: str, rejected: str) -> HhPair:
+    """Splits both transcripts at the character where the last assistant turn of the chosen one begins.
+
+    Raises:
+      UserError: the chosen transcript has no assistant turn.
+    """
     turn = chosen.rfind(TURN)
     if turn < 0:
-        raise UserError(f"{where}: 'chosen' has no {TURN!r}; this is not a dialogue of Anthropic HH")
+        raise UserError(f"{where}: 'chosen' has no {TURN!r}; it is not a dialogue of Anthropic HH; use data.name files")
     end = turn + len(TURN)
     prompt = chosen[:end]
     return HhPair(prompt, chosen[end:], rejected[end:], rejected.startswith(prompt), where)

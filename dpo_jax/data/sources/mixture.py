@@ -1,4 +1,4 @@
-"""Several sources in one, each with its share."""
+"""A mixture of sources, each with a share."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,13 @@ PART = re.compile(r"(?:([^*:]*)\*)?(\w+)(?::(.+))?")
 
 
 class MixturePart(NamedTuple):
-    """One source of a mixture: how often each of its comparisons comes in an epoch, on average; and what it reads."""
+    """One source of a mixture.
+
+    Attributes:
+      share: how often each of its comparisons occurs in an epoch, on average.
+      source: its name, as `data.name`.
+      path: what it reads; () for its own data set.
+    """
 
     share: float
     source: str
@@ -23,17 +29,17 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """Yields the comparisons of every part, one part after another.
 
     Args:
-      path: parts, each `source:path` or `share*source:path`, as in `0.5*hh:Anthropic/hh-rlhf` or `files:pairs.jsonl`;
-        the path may be left out where the source has one of its own. A share of 0.5 takes half of the prompts, with all
-        of their comparisons, always the same ones; 2 takes everything twice; 1 is the default.
-      split: of every part.
-      responses: as for the parts.
+      path: parts, each `source:path` or `share*source:path`, such as `0.5*hh:Anthropic/hh-rlhf` or
+        `files:pairs.jsonl`. A source with its own data set needs no path. A share of 0.5 takes half of the prompts,
+        always the same ones, each with all of its comparisons; 2 takes everything twice; 1 is the default.
+      split: the split of every part.
+      responses: responses per comparison, of every part.
 
     Raises:
-      UserError: a part is not written so, or cannot be read.
+      UserError: a part is not written like this, or cannot be read.
     """
     if not path:
-        raise UserError("data.path names no part of the mixture; give it parts such as 0.5*files:pairs.jsonl")
+        raise UserError("data.path is empty; set it to the parts of the mixture, such as 0.5*files:pairs.jsonl")
     for part in [parse_part(text) for text in path]:
         for item in open_stream(part.source, part.path, split, responses):
             times = _times(item, part.share) if isinstance(item, Comparison) else 1
@@ -41,10 +47,16 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
 
 def parse_part(text: str) -> MixturePart:
-    """A part as it is written in `data.path`."""
+    """Returns a part of a mixture from its text in `data.path`.
+
+    Raises:
+      UserError: it is not `share*source:path`, or the share is not in (0, 1000].
+    """
     match = PART.fullmatch(text)
     if match is None or match[2] == "mixture":
-        raise UserError(f"data.path: {text!r} is no part of a mixture; write share*source:path, as 0.5*files:a.jsonl")
+        raise UserError(
+            f"data.path: {text!r} is no part of a mixture; write share*source:path, such as 0.5*files:a.jsonl"
+        )
     try:
         share = 1.0 if match[1] is None else float(match[1])
     except ValueError:
@@ -55,7 +67,7 @@ def parse_part(text: str) -> MixturePart:
 
 
 def _times(item: Comparison, share: float) -> int:
-    """How often a comparison is taken: the whole part of its share, and once more by a draw that its prompt decides."""
-    # The key's low half: its high half decides what is held out, of which a share must be a share too.
+    """Returns how often a comparison is taken: the integer part of its share, and once more by a hash of its prompt."""
+    # `holdout` splits by the high bits of the key. The low bits decide here, so that both choices are independent.
     draw = (prompt_key(item.prompt) % 2**32) / 2**32
     return int(share) + (draw < share % 1)

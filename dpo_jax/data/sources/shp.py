@@ -1,4 +1,4 @@
-"""Stanford Human Preferences (Ethayarajh et al. 2022): Reddit answers by votes, as the original DPO code reads them."""
+"""Stanford Human Preferences (Ethayarajh et al. 2022): Reddit answers with votes, read as the paper's code does."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,18 +12,18 @@ from dpo_jax.records import Comparison
 HUB_ID = "stanfordnlp/SHP"
 LEAST_RATIO = 2.0
 Rated = tuple[tuple[str, str], tuple[float, float], str]
-"""The two answers, best first; their scores; where."""
+"""(two answers, best first; their scores; `file:line`)."""
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
-    """Yields the comparisons whose scores differ by a factor of at least 2, those with equal prompts together.
+    """Yields comparisons whose scores differ by a factor of at least 2, grouped by prompt.
 
-    A prompt stands where it first appears. With one response there is one example for each prompt, its answer with the
-    highest score (the original's `sft_target`: the first of equals, an answer given twice with its first score).
+    Prompts come in the order of their first example. With one response per prompt, that is the answer with the highest
+    score, the first of equals (`sft_target` in the paper's code, which gives a repeated answer its first score).
 
     Args:
       path: hub ids, folders or files with the columns history, human_ref_A, human_ref_B, score_A, score_B, labels;
-        nothing is `stanfordnlp/SHP`.
+        () for `stanfordnlp/SHP`.
       split: `train`, `validation` or `test`.
       responses: 0, 1 or 2.
 
@@ -31,10 +31,12 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       UserError: the data cannot be found.
     """
     if responses not in (0, 1, 2):
-        raise UserError(f"data source 'shp' has at most 2 responses to a prompt, not {responses}")
+        raise UserError(
+            f"data source 'shp' has at most 2 responses per prompt, not {responses}; choose another loss or source"
+        )
     prompts: dict[str, list[Rated]] = {}
     close = 0
-    for found in convert_examples(file_rows(path or (HUB_ID,), split), _row):
+    for found in convert_examples(file_rows(path or (HUB_ID,), split), _rated):
         if isinstance(found, UserError):
             yield found
             continue
@@ -49,20 +51,21 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         else:
             yield Comparison(prompt, (_best(group),)[:responses], where=group[0][2])
     if close:
-        yield Note(f"rows left out, whose scores differ by a factor below {LEAST_RATIO:g}", close)
+        yield Note(f"examples left out: scores differ by a factor below {LEAST_RATIO:g}", close)
 
 
-def _row(where: str, row: dict[str, Any]) -> tuple[str, Rated]:
-    prompt = f"\n\nHuman: {text_column(where, row, 'history')}\n\nAssistant:"
-    answers = tuple(f" {text_column(where, row, f'human_ref_{letter}')}" for letter in "AB")
-    scores = tuple(number_column(where, key, row.get(key), least=1) for key in ("score_A", "score_B"))
-    if not binary_label(where, "labels", row.get("labels")):
+def _rated(where: str, example: dict[str, Any]) -> tuple[str, Rated]:
+    """Returns (prompt, its two answers). The label says which one is better, whatever the scores."""
+    prompt = f"\n\nHuman: {text_column(where, example, 'history')}\n\nAssistant:"
+    answers = tuple(f" {text_column(where, example, f'human_ref_{letter}')}" for letter in "AB")
+    scores = tuple(number_column(where, key, example.get(key), least=1) for key in ("score_A", "score_B"))
+    if not binary_label(where, "labels", example.get("labels")):
         answers, scores = answers[::-1], scores[::-1]
     return prompt, (answers, scores, where)  # type: ignore
 
 
 def _best(group: list[Rated]) -> str:
-    """The answer with the highest score, in the order in which the rows have them."""
+    """Returns the answer with the highest score; of equals the one that comes first in the data."""
     scores: dict[str, float] = {}
     for answers, values, _ in group:
         for answer, score in zip(answers, values, strict=True):

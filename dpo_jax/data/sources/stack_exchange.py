@@ -1,4 +1,4 @@
-"""Answers of Stack Exchange by votes (Lambert et al. 2023), read as the original DPO code does it."""
+"""Stack Exchange answers with votes (Lambert et al. 2023), read as the paper's code does."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "met
 
 
 class QuestionPost(NamedTuple):
-    """A question, its answers in the order of the data, their scores, and where it stands."""
+    """A question as a prompt, its answers in the order of the data, their scores, and `file:line`."""
 
     prompt: str
     answers: list[str]
@@ -32,12 +32,12 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """Yields all pairs of answers to each question, the one with the higher score first; of equals the later one.
 
     The data has one split, train. It is shuffled as `datasets` does with seed 42; the first hundredth is `test`, the
-    rest `train`. A question that is asked twice stands where it first appears, with the answers of the last time. With
-    one response there is one example for each question: the answer with the highest score, of equals the first.
+    rest `train`. A question that occurs twice keeps its first place and its last answers. With one response per prompt,
+    that is the answer with the highest score, of equals the first.
 
     Args:
       path: hub ids, folders or files with the columns question (HTML) and answers (a list of objects with text, HTML,
-        and pm_score); nothing is `HuggingFaceH4/stack-exchange-preferences`.
+        and pm_score); () for `HuggingFaceH4/stack-exchange-preferences`.
       split: `train` or `test`.
       responses: 0, 1 or 2.
 
@@ -45,9 +45,11 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       UserError: the data cannot be found.
     """
     if responses not in (0, 1, 2):
-        raise UserError(f"data source 'stack_exchange' has at most 2 responses to a prompt, not {responses}")
+        raise UserError(
+            f"data source 'stack_exchange' has at most 2 responses per prompt, not {responses}; choose another loss"
+        )
     if split not in ("train", "test"):
-        raise UserError(f"data source 'stack_exchange' has the splits train and test, not {split!r}")
+        raise UserError(f"data source 'stack_exchange' has the splits train and test, not {split!r}; set data.split")
     questions: dict[str, QuestionPost] = {}
     count = 0
     for found in convert_examples(_split(list(file_rows(path or (HUB_ID,), "train")), split), _question):
@@ -59,11 +61,11 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     for question in questions.values():
         yield from _comparisons(question, responses)
     if count > len(questions):
-        yield Note("questions left out, since they are asked again", count - len(questions))
+        yield Note("questions left out: they occur again later", count - len(questions))
 
 
-def plain_text(html: str) -> str:
-    """What the original keeps of HTML: of the outermost elements, paragraphs' own text and code, blank lines between.
+def html_to_text(html: str) -> str:
+    """Returns the text that the paper's code keeps of HTML: outermost paragraphs and code, joined by blank lines.
 
     Text inside the elements of a paragraph (links, emphasis, code) is lost, and so is every other element.
     """
@@ -74,12 +76,12 @@ def plain_text(html: str) -> str:
 
 
 class _Outermost(HTMLParser):
-    """Collects the texts of outermost <p> (their own), of <code> in outermost <pre>, and of outermost <code>."""
+    """Collects the text directly in outermost <p>, and all text in outermost <code> and <code> in outermost <pre>."""
 
     def __init__(self):
         super().__init__()
         self.parts: list[str] = []
-        self._open: list[str] = []  # the elements around what comes next
+        self._open: list[str] = []  # the elements that are open, outermost first
         self._text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -94,7 +96,7 @@ class _Outermost(HTMLParser):
             self._text.append(data)
 
     def handle_comment(self, data: str) -> None:
-        if self._open == ["p"]:  # the original's library counts a comment as a paragraph's own text
+        if self._open == ["p"]:  # BeautifulSoup, which the paper's code uses, counts a comment as text of the paragraph
             self._text.append(data)
 
     def handle_endtag(self, tag: str) -> None:
@@ -111,25 +113,25 @@ class _Outermost(HTMLParser):
             self.handle_endtag(self._open[0])
 
     def _collected(self) -> int:
-        """How deep the element stands whose text is collected here, or 0."""
+        """Returns the depth of the open element whose text is collected, or 0."""
         if self._open[:1] == ["pre"]:
             return self._open.index("code") + 1 if "code" in self._open else 0
         return int(self._open[:1] in (["p"], ["code"]))
 
 
-def _split(every: list[RawExample | UserError], split: str) -> Iterator[RawExample | UserError]:
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(every))
-    test = int(len(every) * TEST_SHARE)
-    return (every[i] for i in (order[:test] if split == "test" else order[test:]))
+def _split(examples: list[RawExample | UserError], split: str) -> Iterator[RawExample | UserError]:
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(examples))
+    test = int(len(examples) * TEST_SHARE)
+    return (examples[i] for i in (order[:test] if split == "test" else order[test:]))
 
 
-def _question(where: str, row: dict[str, Any]) -> QuestionPost:
-    answers = row.get("answers")
+def _question(where: str, example: dict[str, Any]) -> QuestionPost:
+    answers = example.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, dict) for answer in answers):
         raise UserError(f"{where}: 'answers' must be a list of objects with text and pm_score")
     scores = [number_column(where, "pm_score", answer.get("pm_score")) for answer in answers]
-    texts = [f" {plain_text(text_column(where, answer, 'text'))}" for answer in answers]
-    prompt = f"\n\nHuman: {plain_text(text_column(where, row, 'question'))}\n\nAssistant:"
+    texts = [f" {html_to_text(text_column(where, answer, 'text'))}" for answer in answers]
+    prompt = f"\n\nHuman: {html_to_text(text_column(where, example, 'question'))}\n\nAssistant:"
     return QuestionPost(prompt, texts, scores, where)
 
 

@@ -1,8 +1,8 @@
-"""A small world of film reviews with a known true reward: the paper's controlled-sentiment task, in minutes on a CPU.
+"""Synthetic film reviews with a known true reward: the paper's controlled-sentiment task, in minutes on a CPU.
 
-A review is an opening that judges nothing, two to four sentences of praise or blame, and a verdict. Reviews have a
-mood, so what a model has written makes what follows likelier, but each sentence may go against it. The reward of a
-completion is the sum of its words' scores; one unit of it is one nat of Bradley-Terry log-odds.
+A review is a neutral opening, two to four sentences of praise or blame, and a verdict. Each review has a mood that its
+sentences follow with probability 3/4, so that the start of a review tells something about its rest. The reward of a
+completion is the sum of its words' scores; one unit is one nat of Bradley-Terry log-odds.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from dpo_jax.records import Comparison
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 SIZES = {"train": 20_000, "test": 1_000}
-MOOD_KEPT = 0.75
-DRAWS_PER_PROMPT = 200
+MOOD_KEPT = 0.75  # probability that a sentence follows the mood of its review
+SAMPLES_PER_PROMPT = 200  # reviews sampled for each distinct prompt asked for, before giving up
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 SCORES = {
     **dict.fromkeys(("superb", "brilliant", "wonderful", "stunning", "adored", "masterful"), 1.0),
@@ -89,29 +89,29 @@ Choice = tuple[int, str]
 
 
 def synthetic_reward(prompt: str, completion: str) -> float:
-    """The true reward: the scores of a completion's words, added up; the prompt does not count.
+    """Returns the true reward in nats: the sum of the scores of a completion's words; the prompt does not count.
 
-    In nats: a judge who draws labels by Bradley-Terry from it agrees with it on about four of five pairs of reviews.
+    Labels sampled from it by Bradley-Terry agree with it on about four of five pairs of reviews.
     """
     return sum(SCORES.get(word, 0.0) for word in re.findall(r"[a-z]+", completion.lower()))
 
 
 def read(path: tuple[str, ...] = (), split: str = "train", responses: int = 1) -> Iterator[Comparison]:
-    """Yields reviews cut after their first 2 to 8 tokens (words and marks), always the same ones.
+    """Yields reviews split after their first 2 to 8 tokens (words and punctuation marks), always the same ones.
 
     Args:
-      path: none, since nothing is read.
-      split: `train`, 20,000 reviews, or `test`, 1,000 others; prefixes may occur in both.
-      responses: 1 continues a prefix as its review does; 2 adds an independent continuation of the same prefix, and
-        the two are ordered by a draw from Bradley-Terry with the true reward; 0 is the prefixes alone.
+      path: (), because nothing is read.
+      split: `train` has 20,000 reviews, `test` 1,000 others; a prefix may occur in both.
+      responses: 0 gives the prefixes alone, 1 the rest of each review. 2 adds an independent continuation of the same
+        prefix, and samples the order of the two by Bradley-Terry with the true reward.
 
     Raises:
-      UserError: a path, an unknown split, or another number of responses is asked for.
+      UserError: a path, an unknown split, or another number of responses.
     """
     if path or responses not in (0, 1, 2):
         raise UserError(f"data source 'synthetic' takes no path ({list(path)}) and at most 2 responses ({responses})")
-    draws = _draws(split)
-    for number, (prompt, first, other, coin) in enumerate(itertools.islice(draws, SIZES[split]), 1):
+    samples = _samples(split)
+    for number, (prompt, first, other, coin) in enumerate(itertools.islice(samples, SIZES[split]), 1):
         where = f"synthetic {split}:{number}"
         if responses < 2:
             yield Comparison(prompt, (first,)[:responses], where=where)
@@ -120,13 +120,13 @@ def read(path: tuple[str, ...] = (), split: str = "train", responses: int = 1) -
 
 
 def synthetic_prompts(split: str, count: int) -> list[str]:
-    """The first `count` distinct prefixes of a split's stream of reviews, which goes on beyond the split's size.
+    """Returns the first `count` distinct prefixes of a split's endless stream of reviews.
 
     Raises:
-      UserError: the split is unknown, or the world has too few prefixes.
+      UserError: the split is unknown, or there are too few distinct prefixes.
     """
     found: dict[str, None] = {}
-    for prompt, *_ in itertools.islice(_draws(split), DRAWS_PER_PROMPT * count):
+    for prompt, *_ in itertools.islice(_samples(split), SAMPLES_PER_PROMPT * count):
         found[prompt] = None
         if len(found) == count:
             return list(found)
@@ -134,10 +134,10 @@ def synthetic_prompts(split: str, count: int) -> list[str]:
 
 
 def synthetic_tokenizer() -> "PreTrainedTokenizerFast":
-    """A fast tokenizer whose tokens are the world's words, marks and four special tokens.
+    """Returns a fast tokenizer whose tokens are the world's words, punctuation marks and four special tokens.
 
-    A word's space goes with it, so decoding gives back the text, and a prompt's ids followed by a completion's are
-    the ids of the whole.
+    A word includes the space before it. So decoding restores the text, and the ids of a prompt and of its completion
+    join to the ids of the review.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +151,7 @@ def synthetic_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def _vocabulary() -> list[str]:
-    """Special tokens, marks, words that begin a text, and words after a space; sorted, so ids never move."""
+    """Returns special tokens, marks, words that begin a text and words after a space; sorted, so that ids are fixed."""
     quality = (template for group in (QUALITIES, VERDICTS) for templates in group.values() for template in templates)
     words = {word for filling in SLOTS.values() for word in filling}
     for template in (*OPENINGS, *quality):
@@ -160,8 +160,8 @@ def _vocabulary() -> list[str]:
     return [*SPECIAL, *".,!", *sorted(first), *(f"▁{word}" for word in sorted(words))]
 
 
-def _draws(split: str) -> Iterator[tuple[str, str, str, float]]:
-    """Endless (prompt, continuation, independent continuation, coin in [0, 1)), the same for everyone."""
+def _samples(split: str) -> Iterator[tuple[str, str, str, float]]:
+    """Yields (prompt, continuation, independent continuation, number in [0, 1)) without end, always the same."""
     if split not in SIZES:
         raise unknown_choice("split of the synthetic world", split, SIZES)
     return _stream(random.Random(f"film reviews, {split}"))
@@ -172,19 +172,19 @@ def _stream(stream: random.Random) -> Iterator[tuple[str, str, str, float]]:
         text, choices = _review(stream, [])
         pieces = PIECE.findall(text)
         prompt = "".join(pieces[: 2 + int(7 * stream.random())])
-        # What was chosen inside the prompt stays; the mood and all that comes later is drawn anew.
+        # The choices inside the prompt stay; the mood and everything after the prompt are sampled again.
         other, _ = _review(stream, [choice for at, choice in choices if at < len(prompt)])
         yield prompt, text[len(prompt) :], other[len(prompt) :], stream.random()
 
 
 def _review(stream: random.Random, fixed: list[str]) -> tuple[str, list[Choice]]:
-    """A review, and each choice made for it with its place in the text; the first ones are taken from `fixed`."""
+    """Returns a review and its choices, each with its position in the text; the first choices are those in `fixed`."""
     choices: list[Choice] = []
     text = ""
 
     def choose(*options: str) -> str:
-        drawn = options[int(len(options) * stream.random())]
-        choices.append((len(text), fixed[len(choices)] if len(choices) < len(fixed) else drawn))
+        sampled = options[int(len(options) * stream.random())]
+        choices.append((len(text), fixed[len(choices)] if len(choices) < len(fixed) else sampled))
         return choices[-1][1]
 
     def write(*templates: str) -> None:
@@ -196,17 +196,17 @@ def _review(stream: random.Random, fixed: list[str]) -> tuple[str, list[Choice]]
     write(*OPENINGS)
     mood = float(choose("0", "1"))
     for _ in range(int(choose("2", "3", "4"))):
-        write(*QUALITIES[_agrees(stream, mood)])
-    write(*VERDICTS[_agrees(stream, mood)])
+        write(*QUALITIES[_praises(stream, mood)])
+    write(*VERDICTS[_praises(stream, mood)])
     return text, choices
 
 
-def _agrees(stream: random.Random, mood: float) -> bool:
-    """Whether a sentence praises: what the mood says, mostly."""
+def _praises(stream: random.Random, mood: float) -> bool:
+    """Samples whether a sentence praises, which follows the mood with probability `MOOD_KEPT`."""
     return (stream.random() < MOOD_KEPT) == (mood > 0)
 
 
 def _ordered(prompt: str, first: str, other: str, coin: float) -> tuple[str, str]:
-    """The two, best first by a Bradley-Terry draw: P(first is best) = sigmoid of the difference in reward."""
+    """Returns two completions, best first by a Bradley-Terry sample: P(first is best) = sigmoid(reward difference)."""
     odds = math.exp(synthetic_reward(prompt, other) - synthetic_reward(prompt, first))
     return (first, other) if coin < 1 / (1 + odds) else (other, first)

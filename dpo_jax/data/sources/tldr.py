@@ -1,4 +1,4 @@
-"""Summaries of Reddit posts with human preferences (Stiennon et al. 2020): the paper's second experiment."""
+"""TL;DR: summaries of Reddit posts with human preferences (Stiennon et al. 2020), the paper's second experiment."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +13,14 @@ HUB_ID = "openai/summarize_from_feedback:comparisons"
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
-    """The comparisons of two summaries of a post, or of a news article where the data has one instead.
+    """Yields comparisons of two summaries of a post, or of a news article if the example has one instead.
 
-    A prompt ends in `TL;DR:`, and a summary begins with one space. With one response it is the chosen summary.
+    A prompt ends in `TL;DR:`, and a summary begins with one space. With one response per prompt, that is the chosen
+    summary.
 
     Args:
       path: hub ids, folders or files with the columns info (post, title and subreddit, or article), summaries (two
-        objects with text) and choice (0 or 1); nothing is the `comparisons` of `openai/summarize_from_feedback`.
+        objects with text) and choice (0 or 1); () for `openai/summarize_from_feedback:comparisons`.
       split: `train` or `validation`.
       responses: 0, 1 or 2.
 
@@ -27,17 +28,21 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       UserError: the data cannot be found.
     """
     if responses not in (0, 1, 2):
-        raise UserError(f"data source 'tldr' has at most 2 responses to a prompt, not {responses}")
-    return expand_examples(file_rows(path or (HUB_ID,), split), lambda where, row: [_comparison(where, row, responses)])
+        raise UserError(
+            f"data source 'tldr' has at most 2 responses per prompt, not {responses}; choose another loss or source"
+        )
+    return expand_examples(
+        file_rows(path or (HUB_ID,), split), lambda where, example: [_comparison(where, example, responses)]
+    )
 
 
-def _comparison(where: str, row: dict[str, Any], responses: int) -> Comparison:
-    summaries = row.get("summaries")
+def _comparison(where: str, example: dict[str, Any], responses: int) -> Comparison:
+    summaries = example.get("summaries")
     if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(one, dict) for one in summaries):
         raise UserError(f"{where}: 'summaries' must be a list of two objects with text")
     first, second = (f" {text_column(where, summary, 'text').strip()}" for summary in summaries)
-    ordered = (second, first) if binary_label(where, "choice", row.get("choice")) else (first, second)
-    return Comparison(_prompt(where, row.get("info")), ordered[:responses], where=where)
+    ordered = (second, first) if binary_label(where, "choice", example.get("choice")) else (first, second)
+    return Comparison(_prompt(where, example.get("info")), ordered[:responses], where=where)
 
 
 def _prompt(where: str, info: Any) -> str:
