@@ -1,4 +1,4 @@
-"""Rewards by a classifier of transformers, on small random ones of real architecture with a real tokenizer."""
+"""Rewards by transformers classifiers: small random models of a real architecture with a real tokenizer."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ LABELS = {"NEGATIVE": 0, "NEUTRAL": 1, "POSITIVE": 2}
 
 
 def write(folder, shared, kind=transformers.RobertaForSequenceClassification, labels=LABELS):
-    """Writes a random model whose logits are far apart, with the tokenizer of a real one; returns its folder."""
+    """Writes a random model with logits far apart and a real tokenizer; returns its folder."""
     torch.manual_seed(0)
     config = transformers.RobertaConfig(
         vocab_size=512, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -37,7 +37,7 @@ def folder(shared, tmp_path_factory):
 
 
 def probabilities(folder, texts):
-    """Of each label, text by text without padding; of the fourth only the 41 tokens for which there are positions."""
+    """Probabilities [texts, labels], text by text without padding; the fourth text is cut at the 41 positions."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def probabilities(folder, texts):
 
 def test_the_reward_is_the_log_odds_of_the_label(folder, capsys):
     p = probabilities(folder, [a + b for a, b in zip(PROMPTS, COMPLETIONS, strict=True)])
-    assert np.ptp(p, axis=0).min() > 0.05  # so that another label or another text would be seen
+    assert np.ptp(p, axis=0).min() > 0.05  # another label or text would differ
     for label, place in LABELS.items():
         found = get_reward(f"classifier:{folder}#{label}")(PROMPTS, COMPLETIONS)
         np.testing.assert_allclose(found, np.log(p[:, place] / (1 - p[:, place])), rtol=1e-4, atol=1e-5)
@@ -83,12 +83,12 @@ def test_a_label_must_be_named(folder, name, message):
 
 def test_a_model_without_a_trained_head_is_refused(shared, tmp_path):
     write(tmp_path, shared, transformers.RobertaForMaskedLM)
-    with pytest.raises(UserError, match=r"holds RobertaForMaskedLM, no .*ForSequenceClassification"):
+    with pytest.raises(UserError, match=r"holds RobertaForMaskedLM; give a .*ForSequenceClassification"):
         get_reward(f"classifier:{tmp_path}#POSITIVE")
     config = json.loads((tmp_path / "config.json").read_text())
     config["architectures"] = ["RobertaForSequenceClassification"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"a classifier without classifier\.dense\.bias"):
+    with pytest.raises(UserError, match=r"classifier lacks classifier\.dense\.bias"):
         get_reward(f"classifier:{tmp_path}#POSITIVE")
 
 
@@ -96,7 +96,7 @@ def test_a_pickle_is_not_read(shared, tmp_path):
     write(tmp_path, shared)
     (tmp_path / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no classifier could be read: .*safetensors"):
+    with pytest.raises(UserError, match=r"cannot read a classifier: .*safetensors"):
         get_reward(f"classifier:{tmp_path}#POSITIVE")
 
 

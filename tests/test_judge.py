@@ -1,4 +1,4 @@
-"""Judges: verdicts by hand, orders counted, and questions to a local server that speaks the protocol."""
+"""Judges: verdicts checked by hand, orders, and requests to a local server of the chat-completions protocol."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ SECRET = "sk-0123456789"  # of no real service
 
 
 class Server:
-    """Answers with what `say` returns of a request: a text, or (status, headers, JSON) for a failure."""
+    """Answers a request with `say(body)`: a text, or (status, headers, content)."""
 
     def __init__(self, say):
         outer, self.seen, self.headers, lock = self, [], [], threading.Lock()
@@ -71,7 +71,7 @@ def _no_proxy(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that somebody wanted to sleep; nobody does."""
+    """Seconds asked of time.sleep, which returns at once."""
     found = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
@@ -100,12 +100,12 @@ def test_answers_come_in_order_and_each_question_is_asked_once(tmp_path):
         assert (again.asked, again.found) == (0, 5)
         assert len(server.seen) == 20
         other = client_of(server, tmp_path, body=("temperature=1", "stop=x"))
-        other.ask(questions[:1])  # another request is another question
+        other.ask(questions[:1])  # another field, another cache key
         assert (server.seen[-1][1]["temperature"], server.seen[-1][1]["stop"]) == (1, "x")
         assert "max_tokens" not in server.seen[-1][1]
         next(tmp_path.glob("*/*.json")).write_text("{damaged")
         assert client_of(server, tmp_path).ask(questions[:20]) == [f"you said {q}" for q in questions[:20]]
-        assert len(server.seen) in (21, 22)  # 21 if the damaged one is that of the other request
+        assert len(server.seen) in (21, 22)  # 21 if the damaged answer is that of the other request
 
 
 def test_temporary_failures_are_retried_after_growing_waits(tmp_path, waits):
@@ -135,7 +135,7 @@ def test_retries_end(tmp_path, waits):
         assert len(server.seen) == 1
     waits.clear()
     with pytest.raises(UserError, match=r"no answer after 2 tries: .*refused"):
-        client_of(server, tmp_path, retries=1).ask(["?"])  # nobody listens any more
+        client_of(server, tmp_path, retries=1).ask(["?"])  # the server is closed
     assert len(waits) == 1
 
 
@@ -222,12 +222,12 @@ def test_importing_the_settings_is_light():
         ({"choices": []}, "not JSON of a chat"),
     ],
 )
-def test_another_protocol_is_refused(tmp_path, content, message):
+def test_other_responses_are_refused(tmp_path, content, message):
     with serving(lambda body: (200, {}, content)) as server, pytest.raises(UserError, match=message):
         client_of(server, tmp_path).ask(["?"])
 
 
-def test_an_empty_answer_is_one(tmp_path):
+def test_an_empty_answer_counts(tmp_path):
     with serving(lambda body: (200, {}, {"choices": [{"message": {"content": None}}]})) as server:
         assert client_of(server, tmp_path).ask(["?"]) == [""]
 
@@ -255,7 +255,7 @@ def test_cost_is_counted_and_limited_and_the_next_call_goes_on(tmp_path):
 def test_requests_keep_their_rate(tmp_path, waits):
     with serving(echo) as server:
         client_of(server, tmp_path, parallel=1, per_minute=60).ask([str(i) for i in range(4)])
-    assert len(waits) == 3  # nobody sleeps here, so each has to wait longer by a second
+    assert len(waits) == 3  # sleep returns at once, so each waits a second longer
     assert np.allclose(np.round(waits), [1, 2, 3])
 
 
@@ -283,7 +283,7 @@ def test_a_lone_surrogate_is_asked_about(tmp_path):
         assert len(server.seen) == 2
 
 
-def test_requests_are_under_way_together(tmp_path):
+def test_requests_are_concurrent(tmp_path):
     together = threading.Barrier(4, timeout=20)
 
     def say(body):
@@ -306,7 +306,7 @@ def test_requests_are_under_way_together(tmp_path):
         ({"body": ("model=x",)}, "model, messages, stream and n cannot be set"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tmp_path, settings, message):
+def test_invalid_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         EndpointClient(EndpointConfig(**({"model": "m"} | settings)), tmp_path)
 
@@ -338,18 +338,18 @@ def test_a_reward_as_a_judge():
         ("", None),
     ],
 )
-def test_answers_are_understood(answer, score):
+def test_answers_are_parsed(answer, score):
     assert judging.parse_verdict(answer, a_first=True) == score
     assert judging.parse_verdict(answer, a_first=False) == (None if score is None else 1 - score)
 
 
 def reads_longer(question):
-    """A judge without a bias: prefers the longer of the two replies."""
+    """A judge without position bias: prefers the longer reply."""
     ((first, second),) = re.findall(r"Reply A:\n(.*)\n\nReply B:\n(.*)\n\nFirst say", question, re.DOTALL)
     return f"Length.\nBetter: {'A' if len(first) > len(second) else 'B'}"
 
 
-def test_a_model_as_a_judge_whatever_the_order():
+def test_a_model_as_a_judge_in_any_order():
     asked = []
 
     def ask(questions):
@@ -373,7 +373,7 @@ def test_a_model_as_a_judge_whatever_the_order():
     assert len(asked) == 22 + 44
 
 
-def test_a_judge_that_takes_the_first_is_found_out():
+def test_a_position_bias_shows_in_the_verdicts():
     judge = judging.by_asking(lambda qs: ["Better: A"] * len(qs), "summary", "both", seed=0)
     ((one, two),) = judge([MATCH])
     assert (one.score, one.a_first, two.score, two.a_first) == (1.0, True, 0.0, False)
@@ -381,13 +381,13 @@ def test_a_judge_that_takes_the_first_is_found_out():
 
 def test_the_order_is_a_fair_draw_of_the_seed_and_the_match():
     matches = [Match(f"p{i}", "a", "b") for i in range(1000)]
-    drawn = [judging.load_judge(m, 0) for m in matches]
+    drawn = [judging.sample_order(m, 0) for m in matches]
     assert abs(sum(drawn) - 500) < 4 * 250**0.5
-    assert drawn == [judging.load_judge(m, 0) for m in matches]
-    assert drawn != [judging.load_judge(m, 1) for m in matches]
+    assert drawn == [judging.sample_order(m, 0) for m in matches]
+    assert drawn != [judging.sample_order(m, 1) for m in matches]
 
 
-def test_texts_are_filled_in_as_they_are():
+def test_braces_in_texts_are_left_alone():
     match = Match("Say {second} {x} \\1", "{prompt}", " b ")
     assert (
         judging.fill_template("{prompt}|{first}|{second}|{other}", match, True)
@@ -406,14 +406,14 @@ def test_questions(tmp_path):
     own.write_text("{prompt} {first} Better:")
     with pytest.raises(UserError, match=r"lacks \{second\}"):
         judging.question_template(str(own))
-    with pytest.raises(UserError, match="'dialog' is none of summary, concise, dialogue"):
+    with pytest.raises(UserError, match="'dialog' is neither summary, concise, dialogue nor a readable file"):
         judging.question_template("dialog")
-    with pytest.raises(UserError, match="order: 'first'"):
+    with pytest.raises(UserError, match="order: unknown order 'first'"):
         judging.by_asking(list, "summary", "first", 0)
 
 
-def test_waiting_for_the_rate_is_in_seconds(tmp_path):
-    """The one real wait: 2 requests at 600 a minute are 0.1 s apart."""
+def test_the_rate_limit_waits_in_seconds(tmp_path):
+    """Really sleeps: 2 requests at 600 a minute are 0.1 s apart."""
     with serving(echo) as server:
         start = time.monotonic()
         EndpointClient(EndpointConfig("m", server.url, per_minute=600, parallel=1), tmp_path).ask(["a", "b"])

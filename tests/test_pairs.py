@@ -1,4 +1,4 @@
-"""Pairs made of what is there: each way on rows that can be checked by eye, and through the command."""
+"""Pairs built by each value of --by, on examples small enough to check by eye, and by the command."""
 
 import json
 from pathlib import Path
@@ -46,32 +46,32 @@ def test_corrections_are_made_in_their_order(tmp_path):
     assert build_pairs.correct_answer("I don't know.", rules) == "I don't know."
 
 
-def test_what_yaml_reads_as_no_text_is_refused(tmp_path):
+def test_a_rule_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "who.yaml").write_text("No: Yes")
     with pytest.raises(UserError, match=r"who.yaml: False: True: both must be text"):
         build_pairs.correction_rules(str(tmp_path / "who.yaml"))
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", "x"), ("a", r"\1")])
-def test_a_correction_that_is_none_is_refused(tmp_path, pattern, replacement):
+def test_an_invalid_rule_is_refused(tmp_path, pattern, replacement):
     (tmp_path / "who.yaml").write_text(yaml.safe_dump({pattern: replacement}))
     with pytest.raises(UserError, match=r"who.yaml: .*no pattern and replacement"):
         build_pairs.correction_rules(str(tmp_path / "who.yaml"))
 
 
-def test_damage_is_a_fifth_of_the_words_left_out_doubled_or_moved():
+def test_corruption_drops_doubles_or_swaps_one_word_in_five():
     text = " one two three four five\n"
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
         damaged = build_pairs.corrupt_answer(text, rng)
-        if damaged is None:  # the one edit was none
+        if damaged is None:  # the edit changed nothing
             continue
         words = damaged.split()
         assert damaged.endswith("\n")
         assert damaged != text
         assert set(words) <= set(text.split())
         seen.add(len(words))
-        if len(words) == 5:  # two have changed places
+        if len(words) == 5:  # two were swapped
             assert sum(a != b for a, b in zip(words, text.split(), strict=True)) == 2
     assert seen == {4, 5, 6}
     assert build_pairs.corrupt_answer("one", rng) == "oneone"
@@ -83,7 +83,7 @@ def test_the_answer_to_the_next_other_prompt():
     assert build_pairs.other_answers(rows) == ["3", "3", "4", "1"]
 
 
-def test_single_rows_become_every_pair_and_go_back(at):
+def test_unpaired_examples_become_every_pair_and_back(at):
     rows = [("p", "good", True), ("p", "bad", False), ("p", "better", True), ("q", "alone", True), ("p", "bad", False)]
     at("single.jsonl", [{"prompt": p, "completion": c, "label": w} for p, c, w in rows])
     found = pairs("out.jsonl", "--by", "paired", "--data.path", "single.jsonl")
@@ -96,7 +96,7 @@ def test_single_rows_become_every_pair_and_go_back(at):
     assert back[2]["provenance"] == {"by": "single", "row": "out.jsonl:2"}
 
 
-def test_what_data_says_of_a_row_is_kept_or_refused(at, capsys):
+def test_weights_are_kept_and_soft_preferences_refused(at, capsys):
     pair = {"prompt": "p", "chosen": "a b", "rejected": "c"}
     at("soft.jsonl", [pair | {"preference": 0.1}])
     with pytest.raises(UserError, match=r"soft.jsonl:1: preference 0.1: a row alone is wanted or not"):
@@ -108,24 +108,24 @@ def test_what_data_says_of_a_row_is_kept_or_refused(at, capsys):
         pairs("out2.jsonl", "--by", "paired", "--data.path", "out.jsonl")
     both = [{"prompt": "p", "completion": "x", "label": label} for label in (True, False)]
     at("both.jsonl", both)
-    with pytest.raises(UserError, match=r"out3.jsonl: nothing to write: no pair could be made of 2 rows"):
+    with pytest.raises(UserError, match=r"out3.jsonl: no pair could be built from 2 examples"):
         pairs("out3.jsonl", "--by", "paired", "--data.path", "both.jsonl")
     assert "1 responses both wanted and not, left out" in capsys.readouterr().out
     at("bad.jsonl", [{"prompt": "p"}, {"prompt": "p", "completion": "x y"}])
     assert pairs("out4.jsonl", "--by", "corrupted", "--data.path", "bad.jsonl", "--data.skip_bad_rows", "1")
-    assert "1 rows that cannot be used, left out" in capsys.readouterr().out
+    assert "1 invalid examples skipped" in capsys.readouterr().out
 
 
-def test_a_transcript_of_another_dialogue_becomes_no_row(at, capsys):
+def test_a_transcript_of_another_dialogue_is_left_out(at, capsys):
     turn = "\n\nHuman: {}\n\nAssistant: {}".format
     rows = [(turn("a", "1"), turn("a", "2")), (turn("some question", "3"), turn("q", "4"))]
     at("hh.jsonl", [{"chosen": c, "rejected": r} for c, r in rows])
     single = pairs("out.jsonl", "--by", "single", "--data.name", "hh", "--data.path", "hh.jsonl")
     assert [(r["completion"], r["label"]) for r in single] == [(" 1", True), (" 2", False)]
-    assert "1 rows left out, whose rejected transcript does not start with the prompt" in capsys.readouterr().out
+    assert "1 examples left out: the rejected transcript does not start with the prompt" in capsys.readouterr().out
 
 
-def test_negatives_of_data_that_has_none(at, capsys):
+def test_rejected_responses_for_data_without_any(at, capsys):
     turns = [
         [*GREETING.messages, answer("I am Ada, and you?")],
         [{"role": "user", "content": "Sum?"}, answer("It is 4")],
@@ -137,7 +137,7 @@ def test_negatives_of_data_that_has_none(at, capsys):
     damaged = pairs("out2.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
     assert all(r["rejected"] != r["chosen"][0]["content"] for r in damaged)
     assert damaged == pairs("out3.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
-    for name in ("out.jsonl", "out2.jsonl"):  # what is written is read back
+    for name in ("out.jsonl", "out2.jsonl"):  # the output is read back
         first = load_comparisons("files", (name,), "train", 2)[0]
         assert first.prompt == GREETING
         assert first.responses[0] == answer("I am Ada, and you?")
@@ -167,18 +167,18 @@ def test_a_models_own_answers(at, shared):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["out.jsonl", "--reward", "happy"], r"--by reward takes RUN_OR_MODEL and OUT.jsonl"),
-        (["model", "out.jsonl"], r"--reward: is for --by reward, which needs it"),
-        (["out.jsonl.gz", "--by", "others"], r"out.jsonl.gz: what is written are JSON lines; give .* ends in .jsonl"),
-        (["out.jsonl", "--by", "corrupted", "--reward", "happy"], r"--reward: is for --by reward"),
-        (["m", "out.jsonl", "--by", "correction"], r"--corrections: is for --by correction, which needs it"),
-        (["m", "out.jsonl", "--by", "paired"], r"--by paired takes OUT.jsonl, then options"),
+        (["out.jsonl", "--reward", "happy"], r"--by reward: give RUN_OR_MODEL and OUT.jsonl"),
+        (["model", "out.jsonl"], r"--reward is required by \(and only valid with\) --by reward"),
+        (["out.jsonl.gz", "--by", "others"], r"out.jsonl.gz: the output is JSON lines; give .* ends in .jsonl"),
+        (["out.jsonl", "--by", "corrupted", "--reward", "happy"], r"--reward is required by .* --by reward"),
+        (["m", "out.jsonl", "--by", "correction"], r"--corrections is required by .* --by correction"),
+        (["m", "out.jsonl", "--by", "paired"], r"--by paired: give OUT.jsonl, then options"),
         (["out.jsonl", "--by", "others", "--prompts", "0"], r"at least 1"),
         (["out.jsonl", "--by", "othes"], r"othes"),
-        (["out.jsonl", "--by", "others", "--temperature", "0.3"], r"--temperature: means nothing for --by others"),
-        (["out.jsonl", "--by", "others", "--data.flip_labels", "1"], r"--data.flip_labels: means nothing"),
-        (["m", "out.jsonl", "--by", "self", "--label", "ranked"], r"--label: means nothing for --by self"),
-        (["m", "out.jsonl", "--reward", "happy", "--batch-size", "0"], r"--batch-size: at least 1"),
+        (["out.jsonl", "--by", "others", "--temperature", "0.3"], r"--temperature has no effect with --by others"),
+        (["out.jsonl", "--by", "others", "--data.flip_labels", "1"], r"--data.flip_labels has no effect"),
+        (["m", "out.jsonl", "--by", "self", "--label", "ranked"], r"--label has no effect with --by self"),
+        (["m", "out.jsonl", "--reward", "happy", "--batch-size", "0"], r"--batch-size must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

@@ -291,7 +291,7 @@ def test_models_of_the_wrong_kind_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match="a classifier of 3 labels; a reward model has one"):
         open_folder(reward.parent / "three")
     synthetic.synthetic_tokenizer().save_pretrained(language)
-    with pytest.raises(UserError, match="language: no reward model but one that writes"):
+    with pytest.raises(UserError, match="language: a language model, not a reward model"):
         get_reward(f"model:{language}")
 
 

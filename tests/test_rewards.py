@@ -35,7 +35,7 @@ def test_no_word_is_both_happy_and_sad():
     assert min(len(words.HAPPY), len(words.SAD)) > 60
 
 
-def test_synthetic_is_the_data_sources_own():
+def test_synthetic_is_the_reward_of_the_data_source():
     from dpo_jax.data.sources import synthetic
     from dpo_jax.rewards.registry import get_reward
 
@@ -86,14 +86,14 @@ def test_a_score_for_each_completion():
         ("broken_reward:f", "No module named 'there_is_no_such_module'"),
         ("my_reward:lenght", "my_reward has no 'lenght'; did you mean 'length'?"),
         ("my_reward:", "my_reward has no ''"),
-        ("my_reward:scale", "scale is no function"),
-        ("my_reward:single", "it must take the keywords prompts and completions"),
+        ("my_reward:scale", "scale is not a function"),
+        ("my_reward:single", "my_reward:single' must take the keywords prompts and completions"),
         ("logistic:absent.json", "absent.json: cannot be read as JSON"),
         ("logistik", "did you mean 'logistic:FILE'?"),
         ("vader:", "cannot import 'vader'"),
     ],
 )
-def test_what_cannot_be_found_is_said(name, message):
+def test_unknown_rewards_are_refused_in_one_line(name, message):
     with pytest.raises(UserError) as error:
         get_reward(name)
     assert message in str(error.value)
@@ -102,7 +102,7 @@ def test_what_cannot_be_found_is_said(name, message):
 
 @pytest.mark.usefixtures("module")
 @pytest.mark.parametrize("name", ["my_reward:nan", "my_reward:none"])
-def test_a_score_that_is_no_finite_number_is_refused(name):
+def test_a_score_that_is_not_a_finite_number_is_refused(name):
     with pytest.raises(UserError, match=rf"reward '{name}': the score of 'text'"):
         get_reward(name)(["prompt"], ["text"])
 
@@ -156,10 +156,10 @@ def test_a_text_is_never_paired_with_itself(how):
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_has_no_label(score):
-    with pytest.raises(UserError, match="no finite number"):
+    with pytest.raises(UserError, match="not a finite number"):
         labels.label_pairs("x", ["a", "b"], [0.0, score], "ranked", 0)
 
 
-def test_an_unknown_way_of_labelling_is_refused():
+def test_an_unknown_label_is_refused():
     with pytest.raises(UserError, match="did you mean 'best_worst'"):
         labels.label_pairs("x", TEXTS, SCORES, "best-worst", 0)

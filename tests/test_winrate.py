@@ -1,4 +1,4 @@
-"""Win rates and the best of N against sums over every response there is, and tallies by hand."""
+"""Win rates and best of N against sums over all possible responses, and tallies by hand."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ RESPONSES = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if 
 
 
 def score(response):
-    """Any score with ties."""
+    """An arbitrary score with ties."""
     return float((3 * response[0] + 5 * response[-1]) % 7)
 
 
@@ -55,8 +55,7 @@ def drawn(world, who, prompts, copies, seed):
 
 
 def best_distribution(p, n):
-    """P(y) of the first response of the highest score among n draws, which are exchangeable: among those of one score,
-    in proportion to p."""
+    """P(y) of the first response with the highest score among n samples; within one score in proportion to p."""
     out = np.zeros_like(p)
     for s in np.unique(SCORES):
         at, below = p[s == SCORES].sum(), p[s > SCORES].sum()
@@ -79,7 +78,7 @@ def test_the_win_rate_is_the_exact_one(world):
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_the_best_of_n_is_distributed_as_it_must_be_and_within_its_bound(world, n):
+def test_the_best_of_n_has_the_exact_distribution_and_keeps_its_bound(world, n):
     p = world[2]["reference"]
     exact = best_distribution(p, n)
     assert exact.sum() == pytest.approx(1)
@@ -93,8 +92,8 @@ def test_the_best_of_n_is_distributed_as_it_must_be_and_within_its_bound(world, 
 
 
 @pytest.mark.parametrize("n", [2, 5, 128])
-def test_the_bound_is_reached_where_every_response_is_rare(n):
-    """Of 100,000 equally likely responses of different scores the best of n is i with (i^n - (i - 1)^n) / 100,000^n."""
+def test_the_bound_is_reached_if_every_response_is_rare(n):
+    """Of 100,000 equally likely responses with distinct scores, P(best of n = i) = (i^n - (i - 1)^n) / 100,000^n."""
     places = np.arange(0, 100_001) / 100_000
     best = np.diff(places**n)
     kl = float((best * np.log(np.maximum(best, 1e-300) * 100_000)).sum())
@@ -118,7 +117,7 @@ def test_a_tally_by_hand():
     unread = Verdict(None, False, "")
     matches = [
         (win, Verdict(1.0, False, "")),  # won in both orders
-        (win, Verdict(0.0, False, "")),  # whichever is first
+        (win, Verdict(0.0, False, "")),  # the orders disagree: each prefers the response read first
         (tie, tie),
         (loss, unread),
         (unread,),
@@ -128,7 +127,7 @@ def test_a_tally_by_hand():
     found = tally_wins(matches)
     assert (found.wins.mean, found.wins.n) == ((1 + 0.5 + 0.5 + 0 + 0.5 + 0) / 6, 6)
     assert (found.ties, found.unread) == (3, 2)
-    # Of the five that prefer one, all but the win of a where it was read second prefer the one read first.
+    # Five verdicts prefer a response; four of them prefer the one read first.
     assert (found.first.mean, found.first.n) == (4 / 5, 5)
     assert (found.agree.mean, found.agree.n) == (2 / 3, 3)
 
@@ -140,6 +139,6 @@ def test_nothing_to_tally():
 
 
 def test_the_interval_is_wilsons():
-    """Wilson 1927, of 3 of 10: 0.1078 to 0.6032."""
+    """Wilson 1927: 3 of 10 gives 0.1078 to 0.6032."""
     found = win_share(3, 10)
     assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)

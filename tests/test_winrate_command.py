@@ -1,4 +1,4 @@
-"""`dpo-jax winrate` as a user has it, on a small random model: a reward or a local server judges."""
+"""`dpo-jax winrate` from the command line on small random models: a reward or a local server judges."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def winrate(folders, tmp_path, monkeypatch):
 
 
 def scored(judged):
-    """The judgements again, from the texts: the synthetic reward of both."""
+    """Outcomes computed again from the texts by the synthetic reward."""
     score = get_reward("synthetic")
     a, b = (score([""] * len(judged), [row[k] for row in judged]) for k in ("response", "other"))
     return 0.5 + 0.5 * np.sign(a - b)
@@ -91,7 +91,7 @@ def test_a_reward_judges_the_best_of_several_against_the_data(winrate, tmp_path,
     assert "<script" not in page
 
 
-def test_a_policy_against_itself_and_what_is_kept(winrate, tmp_path):
+def test_a_policy_against_itself_and_cached_completions(winrate, tmp_path):
     rows, judged = winrate("one", "two", "--judge", "synthetic", "--against", "one", "--temperatures", "0",
                            "--samples.temperature", "0")  # fmt: skip
     assert [j["response"] == j["other"] for j in judged if j["policy"] == "one"] == [True] * 12
@@ -99,15 +99,15 @@ def test_a_policy_against_itself_and_what_is_kept(winrate, tmp_path):
     assert rows[0]["tally"]["ties"] == 12
     assert not all(j["response"] == j["other"] for j in judged if j["policy"] == "two")
     kept = sorted((tmp_path / "cache" / "completions").glob("*.json"))
-    assert len(kept) == 3  # one is drawn with the opponent's seed as well
+    assert len(kept) == 3  # `one` is sampled a second time, with the opponent's seed
     for path in kept:
         path.write_text(json.dumps(["great"] * 12))
     rows, judged = winrate("two", "--judge", "synthetic", "--temperatures", "0")
     assert {j["response"] for j in judged} == {"great"}
 
 
-def test_a_model_judges_in_both_orders_and_goes_on_where_it_was(winrate, capsys):
-    """The server prefers the longer text whatever its place, but at first fails for good after ten answers."""
+def test_a_model_judges_in_both_orders_and_resumes(winrate, capsys):
+    """The server prefers the longer text in either order; at first it refuses after ten answers."""
     state = {"left": 10}
 
     def say(body):
@@ -123,13 +123,13 @@ def test_a_model_judges_in_both_orders_and_goes_on_where_it_was(winrate, capsys)
         args = (*args, "--endpoint.parallel", "1", "--question", "summary", "--order", "both", "--temperatures", "1")
         with pytest.raises(UserError, match="400 Bad Request: no more"):
             winrate(*args)
-        before = len(server.seen)  # a further one may be under way when the first has failed
+        before = len(server.seen)  # another request may have been sent before the first refusal
         assert before in (11, 12)
         state["left"] = 1000
         rows, judged = winrate(*args)
         winrate(*args)
         assert len(server.seen) == before + 14
-    assert "m was asked 14 times; 10 answers kept" in capsys.readouterr().out
+    assert "m was asked 14 times; 10 answers cached" in capsys.readouterr().out
     expected = [0.5 + 0.5 * np.sign(len(j["response"].strip()) - len(j["other"].strip())) for j in judged]
     assert [j["outcome"] for j in judged] == expected
     assert all([v["response_first"] for v in j["verdicts"]] == [True, False] for j in judged)
@@ -142,20 +142,20 @@ def test_a_model_judges_in_both_orders_and_goes_on_where_it_was(winrate, capsys)
     ("argv", "message"),
     [
         (("one",), "--judge: name a reward"),
-        ((), "takes the folders of runs or models"),
+        ((), "give the folders of runs or models"),
         (("one", "--judge", "hapy"), "did you mean 'happy'"),
         (("one", "--judge", "endpoint"), "endpoint.model: name the model"),
-        (("one", "--judge", "happy", "--best-of", "4"), "--best-of: say with --best-by"),
+        (("one", "--judge", "happy", "--best-of", "4"), "--best-of needs --best-by REWARD"),
         (
             ("one", "--judge", "happy", "--best-of", "4", "--best-by", "happy"),
             "all samples at temperature 0 are the same",
         ),
-        (("one", "--judge", "happy", "--best-of", "0"), "numbers from 1 on"),
+        (("one", "--judge", "happy", "--best-of", "0"), "--best-of and --prompts must be at least 1"),
         (("absent", "--judge", "happy"), "absent: no such folder"),
         (("one", "--judge", "happy", "--against", "absent"), "absent: no such folder"),
         (("one", "--judge", "happy", "--temperature", "1"), "did you mean 'temperatures'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(winrate, argv, message):
+def test_invalid_options_are_refused(winrate, argv, message):
     with pytest.raises(UserError, match=message):
         winrate(*argv)

@@ -42,17 +42,17 @@ def test_a_logistic_regression_reads_prompt_and_completion_as_one_text(tmp_path)
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("words", {"good": "1"}, "the weight of 'good' is '1', no finite number"),
+        ("words", {"good": "1"}, "the weight of 'good' is '1', not a finite number"),
         ("words", {"good": True}, "the weight of 'good' is True"),
-        ("words", {"Good": 1}, "'Good' is no word"),
-        ("words", ["good"], "holds no JSON object"),
-        ("logistic", {"good": 1}, "no logistic regression"),
-        ("logistic", {"bias": 0, "weights": [1]}, "no logistic regression"),
+        ("words", {"Good": 1}, "'Good' is not a word"),
+        ("words", ["good"], "not a JSON object"),
+        ("logistic", {"good": 1}, "not a logistic regression"),
+        ("logistic", {"bias": 0, "weights": [1]}, r'write {"bias": number, "weights": {n-gram: number}}'),
         ("logistic", {"bias": None, "weights": {}}, "the weight of 'bias' is None"),
         ("logistic", {"bias": 0, "weights": {"a": math.nan}}, "the weight of 'a' is nan"),
     ],
 )
-def test_a_file_of_another_form_is_refused(tmp_path, kind, content, message):
+def test_invalid_files_are_refused(tmp_path, kind, content, message):
     path = written(tmp_path / "x.json", content)
     with pytest.raises(UserError, match=message) as error:
         get_reward(f"{kind}:{path}")
@@ -60,7 +60,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, kind, content, message):
 
 
 def test_the_logistic_regression_of_real_reviews_is_right_about_nine_of_ten(shared):
-    """The figure of 90.5% is of 25,000 reviews; these 2,000 have a standard error of 0.7%."""
+    """90.5% was measured on 25,000 reviews; the standard error on these 2,000 is 0.7%."""
     with gzip.open(shared / "data/imdb/test_2k.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     score = get_reward(f"logistic:{shared / 'data/sentiment_lr/weights.json.gz'}")
@@ -69,7 +69,7 @@ def test_the_logistic_regression_of_real_reviews_is_right_about_nine_of_ten(shar
     assert abs(right / len(rows) - 0.905) < 0.02
 
 
-def test_vader_is_refused_where_it_is_not_installed(monkeypatch):
+def test_vader_is_refused_if_it_is_not_installed(monkeypatch):
     from dpo_jax.errors import UserError
     from dpo_jax.rewards import words
     from dpo_jax.rewards.registry import get_reward
@@ -81,8 +81,8 @@ def test_vader_is_refused_where_it_is_not_installed(monkeypatch):
         get_reward("vader")(["p"], ["c"])
 
 
-def test_vader_is_its_compound_score_of_the_completion(monkeypatch):
-    """The package is optional: this stands in for it with its interface."""
+def test_vader_is_the_compound_score_of_the_completion(monkeypatch):
+    """A stand-in with the interface of the optional package."""
     from dpo_jax.rewards import words
     from dpo_jax.rewards.registry import get_reward
 

@@ -1,4 +1,4 @@
-"""`dpo-jax pairs`: preferences where there are none yet, from a model's own answers or from data of another form."""
+"""`dpo-jax pairs`: builds preference pairs from a model's answers or from data in another form."""
 
 import dataclasses
 import json
@@ -25,11 +25,12 @@ from dpo_jax.sampling import generate
 from dpo_jax.training.load import load_policy, load_run_tokenizer
 from dpo_jax.training.tables import decode_texts, prompt_ids, prompt_texts
 
-Rows = Iterator[dict[str, Any] | Note]
+PairRows = Iterator[dict[str, Any] | Note]
+"""Lines of the output file by column, and counts for the report."""
 OF_A_MODEL = ("reward", "correction", "self")
 READ = ("name", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
 NEEDED = {"reward": 0, "correction": 0, "self": 1, "others": 1, "corrupted": 1, "paired": 2, "single": 2}
-"""way -> the responses that a row of the data must have for it."""
+"""--by -> responses that each example of the data must have."""
 
 
 def pairs_command(argv: list[str]) -> None:
@@ -38,8 +39,8 @@ def pairs_command(argv: list[str]) -> None:
     settings = parse_config(PairsConfig, None, argv[first:], prog="dpo-jax pairs [RUN_OR_MODEL] OUT.jsonl")
     model, out = _paths(argv[:first], settings)
     _check(settings)
-    rows = _rows(settings)
-    found = _of_answers(model, rows, settings) if settings.by in OF_A_MODEL else _of_data(rows, settings)
+    examples = _load_examples(settings)
+    found = _of_answers(model, examples, settings) if settings.by in OF_A_MODEL else _of_data(examples, settings)
     count, prompts, left_out = 0, set(), Counter()
     with written(out) as f:
         for row in found:
@@ -52,49 +53,50 @@ def pairs_command(argv: list[str]) -> None:
         for text, number in left_out.items():
             log_line(f"{number} {text}, left out")
         if not count:
-            raise UserError(f"{out}: nothing to write: no pair could be made of {len(rows)} rows")
-    asked = len({prompt_key(row.prompt) for row in rows})
-    log_line(f"{count} {'rows' if settings.by == 'single' else 'pairs'} from {len(prompts)} of {asked} prompts: {out}")
+            raise UserError(f"{out}: no pair could be built from {len(examples)} examples; check --by and the data")
+    asked = len({prompt_key(example.prompt) for example in examples})
+    unit = "examples" if settings.by == "single" else "pairs"
+    log_line(f"{count} {unit} from {len(prompts)} of {asked} prompts: {out}")
 
 
 def _check(settings: PairsConfig) -> None:
-    """Refuses options that mean nothing for the way."""
+    """Refuses options that --by does not use."""
     if (settings.prompts is not None and settings.prompts < 1) or min(settings.completions, settings.batch_size) < 1:
-        raise UserError("--prompts, --completions and --batch-size: at least 1")
+        raise UserError("--prompts, --completions and --batch-size must be at least 1")
     unused = [f"data.{name}" for name in _given(settings.data, DataConfig()) if name not in READ]
     if settings.by != "reward":
         every = {f.name for f in dataclasses.fields(PairsConfig)}
         own = every - {"label"} if settings.by in OF_A_MODEL else {"by", "data", "prompts", "seed"}
         unused += [name for name in _given(settings, PairsConfig()) if name not in own | {"reward", "corrections"}]
     if unused:
-        raise UserError(f"--{unused[0]}: means nothing for --by {settings.by}")
+        raise UserError(f"--{unused[0]} has no effect with --by {settings.by}; remove it")
 
 
 def _given(settings: Any, plain: Any) -> list[str]:
-    """Returns the names of what is not at its default."""
+    """Returns the names of the options that differ from their defaults."""
     names = [f.name for f in dataclasses.fields(plain)]
     return [name for name in names if getattr(settings, name) != getattr(plain, name)]
 
 
 def _paths(given: Sequence[str], settings: PairsConfig) -> tuple[str, str]:
-    """Returns the model, if answers of one are wanted, and the file to write.
+    """Returns the model, "" if --by needs none, and the file to write.
 
     Raises:
-      UserError: there are others; what the way needs is not given, or what it does not.
+      UserError: too few or too many arguments; an option that --by needs is missing, or one that it does not use.
     """
     names = ["RUN_OR_MODEL", "OUT.jsonl"] if settings.by in OF_A_MODEL else ["OUT.jsonl"]
     if len(given) != len(names):
-        raise UserError(f"dpo-jax pairs --by {settings.by} takes {' and '.join(names)}, then options; given: {given}")
+        raise UserError(f"dpo-jax pairs --by {settings.by}: give {' and '.join(names)}, then options; got {given}")
     if not given[-1].endswith(".jsonl"):
-        raise UserError(f"{given[-1]}: what is written are JSON lines; give the file a name that ends in .jsonl")
+        raise UserError(f"{given[-1]}: the output is JSON lines; give a name that ends in .jsonl")
     for option, way in (("reward", "reward"), ("corrections", "correction")):
         if bool(getattr(settings, option)) != (settings.by == way):
-            raise UserError(f"--{option}: is for --by {way}, which needs it")
+            raise UserError(f"--{option} is required by (and only valid with) --by {way}")
     return (given[0] if len(given) == 2 else ""), given[-1]
 
 
-def _rows(settings: PairsConfig) -> list[Comparison]:
-    """Returns the data's rows of the first prompts; one of each where a model is to answer them."""
+def _load_examples(settings: PairsConfig) -> list[Comparison]:
+    """Returns the examples of the first prompts; one per prompt if a model answers them."""
     source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
     for row in open_stream(source.name, source.path, source.split, NEEDED[settings.by]):
         if isinstance(row, UserError):
@@ -111,50 +113,48 @@ def _rows(settings: PairsConfig) -> list[Comparison]:
             kept.append(row)
         prompts.add(key)
     if bad:
-        log_line(f"{bad} rows that cannot be used, left out; data.skip_bad_rows allows {source.skip_bad_rows}")
+        log_line(f"{bad} invalid examples skipped; data.skip_bad_rows allows {source.skip_bad_rows}")
     if misplaced:
-        log_line(f"{misplaced} rows left out, whose rejected transcript does not start with the prompt")
+        log_line(f"{misplaced} examples left out: the rejected transcript does not start with the prompt")
     return kept
 
 
 class AnsweredPrompt(NamedTuple):
-    """A row of the data, its prompt as the model reads it, and the model's answers."""
+    """An example, its prompt as text for the model, and the model's answers."""
 
-    row: Comparison
+    example: Comparison
     prompt: str
     answers: list[str]
 
 
-def _answered(model: str, rows: Sequence[Comparison], settings: PairsConfig) -> list[AnsweredPrompt]:
-    """Returns a model's answers to each prompt; says how many are left out, as no text is read back as them."""
+def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> list[AnsweredPrompt]:
+    """Returns a model's answers to each prompt. Leaves out answers that spell EOS: their text has other tokens."""
     options = ModelConfig(path=str(model_folder(model)), tokenizer=settings.tokenizer)
     tokenizer = load_run_tokenizer(options)
     loaded = load_policy(options, tokenizer, settings.seed)
-    prompts = [row.prompt for row in rows]
+    prompts = [example.prompt for example in examples]
     ids = prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(SamplesConfig)} - {"prompts"} | {"seed", "batch_size"}
     how = {name: getattr(settings, name) for name in drawing} | {"copies": settings.completions}
     drawn = generate(loaded.model, load_into_memory(loaded.params), ids, eos_id=tokenizer.eos_token_id, **how)
-    texts = np.reshape(decode_texts(tokenizer, drawn), (len(rows), settings.completions)).tolist()
+    texts = np.reshape(decode_texts(tokenizer, drawn), (len(examples), settings.completions)).tolist()
     own = [[text for text in answers if tokenizer.eos_token not in text] for answers in texts]
     if spelled := sum(map(len, texts)) - sum(map(len, own)):
-        log_line(f"{spelled} answers left out, whose text spells {tokenizer.eos_token!r}")
+        log_line(f"{spelled} answers left out: their text contains {tokenizer.eos_token!r}")
     if cut := sum(len(ids) == 0 or ids[-1] != tokenizer.eos_token_id for ids in drawn):
-        log_line(
-            f"{cut} of {len(drawn)} answers were cut at max_new_tokens {settings.max_new_tokens}; taken to end there"
-        )
+        log_line(f"{cut} of {len(drawn)} answers were cut at --max-new-tokens {settings.max_new_tokens}, and kept")
     read = prompt_texts(prompts, tokenizer, settings.data)
-    return [AnsweredPrompt(*one) for one in zip(rows, read, own, strict=True)]
+    return [AnsweredPrompt(*one) for one in zip(examples, read, own, strict=True)]
 
 
-def _of_answers(model: str, rows: Sequence[Comparison], settings: PairsConfig) -> Rows:
-    """Yields pairs made of a model's answers, each with where it comes from."""
+def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
+    """Yields pairs built from a model's answers, with their provenance."""
     score = get_reward(settings.reward) if settings.reward else None
     rules = build_pairs.correction_rules(settings.corrections) if settings.corrections else []
     drawing = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     made_by = {"by": settings.by, "model": model} | {name: getattr(settings, name) for name in drawing}
     made_by |= {"reward": settings.reward, "label": settings.label} if score else {"corrections": settings.corrections}
-    for row, prompt, answers in _answered(model, rows, settings):
+    for example, prompt, answers in _sample_answers(model, examples, settings):
         scores: dict[Any, float] = {}
         if score:
             scores = dict(zip(answers, score([prompt] * len(answers), answers).tolist(), strict=True))
@@ -162,47 +162,45 @@ def _of_answers(model: str, rows: Sequence[Comparison], settings: PairsConfig) -
         elif rules:
             found = [(build_pairs.correct_answer(answer, rules), answer) for answer in dict.fromkeys(answers)]
         else:
-            found = [(row.responses[0], answer) for answer in dict.fromkeys(answers)]
+            found = [(example.responses[0], answer) for answer in dict.fromkeys(answers)]
         for chosen, rejected in found:
             if _text(chosen) == rejected:
-                yield Note("answers with nothing to correct" if rules else "answers that are the data's")
+                yield Note("answers without a correction" if rules else "answers equal to the data's")
                 continue
             known = {"scores": [scores[chosen], scores[rejected]]} if score else {}
-            yield _pair(row, chosen, rejected, made_by | known)
+            yield _pair(example, chosen, rejected, made_by | known)
 
 
-def _of_data(rows: Sequence[Comparison], settings: PairsConfig) -> Rows:
-    """Yields pairs, or single rows, made of data alone, each with where it comes from."""
+def _of_data(examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
+    """Yields pairs, or unpaired examples, built from data alone, with their provenance."""
     made_by = {"by": settings.by}
     if settings.by == "single":
-        yield from (
-            one | {"provenance": made_by | {"row": row.where}}
-            for row in rows
-            for one in build_pairs.single_responses(row)
-        )
+        for example in examples:
+            for row in build_pairs.single_responses(example):
+                yield row | {"provenance": made_by | {"row": example.where}}
     elif settings.by == "paired":
-        for row in build_pairs.pair_up(rows):
-            yield row if isinstance(row, Note) else _pair(row, row.responses[0], row.responses[1], made_by)
+        for pair in build_pairs.pair_up(examples):
+            yield pair if isinstance(pair, Note) else _pair(pair, pair.responses[0], pair.responses[1], made_by)
     elif settings.by == "others":
-        for row, other in zip(rows, build_pairs.other_answers(rows), strict=True):
-            same = other == row.responses[0]
-            yield Note("responses that others have too") if same else _pair(row, row.responses[0], other, made_by)
+        for example, other in zip(examples, build_pairs.other_answers(examples), strict=True):
+            own = example.responses[0]
+            yield Note("responses equal to the other prompt's") if other == own else _pair(example, own, other, made_by)
     else:
         rng = np.random.default_rng(settings.seed)
-        for row in rows:
-            damaged = build_pairs.corrupt_answer(_text(row.responses[0]), rng)
+        for example in examples:
+            damaged = build_pairs.corrupt_answer(_text(example.responses[0]), rng)
             if damaged is None:
-                yield Note("responses that the damage left as they were")
+                yield Note("responses that the corruption left unchanged")
             else:
-                yield _pair(row, row.responses[0], damaged, made_by | {"seed": settings.seed})
+                yield _pair(example, example.responses[0], damaged, made_by | {"seed": settings.seed})
 
 
-def _pair(row: Comparison, chosen: Any, rejected: Any, made_by: dict[str, Any]) -> dict[str, Any]:
-    """A pair as the columns of a file from which it is read back."""
+def _pair(example: Comparison, chosen: Any, rejected: Any, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Returns a pair as columns from which the source `files` reads it back."""
     sides = {"chosen": build_pairs.as_column(chosen), "rejected": build_pairs.as_column(rejected)}
-    return build_pairs.pair_columns(row) | sides | {"provenance": made_by | {"row": row.where}}
+    return build_pairs.pair_columns(example) | sides | {"provenance": made_by | {"row": example.where}}
 
 
 def _text(response: Any) -> str:
-    """What a response says."""
+    """Returns the text of a response."""
     return response.get("content") or "" if isinstance(response, dict) else response

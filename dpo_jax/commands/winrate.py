@@ -1,4 +1,4 @@
-"""`dpo-jax winrate`: samples policies at several temperatures, or the best of several, and has them judged."""
+"""`dpo-jax winrate`: samples policies at several temperatures, or best of N, and judges the samples."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from dpo_jax.commands.common import command_config, log_line
+from dpo_jax.commands.common import log_line
 from dpo_jax.config.commands import WinrateConfig
 from dpo_jax.config.schema import ModelConfig
 from dpo_jax.config.yaml import dump
@@ -29,6 +29,7 @@ from dpo_jax.rewards.endpoint import EndpointClient
 from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
 from dpo_jax.rewards.registry import REWARDS, Reward, get_reward
 from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wins
+from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
 from dpo_jax.training.run_folder import run_config
@@ -36,21 +37,26 @@ from dpo_jax.training.tables import comparison_streams, decode_texts, prompt_ids
 
 
 class SampledPolicy(NamedTuple):
-    """What is sampled, with the prompts as it reads them."""
+    """A policy and its tokenised prompts.
+
+    Attributes:
+      name: label in the tables.
+      key: hash input of everything, beside the sampling options, that its samples depend on.
+    """
 
     name: str
     loaded: LoadedModel
     tokenizer: Any
     prompts: list[list[int]]
-    key: str  # of everything that its samples depend on beside how they are drawn
+    key: str
 
 
 class WinrateQuestion(NamedTuple):
-    """What everything is measured on: prompts, in words, and the other response to each."""
+    """Prompts as texts, and the response to each that policies are compared with."""
 
     prompts: list[str]
     others: list[str]
-    other: str  # whose they are
+    other: str  # where the responses come from, for messages
 
 
 def winrate_command(argv: list[str]) -> None:
@@ -58,30 +64,30 @@ def winrate_command(argv: list[str]) -> None:
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     paths, rest = argv[:first], argv[first:]
     if not paths:
-        raise UserError("dpo-jax winrate takes the folders of runs or models, then options such as --judge happy")
-    settings = command_config(paths[0], rest, WinrateConfig, "winrate")
+        raise UserError("dpo-jax winrate: give the folders of runs or models, then options such as --judge happy")
+    settings = config_of_path(paths[0], rest, WinrateConfig, "dpo-jax winrate RUN_OR_MODEL")
     judge, client, best = _judge(settings)
-    policies, question = _setting(paths, settings)
+    policies, question = _load_policies(paths, settings)
     rows, judged = [], []
-    for row, matches, verdicts in _measured(policies, question, judge, best, settings):
+    for row, matches, verdicts in _measure(policies, question, judge, best, settings):
         rows.append(row)
         judged += [_as_json(row, *pair) for pair in zip(matches, verdicts, strict=True)]
         log_line(f"{row.policy} at {row.temperature:g}, best of {row.best_of}: {_percent(row.tally.wins)}")
-    lines = _said(settings, question, client)
+    lines = _summary(settings, question, client)
     _print(rows, lines)
-    log_line(f"the page: {_write(_folder(paths[0], settings), settings, rows, judged, lines)}")
+    log_line(f"page: {_write(_folder(paths[0], settings), settings, rows, judged, lines)}")
 
 
 def _judge(settings: WinrateConfig) -> tuple[Judge, EndpointClient | None, Reward | None]:
-    """Returns the judge, the client that it asks if it does, and the reward that says which response is best."""
+    """Returns the judge, its client if it asks a model, and the reward that picks the best of N."""
     if not settings.judge:
         raise UserError(f"--judge: name a reward ({', '.join(REWARDS)}, ...), or endpoint to ask a model")
     if min(settings.best_of, default=0) < 1 or min(settings.temperatures, default=-1) < 0 or settings.prompts < 1:
-        raise UserError("--best-of: numbers from 1 on; --temperatures: from 0 on; --prompts: at least 1")
+        raise UserError("--best-of and --prompts must be at least 1, --temperatures at least 0")
     if max(settings.best_of) > 1 and not settings.best_by:
-        raise UserError("--best-of: say with --best-by by which reward the best one is chosen")
+        raise UserError("--best-of needs --best-by REWARD")
     if max(settings.best_of) > 1 and 0 in settings.temperatures:
-        raise UserError("--best-of: all samples at temperature 0 are the same; give other --temperatures")
+        raise UserError("--best-of: all samples at temperature 0 are the same; remove 0 from --temperatures")
     best = get_reward(settings.best_by) if settings.best_by else None
     if settings.judge != "endpoint":
         return by_reward(get_reward(settings.judge)), None, best
@@ -89,8 +95,8 @@ def _judge(settings: WinrateConfig) -> tuple[Judge, EndpointClient | None, Rewar
     return by_asking(client.ask, settings.question, settings.order, settings.seed), client, best
 
 
-def _setting(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[SampledPolicy], WinrateQuestion]:
-    """Returns the policies, and what they are measured on."""
+def _load_policies(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[SampledPolicy], WinrateQuestion]:
+    """Returns the policies, and the prompts and responses to compare them on."""
     from_data = settings.against == "data"
     _, rows = comparison_streams(settings.data, int(from_data))
     found: dict[int, Any] = {}
@@ -110,12 +116,12 @@ def _setting(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[Sample
         )
     other = _policy(settings.against, settings.against, raw, settings)
     temperature = settings.samples.temperature
-    drawn = _drawn(other, temperature, 1, settings.seed + 1, settings)  # not the policy's own random numbers
+    drawn = _sample_texts(other, temperature, 1, settings.seed + 1, settings)  # other random numbers than the policies
     return policies, WinrateQuestion(texts, [c for (c,) in drawn], f"{settings.against} at {temperature:g}")
 
 
 def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfig) -> SampledPolicy:
-    """Returns a run's or a folder's model; a run reads prompts as its own config says."""
+    """Returns the policy of a run or model folder. A run's prompts are tokenised by the run's config."""
     own = run_config(path) if is_run(path) else settings
     folder = str(model_folder(path))
     model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=settings.model.compute)
@@ -126,10 +132,10 @@ def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfi
     return SampledPolicy(name, loaded, tokenizer, ids, json.dumps([hashed, model.compute, tokenizer.eos_token_id, ids]))
 
 
-def _drawn(
+def _sample_texts(
     policy: SampledPolicy, temperature: float, copies: int, seed: int, settings: WinrateConfig
 ) -> list[list[str]]:
-    """Returns `copies` completions of each prompt, drawn anew only if they are not kept."""
+    """Returns `copies` completions of each prompt, from the cache if they are there."""
     names = ("max_new_tokens", "top_k", "top_p")
     options = {name: getattr(settings.samples, name) for name in names}
     options |= {"temperature": temperature, "copies": copies, "seed": seed}
@@ -146,18 +152,18 @@ def _drawn(
     return [texts[i : i + copies] for i in range(0, len(texts), copies)]
 
 
-def _measured(
+def _measure(
     policies: Sequence[SampledPolicy],
     question: WinrateQuestion,
     judge: Judge,
     best: Reward | None,
     settings: WinrateConfig,
 ) -> Iterator[tuple[WinrateRow, list[Match], list[tuple[Verdict, ...]]]]:
-    """Yields the win rate of each policy at each temperature as the best of each number, with what was judged."""
+    """Yields the win rate of each policy, temperature and N of best of N, with its matches and verdicts."""
     most = max(settings.best_of)
     for policy in policies:
         for temperature in settings.temperatures:
-            drawn = _drawn(policy, temperature, most, settings.seed, settings)
+            drawn = _sample_texts(policy, temperature, most, settings.seed, settings)
             scores = _scores(question.prompts, drawn, best)
             for n in settings.best_of:
                 chosen = pick_best(scores, n)
@@ -171,7 +177,7 @@ def _measured(
 
 
 def _scores(prompts: list[str], drawn: list[list[str]], best: Reward | None) -> Array:
-    """Returns the reward of each completion, float64[prompts, copies]; zeros where there is none."""
+    """Returns the reward of each completion, float64[prompts, copies]; zeros without a reward."""
     copies = len(drawn[0])
     if best is None:
         return np.zeros((len(prompts), copies))
@@ -180,20 +186,22 @@ def _scores(prompts: list[str], drawn: list[list[str]], best: Reward | None) -> 
 
 
 def _as_json(row: WinrateRow, match: Match, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Returns all that was judged of one match."""
+    """Returns the line of judgements.jsonl for one match."""
     where = {"policy": row.policy, "temperature": row.temperature, "best_of": row.best_of}
     texts = {"prompt": match.prompt, "response": match.a, "other": match.b}
-    said = [{"score": v.score, "response_first": v.a_first, "said": v.said} for v in verdicts]
-    return where | texts | {"outcome": match_outcome(verdicts), "verdicts": said}
+    found = [{"score": v.score, "response_first": v.a_first, "said": v.reason} for v in verdicts]
+    return where | texts | {"outcome": match_outcome(verdicts), "verdicts": found}
 
 
-def _said(settings: WinrateConfig, question: WinrateQuestion, client: EndpointClient | None) -> list[str]:
-    """Returns in words what was compared and what it took."""
+def _summary(settings: WinrateConfig, question: WinrateQuestion, client: EndpointClient | None) -> list[str]:
+    """Returns lines on the prompts, the judge and its cost."""
     words = np.mean([len(text.split()) for text in question.others])
     lines = [f"{len(question.prompts):,} prompts, against {question.other} ({words:.1f} words), judge {settings.judge}"]
     if client:
         cost = f", which cost {client.cost:.4g}" if settings.endpoint.price_in is not None else ""
-        lines.append(f"{settings.endpoint.model} was asked {client.asked:,} times{cost}; {client.found:,} answers kept")
+        lines.append(
+            f"{settings.endpoint.model} was asked {client.asked:,} times{cost}; {client.found:,} answers cached"
+        )
     return lines
 
 
@@ -219,7 +227,7 @@ def _folder(path: str, settings: WinrateConfig) -> Path:
 def _write(
     folder: Path, settings: WinrateConfig, rows: list[WinrateRow], judged: list[dict[str, Any]], lines: list[str]
 ) -> Path:
-    """Writes the table, the figures and every judgement; returns the page."""
+    """Writes the config, the table, the judgements and the page; returns the page's path."""
     with written(folder / "config.yaml") as f:
         f.write(dump(settings))
     with written(folder / "judgements.jsonl") as f:

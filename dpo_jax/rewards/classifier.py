@@ -1,4 +1,4 @@
-"""Rewards by a classifier of transformers, of any family: the paper's true reward of film reviews is one."""
+"""Rewards by a transformers classifier of any family. The paper's true reward of film reviews is one."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ BATCH = 32  # texts
 
 
 def classifier(name: str) -> Callable[..., Array]:
-    """Returns the reward (prompts, completions) -> float64[n] of a folder of transformers' *ForSequenceClassification.
+    """Returns the reward (prompts, completions) -> float64[n] of a transformers *ForSequenceClassification.
 
-    A text is a prompt and its completion, one after the other. Its reward is the log-odds of the label,
-    log p / (1 - p), or, from a model with one label, that output. Of a text longer than the model takes, the start is
-    scored, and it is said of how many.
+    A text is a prompt followed by its completion. Its reward is the log-odds of the label, log p / (1 - p); a model
+    with one label gives its output. Only the start of a text longer than the model's positions is scored; a message
+    reports how many texts that concerns.
 
     Args:
-      name: a folder or `owner/name` of the hub, and `#LABEL` by its config.json where there are several.
+      name: a folder or `owner/name` of the hub, then `#LABEL`, a label of its config.json, if it has several.
 
     Raises:
-      UserError: torch is not installed; no such folder, or no classifier; no such label.
+      UserError: torch is not installed; the folder is absent or holds no classifier; unknown label.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UserError("reward 'classifier' runs in torch, which is not installed; install dpo_jax[classifier]")
+        raise UserError("reward 'classifier' needs torch, which is not installed; install dpo_jax[classifier]")
     path, _, label = name.partition("#")
     folder = model_folder(path)
     place = _place(folder, label, f"reward 'classifier:{name}'")
@@ -40,7 +40,7 @@ def classifier(name: str) -> Callable[..., Array]:
         cut = sum(len(ids) > longest for ids in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
         if cut:
             print(f"classifier:{name}: {cut} of {len(texts)} texts have more than {longest} tokens; their starts count")
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
         scores = np.zeros(len(texts))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
@@ -51,11 +51,11 @@ def classifier(name: str) -> Callable[..., Array]:
 
 
 def _place(folder: Path, label: str, who: str) -> int:
-    """Returns the number of a label by a model's config.json, which is checked to be a classifier's."""
+    """Returns the index of a label in a model's config.json; checks that the model is a classifier."""
     config = read_config(folder)
     named = config.get("architectures") or ["a model"]
     if not named[0].endswith("ForSequenceClassification"):
-        raise UserError(f"{who}: {folder} holds {named[0]}, no *ForSequenceClassification")
+        raise UserError(f"{who}: {folder} holds {named[0]}; give a *ForSequenceClassification")
     labels = {text: int(i) for i, text in config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}).items()}
     if len(labels) == 1 and not label:
         return 0
@@ -65,7 +65,7 @@ def _place(folder: Path, label: str, who: str) -> int:
 
 
 def _loaded(folder: Path) -> tuple[Any, Any]:
-    """Returns transformers' model, with every one of its weights from the folder, never made up, and its tokenizer."""
+    """Returns the model and its tokenizer; refuses a folder that lacks a weight, which would be random."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -75,16 +75,16 @@ def _loaded(folder: Path) -> tuple[Any, Any]:
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder}: no classifier could be read: {' '.join(str(e).split())[:300]}") from e
+        raise UserError(f"{folder}: cannot read a classifier: {' '.join(str(e).split())[:300]}") from e
     if how["missing_keys"]:
-        raise UserError(f"{folder}: a classifier without {', '.join(sorted(how['missing_keys'])[:3])}")
+        raise UserError(f"{folder}: classifier lacks {', '.join(sorted(how['missing_keys'])[:3])}; give a trained one")
     if tokenizer.pad_token is None:
         raise UserError(f"{folder}: its tokenizer has no pad_token; set it in tokenizer_config.json")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _positions(config: Any) -> int:
-    """Returns how many tokens a model takes; RoBERTa's positions begin after its padding's."""
+    """Returns the longest text, in tokens. RoBERTa's positions start after the padding index."""
     positions = getattr(config, "max_position_embeddings", None) or 512
     return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
@@ -98,7 +98,7 @@ def _logits(model: Any, tokenizer: Any, texts: list[str], longest: int) -> Array
 
 
 def _log_odds(logits: Array, place: int) -> Array:
-    """Returns log p / (1 - p) of a label from logits [n, labels], or the only one's logit."""
+    """Returns log p / (1 - p) of a label, float64[n], from logits [n, labels]; the logit if there is one label."""
     if logits.shape[1] == 1:
         return logits[:, 0]
     return logits[:, place] - np.logaddexp.reduce(np.delete(logits, place, axis=1), axis=1)

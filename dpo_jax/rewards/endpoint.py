@@ -211,6 +211,6 @@ def _parse_field(text: str) -> tuple[str, Any]:
     if not equals or not name or name in ("model", "messages", "stream", "n"):
         raise UserError(f"endpoint.body: {text!r}: write name=value; model, messages, stream and n cannot be set")
     try:
-        return name, json.loads(value)
+        return name, json.loads(value, parse_constant=str)
     except ValueError:
         return name, value

@@ -1,7 +1,7 @@
-"""Judges: functions that say of two responses to a prompt which is better, by a reward or by asking a model.
+"""Judges of two responses to a prompt, by a reward or by asking a model.
 
-A judge maps matches to verdicts. One that reads both responses one after the other may prefer whichever stands first:
-their order is drawn for each match, or both are asked for, and every verdict says which it was.
+A judge maps matches to verdicts. A model that reads one response after the other may prefer the first: the order is
+sampled for each match, or both orders are asked for. Each verdict records its order.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ class Verdict(NamedTuple):
     """One judgement of a match.
 
     Attributes:
-      score: 1 where `a` is better, 0 where `b` is, 0.5 a tie; None where the judge's answer says nothing.
-      a_first: whether `a` was read before `b`; None where neither was.
-      said: on what it rests: scores, or what a model answered.
+      score: 1 if `a` is better, 0 if `b` is, 0.5 for a tie; None if the judge's answer has no verdict.
+      a_first: whether `a` was read before `b`; None if the judge does not read them in an order.
+      reason: the two scores, or the model's answer.
     """
 
     score: float | None
     a_first: bool | None
-    said: str
+    reason: str
 
 
 Judge = Callable[[Sequence[Match]], list[tuple[Verdict, ...]]]
-"""Matches -> the verdicts on each: one, or two where both orders were asked for."""
+"""Matches -> verdicts on each: one, or two if both orders are asked for."""
 
 
 def by_reward(reward: Reward) -> Judge:
@@ -56,21 +56,19 @@ def by_reward(reward: Reward) -> Judge:
 
 
 def by_asking(ask: Callable[[list[str]], list[str]], question: str, order: str, seed: int) -> Judge:
-    """Returns the judge that asks a model.
-
-    Equal responses are a tie without being asked about.
+    """Returns the judge that asks a model. Equal responses are a tie and are not asked about.
 
     Args:
       ask: questions -> answers.
-      question: a name of `QUESTIONS`, or a file with {prompt}, {first} and {second} in it.
-      order: "random", drawn for each match from the seed and its texts; "both", two verdicts.
-      seed: of the order.
+      question: a name in `QUESTIONS`, or a file that contains {prompt}, {first} and {second}.
+      order: "random", sampled for each match from the seed and its texts; "both", two verdicts.
+      seed: seed of the order.
 
     Raises:
-      UserError: there is no such question or order.
+      UserError: unknown question or order.
     """
     if order not in ORDERS:
-        raise UserError(f"order: {order!r} is not known; choose one of {', '.join(ORDERS)}")
+        raise UserError(f"order: unknown order {order!r}; choose one of {', '.join(ORDERS)}")
     template = question_template(question)
 
     def judge(matches: Sequence[Match]) -> list[tuple[Verdict, ...]]:
@@ -78,7 +76,7 @@ def by_asking(ask: Callable[[list[str]], list[str]], question: str, order: str, 
             (place, a_first)
             for place, match in enumerate(matches)
             if match.a != match.b
-            for a_first in ((True, False) if order == "both" else (load_judge(match, seed),))
+            for a_first in ((True, False) if order == "both" else (sample_order(match, seed),))
         ]
         answers = ask([fill_template(template, matches[place], a_first) for place, a_first in asked])
         found: list[list[Verdict]] = [[] for _ in matches]
@@ -89,14 +87,14 @@ def by_asking(ask: Callable[[list[str]], list[str]], question: str, order: str, 
     return judge
 
 
-def load_judge(match: Match, seed: int) -> bool:
-    """Returns whether `a` is to be read first: a fair draw that depends on the seed and the match alone."""
+def sample_order(match: Match, seed: int) -> bool:
+    """Returns whether `a` is read first: a fair coin that depends only on the seed and the match."""
     text = "\0".join((str(seed), *match)).encode("utf-8", "surrogatepass")
     return bool(hashlib.sha256(text).digest()[0] & 1)
 
 
 def fill_template(template: str, match: Match, a_first: bool) -> str:
-    """Returns the question on a match; what stands in braces within its texts stays as it is."""
+    """Returns the question on a match; braces within the match's texts are left alone."""
     first, second = (match.a, match.b) if a_first else (match.b, match.a)
     texts = {"prompt": match.prompt, "first": first, "second": second}
     return re.sub(r"\{(prompt|first|second)\}", lambda found: texts[found[1]].strip(), template)
@@ -106,7 +104,7 @@ _BETTER = re.compile(r"^\W*[Bb]etter:\W*(A|B|(?:a )?[Tt]ie)\W*$", re.MULTILINE)
 
 
 def parse_verdict(answer: str, a_first: bool) -> float | None:
-    """Returns the score of `a` that an answer's last line `Better: ...` says, or None where there is none."""
+    """Returns the score of `a` in an answer's last line `Better: ...`, or None without such a line."""
     found = _BETTER.findall(answer)
     if not found:
         return None
@@ -114,16 +112,18 @@ def parse_verdict(answer: str, a_first: bool) -> float | None:
 
 
 def question_template(question: str) -> str:
-    """Returns the text of a question, built in or in a file."""
+    """Returns the template of a question, built in or read from a file."""
     if question in QUESTIONS:
         return QUESTIONS[question]
     try:
         template = Path(question).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         known = ", ".join(QUESTIONS)
-        raise UserError(f"question: {question!r} is none of {known}, nor a file that can be read ({e})") from e
+        raise UserError(f"question: {question!r} is neither {known} nor a readable file ({e})") from e
     if lacks := [place for place in ("{prompt}", "{first}", "{second}", "Better:") if place not in template]:
-        raise UserError(f"{question}: lacks {', '.join(lacks)}; the answer is to end with a line Better: A, B or tie")
+        raise UserError(
+            f"{question}: lacks {', '.join(lacks)}; ask for a last line Better: A, Better: B or Better: tie"
+        )
     return template
 
 
@@ -135,7 +135,7 @@ Better: B
 or, where neither is better,
 Better: tie
 """
-# What the paper asks (appendix C.2), in our words: of summaries with and without a word on length, and of dialogues.
+# The paper's questions (appendix C.2), reworded: summaries, with and without regard to length, and dialogues.
 QUESTIONS: Mapping[str, str] = {
     "summary": "Below are a post from a forum and two summaries of it. Which of them summarises the post better: which "
     "says what matters most in it?\n\nPost:\n{prompt}\n\nSummary A:\n{first}\n\nSummary B:\n{second}\n" + _END,

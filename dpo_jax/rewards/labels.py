@@ -1,4 +1,4 @@
-"""Preference pairs drawn from scores (paper, appendix C.1: four completions a prefix, so six pairs)."""
+"""Preference pairs sampled from scores (paper, appendix C.1: 4 completions per prefix, so 6 pairs)."""
 
 import hashlib
 import itertools
@@ -11,13 +11,17 @@ from dpo_jax.errors import UserError, closest
 
 
 def check_finite(score: object, where: str, completion: str) -> float:
-    """Returns a score as a float; anything but a finite number is a UserError."""
+    """Returns a score as a float.
+
+    Raises:
+      UserError: the score is not a finite number.
+    """
     try:
         number = float(score)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{where}: the score of {completion[:60]!r} is {score!r}, no finite number")
+        raise UserError(f"{where}: the score of {completion[:60]!r} is {score!r}, not a finite number")
     return number
 
 
@@ -27,19 +31,19 @@ def label_pairs(
     """Returns (chosen, rejected) pairs of the completions of one prompt.
 
     Args:
-      prompt: their prompt; with `seed` it fixes the random draws.
-      completions: K texts, among which the same text may occur several times; no pair has one text twice.
+      prompt: the prompt; with `seed` it fixes the random numbers.
+      completions: K texts. Equal texts are not paired with each other.
       scores: K numbers, higher is better.
       how: "bradley_terry", all pairs, i preferred to j with probability sigmoid(r_i - r_j), the paper's model of
-        preference (equation 1); "ranked", all pairs of different scores, the higher preferred; "best_worst", at most
-        one pair, the best and the worst of different scores.
-      seed: of the draws.
+        preference (equation 1); "ranked", all pairs with different scores, the higher preferred; "best_worst", at
+        most one pair, the best against the worst, if their scores differ.
+      seed: seed of the random numbers.
 
     Raises:
-      UserError: an unknown `how`, or a score that is not finite.
+      UserError: unknown `how`, or a score that is not finite.
     """
     if how not in LABELLERS:
-        raise UserError(f"unknown way of labelling {how!r}; {closest(how, list(LABELLERS))}")
+        raise UserError(f"unknown label {how!r}; {closest(how, list(LABELLERS))}")
     texts = zip(completions, scores, strict=True)
     scored = [(text, check_finite(score, f"prompt {prompt[:60]!r}", text)) for text, score in texts]
     digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
@@ -50,7 +54,7 @@ Scored = Sequence[tuple[str, float]]
 
 
 def _bradley_terry(scored: Scored, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Draws the winner of every pair from sigmoid(r_i - r_j)."""
+    """Samples the winner of each pair with probability sigmoid(r_i - r_j)."""
     pairs = []
     for (a, r_a), (b, r_b) in itertools.combinations(scored, 2):
         if a != b:
@@ -60,13 +64,13 @@ def _bradley_terry(scored: Scored, rng: np.random.Generator) -> list[tuple[str, 
 
 
 def _ranked(scored: Scored, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Prefers the higher score in every pair that has one."""
+    """Prefers the higher score in each pair; drops pairs with equal scores."""
     ordered = [(x, y) if x[1] > y[1] else (y, x) for x, y in itertools.combinations(scored, 2) if x[1] != y[1]]
     return [(chosen, rejected) for (chosen, _), (rejected, _) in ordered if chosen != rejected]
 
 
 def _best_worst(scored: Scored, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Pairs the best with the worst, the first of each where several are."""
+    """Pairs the first of the best with the first of the worst."""
     if not scored:
         return []
     best, worst = max(scored, key=lambda x: x[1]), min(scored, key=lambda x: x[1])

@@ -1,13 +1,13 @@
-"""Rewards: functions (prompts, completions) -> scores, one for each completion, higher is better; found by name.
+"""Registry of rewards: functions (prompts, completions) -> one score per completion, higher is better.
 
     happy, synthetic, vader     built in
     words:FILE                  a word list (JSON)
     logistic:FILE               a logistic regression over words and pairs of words (JSON)
-    model:FOLDER                a reward model: a run with the loss bradley_terry, or transformers' folder of one
-    classifier:FOLDER#LABEL     a classifier of transformers, of any family (in torch, extra `classifier`)
-    module:function             your own, or one written for TRL: it is called with the keywords prompts and completions
+    model:FOLDER                a reward model: a run with the loss bradley_terry, or a transformers folder
+    classifier:FOLDER#LABEL     a transformers classifier of any family (in torch, extra `classifier`)
+    module:function             your own, or one written for TRL: called with the keywords prompts and completions
 
-`labels` draws preference pairs from scores; `judge` compares two responses, by a reward or by asking a model.
+`labels` samples preference pairs from scores; `judge` compares two responses, by a reward or by asking a model.
 """
 
 import importlib
@@ -31,10 +31,10 @@ FILES: dict[str, Callable[[str], words.Score]] = {"words": words.word_list, "log
 
 
 def get_reward(name: str) -> Reward:
-    """Returns a reward by its name; `module:function` imports and so runs that module.
+    """Returns the reward of a name. `module:function` imports, and so runs, that module.
 
     Raises:
-      UserError: there is no such reward; the returned function, on a score that is no finite number.
+      UserError: unknown reward. The returned function raises it too, for a score that is not a finite number.
     """
     kind, colon, rest = name.partition(":")
     if kind in FILES and colon:
@@ -62,25 +62,25 @@ def get_reward(name: str) -> Reward:
 
 
 def _each(score: words.Score) -> Callable[..., list[float]]:
-    """Returns the reward of a score of single completions."""
+    """Returns the reward that applies a score to each completion."""
     return lambda prompts, completions: [score(p, c) for p, c in zip(prompts, completions, strict=True)]
 
 
 def _imported(name: str) -> Callable[..., Any]:
-    """Returns the function that `module:function` names."""
+    """Returns the function of `module:function`."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as e:  # ValueError: an empty module name
-        raise UserError(f"reward {name!r}: cannot import {module_name!r} ({e}); is its folder in PYTHONPATH?") from e
+        raise UserError(f"reward {name!r}: cannot import {module_name!r} ({e}); add its folder to PYTHONPATH") from e
     function = getattr(module, attribute, None)
     if function is None:
         known = closest(attribute, [n for n in vars(module) if not n.startswith("_")])
         raise UserError(f"reward {name!r}: {module_name} has no {attribute!r}; {known}")
     if not callable(function):
-        raise UserError(f"reward {name!r}: {attribute} is no function (prompts, completions) -> scores")
+        raise UserError(f"reward {name!r}: {attribute} is not a function (prompts, completions) -> scores")
     try:
         inspect.signature(function).bind(prompts=[], completions=[])
     except TypeError as e:
-        raise UserError(f"reward {name!r}: it must take the keywords prompts and completions, lists of texts") from e
+        raise UserError(f"reward {name!r} must take the keywords prompts and completions, lists of texts") from e
     return function

@@ -1,4 +1,4 @@
-"""Rewards by a trained reward model: a folder of transformers' *ForSequenceClassification with one label."""
+"""Rewards by a trained reward model: a transformers folder of a *ForSequenceClassification with one label."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,17 +20,17 @@ from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Array, Comparison, Tokens
 
-ROW = 512  # tokens in a row at least, so that few lengths are compiled
+ROW = 512  # least tokens in a packed row; longer rows are powers of two of it, so that few shapes are compiled
 MICROBATCH = 4096  # tokens
 BATCH = 256  # texts
 
 
 class TrainedReward(NamedTuple):
-    """A reward model's functions `(prompts, completions)`, both of n prompts and n completions.
+    """A reward model as two functions (prompts, completions) -> float32[n].
 
     Attributes:
-      of_texts: texts -> float32[n]; each completion is ended with EOS.
-      of_ids: arrays of ids -> float32[n]; completions as they are, by the tokenizer of its folder.
+      of_texts: takes n prompts and n completions as texts; EOS is appended to each completion.
+      of_ids: takes arrays of token ids by the tokenizer of the model's folder; completions stay as they are.
     """
 
     of_texts: Callable[..., Array]
@@ -38,27 +38,26 @@ class TrainedReward(NamedTuple):
 
 
 def trained_reward(path: str) -> TrainedReward:
-    """Returns the rewards of a model folder, or of a run that has trained one.
+    """Returns the rewards of a model folder, or of a run that has trained a reward model.
 
-    Texts become tokens as in training where the folder is a run's, by what its config.json says of that; else as
-    transformers would have it, with the tokenizer's BOS, and the start is kept of what is longer than the model's
-    positions.
+    A run's config.json records how texts were tokenised in training; they are tokenised the same way. Texts for another
+    folder get the tokenizer's BOS, as in transformers, and are cut at the model's positions.
 
     Raises:
-      UserError: no such folder, or no reward model; when called, a text that cannot be encoded.
+      UserError: the folder is absent or holds no reward model; when called, a text that cannot be encoded.
     """
     folder = model_folder(path)
     tokenizer, (architecture, config, stored) = load_tokenizer(folder), open_folder(folder)
     if not architecture.score:
-        raise UserError(f"{path}: no reward model but one that writes; train one with the loss bradley_terry")
+        raise UserError(f"{path}: a language model, not a reward model; train one with the loss bradley_terry")
     params = jax.device_put(load_into_memory(stored))
-    column = reference.make_ref_logps_fn(partial(batch_rewards, build_model(architecture)))
+    score = reference.make_ref_logps_fn(partial(batch_rewards, build_model(architecture)))
     pad = config.get("pad_token_id")
 
     def of_table(table: Table) -> Array:
         table = Table.of(append_token(table, tokenizer.eos_token_id, -1 if pad is None else pad))
         shape = _shape(int(table.lengths().max()))
-        return reference.table_ref_logps(column, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
+        return reference.table_ref_logps(score, params, table, shape, BATCH, jax.device_put)[:, 0, 0]
 
     def of_texts(prompts: Sequence[str], completions: Sequence[str]) -> Array:
         pairs = zip(prompts, completions, strict=True)
@@ -67,7 +66,7 @@ def trained_reward(path: str) -> TrainedReward:
             return np.zeros(0, np.float32)
         table, _ = encode(rows, tokenizer, **_encoding(config, architecture.max_positions))
         if len(table) < len(rows):
-            raise UserError(f"{path}: a prompt leaves no room for a completion in its longest text")
+            raise UserError(f"{path}: a prompt leaves no room for a completion; shorten the prompts")
         return of_table(table)
 
     def of_ids(prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
@@ -77,13 +76,13 @@ def trained_reward(path: str) -> TrainedReward:
 
 
 def _encoding(config: Any, positions: int) -> dict[str, Any]:
-    """Returns how texts become tokens, as `encode` takes it; every text is kept."""
+    """Returns the arguments of `encode`; no text is dropped."""
     usual = {"max_length": positions, "max_prompt_length": positions - 1, "truncation": "keep_start", "add_bos": None}
     return usual | config.get(reward_head.ENCODING, {}) | {"degenerate": "keep"}
 
 
 def _shape(longest: int) -> pack.Layout:
-    """Returns a layout for texts of at most so many tokens, one of few."""
+    """Returns a layout for texts of at most `longest` tokens; there are few distinct layouts."""
     length = ROW
     while length < longest:
         length *= 2

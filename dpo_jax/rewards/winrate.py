@@ -1,4 +1,4 @@
-"""How often one policy's responses are better than another's, and the best of N: estimates with 95% intervals."""
+"""Win rates of one policy against another, and best of N, with 95% intervals."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dpo_jax.rewards.judge import Verdict
 
 
 class WinShare(NamedTuple):
-    """A proportion of n, with Wilson's interval; NaN of none."""
+    """A proportion of n with Wilson's interval; NaN if n is 0."""
 
     mean: float
     low: float
@@ -21,14 +21,14 @@ class WinShare(NamedTuple):
 
 
 class WinTally(NamedTuple):
-    """What verdicts on many matches come to.
+    """Summary of the verdicts on many matches.
 
     Attributes:
-      wins: how often `a` is better, a tie counting half; of the matches that any verdict can be read of.
-      ties: matches among them that are neither won nor lost, those in which the two orders disagree included.
-      unread: verdicts that could not be read.
-      first: how often the response read first is the better one, of the verdicts that prefer one: 0.5 without a bias.
-      agree: how often both orders prefer the same response, of the matches judged in both and read in both.
+      wins: share of matches won by `a`, ties counting half, among the matches with a readable verdict.
+      ties: number of those matches that are neither won nor lost, or in which the two orders disagree.
+      unread: number of verdicts that could not be read.
+      first: share of verdicts for the response read first, among those for either; 0.5 without a position bias.
+      agree: share of matches in which both orders have the same verdict, among those readable in both orders.
     """
 
     wins: WinShare
@@ -44,15 +44,15 @@ def win_share(successes: float, n: int) -> WinShare:
 
 
 def match_outcome(verdicts: Sequence[Verdict]) -> float | None:
-    """Returns the mean score of a match over its verdicts, or None where none can be read."""
+    """Returns the mean score of a match over its verdicts, or None if no verdict can be read."""
     scores = [v.score for v in verdicts if v.score is not None]
     return sum(scores) / len(scores) if scores else None
 
 
 def tally_wins(matches: Sequence[Sequence[Verdict]]) -> WinTally:
-    """Returns what the verdicts on each match come to.
+    """Returns the summary of the verdicts on each match.
 
-    The interval of wins is that of as many games without ties, and so rather too wide where there are many.
+    The interval of `wins` is that of matches without ties, so it is too wide if there are many ties.
     """
     outcomes = [o for o in map(match_outcome, matches) if o is not None]
     single = [v for verdicts in matches for v in verdicts]
@@ -69,7 +69,7 @@ def tally_wins(matches: Sequence[Sequence[Verdict]]) -> WinTally:
 
 
 def pick_best(scores: Array, n: int) -> Array:
-    """Returns which of the first n responses to each prompt has the highest score, the first of equals.
+    """Returns the index of the highest score among the first n responses to each prompt; the first if several tie.
 
     Args:
       scores: float[prompts, N].
@@ -82,9 +82,9 @@ def pick_best(scores: Array, n: int) -> Array:
 
 
 def kl_bound(n: int) -> float:
-    """Returns log n - (n - 1) / n, in nats: the best of n samples is at most so far from the policy they are of.
+    """Returns log n - (n - 1) / n, in nats: an upper bound of KL(best of n samples || policy).
 
-    It is KL(best of n || policy) exactly where no two responses have the same score and none has much probability
-    (Stiennon et al. 2020, appendix G.3); in general a bound (Beirami et al. 2024).
+    It is exact if all scores differ and every response has small probability (Stiennon et al. 2020, appendix G.3);
+    otherwise it is an upper bound (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n

@@ -1,4 +1,4 @@
-"""Scores from lists of words: built in, from a file, from vaderSentiment's lexicon, or learnt (logistic regression)."""
+"""Scores from word lists: built in, from a file, from vaderSentiment's lexicon, or a logistic regression."""
 
 import functools
 import gzip
@@ -13,7 +13,7 @@ from typing import Any
 from dpo_jax.errors import UserError
 
 Score = Callable[[str, str], float]
-"""(prompt, completion) -> score of one completion."""
+"""(prompt, completion) -> score."""
 WORD = re.compile(r"[a-z]+")
 _HAPPY = """
 happy happily happiness glad joy joyful cheerful merry smile smiled smiles smiling laugh laughed laughing laughter
@@ -32,41 +32,41 @@ HAPPY, SAD = frozenset(_HAPPY.split()), frozenset(_SAD.split())
 
 
 def happy(prompt: str, completion: str) -> float:
-    """Returns the number of happy words less that of sad ones in a completion, in the English of TinyStories."""
+    """Returns the number of happy words in a completion minus that of sad words (vocabulary of TinyStories)."""
     words = WORD.findall(completion.lower())
     return float(sum(word in HAPPY for word in words) - sum(word in SAD for word in words))
 
 
 def word_list(path: str) -> Score:
-    """Returns the reward of a word list: a JSON object {word: weight}, summed over the words of a completion.
+    """Returns the reward of a word list, a JSON object {word: weight}: the sum of weights over a completion.
 
     Words are sequences of the letters a to z in any case; each occurrence counts.
 
     Raises:
-      UserError: the file cannot be read, or holds something else.
+      UserError: the file cannot be read, or is not a word list.
     """
     weights = _weights(_read(path), path)
     if bad := next((word for word in weights if not WORD.fullmatch(word)), None):
-        raise UserError(f"{path}: {bad!r} is no word of letters a to z, so it would never be found")
+        raise UserError(f"{path}: {bad!r} is not a word of lowercase letters a to z; change or remove it")
     return lambda prompt, completion: math.fsum(weights.get(word, 0.0) for word in WORD.findall(completion.lower()))
 
 
 def logistic_regression(path: str) -> Score:
-    """Returns the log-odds that a text is positive, by a logistic regression over its set of words and pairs of words.
+    """Returns the log-odds that a text is positive, by a logistic regression over words and pairs of words.
 
-    score = bias + sum of the weights of the set of n-grams in the prompt and its completion, read as one text; the
-    probability is sigmoid(score), and so a Bradley-Terry draw (equation 1) compares the odds.
+    score = bias + sum of the weights of the set of n-grams in the text, a prompt followed by its completion. The
+    probability is sigmoid(score), so a Bradley-Terry label (equation 1) compares odds.
 
     Args:
-      path: JSON, perhaps gzipped: {"bias": number, "weights": {n-gram: number}}. An n-gram is a word of the characters
-        [a-z'], or ! or ?, or two such that follow each other, with a space between them.
+      path: JSON, plain or gzipped: {"bias": number, "weights": {n-gram: number}}. An n-gram is a word of the characters
+        [a-z'], or ! or ?, or two consecutive ones joined by a space.
 
     Raises:
-      UserError: the file cannot be read, or holds something else.
+      UserError: the file cannot be read, or is not a logistic regression.
     """
     found = _read(path)
     if set(found) != {"bias", "weights"} or not isinstance(found["weights"], dict):
-        raise UserError(f"{path}: no logistic regression; it is an object of a bias and of weights by n-gram")
+        raise UserError(f'{path}: not a logistic regression; write {{"bias": number, "weights": {{n-gram: number}}}}')
     weights, bias = _weights(found["weights"], path), _weights({"bias": found["bias"]}, path)["bias"]
 
     def score(prompt: str, completion: str) -> float:
@@ -76,7 +76,7 @@ def logistic_regression(path: str) -> Score:
 
 
 def ngrams(text: str) -> set[str]:
-    """Returns the words of a text, and every two that follow each other with a space between them."""
+    """Returns the set of a text's words, and of its pairs of consecutive words joined by a space."""
     words = re.findall(r"[a-z']+|[!?]", text.lower().replace("<br />", " "))
     return {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
 
@@ -85,7 +85,7 @@ def vader(prompt: str, completion: str) -> float:
     """Returns vaderSentiment's compound score of a completion, in [-1, 1] (Hutto and Gilbert 2014).
 
     Raises:
-      UserError: the package is not installed.
+      UserError: the package vaderSentiment is not installed.
     """
     return _analyser().polarity_scores(completion)["compound"]
 
@@ -100,20 +100,20 @@ def _analyser() -> Any:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Returns the object in a JSON file, gzipped if its name ends in .gz."""
+    """Returns the object in a JSON file; a name in .gz means gzipped."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, EOFError, ValueError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e})") from e
     if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: not a JSON object; write one in braces")
     return found
 
 
 def _weights(found: Mapping[str, Any], path: str) -> dict[str, float]:
-    """Returns numbers by name, checked."""
+    """Returns the weights by name as floats; refuses anything but finite numbers."""
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{path}: the weight of {name!r} is {value!r}, no finite number")
+            raise UserError(f"{path}: the weight of {name!r} is {value!r}, not a finite number")
     return {name: float(value) for name, value in found.items()}
