@@ -43,8 +43,7 @@ class EndpointConfig:
     per_minute: float | None = None
     """Most requests per minute, retries included."""
     retries: int = 6
-    """Retries of a request after a connection error or status 408, 409, 429 or 5xx. The waits are 0.5, 1, 2, 4 and then
-    8 seconds, or what the server asks for, up to 2 minutes."""
+    """Retries after a lost connection or status 408, 409, 429, 5xx; waits 0.5, 1, 2, .. 8 s, or up to 120 if asked."""
     timeout: float = 120.0
     """Seconds to wait for an answer."""
     price_in: float | None = None
