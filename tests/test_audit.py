@@ -1,4 +1,4 @@
-"""What the data is: counts against hand-worked tables, shortcuts that are there and that are not, the page."""
+"""`dpo-jax data`: counts against tables by hand, planted shortcuts and none, the page."""
 
 import json
 import random
@@ -52,14 +52,14 @@ def test_counts_by_hand():
 
 
 def test_boundaries_are_compared():
-    """Words are tokens here: what is written without a space between is one token only when written together."""
+    """Words are tokens here: two texts without a space between them are one token only if tokenized together."""
     tokenizer = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     items = [pair("w1 ", "w2", "w3"), pair("w1 w", "2", "3 w4"), pair("w1", " w2", " w3")]
     assert audit.boundary_differences(items, tokenizer, EncodeOptions(**OPTIONS)) == (1, 3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2_sorachio"])
-def test_pieces_are_the_text_and_say_what_is_scored(shared, name):
+def test_pieces_join_to_the_text_and_mark_scored_tokens(shared, name):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
@@ -133,7 +133,7 @@ def test_labels_that_nothing_predicts_are_chance():
         assert abs(found.right / found.total - 0.5) < 4 * (0.25 / found.total) ** 0.5
 
 
-def test_unpaired_responses_are_judged_one_by_one():
+def test_unpaired_responses_are_classified_one_by_one():
     rng = random.Random(0)
     texts = [(words(rng, 9) + (" fine" if i % 4 else " evil"), i % 4 > 0) for i in range(400)]
     items = [pair(f"p{i}", text if good else None, None if good else text) for i, (text, good) in enumerate(texts)]
@@ -155,7 +155,7 @@ def test_formats():
 
 
 class Page(HTMLParser):
-    """Checks that elements close in order, and collects their names and the text."""
+    """Checks that elements close in order, and collects their names and texts."""
 
     def __init__(self):
         super().__init__()
@@ -207,8 +207,8 @@ def test_the_command(tmp_path, shared, monkeypatch, capsys):
     assert 'class="t0"' in html
 
 
-def test_the_command_on_rows_of_one_response(tmp_path, shared, monkeypatch, capsys):
-    """Unpaired ones have a label that can be told by shortcuts, which DPO cannot use; examples have none."""
+def test_the_command_on_unpaired_and_single_responses(tmp_path, shared, monkeypatch, capsys):
+    """Unpaired responses have a label to predict, which DPO cannot use; single responses have none."""
     from dpo_jax import cli
 
     rng = random.Random(0)

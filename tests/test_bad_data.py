@@ -1,4 +1,4 @@
-"""What can be wrong with data, through the command line: one line that names the row, or it is counted."""
+"""Bad data through the command line: one line names the example, or it is skipped and counted."""
 
 import json
 
@@ -17,7 +17,7 @@ TEMPLATE = (
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %} {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 )
 RANK = ("--loss.name", "plackett_luce", "--data.responses", "3")
-# What: a good row, a bad one (or its bytes), arguments, what is said of it.
+# Name: a good example, a bad one (or its bytes), arguments, the message.
 BAD = {
     "a column of mixed types": (PAIR, PAIR | {"chosen": 3}, (), "'chosen' must be text, not a number"),
     "texts and conversations": (PAIR, TALK, (), "a conversation, but the examples before it are texts"),
@@ -42,7 +42,7 @@ BAD = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """(code, what was printed, what was complained about) of a command on the rows of a file."""
+    """Returns a function that runs a command on the bytes of a file: (exit code, stdout, stderr)."""
     tokenizer = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -65,41 +65,41 @@ def run(tmp_path, monkeypatch, capsys):
     return command
 
 
-def rows(good, *bad):
-    """Twenty good rows whose prompts differ, then others."""
+def examples(good, *bad):
+    """Returns twenty good examples with different prompts, then the bad ones, as JSON lines."""
     prompts = [[USER | {"content": f"w{i}"}] if isinstance(good["prompt"], list) else f"w{i}" for i in range(20)]
     every = [good | {"prompt": prompt} for prompt in prompts]
     return b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in (*every, *bad))
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_one_line_names_the_row_or_it_is_counted(run, what):
+def test_one_line_names_the_bad_example_or_it_is_counted(run, what):
     good, bad, argv, message = BAD[what]
-    code, _, said = run("data", rows(good, bad), *argv)
+    code, _, said = run("data", examples(good, bad), *argv)
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith("dpo-jax: a.jsonl:21: ")
     assert message in said
     assert len(said) < 400
-    code, out, said = run("data", rows(good, bad, bad), "--data.skip_bad_rows", "2", *argv)
+    code, out, said = run("data", examples(good, bad, bad), "--data.skip_bad_rows", "2", *argv)
     assert (code, said) == (0, "")
     (counted,) = [line for line in out.splitlines() if "bad examples skipped" in line]
     assert counted.startswith("training data: 2 bad examples skipped; the first: a.jsonl:21: ")
     assert message in counted
-    code, _, said = run("data", rows(good, bad, bad), "--data.skip_bad_rows", "1", *argv)
+    code, _, said = run("data", examples(good, bad, bad), "--data.skip_bad_rows", "1", *argv)
     assert (code, "a.jsonl:22: " in said, "(bad example 2; data.skip_bad_rows is 1)" in said) == (2, True, True)
 
 
 UNNAMED = json.dumps({"prompt": "w1", "text": "w2"}).encode()
-NO_ROW = "all examples are bad; the first: a.jsonl:1: "
+ALL_BAD = "all examples are bad; the first: a.jsonl:1: "
 NOTHING = {
     "an empty file": (b"", (), "has no comparisons in split 'train' of ['a.jsonl']; check data.path"),
-    "rows without the columns": (
+    "examples without the columns": (
         UNNAMED,
         (),
-        f"{NO_ROW}the loss needs pairs: columns prompt, chosen, rejected; the col",
+        f"{ALL_BAD}the loss needs pairs: columns prompt, chosen, rejected; the col",
     ),
-    "bad rows only": (b"{\n{\n", ("--data.skip_bad_rows", "9"), f"{NO_ROW}not valid JSON"),
-    "nothing usable": (rows(PAIR | {"rejected": "w3"}), (), "comparisons is left to encode; counted: {"),
+    "bad examples only": (b"{\n{\n", ("--data.skip_bad_rows", "9"), f"{ALL_BAD}not valid JSON"),
+    "nothing usable": (examples(PAIR | {"rejected": "w3"}), (), "comparisons is left to encode; counted: {"),
 }
 
 
@@ -113,7 +113,7 @@ def test_nothing_to_train_on_is_one_line(run, what):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_ids_out_of_the_vocabulary_are_refused(run, tmp_path, sparse):
-    """A tokenizer of 100 ids and a model of as many; then one of its words has an id far beyond."""
+    """A tokenizer with one id more than the model; then one of its words has an id far beyond."""
     (tmp_path / "m.json").write_text(
         json.dumps({"model_type": "gpt2", "vocab_size": 99 + sparse, "n_embd": 8, "n_layer": 1, "n_head": 1})
     )
@@ -122,7 +122,7 @@ def test_ids_out_of_the_vocabulary_are_refused(run, tmp_path, sparse):
         content = json.loads(file.read_text())
         content["model"]["vocab"]["w3"] = 1000
         file.write_text(json.dumps(content))
-    code, _, said = run("train", rows(PAIR))
+    code, _, said = run("train", examples(PAIR))
     assert (code, said.count("\n")) == (2, 1)
     expected = f"vocab_size {99 + sparse} is too little for the tokenizer's ids up to {1000 if sparse else 99}"
     assert expected in said

@@ -1,4 +1,4 @@
-"""The cache of tokenised data: hit by the same content only, never half there, never wrong."""
+"""The cache of tokenized data: hit by the same content only, and valid whatever is killed or damaged."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture
 def tokenised(monkeypatch):
-    """How often texts were tokenised."""
+    """A list with one element for each pass of encoding."""
     calls, original = [], encode_module.encode_stream
     monkeypatch.setattr(cache, "encode_stream", lambda *args: calls.append(1) or original(*args))
     return calls
@@ -81,7 +81,7 @@ def test_chunks_make_one_table(tokenizer, tmp_path, monkeypatch):
 
 
 def peak(function):
-    """(the most bytes that Python and numpy held at a time, what the function returns)."""
+    """Returns (peak memory of Python and numpy in bytes, result of the function)."""
     tracemalloc.start()
     try:
         result = function()
@@ -91,8 +91,8 @@ def peak(function):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
-    """Reading, tokenising and writing; KTO's responses to other prompts; a reward model's token after each response."""
+def test_memory_does_not_grow_with_examples(tokenizer, tmp_path, monkeypatch):
+    """Reading, tokenizing and writing; KTO's responses to other prompts; a reward model's token after each response."""
     monkeypatch.setattr(cache, "CHUNK", 64)
     monkeypatch.setattr(encode_module, "CHUNK", 64)
     row, made = json.dumps({"prompt": "w1 w2", "chosen": "w4 w5 " * 20, "rejected": "w6 w7 " * 20}), {}
@@ -113,8 +113,8 @@ def test_memory_does_not_grow_with_rows(tokenizer, tmp_path, monkeypatch):
     assert max(grown) < a_row / 4, grown
 
 
-def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp_path, monkeypatch):
-    """What a kill leaves is a draft beside the entry; the next run does not look at it, and removes an old one."""
+def test_a_killed_run_leaves_a_draft_that_is_ignored_and_later_removed(tokenizer, tmp_path, monkeypatch):
+    """The draft lies beside the entry; the next run does not open it, and removes an old one."""
     rows = [pair(2, 3, 4), pair(1, 2, 3)]
     old, new = tmp_path / "tokens-old.1-aa", tmp_path / "tokens-new.1-bb"
     for draft in (old, new):
@@ -135,8 +135,8 @@ def test_a_run_killed_while_it_writes_leaves_nothing_that_is_used(tokenizer, tmp
     assert arrays(table) == arrays(encode(rows, tokenizer, **OPTIONS)[0])
 
 
-def test_a_process_killed_at_any_instant_poisons_nothing(tmp_path):
-    """Real processes, killed while they read, tokenise and write; the next one has what an undisturbed one has."""
+def test_a_process_killed_at_any_instant_leaves_a_valid_cache(tmp_path):
+    """Real processes, killed while they read, tokenize and write; the next one gets the table of an undisturbed one."""
     rows = [
         json.dumps({"prompt": f"I saw {i}", "chosen": " I loved it.", "rejected": " I hated it."}) for i in range(6000)
     ]
@@ -194,7 +194,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_cache_entry_is_made_again_and_said_so(tokenizer, tmp_path, tokenised, caplog, kind):
+def test_a_damaged_entry_is_encoded_again_with_a_warning(tokenizer, tmp_path, tokenised, caplog, kind):
     rows = [pair(2, 3, 4)]
     _, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
     (entry,) = tmp_path.iterdir()
@@ -207,7 +207,7 @@ def test_a_damaged_cache_entry_is_made_again_and_said_so(tokenizer, tmp_path, to
     assert len(tokenised) == 2
 
 
-def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
+def test_a_cache_that_cannot_be_written_is_an_error(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="the cache cannot be written"):
         cached_encode([pair(1, 1, 1)], tokenizer, tmp_path / "file", **OPTIONS)

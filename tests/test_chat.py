@@ -1,4 +1,4 @@
-"""Conversations to tokens: what is scored is the response and one EOS, whatever tokenizer, template and limits."""
+"""Conversations to tokens: the response and one EOS are scored, with any tokenizer, template and limits."""
 
 import json
 import unicodedata
@@ -39,7 +39,7 @@ def template_for(tokenizer):
 
 
 def talk(*contents, answers=("good", "bad"), options=None):
-    """A conversation, the user first, and answers to its last turn."""
+    """Returns a conversation that the user begins, and answers to its last turn."""
     roles = ("user", "assistant")
     turns = tuple({"role": roles[i % 2], "content": content} for i, content in enumerate(contents))
     replies = tuple(answer and {"role": "assistant", "content": answer} for answer in answers)
@@ -47,7 +47,7 @@ def talk(*contents, answers=("good", "bad"), options=None):
 
 
 def test_a_template_by_hand(tokenizers):
-    """Qwen's: a system turn of its own, every turn closed by EOS and a line feed, which is not part of a response."""
+    """Qwen's template adds a system turn and ends every turn with EOS and a line feed, which no response includes."""
     rendered = render_comparison(talk("hi", "yes?", "go"), tokenizers["qwen2.5"], Template())
     start = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
     turns = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>user\ngo<|im_end|>\n"
@@ -57,12 +57,12 @@ def test_a_template_by_hand(tokenizers):
     assert chat.prompt_text(system, tokenizers["qwen2.5"], Template()) == whole
 
 
-def test_what_is_text_stays_as_it_is(tokenizers):
+def test_texts_are_not_rendered(tokenizers):
     assert render_comparison(Comparison("p", ("a", None)), tokenizers["gpt2"], Template()) == ("p", ("a", None), True)
     assert chat.as_columns("p") == {"prompt": "p"}
 
 
-def test_eos_is_there_once_whether_the_template_writes_it_or_not(tokenizers):
+def test_a_response_has_one_eos_whether_the_template_writes_it_or_not(tokenizers):
     tokenizer = tokenizers["gpt2"]
     without = Template(PLAIN.source.replace("{{ eos_token }}", ""))
     for template, added in ((PLAIN, 0), (without, 1)):
@@ -95,7 +95,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("template", "comparison", "message"), FAULTS)
-def test_templates_and_messages_that_cannot_be_used(tokenizers, template, comparison, message):
+def test_unusable_templates_and_messages_are_refused(tokenizers, template, comparison, message):
     with pytest.raises(UserError, match=f"^f:1: .*{message}") as error:
         render_comparison(comparison, tokenizers["gpt2"], template)
     assert "\n" not in str(error.value)
@@ -107,7 +107,7 @@ def test_no_special_token_may_be_spelled(tokenizers):
             render_comparison(talk(text), tokenizers["qwen2.5"], Template())
 
 
-def test_template_arguments_come_from_the_config_and_before_them_from_the_row(tokenizers):
+def test_template_arguments_of_an_example_override_those_of_the_config(tokenizers):
     shout = Template("{{ 'LOUD' if loud else 'soft' }}", (("loud", True),))
     assert chat.chat_template("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
     assert chat.prompt_text(Chat((USER,)), tokenizers["gpt2"], shout) == "LOUD"
@@ -117,7 +117,7 @@ def test_template_arguments_come_from_the_config_and_before_them_from_the_row(to
             chat.chat_template("", (bad,))
 
 
-def test_a_prompt_is_written_as_it_is_read(tmp_path):
+def test_a_prompt_survives_writing_and_reading(tmp_path):
     prompt = Chat((USER,), ({"type": "function"},), {"x": 1})
     row = chat.as_columns(prompt) | {"chosen": "a", "rejected": "b"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
@@ -175,7 +175,7 @@ def test_scored_tokens_are_the_response_and_one_eos(tokenizers, name, turns, ans
     prompt_share=st.floats(0.2, 0.8),
     truncation=st.sampled_from(["paper_keep_end", "paper_keep_start", "keep_start"]),
 )
-def test_cut_or_not_a_response_is_the_beginning_of_what_it_was(
+def test_a_truncated_response_is_a_prefix_of_the_full_one(
     tokenizers, name, turns, answers, whole, prompt_share, truncation
 ):
     tokenizer = tokenizers[name]
@@ -202,7 +202,7 @@ def test_cut_or_not_a_response_is_the_beginning_of_what_it_was(
 
 
 def test_joint_tokens_are_trls(tokenizers):
-    """TRL: the prompt ends where it and what follows first differ; a prompt that ends in a space is the usual case."""
+    """In TRL the prompt ends where its tokens and the joint ones first differ, as after a prompt with a final space."""
     tokenizer = tokenizers["gpt2"]
     comparison = Comparison("Paris is ", ("lovely", "loud"))
     separate, _ = encode([comparison], tokenizer, **OPTIONS)
@@ -237,7 +237,7 @@ def test_bos_is_put_where_the_tokenizer_puts_it_and_never_in_a_response(shared):
     assert table[0].prompt.tolist() == gpt2("Once")["input_ids"]
 
 
-def test_real_conversations_in_both_tongues(shared, tokenizers):
+def test_real_conversations_in_two_languages(shared, tokenizers):
     for name in NAMES[2:]:
         tokenizer = tokenizers[name]
         for tongue in ("en", "zh"):

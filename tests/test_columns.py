@@ -1,4 +1,4 @@
-"""The usual columns, in every form they come in, and what is wrong with rows."""
+"""The usual columns in all their forms, and the errors of bad examples."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_the_prompt_is_common_messages_and_never_part_of_one():
 
 
 def test_a_text_beside_messages_is_the_users_turn():
-    """Before an answer alone it is the prompt; else it is one of the turns, and told of if it is none."""
+    """Before an answer it is the prompt; in a full conversation it is one of the turns, or a note counts it."""
     sides = {"chosen": [GOOD], "rejected": [BAD]}
     for responses, expected in ((2, PAIR), (1, PAIR._replace(responses=(GOOD,))), (0, PAIR._replace(responses=()))):
         assert read({"prompt": "hi", **sides}, responses) == [expected]
@@ -73,7 +73,7 @@ def test_a_text_beside_messages_is_the_users_turn():
 
 
 def test_conversations_and_texts_do_not_share_a_file(tmp_path):
-    """A template would write the former and not the latter, which nobody would see."""
+    """The template renders conversations only, so that a model would see two formats."""
     rows = [TEXT, TALK, TEXT, TALK]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
@@ -90,8 +90,8 @@ def test_conversations_and_texts_do_not_share_a_file(tmp_path):
     assert [type(c.prompt) for c in load_comparisons("mixture", parts, "train", 2)] == [str, Chat]
 
 
-def test_columns_that_nothing_reads_are_told(tmp_path):
-    """A misspelt one would be missed without a word."""
+def test_unused_columns_are_counted(tmp_path):
+    """Otherwise a misspelt column would be ignored silently."""
     rows = [TEXT | {"wieght": 2, "id": 1}, TEXT | {"weight": 2, "prompt": "q", "provenance": {}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     items = list(open_stream("files", (str(tmp_path / "a.jsonl"),), "train", 2))
@@ -129,7 +129,7 @@ def test_the_last_turn_of_a_conversation_is_an_example():
     assert read({"messages": [USER, GOOD]}, 0)[0].prompt == read({"messages": [USER]}, 0)[0].prompt == ASK
 
 
-def test_an_unpaired_response_stands_where_its_label_puts_it():
+def test_the_label_decides_the_place_of_an_unpaired_response():
     row = {"prompt": "p", "completion": "c", "weight": 2}
     expected = Comparison("p", ("c", None), 2.0, "f:1")
     assert read(row | {"label": True}) == read(row | {"label": 1}) == [expected]
@@ -204,13 +204,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("row", "responses", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else None)
-def test_what_is_wrong_is_one_line_that_names_the_row(row, responses, message):
+def test_an_error_is_one_line_that_names_the_example(row, responses, message):
     with pytest.raises(UserError, match=f"^f:1: .*({message})") as error:
         read(row, responses)
     assert "\n" not in str(error.value)
 
 
-def test_bad_rows_are_items_in_their_place(tmp_path):
+def test_bad_examples_are_items_in_their_place(tmp_path):
     rows = [TEXT, "{", TEXT | {"weight": -1}, [1], TEXT | {"prompt": "q"}]
     text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
     (tmp_path / "a.jsonl").write_bytes(text.encode() + b"\n\xff\n")
@@ -239,7 +239,7 @@ def test_an_empty_file_and_an_endless_line(tmp_path, monkeypatch):
         load_comparisons("files", (str(tmp_path / "long.jsonl"),), "train", 2)
 
 
-def test_packed_and_columnar_files_give_the_same_rows(tmp_path):
+def test_compressed_and_columnar_files_give_the_same_comparisons(tmp_path):
     import bz2
     import gzip
     import lzma

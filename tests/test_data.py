@@ -1,4 +1,4 @@
-"""Sources, the split by prompt, and the order of rows."""
+"""Files and HH as sources, and the split by prompt."""
 
 import gzip
 import hashlib
@@ -59,7 +59,7 @@ def test_every_kind_of_file_gives_the_same_comparisons(tmp_path):
         ]
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_numbers(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_keep_their_numbers(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\n" + json.dumps(PAIR).encode())
     assert [comparison.where for comparison in read(file)] == [f"{file}:1", f"{file}:3"]
@@ -80,7 +80,7 @@ def test_no_response_is_the_prompt_alone(tmp_path):
     assert read(file, responses=0) == [Comparison("p", (), 1.0, f"{file}:1")]
 
 
-BAD_ROWS = {
+BAD_EXAMPLES = {
     '{"prompt": "p"': r"a\.jsonl:2: not valid JSON",
     "[1]": r"a\.jsonl:2: an example must be an object with named columns, not a list",
     '{"prompt": "p", "chosen": "c"}': r"a\.jsonl:2: no column 'rejected'; the columns are: chosen, prompt",
@@ -97,14 +97,14 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_ROWS)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad):
+@pytest.mark.parametrize("bad", BAD_EXAMPLES)
+def test_a_bad_example_is_named_by_file_and_line(tmp_path, bad):
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(PAIR)}\n{bad}\n")
-    with pytest.raises(UserError, match=BAD_ROWS[bad]):
+    with pytest.raises(UserError, match=BAD_EXAMPLES[bad]):
         read(tmp_path / "a.jsonl")
 
 
-def test_bytes_that_are_no_text_and_files_that_are_not_whole(tmp_path):
+def test_bytes_that_are_not_utf8_and_truncated_files_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:1: not UTF-8 text \(invalid start byte at byte 12\)"):
         read(tmp_path / "a.jsonl")
@@ -152,7 +152,7 @@ def test_a_folder_that_mentions_no_split_is_a_train_split(tmp_path):
         read(tmp_path)
 
 
-def test_what_is_not_clear_is_refused(tmp_path):
+def test_ambiguous_and_missing_paths_are_refused(tmp_path):
     one = write(tmp_path / "train.jsonl", [PAIR])
     with pytest.raises(UserError, match=r"named twice by data\.path"):
         list(files.read((one, str(tmp_path / "*.jsonl")), "train", 2))
@@ -210,7 +210,7 @@ def test_holdout_is_by_prompt_and_stays_when_data_is_added():
 
 
 def originals_hh(files_):
-    """The original's reading of HH, told in another way: pairs, and one (prompt, sft target) for each prompt."""
+    """Reads HH as the paper's code does, written independently: pairs, and one (prompt, sft_target) for each prompt."""
     found = {}
     for file in files_:
         for line in gzip.decompress(file.read_bytes()).decode().split("\n")[:-1]:
@@ -248,7 +248,7 @@ def test_hh_counts(shared, name):
     assert (len(rows), len({row.prompt for row in rows}), elsewhere, *empty, same) == HH[name]
 
 
-def test_hh_is_split_right_on_every_row(shared):
+def test_hh_is_split_at_the_last_turn_of_every_example(shared):
     """Where both transcripts begin with the prompt they are the prompt and a response, cut before nothing but a turn's
     text; the seven others are marked, and are not trained on unless they are to be kept."""
     folder = shared / "data" / "hh"
@@ -271,7 +271,7 @@ def test_hh_is_split_right_on_every_row(shared):
     ]
 
 
-def test_hh_first_rows(shared):
+def test_hh_first_examples(shared):
     rows, _ = hh_read((str(shared / "data" / "hh" / "helpful-base" / "test.jsonl.gz"),), "test", 2)
     first = rows[0]
     assert first.prompt.startswith("\n\nHuman: Do you know why turkeys became the official food of thanksgiving?\n\n")
@@ -281,7 +281,7 @@ def test_hh_first_rows(shared):
     assert digest == "79c937dc"
 
 
-def test_hh_merges_equal_prompts_where_the_first_one_stands(tmp_path):
+def test_hh_groups_equal_prompts_at_the_first_of_them(tmp_path):
     turn = "\n\nHuman: {}\n\nAssistant:{}".format
     rows = [(turn("a", " 1"), turn("a", " 2")), (turn("b", " 3"), turn("c", " 4")), (turn("a", " 5"), turn("a", " 6"))]
     file = write(tmp_path / "x.jsonl", [{"chosen": c, "rejected": r} for c, r in rows])

@@ -1,4 +1,4 @@
-"""Tokenising, cutting to length, the report, and the cache of tables."""
+"""Tokenizing, truncation, the report, and tables."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_bos_belongs_to_the_prompt_and_is_never_cut(tokenizer):
         (pair(1, 1, 1), {"max_length": 1}, "data.max_length 1 leaves no room"),
     ],
 )
-def test_what_cannot_be_encoded_is_named(tokenizer, comparison, options, message):
+def test_comparisons_that_cannot_be_encoded_are_named(tokenizer, comparison, options, message):
     with pytest.raises(UserError, match=message):
         run([pair(1, 1, 1), comparison], tokenizer, **options)
 
@@ -116,7 +116,7 @@ def test_modes_that_do_not_use_max_prompt_length_do_not_ask_for_it(tokenizer):
     assert len(run([pair(1, 1, 1)], tokenizer, truncation="keep_start", max_prompt_length=256)[0]) == 1
 
 
-def test_tokenizers_that_cannot_serve():
+def test_unsuitable_tokenizers_are_refused():
     with pytest.raises(UserError, match="the tokenizer has no EOS token"):
         run([pair(1, 1, 1)], make_tokenizer(bos_token="<bos>"))
     with pytest.raises(UserError, match=r"data\.add_bos is set but the tokenizer has no BOS token"):
@@ -145,7 +145,7 @@ def test_degenerate_comparisons_are_counted_by_kind(tokenizer):
     assert table.weights.tolist() == [0.5]
     table, report = run(comparisons, tokenizer, degenerate="keep")
     assert (report.kept, report.empty_kept, report.identical_kept, report.empty_dropped) == (5, 3, 1, 0)
-    assert report.identical_after_truncation == 0  # it is for those that a cut has made so
+    assert report.identical_after_truncation == 0  # counts only those that truncation made identical
     assert lists(table[1]) == [[1], [EOS], [2, EOS]]
     assert "3 kept despite an empty response" in report.lines()
     elsewhere = [pair(2, 3, 4), pair(1, 2, 3, misplaced=True), Comparison("w1", ("w2", ""), misplaced=True)]
@@ -176,14 +176,14 @@ def test_report(tokenizer):
     ]
 
 
-def test_a_tokenizer_is_asked_for_its_special_tokens_once_for_all_rows(tokenizer, monkeypatch):
+def test_special_tokens_are_looked_up_once_per_pass(tokenizer, monkeypatch):
     calls, original = [], SpecialTokens.of
     monkeypatch.setattr(SpecialTokens, "of", lambda its: calls.append(1) or original(its))
     run([pair(2, 3, 4)] * 9, tokenizer, add_bos=None)
-    assert len(calls) == 2  # for the check of the options, and for the rows
+    assert len(calls) == 2  # to check the options, and to encode
 
 
-def test_text_that_the_tokenizer_cannot_write_is_counted():
+def test_unknown_tokens_are_counted():
     tokenizer = make_tokenizer(eos_token="<eos>", unk_token="w0")
     report = run([Comparison("w1 x", ("y z", "w2"))], tokenizer)[1]
     assert report.unknown_tokens == 3
@@ -191,7 +191,7 @@ def test_text_that_the_tokenizer_cannot_write_is_counted():
     assert run([Comparison("w1", ("w2", "w3"))], tokenizer)[1].unknown_tokens == 0
 
 
-def test_bad_rows_are_counted_up_to_a_limit(tokenizer):
+def test_bad_examples_are_counted_up_to_a_limit(tokenizer):
     items = [pair(1, 1, 1), UserError("f:2: broken"), pair(2, 2, 2), Comparison("w1", ("w1 <eos>", "w2"), where="f:4")]
     table, report = run(items, tokenizer, skip_bad_rows=2)
     assert (len(table), report.read, report.kept, report.bad_skipped) == (2, 4, 2, 2)
@@ -236,7 +236,7 @@ def test_table(tokenizer, tmp_path):
         Table.open(tmp_path)
 
 
-def test_tables_of_ids_and_rows():
+def test_tables_of_token_ids_and_of_indices():
     rows = [Tokens([1, 2], ([3], [4, 5]), 0.5, 9), Tokens([6], ([7], [8]))]
     table = Table.of(rows)
     assert table.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -250,7 +250,7 @@ def test_tables_of_ids_and_rows():
             Table.of(bad)
 
 
-def test_labels_scores_and_absent_responses_are_carried(tokenizer):
+def test_labels_scores_and_absent_responses_reach_the_table(tokenizer):
     items = [
         Comparison("w1 w2", ("w3", None), 2.0, "f:1", 0.75),
         Comparison("w1", (None, "w4 w5"), where="f:2"),
@@ -273,7 +273,7 @@ def test_labels_scores_and_absent_responses_are_carried(tokenizer):
         Table.of([Tokens([1], ([], []))])
 
 
-def test_the_digest_is_of_ids_and_where_they_end_but_not_of_weights():
+def test_the_digest_depends_on_ids_and_offsets_but_not_on_weights():
     table = Table.of([Tokens([1, 2], ([3, 4],))])
     assert table.digest == Table.of([Tokens([1, 2], ([3, 4],), 0.5)]).digest
     assert table.digest != Table.of([Tokens([1], ([2, 3, 4],))]).digest
@@ -281,7 +281,7 @@ def test_the_digest_is_of_ids_and_where_they_end_but_not_of_weights():
 
 
 def originals_cut(tokenizer, prompt, chosen, rejected, keep):
-    """The original's rule in other words: budget 512, of which 256 for the prompt."""
+    """Truncates by the rule of the paper's code, written independently: 512 tokens, 256 of them for the prompt."""
     eos = [tokenizer.eos_token_id]
     p, c, r = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, chosen, rejected))
     c, r = c + eos, r + eos

@@ -1,4 +1,4 @@
-"""Responses to other prompts, as KTO's estimate of the KL needs them."""
+"""Mismatched responses: responses to other prompts, from which KTO estimates the KL divergence."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ def answered(max_length):
     return Table.of(add_mismatched(Table.of(ROWS), max_length, counts)), counts["cut"]
 
 
-def test_the_next_comparison_with_another_prompt_gives_its_first_response():
+def test_the_next_comparison_with_another_prompt_gives_its_first_present_response():
     table, cut = answered(99)
     assert cut == 0
     assert [table[i].responses[2].tolist() for i in range(3)] == [[31, 32, 33], [31, 32, 33], [10, 11]]
@@ -34,19 +34,19 @@ def test_the_next_comparison_with_another_prompt_gives_its_first_response():
     assert (table.weights.tolist(), table.scores[0].tolist()) == ([1.0, 1.0, 0.5], [2.0, 1.0, 0.0])
 
 
-def test_it_is_cut_so_that_the_prompt_fits():
+def test_a_mismatched_response_is_truncated_to_max_length():
     table, cut = answered(3)
     assert cut == 2
     assert [table[i].responses[2].tolist() for i in range(3)] == [[31], [31], [10, 11]]
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda x: len(set(x)) > 1))
-def test_the_next_one_is_the_first_that_differs_counted_round(prompts):
+def test_the_next_prompt_that_differs_is_found_around_the_end(prompts):
     count = len(prompts)
     expected = [next(j % count for j in range(i, i + count) if prompts[j % count] != prompts[i]) for i in range(count)]
     assert list(next_with_another_prompt(np.array(prompts, np.uint64))) == expected
 
 
-def test_prompts_that_are_all_the_same():
+def test_equal_prompts_alone_are_refused():
     with pytest.raises(UserError, match="all prompts are the same"):
         list(add_mismatched(Table.of(ROWS[:2]), 9, Counter()))

@@ -1,4 +1,4 @@
-"""Which rows a step takes: the seeded order, and the original's bit for bit."""
+"""The comparisons of each step: the seeded order, and exactly that of the paper's code."""
 
 import dataclasses
 import random
@@ -24,7 +24,7 @@ def seeded(rows, seed=0):
 
 
 @given(rows=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(-5, 2**70), epoch=st.integers(0, 3))
-def test_an_epoch_repeats_nothing_and_a_batch_depends_on_its_step_alone(rows, batch, seed, epoch):
+def test_an_epoch_repeats_nothing_and_a_batch_depends_only_on_its_step(rows, batch, seed, epoch):
     if rows < batch:
         with pytest.raises(UserError, match=f"batch_size {batch} is more than the {rows} comparisons"):
             order.example_indices(0, seeded(rows, seed), rows=rows, batch_size=batch)
@@ -43,29 +43,29 @@ def test_an_epoch_repeats_nothing_and_a_batch_depends_on_its_step_alone(rows, ba
     np.testing.assert_array_equal(again, batches[numbers[0]])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own_that_never_change():
-    def rows_of(step, seed=0):
+def test_each_epoch_and_seed_has_a_pinned_order():
+    def indices_of(step, seed=0):
         return order.example_indices(step, seeded(10, seed), rows=10, batch_size=10).tolist()
 
-    assert rows_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    assert rows_of(1) == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
-    assert rows_of(0, seed=1) == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
+    assert indices_of(0) == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert indices_of(1) == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+    assert indices_of(0, seed=1) == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
     kept = seeded(10)
     order.example_indices(0, kept, rows=10, batch_size=10)[:] = 0  # the caller's own copy
     assert kept(0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     with pytest.raises(UserError, match="batch_size must be at least 1, not 0"):
         order.steps_per_epoch(10, 0)
     with pytest.raises(ValueError, match="step -1 is negative"):
-        rows_of(-1)
+        indices_of(-1)
 
 
-def test_the_originals_seeds_and_first_shuffle_are_the_pinned_ones():
+def test_the_seeds_and_first_shuffle_of_the_original_are_pinned():
     assert order.original_seeds(4) == [2357136044, 2546248239, 3071714933, 3626093760]
     assert order.bind_order("original", np.arange(10, dtype=np.uint64), 7)(0).tolist() == [8, 7, 2, 4, 1, 5, 3, 9, 0, 6]
 
 
 def originals_batches(flat_data, batch_size, epochs):
-    """The original's `get_batch_iterator` told again: flat_data is a list of (prompt, pairs)."""
+    """Yields batches as `get_batch_iterator` of the paper's code does: flat_data is a list of (prompt, pairs)."""
     state = np.random.get_state()
     np.random.seed(0)
     seeds = iter(np.random.randint(0, 2**32, size=1_000_000))
@@ -86,7 +86,7 @@ def originals_batches(flat_data, batch_size, epochs):
 
 
 @given(prompts=st.lists(st.integers(0, 9), min_size=1, max_size=40), batch=st.integers(1, 9))
-def test_original_is_the_originals_sequence_of_batches(prompts, batch):
+def test_original_gives_the_batches_of_the_papers_code(prompts, batch):
     pairs_of = {}
     for row, prompt in enumerate(prompts):
         pairs_of.setdefault(prompt, []).append(row)
@@ -97,8 +97,8 @@ def test_original_is_the_originals_sequence_of_batches(prompts, batch):
     assert found == expected
 
 
-def test_real_dialogues_come_in_the_originals_order(shared):
-    """Prompts are told apart as they were before the cut, and rows that repeat one stay together."""
+def test_real_dialogues_come_in_the_order_of_the_papers_code(shared):
+    """Prompts are compared before truncation, and comparisons of the same prompt stay together."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
@@ -115,8 +115,8 @@ def test_real_dialogues_come_in_the_originals_order(shared):
     assert found == expected
 
 
-def test_it_is_said_where_the_originals_batches_are_not_taken():
-    """A row that is dropped moves all that come after it."""
+def test_a_warning_tells_when_the_batches_of_the_papers_code_are_not_met():
+    """A comparison that is dropped moves all that come after it."""
     rows = [Comparison(f"p{i}", ("a", "b" if i else ""), where="f:1") for i in range(4)]
     tokenizer = synthetic.synthetic_tokenizer()
     for degenerate, name, expected in (("drop", "original", 1), ("keep", "original", 0), ("drop", "seeded", 0)):

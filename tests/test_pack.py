@@ -1,4 +1,4 @@
-"""The layout of comparisons in rows: one worked by hand, then properties."""
+"""Packing comparisons in rows: an example by hand, then properties."""
 
 import itertools
 
@@ -18,7 +18,7 @@ HAND = Table.of(
         Tokens([41], ([51, 52, 53], [61, 62]), 2.0),  # 1 + 2 + 1 tokens in a row, 5 scored
     ]
 )
-IN_A_ROW = {
+IN_ONE_ROW = {
     "tokens": [11, 12, 13, 21, 41, 51, 52, 61, 0, 0],
     "positions": [0, 1, 2, 3, 0, 1, 2, 1, 0, 0],
     "segment_ids": [1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
@@ -34,7 +34,7 @@ IN_A_ROW = {
 
 def test_two_comparisons_in_a_row_by_hand():
     batch, count, places = pack.build_batch(HAND, [0, 1], pack.Layout(2, 1, 10, 3, 10))
-    for name, expected in IN_A_ROW.items():
+    for name, expected in IN_ONE_ROW.items():
         field = getattr(batch, name)
         assert field.dtype == (np.float32 if name in ("weights", "preference", "scores") else np.int32)
         assert field[0, 0].tolist() == expected, name
@@ -45,10 +45,10 @@ def test_two_comparisons_in_a_row_by_hand():
     assert places.tolist() == [[0, 0, 0], [0, 0, 1]]
 
 
-def test_rows_go_into_microbatches_in_order_and_values_come_back():
-    shape = pack.Layout(2, 2, 4, 1, 6)
+def test_rows_fill_microbatches_in_order_and_unpacking_restores_values():
+    layout = pack.Layout(2, 2, 4, 1, 6)
     column = np.array([[[1, 10], [2, 20]], [[3, 30], [4, 40]]], np.float32)
-    batch, count, places = pack.build_batch(HAND, np.array([1, 0, 1]), shape, column)
+    batch, count, places = pack.build_batch(HAND, np.array([1, 0, 1]), layout, column)
     assert (count, places.tolist()) == (2, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
     assert batch.tokens.tolist() == [[[41, 51, 52, 61], [11, 12, 13, 21]], [[41, 51, 52, 61], [0, 0, 0, 0]]]
     assert batch.weights[:, :, 0].tolist() == [[2.0, 0.5], [2.0, 0.0]]
@@ -57,26 +57,26 @@ def test_rows_go_into_microbatches_in_order_and_values_come_back():
     )
     np.testing.assert_array_equal(pack.unpack_batch(batch.ref_logps, places), column[[1, 0, 1]])
     with pytest.raises(ValueError, match="5 comparisons take 5 rows, more than"):
-        pack.build_batch(HAND, [0, 1, 0, 1, 0], shape)
+        pack.build_batch(HAND, [0, 1, 0, 1, 0], layout)
 
 
 def test_first_fit_decreasing_by_hand():
-    shape = pack.Layout(9, 1, 10, 3, 100)
+    layout = pack.Layout(9, 1, 10, 3, 100)
     scored = np.ones(7, int)
-    assert pack.plan_rows(np.array([3, 7, 3, 5, 5, 2, 3]), scored, shape) == [[1, 0], [3, 4], [2, 6, 5]]
-    assert pack.plan_rows(np.array([2, 2, 2, 2]), scored[:4], shape) == [
+    assert pack.plan_rows(np.array([3, 7, 3, 5, 5, 2, 3]), scored, layout) == [[1, 0], [3, 4], [2, 6, 5]]
+    assert pack.plan_rows(np.array([2, 2, 2, 2]), scored[:4], layout) == [
         [0, 1, 2],
         [3],
     ]  # three comparisons a row at most
-    assert pack.plan_rows(np.array([2, 2, 2]), np.array([60, 50, 40]), shape) == [[0, 2], [1]]  # 100 scored at most
-    assert pack.plan_rows(np.array([], int), np.array([], int), shape) == []
+    assert pack.plan_rows(np.array([2, 2, 2]), np.array([60, 50, 40]), layout) == [[0, 2], [1]]  # 100 scored at most
+    assert pack.plan_rows(np.array([], int), np.array([], int), layout) == []
 
 
-def test_a_comparison_that_fits_no_row():
-    shape = pack.Layout(9, 1, 10, 3, 20)
+def test_a_comparison_that_fits_no_row_is_refused():
+    layout = pack.Layout(9, 1, 10, 3, 20)
     for lengths, scored in (([11], [1]), ([10], [21])):
         with pytest.raises(UserError, match=r"does not fit rows of 10 \(20 scored\); raise data.row_length"):
-            pack.plan_rows(np.array(lengths), np.array(scored), shape)
+            pack.plan_rows(np.array(lengths), np.array(scored), layout)
 
 
 @st.composite
@@ -93,7 +93,7 @@ def _take(numbers, sizes):
     return prompt, tuple(responses), float(next(numbers))
 
 
-def shape_of(draw, table):
+def draw_layout(draw, table):
     longest, scored = int(table.lengths().max()), int(table.scored_lengths.max())
     rows = draw(st.integers(1, 4))
     length, scored = longest + draw(st.integers(0, 30)), scored + draw(st.integers(0, 20))
@@ -104,9 +104,9 @@ def shape_of(draw, table):
 @given(st.data())
 def test_every_scored_token_has_its_predictor_once(given_data):
     table = given_data.draw(tables())
-    shape = shape_of(given_data.draw, table)
+    layout = draw_layout(given_data.draw, table)
     indices = given_data.draw(st.permutations(range(len(table))))
-    batch, count, places = pack.build_batch(table, indices, shape)
+    batch, count, places = pack.build_batch(table, indices, layout)
     assert len({tuple(place) for place in places.tolist()}) == len(indices)
     assert count == places[:, 0].max() + 1
     assert (batch.slot >= 0).sum() == table.scored_lengths.sum()
@@ -117,7 +117,7 @@ def test_every_scored_token_has_its_predictor_once(given_data):
 
 
 def check_one(tokens, row, g):
-    """A comparison's own tokens and nothing else stand in its group, and what is scored follows from them."""
+    """Checks that a segment has the tokens of its comparison and no others, and scores each response token once."""
     prompt = (row.segment_ids == g + 1) & (row.branch_ids == 0)
     assert row.tokens[prompt].tolist() == tokens.prompt.tolist()
     assert row.positions[prompt].tolist() == list(range(len(tokens.prompt)))
@@ -137,19 +137,19 @@ def check_one(tokens, row, g):
 @given(st.data())
 def test_a_plan_is_a_permutation_inside_its_budgets(given_data):
     table = given_data.draw(tables())
-    shape = shape_of(given_data.draw, table)
+    layout = draw_layout(given_data.draw, table)
     lengths, scored = table.lengths(), table.scored_lengths
-    rows = pack.plan_rows(lengths, scored, shape)
+    rows = pack.plan_rows(lengths, scored, layout)
     assert sorted(member for row in rows for member in row) == list(range(len(table)))
     for row in rows:
-        assert lengths[row].sum() <= shape.length
-        assert scored[row].sum() <= shape.scored
-        assert len(row) <= shape.segments
+        assert lengths[row].sum() <= layout.length
+        assert scored[row].sum() <= layout.scored
+        assert len(row) <= layout.segments
     for earlier, row in itertools.pairwise(rows):  # first fit: what opens a row had no room before
         free = (
-            shape.length - lengths[earlier].sum(),
-            shape.scored - scored[earlier].sum(),
-            shape.segments - len(earlier),
+            layout.length - lengths[earlier].sum(),
+            layout.scored - scored[earlier].sum(),
+            layout.segments - len(earlier),
         )
         assert lengths[row[-1]] > free[0] or scored[row[-1]] > free[1] or free[2] < 1
 
@@ -158,10 +158,10 @@ def table_of(*sizes):
     return Table.of(Tokens([1] * prompt, tuple([2] * n for n in responses)) for prompt, *responses in sizes)
 
 
-def test_choose_holds_the_data_and_no_more_than_the_batch_needs():
+def test_choose_layout_fits_the_data_and_no_more_than_the_batch_needs():
     table = table_of((40, 11, 11), (50, 11, 21))  # 60 and 80 tokens in a row, 22 and 32 scored
-    shape = pack.choose_layout(table, max_length=512, batch_size=4)
-    assert shape == pack.Layout(4, 1, 384, 4, 192)  # 4 * 80 = 320 tokens at most: one row
+    layout = pack.choose_layout(table, max_length=512, batch_size=4)
+    assert layout == pack.Layout(4, 1, 384, 4, 192)  # 4 * 80 = 320 tokens at most: one row
     many = pack.choose_layout(table, max_length=512, batch_size=256)
     assert many.rows * many.length <= 4096
     assert many.microbatches == -(-256 // many.rows)
@@ -170,20 +170,20 @@ def test_choose_holds_the_data_and_no_more_than_the_batch_needs():
         pack.choose_layout(table, max_length=512, batch_size=4, length=79)
 
 
-def test_choose_never_takes_rows_longer_than_a_pair_may_need():
+def test_choose_layout_takes_no_rows_longer_than_a_pair_may_need():
     table = table_of((200, 300, 300), (200, 300, 300))  # 798 tokens
     assert pack.choose_layout(table, max_length=512, batch_size=64).length in (1024,)
     longer = table_of((100, *[400] * 4))  # four responses: 1696 tokens
-    shape = pack.choose_layout(longer, max_length=512, batch_size=8)
-    assert (shape.length, shape.scored) == (1792, 1984)
+    layout = pack.choose_layout(longer, max_length=512, batch_size=8)
+    assert (layout.length, layout.scored) == (1792, 1984)
 
 
-def test_choose_shares_rows_among_devices():
+def test_choose_layout_shares_rows_among_devices():
     table = table_of(*((20, 10 + n, 30 - n) for n in range(20)))
     for devices in (1, 2, 4, 8):
-        shape = pack.choose_layout(table, max_length=64, batch_size=64, multiple_of=devices)
-        assert shape.rows % devices == 0
-        assert shape.microbatches * shape.rows >= 64
+        layout = pack.choose_layout(table, max_length=64, batch_size=64, multiple_of=devices)
+        assert layout.rows % devices == 0
+        assert layout.microbatches * layout.rows >= 64
     assert pack.choose_layout(table, max_length=64, batch_size=64, rows=6, multiple_of=2)[:2] == (11, 6)
     with pytest.raises(UserError, match="5 rows in a microbatch cannot be shared by 2 devices"):
         pack.choose_layout(table, max_length=64, batch_size=64, rows=5, multiple_of=2)
@@ -191,13 +191,13 @@ def test_choose_shares_rows_among_devices():
 
 @settings(deadline=None, max_examples=30)
 @given(st.data())
-def test_any_batch_fits_the_chosen_shape(given_data):
+def test_any_batch_fits_the_chosen_layout(given_data):
     table = given_data.draw(tables())
     size = given_data.draw(st.integers(1, 20))
-    shape = pack.choose_layout(table, max_length=64, batch_size=size, multiple_of=given_data.draw(st.integers(1, 3)))
+    layout = pack.choose_layout(table, max_length=64, batch_size=size, multiple_of=given_data.draw(st.integers(1, 3)))
     indices = given_data.draw(st.lists(st.integers(0, len(table) - 1), min_size=size, max_size=size))
-    batch, count, places = pack.build_batch(table, indices, shape)
-    assert 1 <= count <= shape.microbatches
+    batch, count, places = pack.build_batch(table, indices, layout)
+    assert 1 <= count <= layout.microbatches
     np.testing.assert_array_equal(pack.unpack_batch(batch.weights, places), table.weights[indices])
 
 
@@ -212,26 +212,26 @@ def test_real_dialogues_pack_well(shared):
     rows = load_comparisons("hh", (str(shared / "data" / "hh" / "harmless-base"),), "test", 2)
     options = {"truncation": "paper_keep_end", "degenerate": "drop", "add_bos": False}
     table, _ = encode(rows, tokenizer, max_length=512, max_prompt_length=256, **options)
-    shape = pack.choose_layout(table, max_length=512, batch_size=64)
+    layout = pack.choose_layout(table, max_length=512, batch_size=64)
     used = slots = 0
     seeded = order.bind_order("seeded", table.prompts, 0)
     for step in range(20):
         indices = order.example_indices(step, seeded, rows=len(table), batch_size=64)
-        _, count, _ = pack.build_batch(table, indices, shape)
+        _, count, _ = pack.build_batch(table, indices, layout)
         used += table.lengths()[indices].sum()
-        slots += count * shape.rows * shape.length
+        slots += count * layout.rows * layout.length
     assert used / slots > 0.88
-    assert shape.length in (768, 1024)
+    assert layout.length in (768, 1024)
 
 
-def test_a_process_builds_its_own_rows_as_they_are_in_the_whole():
-    """Parts laid side by side are the whole batch, and places are those of the whole."""
+def test_the_rows_of_each_process_join_to_the_full_batch():
+    """Places are those in the full batch on every process."""
     column = np.array([[1, 2], [3, 4]], np.float32)
-    shape, rows = pack.Layout(2, 4, 8, 2, 9), np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
-    whole, count, places = pack.build_batch(HAND, rows, shape, column)
-    parts = [pack.build_batch(HAND, rows, shape._replace(own=own), column) for own in ((0, 1), (1, 3), (3, 4))]
-    assert whole.tokens.any(axis=-1).sum() == 5
-    for field, *own in zip(whole, *(part for part, _, _ in parts), strict=True):
+    layout, rows = pack.Layout(2, 4, 8, 2, 9), np.array([0, 1, 1, 0, 1, 0, 0, 1, 1])
+    full, count, places = pack.build_batch(HAND, rows, layout, column)
+    parts = [pack.build_batch(HAND, rows, layout._replace(own=own), column) for own in ((0, 1), (1, 3), (3, 4))]
+    assert full.tokens.any(axis=-1).sum() == 5
+    for field, *own in zip(full, *(part for part, _, _ in parts), strict=True):
         np.testing.assert_array_equal(field, np.concatenate(own, axis=1))
     for _, other_count, other_places in parts:
         assert other_count == count

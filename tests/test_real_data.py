@@ -1,4 +1,4 @@
-"""Real data of every form, from its files to training steps, through the one command."""
+"""Real data of every form, from files to training steps, through `dpo-jax train`."""
 
 import json
 

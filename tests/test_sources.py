@@ -1,4 +1,4 @@
-"""The sources of public data, each on a small sample of its schema, against rows worked out by hand."""
+"""The sources of public data, each on a few examples with its columns, against comparisons written by hand."""
 
 import json
 
@@ -17,7 +17,7 @@ def write(path, rows):
 
 
 def read(source, path, responses=2, split="train"):
-    """(comparisons, what was noted)."""
+    """Returns (comparisons, notes: text -> number)."""
     items = list(open_stream(source, path, split, responses))
     notes = {item.text: item.number for item in items if isinstance(item, Note) and item.number}
     return list(only_comparisons(items)), notes
@@ -58,7 +58,7 @@ def test_shp_drops_close_scores_and_merges_prompts(tmp_path):
         ({"history": None}, "'history' must be text, not null"),
     ],
 )
-def test_shp_names_a_bad_row(tmp_path, change, message):
+def test_shp_names_a_bad_example(tmp_path, change, message):
     path = write(tmp_path / "a.jsonl", [shp_row("q", "a", "b", (9, 1), 1), shp_row("q", "a", "b", (9, 1), 1) | change])
     with pytest.raises(UserError, match=rf"a\.jsonl:2: {message}"):
         read("shp", path)
@@ -255,7 +255,7 @@ def test_a_mixture_takes_shares_of_prompts(tmp_path):
         ("files:none.jsonl", "none.jsonl: no such file"),
     ],
 )
-def test_parts_that_are_not_written_right(part, message):
+def test_malformed_parts_of_a_mixture_are_refused(part, message):
     with pytest.raises(UserError, match=message):
         read("mixture", (part,))
 
@@ -289,7 +289,7 @@ def test_noise_is_counted_and_the_same_every_time(tmp_path):
     assert noisy(path)[0] == read("files", path)[0]
 
 
-def test_noise_that_cannot_be(tmp_path):
+def test_invalid_noise_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}])
     with pytest.raises(UserError, match=r"data\.flip_labels must be between 0 and 1, not 1\.5"):
         noisy(path, flip=1.5)

@@ -1,4 +1,4 @@
-"""The built-in world: its texts, its true reward, its tokenizer."""
+"""The synthetic reviews: texts, true reward, tokenizer."""
 
 import itertools
 import math
@@ -106,8 +106,8 @@ def test_the_mood_makes_what_follows_likelier():
     assert statistics.mean(ends) == pytest.approx(0.625, abs=0.01)
 
 
-def test_what_follows_a_prefix_is_drawn_anew(pairs):
-    """`My <relative> chose` goes on with " this" and then one of ten genres: two draws agree once in ten."""
+def test_what_follows_a_prefix_is_sampled_again(pairs):
+    """`My <relative> chose` goes on with " this" and then one of ten genres: two samples agree once in ten."""
     followed = [[response.split()[1] for response in pair.responses] for pair in pairs if ends_in_chose(pair)]
     assert len(followed) > 300
     assert statistics.mean(first == other for first, other in followed) == pytest.approx(0.1, abs=0.05)
@@ -124,7 +124,7 @@ def test_prompts_are_distinct_and_of_their_split():
     assert prompts[:10] == synthetic.synthetic_prompts("test", 10)
 
 
-def test_prompts_end_where_the_world_does(monkeypatch):
+def test_too_few_distinct_prompts_is_an_error(monkeypatch):
     monkeypatch.setattr(synthetic, "SAMPLES_PER_PROMPT", 1)
     with pytest.raises(UserError, match=r"has fewer than 1000 distinct prompts \(\d+ found\); ask for fewer"):
         synthetic.synthetic_prompts("test", 1000)
@@ -163,7 +163,7 @@ def test_the_world_encodes(pairs, tokenizer):
     assert table.ids.max() < len(tokenizer)
 
 
-def test_what_the_world_does_not_have():
+def test_paths_splits_and_responses_that_it_lacks_are_refused():
     with pytest.raises(UserError, match="unknown split of the synthetic world 'tests'; did you mean 'test'"):
         list(synthetic.read((), "tests", 1))
     with pytest.raises(UserError, match=r"takes no path \(\['x'\]\)"):

@@ -111,7 +111,10 @@ def _response(
         )
     text, ending, rest = rendered[len(prompt) :].partition(tokenizer.eos_token)
     if rest.strip():
-        raise UserError(f"{where}: the chat template writes {rest.strip()[:40]!r} after a response's EOS; use another")
+        raise UserError(
+            f"{where}: the chat template writes {rest.strip()[:40]!r} after a response's EOS; set another "
+            "data.chat_template"
+        )
     return text, bool(ending)
 
 

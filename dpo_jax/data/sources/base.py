@@ -83,7 +83,7 @@ def convert_examples(
 def expand_examples(
     examples: Iterable[RawExample | UserError], convert: Callable[[str, dict[str, Any]], Iterable[Item]]
 ) -> Iterator[Item]:
-    """Yields all items of `convert(where, columns)`, which may be any number per example, as `convert_examples`."""
+    """Yields the items of each `convert(where, columns)`, any number per example; for a bad example, its error."""
     for items in convert_examples(examples, convert):
         yield from (items,) if isinstance(items, UserError) else items
 
@@ -163,13 +163,13 @@ def holdout(items: Iterable[Item], fraction: float) -> tuple[Stream, Stream]:
     if not 0 <= fraction < 1:
         raise UserError(f"data.eval_fraction must be at least 0 and below 1, not {fraction}")
 
-    def side(held: bool) -> Iterator[Item]:
+    def side(wanted: bool) -> Iterator[Item]:
         counts, bad = [0, 0], None
         for item in items:
             bad = item if bad is None and isinstance(item, UserError) else bad
-            its = isinstance(item, Comparison) and prompt_hash(item.prompt) < fraction
-            counts[its] += isinstance(item, Comparison)
-            if its == held:
+            in_eval = isinstance(item, Comparison) and prompt_hash(item.prompt) < fraction
+            counts[in_eval] += isinstance(item, Comparison)
+            if in_eval == wanted:
                 yield item
         if bad and not any(counts):
             raise UserError(f"all examples are bad; the first: {bad}")

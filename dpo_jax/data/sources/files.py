@@ -37,9 +37,9 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
 
 def example_items(examples: Iterable[RawExample | UserError], responses: int) -> Iterator[Item]:
-    """Yields the comparisons of examples with the usual columns (see `columns`), whatever they were read from.
+    """Yields the comparisons of examples with the usual columns (see `columns`), and notes.
 
-    Columns that nothing reads are counted in a note; a repeated (prompt, chosen) is one example of fine-tuning.
+    A note counts unused columns. With 1 response, a note replaces a pair that repeats a prompt and chosen response.
     """
     seen: set[bytes] = set()
     kinds: set[type] = set()

@@ -44,7 +44,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       responses: 0, 1 or 2.
 
     Raises:
-      UserError: the data cannot be found, or a transcript has no assistant turn.
+      UserError: the data cannot be read, or another number of responses is asked for.
     """
     if responses not in (0, 1, 2):
         raise UserError(

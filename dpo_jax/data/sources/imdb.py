@@ -29,7 +29,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       responses: 0 or 1.
 
     Raises:
-      UserError: the data cannot be found, or pairs are asked for.
+      UserError: the data cannot be read, or pairs are asked for.
     """
     if responses not in (0, 1):
         raise UserError("data source 'imdb' has reviews, no preferences; make pairs from a model with dpo-jax pairs")

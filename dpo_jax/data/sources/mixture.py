@@ -69,5 +69,5 @@ def parse_part(text: str) -> MixturePart:
 def _times(item: Comparison, share: float) -> int:
     """Returns how often a comparison is taken: the integer part of its share, and once more by a hash of its prompt."""
     # `holdout` splits by the high bits of the key. The low bits decide here, so that both choices are independent.
-    draw = (prompt_key(item.prompt) % 2**32) / 2**32
-    return int(share) + (draw < share % 1)
+    fraction = (prompt_key(item.prompt) % 2**32) / 2**32
+    return int(share) + (fraction < share % 1)

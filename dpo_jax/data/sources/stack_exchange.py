@@ -42,7 +42,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       responses: 0, 1 or 2.
 
     Raises:
-      UserError: the data cannot be found.
+      UserError: the data cannot be read, or another split or number of responses is asked for.
     """
     if responses not in (0, 1, 2):
         raise UserError(

@@ -27,7 +27,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
       responses: 0, 1, 2, or with scored answers 4.
 
     Raises:
-      UserError: the data cannot be found.
+      UserError: the data cannot be read.
     """
     names = {"train": "train_prefs", "test": "test_prefs"}
     split = split if path else names.get(split, split)
