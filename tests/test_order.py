@@ -121,7 +121,7 @@ def test_a_warning_tells_when_the_batches_of_the_papers_code_are_not_met():
     tokenizer = synthetic.synthetic_tokenizer()
     for degenerate, name, expected in (("drop", "original", 1), ("keep", "original", 0), ("drop", "seeded", 0)):
         options = dataclasses.replace(DataConfig(), degenerate=degenerate, order=name)
-        said = []
-        load_table(Config(data=options), losses.build({"name": "dpo"}), tokenizer, rows, "training", said.append)
-        warned = [line for line in said if "1 comparisons fewer than the original takes" in line]
+        notes = []
+        load_table(Config(data=options), losses.build({"name": "dpo"}), tokenizer, rows, "training", notes)
+        warned = [line for line in notes if "1 comparisons fewer than in the original" in line]
         assert len(warned) == expected
