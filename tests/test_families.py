@@ -1,4 +1,4 @@
-"""What each family makes of a config.json: its defaults, its spellings, and what it refuses."""
+"""config.json of each family: defaults, older and newer spellings, refused settings."""
 
 from copy import deepcopy
 
@@ -14,14 +14,14 @@ from dpo_jax.models.families.registry import architecture_of, families, family
 from dpo_jax.models.model import build_model
 
 
-def test_families_are_found_and_an_unknown_one_is_answered_with_the_closest():
+def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean llama\? known are gemma, gemma2,"):
+    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean 'llama'\? known: gemma, gemma2,"):
         family("llamma")
-    with pytest.raises(UserError, match=r"'gemma3' is not known; did you mean gemma3_text\?"):  # that sees pictures too
+    with pytest.raises(UserError, match=r"'gemma3' is not known; did you mean 'gemma3_text'\?"):  # gemma3 reads images
         family("gemma3")
     with pytest.raises(
-        UserError, match=r"'xlnet' is not known; known are .*; a new one is a file in dpo_jax/models/families/"
+        UserError, match=r"'xlnet' is not known; known: .*; a new one is a file in dpo_jax/models/families/"
     ):
         family("xlnet")
 
@@ -34,7 +34,7 @@ def test_mixtures_of_experts_are_refused_as_such(kind):
 
 LLAMA = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 48}
-GROUPED = {**LLAMA, "num_key_value_heads": 2}  # where the default is a number that does not divide the 4 heads
+GROUPED = {**LLAMA, "num_key_value_heads": 2}  # the default does not divide the 4 heads
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_head": 4, "n_layer": 2}
 GPTJ = {**GPT2, "rotary_dim": 4}
 NEO = {"vocab_size": VOCAB, "hidden_size": 32, "num_heads": 4, "num_layers": 24}
@@ -103,7 +103,7 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
         ("olmo2", {"mlp_bias": True}, "mlp_bias = True"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_key(kind, change, message):
+def test_unsupported_settings_are_refused_by_key(kind, change, message):
     module, base = family(kind), CONFIGS[kind]
     module.architecture(base)
     with pytest.raises(UserError, match=r"^config\.json: .*" + message):
@@ -111,13 +111,13 @@ def test_what_is_not_supported_is_refused_by_key(kind, change, message):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_settings_that_are_left_out_have_transformers_defaults(kind):
+def test_missing_settings_have_transformers_defaults(kind):
     from transformers import AutoConfig
 
     config = CONFIGS[kind]
     full = AutoConfig.for_model(kind, **config).to_dict()
     assert family(kind).architecture(config) == family(kind).architecture(full)
-    # Null is what transformers writes for what has no value; what has a default here must take it for that.
+    # transformers writes null for a setting without a value; a setting with a default here must read null as missing.
     nulls = {key: None for key, value in full.items() if value is None}
     assert family(kind).architecture({**config, **nulls}) == family(kind).architecture(config)
 
@@ -125,15 +125,15 @@ def test_settings_that_are_left_out_have_transformers_defaults(kind):
 NOTHING = {"_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "is_encoder_decoder"}
 NOTHING |= {"label2id", "model_type", "output_attentions", "output_hidden_states", "problem_type", "return_dict"}
 NOTHING |= {"transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
-# These repeat another key, or are of other heads, other precisions and ways to train.
+# These repeat another key, or concern other heads, other precisions and pretraining.
 NOTHING |= {"attention_layers", "initializer_range", "is_decoder", "pretraining_tp"}
 NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reorder_and_upcast_attn"}
-NOTHING |= {"use_sliding_window", "sliding_window", "max_window_layers"}  # of Qwen, whose layer_types say the same
+NOTHING |= {"use_sliding_window", "sliding_window", "max_window_layers"}  # Qwen's layer_types repeat these
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_no_setting_of_transformers_is_passed_over(kind):
-    """Each one changes what is built, or is refused, or is known to mean nothing."""
+def test_no_setting_of_transformers_is_ignored(kind):
+    """Each one changes the architecture, is refused, or is in `NOTHING`."""
     from transformers import AutoConfig
 
     full, module = AutoConfig.for_model(kind, **CONFIGS[kind]).to_dict(), family(kind)
@@ -146,22 +146,22 @@ def test_no_setting_of_transformers_is_passed_over(kind):
             return True
 
     others = ("other", 12345, 0.125, True, False, [7], {"rope_type": "other"})
-    passed = {key for key, value in full.items() if not any(seen(key, other) for other in others if other != value)}
-    assert {k for k in passed if "drop" not in k and not k.startswith("summary")} <= NOTHING
+    ignored = {key for key, value in full.items() if not any(seen(key, other) for other in others if other != value)}
+    assert {k for k in ignored if "drop" not in k and not k.startswith("summary")} <= NOTHING
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_models_that_everybody_knows_are_read_as_transformers_reads_them(name):
+def test_well_known_models_are_read_as_transformers_reads_them(name):
     from transformers import AutoConfig
 
-    config, count = deepcopy(KNOWN[name])  # into which transformers writes
+    config, count = deepcopy(KNOWN[name])  # transformers modifies it
     architecture = architecture_of(config)
     assert architecture == architecture_of(AutoConfig.for_model(**config).to_dict())
     shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
     assert count_collectives(shapes) == count
 
 
-def test_the_opt_that_is_another_model_is_refused_by_its_key():
+def test_opt_350m_is_refused_by_its_key():
     with pytest.raises(UserError, match="do_layer_norm_before = False is not supported, only True"):
         architecture_of(OPT_350M)
 

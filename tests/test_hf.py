@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: what we write transformers loads, and what is wrong is said in one line."""
+"""Hugging Face folders: transformers loads what we write, and every fault is an error of one line."""
 
 import json
 import shutil
@@ -203,7 +203,7 @@ def integers(tensors, _):
     tensors[name] = tensors[name].astype(np.int8)
 
 
-def quantised(_, config):
+def quantized(_, config):
     config["quantization_config"] = {"bits": 4}
 
 
@@ -223,11 +223,11 @@ def unknown(_, config):
         (cut, r"layers.1.mlp.up_proj.weight has shape \(48, 31\), but by config.json it should be \(48, 32\)"),
         (add, r"tensor model.layers.0.mlp.experts.weight is not part of a LlamaForCausalLM"),
         (integers, "tensor model.norm.weight is I8; only F32"),
-        (quantised, "quantization_config is not supported"),
-        (unknown, r"config.json: model_type 'llama4x' is not known; did you mean llama\?"),
+        (quantized, "quantization_config is not supported"),
+        (unknown, r"config.json: model_type 'llama4x' is not known; did you mean 'llama'\?"),
     ],
 )
-def test_what_does_not_fit_is_named_in_one_line(folders, tmp_path, damage, message):
+def test_a_mismatch_is_named_in_one_line(folders, tmp_path, damage, message):
     folder, tensors, config = copy(folders("llama"), tmp_path / "m")
     damage(tensors, config)
     write(tensors, folder)
@@ -268,7 +268,7 @@ def test_read_config_takes_the_file_or_its_folder(folders):
     assert read_config(folder)["model_type"] == "gpt_neox"
 
 
-def test_an_export_is_replaced_whole_and_other_folders_are_left_alone(folders, tmp_path):
+def test_an_export_is_replaced_completely_and_other_folders_are_kept(folders, tmp_path):
     _, config, params = load_folder(folders("llama"))
     out = tmp_path / "out"
     save_folder(out, params, config, max_shard_bytes=20_000)
@@ -292,7 +292,7 @@ def test_a_save_that_fails_leaves_the_old_export(folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "llama"])
-def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
+def test_the_hash_of_a_model_depends_on_every_bit(folders, kind):
     architecture, _, params = load_folder(folders(kind))
     name = weights_hash(params, architecture)
     assert len(name) == 32
@@ -307,13 +307,13 @@ def test_the_hash_of_a_model_sees_every_bit_of_it(folders, kind):
     assert weights_hash(params, other) != name
 
 
-def test_code_that_a_folder_names_is_not_run_and_said_so(folders, tmp_path, capsys):
+def test_code_in_a_folder_is_not_run_and_a_warning_says_so(folders, tmp_path, caplog):
     folder, _, hf_config = copy(folders("llama"), tmp_path / "m")
     (folder / "modeling_own.py").write_text("raise SystemExit(9)")
     own = {**hf_config, "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     (folder / "config.json").write_text(json.dumps(own))
     load_folder(folder)
-    assert "auto_map names code, which is never run; it is read as the LlamaForCausalLM" in capsys.readouterr().out
+    assert "auto_map names code, which is never run; it is read as the LlamaForCausalLM" in caplog.text
 
 
 def test_rows_beyond_the_tokenizer_are_kept():

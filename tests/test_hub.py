@@ -1,4 +1,4 @@
-"""Models of the hub: from a server that answers as the hub does, from the cache, and from nowhere."""
+"""Models of the hub: from a local server with the hub's protocol, from the cache, and without a network."""
 
 import hashlib
 import json
@@ -29,21 +29,21 @@ EXTRA = (
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One model, `org/name`, of which `main` and `v1` are a revision; keeps what was asked for."""
+    """One model, `org/name`, with revisions `main` and `v1`; records the requested files."""
 
     def __init__(self, *args, folder, asked):
         self.folder, self.asked = folder, asked
         super().__init__(*args)
 
     def log_message(self, format, *args):
-        """Says nothing."""
+        """Suppresses the log."""
 
     def do_HEAD(self):
-        """A file's size and hash, or what there is."""
+        """Returns a file's size and hash, or the list of files."""
         self.answer(send=False)
 
     def do_GET(self):
-        """A file, or what there is."""
+        """Returns a file, or the list of files."""
         self.answer(send=True)
 
     def answer(self, send):
@@ -74,7 +74,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(shared):
-    """The address of a hub that has a real model, and the names of the files that were asked of it."""
+    """The address of a hub with a real model, and the names of the requested files."""
     asked = set()
     with ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(Hub, folder=shared / "models/tinystories-656k", asked=asked)
@@ -105,7 +105,7 @@ def test_a_model_of_the_hub_is_fetched_once_without_code_or_pickles(server, tmp_
     assert all(name.endswith((".safetensors", ".json", ".model")) for name in asked)
     assert not asked & set(EXTRA)
     asked.clear()
-    code = "from dpo_jax.models import hub; print(hub.fetched('org/name@v1').name)"
+    code = "from dpo_jax.models.huggingface import hub; print(hub.fetch_model('org/name@v1').name)"
     assert run("-c", code, home=tmp_path, HF_HUB_OFFLINE="1").stdout.splitlines()[-1] == COMMIT
     assert not asked
     for name, reason in (("org/name@v2", "Revision"), ("org/other", "Repository")):
@@ -138,20 +138,22 @@ def cached(monkeypatch, tmp_path):
     fetch_model.cache_clear()
 
 
-def test_a_name_becomes_the_folder_of_its_copy(cached, capsys, shared):
+def test_a_name_becomes_the_folder_of_its_copy(cached, caplog, shared):
+    caplog.set_level("INFO")
     shutil.copy(shared / "models/tinystories-656k/model.safetensors", cached)
     assert model_folder("org/name") == cached
-    assert f"revision {COMMIT}" in capsys.readouterr().out
+    assert f"revision {COMMIT}" in caplog.text
+    caplog.clear()
     assert model_folder(f"org/name@{COMMIT}") == cached
-    assert capsys.readouterr().out == ""
+    assert caplog.text == ""
     with pytest.raises(UserError, match=r"^org/name@other: no such folder, and the hub has given no such model: "):
         model_folder("org/name@other")
 
 
-def test_a_mistyped_folder_is_answered_with_the_likely_one(cached, tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_answered_with_the_closest(cached, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/dpo").mkdir(parents=True)
-    message = r"^runs/dop: no such folder \(did you mean runs/dpo\?\), and the hub has given no such model: "
+    message = r"^runs/dop: no such folder \(did you mean 'dpo'\?, in runs\), and the hub has given no such model: "
     with pytest.raises(UserError, match=message):
         model_folder("runs/dop")
 
@@ -167,7 +169,7 @@ def test_a_model_that_is_only_a_pickle_is_refused(cached):
         model_folder("org/name")
 
 
-def test_what_can_be_a_name(tmp_path, monkeypatch):
+def test_which_paths_can_be_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a/b").mkdir(parents=True)
     names = ["org/name", "org/name@v1.0", "org/name@refs/pr/1"]

@@ -11,8 +11,7 @@ import yaml
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of
-from tiny import whole_rows as whole
+from tiny import FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of, unpacked_rows
 
 from dpo_jax import cli
 from dpo_jax.config.schema import LoraConfig
@@ -71,7 +70,7 @@ def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
 def test_new_adapters_change_nothing_and_are_all_that_is_differentiated(folders):
     architecture, _, base = load_folder(folders("llama"))
     adapters, model = lora.init_adapters(architecture, SPEC, 0), build_model(architecture, remat="dots")
-    rows = whole(tokens_of(2, 24))
+    rows = unpacked_rows(tokens_of(2, 24))
 
     def loss(adapters, base):
         return jnp.sin(model.hidden(lora.attach_adapters(architecture, base, adapters, SPEC), *rows)).sum()

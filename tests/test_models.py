@@ -6,19 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, VOCAB, folders_of, largest_difference, load_torch, logits_of, shared_model, tokens_of
-from tiny import whole_rows as whole
+from tiny import (
+    FAMILIES,
+    VOCAB,
+    folders_of,
+    largest_difference,
+    load_torch,
+    logits_of,
+    shared_model,
+    tokens_of,
+    unpacked_rows,
+)
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import describe_families, family
-from dpo_jax.models.families.tensor_map import to_ours
+from dpo_jax.models.families.tensor_map import unpack_tensor
 from dpo_jax.models.huggingface.folder import load_folder
 from dpo_jax.models.model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = "| `model_type` | which |"  # how that in the README begins
+TABLE = "| `model_type` | which |"  # start of the table in the README
 
-# What each case has beside its family's defaults.
+# Settings of each case beyond its family's defaults.
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -68,7 +77,7 @@ CASES = {
 }
 
 
-# Families that attend as others do, so that what packing and the cache make of them need not be seen every time.
+# Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
 ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
@@ -92,7 +101,7 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     ours = {}
     for pattern, tensor in family(architecture.family).tensors(architecture).items():
         count = architecture.layers if "{i}" in pattern else 1
-        parts = [to_ours(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
+        parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
             ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
     return logits.detach().numpy(), ours
@@ -104,7 +113,7 @@ def by_name(params):
 
 
 def differences_from_torch(folder, length):
-    """Returns how far logits are from transformers', and the gradient of each parameter, relative to its largest."""
+    """Returns the largest difference from transformers: of the logits, and of each gradient relative to its maximum."""
     architecture, _, params = load_folder(folder)
     model = build_model(architecture)
     tokens = tokens_of(2, length, architecture.vocab)
@@ -119,10 +128,10 @@ def differences_from_torch(folder, length):
     grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     grads = by_name(grads)
     assert grads.keys() == their_grads.keys()
-    # Not each by its own size: without rotary positions a bias of the keys changes nothing, its gradient is rounding.
+    # A floor, because some gradients are rounding noise: without rotary positions a bias of the keys changes nothing.
     least = 1e-2 * max(np.abs(theirs).max() for theirs in their_grads.values())
-    apart = {name: np.abs(grads[name] - x).max() / max(np.abs(x).max(), least) for name, x in their_grads.items()}
-    return largest_difference(logits, theirs), apart
+    relative = {name: np.abs(grads[name] - x).max() / max(np.abs(x).max(), least) for name, x in their_grads.items()}
+    return largest_difference(logits, theirs), relative
 
 
 def assert_equals_torch(folder, length):
@@ -137,7 +146,7 @@ def test_logits_and_gradients_equal_transformers(folders, case):
 
 
 def test_the_readmes_table_is_of_these_families():
-    """`scripts/families` writes it, with the differences that the test above allows for."""
+    """`scripts/families` writes it, with differences within the limit of the test above."""
     rows = (ROOT / "README.md").read_text().partition(TABLE)[2].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(name, what) for name, what, *_ in cells] == [
@@ -159,7 +168,7 @@ def comparison(seed):
 
 
 def packed(comparisons):
-    """Returns one row [1, T] of several comparisons with padding at its end, as the data is laid out."""
+    """Returns one row [1, T] of several comparisons with padding at its end, as the data is packed."""
     row = []
     for place, (prompt, *responses) in enumerate(comparisons):
         row += [(t, i, place + 1, 0) for i, t in enumerate(prompt)]
@@ -208,9 +217,9 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
 
 
 @pytest.mark.slow
-def test_what_is_recomputed_does_not_change_gradients(folders):
+def test_remat_does_not_change_gradients(folders):
     architecture, _, params = load_folder(folders("llama"))
-    rows = whole(tokens_of(2, 40))
+    rows = unpacked_rows(tokens_of(2, 40))
     grads = []
     for remat in ("none", "dots", "full"):
         model = build_model(architecture, remat=remat)
@@ -219,9 +228,9 @@ def test_what_is_recomputed_does_not_change_gradients(folders):
     assert largest_difference(grads[2], grads[0]) < 1e-6
 
 
-def test_recomputing_more_keeps_less(folders):
+def test_remat_saves_less_the_more_it_recomputes(folders):
     architecture, _, params = load_folder(folders("llama"))
-    rows = whole(tokens_of(4, 96))
+    rows = unpacked_rows(tokens_of(4, 96))
     sizes = []
     for remat in ("none", "dots", "full"):
         model = build_model(architecture, remat=remat)
@@ -245,7 +254,7 @@ def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
             return jnp.tanh(logits).mean(), logits
 
         grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-        return jax.eval_shape(model.hidden, params, *whole(tokens)), logits, grads
+        return jax.eval_shape(model.hidden, params, *unpacked_rows(tokens)), logits, grads
 
     (_, logits, grads), (hidden, near, near_grads) = run("float32"), run("bfloat16")
     assert hidden.dtype == jnp.bfloat16
@@ -258,29 +267,29 @@ def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
-def test_decoding_from_the_cache_equals_the_whole_sequence(folders, kind):
+def test_decoding_from_the_cache_equals_the_full_sequence(folders, kind):
     architecture, _, params = load_folder(folders(kind))
     model = build_model(architecture)
     tokens = tokens_of(2, 24)
-    whole_hidden = jax.jit(model.hidden)(params, *whole(tokens))
+    full_hidden = jax.jit(model.hidden)(params, *unpacked_rows(tokens))
     # The second row starts 4 places later: left padding.
     padded = jnp.asarray(np.stack([tokens[0, :16], np.pad(tokens[1, :12], (4, 0))]))
-    group = jnp.asarray([[1] * 16, [0] * 4 + [1] * 12])
-    positions = jnp.maximum(jnp.cumsum(group, -1) - 1, 0)
-    hidden, cache = jax.jit(model.prefill, static_argnums=(4, 5))(params, padded, positions, group, 1, 8)
-    np.testing.assert_allclose(hidden[0], whole_hidden[0, :16], atol=1e-5)
-    np.testing.assert_allclose(hidden[1, 4:], whole_hidden[1, :12], atol=1e-5)
+    mask = jnp.asarray([[1] * 16, [0] * 4 + [1] * 12])
+    positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+    hidden, cache = jax.jit(model.prefill, static_argnums=(4, 5))(params, padded, positions, mask, 1, 8)
+    np.testing.assert_allclose(hidden[0], full_hidden[0, :16], atol=1e-5)
+    np.testing.assert_allclose(hidden[1, 4:], full_hidden[1, :12], atol=1e-5)
     decode, params = jax.jit(model.decode), jax.jit(model.unstack)(params)
     for index in range(16, 24):
         position = jnp.asarray([index, index - 4])
         token = jnp.asarray([tokens[0, index], tokens[1, index - 4]])
-        hidden, cache = decode(params, token, position, cache, group > 0, index - 16)
-        np.testing.assert_allclose(hidden[0], whole_hidden[0, index], atol=1e-5)
-        np.testing.assert_allclose(hidden[1], whole_hidden[1, index - 4], atol=1e-5)
+        hidden, cache = decode(params, token, position, cache, mask > 0, index - 16)
+        np.testing.assert_allclose(hidden[0], full_hidden[0, index], atol=1e-5)
+        np.testing.assert_allclose(hidden[1], full_hidden[1, index - 4], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
-def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
+def test_new_parameters_are_initialized_as_in_hugging_face(folders, kind):
     architecture, _, loaded = load_folder(folders(kind))
     params = jax.jit(build_model(architecture).init)(jax.random.key(0))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, loaded)
@@ -288,7 +297,7 @@ def test_new_parameters_are_as_hugging_face_makes_them(folders, kind):
     assert {leaf.dtype for leaf in flat.values()} == {jnp.dtype("float32")}
     for name, leaf in flat.items():
         if name.endswith(("scale", "bias")):
-            one = 0.0 if kind.startswith("gemma") else 1.0  # the scale less 1
+            one = 0.0 if kind.startswith("gemma") else 1.0  # the scale minus 1
             assert (leaf == (one if name.endswith("scale") else 0.0)).all(), name
             continue
         residual = kind == "gpt2" and name.split("/")[1:2] in (["o"], ["down"])
@@ -310,9 +319,9 @@ def test_every_axis_has_a_name(folders, kind):
 
 
 @pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])
-def test_an_id_or_position_beyond_the_table_is_not_silent(folders, kind, field):
+def test_an_id_or_position_beyond_the_table_gives_nan(folders, kind, field):
     architecture, _, params = load_folder(folders(kind))
-    rows = list(whole(tokens_of(1, 8)))
+    rows = list(unpacked_rows(tokens_of(1, 8)))
     rows[field] = rows[field].at[0, 5].set(256)
     hidden = jax.jit(build_model(architecture).hidden)(params, *rows)
     assert jnp.isnan(hidden[0, 5]).all()

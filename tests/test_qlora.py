@@ -104,7 +104,7 @@ def test_a_model_is_that_of_its_numbers_made_whole(llama, kind):
     _, _, before = load_folder(llama)
     run = jax.jit(partial(logits_of, build_model(architecture), tokens=tokens_of(2, 20)))
     np.testing.assert_allclose(run(few), run(floats), atol=1e-5)
-    kernels = [name for name, leaves in few["layers"].items() if "quantised" in leaves]
+    kernels = [name for name, leaves in few["layers"].items() if "quantized" in leaves]
     assert sorted(kernels) == ["down", "gate", "k", "o", "q", "up", "v"]
     for name in kernels:
         kernel, whole = (tree["layers"][name]["kernel"] for tree in (before, floats))
@@ -144,10 +144,10 @@ def two_steps(config, table, base, adapters):
     column = np.random.default_rng(0).normal(size=(16, 2, 1)).astype(np.float32).repeat(2, axis=2) - 90
     batch, count, _ = pack.build_batch(table, np.arange(16), shape, column)
     batch = sharding.put_batch(mesh, batch)
-    state = jax.device_put(jax.device_get(init_state(adapters, tx)), jax.tree.map(lambda x: x.sharding, like))
+    state = jax.device_put(jax.device_get(init_state(adapters, tx, run.loss)), jax.tree.map(lambda x: x.sharding, like))
     assert count > 1
     for _ in range(2):
-        (state,), (metrics,) = step([state], batch, np.int32(count), on_devices, [hparams(config)])
+        state, metrics = step(state, batch, np.int32(count), on_devices, hparams(config))
     return jax.device_get((metrics, state.params))
 
 
@@ -223,7 +223,7 @@ def test_memory_is_that_of_few_bits(llama, kind):
     rest = 2 * WORDS * 32 + 2 * 2 * 32 + 32
     assert bytes_per_device(base) == numbers * bits // 8 + 4 * scales + 2 * rest  # bfloat16, as in the file
     _, few, _ = held_in(llama, kind)
-    gate = Quantized(*(jnp.asarray(few["layers"]["gate"][name]) for name in ("quantised", "scale")))
+    gate = Quantized(*(jnp.asarray(few["layers"]["gate"][name]) for name in ("quantized", "scale")))
     memory = jax.jit(partial(dequantize, dtype=jnp.float32)).lower(gate).compile().memory_analysis()
     assert memory.argument_size_in_bytes == mlp * bits // 8 + gate.scale.nbytes
 

@@ -1,4 +1,4 @@
-"""Parameters that stay in their files until they are looked at: any block of them, and no more than that."""
+"""Lazy parameters: any block can be read, and little more than the block is read."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tiny import FAMILIES, folders_of
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of
-from dpo_jax.models.families.tensor_map import cut
+from dpo_jax.models.families.tensor_map import read_block
 from dpo_jax.models.huggingface import lazy
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
@@ -23,27 +23,27 @@ from dpo_jax.models.model import build_model
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders by family, made when first asked for."""
+    """Model folders by family, created on first use."""
     return folders_of({name: (name, {}) for name in FAMILIES}, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_parameters_are_read_block_by_block(folders, kind):
-    _, _, stored = open_folder(folders(kind))
+    _, _, lazy_tree = open_folder(folders(kind))
     rng = np.random.default_rng(0)
-    for leaf in jax.tree.leaves(stored):
-        whole = np.asarray(leaf)
-        assert whole.shape == leaf.shape
+    for leaf in jax.tree.leaves(lazy_tree):
+        full = np.asarray(leaf)
+        assert full.shape == leaf.shape
         for _ in range(4):
             low = [int(rng.integers(0, size)) for size in leaf.shape]
             high = [int(rng.integers(a + 1, size + 1)) for a, size in zip(low, leaf.shape, strict=True)]
             index = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-            assert np.array_equal(leaf[index], whole[index])
+            assert np.array_equal(leaf[index], full[index])
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A bfloat16 folder whose tensors are large beside all else: the embedding, and the layers' MLP together."""
+    """A bfloat16 folder whose embedding and MLP tensors dominate its size."""
     config = {"model_type": "llama", "vocab_size": 65536, "hidden_size": 64, "num_attention_heads": 4}
     config |= {"num_hidden_layers": 16, "intermediate_size": 2048, "tie_word_embeddings": True}
     folder = tmp_path_factory.mktemp("large") / "model"
@@ -51,8 +51,8 @@ def large(tmp_path_factory):
     return folder
 
 
-def beside(function):
-    """Returns a function's result, and the bytes of the host that it took at most beside those that it left taken."""
+def peak_beside(function):
+    """Returns a function's result, and its peak of host memory above the memory that it leaves allocated."""
     tracemalloc.start()
     try:
         result = function()
@@ -62,24 +62,24 @@ def beside(function):
     return result, most - left
 
 
-LARGEST = 65536 * 64 * 4  # bytes of the embedding as float32
-SMALL = 2**20  # of Python's own
+LARGEST = 65536 * 64 * 4  # bytes of the embedding in float32
+SMALL = 2**20  # bytes of Python itself
 
 
 def test_reading_takes_little_memory_beside_what_is_read(large):
     _, _, params = open_folder(large)
     for leaf in jax.tree.leaves(params):
-        array, most = beside(lambda leaf=leaf: np.asarray(leaf))
+        array, most = peak_beside(lambda leaf=leaf: np.asarray(leaf))
         assert most < 0.3 * array.nbytes + SMALL
 
 
 @pytest.mark.parametrize(("sizes", "most_of_it"), [((4, 1, 1), 1.3), ((1, 4, 1), 0.65)])
 def test_devices_are_filled_one_after_another(large, sizes, most_of_it):
-    """Devices that hold the same block get it from the first; of quarters one is read while another is put in place."""
+    """Devices that hold the same block get one copy of it; quarters are read one after another."""
     architecture, _, params = open_folder(large)
     mesh = sharding.make_mesh(*sizes)
     where = sharding.param_shardings(mesh, build_model(architecture).axes, params)
-    arrays, most = beside(lambda: sharding.put_params(params, where))
+    arrays, most = peak_beside(lambda: sharding.put_params(params, where))
     assert most < most_of_it * LARGEST + SMALL
     assert np.array_equal(arrays["embedding"], params["embedding"])
 
@@ -88,14 +88,14 @@ def test_writing_takes_the_memory_of_a_tensor(large, tmp_path):
     architecture, hf_config, params = open_folder(large)
     mesh = sharding.make_mesh(1, 4, 1)
     arrays = sharding.put_params(params, sharding.param_shardings(mesh, build_model(architecture).axes, params))
-    _, most = beside(lambda: save_folder(tmp_path / "out", arrays, hf_config))
-    assert most < 1.3 * LARGEST / 2 + SMALL  # of bfloat16
+    _, most = peak_beside(lambda: save_folder(tmp_path / "out", arrays, hf_config))
+    assert most < 1.3 * LARGEST / 2 + SMALL  # in bfloat16
     files = [folder / "model.safetensors" for folder in (large, tmp_path / "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_process_that_does_not_write_fetches_what_the_other_does(folders, tmp_path):
-    """Arrays whose parts lie with several processes are put together by all of them, a tensor at a time."""
+    """Arrays that are sharded over several processes are gathered by all of them, one tensor at a time."""
     _, hf_config, params = load_folder(folders("gpt2"))
     seen = {True: [], False: []}
     for writes, shapes in seen.items():
@@ -137,22 +137,22 @@ def test_a_device_reads_its_part_of_the_files_only(folders, kind, monkeypatch):
                 taken[-1] += np.prod([b.stop - b.start for b in block])
                 return read[block]
 
-        return cut(tensor, part, index, Counted())
+        return read_block(tensor, part, index, Counted())
 
-    monkeypatch.setattr(lazy, "cut", spied)
+    monkeypatch.setattr(lazy, "read_block", spied)
     for name in ("q", "k", "v"):
         leaf = params["layers"][name]["kernel"]
         taken.clear()
         heads = leaf.shape[2] // 2 or 1
         block = leaf[:, :, :heads]
-        # GPT-2 has queries, keys and values side by side: of these one is read, and its heads are cut in memory.
+        # GPT-2 has queries, keys and values side by side: one of them is read, and its heads are sliced in memory.
         assert sum(taken) == block.size * (leaf.shape[2] // heads if kind == "gpt2" else 3 if kind == "gpt_neox" else 1)
     taken.clear()
     assert params["layers"]["up"]["kernel"][:1, : architecture.width // 2].size == sum(taken)
     assert params["embedding"][:3].size == taken[-1]
 
 
-def test_stored_parameters_are_put_on_devices_as_host_arrays_are(folders):
+def test_lazy_parameters_are_put_on_devices_as_host_arrays_are(folders):
     architecture, _, params = open_folder(folders("gpt2"))
     mesh = sharding.make_mesh(1, 2, 2)
     where = sharding.param_shardings(mesh, build_model(architecture).axes, params)

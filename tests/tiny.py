@@ -11,7 +11,7 @@ import pytest
 from dpo_jax.models.attention import capped
 
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-WINDOW = 8  # less than any sequence in the tests
+WINDOW = 8  # tokens, fewer than any sequence in the tests
 VOCAB = 128
 EOS = 2
 
@@ -19,7 +19,7 @@ _IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 256}
 _LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
-# Heads that are not D / H wide, and a scale of scores that is not that of their width.
+# Head dimensions that are not D / H, and a score scale that is not d ** -0.5.
 _GEMMA = {**_LLAMA, "head_dim": 16}
 _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
 _ARGUMENTS = {
@@ -61,7 +61,7 @@ def torch_model(family: str, **settings):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:  # gemma stores the scale of a norm less 1
+            if p.ndim == 1:  # gemma stores the scale of a norm minus 1
                 p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
     return model
 
@@ -73,7 +73,7 @@ def folder_of(family: str, folder: Path, **settings) -> Path:
 
 
 def folders_of(cases, make_folder):
-    """Returns `case -> model folder`, each made when first asked for; cases are name -> (family, settings)."""
+    """Returns `case -> model folder`, each created on first use; cases are name -> (family, settings)."""
     made = {}
 
     def get(case):
@@ -102,16 +102,16 @@ def tokens_of(rows: int, length: int, vocab: int = VOCAB, seed: int = 0) -> np.n
     return np.random.default_rng(seed).integers(3, vocab, (rows, length)).astype(np.int32)
 
 
-def whole_rows(tokens):
-    """Returns tokens, positions, group and branch of rows that are one sequence each."""
+def unpacked_rows(tokens):
+    """Returns tokens, positions, segment ids and branch ids of rows with one sequence each."""
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return tokens, positions, jnp.ones_like(tokens), jnp.zeros_like(tokens)
 
 
 def logits_of(model, params, tokens):
-    """Returns float32 logits [R, T, V] of whole rows."""
-    hidden, head = model.hidden(params, *whole_rows(tokens)), model.head(params)
+    """Returns float32 logits [R, T, V] of rows with one sequence each."""
+    hidden, head = model.hidden(params, *unpacked_rows(tokens)), model.head(params)
     logits = jnp.einsum("rtd,vd->rtv", hidden, head.astype(hidden.dtype), preferred_element_type="float32")
     return capped(logits, model.architecture.logit_cap)
 
@@ -128,7 +128,7 @@ def largest_difference(ours, theirs) -> float:
 
 
 def shared_model(name: str) -> Path:
-    """Returns a real model's folder, or skips the test where the shared data is not at hand."""
+    """Returns a real model's folder, or skips the test if the shared data is missing."""
     if not SHARED.exists():
         pytest.skip(f"the shared data is not at {SHARED}; set DPO_JAX_SHARED")
     return SHARED / "models" / name

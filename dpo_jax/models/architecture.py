@@ -1,4 +1,4 @@
-"""What an architecture is, as plain values, and how a family's config.json is read."""
+"""The shapes and options of a decoder as plain values, and the readers of config.json that families share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from dpo_jax.errors import UserError
 
 HfConfig = Mapping[str, Any]  # a Hugging Face config.json
-# Hugging Face's names of an activation -> what it is here; "gelu_tanh" is the approximation.
+# Hugging Face's name of an activation -> ours. "gelu" is exact, "gelu_tanh" its tanh approximation.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -24,15 +24,17 @@ class Rope:
     """Rotary position embeddings.
 
     Attributes:
-      dims: how many leading dimensions of a head are rotated; even.
+      dims: number of leading dimensions of a head that are rotated; even.
       theta: base of the wavelengths.
-      scaling: how wavelengths are stretched for contexts longer than pretraining's: not, all by `factor`, Llama 3's
-        way, the long ones only, or LongRoPE's (arXiv 2402.13753), each by a factor of its own.
-      factor: by how much.
-      low_freq_factor: Llama 3: wavelengths above `original_positions` / this are stretched by `factor`.
-      high_freq_factor: Llama 3: wavelengths below `original_positions` / this are left alone.
-      original_positions: the context length of pretraining. LongRoPE has other factors beyond it, which we have not.
-      short: LongRoPE: the factors of the dims / 2 wavelengths.
+      scaling: how wavelengths are stretched for contexts longer than pretraining's. "default": not at all; "linear":
+        all by `factor`; "llama3": only the long ones by `factor`; "longrope" (arXiv 2402.13753): each by its own
+        entry of `short`.
+      factor: stretch of wavelengths.
+      low_freq_factor: Llama 3: wavelengths above `original_positions` / low_freq_factor are stretched by `factor`.
+      high_freq_factor: Llama 3: wavelengths below `original_positions` / high_freq_factor are kept.
+      original_positions: context length of pretraining, in tokens. LongRoPE uses other factors beyond it, which are
+        not supported.
+      short: LongRoPE: the stretch of each of the dims / 2 wavelengths.
       amplitude: LongRoPE: multiplies the cosine and the sine.
     """
 
@@ -49,44 +51,45 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One decoder-only transformer: all that the parameters' shapes and the forward pass depend on.
+    """One decoder-only transformer: everything that parameter shapes and the forward pass depend on.
 
     Attributes:
       family: `model_type` in config.json.
-      vocab: rows of the embedding; may exceed the tokenizer's size.
+      vocab: V, rows of the embedding; may exceed the tokenizer's size.
       width: D.
       layers: L.
       heads: H.
       kv_heads: K, which divides H.
       head_dim: d.
       mlp: inner width of the MLP.
-      norm: root-mean-square norm, or layer norm with bias.
+      norm: "rms" for root-mean-square norm, "layer" for layer norm with bias.
       eps: added to the variance in norms.
-      activation: of the MLP; "gelu" is the exact one.
-      gated: whether the MLP multiplies act(gate(x)) with up(x).
-      rope: rotary positions; None means a learned embedding of `max_positions` positions.
-      parallel: whether attention and MLP read the same residual, as in GPT-NeoX.
-      qkv_bias: whether the query, key and value projections have biases.
-      out_bias: whether the attention's output projection has one.
-      mlp_bias: whether the MLP's projections have them.
-      tied: whether the head is the embedding.
-      max_positions: the context length in tokens.
+      activation: activation of the MLP; "gelu" is the exact one.
+      gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
+      rope: rotary positions; None for a learned embedding of `max_positions` positions.
+      parallel: attention and MLP read the same residual, as in GPT-NeoX.
+      qkv_bias: the query, key and value projections have biases.
+      out_bias: the output projection of attention has a bias.
+      mlp_bias: the projections of the MLP have biases.
+      tied: the head is the embedding.
+      max_positions: context length in tokens.
       initializer_range: standard deviation of new weights.
-      residual_scale: multiplies that for the two projections that write to the residual.
-      head_bias: whether the head has a bias.
-      pre_norm: whether attention and MLP read the normalised residual.
-      post_norm: whether what they add to it is normalised.
-      shared_norm: whether both read the same normalised residual, as in GPT-J.
-      norm_offset: is added to the scale of a norm: 1 where the file has the scale less 1.
-      qk_norm: whether queries and keys are normalised: each head by itself, or all heads together.
-      windows: of each layer, how many tokens a query sees, itself included; 0 is all. Empty means all everywhere.
-      window_rope: rotary positions in layers with a window, if they are others.
-      score_scale: multiplies the scores of attention; None means d ** -0.5.
-      score_cap: c in c * tanh(score / c); None means no cap.
-      logit_cap: the same of the logits.
-      embedding_scale: multiplies the embedding of a token.
-      position_offset: the row of the learned embedding that the first position has.
-      score: whether the head is that of a reward model: one number, not a logit for each token; it is then `tied`.
+      residual_scale: multiplies `initializer_range` for the two projections that write to the residual.
+      head_bias: the head has a bias.
+      pre_norm: attention and MLP read the normalized residual.
+      post_norm: the outputs of attention and MLP are normalized before they are added to the residual.
+      shared_norm: attention and MLP read the same normalized residual, as in GPT-J.
+      norm_offset: added to the scale of a norm; 1 for families that store the scale minus 1.
+      qk_norm: normalization of queries and keys: "head" by head, or "all" heads together; None for no normalization.
+      windows: window of each layer: how many tokens a query attends to, itself included; 0 for all tokens. Empty if no
+        layer has a window.
+      window_rope: rotary positions of layers with a window, if they differ from `rope`.
+      score_scale: multiplies attention scores; None for d ** -0.5.
+      score_cap: c in c * tanh(score / c); None for no cap.
+      logit_cap: the same for logits.
+      embedding_scale: multiplies token embeddings.
+      position_offset: row of the learned position embedding that belongs to position 0.
+      score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
 
     family: str
@@ -127,15 +130,15 @@ class Architecture:
 
     @property
     def score_std(self) -> float:
-        """Of a new reward model's head, as in the first one's code (Ziegler et al. 2019, by arXiv 2403.17031)."""
+        """Standard deviation of a new reward head, as in Ziegler et al. 2019 (see arXiv 2403.17031)."""
         return (self.width + 1) ** -0.5
 
 
 def need_setting(config: HfConfig, key: str) -> Any:
-    """Returns the value of a key that has no default.
+    """Returns the value of a required key.
 
     Raises:
-      UserError: it is missing.
+      UserError: the key is missing.
     """
     if config.get(key) is None:
         raise UserError(f"config.json: {key} is missing; give the model's own value")
@@ -143,13 +146,13 @@ def need_setting(config: HfConfig, key: str) -> Any:
 
 
 def get_setting(config: HfConfig, key: str, default: Any) -> Any:
-    """Returns the value of a key, the default if it is missing or null."""
+    """Returns the value of a key, or the default if the key is missing or null."""
     value = config.get(key)
     return default if value is None else value
 
 
 def only_setting(config: HfConfig, key: str, value: Any) -> None:
-    """Raises UserError unless a setting is missing or has the one value that is supported."""
+    """Raises UserError unless a key is missing or has its only supported value."""
     if get_setting(config, key, value) != value:
         raise UserError(f"config.json: {key} = {config[key]!r} is not supported, only {value!r} is")
 
@@ -158,7 +161,7 @@ def activation(config: HfConfig, key: str, default: str) -> Any:
     """Returns our name of an activation.
 
     Raises:
-      UserError: it is not one of `ACTIVATIONS`.
+      UserError: the activation is not in `ACTIVATIONS`.
     """
     name = get_setting(config, key, default)
     if name not in ACTIVATIONS:
@@ -167,7 +170,7 @@ def activation(config: HfConfig, key: str, default: str) -> Any:
 
 
 def head_dim(config: HfConfig, width: int, heads: int) -> int:
-    """Returns the explicit `head_dim`, or D / H.
+    """Returns `head_dim` if it is set, else D / H.
 
     Raises:
       UserError: H does not divide D.
@@ -178,22 +181,22 @@ def head_dim(config: HfConfig, width: int, heads: int) -> int:
 
 
 def kv_heads(config: HfConfig, heads: int) -> int:
-    """Returns the number of key-value heads, H if it is not given.
+    """Returns the number of key-value heads, by default H.
 
     Raises:
-      UserError: it does not divide H.
+      UserError: the number does not divide H.
     """
-    number = get_setting(config, "num_key_value_heads", heads)
-    if heads % number:
-        raise UserError(f"config.json: num_key_value_heads = {number} does not divide the {heads} query heads")
-    return number
+    count = get_setting(config, "num_key_value_heads", heads)
+    if heads % count:
+        raise UserError(f"config.json: num_key_value_heads = {count} does not divide the {heads} query heads")
+    return count
 
 
 def rope_settings(config: HfConfig) -> dict[str, Any]:
-    """Returns what a config.json says of rotary positions, in transformers 5's form (`rope_parameters`) or the older.
+    """Returns the rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (older).
 
     Raises:
-      UserError: it says both, and they differ.
+      UserError: both are given and contradict each other.
     """
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key in old.keys() & new.keys():
@@ -203,59 +206,73 @@ def rope_settings(config: HfConfig) -> dict[str, Any]:
     return {**old, **new}
 
 
-def rope(config: HfConfig, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None) -> Rope:
+def rope_from_config(
+    config: HfConfig, dim: int, *, theta: str = "rope_theta", part: tuple[str, float] | None = None
+) -> Rope:
     """Returns the rotary embedding of a config.json.
 
     Args:
-      config: the config.
+      config: the contents of the file.
       dim: head dimension.
-      theta: the older form's key of the base.
-      part: the older form's key of the rotated fraction of a head, and its default; None where all of it is rotated.
+      theta: key of the base in the older form.
+      part: key in the older form, and default, of the fraction of a head that is rotated; None if a head is always
+        rotated completely.
 
     Raises:
-      UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where there can be none.
+      UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where `part` is None.
     """
-    new = rope_settings(config)
+    settings = rope_settings(config)
     if part is None:
         only_setting(config, "partial_rotary_factor", 1.0)
-        only_setting(new, "partial_rotary_factor", 1.0)
+        only_setting(settings, "partial_rotary_factor", 1.0)
         part = ("", 1.0)
     fraction = get_setting(config, "partial_rotary_factor", get_setting(config, *part))
-    return rope_of(
-        new, dim, get_setting(config, theta, 10000.0), fraction, config.get("original_max_position_embeddings")
-    )
+    original = config.get("original_max_position_embeddings")
+    return rope_from_settings(settings, dim, get_setting(config, theta, 10000.0), fraction, original)
 
 
-def rope_of(
-    new: HfConfig, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None
+def rope_from_settings(
+    settings: HfConfig, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None
 ) -> Rope:
-    """Returns the rotary embedding that `rope_parameters` describe; the other arguments are its defaults.
+    """Returns the rotary embedding of `rope_parameters`.
+
+    Args:
+      settings: the object `rope_parameters`.
+      dim: head dimension.
+      theta: base, if `rope_theta` is missing.
+      fraction: fraction of a head that is rotated, if `partial_rotary_factor` is missing.
+      original: context length of pretraining, in place of `original_max_position_embeddings`.
 
     Raises:
       UserError: a kind of scaling other than none, "linear" and "llama3".
     """
-    kind = get_setting(new, "rope_type", get_setting(new, "type", "default"))
+    kind = get_setting(settings, "rope_type", get_setting(settings, "type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are default, linear, llama3")
-    theta = float(get_setting(new, "rope_theta", theta))
-    dims = int(dim * get_setting(new, "partial_rotary_factor", fraction))
+    theta = float(get_setting(settings, "rope_theta", theta))
+    dims = int(dim * get_setting(settings, "partial_rotary_factor", fraction))
     if dims < 2 or dims % 2:
         raise UserError(f"config.json: {dims} rotary dimensions a head; it must be an even number above 0")
     if kind == "default":
         return Rope(dims, theta)
-    factor = float(need_setting(new, "factor"))
+    factor = float(need_setting(settings, "factor"))
     if kind == "linear":
         return Rope(dims, theta, kind, factor)
-    low, high = float(need_setting(new, "low_freq_factor")), float(need_setting(new, "high_freq_factor"))
-    original = original or int(need_setting(new, "original_max_position_embeddings"))
+    low, high = (float(need_setting(settings, key)) for key in ("low_freq_factor", "high_freq_factor"))
+    original = original or int(need_setting(settings, "original_max_position_embeddings"))
     return Rope(dims, theta, kind, factor, low, high, original)
 
 
 def layer_windows(config: HfConfig, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:
-    """Returns the window of each layer, from `layer_types` (or `kinds`, its default) and `sliding_window`.
+    """Returns the window of each layer, from `layer_types` and `sliding_window`; () if no layer has one.
+
+    Args:
+      config: the contents of config.json.
+      layers: L.
+      kinds: `layer_types` if the file has none; None for full attention everywhere.
 
     Raises:
-      UserError: a kind of layer that is not supported, too many or too few of them, or no size of the window.
+      UserError: a kind of layer is not supported, there are not L of them, or the window's size is missing.
     """
     kinds = [*(get_setting(config, "layer_types", kinds) or ["full_attention"] * layers)]
     for kind in kinds:

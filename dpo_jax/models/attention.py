@@ -1,32 +1,37 @@
-"""Attention over packed rows, and over a cache of keys and values: pure functions of arrays.
+"""Attention over packed rows, and over a cache of keys and values. Pure functions of arrays.
 
-Axis letters: R rows, T tokens, H query heads, K key-value heads, N = H / K query heads that share one key-value
-head, Q queries in a chunk, S keys that a chunk can see, d head dimension, B sequences, C capacity of a cache.
+Axis letters: R rows, T tokens, H query heads, K key-value heads, N = H / K query heads per key-value head, Q queries
+in a chunk, S keys that a chunk can see, d head dimension, B sequences, P prompts, C capacity of a cache.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float
 
 from dpo_jax.records import Array
 
-CHUNK = 128  # queries at a time: below it a matmul is too small, above it the causal skip saves less
-MAX_CHUNKS = 32  # the chunks are unrolled in the program, so very long rows get larger ones
-LOWEST = -1e30  # the score of a key that is not seen; finite, so that no difference of scores is NaN
+CHUNK = 128  # queries per chunk: smaller matmuls are inefficient, larger chunks save less above the diagonal
+MAX_CHUNKS = 32  # chunks are unrolled in the program, so very long rows get larger ones
+MASKED = -1e30  # score of a masked key; finite, because -inf - -inf is NaN
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+# Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice.
+LayerCache = tuple[Array, ...]
 
 
 class RowMask(NamedTuple):
-    """Mask of a packed row: causal, within one segment, only the prompt and its own branch.
+    """Mask of a packed row: causal, within one segment, and only the prompt plus the token's own branch.
 
     Attributes:
-      segment_ids: int32[R, T]; 0 is padding, which sees padding.
+      segment_ids: int32[R, T]; 0 is padding, which attends to padding.
       branch_ids: int32[R, T]; 0 is the prompt.
-      positions: int32[R, T], or None where there is no window.
-      window: int32[], keys at this distance in `positions` or farther are not seen.
+      positions: int32[R, T], which measure the window: in every branch they continue from the prompt's end. None
+        without a window.
+      window: int32[], keys at this distance or farther are masked; None without a window.
     """
 
     segment_ids: Array
@@ -36,94 +41,111 @@ class RowMask(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How a query scores a key: cap * tanh(scale * q.k / cap), or scale * q.k where `cap` is None."""
+    """Score of a query and a key: cap * tanh(scale * q.k / cap), or scale * q.k if `cap` is None."""
 
     scale: float
     cap: float | None = None
 
 
 def capped(x: Array, cap: float | None) -> Array:
-    """Returns cap * tanh(x / cap), which is nearly x where x is small; x itself where `cap` is None."""
+    """Returns cap * tanh(x / cap), which is close to x for small x; x itself if `cap` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def capped_slope(y: Array, cap: float | None) -> Array | float:
-    """Returns the derivative of `capped` from its value."""
+    """Returns the derivative of `capped` at the point where its value is y."""
     return 1.0 if cap is None else 1.0 - jnp.square(y / cap)
 
 
-def packed_attention(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, *, chunk: int = CHUNK) -> Array:
-    """Causal attention in which a response sees its own prompt and itself, never a sibling or a neighbour.
+def packed_attention(
+    q: Float[Any, "R T H d"],
+    k: Float[Any, "R T K d"],
+    v: Float[Any, "R T K d"],
+    mask: RowMask,
+    scoring: Scoring,
+    *,
+    chunk: int = CHUNK,
+) -> Float[Any, "R T H d"]:
+    """Returns causal attention in which a response attends to its own prompt and to itself only.
 
-    Queries go in static chunks and a chunk computes no score to its right; the backward pass keeps only the
-    output and the log-sum-exp, and computes the scores again. Scores and softmax are float32.
+    Queries are processed in static chunks, and no chunk computes scores for keys after its last query. The backward
+    pass saves only the output and the log-sum-exp of the scores, and recomputes the scores (FlashAttention, arXiv
+    2205.14135). Scores and softmax are float32.
 
     Args:
-      q: [R, T, H, d] in the compute dtype.
-      k: [R, T, K, d], H a multiple of K: grouped-query attention without repeating keys.
-      v: [R, T, K, d].
-      rows: which keys a query sees.
-      scoring: how it scores them.
-      chunk: queries at a time.
+      q: queries in the compute dtype.
+      k: keys; H is a multiple of K (grouped-query attention without repeated keys).
+      v: values.
+      mask: which keys a query attends to.
+      scoring: scale and cap of the scores.
+      chunk: queries per chunk.
 
     Returns:
-      [R, T, H, d] in the dtype of q.
+      The output in the dtype of q.
     """
-    return _attend(q, k, v, rows, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
+    return _attend(q, k, v, mask, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
 class CacheMask(NamedTuple):
-    """Which tokens of a cache the new token of each sequence sees.
+    """Mask of the cache for the newest token of each sequence.
 
     Attributes:
-      valid: bool[P, T], which tokens of the prompts are some; prompts end at the right.
-      place: int32[], how many own tokens there were before the new one.
-      window: int32[], keys at this distance or farther are not seen; None where there is no window.
+      valid: bool[P, T], True for real prompt tokens, False for left padding.
+      generated: int32[], tokens generated before the newest one.
+      window: int32[], keys at this distance or farther are masked; None without a window.
     """
 
     valid: Array
-    place: Array
+    generated: Array
     window: Array = None
 
-    def prompt(self) -> Array:
-        """Which tokens of the prompts are seen, bool[P, T]."""
+    def prompt(self) -> Bool[Any, "P T"]:
+        """Returns the mask of the prompts' keys."""
         length = self.valid.shape[1]
-        near = True if self.window is None else length + self.place - jnp.arange(length) < self.window
+        near = True if self.window is None else length + self.generated - jnp.arange(length) < self.window
         return self.valid & near
 
-    def own(self, room: int) -> Array:
-        """Which of the places for own tokens are seen, bool[N]; the new token sees itself."""
-        distance = self.place - jnp.arange(room)
+    def own(self, capacity: int) -> Bool[Any, " C"]:
+        """Returns the mask of the generated tokens' keys; the newest token attends to itself."""
+        distance = self.generated - jnp.arange(capacity)
         return (distance >= 0) & (True if self.window is None else distance < self.window)
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, cache: tuple[Array, ...], seen: CacheMask, scoring: Scoring
-) -> tuple[Array, tuple[Array, ...]]:
-    """Attention of one new token a sequence over a cache, in which the sequences of a prompt share its part.
+    q: Float[Any, "B 1 H d"],
+    k: Float[Any, "B 1 K d"],
+    v: Float[Any, "B 1 K d"],
+    cache: LayerCache,
+    mask: CacheMask,
+    scoring: Scoring,
+) -> tuple[Float[Any, "B 1 H d"], LayerCache]:
+    """Returns attention of the newest token of each sequence over a cache, and the cache with that token.
+
+    Sequences sampled from the same prompt share the prompt's keys and values. One softmax spans the prompt and the
+    generated tokens: the maximum, the sum and the output combine over both parts.
 
     Args:
-      q: [B, 1, H, d] in the compute dtype; the B / P sequences of a prompt follow each other.
-      k: [B, 1, K, d], the new token's.
-      v: [B, 1, K, d].
-      cache: keys and values of the prompts [P, K, T, d], then those of the sequences' own tokens [B, K, N, d].
-      seen: which of them are seen.
-      scoring: how they are scored.
+      q: the newest token's query in the compute dtype; the B / P sequences of a prompt are adjacent.
+      k: its key.
+      v: its value.
+      cache: keys and values of the layer.
+      mask: which of them the newest token attends to.
+      scoring: scale and cap of the scores.
 
     Returns:
-      [B, 1, H, d] in the dtype of q, and the cache with the new token.
+      The output in the dtype of q, and the cache with the newest token.
     """
     prompt_keys, prompt_values, *old = cache
-    (prompts, kv_heads, _, dim), (rows, _, room, _) = prompt_keys.shape, old[0].shape
-    # Written before it is read: nothing else then needs the old cache, so that it is written in place.
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=seen.place, axis=2)
-    own_keys, own_values = (put(a, b.reshape(rows, kv_heads, 1, dim)) for a, b in zip(old, (k, v), strict=True))
+    (prompts, kv_heads, _, dim), (rows, _, capacity, _) = prompt_keys.shape, old[0].shape
+    # Written before it is read: nothing else needs the old cache then, so XLA updates it in place.
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=mask.generated, axis=2)
+    own_keys, own_values = (write(a, b.reshape(rows, kv_heads, 1, dim)) for a, b in zip(old, (k, v), strict=True))
     q = q.reshape(rows, kv_heads, -1, dim)
     own = capped(scoring.scale * _dot("bkgd,bktd->bkgt", q, own_keys), scoring.cap)
-    own = jnp.where(seen.own(room), own, LOWEST)
-    # All queries of a prompt meet its keys in one product, so that these are read once.
+    own = jnp.where(mask.own(capacity), own, MASKED)
+    # One matmul for all queries of a prompt, which reads the prompt's keys once.
     shared = capped(scoring.scale * _dot("pkqd,pktd->pkqt", _by_prompt(q, prompts), prompt_keys), scoring.cap)
-    shared = jnp.where(seen.prompt()[:, None, None], shared, LOWEST)
+    shared = jnp.where(mask.prompt()[:, None, None], shared, MASKED)
     top = jnp.maximum(_by_sequence(shared.max(-1, keepdims=True), own.shape), own.max(-1, keepdims=True))
     shared, own = jnp.exp(shared - _by_prompt(top, prompts)), jnp.exp(own - top)
     total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True)
@@ -134,13 +156,13 @@ def cached_attention(
 
 
 def _by_prompt(x: Array, prompts: int) -> Array:
-    """[B, K, N, X] -> [P, K, B / P * N, X]: what the sequences of a prompt have for each of its heads."""
+    """[B, K, N, X] -> [P, K, B / P * N, X]: groups the queries of all sequences of a prompt."""
     x = x.reshape(prompts, -1, *x.shape[1:]).swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _by_sequence(x: Array, like: tuple[int, ...]) -> Array:
-    """[P, K, B / P * N, X] -> [B, K, N, X], of which `like` has the first three sizes."""
+    """[P, K, B / P * N, X] -> [B, K, N, X]: the inverse of `_by_prompt`; `like` starts with B, K, N."""
     rows, kv_heads, shared, _ = like
     x = x.reshape(len(x), kv_heads, rows // len(x), shared, -1).swapaxes(1, 2)
     return x.reshape(rows, kv_heads, shared, -1)
@@ -155,28 +177,27 @@ def _by_head(x: Array, kv_heads: int | None = None) -> Array:
 
 
 def _by_token(x: Array) -> Array:
-    """[R, K, N, T, d] -> [R, T, H, d], or [R, K, T, d] -> [R, T, K, d]."""
+    """[R, K, N, T, d] -> [R, T, H, d], or [R, K, T, d] -> [R, T, K, d]: the inverse of `_by_head`."""
     if x.ndim == 4:
         return x.transpose(0, 2, 1, 3)
     rows, kv_heads, shared, length, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
 
 
-def visible_keys(rows: RowMask, start: int, stop: int) -> Array:
-    """Returns bool[R, Q, S]: which of the first `stop` keys each query of [start, stop) sees; always itself."""
-    query, key = (jax.tree.map(cut, rows._replace(window=None)) for cut in (
+def visible_keys(mask: RowMask, start: int, stop: int) -> Bool[Any, "R Q S"]:
+    """Returns which of the first S = `stop` keys each query in [start, stop) attends to; always itself."""
+    query, key = (jax.tree.map(cut, mask._replace(window=None)) for cut in (
         lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
     ))  # fmt: skip
     causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
-    seen = (
-        causal & (query.segment_ids == key.segment_ids) & ((key.branch_ids == 0) | (key.branch_ids == query.branch_ids))
-    )
-    return seen if rows.window is None else seen & (query.positions - key.positions < rows.window)
+    same_segment = query.segment_ids == key.segment_ids
+    visible = causal & same_segment & ((key.branch_ids == 0) | (key.branch_ids == query.branch_ids))
+    return visible if mask.window is None else visible & (query.positions - key.positions < mask.window)
 
 
-def _softmax(q: Array, k: Array, v: Array, seen: Array, scoring: Scoring) -> tuple[Array, Array]:
-    """Returns the output [R, K, N, Q, d] and the log-sum-exp [R, K, N, Q] of some queries, in float32."""
-    scores = jnp.where(seen[:, None, None], _scores(q, k, scoring), LOWEST)
+def _softmax(q: Array, k: Array, v: Array, visible: Array, scoring: Scoring) -> tuple[Array, Array]:
+    """Returns a chunk's output [R, K, N, Q, d] and log-sum-exp [R, K, N, Q], in float32."""
+    scores = jnp.where(visible[:, None, None], _scores(q, k, scoring), MASKED)
     top = scores.max(-1, keepdims=True)
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
@@ -185,43 +206,50 @@ def _softmax(q: Array, k: Array, v: Array, seen: Array, scoring: Scoring) -> tup
 
 
 def _scores(q: Array, k: Array, scoring: Scoring) -> Array:
-    """Returns float32[R, K, N, Q, S], of the keys that are not seen as well."""
+    """Returns float32[R, K, N, Q, S], not yet masked."""
     return capped(_dot("rknqd,rksd->rknqs", q, k) * scoring.scale, scoring.cap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, rows: RowMask, scoring: Scoring, chunk: int) -> Array:
-    return _attend_fwd(q, k, v, rows, scoring, chunk)[0]
+def _attend(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, chunk: int) -> Array:
+    return _attend_fwd(q, k, v, mask, scoring, chunk)[0]
 
 
-def _spans(length: int, chunk: int) -> list[tuple[int, int]]:
+def _chunks(length: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
-def _attend_fwd(q, k, v, rows, scoring, chunk):
+def _attend_fwd(q, k, v, mask, scoring, chunk):
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
+    # The causal skip: queries a..b meet keys 0..b, so about half of the T x T scores are never computed. Chunk bounds
+    # are Python integers because these shapes differ, which a loop inside the program could not express.
     parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(rows, a, b), scoring)
-        for a, b in _spans(q.shape[1], chunk)
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(mask, a, b), scoring)
+        for a, b in _chunks(q.shape[1], chunk)
     ]
     out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
-    # Named, so that a policy of what the backward pass keeps can keep these two and skip this function.
+    # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
     out = checkpoint_name(out, "attention")
     lse = checkpoint_name(jnp.concatenate([lse for _, lse in parts], axis=3), "attention")
-    return out, (q, k, v, rows, out, lse)
+    return out, (q, k, v, mask, out, lse)
 
 
 def _attend_bwd(scoring, chunk, residuals, g):
-    q, k, v, rows, out, lse = residuals
+    """Recomputes the probabilities p = exp(score - lse), so that no [T, T] array outlives its chunk.
+
+    The gradient of a score is p * (g . v - delta), where delta = g . out is one number per query: it equals the sum of
+    p * (g . v) over all keys, and needs only the saved output.
+    """
+    q, k, v, mask, out, lse = residuals
     kv_heads = k.shape[2]
     queries, keys, values, do = _by_head(q, kv_heads), _by_head(k), _by_head(v), _by_head(g, kv_heads)
     delta = _by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
-    for a, b in _spans(q.shape[1], chunk):
+    for a, b in _chunks(q.shape[1], chunk):
         part, d_part = queries[..., a:b, :], do[..., a:b, :]
         scores = _scores(part, keys[:, :, :b], scoring)
-        seen = visible_keys(rows, a, b)[:, None, None]
-        p = jnp.exp(jnp.where(seen, scores, LOWEST) - lse[..., a:b, None])
+        visible = visible_keys(mask, a, b)[:, None, None]
+        p = jnp.exp(jnp.where(visible, scores, MASKED) - lse[..., a:b, None])
         dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
         slope = scoring.scale * capped_slope(scores, scoring.cap)
         ds = (p * (dp - delta[..., a:b, :]) * slope).astype(q.dtype)

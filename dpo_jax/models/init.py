@@ -1,4 +1,4 @@
-"""Random parameters, and functions mapped over layers, as host arrays."""
+"""Random parameters, and functions mapped over layers. Results are host arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,9 @@ def init_params(model: Model, seed: int) -> Any:
 
 
 def map_layers(function: Callable, kernel: Any) -> Any:
-    """Returns a function's results for each layer of a kernel [L, ...], stacked, as host arrays."""
+    """Returns a function's results for each layer of a kernel [L, ...], stacked, as host arrays.
+
+    Only one layer is on the device at a time.
+    """
     compiled = jax.jit(function)
     return jax.tree.map(lambda *x: np.stack(x), *(jax.device_get(compiled(kernel[i])) for i in range(kernel.shape[0])))

@@ -1,17 +1,19 @@
-"""What a decoder's layers are made of: projections, norms, activations and rotary positions.
+"""Parts of a decoder layer: projections, norms, activations and rotary positions.
 
-Parameters are float32; activations are in the compute dtype, matmuls accumulate and norms compute in float32.
+Parameters are float32 and activations are in the compute dtype. Matmuls accumulate and norms compute in float32.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Float32, Int
 
 from dpo_jax.models.architecture import Architecture, Rope
 from dpo_jax.models.quantized import Quantized, dequantize
@@ -27,17 +29,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def project(x: Array, kernel: Array | Quantized, bias: Array | None, contract: int) -> Array:
-    """Multiplies the last axes of x with the first of a kernel, in the dtype of x, accumulating in float32.
-
-    The kernel is the float32 master: the cast is inside, so that its gradient comes back in float32 though both
-    products of the backward pass are of the compute dtype. One in few bits is made whole for either product and kept
-    for neither; it has no gradient.
+    """Returns x @ kernel + bias in the dtype of x, accumulated in float32.
 
     Args:
       x: [..., *inputs] in the compute dtype.
-      kernel: float32[*inputs, *outputs], in few bits, or narrower where it is not trained.
+      kernel: [*inputs, *outputs], float32 or, if it is not trained, narrower or quantized. A quantized kernel gets no
+        gradient.
       bias: float32[*outputs] or None.
-      contract: the number of input axes.
+      contract: number of input axes.
 
     Returns:
       [..., *outputs] in the dtype of x.
@@ -45,36 +44,50 @@ def project(x: Array, kernel: Array | Quantized, bias: Array | None, contract: i
     return _project_fwd(x, kernel, bias, contract)[0]
 
 
-def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
+def _matmul(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=jnp.float32)
+
+
+# Why `project` has a derivative of its own. Autodiff of `dot(x, kernel.astype(bfloat16))` would return the kernel's
+# gradient in bfloat16 and only then widen it, so the sum over tokens would be rounded. Here the cast is inside:
+# matmuls read the compute dtype, and the gradient leaves its float32 accumulator unrounded. The residuals hold the
+# kernel as it is stored; the cast or dequantized copy is made for each matmul and saved for neither.
 
 
 def _project_fwd(x, kernel, bias, contract):
     axes = tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))
-    y = _product(x, dequantize(kernel, x.dtype), axes)
+    y = _matmul(x, dequantize(kernel, x.dtype), axes)
     y = y if bias is None else y + bias
     return y.astype(x.dtype), (x, kernel, bias)
 
 
 def _project_bwd(contract, residuals, g):
     x, kernel, bias = residuals
-    lead = tuple(range(x.ndim - contract))
-    outputs = tuple(range(len(lead), g.ndim)), tuple(range(contract, kernel.ndim))
-    dx = _product(g, dequantize(kernel, x.dtype), outputs).astype(x.dtype)
-    db = None if bias is None else g.astype(jnp.float32).sum(lead).astype(bias.dtype)
+    batch = tuple(range(x.ndim - contract))
+    outputs = tuple(range(len(batch), g.ndim)), tuple(range(contract, kernel.ndim))
+    dx = _matmul(g, dequantize(kernel, x.dtype), outputs).astype(x.dtype)
+    db = None if bias is None else g.astype(jnp.float32).sum(batch).astype(bias.dtype)
     if isinstance(kernel, Quantized):
         return dx, None, db
-    return dx, _product(x, g, (lead, lead)).astype(kernel.dtype), db
+    return dx, _matmul(x, g, (batch, batch)).astype(kernel.dtype), db
 
 
 project.defvjp(_project_fwd, _project_bwd)
-# Cheap elementwise work is done again in the backward pass, which then need not keep its float32 intermediates.
-_cheap = partial(jax.checkpoint, prevent_cse=False)
+# Elementwise functions are recomputed in the backward pass, so that their float32 intermediates are not saved.
+_recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-@partial(_cheap, static_argnums=(3, 4))
-def normalise(x: Array, scale: Array, bias: Array | None, kind: str, eps: float) -> Array:
-    """Layer norm ("layer") or root-mean-square norm ("rms") over the axes of `scale`, in float32, in x's dtype."""
+@partial(_recompute, static_argnums=(3, 4))
+def normalize(x: Array, scale: Array, bias: Array | None, kind: str, eps: float) -> Array:
+    """Returns x normalized over the axes of `scale`, computed in float32, in the dtype of x.
+
+    Args:
+      x: [..., *shape].
+      scale: float32[*shape].
+      bias: float32[*shape] or None.
+      kind: "layer" for layer norm, "rms" for root-mean-square norm.
+      eps: added to the variance or mean square.
+    """
     y, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     if kind == "layer":
         y = y - y.mean(axes, keepdims=True)
@@ -82,7 +95,7 @@ def normalise(x: Array, scale: Array, bias: Array | None, kind: str, eps: float)
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
-@partial(_cheap, static_argnums=(2,))
+@partial(_recompute, static_argnums=(2,))
 def activate(up: Array, gate: Array | None, kind: str) -> Array:
     """Returns act(up), or act(gate) * up, computed in float32, in the dtype of `up`."""
     wide = up.astype(jnp.float32)
@@ -91,10 +104,10 @@ def activate(up: Array, gate: Array | None, kind: str) -> Array:
 
 
 def frequencies(rope: Rope) -> np.ndarray:
-    """Returns the angle a position of each pair of rotated dimensions, float32[dims / 2].
+    """Returns float32[dims / 2], radians per position for each pair of rotated dimensions.
 
-    Llama 3's scaling divides slow frequencies by `factor`, leaves fast ones, and goes smoothly from one to the
-    other between (Llama 3.1's reference code).
+    Llama 3's scaling divides low frequencies by `factor`, keeps high ones, and interpolates between them (reference
+    code of Llama 3.1).
     """
     stretch = np.asarray(rope.short or 1.0)
     frequency = (1.0 / (stretch * rope.theta ** (np.arange(0, rope.dims, 2) / rope.dims))).astype(np.float32)
@@ -106,10 +119,10 @@ def frequencies(rope: Rope) -> np.ndarray:
     return frequency / np.float32(rope.factor)
 
 
-def angles_at(rope: Rope, positions: Array) -> tuple[Array, Array]:
-    """Returns the cosine and the sine of the angles at positions [...], float32[..., 1, dims / 2] each.
+def angles_at(rope: Rope, positions: Int[Any, "..."]) -> tuple[Float32[Any, "..."], Float32[Any, "..."]]:
+    """Returns the cosine and the sine of the rotary angles at positions [...], [..., 1, dims / 2] each.
 
-    They are NaN where LongRoPE has other factors than `short`, which is noticed.
+    With LongRoPE they are NaN beyond the original context length, where its other factors would apply.
     """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
     if rope.scaling == "longrope":
@@ -117,8 +130,8 @@ def angles_at(rope: Rope, positions: Array) -> tuple[Array, Array]:
     return rope.amplitude * jnp.cos(angles), rope.amplitude * jnp.sin(angles)
 
 
-def rotate(x: Array, angles: tuple[Array, Array] | None) -> Array:
-    """Rotates the first dimensions of each head, pairing i with i + dims / 2; x is [R, T, H, d]."""
+def rotate(x: Float[Any, "R T heads d"], angles: tuple[Array, Array] | None) -> Float[Any, "R T heads d"]:
+    """Returns x with the first dimensions of each head rotated, dimension i paired with i + dims / 2."""
     if angles is None:
         return x
     cos, sin = angles
@@ -129,10 +142,18 @@ def rotate(x: Array, angles: tuple[Array, Array] | None) -> Array:
 
 
 class Linear(nn.Module):
-    """A projection's parameters: `kernel` [*inputs, *outputs] and, if wanted, `bias` [*outputs].
+    """A projection with parameters `kernel` [*inputs, *outputs] and, if `bias`, `bias` [*outputs].
 
-    Where it is given adapters, `lora_a` [*inputs, r] and `lora_b` [r, *outputs], their product is added. Instead of
-    `kernel` it may be given `quantised` and `scale`, the same in few bits.
+    Optional leaves of the parameters change what it computes:
+      `lora_a` [*inputs, r] and `lora_b` [r, *outputs]: the product x A B is added (LoRA).
+      `quantized` and `scale`: replace `kernel` (QLoRA).
+
+    Attributes:
+      inputs: sizes of the input axes.
+      outputs: sizes of the output axes.
+      axes: logical names of all axes of the kernel.
+      bias: whether there is a bias.
+      std: standard deviation of new weights.
     """
 
     inputs: tuple[int, ...]
@@ -147,8 +168,8 @@ class Linear(nn.Module):
         count = len(self.inputs)
         weights = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[count:])
-        if self.has_variable("params", "quantised"):
-            kernel = Quantized(*(self.get_variable("params", name) for name in ("quantised", "scale")))
+        if self.has_variable("params", "quantized"):
+            kernel = Quantized(*(self.get_variable("params", name) for name in ("quantized", "scale")))
         else:
             kernel = self.param("kernel", weights, (*self.inputs, *self.outputs))
         bias = self.param("bias", zeros, self.outputs) if self.bias else None
@@ -156,11 +177,12 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             y = y + project(project(x, a, None, count), b, None, 1)
+        # Named so that remat "dots" saves the outputs of projections and recomputes the rest.
         return checkpoint_name(y, "projection")
 
 
 class Norm(nn.Module):
-    """A norm's parameters: `scale` and, for layer norm, `bias`, of the shape of what is normalised, [D] by default."""
+    """A norm with parameters `scale` and, for layer norm, `bias`, both of shape `shape`, [D] by default."""
 
     architecture: Architecture
     shape: tuple[int, ...] = ()
@@ -168,10 +190,11 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Normalises the last axes of x [..., *shape]."""
+        """Normalizes the last axes of x [..., *shape]."""
         a, shape = self.architecture, self.shape or (self.architecture.width,)
+        # The scale of a Gemma norm is `norm_offset` + its parameter, so that a new parameter is 1 - norm_offset.
         one = nn.with_logical_partitioning(nn.initializers.constant(1.0 - a.norm_offset), self.axes)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
         scale = self.param("scale", one, shape)
         bias = self.param("bias", zeros, shape) if a.norm == "layer" else None
-        return normalise(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps)
+        return normalize(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps)

@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): a pytree of low-rank additions to projections, in PEFT's folders in and out.
+"""LoRA (arXiv 2106.09685): a pytree of low-rank additions to projections; reads and writes PEFT's adapter folders.
 
-A module W gets W + alpha / rank * A B; its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b` [L, r, *outputs],
-with outputs in the file's order. Where a file has several projections fused in one module they share A, as with PEFT.
-The model without adapters is the base, untouched: it serves as the reference.
+A module's weight W becomes W + alpha / rank * A B. Its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b`
+[L, r, *outputs], with outputs in the order of the checkpoint. Projections that a checkpoint fuses into one module share
+A, as in PEFT. The base model is never modified: without adapters it is the reference.
 """
 
 import math
@@ -18,27 +18,27 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.registry import family
-from dpo_jax.models.families.tensor_map import Tensor, TensorPart, sides
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, module_axes
 from dpo_jax.models.huggingface.safetensors import read_json, write_json
 from dpo_jax.records import Array
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL = "all-linear"
-# PEFT's settings that are read, or that change nothing in what the adapters compute; any other that is set is refused.
+# PEFT's settings that are read, or that do not change what adapters compute. Any other setting is an error.
 KNOWN = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "init_lora_weights"}
 KNOWN |= {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"}
 KNOWN |= {"eva_config", "megatron_core", "qalora_group_size", "revision", "task_type"}
 UNSET = (None, False, "none", [], {})
-STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # other ways to begin change the weights of the base
+STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # initializations that leave the base's weights alone
 
 
 class Lora(NamedTuple):
-    """Which projections are adapted, and how.
+    """Options of adapters.
 
     Attributes:
       rank: r.
       alpha: additions are multiplied by alpha / r.
-      targets: names of modules as transformers has them, `q_proj` or `attn.c_attn` for example, or `all-linear`.
+      targets: names of modules in transformers, e.g. `q_proj` or `attn.c_attn`, or `all-linear`.
     """
 
     rank: int
@@ -47,10 +47,10 @@ class Lora(NamedTuple):
 
 
 def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns the modules that are adapted, `{i}` standing for the layer, each with the tensor of its weight.
+    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight.
 
     Raises:
-      UserError: a target that names no projection.
+      UserError: a target matches no projection.
     """
     table = family(architecture.family).tensors(architecture)
     known = {
@@ -67,73 +67,76 @@ def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dic
 
 
 def init_adapters(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
-    """Returns adapters as host arrays, A drawn as PEFT does (uniform up to 1 / sqrt(inputs)), B zero: nothing changes.
+    """Returns new adapters as host arrays: A uniform up to 1 / sqrt(inputs) as in PEFT, B zero, so nothing changes.
 
     Raises:
-      UserError: a rank below 1, no target, or a target that names no projection.
+      UserError: the rank is below 1, there is no target, or a target matches no projection.
     """
     if lora.rank < 1 or not lora.targets:
         raise UserError("lora: rank must be at least 1, and targets must name a module")
     rng, adapters = np.random.default_rng(seed), {}
     for tensor in adapted_modules(architecture, lora.targets).values():
-        inputs, outputs = sides(tensor)
+        inputs, outputs = module_axes(tensor)
         size = (architecture.layers, *inputs, lora.rank)
         a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
         b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
-        adapters[_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
+        adapters[_adapter_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
     return {"layers": adapters}
 
 
-def _name(tensor: Tensor) -> str:
-    """Returns the name of a module's adapter with us: those of its projections."""
+def _adapter_name(tensor: Tensor) -> str:
+    """Returns the key of a module's adapter in the pytree: the names of its projections, joined by `_`."""
     return "_".join(part.path[1] for part in tensor.parts)
 
 
-def _outputs(tensor: Tensor, part: TensorPart) -> tuple[Any, ...]:
-    """Returns which of a module's outputs a projection has, to index arrays [L, r, *outputs] with."""
+def _output_index(tensor: Tensor, part: TensorPart) -> tuple[Any, ...]:
+    """Returns the index that selects one projection's outputs from `lora_b` [L, r, *outputs] of its module."""
     own = part.take if part.inputs else part.take[len(tensor.split[0]) :]
     return (slice(None), slice(None), *own)
 
 
 def attach_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
-    """Returns the parameters of the adapted model: those of the base, which are not copied, and its adapters."""
+    """Returns the parameters of the adapted model: those of the base, not copied, plus its adapters.
+
+    Each projection gets `lora_a` and its own outputs of `lora_b`, scaled by alpha / r.
+    """
     layers, scale = dict(base["layers"]), lora.alpha / lora.rank
     for tensor in adapted_modules(architecture, lora.targets).values():
-        a, b = (adapters["layers"][_name(tensor)][key] for key in ("lora_a", "lora_b"))
+        a, b = (adapters["layers"][_adapter_name(tensor)][key] for key in ("lora_a", "lora_b"))
         for part in tensor.parts:
             name = part.path[1]
-            layers[name] = {**layers[name], "lora_a": a, "lora_b": b[_outputs(tensor, part)] * scale}
+            layers[name] = {**layers[name], "lora_a": a, "lora_b": b[_output_index(tensor, part)] * scale}
     return {**base, "layers": layers}
 
 
-def adapter_axes(architecture: Architecture, of_model: Any, lora: Lora) -> Any:
-    """Returns the logical names of the axes of adapters, from those of the model."""
+def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any:
+    """Returns the logical axis names of adapters, from those of the model."""
     found = {}
     for tensor in adapted_modules(architecture, lora.targets).values():
-        a, b = _axes_of(tensor, tensor.parts[0], of_model)
-        fused = (*b[:2], *(None for _ in sides(tensor)[1]))  # several projections lie along these
-        found[_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
+        a, b = _part_axes(tensor, tensor.parts[0], model_axes)
+        fused = (*b[:2], *(None for _ in module_axes(tensor)[1]))  # its outputs belong to several projections
+        found[_adapter_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
     return {"layers": found}
 
 
-def _axes_of(tensor: Tensor, part: TensorPart, of_model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names of the axes of A and B in one projection."""
-    kernel, count = of_model["layers"][part.path[1]]["kernel"], 1 + len(sides(tensor)[0])  # with layers
+def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the axis names of A and B for one projection."""
+    kernel, count = model_axes["layers"][part.path[1]]["kernel"], 1 + len(module_axes(tensor)[0])  # layers and inputs
     return (*kernel[:count], "rank"), (kernel[0], "rank", *kernel[count:])
 
 
-def attached_axes(architecture: Architecture, of_model: Any, of_base: Any, lora: Lora) -> Any:
-    """Returns the logical names of the axes of what `joined` returns, from those of the model and of its base."""
-    layers = dict(of_base["layers"])
+def attached_axes(architecture: Architecture, model_axes: Any, base_axes: Any, lora: Lora) -> Any:
+    """Returns the logical axis names of the result of `attach_adapters`, from those of the model and of its base."""
+    layers = dict(base_axes["layers"])
     for tensor in adapted_modules(architecture, lora.targets).values():
         for part in tensor.parts:
-            named = dict(zip(("lora_a", "lora_b"), _axes_of(tensor, part, of_model), strict=True))
+            named = dict(zip(("lora_a", "lora_b"), _part_axes(tensor, part, model_axes), strict=True))
             layers[part.path[1]] = {**layers[part.path[1]], **named}
-    return {**of_base, "layers": layers}
+    return {**base_axes, "layers": layers}
 
 
-class _Merged:
-    """A kernel with its addition, made a layer at a time."""
+class _MergedKernel:
+    """A kernel plus its low-rank addition, computed one layer at a time, when the layer is indexed."""
 
     def __init__(self, kernel: Array, a: Array, b: Array):
         self.leaves = kernel, a, b
@@ -144,7 +147,10 @@ class _Merged:
 
 
 def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
-    """Returns the parameters of a plain model that equals the adapted one, for a folder; layers are made one by one."""
+    """Returns the parameters of the plain model that equals the adapted one, for `save_folder`.
+
+    Layers are merged when they are accessed, so that one merged layer is in memory at a time.
+    """
     params = attach_adapters(architecture, base, adapters, lora)
 
     def one(leaves: Any) -> Any:
@@ -152,27 +158,27 @@ def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: L
             return leaves
         kernel, a, b = (leaves[key] for key in ("kernel", "lora_a", "lora_b"))
         rest = {key: value for key, value in leaves.items() if key not in ("lora_a", "lora_b")}
-        return {**rest, "kernel": _Merged(kernel, a, b)}
+        return {**rest, "kernel": _MergedKernel(kernel, a, b)}
 
     return {**params, "layers": {name: one(leaves) for name, leaves in params["layers"].items()}}
 
 
 def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
-    """Writes adapters as PEFT does.
+    """Writes an adapter folder that PEFT loads.
 
     Args:
-      folder: where; made if need be.
-      adapters: host arrays or on devices.
-      lora: what they are.
-      architecture: of the base.
-      base: the folder or name of the base.
+      folder: created if it is missing.
+      adapters: adapters on the host or on devices.
+      lora: their options.
+      architecture: architecture of the base.
+      base: folder or hub id of the base.
     """
     tensors, chosen = {}, adapted_modules(architecture, lora.targets)
     for name, tensor in chosen.items():
-        a, b = (np.asarray(adapters["layers"][_name(tensor)][key]) for key in ("lora_a", "lora_b"))
+        a, b = (np.asarray(adapters["layers"][_adapter_name(tensor)][key]) for key in ("lora_a", "lora_b"))
         for i in range(architecture.layers):
-            tensors[f"{_key(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, lora.rank).T)
-            tensors[f"{_key(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(lora.rank, -1).T)
+            tensors[f"{_peft_prefix(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, lora.rank).T)
+            tensors[f"{_peft_prefix(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(lora.rank, -1).T)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
@@ -185,10 +191,10 @@ def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Archite
 
 
 def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, Any], Lora]:
-    """Returns the adapters in a PEFT folder as host arrays, and what they are.
+    """Returns the adapters in a PEFT folder as host arrays, and their options.
 
     Raises:
-      UserError: it holds no LoRA, one that does not fit the model, or a setting that is not supported.
+      UserError: the folder holds no LoRA, one that does not fit the model, or an unsupported setting.
     """
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     if settings.get("peft_type") != "LORA":
@@ -199,10 +205,10 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are") from None
-    targets = _targets(settings.get("target_modules") or (), tensors, architecture)
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are supported") from None
+    targets = _read_targets(settings.get("target_modules") or (), tensors, architecture)
     lora = Lora(int(settings["r"]), float(settings["lora_alpha"]), targets)
-    adapters = {"layers": dict(_read(folder, tensors, settings, lora, architecture))}
+    adapters = {"layers": dict(_read_adapters(folder, tensors, settings, lora, architecture))}
     if tensors:
         raise UserError(
             f"{folder / WEIGHTS}: tensor {min(tensors)} is not part of the adapter of a {architecture.family}"
@@ -210,24 +216,26 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
     return adapters, lora
 
 
-def _targets(names: Any, tensors: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
-    """Returns the targets of a PEFT folder; where it has a pattern for them, the modules that have tensors."""
+def _read_targets(names: Any, tensors: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
+    """Returns the targets of a PEFT folder; if they are a regular expression, the modules that have tensors."""
     if names == ALL:
         return (ALL,)
     if isinstance(names, str):
-        names = [name for name in adapted_modules(architecture, (ALL,)) if f"{_key(name, 0)}A.weight" in tensors]
-    # PEFT may name each layer's module: what is not in all layers will be missed among the tensors.
+        names = [
+            name for name in adapted_modules(architecture, (ALL,)) if f"{_peft_prefix(name, 0)}A.weight" in tensors
+        ]
+    # PEFT may name the module of each layer. A module that is not adapted in all layers fails later: missing tensors.
     every = {re.sub(r"\.\d+\.", ".{i}.", name).rpartition("{i}.")[2] for name in names}
     return tuple(sorted(every))
 
 
-def _key(name: str, layer: int) -> str:
-    """Returns how PEFT's names of a module's tensors begin."""
+def _peft_prefix(name: str, layer: int) -> str:
+    """Returns the prefix of a module's tensor names in PEFT."""
     return f"base_model.model.{name.replace('{i}', str(layer))}.lora_"
 
 
-def _alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
-    """Returns alpha of a module by PEFT's rule: that of the first pattern which its name ends in."""
+def _module_alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
+    """Returns alpha of a module by PEFT's rule: that of the first pattern which its name ends with."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if not re.fullmatch(r"[\w.]+", pattern):
             raise UserError(f"{file}: alpha_pattern has {pattern!r}; only names of modules are supported")
@@ -236,12 +244,15 @@ def _alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
     return settings["lora_alpha"]
 
 
-def _read(
+def _read_adapters(
     folder: Path, tensors: dict[str, Any], settings: Mapping[str, Any], lora: Lora, architecture: Architecture
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields (name of an adapter, its leaves), and takes what it reads from `tensors`."""
+    """Yields (key of an adapter, its leaves), and removes the tensors it reads from `tensors`.
+
+    A module's own alpha and rank are folded into B, so that one `Lora` holds for all modules.
+    """
     for name, tensor in adapted_modules(architecture, lora.targets).items():
-        keys = [_key(name, i) for i in range(architecture.layers)]
+        keys = [_peft_prefix(name, i) for i in range(architecture.layers)]
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
             a, b = (np.stack(layers).astype(np.float32) for layers in found)
@@ -249,10 +260,10 @@ def _read(
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:
             raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
-        rank, (inputs, outputs) = a.shape[1], sides(tensor)
+        rank, (inputs, outputs) = a.shape[1], module_axes(tensor)
         if a.shape[2:] != (math.prod(inputs),) or b.shape[1:] != (math.prod(outputs), rank):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
-        alphas = [_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
+        alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
         b = b * (np.array(alphas, np.float32) / rank / (lora.alpha / lora.rank))[:, None, None]
         leaves = a.transpose(0, 2, 1).reshape(-1, *inputs, rank), b.transpose(0, 2, 1).reshape(-1, rank, *outputs)
-        yield _name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))
+        yield _adapter_name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))

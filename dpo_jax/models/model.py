@@ -1,4 +1,4 @@
-"""Decoder-only language models as pure functions of their parameters: what the rest of the package uses."""
+"""Decoder-only language models as pure functions of their parameters: the interface that the package uses."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,24 +21,28 @@ COMPUTE = ("float32", "bfloat16")
 class Model(NamedTuple):
     """The pure functions of one architecture. Parameters are a nested dict of float32, layers stacked on axis 0.
 
+    Axis letters: R rows, T tokens, D model width, V vocabulary, P prompts, B = P * copies sequences.
+
     Attributes:
-      architecture: what it is.
-      init: key -> params, random as Hugging Face initialises. Jit it, it runs the model on one token.
-      hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> [R, T, D] after the final
-        norm. `gather` is applied to each layer's parameters just before use; `attend` replaces `packed_attention`.
-      head: params -> float32[V, D]; logits are hidden states times its transpose, then `capped` by the architecture's
-        `logit_cap`. Where the head has a bias there is one more column, and a one in the hidden states. Of a reward
-        model it is float32[1, D], and the product is the reward of the text so far.
-      prefill: (params, tokens, positions, mask, copies, room) -> hidden [P, T, D] of P prompts, which end at the
-        right, and a cache in which each has `copies` sequences, B = P * copies, with room for so many more tokens;
-        `mask` int32[P, T] is 1 for real tokens, 0 for left padding.
-      unstack: params -> decode-time params: one tree per layer, kernels cast to the compute dtype. A copy, made
-        once for many tokens.
-      decode: (params, token [B], position [B], cache, valid, place) -> hidden [B, D] and the cache with the new
-        tokens; each sequence has `place` generated tokens before them. `valid` bool[P, T] is True for real prompt
-        tokens, False for left padding.
-      axes: like params, but tuples with the logical name of each axis.
-      attention: the name of what computes attention in `hidden`; the other functions have their own.
+      architecture: shapes and options of the model.
+      init: key -> params, random as Hugging Face initializes them. Jit it: it traces the model on one token.
+      hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> hidden states [R, T, D] after
+        the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `attend`
+        replaces `packed_attention`.
+      head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
+        head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
+        reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
+      prefill: (params, tokens, positions, mask, copies, room) -> hidden states [P, T, D] of P prompts, which end at
+        the right, and a cache in which `copies` sequences share each prompt, with capacity for `room` generated
+        tokens; `mask` int32[P, T] is 1 for real tokens, 0 for left padding.
+      unstack: params -> decode-time params: one tree per layer, kernels cast to the compute dtype. A copy, made once
+        per generation.
+      decode: (params, token [B], position [B], cache, valid, generated) -> hidden states [B, D] and the cache with the
+        new tokens; `generated` tokens per sequence precede them. `valid` bool[P, T] is True for real prompt tokens,
+        False for left padding.
+      axes: tree like params; the leaves are tuples with the logical name of each axis.
+      attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
+      hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
     """
 
     architecture: Architecture
@@ -50,33 +54,34 @@ class Model(NamedTuple):
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
     attention: str = CHUNKS
+    hf_config: Any = None
 
 
 def build_model(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:
-    """Returns the functions of an architecture.
+    """Returns the pure functions of an architecture. Allocates no parameters.
 
     Args:
-      architecture: what to build.
+      architecture: from `architecture_of` or `open_folder`.
       compute: dtype of activations and matmuls, "float32" or "bfloat16".
-      remat: what the backward pass computes again: "none"; "dots", all but projections and attention; "full".
+      remat: what the backward pass recomputes: "none"; "dots", everything but projections and attention; or "full".
 
     Raises:
-      UserError: an unknown `compute` or `remat`.
+      UserError: `compute` or `remat` is unknown.
     """
     for key, value, known in (("compute", compute, COMPUTE), ("remat", remat, tuple(POLICIES))):
         if value not in known:
             raise UserError(f"model.{key}: {value!r} is not known; choose one of {', '.join(known)}")
     decoder = Decoder(architecture, compute, remat)
-    keeping = Decoder(architecture, compute, keep=True)
+    with_kv = Decoder(architecture, compute, return_kv=True)
     shapes = jax.eval_shape(partial(_init, decoder), jax.eval_shape(jax.random.key, 0))
     return Model(
         architecture,
         init=lambda key: nn.meta.unbox(_init(decoder, key)),
         hidden=partial(_hidden, decoder),
         head=partial(_head, architecture),
-        prefill=partial(_prefill, keeping),
-        unstack=partial(_unstack, keeping),
-        decode=partial(_decode, keeping),
+        prefill=partial(_prefill, with_kv),
+        unstack=partial(_unstack, with_kv),
+        decode=partial(_decode, with_kv),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
     )
 
@@ -99,6 +104,7 @@ def _head(architecture: Architecture, params: Any) -> Array:
 
 
 def _prefill(decoder, params, tokens, positions, mask, copies, room):
+    # A prompt is one segment on branch 0; left padding is segment 0.
     context = Context(segment_ids=mask, branch_ids=jnp.zeros_like(mask))
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
     keys, values = (x.swapaxes(2, 3) for x in kept)
@@ -115,7 +121,7 @@ def _unstack(decoder: Decoder, params: Any) -> Any:
     return {**params, "layers": [jax.tree.map_with_path(partial(one, layer=i), params["layers"]) for i in layers]}
 
 
-def _decode(decoder, params, token, position, cache, valid, place):
-    context = Context(place=place, mask=valid)
+def _decode(decoder, params, token, position, cache, valid, generated):
+    context = Context(generated=generated, mask=valid)
     hidden, cache = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
     return hidden[:, 0], cache

@@ -1,6 +1,6 @@
-"""Reward models: a decoder whose head gives one number, in the folders of transformers' *ForSequenceClassification.
+"""Reward models: decoders whose head gives one number, in the format of transformers' *ForSequenceClassification.
 
-The reward of a text is the head's product with the hidden state of its last token that is no padding.
+The reward of a text is the product of the head with the hidden state of its last token that is not padding.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture, HfConfig
 
 SUFFIX = "ForSequenceClassification"
-ENCODING = "dpo_jax_encoding"  # in config.json: how the texts that it was trained on became tokens
+ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 
 def is_reward_config(config: HfConfig) -> bool:
-    """Returns whether a config.json is that of a reward model.
+    """Returns whether a config.json describes a reward model.
 
     Raises:
-      UserError: it is that of a classifier of several labels.
+      UserError: it describes a classifier with several labels.
     """
     found = any(str(name).endswith(SUFFIX) for name in config.get("architectures") or ())
     labels = len(config.get("id2label") or "01")  # transformers has two by default
@@ -30,31 +30,31 @@ def is_reward_config(config: HfConfig) -> bool:
 
 
 def reward_class(name: str) -> str:
-    """Returns transformers' class of reward models, given that of the family's language models."""
+    """Returns the name of transformers' reward model class, given that of the family's language model class."""
     plain = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
     return (f"{plain}Text" if plain == "Gemma3" else plain) + SUFFIX
 
 
 def as_reward_architecture(architecture: Architecture) -> Architecture:
-    """Returns the architecture with the head of a reward model."""
+    """Returns the architecture with a reward head instead of a language model head."""
     return dataclasses.replace(architecture, score=True, tied=True, head_bias=False)
 
 
 def as_reward_config(config: HfConfig, name: str, pad: int, encoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config.json for a reward model.
+    """Returns config.json of a reward model.
 
     Args:
-      config: that of the model it starts from.
-      name: transformers' class of the family's language models.
-      pad: the token that follows a text's last one.
-      encoding: how texts become tokens, as `data.encode` takes it.
+      config: config.json of the model it starts from.
+      name: name of transformers' language model class of the family.
+      pad: id of the padding token.
+      encoding: tokenization options, as `data.encode` takes them.
     """
     labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return {**config, **labels, "architectures": [reward_class(name)], "pad_token_id": pad, ENCODING: dict(encoding)}
 
 
 def with_new_head(params: Mapping[str, Any], architecture: Architecture, seed: int) -> dict[str, Any]:
-    """Returns a language model's parameters with a new reward model's head for theirs, normal(0, 1 / sqrt(D + 1))."""
-    drawn = np.random.default_rng(seed).normal(0.0, architecture.score_std, (1, architecture.width))
+    """Returns a language model's parameters with its head replaced by a reward head, normal(0, 1 / sqrt(D + 1))."""
+    score = np.random.default_rng(seed).normal(0.0, architecture.score_std, (1, architecture.width))
     rest = {name: value for name, value in params.items() if name not in ("head", "head_bias")}
-    return {**rest, "score": drawn.astype(np.float32)}
+    return {**rest, "score": score.astype(np.float32)}

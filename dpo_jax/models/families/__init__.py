@@ -1,1 +1,10 @@
-"""One module per model family: its config.json mapping and the names of its tensors."""
+"""Model families, one module each: how to read its config.json, and the names and layouts of its tensors.
+
+A family module is named after the `model_type` of config.json and defines:
+  CLASS: the class in transformers.
+  PREFIX: prefix of tensor names that a file may omit.
+  HEAD: name of the head's tensor.
+  BUFFERS: endings of names of tensors that are not parameters.
+  architecture(config) -> Architecture: raises UserError for unsupported settings.
+  tensors(architecture) -> dict[str, Tensor]: name in the file, with `{i}` for the layer -> `tensor_map.Tensor`.
+"""

@@ -1,4 +1,4 @@
-"""Gemma (2B, 7B): Llama with scaled embeddings, norms that store their scale less 1, and a tied head."""
+"""Gemma (2B, 7B): Llama with scaled embeddings, norms that store their scale minus 1, and a tied head."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ DEFAULTS = {
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Gemma config.json describes.
+    """Returns the architecture of a Gemma config.json.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
-    # The first releases name the exact function and mean its approximation, as transformers does.
+    # The first releases say "gelu" and mean its tanh approximation; transformers reads them so too.
     act = "gelu_tanh" if config.get("hidden_act") == "gelu" else arch.activation(config, "hidden_act", "gelu_new")
     return gemma_like(config, "gemma", activation=act)
 
 
 def gemma_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
-    """Returns what the config.json of any Gemma describes, with some fields given.
+    """Returns the architecture of any Gemma config.json; `fields` replace what the config says.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     arch.only_setting(config, "mlp_bias", False)
     arch.only_setting(config, "use_bidirectional_attention", False)

@@ -26,20 +26,22 @@ NORMS = {
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Gemma 2 config.json describes.
+    """Returns the architecture of a Gemma 2 config.json.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     return gemma2_like(config, "gemma2", every=2, score_cap=config["attn_logit_softcapping"])
 
 
 def gemma2_like(config: HfConfig, family: str, every: int, **fields: Any) -> Architecture:
-    """Returns what Gemma 2 and 3 share; by default one in `every` layers sees all, the last of them.
+    """Returns the architecture of a Gemma 2 or 3 config.json; `fields` replace what the config says.
+
+    By default every `every`-th layer has full attention, and the others a window.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     layers = arch.need_setting(config, "num_hidden_layers")
     kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
@@ -56,5 +58,5 @@ def gemma2_like(config: HfConfig, family: str, every: int, **fields: Any) -> Arc
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
     return llama.llama_tensors(a, NORMS)

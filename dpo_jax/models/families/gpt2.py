@@ -1,76 +1,99 @@
-"""GPT-2 (large is the paper's for film reviews), DistilGPT-2: learned positions, projections stored as ours are."""
+"""GPT-2 (large is the paper's for film reviews), DistilGPT-2: learned positions, projections stored as ours are.
+
+GPT-Neo, GPT-J, GPT-NeoX and OPT are defined by their differences: they use `gpt_like` too.
+"""
+
+from typing import Any
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, HfConfig
-from dpo_jax.models.families.tensor_map import Tensor, TensorPart, plain
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, layer_norms, same_layout, untied_head, with_bias
 
 CLASS = "GPT2LMHeadModel"
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 BUFFERS = ("attn.bias", "attn.masked_bias")
+LAYER = "transformer.h.{i}."
+NORMS = {
+    "transformer.ln_f.": ("final_norm",),
+    LAYER + "ln_1.": ("layers", "attention_norm"),
+    LAYER + "ln_2.": ("layers", "mlp_norm"),
+}
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a GPT-2 config.json describes. Dropout is always off.
+    """Returns the architecture of a GPT-2 config.json. Dropout is always off.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     arch.only_setting(config, "scale_attn_weights", True)
     arch.only_setting(config, "scale_attn_by_inverse_layer_idx", False)
     arch.only_setting(config, "add_cross_attention", False)
     width, heads, layers = (arch.need_setting(config, key) for key in ("n_embd", "n_head", "n_layer"))
-    return Architecture(
-        family="gpt2",
-        vocab=arch.need_setting(config, "vocab_size"),
+    return gpt_like(
+        config,
+        "gpt2",
         width=width,
         layers=layers,
         heads=heads,
-        kv_heads=heads,
-        head_dim=arch.head_dim({}, width, heads),
         mlp=arch.get_setting(config, "n_inner", 4 * width),
-        norm="layer",
-        eps=arch.get_setting(config, "layer_norm_epsilon", 1e-5),
-        activation=arch.activation(config, "activation_function", "gelu_new"),
-        gated=False,
-        rope=None,
-        parallel=False,
         qkv_bias=True,
         out_bias=True,
-        mlp_bias=True,
-        tied=arch.get_setting(config, "tie_word_embeddings", True),
         max_positions=arch.get_setting(config, "n_positions", 1024),
-        initializer_range=arch.get_setting(config, "initializer_range", 0.02),
         residual_scale=(2 * layers) ** -0.5,
     )
 
 
+def gpt_like(config: HfConfig, family: str, *, width: int, heads: int, **fields: Any) -> Architecture:
+    """Returns the architecture of a GPT: layer norms with biases, an MLP without gate, no grouped key-value heads.
+
+    Args:
+      config: the contents of config.json.
+      family: its `model_type`.
+      width: D.
+      heads: H.
+      **fields: other fields of `Architecture`; they replace the defaults below.
+
+    Raises:
+      UserError: a setting is missing or not supported.
+    """
+    values: dict[str, Any] = {
+        "vocab": arch.need_setting(config, "vocab_size"),
+        "kv_heads": heads,
+        "head_dim": arch.head_dim({}, width, heads),
+        "norm": "layer",
+        "eps": arch.get_setting(config, "layer_norm_epsilon", 1e-5),
+        "gated": False,
+        "rope": None,
+        "parallel": False,
+        "mlp_bias": True,
+        "tied": arch.get_setting(config, "tie_word_embeddings", True),
+        "initializer_range": arch.get_setting(config, "initializer_range", 0.02),
+    }
+    if "activation" not in fields:
+        values["activation"] = arch.activation(config, "activation_function", "gelu_new")
+    return Architecture(family=family, width=width, heads=heads, **{**values, **fields})
+
+
 def _fused(leaf: str, a: Architecture, *lead: int) -> Tensor:
-    """Queries, keys and values in one tensor, side by side on its last axis."""
+    """Returns the entry of queries, keys and values in one tensor, side by side on its last axis."""
     parts = (TensorPart(("layers", name, leaf), take=(slice(None),) * len(lead) + (i,)) for i, name in enumerate("qkv"))
     return Tensor((*((size,) for size in lead), (3, a.heads, a.head_dim)), tuple(parts))
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
-    width, layer = a.width, "transformer.h.{i}."
-    out = TensorPart(("layers", "o", "kernel"))
-    table = {
-        "transformer.wte.weight": plain(("embedding",), a.vocab, width),
-        "transformer.wpe.weight": plain(("positions",), a.max_positions, width),
-        layer + "attn.c_attn.weight": _fused("kernel", a, width),
-        layer + "attn.c_attn.bias": _fused("bias", a),
-        layer + "attn.c_proj.weight": Tensor(((a.heads, a.head_dim), (width,)), (out,)),
-        layer + "attn.c_proj.bias": plain(("layers", "o", "bias"), width),
-        layer + "mlp.c_fc.weight": plain(("layers", "up", "kernel"), width, a.mlp),
-        layer + "mlp.c_fc.bias": plain(("layers", "up", "bias"), a.mlp),
-        layer + "mlp.c_proj.weight": plain(("layers", "down", "kernel"), a.mlp, width),
-        layer + "mlp.c_proj.bias": plain(("layers", "down", "bias"), width),
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
+    width = a.width
+    out = Tensor(((a.heads, a.head_dim), (width,)), (TensorPart(("layers", "o", "kernel")),))
+    return {
+        "transformer.wte.weight": same_layout(("embedding",), a.vocab, width),
+        "transformer.wpe.weight": same_layout(("positions",), a.max_positions, width),
+        LAYER + "attn.c_attn.weight": _fused("kernel", a, width),
+        LAYER + "attn.c_attn.bias": _fused("bias", a),
+        **with_bias(LAYER + "attn.c_proj", out, width),
+        **with_bias(LAYER + "mlp.c_fc", same_layout(("layers", "up", "kernel"), width, a.mlp), a.mlp),
+        **with_bias(LAYER + "mlp.c_proj", same_layout(("layers", "down", "kernel"), a.mlp, width), width),
+        **layer_norms(NORMS, width),
+        **untied_head(HEAD, a),
     }
-    norms = {"transformer.ln_f.": ("final_norm",), layer + "ln_1.": ("layers", "attention_norm")}
-    for where, path in {**norms, layer + "ln_2.": ("layers", "mlp_norm")}.items():
-        table[where + "weight"] = plain((*path, "scale"), width)
-        table[where + "bias"] = plain((*path, "bias"), width)
-    if not a.tied:
-        table[HEAD] = plain(("head",), a.vocab, width)
-    return table

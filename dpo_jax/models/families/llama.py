@@ -1,6 +1,6 @@
 """Llama 2 to 3.2, TinyLlama, SmolLM2 and many more: rotary positions, gated MLP, shared key-value heads.
 
-Mistral, Qwen, Phi-3, Gemma and OLMo 2 are told by how they differ: `like` and `table` are theirs too.
+Mistral, Qwen, Phi-3, Gemma and OLMo 2 are defined by their differences: they use `llama_like` and `llama_tensors` too.
 """
 
 from collections.abc import Mapping
@@ -8,36 +8,38 @@ from typing import Any
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, HfConfig
-from dpo_jax.models.families.tensor_map import Tensor, TensorPart, linear, plain
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, linear, same_layout, untied_head
 
 CLASS = "LlamaForCausalLM"
 PREFIX = "model."
 HEAD = "lm_head.weight"
 BUFFERS = ("rotary_emb.inv_freq",)
-NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # ours -> its
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # ours -> name in the file
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Llama config.json describes. Dropout is always off.
+    """Returns the architecture of a Llama config.json. Dropout is always off.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     return llama_like(config, "llama")
 
 
 def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
-    """Returns what a config.json with Llama's keys describes, with some fields given.
+    """Returns the architecture of a config.json with Llama's keys.
+
+    Args:
+      config: the contents of config.json.
+      family: its `model_type`.
+      **fields: other fields of `Architecture`; they replace what the config says.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
     dim = arch.head_dim(config, width, heads)
-    attention_bias, mlp_bias = (
-        arch.get_setting(config, "attention_bias", False),
-        arch.get_setting(config, "mlp_bias", False),
-    )
+    attention_bias = arch.get_setting(config, "attention_bias", False)
     values: dict[str, Any] = {
         "family": family,
         "vocab": arch.need_setting(config, "vocab_size"),
@@ -53,7 +55,7 @@ def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
         "parallel": False,
         "qkv_bias": attention_bias,
         "out_bias": attention_bias,
-        "mlp_bias": mlp_bias,
+        "mlp_bias": arch.get_setting(config, "mlp_bias", False),
         "tied": arch.get_setting(config, "tie_word_embeddings", False),
         "max_positions": arch.get_setting(config, "max_position_embeddings", 2048),
         "initializer_range": arch.get_setting(config, "initializer_range", 0.02),
@@ -61,28 +63,33 @@ def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
     if "activation" not in fields:
         values["activation"] = arch.activation(config, "hidden_act", "silu")
     if "rope" not in fields:
-        values["rope"] = arch.rope(config, dim)
+        values["rope"] = arch.rope_from_config(config, dim)
     return Architecture(**{**values, **fields})
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
     return llama_tensors(a, NORMS)
 
 
 def llama_tensors(a: Architecture, norms: Mapping[str, str]) -> dict[str, Tensor]:
-    """Returns the tensors of a model that names them as Llama does, all but its norms: ours -> its name."""
+    """Returns the tensors of a model that names them as Llama does.
+
+    Args:
+      a: the architecture.
+      norms: the norms of a layer, our name -> name in the file.
+    """
     width, layer = a.width, "model.layers.{i}."
     found = {
-        "model.embed_tokens.weight": plain(("embedding",), a.vocab, width),
-        "model.norm.weight": plain(("final_norm", "scale"), width),
+        "model.embed_tokens.weight": same_layout(("embedding",), a.vocab, width),
+        "model.norm.weight": same_layout(("final_norm", "scale"), width),
         layer + "self_attn.o_proj.weight": linear(("layers", "o", "kernel"), (width,), (a.heads, a.head_dim)),
         layer + "mlp.gate_proj.weight": linear(("layers", "gate", "kernel"), (a.mlp,), (width,)),
         layer + "mlp.up_proj.weight": linear(("layers", "up", "kernel"), (a.mlp,), (width,)),
         layer + "mlp.down_proj.weight": linear(("layers", "down", "kernel"), (width,), (a.mlp,)),
     }
     for ours, name in norms.items():
-        found[f"{layer}{name}.weight"] = plain(("layers", ours, "scale"), width)
+        found[f"{layer}{name}.weight"] = same_layout(("layers", ours, "scale"), width)
     for name, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
         where, shape = f"{layer}self_attn.{name}_proj.", (heads, a.head_dim)
         found[where + "weight"] = linear(("layers", name, "kernel"), shape, (width,))
@@ -92,10 +99,8 @@ def llama_tensors(a: Architecture, norms: Mapping[str, str]) -> dict[str, Tensor
             norm = TensorPart(("layers", f"{name}_norm", "scale"))
             found[f"{layer}self_attn.{name}_norm.weight"] = Tensor((shape[a.qk_norm == "head" :],), (norm,))
     if a.out_bias:
-        found[layer + "self_attn.o_proj.bias"] = plain(("layers", "o", "bias"), width)
+        found[layer + "self_attn.o_proj.bias"] = same_layout(("layers", "o", "bias"), width)
     if a.mlp_bias:
         for name, size in (("gate", a.mlp), ("up", a.mlp), ("down", width)):
-            found[f"{layer}mlp.{name}_proj.bias"] = plain(("layers", name, "bias"), size)
-    if not a.tied:
-        found[HEAD] = plain(("head",), a.vocab, width)
-    return found
+            found[f"{layer}mlp.{name}_proj.bias"] = same_layout(("layers", name, "bias"), size)
+    return {**found, **untied_head(HEAD, a)}

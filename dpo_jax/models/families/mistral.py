@@ -10,10 +10,10 @@ DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "slidin
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Mistral config.json describes; `sliding_window: null` means none.
+    """Returns the architecture of a Mistral config.json; `sliding_window: null` means none.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     arch.only_setting(config, "attention_bias", False)

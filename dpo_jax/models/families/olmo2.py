@@ -1,4 +1,4 @@
-"""OLMo 2 (1B to 32B): Llama normalised after attention and MLP, not before; queries and keys over all heads at once."""
+"""OLMo 2 (1B to 32B): Llama with norms after attention and MLP, not before, and over all heads of queries and keys."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, HfConfig
@@ -12,10 +12,10 @@ NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "po
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what an OLMo 2 config.json describes.
+    """Returns the architecture of an OLMo 2 config.json.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     arch.only_setting(config, "mlp_bias", False)
@@ -23,5 +23,5 @@ def architecture(config: HfConfig) -> Architecture:
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
     return llama.llama_tensors(a, NORMS)

@@ -16,11 +16,12 @@ DEFAULTS |= {"original_max_position_embeddings": 4096}
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Phi-3 config.json describes. One of 128k tokens has the 4096 positions of pretraining, since the
-    angles of all positions are others as soon as a text is longer.
+    """Returns the architecture of a Phi-3 config.json.
+
+    A 128k model gets the 4096 positions of pretraining: in a longer text LongRoPE changes the angles of all positions.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     for key in ("attention_bias", "mlp_bias"):
@@ -28,40 +29,38 @@ def architecture(config: HfConfig) -> Architecture:
     arch.only_setting(config, "layer_types", None)
     layers = arch.need_setting(config, "num_hidden_layers")
     kinds = None if config["sliding_window"] is None else ["sliding_attention"] * layers
-    dim = arch.head_dim(
-        config, arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
-    )
-    rope = _rope(config, dim)
+    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
+    rope = _rope(config, arch.head_dim(config, width, heads))
     fields = {"max_positions": rope.original_positions} if rope.scaling == "longrope" else {}
     return llama.llama_like(config, "phi3", rope=rope, windows=arch.layer_windows(config, layers, kinds), **fields)
 
 
 def _rope(config: HfConfig, dim: int) -> Rope:
-    """Returns the rotary embedding; the factors that "longrope" has for longer texts are not looked at.
+    """Returns the rotary embedding; LongRoPE's `long_factor`, for longer texts, is ignored.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     new, part = arch.rope_settings(config), ("partial_rotary_factor", 1.0)
-    if arch.get_setting(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # its first name
-        return arch.rope(config, dim, part=part)
+    if arch.get_setting(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # "su" is its old name
+        return arch.rope_from_config(config, dim, part=part)
     plain = {key: new[key] for key in ("rope_theta", part[0]) if key in new}
-    rope = arch.rope({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)
+    rope = arch.rope_from_config({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)
     short = tuple(float(x) for x in arch.need_setting(new, "short_factor"))
     if 2 * len(short) != rope.dims:
-        why = f"short_factor has {len(short)} numbers; the {rope.dims} rotary dimensions need half as many as they are"
+        why = f"short_factor has {len(short)} numbers; the {rope.dims} rotary dimensions need {rope.dims // 2}"
         raise UserError(f"config.json: {why}")
     original = int(arch.need_setting(config, "original_max_position_embeddings"))
     factor = arch.get_setting(new, "factor", config["max_position_embeddings"] / original)
-    usual = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-    amplitude = float(arch.get_setting(new, "attention_factor", usual))
+    default = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    amplitude = float(arch.get_setting(new, "attention_factor", default))
     return dataclasses.replace(rope, scaling="longrope", original_positions=original, short=short, amplitude=amplitude)
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, `{i}` standing for the layer."""
-    apart = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    table = {k: v for k, v in llama.tensors(a).items() if not any(name in k for name in apart)}
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
+    fused = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    table = {k: v for k, v in llama.tensors(a).items() if not any(name in k for name in fused)}
     ends = (0, a.heads, a.heads + a.kv_heads, a.heads + 2 * a.kv_heads)
     qkv = (TensorPart(("layers", name, "kernel"), 1, (slice(*ends[i : i + 2]),)) for i, name in enumerate("qkv"))
     up = (TensorPart(("layers", name, "kernel"), 1, (i,)) for i, name in enumerate(("gate", "up")))

@@ -10,10 +10,10 @@ DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_windo
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Qwen2 config.json describes.
+    """Returns the architecture of a Qwen2 config.json.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     arch.only_setting(config, "attention_bias", True)
@@ -25,7 +25,7 @@ def qwen_windows(config: HfConfig) -> tuple[int, ...]:
     """Returns the window of each layer: none unless `use_sliding_window`, then from `max_window_layers` up.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     layers = arch.need_setting(config, "num_hidden_layers")
     if not config.get("use_sliding_window") or config["sliding_window"] is None:

@@ -1,4 +1,4 @@
-"""Qwen3, dense (0.6B to 32B): Llama whose queries and keys are normalised head by head."""
+"""Qwen3, dense (0.6B to 32B): Llama with queries and keys normalized head by head."""
 
 from dpo_jax.models import architecture as arch
 from dpo_jax.models.architecture import Architecture, HfConfig
@@ -10,10 +10,10 @@ DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 
 def architecture(config: HfConfig) -> Architecture:
-    """Returns what a Qwen3 config.json describes.
+    """Returns the architecture of a Qwen3 config.json.
 
     Raises:
-      UserError: a setting that is missing or not supported.
+      UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
     arch.only_setting(config, "mlp_bias", False)

@@ -1,23 +1,30 @@
-"""Where a checkpoint's tensors go: a table of what each holds, and the reordering between their layout and ours."""
+"""The table that maps a checkpoint's tensors to our parameters, and the conversion of their layouts.
+
+A family's `tensors(architecture)` is such a table: name in the file -> `Tensor`.
+"""
 
 import math
+from collections.abc import Mapping
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
-TreePath = tuple[str, ...]  # the keys to a parameter
+from dpo_jax.models.architecture import Architecture
+
+TreePath = tuple[str, ...]  # keys that lead to a parameter in the pytree
 Index = tuple[slice, ...]
 
 
 class TensorPart(NamedTuple):
-    """One parameter in a tensor of a checkpoint.
+    """One parameter inside a tensor of a checkpoint.
 
     Attributes:
-      path: the keys to it. Where the tensor's name has an `{i}` it is stacked over layers, on axis 0.
-      inputs: how many of the last axes come first with us: a torch Linear is [*outputs, *inputs], ours the reverse.
-      take: what it has of the tensor's first axes, after `split`: a slice, a number (which drops the axis), or an array
-        of numbers in our order. All of the axes that are not named.
+      path: the parameter. If the tensor's name contains `{i}`, the parameter is stacked over layers on axis 0.
+      inputs: how many of the tensor's last axes come first in the parameter: a torch Linear is [*outputs, *inputs], our
+        kernels are [*inputs, *outputs].
+      take: index into the tensor's axes after `split`: per axis a slice, an integer (which drops the axis), or an array
+        of indices in our order. Axes that are not indexed are taken completely.
     """
 
     path: TreePath
@@ -26,11 +33,11 @@ class TensorPart(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """One tensor of a Hugging Face checkpoint, and the parameters it holds: several where it is fused.
+    """One tensor of a Hugging Face checkpoint and the parameters it holds: several if projections are fused.
 
     Attributes:
-      split: for each of its axes in the file, the axes with us that the file has merged to this one.
-      parts: what it holds.
+      split: for each axis in the file, the sizes of our axes that are merged into it.
+      parts: the parameters.
     """
 
     split: tuple[tuple[int, ...], ...]
@@ -38,67 +45,86 @@ class Tensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in the file."""
+        """The shape in the file."""
         return tuple(math.prod(axes) for axes in self.split)
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """Its shape with merged axes apart."""
+    def split_shape(self) -> tuple[int, ...]:
+        """The shape with merged axes split."""
         return tuple(chain(*self.split))
 
 
-def plain(path: TreePath, *shape: int) -> Tensor:
-    """A tensor that has our layout."""
+def same_layout(path: TreePath, *shape: int) -> Tensor:
+    """Returns the entry of a tensor whose layout is that of the parameter."""
     return Tensor(tuple((size,) for size in shape), (TensorPart(path),))
 
 
 def linear(path: TreePath, outputs: tuple[int, ...], inputs: tuple[int, ...], take: tuple[Any, ...] = ()) -> Tensor:
-    """A torch Linear's weight [out, in], ours [*inputs, *outputs]."""
+    """Returns the entry of a torch Linear's weight, [out, in] in the file and [*inputs, *outputs] as a parameter."""
     return Tensor((outputs, inputs), (TensorPart(path, len(inputs), take),))
 
 
-def to_ours(tensor: Tensor, x: Any) -> list[Any]:
-    """Returns the parameters that a tensor holds, in the order of its parts."""
-    split = x.reshape(tensor.axes)
-    return [_turned(split[part.take], part.inputs) for part in tensor.parts]
+def with_bias(module: str, weight: Tensor, *outputs: int) -> dict[str, Tensor]:
+    """Returns the weight and the bias of a module; the bias has the weight's path, but for the last key."""
+    path = (*weight.parts[0].path[:-1], "bias")
+    return {f"{module}.weight": weight, f"{module}.bias": same_layout(path, *outputs)}
 
 
-def to_theirs(tensor: Tensor, parts: list[Any]) -> np.ndarray:
-    """Returns the tensor of a checkpoint from its parameters, in their dtype."""
-    if len(parts) == 1 and not tensor.parts[0].take:  # nothing to put together, and no copy to be made
-        return _turned(parts[0], parts[0].ndim - tensor.parts[0].inputs).reshape(tensor.shape)
-    out = np.empty(tensor.axes, parts[0].dtype)
-    for part, value in zip(tensor.parts, parts, strict=True):
-        out[part.take] = _turned(value, value.ndim - part.inputs)
+def layer_norms(norms: Mapping[str, TreePath], width: int) -> dict[str, Tensor]:
+    """Returns the weights and biases of layer norms, from prefix of the name -> path."""
+    return {
+        prefix + name: same_layout((*path, leaf), width)
+        for prefix, path in norms.items()
+        for name, leaf in (("weight", "scale"), ("bias", "bias"))
+    }
+
+
+def untied_head(name: str, a: Architecture) -> dict[str, Tensor]:
+    """Returns the head of a model that is not tied to the embedding; nothing for a tied one."""
+    return {} if a.tied else {name: same_layout(("head",), a.vocab, a.width)}
+
+
+def unpack_tensor(tensor: Tensor, x: Any) -> list[Any]:
+    """Returns the parameters in a checkpoint's tensor, in the order of its parts."""
+    split = x.reshape(tensor.split_shape)
+    return [_last_axes_first(split[part.take], part.inputs) for part in tensor.parts]
+
+
+def pack_tensor(tensor: Tensor, params: list[Any]) -> np.ndarray:
+    """Returns a checkpoint's tensor from its parameters, in their dtype: the inverse of `unpack_tensor`."""
+    if len(params) == 1 and not tensor.parts[0].take:  # a view is enough, no copy
+        return _last_axes_first(params[0], params[0].ndim - tensor.parts[0].inputs).reshape(tensor.shape)
+    out = np.empty(tensor.split_shape, params[0].dtype)
+    for part, value in zip(tensor.parts, params, strict=True):
+        out[part.take] = _last_axes_first(value, value.ndim - part.inputs)
     return out.reshape(tensor.shape)
 
 
-def tensor_shape(tensor: Tensor, part: TensorPart) -> tuple[int, ...]:
-    """Returns the shape that a parameter has with us, in one layer."""
-    return _turned(np.broadcast_to(np.int8(0), tensor.axes)[part.take], part.inputs).shape
+def param_shape(tensor: Tensor, part: TensorPart) -> tuple[int, ...]:
+    """Returns the shape of a parameter in one layer."""
+    return _last_axes_first(np.broadcast_to(np.int8(0), tensor.split_shape)[part.take], part.inputs).shape
 
 
-def sides(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the input and the output axes of a module of projections, in the file's order, merged axes apart."""
+def module_axes(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the sizes of a module's input axes and output axes, in the order of the file, merged axes split."""
     first, second = tensor.split
-    # GPT-2 stores [in, out], the others [out, in].
+    # GPT-2 stores [in, out], all other families [out, in].
     return (second, first) if tensor.parts[0].inputs else (first, second)
 
 
-def _turned(x: Any, count: int) -> Any:
-    """Brings the last `count` axes to the front."""
+def _last_axes_first(x: Any, count: int) -> Any:
     first = x.ndim - count
     return x.transpose(*range(first, x.ndim), *range(first))
 
 
-def cut(tensor: Tensor, part: TensorPart, index: Index, read: Any) -> np.ndarray:
-    """Returns a block of a parameter, one layer's, reading little more of the tensor than that.
+def read_block(tensor: Tensor, part: TensorPart, index: Index, source: Any) -> np.ndarray:
+    """Returns a block of a parameter of one layer, and reads little more of the file than that.
 
     Args:
       tensor: the tensor.
       part: the parameter.
-      index: the block.
-      read: the tensor: takes slices, one for each axis in the file.
+      index: the block, one slice per axis of the parameter.
+      source: the tensor in the file; supports indexing by one slice per axis.
     """
     outputs = len(index) - part.inputs
     wanted = iter(index[part.inputs :] + index[: part.inputs] if outputs else index)
@@ -109,16 +135,16 @@ def cut(tensor: Tensor, part: TensorPart, index: Index, read: Any) -> np.ndarray
             chosen = np.arange(size)[next(takes)]
             chosen = chosen[next(wanted)] if chosen.ndim else chosen
             low, high = (int(chosen.min()), int(chosen.max()) + 1) if place == 0 else (0, size)
-            if place == 0:  # of axes that the file has merged only the first can be cut in it
+            if place == 0:  # only the first of merged axes can be sliced in the file; the others are in memory
                 rest = math.prod(axes[1:])
                 block.append(slice(low * rest, high * rest))
             shape.append(high - low)
             inner.append(_as_slice(chosen - low))
-    return _turned(read[tuple(block)].reshape(shape)[tuple(inner)], part.inputs)
+    return _last_axes_first(source[tuple(block)].reshape(shape)[tuple(inner)], part.inputs)
 
 
 def _as_slice(chosen: np.ndarray) -> Any:
-    """Returns a number, a slice where the numbers are consecutive, or the numbers."""
+    """Returns an index: an integer, a slice if the indices are consecutive (NumPy then makes no copy), or the array."""
     if not chosen.ndim:
         return int(chosen)
     consecutive = chosen.size == 0 or np.array_equal(chosen, np.arange(chosen[0], chosen[0] + chosen.size))

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out: safetensors only."""
+"""Hugging Face model folders and hub: read and written as safetensors only."""

@@ -1,6 +1,7 @@
-"""Hugging Face model folders in and out: config.json, safetensors (never a pickle) and the tokenizer."""
+"""Reads and writes Hugging Face model folders: config.json, safetensors (never a pickle) and the tokenizer."""
 
 import fnmatch
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -25,25 +26,31 @@ from dpo_jax.models.huggingface.safetensors import (
     write_json,
     write_params,
 )
+from dpo_jax.paths import is_run
+
+log = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9
-# What an export consists of: a folder that holds anything else is never replaced.
+# Files of an export. A folder that holds any other file is never replaced.
 EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", INDEX, "*token*.json", "chat_template.*")
 EXPORTED += ("vocab.json", "merges.txt", "additional_chat_templates", "*.model")
 
 
 def model_folder(path: str) -> Path:
-    """Returns the Hugging Face folder that a path names: itself, what a run has exported, or a copy of the hub's.
+    """Returns a local Hugging Face model folder.
+
+    Args:
+      path: a model folder, a run folder (its exported model is returned), or `owner/name` of the hub (it is fetched).
 
     Raises:
-      UserError: no such folder or model of the hub; a run that has not finished.
+      UserError: there is no such folder or model of the hub, or the run has not finished.
     """
     if is_hub_name(path):
         return fetch_model(path)
     if not Path(path).is_dir():
         kinds = "a Hugging Face model folder, the folder of a run, or owner/name of the hub"
         raise UserError(f"{path}: no such folder; give {kinds}")
-    if not (Path(path) / "config.yaml").is_file():  # by which the folder of a run is known
+    if not is_run(path):
         return Path(path)
     if not (Path(path) / "model").is_dir():
         raise UserError(f"{path}: this run has exported no model yet; finish it with dpo-jax train")
@@ -51,24 +58,28 @@ def model_folder(path: str) -> Path:
 
 
 def adapter_folder(path: str) -> Path:
-    """Returns the PEFT folder that a path names: itself, what a run has exported, or a copy of the hub's.
+    """Returns a local PEFT adapter folder.
+
+    Args:
+      path: an adapter folder, a run folder (its exported adapters are returned), or `owner/name` of the hub (it is
+        fetched).
 
     Raises:
-      UserError: no such model of the hub.
+      UserError: there is no such model of the hub.
     """
     if is_hub_name(path):
         return fetch_model(path)
-    return Path(path) / "adapter" if (Path(path) / "config.yaml").is_file() else Path(path)
+    return Path(path) / "adapter" if is_run(path) else Path(path)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Returns the contents of a config.json.
 
     Args:
-      path: the file, or the folder that holds it.
+      path: the file or its folder.
 
     Raises:
-      UserError: there is none, or it is not a config.
+      UserError: the file is missing, or has no `model_type`.
     """
     path = Path(path)
     if not path.exists():
@@ -86,40 +97,40 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_generation(folder: str | Path) -> dict[str, Any]:
-    """Returns the contents of a model folder's generation_config.json, nothing if it has none."""
+    """Returns the contents of a model folder's generation_config.json, {} if it has none."""
     file = Path(folder) / "generation_config.json"
     return read_json(file) if file.exists() else {}
 
 
 def load_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
-    """Reads a model folder, as `stored` does, with its parameters as numpy float32."""
+    """Reads a model folder as `open_folder` does, with parameters in memory as numpy float32."""
     architecture, config, params = open_folder(folder)
     return architecture, config, load_into_memory(params)
 
 
 def open_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
-    """Opens a model folder, all but reading its weights.
+    """Opens a model folder: reads its config and the headers of its weights, but no weights.
 
-    Weights come from model.safetensors or the shards of its index, in any of float64, 32, 16 and bfloat16. Buffers
-    that are no weights are skipped; any other tensor too many, too few or of another shape is an error.
+    Weights are model.safetensors or the shards of its index, in float64, float32, float16 or bfloat16. Buffers are
+    ignored; a tensor that is missing, unknown or of another shape is an error.
 
     Returns:
-      The architecture; the config as it is in the file, but with the dtype that the weights have; and the parameters,
-      which are read block by block when they are put on devices.
+      The architecture; config.json with `dtype` set to that of the weights; and lazy parameters, which are read block
+      by block when they are put on devices.
 
     Raises:
-      UserError: something is missing, damaged or not supported.
+      UserError: a file or setting is missing, damaged or not supported.
     """
     folder = Path(folder)
     config = read_config(folder)
     try:
         if config.get("quantization_config"):
-            raise UserError("config.json: quantization_config is not supported; use the model before quantisation")
+            raise UserError("config.json: quantization_config is not supported; use the model before quantization")
         module, architecture = family(config["model_type"]), architecture_of(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if "auto_map" in config:
-        print(
+        log.warning(
             f"{folder}: its auto_map names code, which is never run; it is read as the {module.CLASS} it claims to be"
         )
     params, dtype = lazy_params(weight_files(folder), module, architecture)
@@ -137,24 +148,25 @@ def save_folder(
     fetch: Fetch = np.asarray,
     writes: bool = True,
 ) -> None:
-    """Writes a model folder that `from_pretrained` of transformers' AutoModelForCausalLM loads, or that of
-    AutoModelForSequenceClassification where its config says that it is a reward model.
+    """Writes a model folder for transformers' AutoModelForCausalLM, or AutoModelForSequenceClassification if the config
+    is that of a reward model.
 
-    It is written beside its place and renamed: `folder` is never half a model.
+    The model is written to a temporary folder, which is then renamed, so that `folder` is always a complete model. Call
+    it from every process if several hold the parameters.
 
     Args:
-      folder: where; what `save` wrote there before is replaced.
-      params: the parameters: numpy, on devices, or stored.
+      folder: the new folder; an earlier export there is replaced.
+      params: parameters as numpy arrays, on devices, or lazy.
       hf_config: config.json of the model it came from.
-      tokenizer: a transformers tokenizer to put beside, or None.
-      dtype: of the tensors in the file: "float32", "bfloat16" or "float16"; None is that of the model it came from.
-      generation: generation_config.json of the model it came from, or nothing.
-      max_shard_bytes: more than this goes to several files with an index.
-      fetch: an array -> the same in this host's memory; is called for one tensor after another.
-      writes: whether this process is the one of several that writes; the others only fetch.
+      tokenizer: a transformers tokenizer to save with the model, or None.
+      dtype: dtype of the file: "float32", "bfloat16" or "float16"; None for that of `hf_config`.
+      generation: generation_config.json of the model it came from, or None.
+      max_shard_bytes: size above which the weights are split into several files with an index.
+      fetch: copies an array to this host's memory; called for one tensor after another.
+      writes: whether this process writes the files. Other processes only call `fetch`, which may communicate.
 
     Raises:
-      UserError: an unknown dtype, or a folder with something else in it.
+      UserError: the dtype is unknown, or the folder holds other files.
     """
     folder = Path(folder).absolute()
     dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
@@ -177,24 +189,24 @@ def save_folder(
         name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
         config = {**hf_config, "architectures": [name], "dtype": dtype}
         _write_configs(temporary, config, tokenizer, dict(generation or {}))
-        _put_in_place(temporary, folder)
+        _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Returns the tokenizer of a model folder or of a model on the Hugging Face hub; no remote code is run.
+    """Returns the tokenizer of a model folder or of a model on the Hugging Face hub. Runs no remote code.
 
     Args:
       folder: a local folder, a tokenizer's json file in one (read as it is, with the folder's special tokens), or
-        `name` or `owner/name` on the hub, maybe with `@revision`.
+        `name` or `owner/name` on the hub, optionally with `@revision`.
 
     Raises:
-      UserError: there is none, or it has no end-of-sequence token.
+      UserError: there is no tokenizer, or it has no end-of-sequence token.
     """
     if Path(folder).suffix == ".json" and Path(folder).is_file():
         return _tokenizer_file(Path(folder))
-    from transformers import AutoTokenizer  # here, since it takes seconds to import
+    from transformers import AutoTokenizer  # imported late: it takes seconds to import
 
     name = str(folder)
     local = Path(folder).expanduser()
@@ -214,7 +226,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _tokenizer_file(file: Path) -> Any:
-    """Returns the tokenizer that one json file describes; the class of the folder's own might rebuild it otherwise."""
+    """Returns the tokenizer of a json file, unchanged: the folder's own tokenizer class may rebuild it differently."""
     from transformers import PreTrainedTokenizerFast
 
     base = load_tokenizer(file.parent)
@@ -223,6 +235,7 @@ def _tokenizer_file(file: Path) -> Any:
 
 
 def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any]) -> None:
+    """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
     dropped = ("torch_dtype", "transformers_version", "_name_or_path")
     config = {key: value for key, value in hf_config.items() if key not in dropped}
     ends = [] if tokenizer is None else [tokenizer.eos_token_id]
@@ -238,6 +251,7 @@ def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation
 
 
 def _check_replaceable(folder: Path) -> None:
+    """Raises UserError if the path is a file, or a folder with files that are not those of an export."""
     if folder.is_file():
         raise UserError(f"{folder}: is a file; name a folder to write the model to")
     for file in sorted(folder.iterdir()) if folder.exists() else ():
@@ -245,7 +259,7 @@ def _check_replaceable(folder: Path) -> None:
             raise UserError(f"{folder}: holds {file.name}, which is no part of a model; choose another folder")
 
 
-def _put_in_place(new: Path, folder: Path) -> None:
+def _replace_folder(new: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)

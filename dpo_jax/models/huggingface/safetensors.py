@@ -1,4 +1,4 @@
-"""The files of a model folder: what they are called, JSON, and parameters as safetensors. No other format is opened."""
+"""The files of a model folder: their names, JSON, and parameters as safetensors. No other weight format is opened."""
 
 import dataclasses
 import hashlib
@@ -14,21 +14,20 @@ import numpy as np
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.families.tensor_map import Tensor, plain, to_theirs
-from dpo_jax.models.families.tensor_map import TreePath as Keys
+from dpo_jax.models.families.tensor_map import Tensor, TreePath, pack_tensor, same_layout
 from dpo_jax.records import Array
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names of them
-Fetch = Callable[[Any], np.ndarray]
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names of the dtypes
+Fetch = Callable[[Any], np.ndarray]  # an array on any devices -> the same array in this host's memory
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a model folder: one, or the shards of an index.
 
     Raises:
-      UserError: there are none, or only pickles.
+      UserError: there are none, or the weights are a pickle only.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
@@ -41,7 +40,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards_of(folder: Path) -> list[Path]:
-    """Returns the files that an index names, all of which lie beside it."""
+    """Returns the files that an index names.
+
+    Raises:
+      UserError: the index is damaged, or names a file that is missing or outside the folder.
+    """
     named = read_json(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
         raise UserError(f"{folder / INDEX}: weight_map must name a file for each tensor; download the folder again")
@@ -58,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      UserError: it is not JSON, or no object.
+      UserError: the file is not JSON or holds no object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -70,28 +73,28 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a value as JSON with sorted keys, one to a line."""
+    """Writes a value as indented JSON with sorted keys."""
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weights_hash(params: Mapping[str, Any], architecture: Architecture) -> str:
     """Returns 32 hex digits that identify a model: blake2b of all parameters and of the architecture's fields.
 
-    Floats count by their values, whatever holds them.
+    Floats are hashed as float32, so that a bfloat16 copy of the same values has the same hash.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
     for path, value in sorted(_flatten(params)):
         dtype = np.dtype(np.float32) if value.dtype in tuple(DTYPES.values()) else value.dtype
         digest.update(f"{path} {dtype} {value.shape}".encode())
-        for i in range(value.shape[0]) if value.ndim > 2 else (slice(None),):  # a layer at a time
+        for i in range(value.shape[0]) if value.ndim > 2 else (slice(None),):  # one layer at a time
             array = np.ascontiguousarray(np.asarray(value[i]).astype(dtype, copy=False))
             digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def expand(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str, int | None, Tensor]]:
-    """Yields (name in the file, layer or None, tensor) for every tensor of a checkpoint."""
+def checkpoint_tensors(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str, int | None, Tensor]]:
+    """Yields (name in the file, index of the layer or None, tensor) for every tensor of a checkpoint."""
     for pattern, tensor in module.tensors(architecture).items():
         if "{i}" not in pattern:
             yield pattern, None, tensor
@@ -99,10 +102,10 @@ def expand(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str
         for i in range(architecture.layers):
             yield pattern.replace("{i}", str(i)), i, tensor
     if architecture.score:
-        yield "score.weight", None, plain(("score",), 1, architecture.width)
+        yield "score.weight", None, same_layout(("score",), 1, architecture.width)
 
 
-def _flatten(tree: Mapping[str, Any], before: Keys = ()) -> Iterator[tuple[Keys, Array]]:
+def _flatten(tree: Mapping[str, Any], before: TreePath = ()) -> Iterator[tuple[TreePath, Array]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, (*before, key))
@@ -111,7 +114,7 @@ def _flatten(tree: Mapping[str, Any], before: Keys = ()) -> Iterator[tuple[Keys,
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Returns names in order, cut so that no shard is above `limit` bytes unless it is one tensor."""
+    """Returns the names per shard, in order; a shard has at most `limit` bytes, or a single larger tensor."""
     shards, filled = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > limit:
@@ -125,39 +128,39 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def tensors_of(
     params: Mapping[str, Any], module: ModuleType, architecture: Architecture, dtype: str, fetch: Fetch
 ) -> Iterator[np.ndarray]:
-    """Yields the tensors of a checkpoint in the order of `expand`, each made when it is asked for.
+    """Yields the tensors of a checkpoint in the order of `checkpoint_tensors`, one in memory at a time.
 
     Args:
-      params: the parameters: numpy, on devices, or stored.
+      params: parameters as numpy arrays, on devices, or lazy.
       module: the family.
-      architecture: what the parameters belong to.
-      dtype: a name of `DTYPES`.
-      fetch: an array -> the same in this host's memory.
+      architecture: the architecture of the parameters.
+      dtype: a key of `DTYPES`.
+      fetch: copies an array to this host's memory.
     """
     flat = dict(_flatten(params))
-    for _, layer, tensor in expand(module, architecture):
+    for _, layer, tensor in checkpoint_tensors(module, architecture):
         values = (flat[part.path] for part in tensor.parts)
         pieces = (value[:] if layer is None else value[layer] for value in values)
         parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
-        yield np.ascontiguousarray(to_theirs(tensor, parts))
+        yield np.ascontiguousarray(pack_tensor(tensor, parts))
 
 
 def write_params(
     folder: Path, tensors: Iterator[np.ndarray], module: ModuleType, architecture: Architecture, dtype: str, limit: int
 ) -> None:
-    """Writes parameters as safetensors, with an index where there are more than `limit` bytes.
+    """Writes parameters as safetensors: one file, or shards and an index if there are more than `limit` bytes.
 
-    One tensor is in the host's memory at a time, beside parameters that are there already.
+    Needs the memory of one tensor beside the parameters.
 
     Args:
-      folder: where; it exists.
+      folder: an existing folder.
       tensors: from `tensors_of`.
       module: the family.
-      architecture: what the parameters belong to.
-      dtype: theirs.
-      limit: bytes in a file; a larger tensor has one to itself.
+      architecture: the architecture of the parameters.
+      dtype: dtype of the tensors, a key of `DTYPES`.
+      limit: bytes per file; a larger tensor gets a file of its own.
     """
-    shapes = {name: tensor.shape for name, _, tensor in expand(module, architecture)}
+    shapes = {name: tensor.shape for name, _, tensor in checkpoint_tensors(module, architecture)}
     sizes = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, limit)
     one = len(shards) == 1
@@ -170,7 +173,7 @@ def write_params(
 
 
 def _write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterator[np.ndarray]) -> None:
-    """Writes a safetensors file from the next tensors, as they come: the library's function takes all at once."""
+    """Writes a safetensors file tensor by tensor; the library's own function needs all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end, size = 0, np.dtype(DTYPES[dtype]).itemsize
     for name, shape in shapes.items():
