@@ -1,39 +1,41 @@
-"""The command line: which command runs, and how its errors are told.
+"""The command line: dispatch of commands, logging, and errors as one line.
 
-The command NAME is the function NAME_command of dpo_jax/NAME_command.py, which is imported for it alone.
+The command NAME is the function NAME_command of dpo_jax/commands/NAME.py, imported for that command alone.
 """
 
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_jax import __version__, paths
 from dpo_jax.errors import UserError, closest
 
 COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
-    "sweep": ("CONFIG.yaml --key VALUE,VALUE,...", "a run for every combination of values, for less than one by one"),
+    "sweep": ("CONFIG.yaml --key VALUE,VALUE,...", "a run for every combination of values"),
     "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
     "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
     "data": (
         "CONFIG.yaml [--out FILE.html]",
-        "what the data is: counts, lengths, shortcuts; rows to read",
+        "report on the data: counts, lengths, shortcuts, examples",
     ),
     "losses": ("[NAME ...] [--plot [FILE.svg]]", "every loss: formula, options, paper; curves against the margin"),
     "pairs": (
         "[RUN_OR_MODEL] OUT.jsonl [--by WAY] ...",
-        "preferences made of a model's answers or of other data",
+        "preference pairs from a model's answers or from other data",
     ),
-    "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often its responses are judged better"),
+    "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often a judge prefers its responses"),
     "frontier": ("CONFIG.yaml [--run DIR]", "the paper's figure 2: reward against KL of each method, and the optimum"),
     "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
-    "models": ("", "the families of models that can be loaded"),
-    "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "what a run needs of each device, compiled but not begun"),
+    "models": ("", "the supported model families"),
+    "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "memory per device of a run, compiled but not started"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
-PLAIN = ("export", "losses", "models", "report")  # commands whose usage says it all
+PLAIN = ("export", "losses", "models", "report")  # commands without config keys
 
 
 def usage() -> str:
@@ -41,7 +43,7 @@ def usage() -> str:
     lines = [f"{f'  dpo-jax {name} {what[0]}'.rstrip()}\n      {what[1]}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
-            "Direct Preference Optimization in JAX: a model folder and a preference file in, a better model out.\n",
+            "Direct Preference Optimization in JAX: a model folder and a preference file in, a trained model out.\n",
             *lines,
             "\nEvery command takes --help; every key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3",
         ]
@@ -53,6 +55,9 @@ def run_command(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return
+    if argv[0] == "--version":
+        print(f"dpo_jax {__version__}")
+        return
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; {closest(argv[0], list(COMMANDS))}")
     name, rest = argv[0], list(argv[1:])
@@ -61,20 +66,37 @@ def run_command(argv: Sequence[str]) -> None:
         return
     module = importlib.import_module(f"dpo_jax.commands.{name}")
     if "jax" in sys.modules:
-        from dpo_jax.paths import keep_compiled
-
-        keep_compiled()
+        paths.keep_compiled()
+    _print_log()
     getattr(module, f"{name}_command")(rest)
 
 
+class _Printer(logging.Handler):
+    """Prints log records as plain lines, from process 0 only."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        jax = sys.modules.get("jax")
+        if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
+            print(self.format(record), flush=True)
+
+
+def _print_log() -> None:
+    """Prints the package's progress messages on standard output."""
+    log = logging.getLogger("dpo_jax")
+    log.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Printer) for handler in log.handlers):
+        log.addHandler(_Printer())
+
+
 def _help(name: str, rest: Sequence[str]) -> None:
-    """Prints what a command takes, without importing JAX, for which nobody who only asks wants to wait."""
+    """Prints the options of a command; imports JAX only for the options of a loss or an optimizer that is named."""
     arguments, what = COMMANDS[name]
     if name in PLAIN:
         print(f"usage: dpo-jax {name} {arguments}".rstrip() + f"\n\n{what}")
         return
     from dpo_jax.config.commands import COMMAND_CONFIGS
-    from dpo_jax.config.parse import show_help  # the overview of commands needs no parser
+    from dpo_jax.config.parse import show_help  # tyro takes time to import
 
     first = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
     prog = f"dpo-jax {name} " + arguments.partition(" [--")[0]
@@ -82,30 +104,30 @@ def _help(name: str, rest: Sequence[str]) -> None:
 
 
 def _chosen_in(paths: Sequence[str]) -> str | None:
-    """Returns the YAML in which a loss and an optimiser may be chosen: one of the arguments, or that of a run."""
+    """Returns the YAML that may choose a loss and an optimizer: an argument, or that of a run folder."""
     yamls = (path if path.endswith((".yaml", ".yml")) else f"{path}/config.yaml" for path in paths)
     return next((file for path, file in zip(paths, yamls, strict=True) if file == path or Path(file).is_file()), None)
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one line on standard error and exit code 2."""
-    # Nothing is fetched from a hub unless its name was given, and nobody is asked for a token.
+    """Runs the command line; a UserError is one line on standard error and exit code 2."""
+    # The hub is contacted only for names that the user gives, and not for telemetry.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         run_command(sys.argv[1:])
     except UserError as e:
         sys.exit(_fail(str(e)))
-    except BrokenPipeError:  # whoever read the output has had enough
+    except BrokenPipeError:  # the reader of the output has gone
         sys.exit(_fail("", 141))
     except OSError as e:
         reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        sys.exit(_fail(f"{e.filename or 'writing'}: {reason}; free space or mend the path, then run the command again"))
+        sys.exit(_fail(f"{e.filename or 'writing'}: {reason}; free space or fix the path, then run the command again"))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
 
 
 def _fail(message: str, code: int = 2) -> int:
-    """Says what went wrong; one of several processes ends here, so that the others do not wait for it."""
+    """Prints the message; one of several processes exits at once, so that the others do not wait for it."""
     jax = sys.modules.get("jax")  # not imported for the overview of commands
     if jax is None or not jax.distributed.is_initialized():
         who, leave = "", lambda code: code

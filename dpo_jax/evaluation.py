@@ -12,7 +12,7 @@ from dpo_jax import distributed, reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.intervals import fisher, mean_interval, wilson
-from dpo_jax.logprobs import batch_logps, logps_fn, map_microbatches, token_logps_of_batch
+from dpo_jax.logprobs import batch_logps, map_microbatches, token_logps_of_batch
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch, Tokens
@@ -22,49 +22,55 @@ from dpo_jax.step import make_eval_step, only_trained
 
 
 class Evaluator(NamedTuple):
-    """What evaluates one table.
+    """Evaluates one table.
 
     Attributes:
-      step: the compiled eval step.
+      step: from `jit_eval_step`.
       table: N comparisons.
-      reference: float32[N, P, 2], or None for a loss without one.
-      shape: the layout of a batch.
+      ref_logps: float32[N, P, 2], or None for a loss without a reference.
+      layout: of a batch.
       batch_size: comparisons in a batch.
       put: moves a Batch to the devices.
-      numbers: hyper-parameters that the step takes as arguments.
+      hparams: traced hyper-parameters of the step.
     """
 
     step: Callable
     table: Table
-    reference: Array | None
-    shape: pack.Layout
+    ref_logps: Array | None
+    layout: pack.Layout
     batch_size: int
     put: Callable
-    numbers: Any = ()
+    hparams: Any = ()
 
 
 def jit_eval_step(
-    logps: Callable, loss_of: Callable[[Any], Loss], rows: Collectives = NO_COLLECTIVES, policy: Callable = only_trained
+    model: Model,
+    loss_of: Callable[[Any], Loss],
+    collectives: Collectives = NO_COLLECTIVES,
+    policy: Callable = only_trained,
 ) -> Callable:
-    """Returns the compiled eval step, `((trained, base), running, batch, count, numbers) -> metrics [M, R, G]`, of the
-    loss that `loss_of` makes of the numbers."""
+    """Returns the compiled `((trained, base), running, batch, count, hparams) -> metrics [M, R, G]`.
 
-    def step(params: tuple, running: Array, batch: Batch, count: Array, numbers: Any) -> dict[str, Array]:
-        return make_eval_step(logps, loss_of(numbers), rows, policy)(params, running, batch, count)
+    `loss_of` makes the loss from traced hyper-parameters, so that other values compile nothing new.
+    """
+
+    def step(pair: tuple, running: Array, batch: Batch, count: Array, hparams: Any) -> dict[str, Array]:
+        pure = make_eval_step(model, loss_of(hparams), collectives=collectives, policy=policy)
+        return pure(pair[0], batch, count, running, pair[1])
 
     return jax.jit(step)
 
 
 def evaluate_table(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
-    """Returns every metric of every comparison, float32[N] each, in the order of the table; NaN where it has none.
+    """Returns every metric of every comparison, float32[N], in the order of the table; NaN where it has none.
 
     `params` is (trained, base).
     """
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(evaluator.table), evaluator.batch_size):
         rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
-        batch, count, places = pack.build_batch(evaluator.table, rows, evaluator.shape, evaluator.reference)
-        metrics = evaluator.step(params, running, evaluator.put(batch), count, evaluator.numbers)
+        batch, count, places = pack.build_batch(evaluator.table, rows, evaluator.layout, evaluator.ref_logps)
+        metrics = evaluator.step(params, running, evaluator.put(batch), count, evaluator.hparams)
         parts.append({k: pack.unpack_batch(distributed.fetch(v), places) for k, v in metrics.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -76,14 +82,15 @@ def mean_with_interval(value: np.ndarray, weights: np.ndarray | None = None) -> 
 
 
 def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, dict[str, float]]:
-    """Returns the `interval` of each metric, named with `eval_` in front, over the comparisons that have it, by their
-    weights, as in training; Wilson's for accuracy, Fisher's for the correlation `length_bias`, as of so many values of
-    one weight as would be worth the same. A metric that no comparison has is left out; where none has both responses,
-    the margin is that of the means of those that are there.
+    """Returns the weighted mean and 95% interval of each metric, named `eval_NAME`, over the comparisons that have it.
+
+    Accuracy has Wilson's interval and `length_bias` Fisher's, computed with the effective sample size
+    (sum w)^2 / sum w^2. Metrics without any value are left out. If no comparison has both responses, the margin is the
+    difference of the mean rewards, as in training.
 
     Args:
       metrics: name -> float32[N].
-      weights: float32[N], 0 for comparisons that do not count.
+      weights: float32[N], 0 for comparisons to leave out.
     """
     there = {k: (weights > 0) & (k.startswith("loss") | ~np.isnan(v)) for k, v in metrics.items()}
     out = {f"eval_{k}": mean_with_interval(metrics[k][at], weights[at]) for k, at in there.items() if at.any()}
@@ -103,14 +110,14 @@ def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, 
 
 
 class EvalModel(NamedTuple):
-    """A policy, perhaps beside its reference, to be measured.
+    """A policy, and its reference if it has one, to evaluate on tables and prompts.
 
     Attributes:
       model: pure functions of both.
-      loss: whose metrics are wanted.
+      loss: the objective whose metrics are computed.
       params: "policy" and perhaps "reference" -> parameters.
       running: the policy's `TrainState.running`.
-      batch_size: comparisons, or completions, at a time.
+      batch_size: comparisons, or completions, per batch.
       max_length: longest prompt plus response in tokens.
     """
 
@@ -123,15 +130,15 @@ class EvalModel(NamedTuple):
 
 
 def table_logps(judge: EvalModel, who: str, table: Table) -> np.ndarray:
-    """Returns the log-probs of a table under one of the models, float32[N, P, 2], as `reference.one_pass`."""
-    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    column = reference.make_ref_logps_fn(partial(batch_logps, judge.model))
+    """Returns the log-probs of a table under the policy or the reference, float32[N, P, 2]."""
+    layout = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
+    ref_logps = reference.make_ref_logps_fn(partial(batch_logps, judge.model))
     params = jax.device_put(judge.params[who])
-    return reference.table_ref_logps(column, params, table, shape, judge.batch_size, jax.device_put)
+    return reference.table_ref_logps(ref_logps, params, table, layout, judge.batch_size, jax.device_put)
 
 
 def token_logps_per_example(judge: EvalModel, table: Table) -> Iterator[tuple[Tokens, dict[str, list[Array]]]]:
-    """Yields each comparison with the log-probs of its responses' tokens under each model: name -> P arrays [n_p]."""
+    """Yields each comparison with the token log-probs of its responses under each model: name -> P arrays [n_p]."""
     shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
     score = partial(token_logps_of_batch, judge.model)
     step = jax.jit(lambda params, batch, count: map_microbatches(partial(score, params), batch, count))
@@ -147,10 +154,10 @@ def token_logps_per_example(judge: EvalModel, table: Table) -> Iterator[tuple[To
 
 def evaluate_model(judge: EvalModel, table: Table) -> dict[str, np.ndarray]:
     """Returns every metric of the loss for every comparison of a table, float32[N] each."""
-    column = table_logps(judge, "reference", table) if "reference" in judge.params else None
+    ref_logps = table_logps(judge, "reference", table) if "reference" in judge.params else None
     shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    step = jit_eval_step(logps_fn(judge.model, judge.loss), lambda _: judge.loss)
-    evaluator = Evaluator(step, table, column, shape, judge.batch_size, jax.device_put)
+    step = jit_eval_step(judge.model, lambda _: judge.loss)
+    evaluator = Evaluator(step, table, ref_logps, shape, judge.batch_size, jax.device_put)
     return evaluate_table(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
 
 
@@ -165,16 +172,16 @@ def distinct_prompts(table: Table, count: int) -> list[Array]:
 
 
 def complete_prompts(judge: EvalModel, prompts: list[Array], **options: Any) -> dict[str, list[Array]]:
-    """Returns each model's completions of the same prompts from the same seed; options as for `generate`."""
+    """Returns the completions of each model for the same prompts and seed; options as for `generate`."""
     draw = partial(generate, judge.model, prompts=prompts, batch_size=judge.batch_size, **options)
     return {who: draw(params) for who, params in judge.params.items()}
 
 
 def policy_kl(judge: EvalModel, prompts: list[Array], completions: list[Array]) -> np.ndarray:
-    """Returns log pi(y | x) - log pi_ref(y | x) of the policy's own completions, whose mean estimates
-    KL(policy || reference) over whole sequences, in nats (paper, section 6.1).
+    """Returns log pi(y | x) - log pi_ref(y | x) of the policy's completions, float32[n], in nats.
 
-    A completion that reached the length limit counts up to there.
+    The mean estimates the sequence-level KL(policy || reference) (paper, section 6.1). A completion that reached the
+    length limit counts up to the limit.
     """
     table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
     judge = judge._replace(max_length=max(judge.max_length, int(table.lengths().max()) + 1))

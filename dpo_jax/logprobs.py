@@ -1,9 +1,10 @@
-"""params + Batch -> Logps: log-probs of the scored tokens only, with no batch of logits ever in memory; or rewards."""
+"""params + Batch -> Logps: log-probs of the scored tokens only, a chunk of logits at a time; or rewards."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +13,8 @@ from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
 
-CHUNK = 512  # tokens whose logits exist at one time
+LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
+CHUNK = 512  # tokens whose logits are in memory at a time
 # Relative difference between log-probs of the same weights from two programs, by compute dtype.
 ROUNDING = {"float32": FLOAT32_ROUNDING, "bfloat16": 2.0**-13}
 
@@ -24,7 +26,7 @@ def _logits(hidden: Array, head: Array, j: Array, size: int, cap: float | None) 
 
 
 def _is_target(target: Array, j: Array, size: int, vocab: int) -> Array:
-    """Returns bool[R, size, V]; a comparison, unlike a gather, stays local where the vocabulary is split."""
+    """Returns bool[R, size, V]; a comparison, unlike a gather, needs no communication if the vocabulary is sharded."""
     t = jax.lax.dynamic_slice_in_dim(target, j * size, size, axis=1)
     return t[..., None] == jnp.arange(vocab)
 
@@ -33,15 +35,15 @@ def _is_target(target: Array, j: Array, size: int, vocab: int) -> Array:
 def token_logps(hidden: Array, head: Array, target: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
     """Returns log p(target | hidden) of each scored token, computed `size` columns at a time.
 
-    The backward pass computes the logits again, so that memory does not grow with S * V.
+    The backward pass recomputes the logits, so that memory does not grow with S * V.
 
     Args:
       hidden: [R, S, D] in the compute dtype, S a multiple of `size`.
-      head: float32[V, D], or narrower where it is not trained.
+      head: float32[V, D]; a narrower dtype if it is not trained.
       target: int32[R, S].
-      chunks: int32[], how many chunks hold scored tokens; the rest is left at 0.
+      chunks: int32[], chunks that hold scored tokens; the others stay 0.
       size: columns in a chunk.
-      cap: of the logits, see `capped`.
+      cap: soft cap of the logits, see `capped`.
 
     Returns:
       float32[R, S].
@@ -96,9 +98,9 @@ def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Arra
 
 
 def log_collisions(hidden: Array, head: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
-    """Returns log sum_v p(v | hidden)^2 of each scored token, the log of how likely two draws agree; no gradient.
+    """Returns log sum_v p(v | hidden)^2 of each scored token, float32[R, S], without gradient.
 
-    Args and shapes as for `token_logps`; float32[R, S].
+    It is the log-probability that two samples of the next token agree. Args as for `token_logps`.
     """
     hidden, weight = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
 
@@ -114,11 +116,11 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     """Returns the log-probs of every response of one microbatch.
 
     Args:
-      model: the architecture's pure functions.
+      model: pure functions of an architecture.
       params: its parameters.
       batch: one microbatch, fields as in `Batch` without the leading axis.
-      chunk: tokens whose logits exist at one time.
-      confidence: whether `Logps.confidence` is wanted, which costs the head's work once more.
+      chunk: tokens whose logits are in memory at a time.
+      confidence: whether to compute `Logps.confidence`, at the cost of one more pass of the head.
 
     Returns:
       Logps of B = R * G comparisons, in the order of the rows.
@@ -136,7 +138,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap)) / jnp.maximum(
             lengths, 1
         )
-    # NaN stays in the reference only where one is missing.
+    # A present response whose reference is not filled in stays NaN, so that the loss is NaN and not wrong.
     reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
     policy = add(logps)
     each = {
@@ -153,19 +155,39 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     return _by_comparison(batch, each)
 
 
+def sequence_logps(model: Model, params: Any, batch: Batch) -> Logps:
+    """Returns the log-probs of every response of a batch, as `data.collate` makes it.
+
+    Args:
+      model: pure functions of an architecture.
+      params: its parameters.
+      batch: fields [M, R, ...].
+
+    Returns:
+      Logps of M * R * G comparisons in packed order; absent ones have weight 0. `reference` is NaN unless
+      `batch.ref_logps` is filled in.
+    """
+    chex.assert_rank([batch.tokens, batch.ref_logps], [3, 5])
+
+    def one(micro: Batch) -> Logps:
+        return batch_logps(model, params, micro)._replace(running=())
+
+    return concat_microbatches(map_microbatches(one, batch, jnp.int32(batch.tokens.shape[0])))
+
+
 def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
-    """Returns the rewards of every response of one microbatch in the place of its log-probs, by a reward model.
+    """Returns the rewards of every response of one microbatch as `Logps.policy`, by a reward model.
 
-    A response's reward is the head's product with the last hidden state that predicts a token of it, in float32; so
-    the text that is rewarded ends before the response's last token (see `data.ended`).
+    The reward is the product of the head with the last hidden state that predicts a token of the response, in float32:
+    a packed row lacks the response's last token, so `data.noise.append_token` appends one that is not read.
 
-    Args and returns as for `batch_logps`; `lengths` are the tokens that are rewarded, and there is no reference.
+    Args and returns as for `batch_logps`; `lengths` counts the tokens that are read, and there is no reference.
     """
     rows, segments, responses, _ = batch.ref_logps.shape
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
     scored = _adder(batch.slot, (rows, segments, responses))(jnp.ones(batch.slot.shape))
     present = scored > 0
-    # The tokens of a response stand side by side, in the order of the slots, so that each ends where the sum does.
+    # Tokens of a response are adjacent and in slot order, so the cumulative count ends at its last token.
     last = jnp.maximum(jnp.cumsum(scored.reshape(rows, -1), axis=1).astype(jnp.int32) - 1, 0)
     place = jnp.take_along_axis(batch.source, last, axis=1)
     read = jnp.take_along_axis(hidden, place[..., None], axis=1).astype(jnp.float32)
@@ -186,26 +208,26 @@ def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
 
 
 def _by_comparison(batch: Batch, each: dict[str, Array]) -> Logps:
-    """Returns Logps of fields float32[R, G, P] and of what the batch says of its comparisons."""
+    """Returns Logps from fields float32[R, G, P] and the comparison fields of the batch."""
     flat = {name: value.reshape(-1, value.shape[-1]) for name, value in each.items()}
     weights, preference = batch.weights.reshape(-1), batch.preference.reshape(-1)
     return Logps(weights=weights, preference=preference, running=jnp.zeros(()), **flat)
 
 
-def logps_fn(model: Model, loss: Loss) -> Callable[[Any, Batch], Logps]:
-    """Returns the function `(params, one microbatch) -> Logps` that fills in what a loss looks at."""
+def logps_fn(model: Model, loss: Loss) -> LogpsFn:
+    """Returns the function that computes the fields of Logps that a loss reads."""
     if loss.rewards:
         return partial(batch_rewards, model)
     return partial(batch_logps, model, confidence=loss.confidence)
 
 
 def token_logps_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> Array:
-    """Returns the log-prob of every scored token of one microbatch, float32[R, S], by its place in `Batch.slot`."""
+    """Returns the log-prob of every scored token of one microbatch, float32[R, S], aligned with `Batch.slot`."""
     return token_states_of_batch(model, params, batch, chunk=chunk)[0]
 
 
 def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
-    """Returns what `scored_logps` does, and the hidden states that predict those tokens, [R, S, D]."""
+    """Returns `token_logps_of_batch` and the hidden states that predict those tokens, [R, S, D]."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
     cap = model.architecture.logit_cap
     logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
@@ -213,8 +235,8 @@ def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int
 
 
 def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array, Array, Array, Array, int]:
-    """Returns the hidden states that predict scored tokens, [R, S', D], their slots and targets, how many chunks hold
-    any, and the chunk's size in columns, of which S' is a multiple."""
+    """Returns the hidden states that predict scored tokens, [R, S', D], their slots and targets, the number of chunks
+    that hold any, and the chunk size in columns; S' is a multiple of it."""
     size = max(1, min(chunk // len(batch.slot), batch.slot.shape[1]))
     source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
     chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
@@ -223,25 +245,27 @@ def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array,
 
 
 def as_ref_logps(lp: Logps, batch: Batch) -> Array:
-    """Returns the policy's log-probs of a microbatch as `Batch.ref_logps` holds the reference's."""
+    """Returns the log-probs of a microbatch in the layout of `Batch.ref_logps`."""
     return jnp.stack([lp.policy, lp.policy_shared], axis=-1).reshape(batch.ref_logps.shape)
 
 
 def _adder(slot: Array, shape: tuple[int, int, int]) -> Callable[[Array], Array]:
-    """Returns the sum over each response's tokens, float32[R, S] -> float32[R, G, P]; slot: int32[R, S]."""
+    """Returns the function that sums over the tokens of each response, float32[R, S] -> float32[R, G, P]."""
     rows, segments, responses = shape
-    # Padding goes to one more segment, which is cut off.
+    # Padding is summed in one more segment, which is dropped.
     segment = jnp.where(slot >= 0, slot, segments * responses)
     add = jax.vmap(partial(jax.ops.segment_sum, num_segments=segments * responses + 1))
     return lambda x: add(x, segment)[:, :-1].reshape(rows, segments, responses)
 
 
 def _is_shared(slot: Array, lengths: Array) -> Array:
-    """Returns bool[R, S], whether a scored token is among the first n of its response, where n is the length of the
-    shortest response of the comparison that is there; lengths: float32[R, G, P]."""
+    """Returns bool[R, S], whether a scored token is in the shared part of its response (see `Logps`).
+
+    slot: int32[R, S]; lengths: float32[R, G, P].
+    """
     rows, _, responses = lengths.shape
     shortest = jnp.min(jnp.where(lengths > 0, lengths, jnp.inf), axis=-1)
-    # The tokens of a response stand side by side, in the order of the slots.
+    # Tokens of a response are adjacent and in slot order.
     ends = jnp.cumsum(lengths.reshape(rows, -1), axis=1)
     start = jnp.take_along_axis(ends - lengths.reshape(rows, -1), jnp.maximum(slot, 0), axis=1)
     limit = jnp.take_along_axis(shortest, jnp.maximum(slot, 0) // responses, axis=1)
@@ -249,11 +273,13 @@ def _is_shared(slot: Array, lengths: Array) -> Array:
 
 
 def sum_over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch: Batch, count: Array) -> tuple:
-    """Returns the sum of the first results of `function(microbatch, m)` over the first `count` microbatches, and its
-    second results stacked on a leading axis M, zeros beyond.
+    """Runs `function(microbatch, m) -> (to sum, to stack)` over the first `count` microbatches.
 
-    `count` is a run-time value, so that a step with fewer microbatches costs less and compiles nothing new.
+    Returns the sum, and the stack on a leading axis M with zeros beyond `count`. `count` is a run-time value: a step
+    with fewer microbatches costs less and compiles nothing new.
     """
+
+    batch = jax.tree.map(jnp.asarray, batch)  # numpy arrays take no traced index
 
     def one(m: Array) -> tuple[Any, Any]:
         return function(jax.tree.map(lambda x: x[m], batch), m)
@@ -277,9 +303,6 @@ def map_microbatches(function: Callable[[Batch], Any], batch: Batch, count: Arra
 
 
 def concat_microbatches(stacked: Logps) -> Logps:
-    """Returns log-probs that are stacked by microbatch, [M, B, ...], end to end; `running` becomes 0."""
+    """Returns log-probs stacked by microbatch, [M, B, ...], as [M * B, ...]; `running` becomes 0."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked._replace(running=()))
     return flat._replace(running=jnp.zeros(()))
-
-
-LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps

@@ -1,4 +1,4 @@
-"""Plain values -> optax: the optimisers by name, the paper's warm-up, and clipping as torch does it."""
+"""Optimizers by name: plain values -> optax, the paper's warm-up, and clipping as torch does it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,28 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, closest
+from dpo_jax.named import import_function
 from dpo_jax.records import Array
+
+Schedule = Callable[[Array], Array]
+
+
+class Optimizer(optax.GradientTransformation):
+    """An optax transformation that knows its learning rate.
+
+    Attributes:
+      learning_rate: updates done -> the rate of the next one; None if unknown.
+    """
+
+    learning_rate: Schedule | None = None
+
+    @classmethod
+    def of(cls, tx: Any, learning_rate: Schedule | None) -> "Optimizer":
+        """Returns an optax transformation with its schedule."""
+        optimizer = cls(tx.init, tx.update)
+        optimizer.learning_rate = learning_rate
+        return optimizer
 
 
 def linear_warmup(learning_rate: float, steps: int) -> Callable[[Array], Array]:
@@ -31,13 +51,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clipped)
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {}
 
 
-def register_optimizer(
-    function: Callable[..., optax.GradientTransformation],
-) -> Callable[..., optax.GradientTransformation]:
-    """Files an optimiser under its function's name; its keyword-only parameters are its options in a config."""
+def register_optimizer(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers an optimizer under its function's name; its keyword-only parameters are its options in a config."""
     OPTIMIZERS[function.__name__] = function
     return function
 
@@ -50,8 +68,8 @@ def rmsprop(
     max_grad_norm: float = 10.0,
     decay: float = 0.99,
     eps: float = 1e-8,
-) -> optax.GradientTransformation:
-    """RMSprop as torch's, the paper's optimiser (appendix B).
+) -> Optimizer:
+    """RMSprop as torch's, the paper's optimizer (appendix B).
 
     Args:
       learning_rate: The rate after the warm-up.
@@ -60,11 +78,10 @@ def rmsprop(
       decay: Of the running mean of squared gradients (torch's alpha).
       eps: Added to the root of that mean.
     """
-    # optax's defaults differ from torch's in all three: the root takes eps in, decay is 0.9, steps are rescaled.
-    scale = optax.rmsprop(
-        linear_warmup(learning_rate, warmup_steps), decay=decay, eps=eps, eps_in_sqrt=False, initial_scale=0.0
-    )
-    return optax.chain(clip_by_global_norm(max_grad_norm), scale)
+    rate = linear_warmup(learning_rate, warmup_steps)
+    # torch adds eps to the root, starts the mean of squares at 0 and has decay 0.99; optax's defaults are others.
+    scale = optax.rmsprop(rate, decay=decay, eps=eps, eps_in_sqrt=False, initial_scale=0.0)
+    return Optimizer.of(optax.chain(clip_by_global_norm(max_grad_norm), scale), rate)
 
 
 @register_optimizer
@@ -77,7 +94,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2017), as torch's and optax's.
 
     Args:
@@ -90,21 +107,37 @@ def adamw(
       weight_decay: Pull of every parameter to 0, times the rate.
     """
     rate = linear_warmup(learning_rate, warmup_steps)
-    return optax.chain(
-        clip_by_global_norm(max_grad_norm), optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    )
+    scale = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return Optimizer.of(optax.chain(clip_by_global_norm(max_grad_norm), scale), rate)
 
 
-def build(name: str, **options: float) -> optax.GradientTransformation:
-    """Returns the named optimiser.
+def build(name: str, **options: Any) -> Optimizer:
+    """Returns the optimizer of a config: a registered name, or `module:function` that returns an optax transformation.
+
+    Values may be traced.
 
     Raises:
-      UserError: no such optimiser, or a value that cannot train.
+      UserError: an unknown name, or a value that cannot train.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(f"optim.name: unknown optimiser {name!r}; known: {', '.join(sorted(OPTIMIZERS))}")
+    function = optimizer_function(name)
     for key, value in options.items():
-        # A traced value cannot be looked at; it was checked as a number before.
-        if not isinstance(value, Tracer) and not 0 <= value < float("inf"):
+        # Traced values were checked before tracing; the functions of users may take negative numbers.
+        if ":" not in name and not isinstance(value, Tracer) and not 0 <= value < float("inf"):
             raise UserError(f"optim.{key}: {value} is not a finite number >= 0")
-    return OPTIMIZERS[name](**options)
+    made = function(**options)
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise UserError(f"optim.name: {name} returns a {type(made).__name__}; return an optax transformation")
+    return Optimizer.of(made, getattr(made, "learning_rate", None))
+
+
+def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]:
+    """Returns the function of a registered optimizer, or of `module:function`, which is imported.
+
+    Raises:
+      UserError: an unknown name, or a module that cannot be imported.
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if ":" in name:
+        return import_function(name, key)
+    raise UserError(f"{key}: unknown optimizer {name!r}; {closest(name, OPTIMIZERS)}, or give module:function")

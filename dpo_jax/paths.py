@@ -6,31 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import jax
-
 
 def cache_folder() -> Path:
-    """Returns where tokenised data and reference columns are kept: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
+    """Returns the folder of tokenised data and reference log-probs: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
     return Path(os.environ.get("DPO_JAX_CACHE") or Path.home() / ".cache" / "dpo_jax")
 
 
 def keep_compiled() -> None:
-    """Has JAX keep compiled programs beside the other caches, so that a second run starts at once.
+    """Keeps compiled programs beside the other caches, so that a second run starts at once.
 
-    $JAX_COMPILATION_CACHE_DIR names another folder.
+    $JAX_COMPILATION_CACHE_DIR sets another folder.
     """
+    import jax  # here, so that data can import this module without JAX
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def is_run(path: str | Path) -> bool:
-    """Returns whether a folder is that of a run."""
+    """Returns whether a folder is a run folder."""
     return (Path(path) / "config.yaml").is_file()
 
 
 @contextlib.contextmanager
 def written(path: str | Path) -> Iterator[IO[str]]:
-    """Opens a text file that appears under its name only when it is whole."""
+    """Opens a text file that appears under its name only when it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -39,4 +39,4 @@ def written(path: str | Path) -> Iterator[IO[str]]:
             yield f
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # which is there only after an error
+        temporary.unlink(missing_ok=True)  # exists only after an error

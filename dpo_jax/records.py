@@ -220,3 +220,14 @@ class TrainState(NamedTuple):
     opt_state: Any
     running: Float32[Any, " K"]
     reference: Any
+
+
+class Sync(NamedTuple):
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656).
+
+    Every `every` steps it becomes alpha * policy + (1 - alpha) * reference. alpha 1 is the paper's hard update; every 1
+    is an exponential average.
+    """
+
+    every: int
+    alpha: float

@@ -1,8 +1,11 @@
-"""The reference column: log-probs under the frozen parameters, from a cache keyed by content or just in time."""
+"""Reference log-probs: computed under the frozen parameters, cached by content or filled in just in time."""
 
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +15,74 @@ import numpy as np
 from dpo_jax import distributed
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import LogpsFn, as_ref_logps, map_microbatches
+from dpo_jax.logprobs import LogpsFn, as_ref_logps, batch_logps, map_microbatches
 from dpo_jax.models.kernels import CHUNKS
+from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
+log = logging.getLogger(__name__)
 
-def make_ref_logps_fn(logps: LogpsFn, rows: Collectives = NO_COLLECTIVES) -> Callable[[Any, Batch, Any], Array]:
-    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2], lying as the batch does."""
 
-    def column(params: Any, batch: Batch, count: Array) -> Array:
+def make_ref_logps_fn(logps: LogpsFn, collectives: Collectives = NO_COLLECTIVES) -> Callable[[Any, Batch, Any], Array]:
+    """Returns the compiled `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2], sharded as the batch."""
+
+    def ref_logps(params: Any, batch: Batch, count: Array) -> Array:
         return map_microbatches(lambda micro: as_ref_logps(logps(params, micro), micro), batch, count)
 
-    return jax.jit(rows.each(column))
+    return jax.jit(collectives.map_rows(ref_logps))
+
+
+def with_reference(model: Model, params: Any, batch: Batch, count: int | Array) -> Batch:
+    """Returns the batch with `ref_logps` filled in by the frozen parameters.
+
+    Args:
+      model: pure functions of the reference.
+      params: its parameters.
+      batch: fields [M, R, ...], from `collate`.
+      count: microbatches that hold any comparison.
+    """
+    # A model without its dict fields can be the key of a cache, so that each model compiles once.
+    return batch._replace(ref_logps=_ref_logps_of(model._replace(axes=None, hf_config=None))(params, batch, count))
+
+
+@functools.lru_cache(maxsize=8)
+def _ref_logps_of(model: Model) -> Callable[[Any, Batch, Any], Array]:
+    return make_ref_logps_fn(partial(batch_logps, model))
 
 
 def ref_logps_key(table: Table, weights_hash: str, compute: str, attention: str = CHUNKS) -> str:
-    """Returns the cache's key: token ids (cut as they are), reference weights, compute dtype, kernel of attention, and
-    nothing else."""
+    """Returns the cache key: a hash of the truncated token ids, weights, compute dtype and attention kernel.
+
+    Nothing else changes the log-probs, so runs with other losses and hyper-parameters share an entry.
+    """
     how = compute if attention == CHUNKS else f"{compute} {attention}"
     return hashlib.blake2b(f"{table.digest} {weights_hash} {how}".encode(), digest_size=16).hexdigest()
 
 
 def table_ref_logps(
-    column: Callable, params: Any, table: Table, shape: pack.Layout, batch_size: int, put: Callable
+    ref_logps: Callable, params: Any, table: Table, layout: pack.Layout, batch_size: int, put: Callable
 ) -> Array:
-    """Returns log pi_ref of every response of the table, float32[N, P, 2]: of all of it, and of its shared part.
+    """Returns the log-probs of every response of a table and of its shared part, float32[N, P, 2].
 
     Args:
-      column: from `make_column`.
+      ref_logps: from `make_ref_logps_fn`.
       params: the frozen parameters.
       table: N comparisons.
-      shape: the layout, which holds `batch_size` comparisons.
-      batch_size: comparisons at a time.
+      layout: of a batch of `batch_size` comparisons.
+      batch_size: comparisons per batch.
       put: moves a Batch to the devices.
     """
     parts = []
     for start in range(0, len(table), batch_size):
         rows = np.arange(start, min(start + batch_size, len(table)))
-        batch, count, places = pack.build_batch(table, rows, shape)
-        parts.append(pack.unpack_batch(distributed.fetch(column(params, put(batch), count)), places))
+        batch, count, places = pack.build_batch(table, rows, layout)
+        parts.append(pack.unpack_batch(distributed.fetch(ref_logps(params, put(batch), count)), places))
     return np.concatenate(parts)
 
 
 def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
-    """Returns the finite numbers of that shape in a file, or None."""
+    """Returns the array in a file if it is finite and of that shape, else None."""
     if not path.is_file():
         return None
     try:
@@ -65,18 +91,18 @@ def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
         values = np.empty(0)
     if values.shape == shape and np.isfinite(values).all():
         return values
-    print(f"{path}: damaged, computed again")
+    log.warning("%s: damaged; computing it again", path)
     return None
 
 
 def cached_array(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
-    """Returns the array kept under a name, computing and keeping it when it is absent, and whether it was there.
+    """Returns a cached array and True, or computes, caches and returns it with False.
 
-    A file that does not hold finite numbers of that shape counts as absent and is replaced.
+    A file that does not hold finite numbers of that shape is replaced.
     """
     path = folder / f"{name}.npy"
     values = _kept(path, shape)
-    # Either all processes have it, each perhaps on a disk of its own, or all compute it together.
+    # Computing is collective, so all processes read the cache or none does; each may have its own disk.
     if distributed.all_agree(values is not None):
         return values, True
     values = compute()

@@ -1,4 +1,4 @@
-"""The mesh, and which axis of an array lies along which axis of it: the only file that names mesh axes."""
+"""Device mesh and logical-to-mesh axis rules. The only module that names mesh axes."""
 
 import itertools
 import math
@@ -13,14 +13,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dpo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # rows of a microbatch are split over both
+ROWS = ("data", "fsdp")  # the rows of a microbatch are sharded over both
 MAPPED = "devices"  # the one axis of pmap
-# A model's logical axis -> the mesh axis that splits it; all others are whole on every device.
+# Logical axis of a parameter -> the mesh axis that shards it; all others are replicated.
 RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """Returns a mesh over all devices; one axis may be -1, which takes the devices that are left.
+    """Returns a mesh over all devices; one axis may be -1, which takes the remaining devices.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -37,17 +37,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
 
 
 def row_devices(mesh: jax.sharding.Mesh) -> int:
-    """Returns over how many devices the rows of a microbatch are split."""
+    """Returns the number of devices that share the rows of a microbatch."""
     return math.prod(mesh.shape[a] for a in ROWS)
 
 
 def head_devices(mesh: jax.sharding.Mesh) -> int:
-    """Returns over how many devices heads are split."""
+    """Returns the number of devices that share the attention heads."""
     return mesh.shape["tensor"]
 
 
 def local_row_blocks(mesh: jax.sharding.Mesh) -> range:
-    """Returns which of the `row_devices` equal parts of a microbatch's rows lie on this process's devices."""
+    """Returns the blocks of rows on this process's devices; a microbatch has `row_devices` equal blocks."""
     count = row_devices(mesh)
     where: Any = batch_sharding(mesh).addressable_devices_indices_map((1, count))
     parts = [index[1].indices(count)[0] for index in where.values()]
@@ -55,7 +55,7 @@ def local_row_blocks(mesh: jax.sharding.Mesh) -> range:
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Returns a Batch on the devices of all processes, from the rows that this process has built, its `own_parts`."""
+    """Returns a Batch sharded over all processes, from the rows of this process (its `local_row_blocks`)."""
     parts = local_row_blocks(mesh)
 
     def one(x: Any) -> jax.Array:
@@ -72,12 +72,14 @@ def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
 
 
 def put_params(tree: Any, shardings: Any) -> Any:
-    """Returns host arrays, which every process holds whole, or stored ones, which every process can read, on the
-    devices. Of a stored one each process reads the blocks of its devices only, one after another.
+    """Returns host or on-disk arrays on the devices.
+
+    Host arrays are replicated over processes; every process can read on-disk ones, and reads only the blocks of its own
+    devices, one after another.
     """
 
     def one(x: Any, where: NamedSharding) -> jax.Array:
-        made: dict[str, jax.Array] = {}  # by the block, so that devices with the same one get it from the first
+        made: dict[str, jax.Array] = {}  # block -> array, so that devices with the same block copy it from the first
         parts = []
         for device, index in where.addressable_devices_indices_map(x.shape).items():
             name = str(index)
@@ -89,19 +91,19 @@ def put_params(tree: Any, shardings: Any) -> Any:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Returns the sharding of every field of a Batch [M, R, ...]: rows are split."""
+    """Returns the sharding of every field of a Batch [M, R, ...]: rows are sharded."""
     return NamedSharding(mesh, PartitionSpec(None, ROWS))
 
 
 def param_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
     """Returns a tree of shardings for parameters with named logical axes.
 
-    An axis that its mesh axis does not divide is left whole.
+    An axis whose size its mesh axis does not divide is replicated.
     """
 
     def one(names: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -116,7 +118,7 @@ def param_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def state_shardings_like(mesh: jax.sharding.Mesh, params: Any, state: Any) -> Any:
-    """Returns a tree of shardings for a training state: optimiser arrays lie as the parameters they belong to.
+    """Returns a tree of shardings for a training state; optimizer arrays are sharded as their parameters.
 
     Args:
       mesh: from `make_mesh`.
@@ -126,7 +128,7 @@ def state_shardings_like(mesh: jax.sharding.Mesh, params: Any, state: Any) -> An
     where = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        # A leaf that mirrors a parameter ends in that parameter's path (in the state itself, or the optimiser's).
+        # The path of a leaf that mirrors a parameter ends in that parameter's path.
         for i in range(len(path)):
             sharding = where.get(jax.tree_util.keystr(path[i:]))
             if sharding is not None and len(sharding.spec) == len(leaf.shape):
@@ -137,48 +139,48 @@ def state_shardings_like(mesh: jax.sharding.Mesh, params: Any, state: Any) -> An
 
 
 class Collectives(NamedTuple):
-    """How the devices share the rows of a microbatch: each works through its own and nothing is sent between them
-    before the step's last microbatch, save that the gradient of a parameter in parts goes to its parts at once.
+    """Collectives of a data-parallel step, in which each device processes its own rows.
 
-    Values by row are arrays [M, R * n, ...] with n of them for each row.
+    Gradients of replicated parameters are psum-ed once per step, gradients of FSDP-sharded parameters are
+    reduce-scattered per microbatch. A per-row value is an array [M, R * n, ...] with n entries for each row.
 
     Attributes:
-      total: a sum over the rows of a batch as the step sees it -> the sum over all rows.
-      sums: `((trained, base), batch, count, known) -> (tree like trained, values by row)`, made to run on all devices:
-        the trees are summed over them, and every device gets the values of all rows. `known` is whole on every device.
-      all: `(params, batch, count) -> values by row`, made to run on all devices, each of which gets those of all rows.
-      each: `(params, batch, count) -> arrays [M, R, ...]`, made to run on all devices; values stay with their rows.
-      own: values of all rows -> those of a device's own; to be called inside of `sums`.
-      whole: parameters, or their `layers` for one layer, as they lie on a device -> whole, for use inside of the
-        functions above; None where they are so.
+      psum: a device's sum over its rows -> the sum over all rows; the identity where a step sees all rows.
+      reduce: runs `((trained, base), batch, count, known) -> (tree like trained, per-row values)` on every device, sums
+        the trees over devices and all-gathers the values. `known` is replicated.
+      gather_rows: runs `(params, batch, count) -> per-row values` on every device and all-gathers them.
+      map_rows: runs `(params, batch, count) -> arrays [M, R, ...]` on every device; the arrays stay sharded by row.
+      own_rows: per-row values of all rows -> those of this device; for use inside `reduce`.
+      gather: (parameters or one layer of them, shardings) -> the same all-gathered along fsdp, for use inside the
+        functions above; None if nothing is sharded along fsdp.
     """
 
-    total: Callable[[Any], Any]
-    sums: Callable[[Callable], Callable]
-    all: Callable[[Callable], Callable]
-    each: Callable[[Callable], Callable]
-    own: Callable[[Any], Any]
-    whole: Callable[[Any, Any], Any] | None
+    psum: Callable[[Any], Any]
+    reduce: Callable[[Callable], Callable]
+    gather_rows: Callable[[Callable], Callable]
+    map_rows: Callable[[Callable], Callable]
+    own_rows: Callable[[Any], Any]
+    gather: Callable[[Any, Any], Any] | None
 
 
 def _same(x: Any) -> Any:
     return x
 
 
-NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all the rows
+NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all rows
 
 
 def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
-    """Returns how rows are shared on a mesh.
+    """Returns the collectives of a step under jit on a mesh.
 
     Args:
       mesh: from `make_mesh`.
-      params: tree of the parameters' shardings; for `sums` a pair, of what is trained and of what is not.
+      params: tree of the parameters' shardings; a pair (trained, base) if `reduce` is used.
     """
     axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
     if not axes:
         return NO_COLLECTIVES
-    # A kernel that XLA cannot split by itself may be called where every axis is manual.
+    # Attention kernels that XLA cannot partition need every axis to be manual, which only works if none shards heads.
     manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
     specs = jax.tree.map(lambda s: PartitionSpec(*(a if a in axes else None for a in s.spec)), params)
     rows, everywhere = PartitionSpec(None, axes), PartitionSpec()
@@ -187,38 +189,40 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         where = (specs, rows, everywhere, *more)
         return jax.shard_map(function, mesh=mesh, in_specs=where, out_specs=out, axis_names=manual, check_vma=False)
 
-    def sums(function: Callable) -> Callable:
+    def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:
             tree, values = function(*args)
+            # all_gather's transpose has reduce-scattered the sharded gradients already; the rest is summed here.
             rest = jax.tree.map(lambda x, spec: _sum_over(x, [a for a in axes if a not in spec]), tree, specs[0])
-            return rest, _of_all_rows(values, axes)
+            return rest, _gather_row_values(values, axes)
 
         return run(body, (specs[0], everywhere), everywhere)
 
     return Collectives(
-        total=_same,
-        sums=sums,
-        all=lambda function: run(lambda *args: _of_all_rows(function(*args), axes), everywhere),
-        each=lambda function: run(function, rows),
-        own=partial(_own_rows, axes),
-        whole=partial(_gather, mesh) if mesh.shape["fsdp"] > 1 else None,
+        psum=_same,
+        reduce=reduce,
+        gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), axes), everywhere),
+        map_rows=lambda function: run(function, rows),
+        own_rows=partial(_own_rows, axes),
+        gather=partial(_gather_params, mesh) if mesh.shape["fsdp"] > 1 else None,
     )
 
 
 def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns a kernel of attention, which XLA cannot split by itself, made for use inside of the functions of
-    `split_rows`: every device works through its own heads.
+    """Returns an attention kernel that runs on each device's own heads, for kernels that XLA cannot partition.
+
+    Call it inside the functions of `mesh_collectives`.
 
     Args:
-      mesh: from `make_mesh`; its `head_devices` divide the heads and the key-value heads.
-      attend: `(q, k, v, rows, scoring) -> output`, where q, k, v and the output are [R, T, heads, d].
+      mesh: from `make_mesh`; its `head_devices` must divide the heads and the key-value heads.
+      attend: `(q, k, v, mask, scoring) -> output`, where q, k, v and the output are [R, T, heads, d].
     """
     if head_devices(mesh) == 1:
         return attend  # every axis is manual there
     outside = {a for a in ROWS if mesh.shape[a] > 1}
     heads = PartitionSpec(None, None, "tensor")
 
-    def run(q: Any, k: Any, v: Any, rows: Any, scoring: Any) -> jax.Array:
+    def run(q: Any, k: Any, v: Any, mask: Any, scoring: Any) -> jax.Array:
         return jax.shard_map(
             lambda *args: attend(*args, scoring),
             mesh=None if outside else mesh,
@@ -226,14 +230,13 @@ def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
             out_specs=heads,
             axis_names=set(AXES) - outside,
             check_vma=False,
-        )(q, k, v, rows)
+        )(q, k, v, mask)
 
     return run
 
 
 def mesh_and_params(params: Any) -> tuple[jax.sharding.Mesh, Any]:
-    """Returns the mesh on which parameters lie, and them; those that lie on none, whole on every device of this
-    process."""
+    """Returns the mesh of parameters, and the parameters; without one, replicated on this process's devices."""
     for leaf in jax.tree.leaves(params):
         where = getattr(leaf, "sharding", None)
         if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES:
@@ -244,41 +247,43 @@ def mesh_and_params(params: Any) -> tuple[jax.sharding.Mesh, Any]:
 
 
 def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """Returns `(params, rows, others) -> rows`, with rows on axis 0, made to run on all devices: each has its own rows
-    and sends nothing, so that it may end before the others. Parameters are made whole along `fsdp`, once; where
-    `tensor` splits them, devices have to send, so that they keep step."""
+    """Returns `(params, rows, others) -> rows`, rows on axis 0, run on all devices without communication.
+
+    A device may finish before the others (a sampling loop ends when its rows have ended). Parameters are all-gathered
+    along `fsdp` once. Where `tensor` shards them, devices have to communicate, and keep step.
+    """
     axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
     split, same = PartitionSpec(axes), PartitionSpec()
     if mesh.shape["tensor"] > 1:
-        laid = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, split))
-        return lambda params, rows, others: function(params, jax.tree.map(laid, rows), others)
+        sharded = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, split))
+        return lambda params, rows, others: function(params, jax.tree.map(sharded, rows), others)
     if not axes:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=(same, split, same), out_specs=split, check_vma=False)
 
 
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
-    """Returns how rows are shared under `pmap`; a mesh that splits parameters is a UserError."""
+    """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
-        raise UserError("mesh.mode pmap: every device holds all parameters, so mesh.fsdp and mesh.tensor are 1")
+        raise UserError("mesh.mode pmap: parameters are replicated; set mesh.fsdp and mesh.tensor to 1")
 
-    def sums(function: Callable) -> Callable:
+    def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:
             tree, values = function(*args)
-            return jax.lax.psum(tree, MAPPED), _of_all_rows(values, MAPPED)
+            return jax.lax.psum(tree, MAPPED), _gather_row_values(values, MAPPED)
 
         return body
 
     return NO_COLLECTIVES._replace(
-        total=partial(jax.lax.psum, axis_name=MAPPED),
-        sums=sums,
-        all=lambda function: lambda *args: _of_all_rows(function(*args), MAPPED),
-        own=partial(_own_rows, MAPPED),
+        psum=partial(jax.lax.psum, axis_name=MAPPED),
+        reduce=reduce,
+        gather_rows=lambda function: lambda *args: _gather_row_values(function(*args), MAPPED),
+        own_rows=partial(_own_rows, MAPPED),
     )
 
 
-def _of_all_rows(tree: Any, axes: Any) -> Any:
-    """Returns values by row, of a device's own rows, as those of all rows; sent as one array."""
+def _gather_row_values(tree: Any, axes: Any) -> Any:
+    """Returns per-row values of all devices, all-gathered as one array."""
     leaves, kind = jax.tree.flatten(tree)
     flat = [x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in leaves]
     together = jax.lax.all_gather(jnp.concatenate(flat, axis=2), axes, axis=1, tiled=True)
@@ -297,8 +302,8 @@ def _sum_over(x: Any, axes: list[str]) -> Any:
     return jax.lax.psum(x, tuple(axes)) if axes else x
 
 
-def _gather(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
-    """Returns parameters whole along fsdp; a layer's have one axis less than the stack of layers in `shardings`."""
+def _gather_params(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
+    """Returns parameters all-gathered along fsdp; one layer has one axis less than its stack in `shardings`."""
 
     def one(x: Any, sharding: NamedSharding) -> Any:
         spec = sharding.spec[len(sharding.spec) - x.ndim :]
@@ -307,7 +312,7 @@ def _gather(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
         gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=spec.index("fsdp"), tiled=True)
         if mesh.shape["tensor"] == 1:
             return gather(x)
-        # Left to itself, XLA would make the array whole along `tensor` too.
+        # Without this constraint XLA all-gathers along `tensor` too.
         kept = PartitionSpec(*(a if a == "tensor" else None for a in spec))
         return jax.shard_map(gather, in_specs=kept, out_specs=kept, axis_names={"tensor"}, check_vma=False)(x)
 

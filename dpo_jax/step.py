@@ -1,82 +1,81 @@
-"""The pure train and eval steps; whoever calls them compiles them once, with shardings and donation."""
+"""Pure train and eval steps. The caller jits them once, with shardings and donation."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logprobs import LogpsFn, concat_microbatches, map_microbatches, sum_over_microbatches
+from dpo_jax.logprobs import LogpsFn, concat_microbatches, logps_fn, map_microbatches, sum_over_microbatches
 from dpo_jax.losses import Loss, weighted_means
-from dpo_jax.records import Array, Batch, Logps, TrainState
+from dpo_jax.models.model import Model
+from dpo_jax.records import Array, Batch, Logps, Sync, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
 Metrics = dict[str, Array]
 PolicyFn = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
-Differentiable = tuple[Array, Array]  # Logps.policy and .policy_shared
-
-
-class Sync(NamedTuple):
-    """How a reference follows the policy (TR-DPO, arXiv 2404.09656): every `every` steps it becomes
-    alpha * policy + (1 - alpha) * reference; alpha 1 is the paper's hard update, `every` 1 an exponential average.
-    """
-
-    every: int
-    alpha: float
+Differentiable = tuple[Array, Array]  # Logps.policy and Logps.policy_shared
 
 
 def only_trained(trained: Any, base: Any) -> Any:
-    """Returns the policy's parameters where all of them are trained."""
+    """Returns the policy's parameters when all of them are trained."""
     del base
     return trained
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, terms: int = 1, reference: Any = ()) -> TrainState:
+def init_state(params: Any, tx: optax.GradientTransformation, loss: Loss, reference: Any = ()) -> TrainState:
     """Returns the state before the first update.
 
     Args:
       params: the policy.
-      tx: the optimiser.
-      terms: of the loss.
-      reference: one that is to move; () for one that stays.
+      tx: any optax transformation.
+      loss: the objective of the step; it decides the shape of `TrainState.running`.
+      reference: the parameters of a reference that moves (see `Sync`); () for a frozen one.
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(terms), reference)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(loss.terms), reference)
 
 
 def make_train_step(
-    logps: LogpsFn,
+    model: Model,
     loss: Loss,
     tx: optax.GradientTransformation,
+    *,
     sync: Sync | None = None,
-    rows: Collectives = NO_COLLECTIVES,
+    collectives: Collectives = NO_COLLECTIVES,
     policy: PolicyFn = only_trained,
+    logps: LogpsFn | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns `(state, batch, count, base=None) -> (state, metrics)`, pure and not yet compiled.
+    """Returns `(state, batch, count, base=None) -> (state, metrics)`, pure and not compiled.
 
-    The gradient is exactly that of the weighted mean loss over the whole batch, taken microbatch by microbatch in a
-    loop whose trip count is a run-time value. A step whose loss or gradient is not finite changes nothing but the
-    step number, and says so in the metric `nonfinite`.
+    The gradient is exactly that of the weighted mean loss over the whole batch, accumulated over microbatches in a loop
+    whose trip count is a run-time value. A step whose loss or gradient is not finite changes only the step number and
+    reports the metric `nonfinite`.
 
     Args:
-      logps: log-probs of a microbatch.
-      loss: bound.
-      tx: the optimiser.
-      sync: how the reference follows the policy, if it does.
-      rows: how devices share the rows of a microbatch.
-      policy: makes the policy's parameters of what is trained and what is not.
+      model: pure functions of the policy's parameters.
+      loss: the objective.
+      tx: any optax transformation.
+      sync: how the reference follows the policy; None for a frozen one.
+      collectives: how devices share rows; the default is for one device, or for jit without manual axes.
+      policy: (trained, base) -> the policy's parameters, for adapters.
+      logps: (params, one microbatch) -> Logps; by default those of the model that the loss reads.
 
     Args of the step:
-      state: may be donated.
-      batch: fields [M, R, ...].
-      count: int32[], the microbatches that hold anything.
-      base: what is not trained: the parameters that adapters are for.
+      state: from `init_state`; may be donated.
+      batch: fields [M, R, ...], with `ref_logps` filled in if the loss uses a reference.
+      count: int32[], microbatches that hold any comparison.
+      base: parameters that are not trained, for adapters.
 
-    Metrics: weighted means over the batch, float32[], under TRL's names.
+    Returns of the step:
+      The next state, and weighted means over the batch, float32[], under TRL's names.
     """
+    of_pair = _of_pair(logps or logps_fn(model, loss), policy)
 
     def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
-        grads, lp = gradient(_of_parts(logps, policy), loss, state, base, batch, count, rows)
+        chex.assert_shape(state.running, (loss.terms,), custom_message="make the state with init_state of this loss")
+        grads, lp = gradient(of_pair, loss, state, base, batch, count, collectives)
         metrics = weighted_means(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -92,15 +91,16 @@ def make_train_step(
 
 
 def gradient(
-    logps: LogpsFn, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, rows: Collectives
+    logps: LogpsFn, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, collectives: Collectives
 ) -> tuple[Any, Logps]:
-    """Returns the gradient of the weighted mean loss of a step, like params, and the log-probs of its comparisons,
-    float32[M * B, ...]; `logps` takes (trained, base).
+    """Returns the gradient of the weighted mean loss of a step, like params, and its log-probs, float32[M * B, ...].
 
-    A loss that looks across comparisons is first differentiated with respect to the log-probs of the whole step, which
-    costs a forward pass more; then each microbatch goes backward from its share of that.
+    `logps` takes (trained, base). Most losses are sums over comparisons, so that each microbatch is differentiated on
+    its own and only gradients are accumulated. A loss that looks across comparisons is not: all log-probs of the step
+    are computed first (one more forward pass), the loss is differentiated with respect to them, and each microbatch
+    then contributes the vector-Jacobian product of its log-probs with its slice of those slopes.
     """
-    total, parts = rows.total(batch.weights.sum()), (state.params, base)
+    total, parts = collectives.psum(batch.weights.sum()), (state.params, base)
 
     def mean(values: Differentiable, lp: Logps, total: Array, running: Array) -> Array:
         lp = lp._replace(policy=values[0], policy_shared=values[1], running=running)
@@ -108,13 +108,13 @@ def gradient(
 
     slopes = None
     if loss.whole_batch:
-        lp = concat_microbatches(rows.all(_stacked(logps))(parts, batch, count))
+        lp = concat_microbatches(collectives.gather_rows(_stacked(logps))(parts, batch, count))
         slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
         slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
 
     def sums(parts: tuple, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
         (trained, base), (total, running, slopes) = parts, known
-        slopes = jax.tree.map(rows.own, slopes)
+        slopes = jax.tree.map(collectives.own_rows, slopes)
 
         def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
             def objective(trained: Any) -> tuple[Array, Logps]:
@@ -127,12 +127,12 @@ def gradient(
 
         return sum_over_microbatches(one, batch, count)
 
-    grads, stacked = rows.sums(sums)(parts, batch, count, (total, state.running, slopes))
+    grads, stacked = collectives.reduce(sums)(parts, batch, count, (total, state.running, slopes))
     return grads, concat_microbatches(stacked)._replace(running=state.running)
 
 
 def _stacked(logps: LogpsFn) -> Callable[[Any, Batch, Array], Logps]:
-    """Returns `(params, batch, count) -> log-probs [M, B, ...]` of a whole step."""
+    """Returns `(params, batch, count) -> log-probs [M, B, ...]` of a step's microbatches."""
 
     def stacked(params: Any, batch: Batch, count: Array) -> Logps:
         return map_microbatches(lambda micro: logps(params, micro)._replace(running=()), batch, count)
@@ -140,9 +140,9 @@ def _stacked(logps: LogpsFn) -> Callable[[Any, Batch, Array], Logps]:
     return stacked
 
 
-def _of_parts(logps: LogpsFn, policy: PolicyFn) -> LogpsFn:
-    """Returns log-probs of a policy that is given as (trained, base)."""
-    return lambda parts, micro: logps(policy(*parts), micro)
+def _of_pair(logps: LogpsFn, policy: PolicyFn) -> LogpsFn:
+    """Returns log-probs as a function of (trained, base) instead of the policy's parameters."""
+    return lambda pair, micro: logps(policy(*pair), micro)
 
 
 def _differentiable(lp: Logps) -> Differentiable:
@@ -159,16 +159,30 @@ def _moved(sync: Sync, state: TrainState) -> Any:
 
 
 def make_eval_step(
-    logps: LogpsFn, loss: Loss, rows: Collectives = NO_COLLECTIVES, policy: PolicyFn = only_trained
-) -> Callable[[tuple, Array, Batch, Array], Metrics]:
-    """Returns `((trained, base), running, batch, count) -> metrics`, float32[M, R, G]: a value for each comparison, not
-    yet averaged.
+    model: Model, loss: Loss, *, collectives: Collectives = NO_COLLECTIVES, policy: PolicyFn = only_trained
+) -> Callable[..., Metrics]:
+    """Returns `(params, batch, count, running=None, base=None) -> metrics`, pure and not compiled.
 
-    `running` is `TrainState.running`. A loss that looks across comparisons sees those of one batch.
+    A metric is float32[M, R, G], one value per comparison, not averaged. A loss that looks across comparisons sees the
+    comparisons of one batch.
+
+    Args:
+      model: pure functions of the policy's parameters.
+      loss: the objective whose metrics are computed.
+      collectives: how devices share rows.
+      policy: (trained, base) -> the policy's parameters, for adapters.
+
+    Args of the step:
+      params: the policy, or the trained adapters.
+      batch, count: as for the train step.
+      running: `TrainState.running`; 0 unless given.
+      base: parameters that are not trained, for adapters.
     """
+    logps = _of_pair(logps_fn(model, loss), policy)
 
-    def step(parts: tuple, running: Array, batch: Batch, count: Array) -> Metrics:
-        found = rows.all(_stacked(_of_parts(logps, policy)))(parts, batch, count)
+    def step(params: Any, batch: Batch, count: Array, running: Any = None, base: Any = None) -> Metrics:
+        found = collectives.gather_rows(_stacked(logps))((params, base), batch, count)
+        running = jnp.zeros(loss.terms) if running is None else running
         metrics = loss.metrics(concat_microbatches(found)._replace(running=running))
         return {name: value.reshape(batch.weights.shape) for name, value in metrics.items()}
 

@@ -58,10 +58,11 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     config |= {"intermediate_size": 1024, "vocab_size": vocabulary, "max_position_embeddings": 4096}
     model = build_model(family("llama").architecture(config))
     tx = optim.build("rmsprop", learning_rate=1e-6, warmup_steps=0)
-    state = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
+    loss = losses.build({"name": "dpo"})
+    state = init_state(jax.jit(model.init)(jax.random.key(0)), tx, loss)
     shape = pack.choose_layout(table, max_length=prompt + response, batch_size=batch_size)
     batch, count, _ = pack.build_batch(table, np.arange(batch_size), shape, np.zeros((batch_size, 2, 2), np.float32))
-    step = make_train_step(partial(batch_logps, model), losses.build({"name": "dpo"}), tx)
+    step = make_train_step(model, loss, tx)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch, np.int32(count)).compile()
     batch = jax.device_put(batch)
     seconds = []

@@ -124,11 +124,12 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
 
     architecture, _, params = load_folder(folder / "model")
     remat = "full" if system.without == "kept activations" else "none"
-    logps = levers.logps_of(system.without, build_model(architecture, compute=system.dtype, remat=remat))
+    model, loss = build_model(architecture, compute=system.dtype, remat=remat), losses.build({"name": "dpo", "beta": BETA})
+    logps = levers.logps_of(system.without, model)
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
-    step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": BETA}), tx), donate_argnums=0)
+    step = jax.jit(make_train_step(model, loss, tx, logps=logps), donate_argnums=0)
     column, frozen = reference.make_ref_logps_fn(logps), jax.device_put(params)
-    state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx))(frozen)  # owns what it donates
+    state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx, loss))(frozen)  # owns what it donates
     table = Table.open(folder)
     shape = levers.shape_of(system.without, table, MAX_LENGTH, batch_size)
     del params

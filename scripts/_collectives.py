@@ -104,8 +104,9 @@ def compiled_step(
     draw = partial(rng.integers, 1, 128, dtype=np.int32)
     table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(2 * COMPARISONS))
     model = build_model(family("llama").architecture(CONFIG), compute=compute)
+    loss = losses.build({"name": "dpo", "beta": 0.5})
     mesh, tx = sharding.make_mesh(*sizes), optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
-    shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx), jax.random.key(0))
+    shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx, loss), jax.random.key(0))
     params = sharding.param_shardings(mesh, model.axes, shapes.params)
     where = sharding.state_shardings_like(mesh, params, shapes)
     state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
@@ -115,8 +116,7 @@ def compiled_step(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)), batch
     )
     shared = sharding.mesh_collectives(mesh, (params, None))
-    logps = partial(batch_logps, gather_on_use(model, shared, params))
-    step = make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, rows=shared)
+    step = make_train_step(gather_on_use(model, shared, params), loss, tx, collectives=shared)
     out = (where, sharding.replicated(mesh))
     program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, np.int32(1)).compile()
     return collectives(program.as_text()), shapes.params, program

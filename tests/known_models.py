@@ -1,4 +1,4 @@
-"""config.json of well-known models as they were released, but for dropout and ids, and their published parameters."""
+"""config.json of well-known models as released, without dropout and ids, and their published parameter counts."""
 
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -37,7 +37,7 @@ _PHI = {"model_type": "phi3", "attention_bias": False, "hidden_act": "silu", "hi
 _PHI |= {"intermediate_size": 8192, "num_hidden_layers": 32, "original_max_position_embeddings": 4096}
 _PHI_3 = _PHI | {"num_attention_heads": 32, "num_key_value_heads": 32, "rope_theta": 10000.0, "vocab_size": 32064}
 _PHI_3 |= {"max_position_embeddings": 4096, "rope_scaling": None, "sliding_window": 2047, "tie_word_embeddings": False}
-# Of these two the factors are made up, and as many as they have.
+# The factors of these two are made up; their number is right.
 _LONG = {"type": "longrope", "short_factor": [1 + i / 50 for i in range(48)], "long_factor": [1 + i for i in range(48)]}
 _PHI_3_LONG = _PHI_3 | {"max_position_embeddings": 131072, "rope_scaling": _LONG, "sliding_window": 262144}
 _PHI_4 = _PHI_3_LONG | {"num_attention_heads": 24, "num_key_value_heads": 8, "partial_rotary_factor": 0.75}
@@ -95,7 +95,7 @@ _GPT_NEO = _GPT | {"model_type": "gpt_neo", "attention_layers": ["global", "loca
 _GPT_NEO |= {"attention_types": [[["global", "local"], 6]], "intermediate_size": None, "window_size": 256}
 _GPT_NEO |= {"max_position_embeddings": 2048, "num_heads": 12, "num_layers": 12, "vocab_size": 50257}
 
-# A tied head counts once; that of Qwen3 is in its files too, so that the hub shows more.
+# A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
     "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
     "Llama-3.1-8B": (_LLAMA_31, 8_030_261_248),

@@ -1,7 +1,5 @@
 """Losses that look across comparisons, on many devices: in-process, each layout against one device."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ from jax.sharding import AxisType
 from dpo_jax import losses, optim, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
@@ -53,18 +50,18 @@ def two_steps(table, sizes, mapped=False):
     devices, kinds = jax.devices()[: int(np.prod(sizes))], (AxisType.Auto,) * 3
     mesh = jax.make_mesh(sizes, sharding.AXES, devices=devices, axis_types=kinds)
     start = jax.jit(model.init)(jax.random.key(0))
-    state = init_state(start, tx, terms=len(ACROSS))
+    state = init_state(start, tx, loss)
     shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=4, length=128)
     reference = np.random.default_rng(0).normal(size=(len(table), 2, 1)).astype(np.float32) - 60
     batch, count, _ = pack.build_batch(table, np.arange(BATCH), shape, np.repeat(reference, 2, axis=2))
     if mapped:
-        pure = make_train_step(partial(batch_logps, model), loss, tx, rows=sharding.pmap_collectives(mesh))
+        pure = make_train_step(model, loss, tx, collectives=sharding.pmap_collectives(mesh))
         step = jax.pmap(pure, sharding.MAPPED, in_axes=(None, 1, None), out_axes=None)
         batch = jax.tree.map(lambda x: x.reshape(x.shape[0], sizes[0], -1, *x.shape[2:]), batch)
     else:
         params = sharding.param_shardings(mesh, model.axes, start)
         rows = sharding.mesh_collectives(mesh, (params, None))
-        step = jax.jit(make_train_step(partial(batch_logps, gather_on_use(model, rows, params)), loss, tx, rows=rows))
+        step = jax.jit(make_train_step(gather_on_use(model, rows, params), loss, tx, collectives=rows))
         state = sharding.put_params(jax.device_get(state), sharding.state_shardings_like(mesh, params, state))
         batch = sharding.put_batch(mesh, batch)
     assert count > 1

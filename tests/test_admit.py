@@ -129,7 +129,7 @@ def test_heads_that_cannot_be_shared(monkeypatch):
 
 
 def choose(attention, mesh=None):
-    return with_attention(build_model(PLAIN_MODEL), ModelConfig(attention=attention), mesh)
+    return with_attention(build_model(PLAIN_MODEL), attention, "float32", mesh)
 
 
 def test_chunks_are_what_a_processor_has():

@@ -1,4 +1,4 @@
-"""Packed attention against a dense reference written out here."""
+"""Packed and cached attention against a dense reference."""
 
 from functools import partial
 
@@ -15,28 +15,28 @@ PLAIN = Scoring(D**-0.5)
 
 
 def layout(window=None):
-    """Two rows: padding, then comparisons of different shapes; the branch numbers return in the second group."""
+    """Two rows of comparisons of different shapes, one with padding; both segments of a row use the same branch ids."""
     parts = [[(1, 0, 9), (1, 1, 14), (1, 2, 6), (2, 0, 20), (2, 1, 8), (2, 2, 11), (0, 0, 7)], [(1, 0, 40), (1, 1, 35)]]
-    group = [[g for g, _, n in row for _ in range(n)] for row in parts]
-    branch = [[b for _, b, n in row for _ in range(n)] for row in parts]
+    segments = [[g for g, _, n in row for _ in range(n)] for row in parts]
+    branches = [[b for _, b, n in row for _ in range(n)] for row in parts]
     # Positions continue from the prompt's end in every response.
     lengths = [{(g, b): n for g, b, n in row} for row in parts]
     positions = [
         [i + (known[g, 0] if b else 0) for g, b, n in row for i in range(n)]
         for row, known in zip(parts, lengths, strict=True)
     ]
-    rows = RowMask(jnp.asarray(group), jnp.asarray(branch))
+    rows = RowMask(jnp.asarray(segments), jnp.asarray(branches))
     return rows if window is None else rows._replace(positions=jnp.asarray(positions), window=jnp.int32(window))
 
 
 def visible(rows):
-    """The rule, entry by entry."""
-    group, branch = np.asarray(rows.segment_ids), np.asarray(rows.branch_ids)
-    out = np.zeros((*group.shape, group.shape[1]), bool)
-    for r in range(group.shape[0]):
-        for i in range(group.shape[1]):
+    """The mask, entry by entry."""
+    segment, branch = np.asarray(rows.segment_ids), np.asarray(rows.branch_ids)
+    out = np.zeros((*segment.shape, segment.shape[1]), bool)
+    for r in range(segment.shape[0]):
+        for i in range(segment.shape[1]):
             for j in range(i + 1):
-                out[r, i, j] = group[r, i] == group[r, j] and branch[r, j] in (0, branch[r, i])
+                out[r, i, j] = segment[r, i] == segment[r, j] and branch[r, j] in (0, branch[r, i])
                 if rows.window is not None:
                     out[r, i, j] &= int(rows.positions[r, i]) - int(rows.positions[r, j]) < rows.window
     return out
@@ -59,7 +59,7 @@ def inputs(dtype=jnp.float32):
 
 
 def with_gradient(function, q, k, v, g):
-    """Returns function(q, k, v) and its gradients for a cotangent, in one program."""
+    """Returns function(q, k, v) and its gradients for the cotangent g, in one program."""
 
     def run(q, k, v, g):
         out, back = jax.vjp(function, q, k, v)
@@ -90,7 +90,7 @@ def test_the_chunks_of_very_long_rows_are_larger(monkeypatch):
     assert run.lower(q, k, v).as_text().count("stablehlo.exponential") == 2
 
 
-def test_bfloat16_is_near_and_keeps_the_dtypes():
+def test_bfloat16_is_close_and_keeps_the_dtypes():
     rows = layout()
     narrow = inputs(jnp.bfloat16)
     ours = with_gradient(lambda *x: packed_attention(*x, rows, PLAIN), *narrow)
@@ -101,7 +101,7 @@ def test_bfloat16_is_near_and_keeps_the_dtypes():
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
 
 
-def test_padding_gives_numbers_and_reaches_nobody():
+def test_padding_is_finite_and_changes_no_other_token():
     q, k, v, _ = inputs()
     rows = layout()
     pad = (rows.segment_ids == 0)[..., None, None]
@@ -119,7 +119,7 @@ def test_large_scores_do_not_overflow():
         assert jnp.isfinite(out).all()
 
 
-def test_the_backward_pass_keeps_no_scores():
+def test_the_backward_pass_saves_no_scores():
     q, k, v, _ = inputs()
     rows = layout()
     back = jax.eval_shape(lambda *x: jax.vjp(lambda *y: packed_attention(*y, rows, PLAIN), *x)[1], q, k, v)
@@ -128,29 +128,29 @@ def test_the_backward_pass_keeps_no_scores():
 
 @pytest.mark.parametrize("window", [None, 4, 12])
 def test_cached_attention_is_the_last_row_of_packed_attention(window):
-    """Two rows of which one begins with padding; T - 8 tokens are the prompt, 7 follow it, and then the new one. A
-    third and a fourth sequence share the prompts and have the other's tokens after them."""
+    """Two prompts of T - 8 tokens, one with left padding; each is continued by two sequences of 7 tokens and a new one:
+    its own continuation and that of the other prompt."""
     q, k, v, _ = inputs()
-    group, prompt = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T]), T - 8
+    segments, prompt = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T]), T - 8
 
-    def again(x):
-        """Of each prompt the row itself, and one that goes on as the other does."""
+    def sequences(x):
+        """Returns each prompt with its own continuation, and with that of the other prompt."""
         own, other = x[:, prompt:], x[::-1, prompt:]
         rows = [jnp.concatenate([x[i, :prompt], y[i]])[None] for i in (0, 1) for y in (own, other)]
         return jnp.concatenate(rows)
 
-    rows, scoring = [again(x) for x in (q, k, v)], Scoring(0.7, 3.0)
-    groups = jnp.repeat(group, 2, axis=0)
-    positions = None if window is None else jnp.maximum(jnp.cumsum(groups, axis=1) - 1, 0)
-    seen = RowMask(groups, jnp.zeros_like(groups), positions, window)
-    whole = jax.jit(partial(packed_attention, scoring=scoring))(*rows, seen)
+    rows, scoring = [sequences(x) for x in (q, k, v)], Scoring(0.7, 3.0)
+    repeated = jnp.repeat(segments, 2, axis=0)
+    positions = None if window is None else jnp.maximum(jnp.cumsum(repeated, axis=1) - 1, 0)
+    seen = RowMask(repeated, jnp.zeros_like(repeated), positions, window)
+    full = jax.jit(partial(packed_attention, scoring=scoring))(*rows, seen)
     spare = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9), (0, 0)), constant_values=7.0)  # noqa: E731
     prompts = [x[:, :prompt].swapaxes(1, 2) for x in (k, v)]
     own = [spare(x[:, prompt:-1].swapaxes(1, 2)) for x in rows[1:]]
     new = [x[:, -1:] for x in rows]
     cached = jax.jit(partial(cached_attention, scoring=scoring))
-    last, cache = cached(*new, (*prompts, *own), CacheMask(group[:, :prompt] == 1, jnp.int32(7), window))
-    np.testing.assert_allclose(last, whole[:, -1:], atol=5e-6)
+    last, cache = cached(*new, (*prompts, *own), CacheMask(segments[:, :prompt] == 1, jnp.int32(7), window))
+    np.testing.assert_allclose(last, full[:, -1:], atol=5e-6)
     for kept, old, x in zip(cache, (*prompts, *own), (k, v, *rows[1:]), strict=True):
         with_new = old if len(old) == 2 else old.at[:, :, 7].set(x[:, -1])
         np.testing.assert_array_equal(kept, with_new)

@@ -77,6 +77,22 @@ def test_a_list_on_the_command_line_alone(tmp_path):
     assert c.loss[1]["reduction"] == "mean"
 
 
+def test_elements_may_be_counted_over_a_file_with_one_loss(tmp_path):
+    c = parse(tmp_path, "loss: {name: dpo, beta: 0.2}", "--loss.0.label_smoothing", "0.1", "--loss.1.name", "sft")
+    assert [(term["name"], term.get("beta"), term.get("label_smoothing")) for term in c.loss] == [
+        ("dpo", 0.2, 0.1),
+        ("sft", None, None),
+    ]
+
+
+def test_nested_values_are_a_source_and_overrides(tmp_path):
+    source = {"loss": {"name": "dpo", "beta": 0.5}, "data": {"path": ["a", "b"]}}
+    c = parse_config(Config, source, {"loss": {"beta": 0.3}, "batch_size": 8, "data": {"eval_examples": None}})
+    assert (c.loss["beta"], c.data.path, c.batch_size, c.data.eval_examples) == (0.3, ("a", "b"), 8, None)
+    with pytest.raises(UserError, match=r"^unknown key .loss.betta.; did you mean .loss.beta."):
+        parse_config(Config, source, {"loss": {"betta": 0.3}})
+
+
 def test_a_lists_element_may_be_renamed(tmp_path):
     c = parse(tmp_path, LIST, "--loss.0.name", "sft", "--loss.1.name", "dpo")
     assert [term["name"] for term in c.loss] == ["sft", "dpo"]
@@ -94,11 +110,6 @@ def test_a_lists_element_may_be_renamed(tmp_path):
         (LIST.replace("beta", "betta"), [], r"one.yaml: unknown key 'loss.0.betta'; did you mean 'loss.0.beta'"),
         (LIST.replace("0.5", "x"), [], r"one.yaml: .*loss.0.beta.*x"),
         ("loss: []", [], r"unknown key 'loss'"),
-        (
-            "loss: {name: dpo, beta: 0.2}",
-            ["--loss.0.name", "dpo"],
-            r"unknown key .loss.name.; did you mean .loss.0.name.",
-        ),
     ],
 )
 def test_lists_that_are_wrong(tmp_path, text, argv, message):
@@ -122,7 +133,7 @@ def test_dump_reads_back(tmp_path):
         ("", ["--data.truncation", "keep"], r"invalid choice 'keep' .*truncation.*keep_start"),
         ("", ["--max-steps", "1.5"], r"max_steps.*1\.5"),
         ("loss: {name: dpoo}", [], r"loss.name: unknown loss 'dpoo'; did you mean 'dpo'"),
-        ("", ["--optim.name", "rms"], r"optim.name: unknown optim 'rms'; did you mean 'rmsprop'"),
+        ("", ["--optim.name", "rms"], r"optim.name: unknown optimizer 'rms'; did you mean 'rmsprop'"),
         ("seed: 1\nseed: 2", [], r"one.yaml:2: key 'seed' is given twice"),
         ("- 1", [], r"one.yaml: holds no mapping"),
         ("a: [", [], r"one.yaml: not YAML: "),
@@ -164,7 +175,7 @@ def test_every_frontier_reads(file):
 
 def test_help_names_every_key(capsys):
     with pytest.raises(SystemExit) as ended:
-        show_help(Config, None, [], prog="dpo-jax train")
+        show_help(Config, None, ["--loss.name", "dpo"], prog="dpo-jax train")
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for key in ("--loss.beta", "--optim.warmup_steps", "--data.max_prompt_length", "--max_steps", "--mesh.fsdp"):

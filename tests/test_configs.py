@@ -13,7 +13,6 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.experiments import frontier, setup
-from dpo_jax.logprobs import batch_logps
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Batch
@@ -81,9 +80,9 @@ def traced(c, name):
     )
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == size
-    state = jax.eval_shape(partial(init_state, tx=tx), params)
+    state = jax.eval_shape(partial(init_state, tx=tx, loss=loss), params)
     shape = pack.Layout(microbatches=16, rows=4, length=2 * c.data.max_length, segments=10, scored=896)
-    step = make_train_step(partial(batch_logps, model), loss, tx)
+    step = make_train_step(model, loss, tx)
     new, metrics = jax.eval_shape(step, state, abstract_batch(shape, loss.responses), jnp.int32(3))
     jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(str(a)), new, state)
     assert {m.dtype for m in metrics.values()} == {jnp.dtype("float32")}

@@ -1,9 +1,8 @@
-"""Kernels of attention: equal to a dense reference where they can run, accepted by the compiler where they cannot."""
+"""Attention kernels: equal to a dense reference where they run, and compiled for devices that are not here."""
 
 import dataclasses
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +11,23 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from test_attention import PLAIN, D, H, K, R, dense, inputs, layout, visible, with_gradient
 
-from dpo_jax import losses, sharding
-from dpo_jax.config.schema import Config
+from dpo_jax import sharding
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention
 from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.kernels import cudnn, splash
 from dpo_jax.models.model import build_model
-from dpo_jax.training import compile
 from dpo_jax.training.attention_check import attention_case
-from dpo_jax.training.compile import compiled_step
 
 LLAMA = {"model_type": "llama", "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 PLAIN_MODEL = architecture_of(LLAMA)
-INTERPRETED = partial(splash, interpret=True)  # the TPU's kernel, run on a processor
-BY_XLA = partial(cudnn, implementation="xla")  # what is asked of cuDNN, done by XLA
+INTERPRETED = partial(splash, interpret=True)  # the TPU kernel, run on the CPU
+BY_XLA = partial(cudnn, implementation="xla")  # the call to cuDNN, executed by XLA
 CALLS = {"cuda": r"__cudnn\$\w+", "tpu": "@tpu_custom_call"}
 
 
 def long_case(window):
-    """Rows of more than two blocks, some of which nobody sees and some of which all see, and inputs."""
+    """Rows of more than two blocks, some fully masked and some fully visible, and inputs."""
     _, rows = attention_case(PLAIN_MODEL, "float32", window)
     keys, length = jax.random.split(jax.random.key(1), 4), rows.segment_ids.shape[1]
     return rows, [jax.random.normal(key, (R, length, n, D)) for key, n in zip(keys, (H, K, K, H), strict=True)]
@@ -48,7 +44,7 @@ def long_case(window):
     ],
 )
 def test_equals_dense_attention_and_its_gradient(attend, window, scoring, long):
-    """Splash's kernel itself, and what is asked of cuDNN."""
+    """Splash attention itself, and the call to cuDNN."""
     rows, given = long_case(window) if long else (layout(window), inputs())
     seen = visible(rows)
     found = with_gradient(lambda *x: attend(*x, rows, scoring), *given)
@@ -57,8 +53,8 @@ def test_equals_dense_attention_and_its_gradient(attend, window, scoring, long):
         np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(b).max()))
 
 
-def test_blocks_of_which_nothing_is_seen_are_not_computed():
-    """What is NaN there would be seen in everything it is multiplied with."""
+def test_fully_masked_blocks_are_not_computed():
+    """NaN in such a block would spread to every product with it."""
     rows, (q, k, v, _) = long_case(None)
     unseen = ~visible(rows)[0, 256:, :128].any()
     assert unseen  # of the first row, the last block of queries and the first of keys
@@ -67,14 +63,14 @@ def test_blocks_of_which_nothing_is_seen_are_not_computed():
     np.testing.assert_array_equal(run(q, *broken)[0, 256:], run(q, k, v)[0, 256:])
 
 
-def test_the_backward_pass_keeps_no_mask():
+def test_the_backward_pass_saves_no_mask():
     rows, (q, k, v, _) = long_case(9)
     length = -(-q.shape[1] // 128) * 128
     back = jax.eval_shape(lambda *x: jax.vjp(lambda *y: INTERPRETED(*y, rows, PLAIN), *x)[1], q, k, v)
     assert max(leaf.size for leaf in jax.tree.leaves(back)) == R * length * H * D < R * length**2
 
 
-# Programs for devices that are not here.
+# Programs compiled for devices that are not here.
 
 
 @pytest.fixture
@@ -83,7 +79,7 @@ def some_cudnn(monkeypatch):
 
 
 def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16)):
-    """Returns the gradient of a model's hidden states, and what it is of."""
+    """Returns the gradient function of a model's hidden states, and its abstract arguments."""
     model = build_model(dataclasses.replace(PLAIN_MODEL, windows=windows), compute=compute, remat=remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     row = jax.ShapeDtypeStruct((2, 200), jnp.int32)
@@ -96,10 +92,10 @@ def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16)):
 
 @pytest.mark.parametrize(("platform", "attend", "passes"), [("cuda", cudnn, (1, 1)), ("tpu", splash, (1, 2))])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_models_compile_for_a_device_and_do_no_pass_twice_but_with_full_remat(
+def test_models_compile_for_a_device_and_recompute_attention_only_with_full_remat(
     platform, attend, passes, remat, some_cudnn
 ):
-    """The kernel takes the shapes and dtypes; how often it is called is how often a layer runs it."""
+    """The kernel accepts the shapes and dtypes; the number of calls is the number of runs per layer."""
     function, args = gradient_of(attend, remat)
     text = function.trace(*args).lower(lowering_platforms=(platform,)).as_text()
     forward, backward = passes
@@ -124,7 +120,7 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
     shapes = [(1, 4, one.segment_ids.shape[1], n, D) for n in (heads, kv_heads, kv_heads, heads)]
     given = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     batch = [*given, *(jnp.concatenate([x, x])[None] for x in one[:3])]
-    split = rows.each(partial(run, sharding.shard_heads(mesh, attend)))
+    split = rows.map_rows(partial(run, sharding.shard_heads(mesh, attend)))
     found = jax.jit(split)({"w": jnp.ones(())}, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
     theirs = jax.jit(partial(run, packed_attention))({}, batch, 0)
     for a, b in zip(found, theirs, strict=True):
@@ -136,7 +132,7 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1)])
 @pytest.mark.parametrize(("platform", "attend"), [("cuda", cudnn), ("tpu", splash)])
 def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudnn):
-    """XLA cannot split a kernel: JAX refuses one that is not called where every axis of the mesh is manual."""
+    """XLA cannot partition a kernel: JAX refuses it unless every axis of the mesh is manual."""
     mesh = sharding.make_mesh(*sizes)
     rows = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
     attend = sharding.shard_heads(mesh, attend)
@@ -153,18 +149,5 @@ def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudn
     shapes = [((1, 8, 128, 4, 16), jnp.bfloat16), ((1, 8, 128, 2, 16), jnp.bfloat16), ((1, 8, 128), jnp.int32)]
     where = sharding.batch_sharding(mesh)
     batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
-    lowered = jax.jit(rows.each(run)).trace({"w": jnp.ones(())}, batch, 0).lower(lowering_platforms=(platform,))
+    lowered = jax.jit(rows.map_rows(run)).trace({"w": jnp.ones(())}, batch, 0).lower(lowering_platforms=(platform,))
     assert len(re.findall(CALLS[platform], lowered.as_text())) == (2 if platform == "cuda" else 3)
-
-
-def test_runs_of_a_sweep_do_not_share_a_kernel(monkeypatch):
-    """Several runs in one program are a further axis of rows, which kernels do not all take."""
-    sizes, loss = [], losses.build({"name": "dpo"})
-    monkeypatch.setattr(compile, "vmap_width", lambda count: count)
-    monkeypatch.setattr(jax.lax, "map", lambda function, xs, batch_size=None: sizes.append(batch_size) or 1 / 0)
-    for name in ("chunks", "splash"):
-        run = SimpleNamespace(config=Config(), model=SimpleNamespace(attention=name), loss=loss)
-        parts = SimpleNamespace(mesh=sharding.make_mesh(), rows=sharding.NO_COLLECTIVES, model=None)
-        with pytest.raises(ZeroDivisionError):
-            compiled_step(run, parts, {}, 2)([{}, {}], {}, 0, None, [{}, {}])
-    assert sizes == [2, None]

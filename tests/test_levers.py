@@ -52,8 +52,8 @@ def trajectory(table):
         if attend is not None:
             model = model._replace(hidden=partial(model.hidden, attend=attend))
         logps = bench.logps_of(lever, model)
-        step, column = jax.jit(make_train_step(logps, loss, tx)), reference.make_ref_logps_fn(logps)
-        shape, state, found = bench.shape_of(lever, table, MAX_LENGTH, BATCH), init_state(start, tx), []
+        step, column = jax.jit(make_train_step(model, loss, tx, logps=logps)), reference.make_ref_logps_fn(logps)
+        shape, state, found = bench.shape_of(lever, table, MAX_LENGTH, BATCH), init_state(start, tx, loss), []
         for rows in np.arange(STEPS * BATCH).reshape(STEPS, BATCH):
             batch, count = bench.build(lever, table, rows, shape)
             batch = jax.device_put(batch)

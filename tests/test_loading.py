@@ -1,4 +1,4 @@
-"""A model and its tokenizer together: ids without an embedding, texts without positions, folders of another kind."""
+"""A model and its tokenizer: ids without an embedding, texts longer than the model, folders of another kind."""
 
 import json
 
@@ -28,7 +28,7 @@ def with_token(special):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder whose vocabulary is that of the synthetic tokenizer."""
+    """A model folder with the vocabulary of the synthetic tokenizer."""
     return folder_of("gpt2", tmp_path_factory.mktemp("model") / "m", vocab_size=WORDS, n_positions=64)
 
 
@@ -45,7 +45,7 @@ def test_a_vocabulary_without_the_tokenizers_ids_is_refused(model):
 
 
 def test_a_special_token_that_only_other_models_know_is_refused_in_a_text(model, tmp_path, monkeypatch):
-    """As with Gemma 3, whose tokenizer has a token for pictures that the model of 1B has no embedding for."""
+    """As with Gemma 3, whose tokenizer has an image token without an embedding in the 1B model."""
     load_policy(ModelConfig(path=str(model)), with_token(True), 0)
     monkeypatch.chdir(tmp_path)
     with_token(True).save_pretrained(tmp_path / "tokenizer")

@@ -1,4 +1,4 @@
-"""Adapters: nothing changes at first, torch has the same mathematics, only they learn, PEFT's folders go in and out."""
+"""LoRA: new adapters change nothing, only adapters are trained, logits equal PEFT's, folders are read and written."""
 
 import json
 
@@ -24,18 +24,18 @@ from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import build_model
 from dpo_jax.training.load import load_adapters_config
 
-WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # to store projections: [in, out], fused by head, apart, fused
+WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # layouts of projections: [in, out], fused by head, separate, fused
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders by family, made when first asked for."""
+    """Model folders by family, created on first use."""
     return folders_of({name: (name, {}) for name in FAMILIES}, tmp_path_factory.mktemp)
 
 
 def random_adapters(architecture, spec=SPEC, seed=0):
-    """Adapters that change something: B is random too."""
+    """Returns adapters with random B, so that they change the model."""
     adapters = lora.init_adapters(architecture, spec, seed)
     rng = np.random.default_rng(seed)
     for leaves in adapters["layers"].values():
@@ -107,7 +107,7 @@ def test_every_axis_of_an_adapter_has_a_name(folders, kind):
 
 @pytest.fixture
 def written(folders, tmp_path):
-    """An adapter's folder, its settings and its tensors, to be damaged."""
+    """An adapter folder, its architecture, settings and tensors, to be damaged."""
     architecture = family("llama").architecture(read_config(folders("llama")))
     spec = Lora(2, 4.0, ("q_proj",))
     lora.save_adapters(tmp_path, random_adapters(architecture, spec), spec, architecture, "base")
@@ -136,7 +136,7 @@ def written(folders, tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(written, settings, tensors, message):
+def test_adapters_that_do_not_fit_are_refused(written, settings, tensors, message):
     folder, architecture, old, values = written
     (folder / lora.SETTINGS).write_text(json.dumps(old | settings))
     save_file(values | tensors, folder / lora.WEIGHTS)
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused(written, settings, tensors, message):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT's use of transformers
 @pytest.mark.parametrize(("kind", "rank"), [("gpt2", 3), ("gpt_neox", 3), ("phi3", 4)])
 def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
-    """They have its first factor in common, and so the rank that is set and no more numbers than PEFT's."""
+    """They share A, so that there are as many parameters as in PEFT."""
     architecture, _, base = open_folder(folders(kind))
     adapters = random_adapters(architecture, Lora(rank, 1.0, ("all-linear",)))
     theirs = get_peft_model(load_torch(folders(kind)), PeftLoraConfig(r=rank, target_modules="all-linear"))
@@ -167,13 +167,13 @@ def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
         ({"path": "absent"}, "absent: holds no LoRA; adapter_config.json with peft_type LORA is needed"),
     ],
 )
-def test_settings_that_would_be_passed_over_are_refused(options, message):
+def test_settings_without_effect_are_refused(options, message):
     architecture = family("gpt2").architecture({"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1})
     with pytest.raises(UserError, match=message):
         load_adapters_config(LoraConfig(**options), architecture, 0)
 
 
-def test_settings_that_adapt_nothing_are_refused():
+def test_targets_that_match_nothing_are_refused():
     architecture = family("gpt2").architecture({"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1})
     with pytest.raises(
         UserError, match=r"lora.targets: 'q_proj' is no projection of a gpt2; it has c_attn, c_fc, c_proj"
@@ -186,7 +186,7 @@ def test_settings_that_adapt_nothing_are_refused():
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_keeps_adapters_only(folders, tmp_path, monkeypatch, capsys):
+def test_a_run_trains_and_saves_adapters_only(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(60), strict=False)]
     lines = [{"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]} for r in rows]

@@ -11,7 +11,7 @@ from loss_table import batch_of
 from dpo_jax import losses
 from dpo_jax.errors import UserError
 from dpo_jax.losses import REGISTRY
-from dpo_jax.losses.parts import register
+from dpo_jax.losses.registry import register
 
 
 def logps(policy, reference=None, lengths=None):

@@ -10,7 +10,8 @@ import rich.console
 
 from dpo_jax.errors import UserError
 from dpo_jax.intervals import fisher, mean_interval, wilson
-from dpo_jax.training.metrics_file import Progress, append_metrics, read_metrics, truncate_metrics
+from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
+from dpo_jax.training.progress import Progress
 
 
 def test_append_writes_one_json_object_a_line(tmp_path):

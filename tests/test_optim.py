@@ -66,7 +66,7 @@ def test_defaults_are_the_papers():
 
 
 def test_refuses_what_cannot_train():
-    with pytest.raises(UserError, match=r"optim.name: unknown optimiser 'rmsprob'"):
+    with pytest.raises(UserError, match=r"optim.name: unknown optimizer 'rmsprob'"):
         optim.build("rmsprob")
     with pytest.raises(UserError, match=r"optim.learning_rate: nan is not a finite number"):
         optim.build("rmsprop", learning_rate=float("nan"))

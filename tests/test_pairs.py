@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dpo_jax import cli
+from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import build_pairs
 from dpo_jax.data.sources.base import load_comparisons
 from dpo_jax.errors import UserError
@@ -15,6 +16,10 @@ from dpo_jax.records import Chat, Comparison
 from dpo_jax.training.metrics_file import read_metrics
 
 GREETING = Chat(({"role": "user", "content": "Who are you?"},))
+
+
+def rules_of(file):
+    return build_pairs.correction_rules(str(file), read_yaml(file))
 
 
 def answer(text):
@@ -41,7 +46,7 @@ def test_corrections_are_made_in_their_order(tmp_path):
     (tmp_path / "who.yaml").write_text(
         yaml.safe_dump({r"I am \w+": "I am Ada", r"Ada, made by (\w+)": r"Ada, not \1's"}, sort_keys=False)
     )
-    rules = build_pairs.correction_rules(str(tmp_path / "who.yaml"))
+    rules = rules_of(tmp_path / "who.yaml")
     assert build_pairs.correct_answer("Hi! I am Qwen, made by Acme.", rules) == "Hi! I am Ada, not Acme's."
     assert build_pairs.correct_answer("I don't know.", rules) == "I don't know."
 
@@ -49,14 +54,14 @@ def test_corrections_are_made_in_their_order(tmp_path):
 def test_a_rule_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "who.yaml").write_text("No: Yes")
     with pytest.raises(UserError, match=r"who.yaml: False: True: both must be text"):
-        build_pairs.correction_rules(str(tmp_path / "who.yaml"))
+        rules_of(tmp_path / "who.yaml")
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", "x"), ("a", r"\1")])
 def test_an_invalid_rule_is_refused(tmp_path, pattern, replacement):
     (tmp_path / "who.yaml").write_text(yaml.safe_dump({pattern: replacement}))
     with pytest.raises(UserError, match=r"who.yaml: .*no pattern and replacement"):
-        build_pairs.correction_rules(str(tmp_path / "who.yaml"))
+        rules_of(tmp_path / "who.yaml")
 
 
 def test_corruption_drops_doubles_or_swaps_one_word_in_five():

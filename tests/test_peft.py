@@ -1,4 +1,4 @@
-"""PEFT's own adapters: they are read, or refused by name, and ten DPO steps of both have the same losses."""
+"""Adapters written by PEFT: they are read or refused by name, and ten DPO steps have the same losses as with PEFT."""
 
 import json
 from functools import partial
@@ -25,7 +25,7 @@ from dpo_jax.step import init_state, make_train_step
 # PEFT and transformers warn of each other.
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
-# Each way to store projections: [in, out], fused by head, fused, apart; and the targets that PEFT is given for it.
+# A family per layout of projections ([in, out], fused by head, separate, fused), and its targets in PEFT.
 TARGETS = {
     "gpt2": ["c_attn", "mlp.c_proj"],
     "gpt_neox": "all-linear",
@@ -37,12 +37,12 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model folders by family, made when first asked for."""
+    """Model folders by family, created on first use."""
     return folders_of({name: (name, {}) for name in FAMILIES}, tmp_path_factory.mktemp)
 
 
 def adapted(folder, seed=0, **settings):
-    """Returns PEFT's model over a base, with B random, so that it changes something."""
+    """Returns PEFT's model over a base, with random B, so that the adapter changes the model."""
     torch.manual_seed(seed)
     model = get_peft_model(load_torch(folder), LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def torch_logits(model, tokens):
 
 
 def assert_loads_as(folder, adapter, theirs):
-    """The adapter of a PEFT folder over a base has these logits with us, which are not the base's."""
+    """Asserts that our logits with an adapter folder equal PEFT's, and differ from the base's."""
     architecture, _, base = load_folder(folder)
     adapters, spec = lora.load_adapters(adapter, architecture)
     model, tokens = build_model(architecture), tokens_of(2, 20)
@@ -69,14 +69,14 @@ def assert_loads_as(folder, adapter, theirs):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_an_adapter_of_pefts_own_has_the_same_logits(folders, kind, tmp_path):
+def test_an_adapter_written_by_peft_has_the_same_logits(folders, kind, tmp_path):
     theirs = adapted(folders(kind), r=3, lora_alpha=5, target_modules=TARGETS[kind])
     theirs.save_pretrained(tmp_path)
     assert_loads_as(folders(kind), tmp_path, theirs)
 
 
-def test_ranks_and_alphas_of_some_modules_are_pefts(folders, tmp_path):
-    """Its patterns are ends of names, the first that fits counts, and one may be of a single layer."""
+def test_rank_and_alpha_patterns_mean_what_they_mean_in_peft(folders, tmp_path):
+    """Patterns match the end of a name, the first match counts, and a pattern may name a single layer."""
     ranks = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 9, "self_attn.v_proj": 1}}
     theirs = adapted(folders("llama"), r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], **ranks)
     theirs.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_a_bfloat16_adapter_is_read(folders, tmp_path):
         {"modules_to_save": ["lm_head"]},
     ],
 )
-def test_what_pefts_adapters_have_more_is_refused_by_name(folders, settings, tmp_path):
+def test_unsupported_settings_of_peft_are_refused_by_name(folders, settings, tmp_path):
     theirs = adapted(folders("llama"), r=2, target_modules=["q_proj"], **settings)
     theirs.save_pretrained(tmp_path)
     (key,) = settings
@@ -149,18 +149,16 @@ def our_losses(folder, adapter, table):
     """Ten steps of the train step over an adapter's folder; the reference is the base."""
     architecture, _, base = load_folder(folder)
     adapters, spec = lora.load_adapters(adapter, architecture)
-    logps, tx = (
-        partial(batch_logps, build_model(architecture)),
-        optim.build("adamw", learning_rate=RATE, warmup_steps=0),
-    )
+    model, tx = build_model(architecture), optim.build("adamw", learning_rate=RATE, warmup_steps=0)
+    logps, loss = partial(batch_logps, model), losses.build({"name": "dpo", "beta": 0.5})
 
     def policy(trained, base):
         return lora.attach_adapters(architecture, base, trained, spec)
 
-    step = jax.jit(make_train_step(logps, losses.build({"name": "dpo", "beta": 0.5}), tx, policy=policy))
+    step = jax.jit(make_train_step(model, loss, tx, policy=policy))
     column = jax.jit(lambda p, m: as_ref_logps(logps(p, m), m))
     shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=2)
-    state, found = init_state(adapters, tx), []
+    state, found = init_state(adapters, tx, loss), []
     for i in range(STEPS):
         batch, count, _ = pack.build_batch(table, rows_of(i), shape)
         for m in range(count):
@@ -193,11 +191,11 @@ def pefts_losses(folder, adapter, table):
 @pytest.mark.parametrize(
     "kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "gpt_neox", "phi3"))]
 )
-def test_ten_steps_of_dpo_are_pefts(folders, table, tmp_path, kind):
-    """Adapters start as PEFT makes them: A random, B zero, so that the first loss is log 2."""
+def test_ten_steps_of_dpo_equal_pefts(folders, table, tmp_path, kind):
+    """Adapters start as in PEFT: A random, B zero, so that the first loss is log 2."""
     config = LoraConfig(r=6, lora_alpha=12, target_modules="all-linear")
     get_peft_model(load_torch(folders(kind)), config).save_pretrained(tmp_path)
     ours, theirs = (run(folders(kind), tmp_path, table) for run in (our_losses, pefts_losses))
     assert ours[0] == pytest.approx(np.log(2), abs=1e-5)
     assert ours == pytest.approx(theirs, abs=1e-4)
-    assert min(ours) < 0.5 * ours[0]  # it learns, so that the comparison is no formality
+    assert min(ours) < 0.5 * ours[0]  # it learns, so that the comparison means something

@@ -112,7 +112,7 @@ def test_other_hyper_parameters_are_the_same_program(config_of):
         step = compiled_step(run, policy_shardings(run, mesh, trained), like)
         batch = abstract_batch(plan_layout(config, 8), 2)
         count, numbers = jax.ShapeDtypeStruct((), "int32"), hparams(config)
-        return step.lower([like], batch, count, None, [numbers]).as_text()
+        return step.lower(like, batch, count, None, numbers).as_text()
 
     first = program()
     assert program("--loss.beta", "0.7", "--loss.label_smoothing", "0.1", "--optim.learning_rate", "1e-3") == first

@@ -1,4 +1,4 @@
-"""A base in few bits: its numbers are the paper's, it takes little memory, and adapters learn as over it made whole."""
+"""QLoRA: nf4 is the paper's, memory is that of 4 or 8 bits, and training equals that over the dequantized base."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ WORDS = len(synthetic.synthetic_tokenizer())
 
 
 def nf4_table():
-    """The paper's: quantiles of a normal, eight below 0 and nine from 0 on, the largest being 1 (its appendix E)."""
+    """The paper's nf4 values: normal quantiles, eight below 0 and nine from 0 on, scaled to at most 1 (appendix E)."""
     most = (1 - 1 / 32 + 1 - 1 / 30) / 2
     above, below = (norm.ppf(np.linspace(most, 0.5, n)[:-1]) for n in (9, 8))
     values = np.sort([*above, 0.0, *-below])
@@ -53,7 +53,7 @@ def test_nf4_takes_the_nearest_of_the_papers_numbers_in_every_tile(inputs, tile)
     kernel = np.random.default_rng(0).normal(size=(128, 8, 6)).astype(np.float32)
     made = quantize(jnp.asarray(kernel), inputs, "nf4")
     assert (made.values.dtype, made.values.shape) == (jnp.uint8, (128, 8, 3))
-    tiles = np.moveaxis(kernel, inputs - 1, -1)  # the last of the inputs is cut
+    tiles = np.moveaxis(kernel, inputs - 1, -1)  # the last input axis is tiled
     tiles = tiles.reshape(*tiles.shape[:-1], -1, tile)
     most = np.abs(tiles).max(-1, keepdims=True)
     table = nf4_table()
@@ -77,7 +77,7 @@ def test_int8_is_off_by_half_a_step_of_the_outputs_largest_number(inputs):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A folder of a small Llama that fits the synthetic tokenizer, and stored in bfloat16."""
+    """A bfloat16 folder of a small Llama with the vocabulary of the synthetic tokenizer."""
     import torch
 
     folder = tmp_path_factory.mktemp("base")
@@ -86,8 +86,8 @@ def llama(tmp_path_factory):
     return folder
 
 
-def held_in(folder, kind):
-    """Returns a model, its base in few bits as host arrays, and the same base as floats."""
+def quantized_model(folder, kind):
+    """Returns an architecture, its quantized base as host arrays, and the same base dequantized."""
     architecture, _, params = open_folder(folder)
     few = load_into_memory(qlora.quantize_base(narrow_dtypes(params), architecture, kind, map_layers))
     floats = qlora.as_floats(few)
@@ -99,8 +99,8 @@ def held_in(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_model_is_that_of_its_numbers_made_whole(llama, kind):
-    architecture, few, floats = held_in(llama, kind)
+def test_a_quantized_model_equals_its_dequantized_one(llama, kind):
+    architecture, few, floats = quantized_model(llama, kind)
     _, _, before = load_folder(llama)
     run = jax.jit(partial(logits_of, build_model(architecture), tokens=tokens_of(2, 20)))
     np.testing.assert_allclose(run(few), run(floats), atol=1e-5)
@@ -109,11 +109,11 @@ def test_a_model_is_that_of_its_numbers_made_whole(llama, kind):
     for name in kernels:
         kernel, whole = (tree["layers"][name]["kernel"] for tree in (before, floats))
         error = np.linalg.norm(whole - kernel) / np.linalg.norm(kernel)
-        assert 0 < error < {"nf4": 0.1, "int8": 0.01}[kind], name  # of normal numbers, 9.2 % with tiles of 64
+        assert 0 < error < {"nf4": 0.1, "int8": 0.01}[kind], name  # 9.2 % for normal numbers with tiles of 64
     assert few["embedding"].dtype == few["layers"]["mlp_norm"]["scale"].dtype == "bfloat16"  # as in the file
 
 
-# The step, as it is compiled for a run.
+# The compiled step of a run.
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def assert_same(one, two):
 
 @pytest.fixture(scope="module")
 def adapters(llama):
-    """Adapters that change something."""
+    """Adapters that change the model."""
     architecture, _, _ = open_folder(llama)
     made = lora.init_adapters(architecture, lora.Lora(2, 16.0, ("all-linear",)), 0)
     for leaves in made["layers"].values():
@@ -177,17 +177,17 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("kind", "options"), LAYOUTS)
-def test_adapters_learn_as_over_the_base_made_whole(llama, table, adapters, kind, options):
-    """Gradients, microbatch by microbatch, on any layout, whatever is computed again."""
-    _, few, floats = held_in(llama, kind)
+def test_adapters_learn_as_over_the_dequantized_base(llama, table, adapters, kind, options):
+    """Equal training over several microbatches, for every mesh and remat policy."""
+    _, few, floats = quantized_model(llama, kind)
     expected = two_steps(config_of(llama), table, floats, adapters)
     assert largest_difference(expected[1], adapters) > 0.01
     assert_same(expected, two_steps(config_of(llama, "--lora.base", kind, *options), table, few, adapters))
 
 
 @pytest.mark.slow
-def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch):
-    """A bfloat16 model under adapters is not made wider on an accelerator, and nothing is lost by that."""
+def test_a_base_in_the_dtype_of_its_file_trains_the_same(llama, adapters, monkeypatch):
+    """On an accelerator a bfloat16 base stays bfloat16 under adapters, which changes no result."""
     architecture, _, params = open_folder(llama)
     config = config_of(llama)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -208,8 +208,8 @@ def test_a_base_as_wide_as_its_file_trains_the_same(llama, adapters, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_memory_is_that_of_few_bits(llama, kind):
-    """In the plan and in the arguments of a compiled program; two numbers of nf4 lie in a byte."""
+def test_memory_is_that_of_4_or_8_bits(llama, kind):
+    """In the plan and in the arguments of a compiled program; a byte holds two nf4 numbers."""
     config = config_of(llama, "--lora.base", kind)
     run, mesh = traced_step(config), sharding.make_mesh()
     trained, _ = state_shardings(run, optim.build(**config.optim), mesh)
@@ -222,7 +222,7 @@ def test_memory_is_that_of_few_bits(llama, kind):
     }[kind]
     rest = 2 * WORDS * 32 + 2 * 2 * 32 + 32
     assert bytes_per_device(base) == numbers * bits // 8 + 4 * scales + 2 * rest  # bfloat16, as in the file
-    _, few, _ = held_in(llama, kind)
+    _, few, _ = quantized_model(llama, kind)
     gate = Quantized(*(jnp.asarray(few["layers"]["gate"][name]) for name in ("quantized", "scale")))
     memory = jax.jit(partial(dequantize, dtype=jnp.float32)).lower(gate).compile().memory_analysis()
     assert memory.argument_size_in_bytes == mlp * bits // 8 + gate.scale.nbytes
@@ -232,7 +232,7 @@ def test_memory_is_that_of_few_bits(llama, kind):
 
 
 @pytest.mark.slow
-def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path, monkeypatch, capsys):
+def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(40), strict=False)]
     lines = [{"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]} for r in rows]
@@ -253,9 +253,9 @@ def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path,
     assert "adapters are merged into the nf4 base that they were trained over, made whole; adapter/ has them" in out
     metrics = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # the reference is the base in few bits
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # the reference is the quantized base
     assert losses[-1] < losses[0]
-    architecture, few, floats = held_in(llama, "nf4")
+    architecture, few, floats = quantized_model(llama, "nf4")
     trained, spec = lora.load_adapters(tmp_path / "runs/run/adapter", architecture)
     expected = lora.merge_adapters(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1]
     _, hf_config, after = load_folder(tmp_path / "runs/run/model")
@@ -274,7 +274,7 @@ def test_a_run_over_few_bits_trains_and_exports_what_it_trained(llama, tmp_path,
         ),
     ],
 )
-def test_what_has_no_meaning_is_refused(llama, options, message, tmp_path, monkeypatch):
+def test_options_without_meaning_are_refused(llama, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": {"path": str(llama)}}))
     with pytest.raises(UserError, match=message):

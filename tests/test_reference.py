@@ -7,8 +7,7 @@ from dpo_jax import losses, reference
 from dpo_jax.config.schema import Config, LoraConfig, ReferenceConfig
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.records import Tokens
-from dpo_jax.step import Sync
+from dpo_jax.records import Sync, Tokens
 from dpo_jax.training import setup
 
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import sharding
+from dpo_jax import losses, sharding
 from dpo_jax.errors import UserError
 from dpo_jax.step import init_state
 
@@ -30,7 +30,7 @@ def test_optimiser_arrays_lie_as_their_parameters():
     mesh = sharding.make_mesh(1, 4, 1)
     params = {"w": jax.ShapeDtypeStruct((8, 3), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32)}
     laid = sharding.param_shardings(mesh, {"w": ("embed", None), "b": (None,)}, params)
-    state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3)), params)
+    state = jax.eval_shape(lambda p: init_state(p, optax.adam(1e-3), losses.build({"name": "dpo"})), params)
     where = sharding.state_shardings_like(mesh, laid, state)
     adam = where.opt_state[0]
     for tree in (where.params, adam.mu, adam.nu):

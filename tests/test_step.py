@@ -14,9 +14,9 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import as_ref_logps, batch_logps
 from dpo_jax.models.huggingface.folder import load_folder
 from dpo_jax.models.model import build_model
-from dpo_jax.records import Tokens
+from dpo_jax.records import Sync, Tokens
 from dpo_jax.sharding import NO_COLLECTIVES
-from dpo_jax.step import Sync, gradient, init_state, make_eval_step, make_train_step
+from dpo_jax.step import gradient, init_state, make_eval_step, make_train_step
 
 VOCAB, BATCH, STEPS = 61, 8, 20
 OPTIM = {"learning_rate": 2e-3, "warmup_steps": 4, "max_grad_norm": 10.0}
@@ -51,11 +51,11 @@ def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil
     loss = loss or losses.build({"name": "dpo", "beta": 0.5})
     tx = optim.build("rmsprop", **OPTIM)
     traced = []
-    pure = make_train_step(logps, loss, tx)
+    pure = make_train_step(model, loss, tx)
     step = jax.jit(lambda *args: (traced.append(1), pure(*args))[1])
     shape = pack.choose_layout(table, max_length=32, batch_size=BATCH, rows=rows)
     column = jax.jit(lambda p, m: as_ref_logps(logps(p, m), m))
-    state, history = jax.jit(partial(init_state, tx=tx))(params), []
+    state, history = jax.jit(partial(init_state, tx=tx, loss=loss))(params), []
     for i in range(steps):
         batch, count, _ = pack.build_batch(table, indices(i), shape)
         for m in range(count):
@@ -128,14 +128,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so(folder, table):
 
 def test_eval_gives_each_comparison_its_own_values(folder, table):
     architecture, _, params = load_folder(folder)
-    logps = partial(batch_logps, build_model(architecture))
+    model = build_model(architecture)
     shape = pack.choose_layout(table, max_length=32, batch_size=24, rows=2, length=128)
     reference = np.random.default_rng(0).normal(size=(24, 2)).astype(np.float32) * 9 - 60
     column = np.stack([reference, reference], axis=-1)
     batch, count, places = pack.build_batch(table, np.arange(24), shape, column)
     assert count > 1
-    step = jax.jit(make_eval_step(logps, losses.build({"name": "dpo", "beta": 0.1})))
-    metrics = step((params, None), np.zeros(1, np.float32), batch, np.int32(count))
+    step = jax.jit(make_eval_step(model, losses.build({"name": "dpo", "beta": 0.1})))
+    metrics = step(params, batch, np.int32(count), np.zeros(1, np.float32))
     with torch.no_grad():
         policy = torch.stack([originals.sequence_logps(originals.load(folder), table[i]) for i in range(24)])
     expected = originals.preference_loss(policy, torch.tensor(reference), 0.1).numpy()
@@ -184,7 +184,7 @@ def test_a_loss_across_comparisons_is_differentiated_with_its_statistic(folder, 
         np.full((24, 2, 2), -40.0),
     )
     batch = jax.tree.map(jax.numpy.asarray, batch)
-    state = init_state(params, optim.build("rmsprop", **OPTIM))._replace(running=np.array([4.0], np.float32))
+    state = init_state(params, optim.build("rmsprop", **OPTIM), loss)._replace(running=np.array([4.0], np.float32))
     assert count > 1
 
     def whole(params):
@@ -218,11 +218,11 @@ def test_the_statistic_is_carried_from_step_to_step(folder, table):
 def test_a_reference_that_moves(folder, table):
     """TR-DPO: alpha of the policy and 1 - alpha of itself every second step, and nothing in between."""
     architecture, _, params = load_folder(folder)
-    logps = partial(batch_logps, build_model(architecture))
+    model = build_model(architecture)
     loss, tx = losses.build({"name": "dpo", "beta": 0.5}), optim.build("rmsprop", **OPTIM)
-    step = jax.jit(make_train_step(logps, loss, tx, Sync(every=2, alpha=0.25)))
+    step = jax.jit(make_train_step(model, loss, tx, sync=Sync(every=2, alpha=0.25)))
     shape = pack.choose_layout(table, max_length=32, batch_size=BATCH)
-    state = init_state(params, tx, reference=params)
+    state = init_state(params, tx, loss, reference=params)
     expected = params
     for i in range(4):
         batch, count, _ = pack.build_batch(table, indices(i), shape, np.zeros((len(table), 2, 2), np.float32))

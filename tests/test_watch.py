@@ -19,14 +19,14 @@ from dpo_jax.training import checkpoint, interrupts
 
 LOOP = """
 import time
-from dpo_jax import watch
-with watch.asked_to_end() as asked:
+from dpo_jax.training import interrupts
+with interrupts.stop_requests() as asked:
     print("begun", flush=True)
     while True:
         time.sleep(0.02)
         if asked() and {polite}:
             print("asked:", asked(), flush=True)
-            raise SystemExit(watch.AGAIN)
+            raise SystemExit(interrupts.EXIT_AGAIN)
 """
 
 
@@ -72,8 +72,8 @@ def test_signals_are_as_before_afterwards():
 def test_a_hang_prints_stacks_and_ends_the_process():
     code = """
 import time
-from dpo_jax import watch
-with watch.hang(0.5) as alive:
+from dpo_jax.training import interrupts
+with interrupts.hang_watchdog(0.5) as alive:
     for _ in range(4):
         alive()
         time.sleep(0.3)
@@ -97,7 +97,7 @@ with watch.hang(0.5) as alive:
 def test_out_of_memory_says_what_to_change():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nlong list of buffers")
     config = Config(data=DataConfig(rows=8), model=ModelConfig(remat="none", compute="float32"))
-    with pytest.raises(UserError) as told, interrupts.explain_out_of_memory(config):
+    with pytest.raises(UserError) as told, interrupts.explain_out_of_memory(config.model, config.data):
         raise full
     assert re.search(
         r"allocating 8 bytes.*data.rows below 8, model.remat full, model.compute bfloat16", str(told.value)
@@ -105,12 +105,13 @@ def test_out_of_memory_says_what_to_change():
     assert "\n" not in str(told.value)
     with (
         pytest.raises(UserError) as told,
-        interrupts.explain_out_of_memory(Config(model=ModelConfig(remat="full", compute="bfloat16"))),
+        interrupts.explain_out_of_memory(ModelConfig(remat="full", compute="bfloat16"), DataConfig()),
     ):
         raise full
     assert "data.rows 1, more devices along mesh.fsdp" in str(told.value)
     other = jax.errors.JaxRuntimeError("INTERNAL: else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="else"), interrupts.explain_out_of_memory(config):
+    explained = interrupts.explain_out_of_memory(config.model, config.data)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="else"), explained:
         raise other
 
 
@@ -118,11 +119,12 @@ def test_a_folder_has_one_writer(tmp_path):
     with interrupts.lock_folder(tmp_path / "run"):
         code = f"""
 from pathlib import Path
-from dpo_jax import records, watch
+from dpo_jax.errors import UserError
+from dpo_jax.training import interrupts
 try:
-    with watch.locked(Path({str(tmp_path / "run")!r})):
+    with interrupts.lock_folder(Path({str(tmp_path / "run")!r})):
         print("got it")
-except records.UserError as e:
+except UserError as e:
     print(e)
 """
         env = os.environ | {"PYTHONPATH": str(launched.ROOT)}

@@ -1,4 +1,4 @@
-"""`dpo-jax export`: a checkpoint as a Hugging Face folder."""
+"""`dpo-jax export`: writes a checkpoint as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from dpo_jax.training.tables import reward_encoding
 
 
 def export_command(argv: list[str]) -> None:
-    """`dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
+    """Runs `dpo-jax export RUN OUT [--checkpoint newest|best|STEP]`."""
     (path, out), rest = leading_arguments(argv, "export", "RUN", "OUT")
     given = arguments(rest)
     if any(key != "checkpoint" or len(values) != 1 for key, values in given):
-        raise UserError("dpo-jax export takes RUN, OUT and perhaps --checkpoint newest, best or a step; nothing else")
+        raise UserError("dpo-jax export takes RUN, OUT and --checkpoint newest, best or a step; remove the rest")
     which = given[-1][1][0] if given else "newest"
     if not is_run(path):
-        raise UserError(f"{path}: not the folder of a run (it holds no config.yaml)")
+        raise UserError(f"{path}: not the folder of a run (it holds no config.yaml); name a run folder")
     settings = run_config(path)
     tokenizer = load_run_tokenizer(settings.model)
     loss = losses.build(settings.loss)
@@ -31,4 +31,4 @@ def export_command(argv: list[str]) -> None:
     loaded.save(state.params, Path(out), tokenizer)
     for line in export_notes(settings, loaded):
         log_line(line)
-    log_line(f"wrote {out}, which transformers loads with from_pretrained")
+    log_line(f"wrote {out}; transformers loads it with from_pretrained")

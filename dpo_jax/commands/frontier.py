@@ -11,7 +11,6 @@ from rich.table import Column
 from rich.table import Table as Grid
 
 from dpo_jax.commands.common import leading_arguments, log_line
-from dpo_jax.commands.train import train_config
 from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.experiments import frontier, optimum
@@ -26,6 +25,7 @@ from dpo_jax.pages.frontier import (
     standalone_figure,
 )
 from dpo_jax.paths import written
+from dpo_jax.runs.train import with_base_model
 
 
 def frontier_command(argv: list[str]) -> None:
@@ -36,9 +36,9 @@ def frontier_command(argv: list[str]) -> None:
     run = settings.run or str(Path("runs") / Path(file).stem)
     settings, start = dataclasses.replace(settings, run=run), time.perf_counter()
     if settings.model.path.endswith((".yaml", ".yml")):
-        reference = train_config(settings.model.path)
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(reference)))
-    found = frontier.run_frontier(settings, log_line)
+        base = with_base_model(settings, file).model
+        settings = dataclasses.replace(settings, model=base)
+    found = frontier.run_frontier(settings)
     lines = point_line(found, settings)
     for rows in (budgets(found), frontier_table(found), optima(found)):
         _print(rows)

@@ -17,11 +17,12 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dpo_jax import losses
-from dpo_jax.config.variants import options_of, unknown_name, variants
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.losses import term_options
-from dpo_jax.losses.parts import Entry
+from dpo_jax.losses.objective import OPTIONS
+from dpo_jax.losses.registry import Entry, find_entry
+from dpo_jax.named import options_of
 from dpo_jax.pages import figure
 from dpo_jax.paths import written
 from dpo_jax.records import Array, Logps
@@ -67,8 +68,7 @@ def losses_command(argv: Sequence[str]) -> None:
     if any(key != "plot" or len(values) > 1 for key, values in given):
         raise UserError("dpo-jax losses takes names of losses, then --plot [FILE.svg]; nothing else")
     for name in names:
-        if name not in losses.REGISTRY:
-            raise UserError(f"unknown loss {name!r}; {unknown_name(name, list(losses.REGISTRY))}")
+        find_entry(name, "dpo-jax losses")
     if given:
         print(f"wrote {write_plot(Path((given[-1][1] or ['losses.svg'])[0]), names)}")
         return
@@ -80,15 +80,14 @@ def losses_command(argv: Sequence[str]) -> None:
 
 
 def _common() -> list[str]:
-    """Returns the options that every loss has, a line each."""
-    functions = variants()["loss"]["dpo"][1:]
-    found = [(f"{o.name} {o.default}", o.help) for function in functions for o in options_of(function)]
-    return ["every loss has also", *(f"  {option:<24} {said}" for option, said in found)]
+    """Returns the options of every loss, a line each."""
+    found = [(f"{o.name} {o.default}", o.help) for o in options_of(*OPTIONS)]
+    return ["every loss also has", *(f"  {option:<24} {text}" for option, text in found)]
 
 
 def describe_loss(name: str) -> Description:
     """Returns what a registered loss says of itself."""
-    entry = losses.REGISTRY[name]
+    entry = find_entry(name)
     lines = (inspect.getdoc(entry.function) or "").splitlines()
     found = re.fullmatch(r"(.*?) \(([^()]* \d{4}, arXiv [^()]*)\)(.*)", lines[0])
     if not found:
@@ -184,7 +183,7 @@ def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:
 
 def _curve(name: str) -> LossCurve:
     """Returns the curve of a loss, of steps of one pair each."""
-    entry = losses.REGISTRY[name]
+    entry = find_entry(name)
     hyper = {"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}
 
     def at(margins: Array, shift: float = 0.0) -> Array:

@@ -1,4 +1,4 @@
-"""`dpo-jax models`: the families of models that can be loaded."""
+"""`dpo-jax models`: lists the supported model families."""
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -8,16 +8,16 @@ from dpo_jax.models.families.registry import describe_families
 
 
 def models_command(argv: list[str]) -> None:
-    """`dpo-jax models`."""
+    """Runs `dpo-jax models`."""
     leading_arguments(argv, "models")
     grid = Grid("model_type", "class in transformers", "what it is")
     for row in describe_families():
         grid.add_row(*row)
     Console().print(grid)
     log_line(
-        "Every one of them is trained, evaluated, sampled with a cache, laid out over devices and exported.\n"
-        "Rotary positions: default, linear, llama3; longrope in phi3. What else a config.json asks for is refused by\n"
-        "its key, and so are mixtures of experts.\n"
+        "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
+        "Rotary positions: default, linear, llama3; longrope in phi3. Any other setting of a config.json is refused\n"
+        "by its key, and so are mixtures of experts.\n"
         "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
-        "tensors(architecture), and a row in tests/tiny.py, from which the tests compare it with transformers."
+        "tensors(architecture), and a row in tests/tiny.py, with which the tests compare it to transformers."
     )

@@ -12,6 +12,7 @@ from dpo_jax.commands.common import log_line
 from dpo_jax.config.commands import PairsConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import DataConfig, ModelConfig, SamplesConfig
+from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import build_pairs
 from dpo_jax.data.sources.base import Note, open_stream, prompt_key
 from dpo_jax.errors import UserError
@@ -150,7 +151,8 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
 def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
     """Yields pairs built from a model's answers, with their provenance."""
     score = get_reward(settings.reward) if settings.reward else None
-    rules = build_pairs.correction_rules(settings.corrections) if settings.corrections else []
+    path = settings.corrections
+    rules = build_pairs.correction_rules(path, read_yaml(path)) if path else []
     drawing = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     made_by = {"by": settings.by, "model": model} | {name: getattr(settings, name) for name in drawing}
     made_by |= {"reward": settings.reward, "label": settings.label} if score else {"corrections": settings.corrections}

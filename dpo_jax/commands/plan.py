@@ -92,26 +92,26 @@ def plan_run(config: Config) -> Plan:
     setup.check_length(config, run.model)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
-    trained, like = state_shardings(run, tx, mesh)
-    parts = policy_shardings(run, mesh, trained)
-    base = None if parts.base is None else lay_out(run.base, parts.base)
+    trained, abstract = state_shardings(run, tx, mesh)
+    shardings = policy_shardings(run, mesh, trained)
+    base = None if shardings.base is None else lay_out(run.base, shardings.base)
     batch = jax.tree.map(
         partial(place_shapes, where=sharding.batch_sharding(mesh)),
         abstract_batch(shape, planned_responses(config, loss)),
     )
     count_of = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = compiled_step(run, parts, like).lower([like], batch, count_of, base, [hparams(config)]).compile()
+    compiled = compiled_step(run, shardings, abstract).lower(abstract, batch, count_of, base, hparams(config)).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     gradients = bytes_per_device(lay_out(run.params, trained))
     columns = 1 if loss.rewards else run.model.architecture.vocab
     logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * columns // sharding.row_devices(mesh)
-    frozen = None if parts.base is None else lay_out(traced_step(config).base, parts.base)
+    frozen = None if shardings.base is None else lay_out(traced_step(config).base, shardings.base)
     if base is None and loss.uses_reference and config.reference.mode == "online":
-        frozen = like.params
+        frozen = abstract.params
     memory = Memory(
-        bytes_per_device(like.params),
+        bytes_per_device(abstract.params),
         bytes_per_device(frozen),
-        bytes_per_device(like.opt_state),
+        bytes_per_device(abstract.opt_state),
         min(gradients, temporary),
         min(logits, max(0, temporary - gradients)),
         max(0, temporary - gradients - logits),

@@ -27,8 +27,9 @@ from dpo_jax.paths import cache_folder, is_run, written
 from dpo_jax.records import Array
 from dpo_jax.rewards.endpoint import EndpointClient
 from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
-from dpo_jax.rewards.registry import REWARDS, Reward, get_reward
+from dpo_jax.rewards.registry import REWARDS, get_reward
 from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wins
+from dpo_jax.rewards.words import Reward
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer

@@ -1,37 +1,45 @@
 """One YAML is one experiment: frozen dataclasses, strict, with dotted overrides from the command line.
 
-The YAML is flattened to arguments which stand before those of the command line, so that both are read by one parser
-and get the same errors. A loss or an optimiser is chosen by name, and its options are the keyword-only parameters of
-the functions of that name: a new variant needs no line here. Such a section may be a list, and then its keys are
-counted from 0: `loss: [{name: dpo}, {name: sft}]` is `--loss.0.name dpo --loss.1.name sft`.
+The YAML is flattened to arguments that stand before those of the command line, so that one parser reads both and both
+get the same errors. Losses and optimizers are chosen by name; their options are the keyword-only parameters of the
+function of that name, built-in or `module:function`. Such a section may be a list with elements counted from 0:
+`loss: [{name: dpo}, {name: sft}]` is `--loss.0.name dpo --loss.1.name sft`.
 """
 
 import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
-from dpo_jax.config.variants import first_line, options_of, unknown_name, variants
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
 from dpo_jax.errors import UserError, closest
+from dpo_jax.named import options_of
 
 T = TypeVar("T")
+SECTIONS = ("loss", "optim")  # whose options depend on a name
 
 
-def _options(section: str, name: str) -> type:
-    """Returns a dataclass of `name` and the options of the variant of that name, with their help texts."""
-    functions = variants()[section][name]
+def _functions(section: str, name: str, key: str) -> Sequence[Callable]:
+    """Returns the functions whose options a named loss or optimizer has; imports JAX, as they do."""
+    from dpo_jax import losses, optim
+
+    return losses.option_functions(name, key) if section == "loss" else [optim.optimizer_function(name, key)]
+
+
+def _options(section: str, name: str, key: str) -> type:
+    """Returns a dataclass of `name` and its options, with their help texts."""
+    functions = _functions(section, name, key)
     fields: list[Any] = [("name", str, field(default=name))]
-    for function in functions:
-        for option in options_of(function):
-            annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
-            fields.append((option.name, annotated, field(default=option.default)))
+    for option in options_of(*functions):
+        annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
+        fields.append((option.name, annotated, field(default=option.default)))
     new = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
-    new.__doc__ = f"{name}: {first_line(functions[0])}"
+    new.__doc__ = f"{name}: {(functions[0].__doc__ or '').partition(chr(10))[0]}"
     return new
 
 
@@ -47,21 +55,17 @@ def _chosen(pairs: KeyTexts, section: str, default: str) -> dict[str, str]:
     return {element: names[f"{section}.{element}.name"] for element in sorted(elements, key=int)}
 
 
-def _with_variants(base: type, pairs: KeyTexts) -> type:
-    """Returns `base` with each section that is chosen by name replaced by that choice's own options."""
+def _with_sections(base: type, pairs: KeyTexts) -> type:
+    """Returns `base` with each section that is chosen by name replaced by the options of that choice."""
     fields: list[Any] = []
-    known = variants()
     for f in dataclasses.fields(base):
-        if f.name not in known:
+        if f.name not in SECTIONS:
             fields.append((f.name, f.type, f))
             continue
         assert callable(f.default_factory)
         kinds: dict[str, Any] = {}
         for element, name in _chosen(pairs, f.name, f.default_factory()["name"]).items():
-            if name not in known[f.name]:
-                key = ".".join(filter(None, (f.name, element, "name")))
-                raise UserError(f"{key}: unknown {f.name} {name!r}; {unknown_name(name, list(known[f.name]))}")
-            kinds[element] = _options(f.name, name)
+            kinds[element] = _options(f.name, name, ".".join(filter(None, (f.name, element, "name"))))
         kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
         fields.append((f.name, kind, field(default_factory=kind)))
     return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
@@ -127,37 +131,66 @@ def _cli(kind: type[T], args: Sequence[str], prog: str) -> T:
 
 
 def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -> None:
-    """Prints all options of a dataclass; those of a loss and an optimiser are those that a file or argv chooses.
+    """Prints all options of a dataclass, and those of the loss and the optimizer that a file or argv names.
+
+    Where none is named, the commands that list them are printed instead, and JAX is not imported.
 
     Raises:
       SystemExit: always, with code 0.
       UserError: no loss or optimiser of that name.
     """
-    chosen = [*(flatten(read_yaml(file)) if file else []), *arguments(argv)]
-    _cli(_with_variants(kind, chosen), ["--help"], prog)
+    given = [
+        (key, texts[0].split(",")[:1] if key.endswith("name") and texts else texts) for key, texts in arguments(argv)
+    ]
+    chosen = [*(flatten(read_yaml(file)) if file else []), *given]  # of several names, as a sweep has, the first
+    if any(key.split(".")[0] in SECTIONS for key, _ in chosen):
+        _cli(_with_sections(kind, chosen), ["--help"], prog)
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    without = dataclasses.make_dataclass(
+        kind.__name__, [(f.name, f.type, f) for f in fields if f.name not in SECTIONS], frozen=True
+    )
+    absent = [f"the {s} (--{s}.name NAME)" for s in SECTIONS if s in {f.name for f in fields}]
+    if absent:
+        options = f"Options of {' and '.join(absent)} are listed where one is named; see also dpo-jax losses."
+        without.__doc__ = f"{kind.__doc__} {options}"
+    _cli(without, ["--help"], prog)
 
 
-def parse_config(kind: type[T], file: str | None, argv: Sequence[str], *, prog: str) -> T:
-    """Returns an instance of a dataclass from a YAML file, if any, and overrides.
+def parse_config(
+    kind: type[T],
+    source: str | Mapping[str, Any] | None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    prog: str = "dpo-jax",
+) -> T:
+    """Returns an instance of a dataclass from a YAML file or nested values, if any, and overrides.
 
     Args:
       kind: a dataclass, such as `Config`.
-      file: the YAML, or None.
-      argv: `--key.path value` overrides; they win over the file.
+      source: a YAML file, nested values as in one, or None.
+      overrides: `--key.path value` arguments, or nested values; they win over the source.
       prog: the command, for messages.
 
     Raises:
-      UserError: an unknown key or name, a wrong type, a value that is missing.
+      UserError: an unknown key or name, a value of another type, a missing value.
     """
-    written = flatten(read_yaml(file)) if file else []
-    given = arguments(argv)
-    full = _with_variants(kind, [*written, *given])
+    written = flatten(read_yaml(source) if isinstance(source, str) else source or {})
+    given = flatten(overrides) if isinstance(overrides, Mapping) else arguments(overrides)
     if written:
-        _parse(_with_variants(kind, written), written, f"{file}: ", prog)
-    last = _applied(written, given, full)
-    parsed = _parse(full, list(last.items()), "", prog)
+        where = f"{source}: " if isinstance(source, str) else ""
+        _parse(_with_sections(kind, written), written, where, prog)
+    written = _as_lists(written, given)
+    full = _with_sections(kind, [*written, *given])
+    parsed = _parse(full, list(_applied(written, given, full).items()), "", prog)
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: _plain(v) if k in variants() else v for k, v in values.items()})
+    return kind(**{k: _plain(v) if k in SECTIONS else v for k, v in values.items()})
+
+
+def _as_lists(written: KeyTexts, given: KeyTexts) -> KeyTexts:
+    """Returns the file's keys, with `loss.KEY` as `loss.0.KEY` where the command line counts elements."""
+    counted = [s for s in SECTIONS if any(re.match(rf"{s}\.\d", key) for key, _ in given)]
+    single = re.compile(rf"({'|'.join(counted)})\.(?!\d)")
+    return [(single.sub(r"\1.0.", key) if counted else key, texts) for key, texts in written]
 
 
 def _applied(written: KeyTexts, given: KeyTexts, kind: type) -> dict[str, list[str]]:
@@ -165,6 +198,6 @@ def _applied(written: KeyTexts, given: KeyTexts, kind: type) -> dict[str, list[s
     lists included; where a name has changed, options of the file that the new choice does not have are dropped."""
     last, known = dict([*written, *given]), _keys(kind)
     named = {key for key, texts in written if key.endswith(".name") and last[key] != texts}
-    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in variants()}
+    sections = {key.removesuffix("name") for key in named if key.split(".")[0] in SECTIONS}
     stale = {k for k, _ in written if k not in dict(given) and k not in known and k.startswith(tuple(sections))}
     return {k: v for k, v in last.items() if k not in stale}

@@ -10,6 +10,8 @@ class DataConfig:
 
     name: str = "files"
     """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, or a mixture of them."""
+    options: tuple[str, ...] = ()
+    """Options of a module:function source, name=value."""
     path: tuple[str, ...] = ()
     """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
     responses: int | None = None

@@ -83,18 +83,18 @@ def arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def dump(config: Any) -> str:
     """Returns a config as YAML that `parse` reads back to the same."""
-    return yaml.safe_dump(_listed(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(as_lists(dataclasses.asdict(config)), sort_keys=False)
 
 
-def _listed(value: Any) -> Any:
+def as_lists(value: Any) -> Any:
     """Returns nested values with tuples as lists, the form that YAML knows."""
     if isinstance(value, dict):
-        return {k: _listed(v) for k, v in value.items()}
-    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+        return {k: as_lists(v) for k, v in value.items()}
+    return [as_lists(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def difference(old: Any, new: Any, ignore: Sequence[str]) -> list[str]:
     """Returns `key: old -> new` lines for each dotted key in which two configs differ."""
-    a, b = (dict(flatten(_listed(dataclasses.asdict(c)))) for c in (old, new))
+    a, b = (dict(flatten(as_lists(dataclasses.asdict(c)))) for c in (old, new))
     keys = [k for k in [*a, *(k for k in b if k not in a)] if k not in ignore and a.get(k) != b.get(k)]
     return [f"{k}: {' '.join(a.get(k, ['-']))} -> {' '.join(b.get(k, ['-']))}" for k in keys]

@@ -1,12 +1,11 @@
 """Builds preference pairs from existing answers: corrected, corrupted, of another prompt, or paired from labels."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import chat
 from dpo_jax.data.noise import next_with_another_prompt
 from dpo_jax.data.sources.base import Note, prompt_key
@@ -23,14 +22,18 @@ class CorrectionRule(NamedTuple):
     replacement: str
 
 
-def correction_rules(path: str) -> list[CorrectionRule]:
-    """Returns the rules of a YAML file that maps patterns to replacements, in its order.
+def correction_rules(path: str, rules: Mapping[Any, Any]) -> list[CorrectionRule]:
+    """Returns correction rules, in order.
+
+    Args:
+      path: the file that they were read from, for error messages.
+      rules: pattern -> replacement.
 
     Raises:
-      UserError: the file cannot be read, or holds something that is no pattern or replacement of `re.sub`.
+      UserError: a rule that `re.sub` does not take.
     """
     found = []
-    for pattern, replacement in read_yaml(path).items():
+    for pattern, replacement in rules.items():
         if not isinstance(pattern, str) or not isinstance(replacement, str):
             raise UserError(f"{path}: {pattern!r}: {replacement!r}: both must be text; quote them ('' removes a match)")
         try:

@@ -6,6 +6,7 @@ run folder as it is found, so that a run that was killed goes on with what is mi
 """
 
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,14 @@ from dpo_jax.experiments.world import Point, enumerate_texts, score_completions,
 from dpo_jax.intervals import mean_interval
 from dpo_jax.paths import is_run, written
 from dpo_jax.records import Array
-from dpo_jax.rewards.registry import Reward, get_reward
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.rewards.words import Reward
 from dpo_jax.training import interrupts, loop
 from dpo_jax.training import setup as run_setup
 from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from dpo_jax.training.run_folder import run_config
+
+log = logging.getLogger(__name__)
 
 LAST = 2**31  # no step is later
 FREE = ("run", "optimum.betas", "best_of")  # may change when a frontier goes on: they are worked out anew
@@ -97,7 +101,7 @@ def frontier_jobs(settings: FrontierConfig) -> list[FrontierJob]:
     return found
 
 
-def run_frontier(settings: FrontierConfig, say: Callable[[str], None]) -> FrontierResult:
+def run_frontier(settings: FrontierConfig) -> FrontierResult:
     """Runs what is missing of an experiment, and returns all of it.
 
     Raises:
@@ -106,7 +110,7 @@ def run_frontier(settings: FrontierConfig, say: Callable[[str], None]) -> Fronti
     setup.check_frontier(settings)
     folder = Path(settings.run)
     with _claimed(folder, settings):
-        shared, path = setup.setup_shared(settings, folder, say), folder / "points.jsonl"
+        shared, path = setup.setup_shared(settings, folder), folder / "points.jsonl"
         truncate_metrics(path, LAST)  # which drops a line that a kill has torn
         done, writing = {point[:3] for point in frontier_points(path)}, threading.Lock()
 
@@ -121,12 +125,12 @@ def run_frontier(settings: FrontierConfig, say: Callable[[str], None]) -> Fronti
                 with writing:
                     append_metrics(path, values.pop("step"), step * settings.batch_size, values)
                 if step == job.steps[-1]:
-                    say(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
+                    log.info(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
 
         start, every = FrontierJob("sft", 0.0, (0,)), frontier_jobs(settings)
         keep(start, shared.world.reference, 0)
         missing = [job for job in every if not {(*job[:2], step) for step in job.steps} <= done]
-        trainer = partial(_trainer, shared, folder, keep, say)
+        trainer = partial(_trainer, shared, folder, keep)
         distributed.run_concurrently(_tasks(missing, trainer), distributed.concurrent_programs(), stopped.set)
         places = {job[:2]: place for place, job in enumerate((start, *every))}
         return _found(shared, folder, sorted(frontier_points(path), key=lambda p: (places[p[:2]], p.step)))
@@ -150,11 +154,11 @@ def _tasks(missing: Sequence[FrontierJob], trainer: Callable[[str], Train]) -> I
         yield from (partial(train, job) for job in those)
 
 
-def _trainer(shared: SharedSetup, folder: Path, keep: Keep, say: Callable[[str], None], method: str) -> Train:
+def _trainer(shared: SharedSetup, folder: Path, keep: Keep, method: str) -> Train:
     """Returns what trains one run of a method."""
     if method not in ONLINE:
         return _offline(shared, method, keep)
-    judge = get_reward(f"model:{_reward_model(shared, folder, say)}") if method == "ppo" else shared.world.reward
+    judge = get_reward(f"model:{_reward_model(shared, folder)}") if method == "ppo" else shared.world.reward
     return _online(shared, judge, keep)
 
 
@@ -217,7 +221,7 @@ def _online_options(settings: FrontierConfig, job: FrontierJob) -> tuple[Callabl
     return ppo.train_ppo, ppo.PpoOptions(job.strength, sizes.learning_rate, max_new_tokens=new, **given)
 
 
-def _reward_model(shared: SharedSetup, folder: Path, say: Callable[[str], None]) -> Path:
+def _reward_model(shared: SharedSetup, folder: Path) -> Path:
     """Returns the run folder of a reward model of the pairs, trained if need be."""
     settings, out = shared.settings, folder / "reward"
     paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
@@ -228,7 +232,7 @@ def _reward_model(shared: SharedSetup, folder: Path, say: Callable[[str], None])
         samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
         run=str(out), seed=settings.seed,
     )  # fmt: skip
-    loop.train_run(run_setup.setup_run(config, say), say)
+    loop.train_run(run_setup.setup_run(config))
     return out
 
 

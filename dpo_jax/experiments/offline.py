@@ -49,7 +49,7 @@ def offline_program(world: World, config: Config, table: Table, column: Array | 
     loss = losses.build(config.loss)
     run = Run(
         config=config, folder=none, lock=none, cache=none, model=world.model, loss=loss, sync=None, params=world.start,
-        frozen=None, train=table, held_out=none, complete=None, prompts=[], export=none,
+        load_reference=None, train_table=table, eval_table=none, complete=None, prompts=[], export=none,
     )  # fmt: skip
     trained, like = state_shardings(run, optim.build(**config.optim), world.mesh)
     step = compiled_step(run, policy_shardings(run, world.mesh, trained), like)
@@ -69,7 +69,7 @@ def offline_steps(program: OfflineProgram, config: Config, seed: int) -> Iterato
     state, given = _first_state(program, config), hparams(config)
     for step in range(config.max_steps or 0):
         batch, count, _ = pack.build_batch(program.table, choose(step), program.shape, program.column)
-        (state,), (metrics,) = program.step([state], program.put(batch), np.int32(count), None, [given])
+        state, metrics = program.step(state, program.put(batch), np.int32(count), None, given)
         if float(metrics["nonfinite"]):
             raise UserError(f"{config.loss}: the loss is not finite at step {step + 1}; lower optim.learning_rate")
         yield step + 1, state.params
@@ -79,4 +79,4 @@ def _first_state(program: OfflineProgram, config: Config) -> TrainState:
     """Returns the state before the first update, laid out over the devices; it owns its arrays, which are given up."""
     where = jax.tree.map(lambda x: x.sharding, program.like)
     params = jax.tree.map(jnp.copy, sharding.put_params(program.start, where.params))
-    return jax.device_put(init_state(params, optim.build(**config.optim)), where)
+    return jax.device_put(init_state(params, optim.build(**config.optim), losses.build(config.loss)), where)

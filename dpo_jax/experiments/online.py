@@ -95,7 +95,7 @@ def train_online(
     shape = _shape(options, max(map(len, prompts)))
     model = model._replace(axes=None)  # so that it can be the key of a compiled program
     params, reference = jax.device_put((params, reference))
-    state = init_state(params, optax.adam(0.0))
+    state = init_state(params, optax.adam(0.0), losses.build({"name": "dpo"}))
     for done in range(steps):
         draw = np.random.default_rng((seed, done))
         table, score = _labelled(model, state.params, prompts, reward, options, draw, eos)
@@ -186,4 +186,4 @@ def _step(
     column = map_microbatches(lambda micro: as_ref_logps(logps(reference, micro), micro), batch, count)
     loss = losses.build({"name": "dpo", "beta": numbers["beta"]})
     tx = optax.adam(numbers["learning_rate"])
-    return make_train_step(logps, loss, tx)(state, batch._replace(ref_logps=column), count)
+    return make_train_step(model, loss, tx)(state, batch._replace(ref_logps=column), count)

@@ -1,5 +1,6 @@
 """What an experiment is set to, and what is made once for all of its runs: reference, prompts, pairs."""
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from dpo_jax.records import Array
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.training.load import load_policy, load_run_tokenizer
 from dpo_jax.training.tables import comparison_streams, prompt_ids
+
+log = logging.getLogger(__name__)
 
 DRAWS = 256  # completions that are sampled at a time, at most
 UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # of Data, in which pairs are read
@@ -86,7 +89,7 @@ def check_frontier(settings: FrontierConfig) -> None:
     get_reward(settings.reward)
 
 
-def setup_shared(settings: FrontierConfig, folder: Path, say: Callable[[str], None]) -> SharedSetup:
+def setup_shared(settings: FrontierConfig, folder: Path) -> SharedSetup:
     """Returns what the runs share; pairs are drawn and labelled unless the folder has them."""
     world, start = _world(settings), time.perf_counter()
     counts = settings.prompts, settings.eval_prompts
@@ -95,7 +98,7 @@ def setup_shared(settings: FrontierConfig, folder: Path, say: Callable[[str], No
     make = partial(draw_pairs, world=world, how=settings.label)
     train = make(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
     test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
-    say(
+    log.info(
         f"{len(train):,} pairs from {len(prompts):,} prompts with {settings.completions} completions each, "
         f"{len(test):,} held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
     )

@@ -21,7 +21,7 @@ from dpo_jax.models.model import Model
 from dpo_jax.paths import written
 from dpo_jax.records import Array, Tokens
 from dpo_jax.rewards.labels import label_pairs
-from dpo_jax.rewards.registry import Reward
+from dpo_jax.rewards.words import Reward
 from dpo_jax.sampling import generate
 from dpo_jax.training.metrics_file import read_metrics
 from dpo_jax.training.shard import gather_on_use

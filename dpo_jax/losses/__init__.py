@@ -27,9 +27,9 @@ from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
 from dpo_jax.losses.ranked import lipo, plackett_luce
 from dpo_jax.losses.reference_free import alphapo, cpo, orpo, simpo, slic
 from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
-from dpo_jax.losses.objective import Loss, build
+from dpo_jax.losses.objective import Loss, build, of, option_functions
 from dpo_jax.losses.metrics import length_bias, weighted_means
-from dpo_jax.losses.parts import REGISTRY, register
+from dpo_jax.losses.registry import REGISTRY, register
 
 # isort: on
 
@@ -60,6 +60,8 @@ __all__ = [
     "lipo",
     "nca_pair",
     "odpo",
+    "of",
+    "option_functions",
     "orpo",
     "plackett_luce",
     "r_dpo",

@@ -5,7 +5,8 @@ Notation as in pairwise.py: c and r are log pi - log ref of the two.
 
 from jax.nn import log_sigmoid, sigmoid
 
-from dpo_jax.losses.parts import log_ratios, pair, register, require
+from dpo_jax.losses.parts import log_ratios, pair, require
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

@@ -7,7 +7,8 @@ in pairwise.py.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, register, require, weighted_mean
+from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, require, weighted_mean
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

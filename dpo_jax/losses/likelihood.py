@@ -4,7 +4,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from dpo_jax.losses.parts import logistic, margin, pair, per_token, register, require
+from dpo_jax.losses.parts import logistic, margin, pair, per_token, require
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from dpo_jax.config.variants import unknown_name
 from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import term_options
-from dpo_jax.losses.parts import REGISTRY, Entry
+from dpo_jax.losses.registry import Entry, checked_entry, find_entry
 from dpo_jax.records import Array, Logps
 
 Term = Mapping[str, Any]  # the name of a loss and its options
-OPTIONS = (term_options.transformed, term_options.weighted)  # whose keyword-only parameters every term has
+OPTIONS = (term_options.transformed, term_options.weighted)  # their keyword-only parameters are options of every term
 
 
 class Loss(NamedTuple):
@@ -26,17 +25,17 @@ class Loss(NamedTuple):
 
     Attributes:
       values: Logps -> float32[B], unreduced.
-      metrics: Logps -> TRL's metric names to float32[B], the loss among them; NaN where a comparison has none.
-      statistics: Logps -> float32[K], what `Logps.running` becomes after a step: a number for each of the K terms.
+      metrics: Logps -> name -> float32[B], TRL's names where it has them; NaN for comparisons without a value.
+      statistics: Logps -> float32[K], `Logps.running` after a step: one number for each of the K terms.
       terms: K.
-      responses: P, how many responses a comparison must have; None for any number from 2 on.
+      responses: P, the responses that a comparison must have; None for any number from 2 on.
       uses_reference: whether `Logps.reference` must be filled in.
-      whole_batch: whether the values of some depend on others, so that a step's comparisons must be seen at once.
+      whole_batch: whether a comparison's value depends on the others, so that a step sees its comparisons at once.
       confidence: whether `Logps.confidence` must be filled in.
       mismatched: whether the last response must be one to another prompt.
       soft_labels, unpaired, scores: whether comparisons may have a preference below 1, may lack a response, and must
         have ratings.
-      rewards: whether `Logps.policy` must be the rewards of a reward model.
+      rewards: whether `Logps.policy` must hold the rewards of a reward model.
     """
 
     values: Callable[[Logps], Array]
@@ -55,7 +54,7 @@ class Loss(NamedTuple):
 
 
 class BoundTerm(NamedTuple):
-    """A term: its loss, the hyper-parameters of it, and the options of `transformed` and `weighted`."""
+    """One term of an objective: its loss, its hyper-parameters, and its options of `transformed` and `weighted`."""
 
     name: str
     entry: Entry
@@ -64,30 +63,64 @@ class BoundTerm(NamedTuple):
     weigh: dict[str, Any]
 
     def shown(self, lp: Logps) -> Logps:
-        """The log-probs that the loss is shown."""
+        """Returns the log-probs that the loss reads."""
         return term_options.transformed(
             term_options.first_responses(lp, self.entry.responses or lp.policy.shape[1]), **self.transform
         )
 
     def value(self, lp: Logps) -> Array:
-        """What the term adds to the objective, float32[B]."""
+        """Returns the contribution to the objective, float32[B]."""
         values = partial(self.entry.function, **self.hyper)
         shown = self.shown(lp)
         value = term_options.soft_label(shown, values) if self.entry.soft_labels else values(shown)
         return term_options.weighted(value, shown, **self.weigh)
 
     def statistic(self, lp: Logps) -> Array:
-        """What the term carries to the next step, float32[]."""
+        """Returns `Logps.running` for the next step, float32[]."""
         return self.entry.statistic(self.shown(lp), **self.hyper) if self.entry.statistic else lp.running
 
 
 def build(loss: Term | Sequence[Term]) -> Loss:
-    """Returns the objective of a config: `{"name": "dpo", "beta": 0.1}`, or a list of such, which are added up.
+    """Returns the objective of a config: `{"name": "dpo", "beta": 0.1}`, or a list of such terms, which are summed.
+
+    A name is a registered loss or `module:function`. Values may be traced.
 
     Raises:
-      UserError: no such loss, a parameter that it does not have, or terms that do not go together.
+      UserError: an unknown loss or option, a value without a meaning, or terms that cannot be combined.
     """
-    bound = [_bind(**term) for term in ([loss] if isinstance(loss, Mapping) else loss)]
+    terms = [loss] if isinstance(loss, Mapping) else loss
+    return _objective([_bind(name, find_entry(name), options) for name, options in map(_split, terms)])
+
+
+def of(
+    function: Callable[..., Array], *, responses: int | None = 2, uses_reference: bool = True, **options: Any
+) -> Loss:
+    """Returns the objective of one's own loss, `(Logps, *, option=default, ...) -> float32[B]`.
+
+    Args:
+      function: the loss; it must work on traced arrays (jax.numpy, no `if` on values).
+      responses: P, the responses per prompt; None for any P from 2 on.
+      uses_reference: whether the function reads `Logps.reference`.
+      **options: values of its keyword-only parameters and of the options of every term (`weight`, `ld_alpha`, ...).
+
+    Raises:
+      UserError: another signature, an unknown option, or a result of another shape than [B].
+    """
+    entry = checked_entry(Entry(function, responses, uses_reference))
+    return _objective([_bind(function.__name__, entry, options)])
+
+
+def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
+    """Returns the functions whose keyword-only parameters are the options of a named loss."""
+    return [find_entry(name, key).function, *OPTIONS]
+
+
+def _split(term: Term) -> tuple[str, dict[str, Any]]:
+    options = dict(term)
+    return options.pop("name"), options
+
+
+def _objective(bound: Sequence[BoundTerm]) -> Loss:
     responses = _responses(bound)
     _check_shared_parts(bound)
     entries = [b.entry for b in bound]
@@ -112,11 +145,8 @@ def _options(function: Callable) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def _bind(name: str, **given: Any) -> BoundTerm:
-    """Returns the named loss with its hyper-parameters, and the options of a term apart."""
-    if name not in REGISTRY:
-        raise UserError(f"loss.name: unknown loss {name!r}; {unknown_name(name, list(REGISTRY))}")
-    entry = REGISTRY[name]
+def _bind(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
+    """Returns a loss with its hyper-parameters, and the options of every term."""
     groups = [_options(function) for function in (entry.function, *OPTIONS)]
     known = {key: option for group in groups for key, option in group.items()}
     for key, value in given.items():
@@ -128,20 +158,23 @@ def _bind(name: str, **given: Any) -> BoundTerm:
     bound = BoundTerm(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
     term_options.check_term(name, entry, bound.transform | bound.weigh)
     if not any(isinstance(value, Tracer) for value in given.values()):
-        _check(bound)  # traced numbers were looked at before
+        _check(bound)  # traced values were checked before tracing
     return bound
 
 
 def _check(bound: BoundTerm) -> None:
-    """Refuses hyper-parameters that have no meaning: those that no loss can have, and what the loss itself refuses."""
+    """Refuses values that no loss can use or that this loss rejects, and results of another shape than [B]."""
     for key, value in (bound.hyper | bound.transform | bound.weigh).items():
         low = 0.0 if key == "beta" else -math.inf
         if isinstance(value, int | float) and not low < value < math.inf:
             raise UserError(f"loss {bound.name}: {key} {value} is not a finite number{' above 0' * (key == 'beta')}")
     try:
-        jax.eval_shape(bound.value, term_options.example_logps(bound.entry.responses or 2))
+        value = jax.eval_shape(bound.value, term_options.example_logps(bound.entry.responses or 2))
     except UserError as e:
         raise UserError(f"loss {bound.name}: {e}") from e
+    if getattr(value, "shape", None) != (1,):
+        shape = getattr(value, "shape", type(value).__name__)
+        raise UserError(f"loss {bound.name}: returns {shape} for one comparison; return float32[B], one value for each")
 
 
 def _responses(bound: Sequence[BoundTerm]) -> int | None:

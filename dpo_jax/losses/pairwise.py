@@ -9,7 +9,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, register, require
+from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, require
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.nn import log_softmax, logsumexp, softmax
 
 from dpo_jax.losses.pairwise import better_by
-from dpo_jax.losses.parts import log_ratios, register
+from dpo_jax.losses.parts import log_ratios
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

@@ -7,7 +7,8 @@ m_c = p_c / L_c, m_r = p_r / L_r.
 import jax.numpy as jnp
 from jax.nn import relu
 
-from dpo_jax.losses.parts import logistic, margin, pair, per_token, power, register, require
+from dpo_jax.losses.parts import logistic, margin, pair, per_token, power, require
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

@@ -10,7 +10,8 @@ from jax.core import Tracer
 from jax.nn import log_sigmoid
 
 from dpo_jax.errors import UserError
-from dpo_jax.losses.parts import Entry, log_ratios, power
+from dpo_jax.losses.parts import log_ratios, power
+from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, Missing
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import log_ratios, register, require, weighted_mean
+from dpo_jax.losses.parts import log_ratios, require, weighted_mean
+from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 

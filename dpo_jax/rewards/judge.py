@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.errors import UserError
-from dpo_jax.rewards.registry import Reward
+from dpo_jax.rewards.words import Reward
 
 ORDERS = ("random", "both")
 

@@ -23,9 +23,8 @@ from dpo_jax.records import Array
 from dpo_jax.rewards import trained, words
 from dpo_jax.rewards.classifier import classifier
 from dpo_jax.rewards.labels import check_finite
+from dpo_jax.rewards.words import Reward
 
-Reward = Callable[[Sequence[str], Sequence[str]], Array]
-"""(prompts, completions), n texts each -> float64[n]."""
 REWARDS: dict[str, words.Score] = {"happy": words.happy, "synthetic": synthetic.synthetic_reward, "vader": words.vader}
 FILES: dict[str, Callable[[str], words.Score]] = {"words": words.word_list, "logistic": words.logistic_regression}
 

@@ -7,13 +7,16 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.records import Array
 
 Score = Callable[[str, str], float]
 """(prompt, completion) -> score."""
+Reward = Callable[[Sequence[str], Sequence[str]], Array]
+"""(prompts, completions), n texts each -> float64[n]."""
 WORD = re.compile(r"[a-z]+")
 _HAPPY = """
 happy happily happiness glad joy joyful cheerful merry smile smiled smiles smiling laugh laughed laughing laughter

@@ -1,4 +1,4 @@
-"""Which implementation of attention a run takes: a library's kernel only if it equals our own on this very device."""
+"""Selects the attention backend of a run: a library's kernel only if it matches our implementation on this device."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import distributed, sharding
-from dpo_jax.config.schema import ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention
@@ -17,8 +16,8 @@ from dpo_jax.models.kernels import CHUNKS, KERNELS, Attend
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
 
-# How far a kernel may be from exact attention, as a share of the largest value: so many times as far as chunks are in
-# the same dtype, or `LEAST`.
+# Allowed error against exact attention, relative to the largest value: MARGIN times the error of our own chunks in the
+# same dtype, or LEAST.
 MARGIN, LEAST = 4.0, 1e-5
 OUTPUTS = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
 WINDOW = 40
@@ -29,29 +28,32 @@ CASE = (
 )
 
 
-def with_attention(model: Model, options: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> tuple[Model, str]:
-    """Returns a model with the attention that the config asks for, and what is to be said of that, or "".
+def with_attention(
+    model: Model, attention: str, compute: str, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Model, str]:
+    """Returns the model with the configured attention backend, and a log message ('' if none).
 
-    All processes of a run call it, and get the same.
+    Call it from all processes; they get the same.
 
     Args:
       model: as built.
-      options: the config's section.
-      mesh: over which the model will run; None for one device.
+      attention: `model.attention` of the config.
+      compute: dtype of activations.
+      mesh: of the model's devices; None for one device.
 
     Raises:
-      UserError: a kernel is named that this device has not, that cannot be used here, or that is not equal to chunks.
+      UserError: the named kernel is not available on this device, or does not match ours.
     """
-    name, platform = options.attention, jax.default_backend()
+    name, platform = attention, jax.default_backend()
     if name == "auto":
         name = next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
     if name == CHUNKS:
         return model, ""
     devices = 1 if mesh is None else sharding.head_devices(mesh)
-    problem = kernel_refusal(name, model.architecture, options.compute, devices)
+    problem = kernel_refusal(name, model.architecture, compute, devices)
     if not distributed.all_agree(not problem):
         problem = problem or "failed in another process"
-        if options.attention == "auto":
+        if attention == "auto":
             return model, f"attention: {CHUNKS}, as {name} {problem}"
         raise UserError(f"model.attention: {name} {problem}; take {CHUNKS}, or auto")
     attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)

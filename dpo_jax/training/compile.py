@@ -1,13 +1,13 @@
-"""A run, and what is done once before its first step: layouts, compiled functions, reference columns."""
+"""A run -> the same on devices: everything done once before the first step."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from operator import itemgetter
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import distributed, evaluation, losses, optim, reference, sharding
 from dpo_jax.config.schema import Config
@@ -15,158 +15,201 @@ from dpo_jax.data import order, pack
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import Evaluator
-from dpo_jax.logprobs import batch_logps, logps_fn
+from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
-from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Batch, TrainState
 from dpo_jax.step import make_train_step
-from dpo_jax.training.run import FrozenReference, PolicyShardings, PreparedRun, Run, total_steps
+from dpo_jax.training.run import PolicyShardings, Run, total_steps
 from dpo_jax.training.shard import gather_on_use, policy_shardings, state_shardings
+
+log = logging.getLogger(__name__)
+
+
+class FrozenReference(NamedTuple):
+    """The reference on the devices; the defaults are those of a loss without one.
+
+    Attributes:
+      ref_logps: float32[N, P, 2], of the training table, if computed ahead.
+      fill: (state, batch, count) -> the batch with `ref_logps`, if computed just in time.
+      eval_ref_logps: float32[N, P, 2], of the held-out table.
+      moving: the parameters at the start of a reference that moves; () for a frozen one.
+      recompute: state -> `eval_ref_logps` of a reference that has moved.
+      samples: the reference's completions of the sample prompts.
+    """
+
+    ref_logps: np.ndarray | None = None
+    fill: Callable[[TrainState, Batch, int], Batch] | None = None
+    eval_ref_logps: np.ndarray | None = None
+    moving: Any = ()
+    recompute: Callable[[TrainState], np.ndarray] | None = None
+    samples: list[str] | None = None
+
+
+class PreparedRun(NamedTuple):
+    """A run on its devices: shardings, layout, compiled functions, reference log-probs.
+
+    Runs that differ in their hyper-parameters only can share it; see `with_hparams`.
+
+    Attributes:
+      shardings: of the policy.
+      layout: of a batch.
+      put: moves a Batch to the devices.
+      step: the compiled train step, `(state, batch, count, base, hparams) -> (state, metrics)`.
+      base: the parameters below the adapters, on the devices.
+      abstract_state: shapes, dtypes and shardings of the state.
+      reference: the reference.
+      evaluator: of the held-out table.
+      hparams: traced hyper-parameters of this run.
+      total_steps: updates of the run.
+      order: of the training table.
+    """
+
+    shardings: PolicyShardings
+    layout: pack.Layout
+    put: Callable
+    step: Callable
+    base: Any
+    abstract_state: TrainState
+    reference: FrozenReference
+    evaluator: Evaluator
+    hparams: Any
+    total_steps: int
+    order: order.Order
 
 
 def hparams(config: Config) -> dict[str, Any]:
-    """Returns the hyper-parameters that a step takes as arguments, so that other values compile nothing new."""
+    """Returns the floats of the loss and the optimizer: arguments of the step, so that other values compile nothing."""
 
-    def of(section: Any) -> Any:
+    def floats(section: Any) -> Any:
         return {name: value for name, value in section.items() if isinstance(value, float)}
 
-    return {"loss": [of(term) for term in _terms(config)], "optim": of(config.optim)}
+    return {"loss": [floats(term) for term in _terms(config)], "optim": floats(config.optim)}
 
 
 def _terms(config: Config) -> Sequence[Any]:
     return [config.loss] if isinstance(config.loss, Mapping) else config.loss
 
 
-def loss_with(config: Config, numbers: Any) -> Loss:
-    """Returns the config's loss with other `numbers`."""
-    return losses.build([{**term, **given} for term, given in zip(_terms(config), numbers["loss"], strict=True)])
+def loss_with(config: Config, hparams: Any) -> Loss:
+    """Returns the config's loss with other values of its `hparams`."""
+    return losses.build([{**term, **given} for term, given in zip(_terms(config), hparams["loss"], strict=True)])
 
 
-def vmap_width(count: int) -> int | None:
-    """Returns how many of several runs a program works through at a time: all of them (`vmap`), or None for one after
-    another on a processor, where products of batches of matrices are slower than the same products one by one."""
-    return None if jax.default_backend() == "cpu" else count
+def with_hparams(prepared: PreparedRun, config: Config) -> PreparedRun:
+    """Returns a prepared run for a config that differs in its `hparams` only; compiles nothing."""
+    own = hparams(config)
+    return prepared._replace(hparams=own, evaluator=prepared.evaluator._replace(hparams=own))
 
 
-def compiled_step(run: Run, parts: PolicyShardings, like: TrainState, count: int = 1) -> Any:
-    """Returns the compiled train step `(states, batch, count, base, numbers) -> (states, metrics)` of `count` runs that
-    differ in numbers only, with a list of each: by `jit`, or by `pmap` over devices that each hold the whole state.
+def compiled_step(run: Run, shardings: PolicyShardings, abstract_state: TrainState) -> Any:
+    """Returns the compiled `(state, batch, count, base, hparams) -> (state, metrics)`, which donates the state.
 
-    The base of adapters is an argument, so that the program does not hold it.
+    By `jit` on a mesh, or by `pmap` over devices that each hold the whole state. The base below adapters is an
+    argument: as a constant it would be a copy inside the program.
     """
     config = run.config
     mapped = config.mesh.mode == "pmap"
     if mapped and distributed.is_distributed():
-        raise UserError("mesh.mode pmap: is for one process; take jit for several")
-    rows = sharding.pmap_collectives(parts.mesh) if mapped else parts.rows
-    logps = logps_fn(run.model if mapped else parts.model, run.loss)
+        raise UserError("mesh.mode: pmap runs in one process; set jit for several")
+    collectives = sharding.pmap_collectives(shardings.mesh) if mapped else shardings.collectives
+    model = run.model if mapped else shardings.model
 
-    def step(state: TrainState, batch: Batch, count: Any, base: Any, numbers: Any) -> Any:
-        tx, loss = optim.build(**{**config.optim, **numbers["optim"]}), loss_with(config, numbers)
-        return make_train_step(logps, loss, tx, run.sync, rows, parts.policy)(state, batch, count, base)
-
-    def steps(states: Sequence[TrainState], batch: Batch, micro: Any, base: Any, numbers: Sequence[Any]) -> Any:
-        if count == 1:
-            found = [step(states[0], batch, micro, base, numbers[0])]
-        else:
-            each = tuple(jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (states, numbers))
-            size = vmap_width(count) if run.model.attention == CHUNKS else None  # a kernel's rows are its only batch
-            both = jax.lax.map(lambda one: step(one[0], batch, micro, base, one[1]), each, batch_size=size)
-            found = [jax.tree.map(itemgetter(i), both) for i in range(count)]
-        return [state for state, _ in found], [metrics for _, metrics in found]
+    def step(state: TrainState, batch: Batch, count: Any, base: Any, hparams: Any) -> Any:
+        tx, loss = optim.build(**{**config.optim, **hparams["optim"]}), loss_with(config, hparams)
+        pure = make_train_step(model, loss, tx, sync=run.sync, collectives=collectives, policy=shardings.policy)
+        return pure(state, batch, count, base)
 
     if not mapped:
-        where = [jax.tree.map(lambda x: x.sharding, like)] * count, sharding.replicated(parts.mesh)
-        return jax.jit(steps, donate_argnums=0, out_shardings=where)
-    each = jax.pmap(steps, sharding.MAPPED, in_axes=(None, 1, None, None, None), out_axes=None)
-    devices = sharding.row_devices(parts.mesh)
+        where = jax.tree.map(lambda x: x.sharding, abstract_state), sharding.replicated(shardings.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=where)
+    each = jax.pmap(step, sharding.MAPPED, in_axes=(None, 1, None, None, None), out_axes=None)
+    devices = sharding.row_devices(shardings.mesh)
     by_device = jax.jit(lambda b: jax.tree.map(lambda x: x.reshape(x.shape[0], devices, -1, *x.shape[2:]), b))
-    return lambda states, batch, *rest: each(states, by_device(batch), *rest)
+    return lambda state, batch, *rest: each(state, by_device(batch), *rest)
 
 
-def prepare(runs: Sequence[Run], say: Callable[[str], None]) -> PreparedRun:
-    """Returns a run on its devices, or several that differ in `numbers` only: everything that is done once, before the
-    first step."""
-    run, given = runs[0], [hparams(each.config) for each in runs]
+def prepare_run(run: Run) -> PreparedRun:
+    """Returns a run on its devices: layouts, reference log-probs, functions ready to compile."""
     config = run.config
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    choose = partial(
-        pack.choose_layout,
+    layout, eval_layout = (_layout(config, mesh, table) for table in (run.train_table, run.eval_table))
+    put, tx, own = partial(sharding.put_batch, mesh), optim.build(**config.optim), hparams(config)
+    trained, abstract = state_shardings(run, tx, mesh)
+    shardings = policy_shardings(run, mesh, trained)
+    base = None if shardings.base is None else sharding.put_params(run.base, shardings.base)
+    frozen = FrozenReference()
+    if run.load_reference is not None:
+        frozen = _reference(run, shardings, base, (layout, eval_layout), put)
+    loss_of = partial(loss_with, config)
+    eval_step = evaluation.jit_eval_step(shardings.model, loss_of, shardings.collectives, shardings.policy)
+    evaluator = Evaluator(
+        eval_step, run.eval_table, frozen.eval_ref_logps, eval_layout, config.batch_size, put, own
+    )  # fmt: skip
+    steps = total_steps(config, len(run.train_table))
+    log.info(
+        f"{steps} steps of {config.batch_size} comparisons; microbatches of {layout.rows} rows x {layout.length} "
+        f"tokens on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+    step, rows = (
+        compiled_step(run, shardings, abstract),
+        order.bind_order(config.data.order, run.train_table.prompts, config.seed),
+    )
+    return PreparedRun(shardings, layout, put, step, base, abstract, frozen, evaluator, own, steps, rows)
+
+
+def _layout(config: Config, mesh: Any, table: Table) -> pack.Layout:
+    """Returns the layout of a table's batches, with the rows that this process builds."""
+    layout = pack.choose_layout(
+        table,
         max_length=config.data.max_length,
         batch_size=config.batch_size,
         length=config.data.row_length,
         rows=config.data.rows,
         multiple_of=sharding.row_devices(mesh),
     )
-    shape, eval_shape = (_of_this_process(mesh, choose(table)) for table in (run.train, run.held_out))
-    put, tx = partial(sharding.put_batch, mesh), optim.build(**config.optim)
-    trained, like = state_shardings(run, tx, mesh)
-    parts = policy_shardings(run, mesh, trained)
-    base = None if parts.base is None else sharding.put_params(run.base, parts.base)
-    frozen = FrozenReference() if run.frozen is None else _frozen(run, parts, base, (shape, eval_shape), put, say)
-    logps = logps_fn(parts.model, run.loss)
-    step = evaluation.jit_eval_step(logps, partial(loss_with, config), parts.rows, parts.policy)
-    held_out = run.held_out, frozen.held_out, eval_shape, config.batch_size, put
-    steps = total_steps(config, len(run.train))
-    say(
-        f"{steps} steps of {config.batch_size} comparisons; microbatches of {shape.rows} rows x {shape.length} tokens "
-        f"on {jax.device_count()} {jax.devices()[0].platform} device(s)"
-    )
-    programs = cache(partial(compiled_step, run, parts, like))
-    evaluators = [Evaluator(step, *held_out, x) for x in given]
-    rows = order.bind_order(config.data.order, run.train.prompts, config.seed)
-
-    def train_step(states: Sequence[TrainState], batch: Batch, count: Any, numbers: Sequence[Any]) -> Any:
-        return programs(len(states))(states, batch, count, base, numbers)
-
-    return PreparedRun(parts, shape, put, train_step, base, like, frozen, evaluators, steps, rows)
+    blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
+    return layout._replace(own=(blocks.start * size, blocks.stop * size))
 
 
-def _frozen(
-    run: Run, parts: PolicyShardings, base: Any, shapes: tuple[pack.Layout, pack.Layout], put: Any, say: Any
+def _reference(
+    run: Run, shardings: PolicyShardings, base: Any, layouts: tuple[pack.Layout, pack.Layout], put: Callable
 ) -> FrozenReference:
-    """Returns the reference on the devices; that of adapters is their base, which is there already."""
-    assert run.frozen is not None
-    params = parts.trained if parts.base is None else parts.base
-    weights, name = run.frozen()
-    weights = base if weights is run.base else sharding.put_params(weights, params)
-    rows = sharding.mesh_collectives(parts.mesh, params)
-    make = reference.make_ref_logps_fn(partial(batch_logps, gather_on_use(run.model, rows, params)), rows)
-    columns = partial(_column, run, make, weights, name, put, say)
-    cached = run.config.reference.mode == "cache"
-    again = partial(_held_out, make, run.held_out, shapes[1], run.config.batch_size, put)
+    """Returns the reference on the devices; the reference of adapters is their base, which is there already."""
+    assert run.load_reference is not None
+    where = shardings.trained if shardings.base is None else shardings.base
+    weights, name = run.load_reference()
+    weights = base if weights is run.base else sharding.put_params(weights, where)
+    collectives = sharding.mesh_collectives(shardings.mesh, where)
+    model = gather_on_use(run.model, collectives, where)
+    ref_logps = reference.make_ref_logps_fn(partial(batch_logps, model), collectives)
+    cached, cache = run.config.reference.mode == "cache", partial(_cached_ref_logps, run, ref_logps, weights, name, put)
+
+    def fill(state: TrainState, batch: Batch, count: int) -> Batch:
+        return batch._replace(ref_logps=ref_logps(state.reference or weights, batch, count))
+
+    def recompute(state: TrainState) -> np.ndarray:
+        return reference.table_ref_logps(
+            ref_logps, state.reference, run.eval_table, layouts[1], run.config.batch_size, put
+        )
+
     return FrozenReference(
-        held_out=columns(run.held_out, shapes[1], "held-out"),
-        column=columns(run.train, shapes[0], "training") if cached else None,
-        fill=None if cached else partial(_fill, make, weights),
+        eval_ref_logps=cache(run.eval_table, layouts[1], "held-out"),
+        ref_logps=cache(run.train_table, layouts[0], "training") if cached else None,
+        fill=None if cached else fill,
         moving=weights if run.sync else (),
-        again=again if run.sync else None,
+        recompute=recompute if run.sync else None,
         samples=run.complete(weights) if run.complete else None,
     )
 
 
-def _of_this_process(mesh: Any, shape: pack.Layout) -> pack.Layout:
-    """Returns the layout with the rows that this process builds."""
-    parts, size = sharding.local_row_blocks(mesh), shape.rows // sharding.row_devices(mesh)
-    return shape._replace(own=(parts.start * size, parts.stop * size))
-
-
-def _column(run: Run, make: Any, weights: Any, name: str, put: Any, say: Any, table: Table, shape: Any, what: str):
-    """Returns the reference column of a table, from the cache or by one pass over it."""
+def _cached_ref_logps(
+    run: Run, ref_logps: Callable, weights: Any, name: str, put: Callable, table: Table, layout: Any, split: str
+) -> np.ndarray:
+    """Returns the reference log-probs of a table, from the cache or from one pass over it."""
     start = time.perf_counter()
-    compute = partial(reference.table_ref_logps, make, weights, table, shape, run.config.batch_size, put)
+    compute = partial(reference.table_ref_logps, ref_logps, weights, table, layout, run.config.batch_size, put)
     key = reference.ref_logps_key(table, name, run.config.model.compute, run.model.attention)
     values, hit = reference.cached_array(run.cache / "reference", key, compute, (len(table), table.responses, 2))
     how = "from the cache" if hit else f"computed in {time.perf_counter() - start:.1f} s"
-    say(f"reference log-probs of the {what} data: {how}")
+    log.info(f"reference log-probs of the {split} data: {how}")
     return values
-
-
-def _fill(column: Callable, weights: Any, state: TrainState, batch: Batch, count: int) -> Batch:
-    """Returns the batch with its reference column filled in just in time, by the state's reference if it moves."""
-    return batch._replace(ref_logps=column(state.reference or weights, batch, count))
-
-
-def _held_out(column: Callable, table: Table, shape: pack.Layout, batch_size: int, put: Callable, state: TrainState):
-    """Returns the reference column of the held-out table under a reference that moves."""
-    return reference.table_ref_logps(column, state.reference, table, shape, batch_size, put)

@@ -1,4 +1,4 @@
-"""What happens to a run from outside: it is asked to end, it hangs, memory runs out, a second one wants its folder."""
+"""Signals, hang watchdog, out-of-memory advice and the run-folder lock."""
 
 import contextlib
 import faulthandler
@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from dpo_jax import distributed
-from dpo_jax.config.schema import Config
+from dpo_jax.config.schema import DataConfig, ModelConfig
 from dpo_jax.errors import UserError
 
 EXIT_AGAIN = 75  # exit code: ended early with all saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -29,18 +29,18 @@ _questions = itertools.count(1)
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
-    """Yields a function, to be called after every step: why the run was asked to end, the same in all processes, or "".
+    """Yields a function to call after every step: why the run should stop, the same in all processes, or "".
 
-    SIGTERM, the first Ctrl-C, or with several processes a notice to any of them that its machine will be taken away.
-    The second Ctrl-C stops the process at once, even inside of a long compilation.
+    Reasons are SIGTERM, the first Ctrl-C, and with several processes a preemption notice to any of them. The second
+    Ctrl-C stops the process at once, even inside a long compilation.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: ""
         return
     several, asked = distributed.is_distributed(), list[str]()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    # With several processes SIGTERM is that of JAX's own service, which tells all of them.
+    # With several processes JAX's preemption service handles SIGTERM and notifies all of them.
     before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if not (several and s == signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read, asked, several), daemon=True).start()
@@ -54,13 +54,13 @@ def stop_requests() -> Iterator[Callable[[], str]]:
 
 
 def _agreed() -> str:
-    # Steps begin anew with every run of this program, and the service wants a number that grows.
+    # The service needs a number that grows, and the step restarts with every run of this program.
     ended = multihost_utils.reached_preemption_sync_point(next(_questions))
     return "a signal or notice to one of the processes" if ended else ""
 
 
 def _listen(read: int, asked: list[str], several: bool) -> None:
-    """Notes signals as they come, which a handler in Python does only between two instructions of the main thread."""
+    """Records signals at once; a Python handler would wait for the main thread to leave a compilation."""
     with os.fdopen(read, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
             name = signal.Signals(number[0]).name
@@ -76,9 +76,7 @@ def _listen(read: int, asked: list[str], several: bool) -> None:
 
 @contextlib.contextmanager
 def hang_watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Yields a function to be called again and again: so many seconds (0: never) after its last call the stacks of all
-    threads go to standard error and the process ends with exit code 1.
-    """
+    """Yields a function that resets a timer; at `seconds` (0: never) the process prints all stacks and exits with 1."""
 
     def alive() -> None:
         if seconds:
@@ -91,25 +89,25 @@ def hang_watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: Config) -> Iterator[None]:
-    """Turns an error of a device out of memory into a UserError that says what to change."""
+def explain_out_of_memory(model: ModelConfig, data: DataConfig) -> Iterator[None]:
+    """Turns an out-of-memory error of a device into a UserError with remedies."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        rows = "data.rows 1" if config.data.rows is None else f"data.rows below {config.data.rows}"
-        remedies = [rows, *(["model.remat full"] if config.model.remat != "full" else [])]
-        remedies += ["model.compute bfloat16"] if config.model.compute != "bfloat16" else []
+        rows = "data.rows 1" if data.rows is None else f"data.rows below {data.rows}"
+        remedies = [rows, *(["model.remat full"] if model.remat != "full" else [])]
+        remedies += ["model.compute bfloat16"] if model.compute != "bfloat16" else []
         asked = str(e).strip().splitlines()[0]
         raise UserError(
-            f"a device is out of memory ({asked}); give, in this order: {', '.join(remedies)}, more devices along "
-            "mesh.fsdp, a shorter data.max_length, fewer values in a sweep; dpo-jax plan shows what each of them brings"
+            f"a device is out of memory ({asked}); set, in this order: {', '.join(remedies)}, more devices along "
+            "mesh.fsdp, a shorter data.max_length; dpo-jax plan shows the memory of each"
         ) from e
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Holds a folder, made if need be, against a second writer, until the file that this returns is closed.
+    """Locks a folder, created if absent, against a second writer until the returned file is closed.
 
     Raises:
       UserError: another process holds it.

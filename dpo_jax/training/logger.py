@@ -1,4 +1,4 @@
-"""What a run writes down of its steps: their metrics, and the batch that it could not learn from."""
+"""Logs step metrics one step late, so that the device never waits for the host."""
 
 import json
 import time
@@ -9,55 +9,55 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import distributed, optim
-from dpo_jax.config.schema import Config
-from dpo_jax.data.table import Table
+from dpo_jax import distributed
 from dpo_jax.errors import UserError
-from dpo_jax.training.metrics_file import Progress, append_metrics
+from dpo_jax.optim import Schedule
+from dpo_jax.training.metrics_file import append_metrics
+from dpo_jax.training.progress import Progress
+from dpo_jax.training.run import Run
 from dpo_jax.training.trackers import Tracker
 
 WriteMetrics = Callable[[int, int, dict[str, Any]], None]  # (step, comparisons trained on, metrics)
 
 
 class StepLogger:
-    """Writes the metrics of a step when the next one is under way, so that the device never waits for the host."""
+    """Writes the metrics of a step while the next one runs."""
 
     def __init__(
         self,
-        config: Config,
-        folder: Path,
+        run: Run,
         write: WriteMetrics,
-        table: Table,
         progress: Progress,
-        rows: Callable[[int], np.ndarray],
-        taken: Callable[[], dict[str, float]],
+        examples: Callable[[int], np.ndarray],
+        save_seconds: Callable[[], dict[str, float]],
+        learning_rate: Schedule | None,
     ):
-        """Prepares to write.
+        """Opens nothing.
 
         Args:
-          config: of the run.
-          folder: where the run is.
+          run: the run, for its config, folder and training table.
           write: writes a line of metrics.
-          table: what it trains on.
-          progress: where it is shown too.
-          rows: step, from 0 -> the rows of the training table that it takes.
-          taken: what saving took since this was asked last.
+          progress: the display.
+          examples: step, from 0 -> the indices of its training examples.
+          save_seconds: metrics of the saves since it was last called.
+          learning_rate: the optimizer's schedule; None if unknown, and then not logged.
         """
-        self.config, self.folder, self.write, self.table = config, folder, write, table
-        self.progress, self.rows, self.taken = progress, rows, taken
+        self.config, self.folder, self.table = run.config, run.folder, run.train_table
+        self.write, self.progress, self.examples = write, progress, examples
+        self.save_seconds, self.learning_rate = save_seconds, learning_rate
         self.pending: tuple[int, Any] | None = None
         self.bad, self.clock = 0, (time.perf_counter(), 0)
 
     def step(self, step: int, values: Any) -> None:
-        """Takes the metrics of update number `step`, still on the device."""
+        """Keeps the metrics of update number `step` on the device and writes those of the step before."""
         self.flush()
         self.pending = (step, values)
 
     def flush(self) -> None:
-        """Writes what is pending.
+        """Writes the pending metrics.
 
         Raises:
-          UserError: too many steps in a row were not finite.
+          UserError: `max_nonfinite` steps in a row were not finite.
         """
         if self.pending is None:
             return
@@ -68,32 +68,29 @@ class StepLogger:
         self.clock = (now, done)
         self.bad = self.bad + 1 if values["nonfinite"] else 0
         if step % config.log_every == 0 or self.bad:
-            learning_rate = float(
-                optim.linear_warmup(config.optim["learning_rate"], config.optim["warmup_steps"])(step - 1)
-            )
-            extra = {"learning_rate": learning_rate, "examples_per_second": rate} | self.taken()
-            self.write(step, done, values | extra)
+            known = {} if self.learning_rate is None else {"learning_rate": float(self.learning_rate(step - 1))}
+            self.write(step, done, values | known | {"examples_per_second": rate} | self.save_seconds())
         self.progress.update(step, values)
         if self.bad >= config.max_nonfinite:
             raise UserError(
-                f"step {step}: loss or gradient not finite {self.bad} times in a row, none of them applied; "
-                f"{self._save_batch(step)}; lower optim.learning_rate or look at those"
+                f"step {step}: loss or gradient not finite {self.bad} times in a row, updates skipped; "
+                f"{self._save_batch(step)}; lower optim.learning_rate or inspect that batch"
             )
 
     def _save_batch(self, step: int) -> str:
-        """Writes the comparisons of update number `step` as token ids; returns what they are and where."""
-        path, rows = self.folder / f"batch-{step}.jsonl", self.rows(step - 1).tolist()
+        """Writes the comparisons of update number `step` as token ids; returns a message that names the file."""
+        path, indices = self.folder / f"batch-{step}.jsonl", self.examples(step - 1).tolist()
         if distributed.is_primary():
             with path.open("w", encoding="utf-8") as file:
-                for row in rows:
-                    tokens = self.table[row]
+                for index in indices:
+                    tokens = self.table[index]
                     ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}
-                    file.write(json.dumps({"comparison": row, "weight": float(tokens.weight)} | ids) + "\n")
-        return f"the last batch held comparisons {rows}, whose token ids are in {path}"
+                    file.write(json.dumps({"comparison": index, "weight": float(tokens.weight)} | ids) + "\n")
+        return f"the token ids of its comparisons {indices} are in {path}"
 
 
 def metrics_writer(folder: Path, tracker: Tracker) -> WriteMetrics:
-    """Returns what writes metrics, once and not once a process: a line of the run, which the tracker is shown too."""
+    """Returns the function that writes metrics from process 0 to metrics.jsonl and the tracker."""
 
     def write(step: int, examples: int, values: dict[str, Any]) -> None:
         append_from_primary(folder / "metrics.jsonl", step, examples, values)
@@ -104,6 +101,6 @@ def metrics_writer(folder: Path, tracker: Tracker) -> WriteMetrics:
 
 
 def append_from_primary(path: Path, step: int, examples: int, values: Any) -> None:
-    """Appends a line to a file of the run, once and not once a process."""
+    """Appends a line to a file of the run, from process 0 only."""
     if distributed.is_primary():
         append_metrics(path, step, examples, values)

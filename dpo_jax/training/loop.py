@@ -1,14 +1,14 @@
-"""The only place with effects in sequence: step, log, evaluate, save, resume."""
+"""The training loop: the only module with effects in sequence. Step, log, evaluate, save, resume."""
 
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,26 +18,33 @@ from dpo_jax.data import order, pack
 from dpo_jax.errors import UserError
 from dpo_jax.records import Batch, TrainState
 from dpo_jax.step import init_state
-from dpo_jax.training import interrupts, trackers
+from dpo_jax.training import interrupts, logger, trackers
 from dpo_jax.training.checkpoint import Checkpoints
-from dpo_jax.training.compile import prepare
-from dpo_jax.training.logger import StepLogger, WriteMetrics, append_from_primary, metrics_writer
-from dpo_jax.training.metrics_file import Progress, truncate_metrics
-from dpo_jax.training.run import PreparedRun, Run
+from dpo_jax.training.compile import PreparedRun, prepare_run
+from dpo_jax.training.metrics_file import truncate_metrics
+from dpo_jax.training.progress import Progress
+from dpo_jax.training.run import Run
+
+log = logging.getLogger(__name__)
+
+Callback = Callable[[int, dict[str, float], TrainState], Any]
+"""(updates done, metrics, state) -> True to stop the run, which is then saved and exported. Called after every step and
+after every evaluation, whose metrics have names in `eval_`. The next step donates the state: copy what you keep."""
 
 
 def step_examples(run: Run, prepared: PreparedRun, step: int) -> np.ndarray:
-    """Returns the rows of the training table that a step takes."""
-    return order.example_indices(step, prepared.order, rows=len(run.train), batch_size=run.config.batch_size)
+    """Returns the indices of the training examples of a step, counted from 0."""
+    return order.example_indices(
+        step, prepared.order, rows=len(run.train_table), batch_size=run.config.batch_size
+    )  # fmt: skip
 
 
 def batches(run: Run, prepared: PreparedRun, start: int) -> Iterator[tuple[Batch, int]]:
-    """Yields the batch of every step from `start` and its number of microbatches, built ahead by a thread."""
+    """Yields the batch of every step from `start` and its microbatch count; a thread builds two batches ahead."""
 
     def build(step: int) -> tuple[Batch, int]:
-        batch, count, _ = pack.build_batch(
-            run.train, step_examples(run, prepared, step), prepared.shape, prepared.frozen.column
-        )
+        indices = step_examples(run, prepared, step)
+        batch, count, _ = pack.build_batch(run.train_table, indices, prepared.layout, prepared.reference.ref_logps)
         return prepared.put(batch), count
 
     with ThreadPoolExecutor(1) as pool:
@@ -49,197 +56,161 @@ def batches(run: Run, prepared: PreparedRun, start: int) -> Iterator[tuple[Batch
             yield batch
 
 
-def _first_state(run: Run, prepared: PreparedRun) -> TrainState:
-    """Returns the state before the first update, laid out over the devices."""
-    tx = optim.build(**run.config.optim)
-    where = jax.tree.map(lambda x: x.sharding, prepared.like)
-    params = sharding.put_params(run.params, where.params)
+class Trained(NamedTuple):
+    """The end of a run: its state, and the policy's parameters, with adapters attached."""
 
-    def own(params: Any, moving: Any) -> TrainState:
-        # The step donates its state, so it must own its arrays: what device_put returns may share the host's memory.
-        params, moving = jax.tree.map(lambda x: x + 0, (params, moving))
-        return init_state(params, tx, run.loss.terms, moving)
-
-    return jax.jit(own, out_shardings=where)(params, prepared.frozen.moving)
+    state: TrainState
+    policy: Any
 
 
-def train_run(run: Run, say: Callable[[str], None] = print) -> Path:
-    """Trains, resuming from the newest whole checkpoint; returns the folder of the exported model.
+def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence[Callback] = ()) -> Trained:
+    """Trains a run, resuming from the newest intact checkpoint, and exports the model.
 
-    Killed at any instant and called again, it ends with the same parameters, bit for bit, and the same metrics.
+    Killed at any instant and called again, it ends with bit-identical parameters and the same metrics. Call it from
+    every process; only process 0 writes files and logs.
 
-    Several processes call it alike; what is written and said, only the first of them writes and says.
+    Args:
+      run: from `setup.setup_run`; its folder is released at the end.
+      prepared: the run on its devices, if another run has prepared it already (`compile.with_hparams`).
+      callbacks: called after every step and evaluation; they make each step wait for its metrics.
 
     Raises:
       UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
-      SystemExit: code `watch.AGAIN`, after it was asked to end, with everything saved.
+      SystemExit: with `interrupts.EXIT_AGAIN` after a request to stop, with everything saved.
     """
-    return train_together([run], say)[0]
-
-
-def train_together(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Path]:
-    """Trains runs that differ in `prepare.numbers` only, as `train` does each, in one program and on the same batches;
-    returns the folders of the exported models. Those whose checkpoints are at different steps go on one after another.
-
-    Raises:
-      UserError: as `train`; of several runs, after those that have not failed are whole.
-    """
-    with contextlib.ExitStack() as held:
-        for run in runs:
-            held.enter_context(run.lock)
-        held.enter_context(interrupts.explain_out_of_memory(runs[0].config))
-        prepared = prepare(runs, say)
-        with contextlib.ExitStack() as saving:
-            asked = saving.enter_context(interrupts.stop_requests())
-            alive = saving.enter_context(interrupts.hang_watchdog(runs[0].config.hang_seconds))
-            members = [_member(*both, saving) for both in zip(runs, prepared.evaluators, strict=True)]
-            alike: dict[int, list[RunMember]] = {}
-            for member in members:
-                member.state = _begin(member, prepared)
-                alike.setdefault(int(member.state.step), []).append(member)
-            for step, group in sorted(alike.items()):
-                if step:
-                    names = ", ".join(m.run.folder.name for m in group) if len(runs) > 1 else ""
-                    say(f"resuming at step {step} of {prepared.total_steps}{names and ': '}{names}")
-                _steps(group, prepared, asked, alive)
-        for member in members:
-            if not member.failed:
-                _export(member.run, member.state)
-    if failed := [m for m in members if m.failed]:
-        raise UserError("; ".join(f"{m.run.folder.name}: {m.failed}" if len(runs) > 1 else m.failed for m in failed))
-    return [run.folder / "model" for run in runs]
-
-
-@dataclasses.dataclass
-class RunMember:
-    """One of the runs that train together, with what is its own.
-
-    Attributes:
-      show: (step, samples) -> where they are watched.
-      state: as it stands.
-      failed: why it learns nothing any more, if so; the others go on.
-    """
-
-    run: Run
-    evaluator: evaluation.Evaluator
-    checkpoints: Checkpoints
-    write: WriteMetrics
-    show: Callable[[int, trackers.SampleRows], None]
-    state: Any = None
-    failed: str = ""
-
-    def tell(self, told: Callable[[], None]) -> None:
-        """Has its journal told something, which may find that the run has failed."""
-        try:
-            if not self.failed:
-                told()
-        except UserError as e:
-            self.failed = str(e)
-
-
-def _member(run: Run, evaluator: evaluation.Evaluator, saving: contextlib.ExitStack) -> RunMember:
-    tracker = trackers.make_tracker(run.config.track, run.folder, dataclasses.asdict(run.config))
-    saving.callback(tracker.close)
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep, best=run.config.keep_best)
-    saving.callback(checkpoints.close)
-    return RunMember(run, evaluator, checkpoints, metrics_writer(run.folder, tracker), tracker.table)
+    with run.lock, interrupts.explain_out_of_memory(run.config.model, run.config.data):
+        prepared = prepared or prepare_run(run)
+        with contextlib.ExitStack() as stack:
+            loop = _Loop(run, prepared, stack, callbacks)
+            state = loop.start()
+            if int(state.step):
+                log.info(f"resuming at step {int(state.step)} of {prepared.total_steps}")
+            state = loop.steps(state)
+        _export(run, state)
+    return Trained(state, prepared.shardings.policy(state.params, prepared.base))
 
 
 def _export(run: Run, state: TrainState) -> None:
     """Writes the policy as a model folder."""
     if distributed.is_primary():
-        for torn in run.folder.glob(".model.*"):  # by a process that was killed while it wrote
+        for torn in run.folder.glob(".model.*"):  # left by a process that was killed while it wrote
             shutil.rmtree(torn)
     run.export(state.params, run.folder / "model")
     distributed.barrier("exported")
 
 
-def _begin(member: RunMember, prepared: PreparedRun) -> TrainState:
-    """Returns the state to go on from: the newest whole checkpoint, or the start, which is evaluated."""
-    run, state = member.run, member.checkpoints.restore(prepared.like)
-    if distributed.is_primary():
-        for name in ("metrics.jsonl", "samples.jsonl"):  # what came after that checkpoint will be written again
-            truncate_metrics(run.folder / name, -1 if state is None else int(state.step))
-    if state is None:
-        state = _first_state(run, prepared)
-        member.checkpoints.check_room(state)
-        known = _evaluate(member, prepared, state)
-        if run.config.keep_best not in ("", *known):
-            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}")
-    return state
+class _Loop:
+    """The open files and handlers of a run in training."""
 
+    def __init__(self, run: Run, prepared: PreparedRun, stack: contextlib.ExitStack, callbacks: Sequence[Callback]):
+        config = run.config
+        self.run, self.prepared, self.callbacks = run, prepared, callbacks
+        self.stop_requested = stack.enter_context(interrupts.stop_requests())
+        self.alive = stack.enter_context(interrupts.hang_watchdog(config.hang_seconds))
+        self.tracker = trackers.make_tracker(config.track, run.folder, dataclasses.asdict(config))
+        stack.callback(self.tracker.close)
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.keep, best=config.keep_best)
+        stack.callback(self.checkpoints.close)
+        progress = Progress(prepared.total_steps, config.batch_size, quiet=not distributed.is_primary())
+        stack.enter_context(progress)
+        self.write = logger.metrics_writer(run.folder, self.tracker)
+        learning_rate = optim.build(**config.optim).learning_rate
+        examples = partial(step_examples, run, prepared)
+        self.logger = logger.StepLogger(run, self.write, progress, examples, self.checkpoints.taken, learning_rate)
 
-def _steps(members: Sequence[RunMember], prepared: PreparedRun, asked: Callable, alive: Callable) -> None:
-    """Trains to the last step, or until all have failed; ends the process after a step during which it was asked to."""
-    run, total, start = members[0].run, prepared.total_steps, int(members[0].state.step)
-    config, numbers = run.config, [m.evaluator.numbers for m in members]
-    eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
-    alive()
-    with contextlib.ExitStack() as shown:
-        logs = [_journal(member, prepared, shown, member is members[0]) for member in members]
-        for step, (batch, count) in enumerate(batches(run, prepared, start), start + 1):
-            if prepared.frozen.fill is not None:
-                batch = prepared.frozen.fill(members[0].state, batch, count)
-            states, metrics = prepared.step([m.state for m in members], batch, np.int32(count), numbers)
-            for member, log, state, values in zip(members, logs, states, metrics, strict=True):
-                member.state = state
-                member.tell(partial(log.step, step, values))
-            alive()
-            why, now = asked(), step % eval_steps == 0 or step == total
-            save = step % config.save_every == 0 or step == total or why or (now and config.keep_best)
-            for member, log in zip(members, logs, strict=True) if now or save else ():
-                member.tell(log.flush)
-                if member.failed:
-                    continue
-                found = _evaluate(member, prepared, member.state) if now else None
-                alive()
-                if save:
-                    member.checkpoints.save(member.state, step, found)
+    def start(self) -> TrainState:
+        """Returns the state of the newest intact checkpoint, or the first one, which is evaluated."""
+        run, state = self.run, self.checkpoints.restore(self.prepared.abstract_state)
+        if distributed.is_primary():
+            for name in ("metrics.jsonl", "samples.jsonl"):  # lines after that checkpoint will be written again
+                truncate_metrics(run.folder / name, -1 if state is None else int(state.step))
+        if state is None:
+            state = _first_state(run, self.prepared)
+            self.checkpoints.check_room(state)
+            known = self.evaluate(state)
+            if run.config.keep_best not in ("", *known):
+                raise UserError(
+                    f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}"
+                )
+        return state
+
+    def steps(self, state: TrainState) -> TrainState:
+        """Trains to the last step or until a callback stops the run; ends the process when asked to stop."""
+        prepared, total, config, start = self.prepared, self.prepared.total_steps, self.run.config, int(state.step)
+        eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
+        self.alive()
+        for step, (batch, count) in enumerate(batches(self.run, prepared, start), start + 1):
+            if prepared.reference.fill is not None:
+                batch = prepared.reference.fill(state, batch, count)
+            state, metrics = prepared.step(state, batch, np.int32(count), prepared.base, prepared.hparams)
+            self.logger.step(step, metrics)
+            self.alive()
+            stop, why, found = self.call(step, metrics, state), self.stop_requested(), None
+            if step == total or stop or step % eval_steps == 0:
+                self.logger.flush()
+                found = self.evaluate(state)
+                self.alive()
+                stop = self.call(step, found, state) or stop
+            if step == total or stop or why or step % config.save_every == 0 or (found and config.keep_best):
+                self.logger.flush()
+                self.checkpoints.save(state, step, found)
+            if stop and step < total:
+                log.info(f"stopped by a callback at step {step} of {total}")
+                return state
             if why and step < total:
-                for member in members:
-                    member.checkpoints.wait()
-                _ended(why, step)
-            if all(member.failed for member in members):
-                return
+                self.checkpoints.wait()
+                _exit_again(why, step)
+        return state
 
+    def call(self, step: int, metrics: Any, state: TrainState) -> bool:
+        """Calls the callbacks; returns whether one of process 0 stops the run."""
+        if not self.callbacks:
+            return False
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        answers = [callback(step, values, state) for callback in self.callbacks]  # all are called, whatever one says
+        return bool(distributed.broadcast_from_primary(int(any(answers))))
 
-def _journal(member: RunMember, prepared: PreparedRun, shown: contextlib.ExitStack, watched: bool) -> StepLogger:
-    """Returns the journal of a run; of several runs the progress of one is shown."""
-    run, total = member.run, prepared.total_steps
-    progress = Progress(total, run.config.batch_size, quiet=not (watched and distributed.is_primary()))
-    shown.enter_context(progress)
-    rows = partial(step_examples, run, prepared)
-    return StepLogger(run.config, run.folder, member.write, run.train, progress, rows, member.checkpoints.taken)
-
-
-def _ended(why: str, step: int) -> None:
-    """Ends a run that was asked to."""
-    if distributed.is_primary():
-        print(f"asked to end ({why}): saved at step {step}; the same command goes on from there", flush=True)
-    raise SystemExit(interrupts.EXIT_AGAIN)
-
-
-def _evaluate(member: RunMember, prepared: PreparedRun, state: TrainState) -> dict[str, float]:
-    """Evaluates the policy on the held-out data and writes its samples; returns the metrics."""
-    run, step = member.run, int(state.step)
-    examples = step * run.config.batch_size
-    evaluator = member.evaluator
-    if prepared.frozen.again is not None:
-        evaluator = evaluator._replace(reference=prepared.frozen.again(state))
-    params = state.params, prepared.base
-    summary = evaluation.summarize(evaluation.evaluate_table(evaluator, params, state.running), evaluator.table.weights)
-    means = {name: entry["mean"] for name, entry in summary.items()}
-    member.write(step, examples, means)
-    if distributed.is_primary():
-        (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
-    if run.complete is None:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Evaluates the policy on the held-out data and writes its samples; returns the means of the metrics."""
+        run, prepared, step = self.run, self.prepared, int(state.step)
+        evaluator, examples, params = prepared.evaluator, step * run.config.batch_size, (state.params, prepared.base)
+        if prepared.reference.recompute is not None:
+            evaluator = evaluator._replace(ref_logps=prepared.reference.recompute(state))
+        found = evaluation.evaluate_table(evaluator, params, state.running)
+        summary = evaluation.summarize(found, evaluator.table.weights)
+        means = {name: entry["mean"] for name, entry in summary.items()}
+        self.write(step, examples, means)
+        if distributed.is_primary():
+            (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
+        if run.complete is not None:
+            self._write_samples(step, examples, run.complete(prepared.shardings.policy(*params)))
         return means
-    policy = run.complete(prepared.parts.policy(*params))
-    other = prepared.frozen.samples or [None] * len(policy)
-    texts = zip(run.prompts, policy, other, strict=True)
-    samples = [{"prompt": prompt, "policy": ours, "reference": theirs} for prompt, ours, theirs in texts]
-    for sample in samples:
-        append_from_primary(run.folder / "samples.jsonl", step, examples, sample)
-    if distributed.is_primary():
-        member.show(step, samples)
-    return means
+
+    def _write_samples(self, step: int, examples: int, completions: Sequence[str]) -> None:
+        reference = self.prepared.reference.samples or [None] * len(completions)
+        texts = zip(self.run.prompts, completions, reference, strict=True)
+        samples = [{"prompt": prompt, "policy": ours, "reference": theirs} for prompt, ours, theirs in texts]
+        for sample in samples:
+            logger.append_from_primary(self.run.folder / "samples.jsonl", step, examples, sample)
+        if distributed.is_primary():
+            self.tracker.table(step, samples)
+
+
+def _first_state(run: Run, prepared: PreparedRun) -> TrainState:
+    """Returns the sharded state before the first update."""
+    tx = optim.build(**run.config.optim)
+    where = jax.tree.map(lambda x: x.sharding, prepared.abstract_state)
+    params = sharding.put_params(run.params, where.params)
+
+    def own(params: Any, moving: Any) -> TrainState:
+        # The step donates its state. device_put may share the host's memory, which must not be overwritten: copy.
+        params, moving = jax.tree.map(lambda x: x + 0, (params, moving))
+        return init_state(params, tx, run.loss, moving)
+
+    return jax.jit(own, out_shardings=where)(params, prepared.reference.moving)
+
+
+def _exit_again(why: str, step: int) -> None:
+    """Ends the process of a run that was asked to stop."""
+    log.info(f"asked to end ({why}): saved at step {step}; the same command goes on from there")
+    raise SystemExit(interrupts.EXIT_AGAIN)

@@ -1,4 +1,4 @@
-"""The models of a run or a folder: its policy as a checkpoint has it, and the reference beside it."""
+"""Restores the policy and the reference of a run from a checkpoint, or of a model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from dpo_jax.training.run_folder import run_config
 def restore_state(
     path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "newest"
 ) -> TrainState:
-    """Returns the state of one of a run's checkpoints, or that of a model folder's parameters before any step."""
+    """Returns the state of a checkpoint of a run; for a model folder, its parameters with step 0."""
     moves = setup.make_sync(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
 
     def start(params: Any) -> TrainState:
-        return init_state(params, optim.build(**settings.optim), loss.terms, params if moves else ())
+        return init_state(params, optim.build(**settings.optim), loss, params if moves else ())
 
     if not is_run(path):
         return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
@@ -35,15 +35,15 @@ def restore_state(
 
 
 def _saved(run: Path, like: TrainState, which: str = "newest") -> TrainState:
-    """Returns the state of one of a run's checkpoints, as host arrays; touches nothing.
+    """Returns the state of a checkpoint of a run, as host arrays; writes nothing.
 
     Args:
-      run: its folder.
+      run: the run folder.
       like: shapes and dtypes.
       which: newest, best (by the run's keep_best), or a step.
 
     Raises:
-      UserError: the run has none, or not that one.
+      UserError: the run has no such checkpoint.
     """
     one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
@@ -53,12 +53,12 @@ def _saved(run: Path, like: TrainState, which: str = "newest") -> TrainState:
         state = checkpoints.restore(like, checkpoints.step_of(which))
         checkpoints.close()
     if state is None:
-        raise UserError(f"{run}: no whole checkpoint yet; train it first with dpo-jax train")
+        raise UserError(f"{run}: no intact checkpoint; run dpo-jax train first")
     return jax.device_get(state)
 
 
 def restore_models(path: str, settings: Config, loaded: LoadedModel, state: TrainState) -> dict[str, Any]:
-    """Returns the policy and, if there is one, the reference as it stands."""
+    """Returns the parameters of the policy and of its reference, if it has one."""
     models = {"policy": loaded.policy(state.params)}
     uses = is_run(path) and losses.build(settings.loss).uses_reference
     if state.reference:

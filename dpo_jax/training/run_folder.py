@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ SECRET = re.compile(
 )
 
 
-def run_config(run: str | Path, argv: Sequence[str] = (), kind: type = Config, prog: str = "dpo-jax") -> Any:
-    """Returns the config of a run folder, with overrides."""
-    return parse_config(kind, str(Path(run) / "config.yaml"), argv, prog=prog)
+def run_config(
+    run: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), kind: type = Config, prog: str = "dpo-jax"
+) -> Any:
+    """Returns the config of a run folder, with overrides: arguments or nested values."""
+    return parse_config(kind, str(Path(run) / "config.yaml"), overrides, prog=prog)
 
 
 def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:

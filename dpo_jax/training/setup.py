@@ -1,7 +1,8 @@
-"""A config -> everything a run is made of: tokenizer, models, tables, folders."""
+"""A config -> a run on the host: tokenizer, model, tables, folder."""
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -11,14 +12,15 @@ from typing import Any
 from dpo_jax import distributed, losses, optim, sharding
 from dpo_jax.config.schema import Config, ReferenceConfig
 from dpo_jax.config.yaml import dump
+from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.models.model import Model
 from dpo_jax.paths import cache_folder
+from dpo_jax.records import Sync
 from dpo_jax.sampling import generate
-from dpo_jax.step import Sync
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, export_notes, load_policy, load_run_tokenizer
@@ -35,6 +37,8 @@ from dpo_jax.training.tables import (
     with_noise,
 )
 
+log = logging.getLogger(__name__)
+
 
 def make_sync(config: Config, loss: Loss) -> Sync | None:
     """Returns how the reference follows the policy, if it does.
@@ -44,17 +48,17 @@ def make_sync(config: Config, loss: Loss) -> Sync | None:
     """
     every, alpha = config.reference.sync_every, config.reference.sync_alpha
     if not every and alpha != ReferenceConfig.sync_alpha:
-        raise UserError(
-            f"reference.sync_alpha: {alpha} moves nothing; say with reference.sync_every how often it is to"
-        )
+        raise UserError("reference.sync_alpha has no effect without reference.sync_every; set that too")
     if not every:
         return None
     if every < 0 or not 0 < alpha <= 1:
         raise UserError(f"reference: sync_every {every} is less than 0, or sync_alpha {alpha} is not in (0, 1]")
     if not loss.uses_reference:
-        raise UserError("reference.sync_every: the loss has no reference that could follow the policy")
+        raise UserError("reference.sync_every: this loss has no reference; remove it")
     if config.lora.rank or config.lora.path:
-        raise UserError("reference.sync_every: with lora the reference is the model without adapters, which stays")
+        raise UserError(
+            "reference.sync_every: with lora the reference is the model without adapters, and fixed; remove it"
+        )
     if config.reference.mode == "cache":
         raise UserError("reference.sync_every: a reference that moves cannot be cached; set reference.mode: online")
     return Sync(every, alpha)
@@ -107,43 +111,26 @@ def check_length(config: Config, model: Model) -> None:
         raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
 
 
-def setup_run(config: Config, say: Callable[[str], None]) -> Run:
-    """Returns a run, assembled: its folder claimed, its data tokenised, its models loaded."""
+def setup_run(config: Config) -> Run:
+    """Returns a run assembled on the host: its folder claimed, its data tokenised, its model loaded."""
     check_config(config)
-    loss = losses.build(config.loss)
-    sync = make_sync(config, loss)
-    tokenizer = load_run_tokenizer(config.model)
+    loss, notes = losses.build(config.loss), list[str]()
+    sync, tokenizer = make_sync(config, loss), load_run_tokenizer(config.model)
     loaded = load_policy(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
     check_length(config, loaded.model)
     for line in export_notes(config, loaded):
-        say(line)
-    heard: list[str] = []
-
-    def hear(line: str) -> None:  # said now, and kept for the report
-        heard.append(line)
-        say(line)
-
-    if loaded.note:
-        hear(loaded.note)
+        log.info(line)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model, note = with_attention(loaded.model, config.model, mesh)
-    if note:
-        hear(note)
-    rows = comparison_streams(config.data, responses_per_prompt(config, loss))
-    with distributed.primary_first("the data"):  # which then find it in the cache
-        train = load_table(config, loss, tokenizer, with_noise(config, rows[0]), "training", hear)
-        held_out = eval_examples(config, load_table(config, loss, tokenizer, rows[1], "held-out", hear))
-    for what, table in (("training", train), ("held-out", held_out)):
-        check_ids(table, what, tokenizer, loaded.model)
-    same = {"config": dump(config), "training data": train.digest, "held-out data": held_out.digest}
-    distributed.assert_same_everywhere(
-        same | {"weights at the start": weights_hash(loaded.params, loaded.model.architecture)}
-    )
+    model, note = with_attention(loaded.model, config.model.attention, config.model.compute, mesh)
+    for line in filter(None, (loaded.note, note)):
+        notes.append(line)
+        log.info(line)
+    train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
     folder, lock = claim_folder(config)
     if distributed.is_primary():
-        (folder / "data.json").write_text(json.dumps(heard, indent=1))
-    shown = 0 if loss.rewards else config.samples.prompts  # a reward model writes nothing
-    prompts = [held_out[i].prompt for i in range(min(shown, len(held_out)))]
+        (folder / "data.json").write_text(json.dumps(notes, indent=1))
+    count = 0 if loss.rewards else config.samples.prompts  # a reward model generates nothing
+    prompts = [eval_table[i].prompt for i in range(min(count, len(eval_table)))]
     return Run(
         config=config,
         folder=folder,
@@ -153,9 +140,9 @@ def setup_run(config: Config, say: Callable[[str], None]) -> Run:
         loss=loss,
         sync=sync,
         params=loaded.params if loaded.lora is None else loaded.adapters,
-        frozen=partial(reference_weights, config, loaded) if loss.uses_reference else None,
-        train=train,
-        held_out=held_out,
+        load_reference=partial(reference_weights, config, loaded) if loss.uses_reference else None,
+        train_table=train_table,
+        eval_table=eval_table,
         complete=make_completer(config, loaded.model, tokenizer, prompts) if prompts else None,
         prompts=decode_texts(tokenizer, prompts),
         export=partial(loaded.export, tokenizer=tokenizer),
@@ -164,8 +151,22 @@ def setup_run(config: Config, say: Callable[[str], None]) -> Run:
     )
 
 
+def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, notes: list[str]) -> tuple[Table, Table]:
+    """Returns the training and the held-out table, the same in all processes."""
+    streams = comparison_streams(config.data, responses_per_prompt(config, loss))
+    with distributed.primary_first("the data"):  # the others then read the cache
+        train = load_table(config, loss, tokenizer, with_noise(config, streams[0]), "training", notes)
+        held_out = eval_examples(config, load_table(config, loss, tokenizer, streams[1], "held-out", notes))
+    for split, table in (("training", train), ("held-out", held_out)):
+        check_ids(table, split, tokenizer, loaded.model)
+    same = {"config": dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    same["weights at the start"] = weights_hash(loaded.params, loaded.model.architecture)
+    distributed.assert_same_everywhere(same)
+    return train, held_out
+
+
 def sweep_member(run: Run, config: Config) -> Run:
-    """Returns a run that differs from another in `prepare.numbers` only, with a folder of its own."""
+    """Returns a run that differs from another in its `compile.hparams` only, with its own folder."""
     loss = losses.build(config.loss)
     folder, lock = claim_folder(config)
     if distributed.is_primary():

@@ -1,0 +1,115 @@
+"""The registry of losses, by name."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from dpo_jax.errors import UserError, closest
+from dpo_jax.named import import_function
+from dpo_jax.records import Array, Missing
+
+# A missing field of Logps has no leaves, so that jit, grad and tree.map pass it through.
+jax.tree_util.register_pytree_node(Missing, lambda m: ((), m.name), lambda name, _: Missing(name))
+
+# Names of other systems whose most similar name here is another loss.
+ALIASES = {
+    "sigmoid": "dpo",
+    "cdpo": "dpo",
+    "dpo_norm": "sigmoid_norm",
+    "sppo": "sppo_hard",
+    "listwise": "lipo",
+    "nll": "sft",
+    "preferred_ft": "sft",
+    "reward_model": "bradley_terry",
+}
+
+
+class Entry(NamedTuple):
+    """A registered loss.
+
+    Attributes:
+      function: `(Logps, *, hyper-parameters) -> float32[B]`.
+      responses: P, the responses per prompt; None for any P from 2 on.
+      uses_reference: whether it reads `Logps.reference`.
+      whole_batch: whether a comparison's value depends on the other comparisons of its step.
+      statistic: `(Logps, *, the same hyper-parameters) -> float32[]`, `Logps.running` after a step, for a loss that
+        carries a number from step to step; it starts at 0.
+      soft_labels: whether `Logps.preference` may be below 1.
+      divergences: whether f-divergences other than the reverse KL are defined for it.
+      unpaired: whether a response of a pair may be absent.
+      mismatched: whether the last response must be one to another prompt.
+      scores: whether it needs ratings of the responses, the first one's above the last one's.
+      rewards: whether `Logps.policy` must hold the rewards of a reward model.
+    """
+
+    function: Callable[..., Array]
+    responses: int | None
+    uses_reference: bool
+    whole_batch: bool = False
+    statistic: Callable[..., Array] | None = None
+    soft_labels: bool = False
+    divergences: bool = False
+    unpaired: bool = False
+    mismatched: bool = False
+    scores: bool = False
+    rewards: bool = False
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def register(*, responses: int | None = 2, uses_reference: bool = True, **needs: Any) -> Callable[[Callable], Callable]:
+    """Returns a decorator that registers a loss under its function's name.
+
+    A name that is registered already is replaced with a warning, so that a notebook cell may run again.
+
+    Args:
+      responses: P, the responses per prompt; None for any P from 2 on.
+      uses_reference: whether the function reads `Logps.reference`.
+      **needs: other fields of `Entry`.
+    """
+
+    def file(function: Callable) -> Callable:
+        if function.__name__ in REGISTRY:
+            warnings.warn(f"loss {function.__name__!r} replaces the one registered before", stacklevel=2)
+        REGISTRY[function.__name__] = checked_entry(Entry(function, responses, uses_reference, **needs))
+        return function
+
+    return file
+
+
+def checked_entry(entry: Entry) -> Entry:
+    """Returns the entry of a function that takes one record and keyword-only hyper-parameters with defaults.
+
+    Raises:
+      UserError: another signature.
+    """
+    function = entry.function
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if len(positional) != 1 or len(positional) + len(keywords) < len(parameters):
+        raise UserError(f"loss {function.__name__}: define it as {function.__name__}(lp, *, option=default, ...)")
+    for p in keywords:
+        if p.default is p.empty:
+            raise UserError(f"loss {function.__name__}: give its option {p.name!r} a default")
+    return entry
+
+
+def find_entry(name: str, key: str = "loss.name") -> Entry:
+    """Returns the loss of a name, built-in or registered, or of `module:function`, which is imported.
+
+    Raises:
+      UserError: an unknown name (`key` says where it was given), or a module that cannot be imported.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if ":" in name:
+        function = import_function(name, key)
+        known = [entry for entry in REGISTRY.values() if entry.function is function]
+        return known[0] if known else checked_entry(Entry(function, 2, True))
+    hint = f"here it is {ALIASES[name]!r}" if name in ALIASES else closest(name, REGISTRY)
+    raise UserError(f"{key}: unknown loss {name!r}; {hint}, or give module:function")

@@ -1,0 +1,52 @@
+"""A model with its weights and tokenizer, from and to a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import load_tokenizer, model_folder, open_folder, save_folder
+from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.model import Model, build_model
+
+
+def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none") -> tuple[Model, Any, Any]:
+    """Returns (model, params, tokenizer) of a Hugging Face folder.
+
+    Args:
+      path: a folder, a run folder (its exported model), or owner/name of the hub, maybe with @revision.
+      compute: dtype of activations and matmuls, "float32" or "bfloat16"; parameters are float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but projections and attention) or "full".
+
+    Returns:
+      Pure functions of the parameters; the parameters, float32 arrays on the default device; a transformers tokenizer.
+
+    Raises:
+      UserError: no such model, a family or setting that is not supported, or damaged weights.
+    """
+    folder = model_folder(str(path))
+    architecture, hf_config, params = open_folder(folder)
+    model = build_model(architecture, compute=compute, remat=remat)._replace(hf_config=hf_config)
+    return model, jax.device_put(load_into_memory(params)), load_tokenizer(folder)
+
+
+def save_model(
+    folder: str | Path, model: Model, params: Any, tokenizer: Any = None, *, dtype: str | None = None
+) -> Path:
+    """Writes a Hugging Face folder that transformers and vLLM load; returns it.
+
+    Args:
+      folder: the folder; an earlier export there is replaced.
+      model: from `load_model`.
+      params: the parameters, on devices or on the host.
+      tokenizer: a transformers tokenizer to write beside them.
+      dtype: of the tensors: "float32", "bfloat16" or "float16"; by default that of the loaded model.
+
+    Raises:
+      UserError: a model that was not loaded from a folder, an unknown dtype, or a folder that holds other files.
+    """
+    if model.hf_config is None:
+        raise UserError("save_model: the model has no config.json; load it with load_model")
+    save_folder(folder, params, model.hf_config, tokenizer, dtype)
+    return Path(folder)

@@ -1,0 +1,142 @@
+"""Functions chosen by name: `module:function` of the user, and the options of losses, optimizers and data sources.
+
+Options are a function's keyword-only parameters: annotations are their types, defaults their defaults, and the
+docstring is their help text.
+"""
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import docstring_parser
+
+from dpo_jax.errors import UserError, closest
+
+TYPES = (bool, int, float, str)
+
+
+class Option(NamedTuple):
+    """One option, as its parameter declares it."""
+
+    name: str
+    kind: Any  # bool, int, float, str or a Literal of texts
+    default: Any
+    help: str
+
+
+def options_of(*functions: Callable) -> list[Option]:
+    """Returns the options of functions, in order.
+
+    Raises:
+      ValueError: an option without a default, or of a type that a config cannot express.
+    """
+    found = []
+    for function in functions:
+        documented = docstring_parser.parse(function.__doc__ or "").params
+        texts = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+        for p in inspect.signature(function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY:
+                found.append(_option(function.__name__, p, texts.get(p.name, "")))
+    return found
+
+
+def _option(function: str, parameter: inspect.Parameter, text: str) -> Option:
+    name, kind, default = parameter.name, parameter.annotation, parameter.default
+    if default is parameter.empty:
+        raise ValueError(f"{function}: {name} has no default")
+    if kind is parameter.empty and type(default) in TYPES:
+        kind = type(default)
+    if kind not in TYPES and get_origin(kind) is not Literal:
+        raise ValueError(f"{function}: {name} must be a bool, int, float, str or Literal[...]")
+    return Option(name, kind, default, text)
+
+
+def with_defaults(where: str, known: Sequence[Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a value for every option: the given one, converted to its type, or the default.
+
+    Args:
+      where: prefix of the keys in error messages, such as `loss.`.
+      known: the options.
+      given: values, or their texts as a command line has them.
+
+    Raises:
+      UserError: an unknown option, or a value of another type.
+    """
+    names = [option.name for option in known]
+    for key in given:
+        if key not in names:
+            raise UserError(f"unknown key {where + key!r}; {closest(where + key, [where + n for n in names])}")
+    return {o.name: _converted(where, o, given[o.name]) if o.name in given else o.default for o in known}
+
+
+def _converted(where: str, option: Option, value: Any) -> Any:
+    if get_origin(option.kind) is Literal:
+        texts = get_args(option.kind)
+        if value not in texts:
+            raise UserError(f"{where}{option.name}: {value!r} is not one of {', '.join(texts)}")
+        return value
+    if option.kind is bool:
+        if str(value) not in ("True", "False", "true", "false"):
+            raise UserError(f"{where}{option.name}: {value!r} is not True or False")
+        return str(value) in ("True", "true")
+    if isinstance(value, bool | str | int | float):
+        try:
+            return option.kind(str(value) if not isinstance(value, option.kind) else value)
+        except ValueError:
+            pass
+    elif not isinstance(value, list | dict | tuple):
+        return value  # a traced number
+    raise UserError(f"{where}{option.name}: {value!r} is not of type {option.kind.__name__}")
+
+
+def import_function(name: str, where: str) -> Callable[..., Any]:
+    """Imports (and so runs) the module of `module:function`, and returns the function.
+
+    The working directory is searched first, as `python -m` does.
+
+    Args:
+      name: the function, such as `my_losses:scaled_dpo`.
+      where: the key that names it, for error messages.
+
+    Raises:
+      UserError: the module cannot be imported, or has no such function.
+    """
+    module_name, _, attribute = name.partition(":")
+    if module_name == "__main__":
+        raise UserError(
+            f"{where}: {name!r} was defined in a script or notebook; move it to a module, name module:function"
+        )
+    try:
+        with _working_directory_first():
+            module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as e:  # ValueError: an empty module name
+        raise UserError(
+            f"{where}: cannot import {module_name!r} of {name!r} ({e}); run in the folder of {module_name}.py or set "
+            "PYTHONPATH"
+        ) from e
+    function = getattr(module, attribute, None)
+    if function is None:
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UserError(f"{where}: {module_name} has no {attribute!r}; {closest(attribute, known)}")
+    if not callable(function):
+        raise UserError(f"{where}: {name!r} is a {type(function).__name__}; name a function")
+    return function
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Returns `module:function` for a function; its name in a run's config."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+@contextlib.contextmanager
+def _working_directory_first() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,402 @@
+"""The package from Python: losses, functions and runs, as a stranger would use them."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import chex
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+from launched import ROOT, make_world
+from safetensors.numpy import load_file
+
+import dpo_jax
+from dpo_jax import Logps, UserError, cli, losses
+from dpo_jax.records import Missing
+from dpo_jax.training.metrics_file import read_metrics
+
+POLICY, REFERENCE = [[-8.0, -12.0], [-11.0, -11.0]], [[-10.0, -12.0], [-10.0, -12.0]]
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+# Level 1: losses on plain arrays.
+
+
+def test_a_loss_on_plain_lists_is_its_equation():
+    value = losses.dpo(Logps.of(POLICY, REFERENCE), beta=0.5)
+    np.testing.assert_allclose(value, [softplus(-1.0), softplus(1.0)], rtol=1e-6)
+
+
+def test_every_loss_takes_a_record_of_the_fields_that_it_reads():
+    """Those of lengths, scores and single responses too; under jit and grad."""
+    given = {"lengths": [[4, 5], [3, 3]], "scores": [[2.0, 1.0], [3.0, 0.0]]}
+    for name, entry in losses.REGISTRY.items():
+        pad = [[-9.0]] * 2 if entry.responses == 3 else [[]] * 2
+        policy, reference = (np.hstack([x, pad]).astype(np.float32) for x in (POLICY, REFERENCE))
+        fields = {k: np.hstack([v, pad]).astype(np.float32) for k, v in given.items()}
+        lp = Logps.of(policy, reference, **fields)
+        value, grad = jax.jit(jax.value_and_grad(lambda x, f=entry.function, lp=lp: f(lp._replace(policy=x)).sum()))(
+            jnp.asarray(policy)
+        )
+        assert np.isfinite(value), name
+        assert np.isfinite(grad).all(), name
+
+
+def test_a_missing_field_is_named_by_whoever_reads_it():
+    lp = Logps.of(POLICY)
+    with pytest.raises(UserError, match=r"Logps.reference is missing and this loss reads it; give Logps.of\(..., refe"):
+        losses.dpo(lp)
+    with pytest.raises(UserError, match=r"Logps.lengths is missing"):
+        losses.simpo(lp)
+    with pytest.raises(UserError, match=r"Logps.lengths is missing"):
+        jax.jit(losses.simpo)(lp)
+    with pytest.raises(UserError, match=r"Logps.scores is missing"):
+        losses.odpo(Logps.of(POLICY, REFERENCE))
+    assert isinstance(jax.tree.map(lambda x: x, lp).lengths, Missing)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Logps.of(POLICY, REFERENCE, length=[1]), r"no field 'length'; did you mean 'lengths'\?"),
+        (lambda: Logps.of([-1.0, -2.0]), r"Logps.policy: shape \(2,\); give \[B, P\]"),
+        (lambda: Logps.of(POLICY, [[-1.0]]), r"Logps.reference: shape \(1, 1\), expected \(2, 2\)"),
+        (lambda: Logps.of(POLICY, weights=[[1.0, 1.0]]), r"Logps.weights: shape \(1, 2\), expected \(2,\)"),
+    ],
+)
+def test_records_of_the_wrong_shape_are_refused(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def squared(lp, *, beta: float = 0.1, target: float = 1.0):
+    """A loss of one's own."""
+    margin = beta * ((lp.policy - lp.reference)[:, 0] - (lp.policy - lp.reference)[:, 1])
+    return (margin - target) ** 2
+
+
+def test_an_own_function_is_an_objective():
+    loss = losses.of(squared, beta=0.5, weight=2.0)
+    lp = Logps.of(POLICY, REFERENCE, lengths=[[1, 1], [1, 1]])
+    np.testing.assert_allclose(loss.values(lp), [0.0, 8.0])
+    metrics = loss.metrics(lp)
+    np.testing.assert_allclose(metrics["rewards/margins"], [1.0, -1.0])
+    assert (loss.responses, loss.uses_reference, loss.terms) == (2, True, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (squared, {"bta": 1.0}, r"loss squared: unknown parameter 'bta'"),
+        (lambda lp, beta: lp.policy[:, 0], {}, r"define it as <lambda>\(lp, \*, option=default, ...\)"),
+        (lambda lp: lp.policy, {}, r"returns \(1, 2\) for one comparison; return float32\[B\]"),
+        (lambda lp: lp.policy.sum(), {}, r"returns \(\) for one comparison"),
+        (squared, {"beta": -1.0}, r"beta -1.0 is not a finite number above 0"),
+    ],
+)
+def test_functions_that_are_no_loss_are_refused(function, options, message):
+    with pytest.raises(UserError, match=message):
+        losses.of(function, **options)
+
+
+def test_registering_a_name_again_replaces_it_with_a_warning():
+    def mine(lp, *, beta: float = 0.1):
+        return lp.policy[:, 0] * beta
+
+    losses.register(responses=2, uses_reference=False)(mine)
+    try:
+        with pytest.warns(UserWarning, match="loss 'mine' replaces the one registered before"):
+            losses.register()(mine)
+        assert losses.REGISTRY["mine"].uses_reference
+    finally:
+        del losses.REGISTRY["mine"]
+
+
+# Level 2: functions.
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with pairs, a run of a small random model, and a module of own functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = make_world(tmp_path_factory.mktemp("api"))
+        patch.chdir(folder)
+        patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
+        (folder / "own.py").write_text(OWN)
+        cli.run_command(["train", "dpo.yaml", "--max-steps", "2", "--run", "runs/start", "--samples.prompts", "0"])
+        yield folder
+
+
+OWN = '''
+import json
+import optax
+
+def squared(lp, *, beta: float = 0.1, target: float = 1.0):
+    """A loss of one's own.
+
+    Args:
+      lp: log-probs.
+      beta: Strength.
+      target: The margin to reach.
+    """
+    ratios = lp.policy - lp.reference
+    return (beta * (ratios[:, 0] - ratios[:, 1]) - target) ** 2
+
+def lion(*, learning_rate: float = 1e-4):
+    """Lion.
+
+    Args:
+      learning_rate: Constant.
+    """
+    return optax.lion(learning_rate)
+
+def short(path, split, *, most: int = 1000):
+    for line in list(open(path[0]))[:most]:
+        yield json.loads(line)
+'''
+
+
+def rows(world, count=None):
+    return [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()][:count]
+
+
+def test_twelve_lines_train_with_an_own_loss(world):
+    """The example of the README; the step compiles once, and the loss falls."""
+    model, params, tokenizer = dpo_jax.load_model("runs/start")
+    table = dpo_jax.tokenize(rows(world, 40), tokenizer, max_length=96)
+    loss, tx = losses.of(squared, beta=0.5), optax.adamw(1e-3)
+    step = jax.jit(chex.assert_max_traces(dpo_jax.make_train_step(model, loss, tx), n=1))
+    state, history = dpo_jax.init_state(params, tx, loss), []
+    for i in range(6):
+        batch, count = dpo_jax.collate(table, np.arange(8 * (i % 4), 8 * (i % 4) + 8))
+        batch = dpo_jax.with_reference(model, params, batch, count)
+        state, metrics = step(state, batch, count)
+        history.append(float(metrics["loss"]))
+    assert history[0] == pytest.approx(1.0, abs=1e-6)  # the policy is its reference, whose margin is 0
+    assert history[-1] < 0.8
+    lp = dpo_jax.sequence_logps(model, state.params, batch)
+    expected = loss.metrics(lp)
+    found = dpo_jax.make_eval_step(model, loss)(state.params, batch, count)
+    there = np.asarray(lp.weights) > 0
+    assert there.sum() == 8
+    np.testing.assert_allclose(np.ravel(found["loss"])[there], expected["loss"][there], rtol=1e-5)
+
+
+def test_a_state_of_another_loss_is_an_error_and_not_a_retrace(world):
+    model, params, tokenizer = dpo_jax.load_model("runs/start")
+    table = dpo_jax.tokenize(rows(world, 8), tokenizer, max_length=96)
+    two, tx = losses.build([{"name": "dpo"}, {"name": "sft"}]), optax.sgd(1e-3)
+    state = dpo_jax.init_state(params, tx, losses.build({"name": "dpo"}))
+    batch, count = dpo_jax.collate(table, range(8))
+    with pytest.raises(AssertionError, match=r"has shape \(1,\) but expected \(2.*make the state with init_state of this loss"):
+        jax.jit(dpo_jax.make_train_step(model, two, tx))(state, batch, count)
+
+
+def test_sequence_logps_are_the_models_own(world):
+    """Against log-softmax of the logits of each prompt and response by itself."""
+    model, params, tokenizer = dpo_jax.load_model("runs/start")
+    table = dpo_jax.tokenize(rows(world, 3), tokenizer, max_length=96)
+    lp = dpo_jax.sequence_logps(model, params, dpo_jax.collate(table, range(3))[0])
+    found = np.asarray(lp.policy)[np.asarray(lp.weights) > 0]
+    expected = []
+    for tokens in (table[i] for i in range(3)):
+        for response in tokens.responses:
+            ids = np.concatenate([tokens.prompt, response])[None]
+            one, zero = np.ones_like(ids), np.zeros_like(ids)
+            hidden = model.hidden(params, ids, np.arange(ids.shape[1])[None], one, zero)
+            logits = jnp.einsum("rtd,vd->rtv", hidden, model.head(params))
+            each = jax.nn.log_softmax(logits)[0, len(tokens.prompt) - 1 : -1]
+            expected.append(float(each[np.arange(len(response)), response].sum()))
+    np.testing.assert_allclose(np.sort(found.ravel()), np.sort(expected), rtol=1e-5)
+
+
+def test_tokenize_takes_lists_generators_and_datasets_alike(world, caplog):
+    _, _, tokenizer = dpo_jax.load_model("runs/start")
+    examples = [*rows(world, 5), {"prompt": "I saw", "chosen": " it", "rejected": " it"}]
+    with caplog.at_level(logging.WARNING, logger="dpo_jax"):
+        first = dpo_jax.tokenize(examples, tokenizer)
+    assert len(first) == 5
+    assert "identical" in caplog.text  # what is dropped is a warning
+    others = [(r for r in examples), datasets.Dataset.from_list(examples)]
+    assert {dpo_jax.tokenize(other, tokenizer).digest for other in others} == {first.digest}
+    with pytest.raises(UserError, match=r"data\[1\]"):
+        dpo_jax.tokenize([examples[0], {"prompt": "no response"}], tokenizer)
+    with pytest.raises(UserError, match=r"data: element 0 is a str; give dicts"):
+        dpo_jax.tokenize(["text"], tokenizer)
+
+
+@pytest.mark.parametrize(("indices", "message"), [([], "give one or more"), ([5], "outside the table of 5")])
+def test_collate_refuses_indices_outside_the_table(world, indices, message):
+    _, _, tokenizer = dpo_jax.load_model("runs/start")
+    table = dpo_jax.tokenize(rows(world, 5), tokenizer)
+    with pytest.raises(UserError, match=message):
+        dpo_jax.collate(table, indices)
+
+
+def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
+    model, params, tokenizer = dpo_jax.load_model("runs/start")
+    folder = dpo_jax.save_model(world / "copy", model, params, tokenizer)
+    again, same, _ = dpo_jax.load_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    prompts = [np.array(tokenizer("I saw")["input_ids"])]
+    texts = [
+        dpo_jax.generate(m, p, prompts, max_new_tokens=5, eos_id=tokenizer.eos_token_id, temperature=0.0)[0].tolist()
+        for m, p in ((model, params), (again, same))
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
+        dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
+
+
+# Level 3: runs.
+
+RUN = {"samples": {"prompts": 0}, "batch_size": 8, "max_steps": 3, "eval_every": 0}
+RUN |= {"data": {"max_length": 96, "max_prompt_length": 32}}
+RUN |= {"model": {"config": "tiny.json", "tokenizer": "synthetic"}, "optim": {"learning_rate": 1e-3}}
+
+
+def test_train_on_rows_with_an_own_loss_and_callbacks(world):
+    """A run folder as the command's; the callbacks see every step and evaluation, and may stop the run."""
+    seen = []
+
+    def stop(step, metrics, state):
+        seen.append((step, "loss" in metrics, "eval_loss" in metrics, int(state.step)))
+        return step == 2 and "loss" in metrics
+
+    config = RUN | {"max_steps": 5, "run": "runs/own"}
+    result = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared, callbacks=[stop])
+    assert seen == [(1, True, False, 1), (2, True, False, 2), (2, False, True, 2)]
+    assert [r["step"] for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r] == [1, 2]
+    assert result.metrics["eval_loss"] == read_metrics(result.folder / "metrics.jsonl")[-1]["eval_loss"]
+    assert (result.folder / "report.html").is_file()
+    exported = load_file(result.folder / "model" / "model.safetensors")
+    assert sum(x.size for x in exported.values()) == sum(x.size for x in jax.tree.leaves(result.params))
+    assert yaml.safe_load((result.folder / "config.yaml").read_text())["loss"]["name"] == "test_api:squared"
+    again = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared)  # it resumes
+    assert [r["step"] for r in read_metrics(again.folder / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="belongs to another config"):
+        dpo_jax.train(config, data=rows(world, 30), eval_data=rows(world, 20), loss=squared)
+
+
+def test_train_equals_the_command(world):
+    """The same config from a YAML with keys over it, and from the command line."""
+    options = {"max_steps": 3, "samples": {"prompts": 0}, "loss": {"name": "ipo", "beta": 0.3}}
+    result = dpo_jax.train("dpo.yaml", run="runs/python", **options)
+    argv = ["--max-steps", "3", "--samples.prompts", "0", "--loss.name", "ipo", "--loss.beta", "0.3"]
+    cli.run_command(["train", "dpo.yaml", "--run", "runs/command", *argv])
+    ours, theirs = (load_file(world / f"runs/{n}/model/model.safetensors") for n in ("python", "command"))
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name])
+    assert json.loads((result.folder / "eval.json").read_text())["step"] == 3
+
+
+def test_an_optax_object_and_several_terms(world):
+    terms = [{"name": "dpo", "beta": 0.3}, {"name": "sft", "weight": 0.1}]
+    config = {key: value for key, value in RUN.items() if key != "optim"}
+    result = dpo_jax.train(config, data=rows(world), loss=terms, optimizer=optax.lion(1e-4), run="runs/lion")
+    lines = [r for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r]
+    assert lines[-1]["loss/sft"] > 0
+    assert "learning_rate" not in lines[-1]  # unknown, so not logged
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"batch_sise": 1}, "unknown key 'batch_sise'; did you mean 'batch_size'"),
+        ({"batch_size": 0}, "batch_size: 0 is less than 1"),
+        ({"loss": 3}, "loss: 3: give a name, a function, or a dict"),
+        ({"optimizer": 3}, "optimizer: 3: give an optax transformation"),
+        ({"eval_data": []}, "eval_data: give data too"),
+    ],
+)
+def test_calls_that_cannot_train_are_one_line(world, keys, message):
+    with pytest.raises(UserError, match=message):
+        dpo_jax.train(**{"run": "runs/none", "model": "runs/start"} | keys)
+    assert not (world / "runs/none").exists()
+    with pytest.raises(UserError, match="run: name the folder"):
+        dpo_jax.train(model="runs/start")
+
+
+def test_evaluate_and_sample_a_run(world):
+    found = dpo_jax.evaluate("runs/start", prompts=0)
+    lines = read_metrics(world / "runs/start/metrics.jsonl")
+    assert found["eval_loss"]["mean"] == pytest.approx(lines[-1]["eval_loss"], abs=1e-6)
+    assert found["eval_loss"]["low"] < found["eval_loss"]["mean"] < found["eval_loss"]["high"]
+    assert dpo_jax.evaluate("runs/start", data=rows(world, 9), prompts=0)["eval_loss"]["n"] == 9
+    texts = dpo_jax.sample("runs/start", ["I saw", "The film"], samples={"max_new_tokens": 4, "temperature": 0.0})
+    assert texts.keys() == {"policy", "reference"}
+    assert [len(t) for t in texts.values()] == [2, 2]
+
+
+def test_sweep_gives_what_the_runs_give_one_by_one(world):
+    found = dpo_jax.sweep("dpo.yaml", {"loss.beta": [0.1, 0.5]}, run="runs/sweep", max_steps=2, samples={"prompts": 0})
+    assert [r.folder.name for r in found] == ["loss.beta=0.1", "loss.beta=0.5"]
+    alone = dpo_jax.train("dpo.yaml", run="runs/alone", max_steps=2, samples={"prompts": 0}, loss={"beta": 0.5})
+    jax.tree.map(np.testing.assert_array_equal, found[1].params, alone.params)
+
+
+# One's own code by name, from the command line.
+
+OWN_OPTIONS = ("--loss.name", "own:squared", "--loss.target", "2", "--optim.name", "own:lion")
+OWN_OPTIONS += ("--max-steps", "2", "--samples.prompts", "0", "--eval-every", "0")
+
+
+def run(world, *argv, code=0):
+    """Runs `dpo-jax` in a process of its own, which imports own.py from the working directory."""
+    args = [sys.executable, "-P", "-m", "dpo_jax", *argv]
+    done = subprocess.run(args, cwd=world, capture_output=True, text=True, env=environment())
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def environment():
+    import os
+
+    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_own_code_by_name_in_every_command(world):
+    """Train, resume, eval, sample, sweep and report of a run with an own loss, optimizer and data source."""
+    (world / "own.yaml").write_text(
+        yaml.safe_dump(
+            yaml.safe_load((world / "dpo.yaml").read_text())
+            | {"data": {"name": "own:short", "path": ["pairs.jsonl"], "options": ["most=100"], **RUN["data"], "eval_fraction": 0.2}}
+            | {"optim": {"name": "own:lion"}, "loss": {"name": "own:squared"}}
+        )
+    )
+    out = run(world, "train", "own.yaml", *OWN_OPTIONS)
+    assert "training data: " in out
+    config = yaml.safe_load((world / "runs/own/config.yaml").read_text())
+    assert (config["loss"]["name"], config["loss"]["target"], config["optim"]["learning_rate"]) == (
+        "own:squared",
+        2.0,
+        1e-4,
+    )
+    first = read_metrics(world / "runs/own/metrics.jsonl")[0]
+    assert first["eval_loss"] == pytest.approx(4.0, abs=1e-4)  # of a margin of 0, (0 - 2)^2
+    assert "resuming at step 2 of 3" in run(world, "train", "own.yaml", *OWN_OPTIONS, "--max-steps", "3")
+    assert "kl(policy || reference)" in run(world, "eval", "runs/own", "--prompts", "4")
+    assert "policy" in run(world, "sample", "runs/own", "--prompt", "I saw")
+    run(world, "sweep", "own.yaml", *OWN_OPTIONS, "--loss.target", "1,2")
+    assert (world / "runs/own-sweep/loss.target=1/model").is_dir()
+    assert "comparison.html" in run(world, "report", *(f"runs/own-sweep/loss.target={t}" for t in (1, 2)))
+    helped = run(world, "train", "own.yaml", "--help")
+    assert "--loss.target" in helped
+    assert "The margin to reach." in helped
+    message = run(world, "train", "own.yaml", "--loss.tarset", "1", code=2)
+    assert "unknown key 'loss.tarset'; did you mean 'loss.target'?" in message
+    message = run(world, "train", "own.yaml", "--data.options", "moost=3", "--run", "runs/x", code=2)
+    assert "unknown key 'data.options.moost'; did you mean 'data.options.most'?" in message
+    message = run(world, "train", "own.yaml", "--loss.name", "own:square", code=2)
+    assert "loss.name: own has no 'square'; did you mean 'squared'?" in message

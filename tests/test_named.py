@@ -1,0 +1,121 @@
+"""Functions chosen by name: their options, and the user's own by `module:function`."""
+
+import inspect
+import sys
+from typing import Literal
+
+import docstring_parser
+import pytest
+
+from dpo_jax import losses, optim
+from dpo_jax.errors import UserError
+from dpo_jax.losses import objective
+from dpo_jax.named import Option, import_function, name_of, options_of, with_defaults
+
+FUNCTIONS = {name: (entry.function, *objective.OPTIONS) for name, entry in losses.REGISTRY.items()}
+FUNCTIONS |= {name: (function,) for name, function in optim.OPTIMIZERS.items()}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_are_the_keyword_only_parameters_and_each_is_documented(name):
+    parameters, documented = [], {}
+    for function in FUNCTIONS[name]:
+        parameters += [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        documented |= {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__).params}
+    found = options_of(*FUNCTIONS[name])
+    assert [(o.name, o.kind, o.default) for o in found] == [(p.name, p.annotation, p.default) for p in parameters]
+    assert [o.help for o in found] == [" ".join(documented[p.name].split()) for p in parameters]
+    assert all(option.help for option in found)
+
+
+def no_default(x, *, a: float): ...
+def a_list(x, *, a: list[int] = []): ...  # noqa: B006
+def optional(x, *, a: float | None = None): ...
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (no_default, "no_default: a has no default"),
+        (a_list, r"a_list: a must be a bool, int, float, str or Literal\[...\]"),
+        (optional, r"optional: a must be a bool, int, float, str or Literal\[...\]"),
+    ],
+)
+def test_options_that_a_config_cannot_express_are_refused(function, why):
+    with pytest.raises(ValueError, match=why):
+        options_of(function)
+
+
+def own(x, *, a: float = 0.5, n=2, on: bool = False, how: Literal["mean", "sum"] = "sum"):
+    """Own.
+
+    Args:
+      x: input.
+      a: How much.
+    """
+
+
+def test_options_without_annotations_have_the_type_of_their_default():
+    assert options_of(own)[:2] == [Option("a", float, 0.5, "How much."), Option("n", int, 2, "")]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"a": 0.5, "n": 2, "on": False, "how": "sum"}),
+        ({"a": "5e-7", "n": "3", "on": "True"}, {"a": 5e-7, "n": 3, "on": True, "how": "sum"}),
+        ({"a": 1, "how": "mean"}, {"a": 1.0, "n": 2, "on": False, "how": "mean"}),
+    ],
+)
+def test_values_and_texts_are_converted_to_the_type_of_their_option(given, expected):
+    found = with_defaults("data.options.", options_of(own), given)
+    assert found == expected
+    assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"b": 1}, r"unknown key 'o.b'"),
+        ({"hoow": "sum"}, r"unknown key 'o.hoow'; did you mean 'o.how'\?"),
+        ({"a": "x"}, r"o.a: 'x' is not of type float"),
+        ({"n": "1.5"}, r"o.n: '1.5' is not of type int"),
+        ({"on": "yes"}, r"o.on: 'yes' is not True or False"),
+        ({"how": "max"}, r"o.how: 'max' is not one of mean, sum"),
+        ({"a": [1]}, r"o.a: \[1\] is not of type float"),
+    ],
+)
+def test_wrong_values_are_one_line(given, message):
+    with pytest.raises(UserError, match=message):
+        with_defaults("o.", options_of(own), given)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module in the working directory, which is on no path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_functions.py").write_text("def double(x): return 2 * x\nDOUBLED = 4\n")
+    yield tmp_path
+    sys.modules.pop("own_functions", None)
+
+
+def test_a_function_is_imported_from_the_working_directory(module):
+    path = list(sys.path)
+    assert import_function("own_functions:double", "loss.name")(2) == 4
+    assert sys.path == path
+    assert name_of(import_function("own_functions:double", "loss.name")) == "own_functions:double"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent_module:f", r"loss.name: cannot import 'absent_module' of 'absent_module:f'"),
+        ("own_functions:doubel", r"loss.name: own_functions has no 'doubel'; did you mean 'double'\?"),
+        ("own_functions:DOUBLED", r"loss.name: 'own_functions:DOUBLED' is a int; name a function"),
+        (":f", r"loss.name: cannot import ''"),
+        ("__main__:f", r"loss.name: '__main__:f' was defined in a script or notebook"),
+    ],
+)
+def test_names_that_lead_to_no_function_are_one_line(module, name, message):
+    with pytest.raises(UserError, match=message):
+        import_function(name, "loss.name")
