@@ -113,6 +113,7 @@ def main() -> None:
     """Runs the command line; a UserError is one line on standard error and exit code 2."""
     # The hub is contacted only for names that the user gives, and not for telemetry.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
     try:
         run_command(sys.argv[1:])
     except UserError as e:

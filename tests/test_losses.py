@@ -10,8 +10,7 @@ from loss_table import batch_of
 
 from dpo_jax import losses
 from dpo_jax.errors import UserError
-from dpo_jax.losses import REGISTRY
-from dpo_jax.losses.registry import register
+from dpo_jax.records import Logps
 
 
 def logps(policy, reference=None, lengths=None):
@@ -75,6 +74,31 @@ def test_reward_metrics_are_trls_with_ties_half_right():
         np.testing.assert_allclose(metrics[name], values, atol=1e-6, err_msg=name)
 
 
+def test_margins_within_the_rounding_of_their_log_probs_are_ties():
+    """Two programs round sums of log-probs differently; a policy equal to its reference must not look biased."""
+    rng = np.random.default_rng(0)
+    reference = -rng.uniform(20, 400, (64, 2)).astype(np.float32)
+    unit = np.spacing(np.abs(reference))
+    lengths = rng.integers(5, 100, (64, 2))
+    noisy = Logps.of(reference + rng.integers(-2, 3, (64, 2)) * unit, reference, lengths=lengths)
+    metrics = losses.build({"name": "dpo"}).metrics(noisy)
+    np.testing.assert_array_equal(metrics["rewards/margins"], 0.0)
+    np.testing.assert_array_equal(metrics["rewards/accuracies"], 0.5)
+    assert losses.weighted_means(metrics, noisy.weights)["length_bias"] == 0
+    # A hundredth of a nat is far beyond rounding, whatever beta.
+    real = Logps.of(reference + np.array([0.01, 0.0]), reference, lengths=lengths)
+    for beta in (0.01, 0.1, 10.0):
+        metrics = losses.build({"name": "dpo", "beta": beta}).metrics(real)
+        np.testing.assert_array_equal(metrics["rewards/accuracies"], 1.0)
+        np.testing.assert_allclose(metrics["rewards/margins"], 0.01 * beta, rtol=0.01)
+
+
+def test_a_tie_of_rewards_of_a_reward_model_is_within_their_rounding():
+    rewards = np.array([[3.0, 3.0 + 2**-22], [3.0, 3.001]], np.float32)
+    metrics = losses.build({"name": "bradley_terry"}).metrics(Logps.of(rewards, lengths=np.ones((2, 2))))
+    np.testing.assert_array_equal(metrics["rewards/accuracies"], [0.5, 0.0])
+
+
 def test_likelihood_metrics():
     metrics = losses.build({"name": "sft"}).metrics(logps((-8.0,)))
     expected = {"loss": 8.0, "logps/chosen": -8.0, "nll": 1.6}
@@ -88,5 +112,3 @@ def test_unknown_names_are_refused():
         losses.build({"name": "sigmoid"})
     with pytest.raises(UserError, match=r"loss dpo: .*'betta'.*its parameters"):
         losses.build({"name": "dpo", "betta": 0.1})
-    with pytest.raises(ValueError, match="registered twice"):
-        register(responses=2, uses_reference=True)(REGISTRY["dpo"].function)

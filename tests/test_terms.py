@@ -94,7 +94,7 @@ def test_a_soft_label_is_label_smoothing():
     [
         ([], "no term"),
         ([{"name": "dpo"}, {"name": "dpo", "beta": 1.0}], "dpo, dpo: give each loss once"),
-        ({"name": "dpo", "weight": 0.0}, "loss dpo: weight 0.0 cannot be used: a term counts for more than nothing"),
+        ({"name": "dpo", "weight": 0.0}, "loss dpo: weight 0.0 cannot be used: set a weight above 0"),
         ({"name": "dpo", "weight": math.nan}, "weight nan"),
         ({"name": "dpo", "beta": -1.0}, "loss dpo: beta -1.0 is not a finite number above 0"),
         ({"name": "dpo", "beta": math.inf}, "beta inf is not a finite number above 0"),

@@ -1,4 +1,4 @@
-"""Losses of a chosen and a rejected response, P = 2, each held against a fixed point and not against the other.
+"""Losses of a chosen and a rejected response, P = 2, each compared with a fixed point instead of the other.
 
 Notation as in pairwise.py: c and r are log pi - log ref of the two.
 """
@@ -68,7 +68,7 @@ def apo_zero(lp: Logps, *, beta: float = 0.1) -> Array:
 
         loss = 1 - sigmoid(beta c) + sigmoid(beta r)
 
-    For chosen responses that are better than what the model writes.
+    For chosen responses that are better than the model's own.
 
     Args:
       lp: log-probabilities of B pairs.
@@ -87,7 +87,7 @@ def apo_down(lp: Logps, *, beta: float = 0.1) -> Array:
 
         loss = sigmoid(beta c) + 1 - sigmoid(beta (c - r))
 
-    For chosen responses that are worse than what the model writes.
+    For chosen responses that are worse than the model's own.
 
     Args:
       lp: log-probabilities of B pairs.

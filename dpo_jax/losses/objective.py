@@ -178,7 +178,7 @@ def _check(bound: BoundTerm) -> None:
 
 
 def _responses(bound: Sequence[BoundTerm]) -> int | None:
-    """Returns the P that all terms can do with: those of one response take the first of any number."""
+    """Returns the number of responses all terms accept; single-response terms read the first one."""
     names = [b.name for b in bound]
     if len(set(names)) < len(names) or not names:
         raise UserError(f"loss: {', '.join(names) or 'no term'}: give each loss once")
@@ -195,7 +195,7 @@ def _responses(bound: Sequence[BoundTerm]) -> int | None:
 
 
 def _check_shared_parts(bound: Sequence[BoundTerm]) -> None:
-    """Refuses to desensitise to length where a response to another prompt has a say in what the responses share."""
+    """Rejects ld_alpha beside a loss of mismatched responses, which would change the shared part of the others."""
     strange = [b.name for b in bound if b.entry.mismatched]
     for b in bound:
         alpha = b.transform["ld_alpha"]
@@ -207,7 +207,7 @@ def _check_shared_parts(bound: Sequence[BoundTerm]) -> None:
 
 
 def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, Logps], Array]) -> Array:
-    """Returns a function of each term and the log-probs, with the statistic of that term, stacked on an axis K."""
+    """Returns a function of each term and its log-probs, stacked on an axis K."""
     needed, given = _responses(bound), lp.policy.shape[1]
     if given != needed and (needed or given < 2):
         raise ValueError(f"log-probs of {given} responses, where {', '.join(b.name for b in bound)} takes {needed}")
@@ -216,7 +216,7 @@ def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, 
 
 
 def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
-    """Returns every metric, float32[B]: the loss, those of its terms, and TRL's with the first term's beta."""
+    """Returns every metric, float32[B]: the loss, the losses of its terms, and rewards with the first term's beta."""
     values = _each(bound, lp, BoundTerm.value)
     answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
     metrics = {"loss": jnp.sum(values, axis=0)}

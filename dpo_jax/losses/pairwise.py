@@ -1,7 +1,7 @@
 """Losses of a chosen and a rejected response, P = 2, which compare the policy with the reference.
 
 In formulas c and r are log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens, and
-L_c and L_r their lengths in tokens. With TRL's names for hyper-parameters go TRL's values, where no other is named.
+L_c and L_r their lengths in tokens. Hyper-parameters with TRL's names have TRL's defaults unless stated otherwise.
 """
 
 from typing import Literal
@@ -230,7 +230,7 @@ def r_dpo(lp: Logps, *, beta: float = 0.1, alpha: float = 0.01, label_smoothing:
 
         loss = -log sigmoid(beta (c - r) + alpha (L_c - L_r))
 
-    A longer chosen response is held to be preferred in part for its length, which leaves less for the policy to learn.
+    The preference for a longer chosen response is attributed in part to its length, so the policy learns less from it.
 
     Args:
       lp: log-probabilities of B pairs.

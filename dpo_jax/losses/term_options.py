@@ -1,4 +1,4 @@
-"""f-DPO (Wang et al. 2023, arXiv 2309.16240): another divergence from the reference than the reverse KL."""
+"""Options of every term of an objective: transforms of its log-probs, weights of its values."""
 
 import math
 from collections.abc import Callable
@@ -18,29 +18,29 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 def diverge(lp: Logps, name: Divergence, alpha: float = 0.5) -> Logps:
-    """Puts the scores of an f-divergence where a loss looks for log-ratios: `policy` is s and `reference` is 0.
+    """Replaces log-ratios by the scores s of an f-divergence (f-DPO, arXiv 2309.16240): `policy` = s, `reference` = 0.
 
-    A policy that maximises reward less beta times D_f(pi, ref) has rewards beta f'(pi / ref), up to a constant, where
-    with the reverse KL they are beta log(pi / ref). With t = pi / ref and x = log t the scores are
+    A policy that maximises reward - beta D_f(pi, ref) has rewards beta f'(pi / ref) up to a constant; with the reverse
+    KL they are beta log(pi / ref). With t = pi / ref and x = log t the scores are
 
         reverse_kl   f'(t) = log t                              s = x
         forward_kl   f'(t) = 1 - 1/t                            s = 1 - e^-x
         js           f'(t) = log(2 t / (1 + t))                 s = log 2 + log sigmoid(x)
         alpha        f'(t) = (t^(alpha - 1) - 1) / (alpha - 1)  s = (e^((alpha - 1) x) - 1) / (alpha - 1)
 
-    all with s(0) = 0, so that they may be divided by lengths. alpha -> 1 is the reverse KL and alpha = 0 the forward
-    one. Exponents are held at 80, as in TRL, beyond which the gradient is 0.
+    all with s(0) = 0, so that they can be divided by lengths. alpha -> 1 is the reverse KL, alpha = 0 the forward KL.
+    Exponents are clipped at 80, as in TRL; the gradient is 0 beyond.
 
     Args:
-      lp: log-probabilities of B comparisons; any length desensitising comes before.
+      lp: log-probs of B comparisons, after length desensitisation.
       name: the divergence.
       alpha: of the alpha-divergence (TRL's f_alpha_divergence_coef).
 
     Returns:
-      The same record with other `policy` and `reference`, float32[B, P]; with reverse_kl the record itself.
+      The record with other `policy` and `reference`, float32[B, P]; unchanged for reverse_kl.
 
     Raises:
-      UserError: no such divergence.
+      UserError: an unknown divergence.
     """
     if name == "reverse_kl":
         return lp
@@ -66,14 +66,14 @@ def transformed(
     divergence_alpha: float = 0.5,
     ld_alpha: float = 1.0,
 ) -> Logps:
-    """The log-probs that a term's loss is shown.
+    """Returns the log-probs that the loss of a term reads.
 
     Args:
-      lp: log-probabilities of B comparisons.
-      reference_free: Take log pi_ref as 0, as the original code's option does.
+      lp: log-probs of B comparisons.
+      reference_free: Set log pi_ref to 0, as the original code's option.
       divergence: The f-divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
       divergence_alpha: alpha of the alpha-divergence.
-      ld_alpha: What a response's tokens count beyond the length of the shorter one (LD-DPO, arXiv 2409.06411).
+      ld_alpha: Weight of the tokens beyond the length of the shorter response (LD-DPO, arXiv 2409.06411).
     """
     if isinstance(ld_alpha, Tracer) or ld_alpha != 1.0:
         less = 1.0 - ld_alpha
@@ -87,25 +87,27 @@ def transformed(
 
 
 def weighted(value: Array, lp: Logps, *, weight: float = 1.0, wpo: bool = False) -> Array:
-    """What a term adds to the objective, float32[B].
+    """Returns the contribution of a term to the objective, float32[B].
 
     Args:
-      value: of its loss, float32[B].
-      lp: the log-probs.
-      weight: What the loss is multiplied by, among several terms.
-      wpo: Weigh pairs by how likely the policy is to write them (WPO, arXiv 2406.11827, eq. 2).
+      value: the loss, float32[B].
+      lp: its log-probs.
+      weight: Factor of this loss among several terms.
+      wpo: Weight pairs by their probability under the policy (WPO, arXiv 2406.11827, eq. 2).
     """
     return weight * value * (wpo_weight(lp) if wpo else 1.0)
 
 
 def wpo_weight(lp: Logps) -> Array:
-    """WPO's weight of a pair, float32[B], a constant to the gradient: how likely both responses are under the policy,
-    token by token, next to what it would have drawn itself (arXiv 2406.11827, section 3)."""
+    """Returns WPO's weight of a pair, float32[B], without gradient (arXiv 2406.11827, section 3).
+
+    It is the probability of both responses per token, relative to responses sampled from the policy.
+    """
     return jax.lax.stop_gradient(jnp.exp(jnp.sum(lp.confidence, axis=1)))
 
 
 def soft_label(lp: Logps, values: Values) -> Array:
-    """The expected value, float32[B], of a pairwise loss whose label is right with probability `lp.preference`."""
+    """Returns the expected pairwise loss, float32[B], if the label is right with probability `lp.preference`."""
     swapped = _map_responses(lp, lambda x: x[:, ::-1])
     return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
 
@@ -114,7 +116,7 @@ PER_RESPONSE = tuple(name for name in Logps._fields if name not in ("weights", "
 
 
 def first_responses(lp: Logps, responses: int) -> Logps:
-    """The log-probs of the first responses only."""
+    """Returns the log-probs of the first responses only."""
     return _map_responses(lp, lambda x: x[:, :responses])
 
 
@@ -125,30 +127,30 @@ def _map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
 
 
 def example_logps(responses: int) -> Logps:
-    """The shapes of the log-probs of one comparison."""
+    """Returns the abstract log-probs of one comparison."""
     number, row = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, responses), jnp.float32)
     rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
     return Logps(**dict.fromkeys(PER_RESPONSE, row) | {"weights": number, "preference": number} | rest)
 
 
 def check_term(name: str, entry: Entry, options: dict) -> None:
-    """Refuses options of a term that mean nothing for its loss.
+    """Rejects options that have no effect on a loss, or no meaning for it.
 
     Raises:
       UserError: with the reason.
     """
     pair = entry.responses == 2 and not entry.whole_batch and not entry.rewards
     if any(isinstance(value, Tracer) for value in options.values()):
-        return  # they were checked as numbers before the program was traced
+        return  # traced values were checked before tracing
     reasons = {
-        "weight": not options["weight"] > 0 and "a term counts for more than nothing: weight > 0",
+        "weight": not options["weight"] > 0 and "set a weight above 0",
         "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
         "divergence": options["divergence"] != "reverse_kl" and _against_divergence(entry, options),
         "divergence_alpha": options["divergence"] != "alpha"
         and options["divergence_alpha"] != (transformed.__kwdefaults__ or {})["divergence_alpha"]
         and "only divergence alpha has one",
         "ld_alpha": _against_ld(entry, options["ld_alpha"]),
-        "wpo": options["wpo"] and not pair and "it weighs pairs one by one, which this loss does not look at",
+        "wpo": options["wpo"] and not pair and "it weights single pairs, and this loss has none",
     }
     for key, reason in reasons.items():
         if reason:

@@ -1,0 +1,172 @@
+"""`evaluate` and `sample`: a run or a model folder, from Python."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax import evaluation, losses
+from dpo_jax.config.commands import EvalConfig, SampleConfig
+from dpo_jax.data.sources import memory
+from dpo_jax.errors import UserError
+from dpo_jax.evaluation import EvalModel
+from dpo_jax.losses import Loss
+from dpo_jax.paths import is_run, written
+from dpo_jax.rewards.registry import get_reward
+from dpo_jax.runs.settings import config_of_path, section
+from dpo_jax.training import setup
+from dpo_jax.training.attention_check import with_attention
+from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
+from dpo_jax.training.restore import restore_models, restore_state
+from dpo_jax.training.tables import (
+    comparison_streams,
+    decode_texts,
+    load_table,
+    prompt_ids,
+    responses_per_prompt,
+    reward_encoding,
+)
+
+log = logging.getLogger(__name__)
+Intervals = dict[str, dict[str, float]]  # metric -> mean, low, high (95%), n
+
+
+class Evaluation(NamedTuple):
+    """Metrics of a policy on held-out data, and its completions beside the reference's.
+
+    Attributes:
+      metrics: name -> mean, low and high (95% interval) and n.
+      completions: (prompt, then a completion of each model).
+      models: the names of the models, policy first.
+    """
+
+    metrics: Intervals
+    completions: list[tuple[str, ...]]
+    models: list[str]
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: Iterable[Mapping[str, Any]] | None = None,
+    **keys: Any,
+) -> Intervals:
+    """Evaluates the policy of a run, or a model folder, on held-out comparisons.
+
+    Args:
+      path: a run folder, a model folder or a hub id.
+      data: held-out examples in memory, in place of the run's.
+      **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`.
+
+    Returns:
+      Metric -> {mean, low, high, n}: accuracy, margins, loss, KL and reward with 95% intervals.
+
+    Raises:
+      UserError: no checkpoint, no reference, or data that the loss cannot use.
+    """
+    given = section(keys)
+    if data is not None:
+        name = memory.keep_examples(data)
+        given["data"] = {**given.get("data", {}), "name": "memory", "path": [name], "eval_path": [name]}
+    return evaluate_path(str(path), config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")).metrics
+
+
+def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
+    """Evaluates a run or a model folder as `dpo-jax eval` does."""
+    loss = losses.build(settings.loss)
+    if loss.uses_reference and not is_run(path) and not settings.reference.path:
+        raise UserError(f"{path}: a model folder has no reference; set --reference.path, or give a run folder")
+    if loss.rewards and (settings.reward or settings.per_token):
+        raise UserError(
+            "--reward, --per-token: a reward model generates no text and has no token log-probs; remove them"
+        )
+    loaded, tokenizer = _load(settings, loss)
+    setup.check_length(settings, loaded.model)
+    _, rows = comparison_streams(settings.data, responses_per_prompt(settings, loss))
+    table = load_table(settings, loss, tokenizer, rows, "held-out")
+    judge = _eval_model(path, settings, loaded, loss)
+    found = evaluation.summarize(evaluation.evaluate_model(judge, table), table.weights)
+    if settings.per_token:
+        _write_per_token(settings.per_token, judge, table, tokenizer)
+    completions: list[tuple[str, ...]] = []
+    if settings.prompts and not loss.rewards:
+        more, completions = _generated(settings, judge, tokenizer, table)
+        found |= more
+    return Evaluation(found, completions, list(judge.params))
+
+
+def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, list[str]]:
+    """Generates completions with the policy of a run and its reference, or with a model folder.
+
+    Args:
+      path: a run folder, a model folder or a hub id.
+      prompts: texts to complete.
+      **keys: keys of `dpo-jax sample`, such as `samples={"temperature": 0.7, "max_new_tokens": 64}`, `seed=1`.
+
+    Returns:
+      "policy", and "reference" if there is one -> a completion for each prompt.
+
+    Raises:
+      UserError: no checkpoint, an empty prompt, or options without a meaning.
+    """
+    return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), prompts)
+
+
+def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> dict[str, list[str]]:
+    """Generates completions as `dpo-jax sample` does: model -> a text for each prompt."""
+    loss = losses.build(settings.loss)
+    if loss.rewards:
+        raise UserError(f"{path}: a reward model, which generates no text; name a language model")
+    loaded, tokenizer = _load(settings, loss)
+    models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
+    complete = setup.make_completer(settings, loaded.model, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
+    return {name: complete(params) for name, params in models.items()}
+
+
+def _load(settings: Any, loss: Loss) -> tuple[LoadedModel, Any]:
+    tokenizer = load_run_tokenizer(settings.model)
+    encoding = reward_encoding(settings, loss)
+    return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
+
+
+def _eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: Loss) -> EvalModel:
+    """Returns the policy and its reference, ready to evaluate."""
+    state = restore_state(path, settings, loaded, loss)
+    models = restore_models(path, settings, loaded, state)
+    model, note = with_attention(loaded.model, settings.model.attention, settings.model.compute)
+    if note:
+        log.info(note)
+    return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
+
+
+def _generated(settings: EvalConfig, judge: EvalModel, tokenizer: Any, table: Any) -> tuple[Intervals, list]:
+    """Returns KL and rewards of completions of held-out prompts by both models, and some of the completions."""
+    prompts = evaluation.distinct_prompts(table, settings.prompts)
+    options = dataclasses.asdict(settings.samples)
+    del options["prompts"]
+    ids = evaluation.complete_prompts(judge, prompts, eos_id=tokenizer.eos_token_id, seed=settings.seed, **options)
+    texts, completions = decode_texts(tokenizer, prompts), {k: decode_texts(tokenizer, c) for k, c in ids.items()}
+    found = {}
+    if "reference" in ids:
+        kl = evaluation.policy_kl(judge, prompts, ids["policy"])
+        found["kl(policy || reference)"] = evaluation.mean_with_interval(kl)
+    if settings.reward:
+        score = get_reward(settings.reward)
+        for name, answers in completions.items():
+            found[f"true reward of the {name}"] = evaluation.mean_with_interval(score(texts, answers))
+    return found, list(zip(texts, *completions.values(), strict=True))[: settings.show]
+
+
+def _write_per_token(path: str, judge: EvalModel, table: Any, tokenizer: Any) -> None:
+    """Writes a line per comparison: the prompt, and the tokens of each response with their log-probs by model."""
+    with written(path) as f:
+        for tokens, logps in evaluation.token_logps_per_example(judge, table):
+            responses = [
+                {"tokens": tokenizer.convert_ids_to_tokens(ids.tolist())}
+                | {who: [round(float(x), 5) for x in values[p]] for who, values in logps.items()}
+                for p, ids in enumerate(tokens.responses)
+            ]
+            f.write(json.dumps({"prompt": tokenizer.decode(tokens.prompt), "responses": responses}) + "\n")
+    log.info(f"wrote {path}: token log-probs of {len(table):,} comparisons")

@@ -1,0 +1,100 @@
+"""The config of a call from Python: objects are kept in memory and named in the config."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_jax import optim
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
+from dpo_jax.config.yaml import as_lists
+from dpo_jax.data.sources import memory
+from dpo_jax.errors import UserError
+from dpo_jax.losses.registry import REGISTRY, Entry, checked_entry
+from dpo_jax.models.huggingface.folder import model_folder
+from dpo_jax.named import name_of
+from dpo_jax.paths import is_run
+from dpo_jax.training.run_folder import run_config
+
+IN_MEMORY = "in_memory"  # the name of an optax object in a config
+
+
+def call_settings(
+    config: Any, data: Any, eval_data: Any, loss: Any, optimizer: Any, keys: Mapping[str, Any]
+) -> tuple[Config, str]:
+    """Returns the config of a call, and its name; objects are kept in memory and named in the config."""
+    given = section(keys)
+    if data is not None:
+        given["data"] = {**given.get("data", {}), "name": "memory", "path": [memory.keep_examples(data)]}
+    if eval_data is not None:
+        if data is None:
+            raise UserError("eval_data: give data too, or set data.eval_path")
+        given["data"]["eval_path"] = [memory.keep_examples(eval_data)]
+    if loss is not None:
+        terms = [_term(term) for term in (loss if isinstance(loss, list | tuple) else [loss])]
+        given["loss"] = terms if len(terms) > 1 else terms[0]
+    if optimizer is not None:
+        given["optim"] = _optimizer(optimizer)
+    source = str(config) if isinstance(config, str | Path) else plain_config(config)
+    name = source if isinstance(source, str) else str(given.get("run") or (source or {}).get("run") or "")
+    if not name:
+        raise UserError('run: name the folder of this run, as in run="runs/mine"')
+    return parse_config(Config, source, given, prog="dpo_jax.train"), name
+
+
+def plain_config(config: Any) -> Any:
+    """Returns a `Config` as nested values; other sources unchanged."""
+    return as_lists(dataclasses.asdict(config)) if isinstance(config, Config) else config
+
+
+def _term(term: Any) -> dict[str, Any]:
+    """Returns a term of a loss as the config has it; a function is registered under its name."""
+    if isinstance(term, str):
+        return {"name": term}
+    if isinstance(term, Mapping):
+        return {**term, **_term(term["name"])} if callable(term.get("name")) else dict(term)
+    options, function = {}, term
+    if isinstance(term, partial):
+        function, options = term.func, term.keywords
+    if not callable(function):
+        raise UserError(f"loss: {term!r}: give a name, a function, or a dict with name and options")
+    known = [name for name, entry in REGISTRY.items() if entry.function is function]
+    name = known[0] if known else name_of(function)
+    if not known:
+        REGISTRY[name] = checked_entry(Entry(function, 2, True))
+    return {"name": name, **options}
+
+
+def _optimizer(optimizer: Any) -> dict[str, Any]:
+    """Returns an optimizer as the config has it; an optax object is kept under a name for this process."""
+    if isinstance(optimizer, str):
+        return {"name": optimizer}
+    if isinstance(optimizer, Mapping):
+        return dict(optimizer)
+    if callable(optimizer):
+        optim.OPTIMIZERS[name_of(optimizer)] = optimizer
+        return {"name": name_of(optimizer)}
+    if not hasattr(optimizer, "update"):
+        raise UserError(
+            f"optimizer: {optimizer!r}: give an optax transformation, a name, or a dict with name and options"
+        )
+    optim.OPTIMIZERS[IN_MEMORY] = lambda: optimizer
+    return {"name": IN_MEMORY}
+
+
+def section(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments of a call as nested values of a config; a model may be given by its path alone."""
+    return {
+        k: {"path": str(v)} if k in ("model", "reference") and isinstance(v, str | Path) else v for k, v in keys.items()
+    }
+
+
+def config_of_path(path: str, given: Sequence[str] | Mapping[str, Any], kind: type, prog: str) -> Any:
+    """Returns the config of a run with overrides, or the overrides alone for a model folder or hub id."""
+    if is_run(path):
+        return run_config(path, given, kind, prog)
+    settings = parse_config(kind, None, given, prog=prog)
+    return replace(settings, model=replace(settings.model, path=str(model_folder(path))))

@@ -1,0 +1,118 @@
+"""`sweep`: a run for every combination of values."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
+from dpo_jax.config.yaml import dump
+from dpo_jax.errors import UserError
+from dpo_jax.runs.settings import call_settings, plain_config
+from dpo_jax.runs.train import Result, finish_run, with_base_model
+from dpo_jax.training import setup
+from dpo_jax.training.compile import prepare_run, with_hparams
+from dpo_jax.training.loop import Callback, train_run
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    over: Mapping[str, Sequence[Any]] | None = None,
+    **keys: Any,
+) -> list[Result]:
+    """Trains a run for every combination of values, in folders named after them.
+
+    Args:
+      config: as for `train`.
+      over: dotted keys and their values, such as {"loss.beta": [0.05, 0.1, 0.5]}.
+      **keys: as for `train`; `run` is the folder of the runs.
+
+    Returns:
+      A result for each combination, the last key of `over` varying fastest.
+
+    Raises:
+      UserError: as `train`. A run that fails raises after the others have trained.
+    """
+    callbacks = keys.pop("callbacks", ())
+    given = {name: keys.pop(name, None) for name in ("data", "eval_data", "loss", "optimizer")}
+    settings, name = call_settings(config, **given, keys=keys)
+    values = {key: [str(value) for value in some] for key, some in (over or {}).items()}
+    results, failed = train_all(sweep_configs(plain_config(settings), name, values), name, callbacks)
+    if failed:
+        raise UserError("; ".join(failed))
+    return results
+
+
+def sweep_configs(
+    source: str | Mapping[str, Any] | None, name: str, over: Mapping[str, Sequence[str]], argv: Sequence[str] = ()
+) -> list[Config]:
+    """Returns the config of every combination of values, each with a run folder of its own.
+
+    Args:
+      source: a YAML or nested values.
+      name: the YAML or name of the sweep.
+      over: dotted keys and the texts of their values.
+      argv: further overrides.
+
+    Raises:
+      UserError: no key has several values, or a value twice; values that cannot train.
+    """
+    if not over:
+        raise UserError("dpo-jax sweep: give an option several values, as in --loss.beta 0.05,0.1,1,5")
+    for key, texts in over.items():
+        if not all(texts) or len(set(texts)) < len(texts):
+            raise UserError(f"--{key} {','.join(texts)}: give different values that are not empty, separated by commas")
+    found = []
+    for chosen in itertools.product(*over.values()):
+        pairs = list(zip(over, chosen, strict=True))
+        overrides = [text for key, value in pairs for text in (f"--{key}", value)]
+        parsed = parse_config(Config, source, [*argv, *overrides], prog="dpo-jax sweep CONFIG.yaml")
+        folder = re.sub(r"[^\w.,=+-]", "_", ",".join(f"{key}={value}" for key, value in pairs))
+        found.append(replace(parsed, run=str(Path(parsed.run or f"runs/{Path(name).stem}-sweep") / folder)))
+        setup.check_config(found[-1])
+    if len({one.run for one in found}) < len(found):
+        raise UserError(f"dpo-jax sweep: values of {' and '.join(over)} give the same folder; choose others")
+    return found
+
+
+def train_all(
+    configs: Sequence[Config], name: str, callbacks: Sequence[Callback] = ()
+) -> tuple[list[Result], list[str]]:
+    """Trains runs one after another; returns their results, and an error message for each that failed.
+
+    Runs that differ in hyper-parameters only share tables, reference log-probs and compiled functions.
+    """
+    bases = {one.model.path: with_base_model(one, name).model.path for one in configs}
+    configs = [replace(one, model=replace(one.model, path=bases[one.model.path])) for one in configs]
+    results: dict[str, Result] = {}
+    failed: list[str] = []
+    for group in group_runs(configs):
+        run = prepared = None
+        for one in group:
+            try:
+                run = setup.setup_run(one) if run is None else setup.sweep_member(run, one)
+                prepared = with_hparams(prepared, one) if prepared else prepare_run(run)
+                results[one.run] = finish_run(run.folder, train_run(run, prepared, callbacks).policy)
+            except UserError as e:  # the other runs need not wait for it
+                failed.append(f"{Path(one.run).name}: {e}")
+    return [results[one.run] for one in configs if one.run in results], failed
+
+
+def group_runs(configs: Iterable[Config]) -> list[list[Config]]:
+    """Returns runs in groups that differ only in floats of the loss and the optimizer."""
+    found: dict[str, list[Config]] = {}
+    for one in configs:
+        found.setdefault(dump(_without_floats(one)), []).append(one)
+    return list(found.values())
+
+
+def _without_floats(settings: Config) -> Config:
+    def rest(section: Any) -> dict[str, Any]:
+        return {name: value for name, value in section.items() if not isinstance(value, float)}
+
+    loss: Any = settings.loss
+    loss = rest(loss) if isinstance(loss, dict) else [rest(term) for term in loss]
+    return replace(settings, run="", loss=loss, optim=rest(settings.optim))
