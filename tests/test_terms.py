@@ -115,7 +115,7 @@ def test_a_soft_label_is_label_smoothing():
         ({"name": "dpo", "divergence": "js", "reference_free": True}, "without a reference there is nothing to"),
         ({"name": "sft", "ld_alpha": 0.5}, "ld_alpha 0.5 cannot be used: it is from 0 to 1, for losses that compare"),
         ({"name": "dpo", "ld_alpha": 1.5}, "ld_alpha 1.5 cannot be used"),
-        ({"name": "sft", "wpo": True}, "wpo True cannot be used: it weighs pairs"),
+        ({"name": "sft", "wpo": True}, "wpo True cannot be used: it weights single pairs"),
     ],
 )
 def test_what_means_nothing_is_refused(loss, message):
