@@ -10,10 +10,10 @@ Z95 = 1.959963984540054  # a normal variable lies within +-Z95 standard deviatio
 
 
 def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, float]:
-    """Returns the (weighted) mean of n values and half the width of its 95% interval, normally approximated.
+    """Returns the (weighted) mean of n values, and half the width of its 95% interval (normal approximation).
 
     The variance of a weighted mean m is n / (n - 1) * sum(w^2 (x - m)^2) / sum(w)^2 over the n values of positive
-    weight, which for equal weights is the familiar s^2 / n. A single value has an infinite interval.
+    weight; for equal weights this is s^2 / n. The interval of a single value is infinite.
 
     Raises:
       ValueError: no value has a positive weight.
@@ -21,7 +21,7 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
     counted = np.ones(len(values)) if weights is None else weights
     pairs = [(float(x), float(w)) for x, w in zip(values, counted, strict=True) if w > 0]
     if not pairs:
-        raise ValueError("the mean of no values")
+        raise ValueError("the mean of no values; give a value with a positive weight")
     total = math.fsum(w for _, w in pairs)
     mean = math.fsum(w * x for x, w in pairs) / total
     if len(pairs) == 1:
@@ -31,16 +31,17 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Returns Wilson's 95% interval for a proportion; of nothing seen, (0, 1).
+    """Returns Wilson's 95% interval for a proportion; (0, 1) for n = 0.
 
-    Wilson 1927: the proportions p for which |successes/n - p| <= z sqrt(p (1 - p) / n). Unlike the normal
-    approximation it has a width at 0 of n and n of n, and stays within [0, 1]. Ties may count as half a success.
+    It contains the proportions p with |successes/n - p| <= z sqrt(p (1 - p) / n) (Wilson 1927). Unlike the normal
+    approximation it has a positive width at 0 of n and n of n, and stays within [0, 1]. A tie may count as half a
+    success.
 
     Raises:
-      ValueError: successes are not within 0 and n.
+      ValueError: successes are not in [0, n].
     """
     if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
+        raise ValueError(f"{successes} successes of {n}: give a number in [0, {n}]")
     if n == 0:
         return 0.0, 1.0
     p, z2 = successes / n, Z95**2
@@ -50,8 +51,10 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 
 def fisher(correlation: float, n: float) -> tuple[float, float]:
-    """Returns Fisher's 95% interval for a correlation over n pairs (1915: atanh is nearly normal, with variance
-    1 / (n - 3)); of fewer than 4 pairs, (-1, 1)."""
+    """Returns Fisher's 95% interval for a correlation over n pairs; (-1, 1) for n < 4.
+
+    atanh of the correlation is nearly normal with variance 1 / (n - 3) (Fisher 1915).
+    """
     if n < 4 or abs(correlation) >= 1:
         return (-1.0, 1.0) if n < 4 else (correlation, correlation)
     centre, half = math.atanh(correlation), Z95 / math.sqrt(n - 3)

@@ -124,5 +124,5 @@ def test_ids_out_of_the_vocabulary_are_refused(run, tmp_path, sparse):
         file.write_text(json.dumps(content))
     code, _, said = run("train", examples(PAIR))
     assert (code, said.count("\n")) == (2, 1)
-    expected = f"vocab_size {99 + sparse} is too little for the tokenizer's ids up to {1000 if sparse else 99}"
+    expected = f"vocab_size {99 + sparse} is too small for the tokenizer's ids up to {1000 if sparse else 99}"
     assert expected in said

@@ -72,13 +72,13 @@ def flip(folder):
 DAMAGE = {
     "a flipped byte": (flip, "is damaged"),
     "a missing file": (lambda f: largest(f).unlink(), "is missing"),
-    "no manifest": (lambda f: (f / checkpoint.MANIFEST).unlink(), "it was not finished"),
+    "no manifest": (lambda f: (f / checkpoint.MANIFEST).unlink(), "incomplete (no manifest)"),
     "a torn manifest": (lambda f: (f / checkpoint.MANIFEST).write_text('{"a'), "its manifest is damaged"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_falls_back_to_the_one_before_and_says_so(saved, like, kind, capsys):
+def test_damage_falls_back_to_the_one_before_and_says_so(saved, like, kind, caplog):
     harm, message = DAMAGE[kind]
     harm(saved / "9")
     assert message in checkpoint.checkpoint_problem(saved / "9")
@@ -87,7 +87,7 @@ def test_damage_falls_back_to_the_one_before_and_says_so(saved, like, kind, caps
     assert_is(restored(saved, like), 6)
     assert not (saved / "9").exists()
     assert len(list((saved.parent / "damaged").iterdir())) == 1
-    assert message in capsys.readouterr().out
+    assert message in caplog.text
 
 
 def test_an_empty_folder_is_no_checkpoint(saved, like):
@@ -119,13 +119,13 @@ def edit_manifest(folder, change):
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_every_leaf_is_checked_once_it_is_back(saved, like, capsys):
+def test_every_leaf_is_checked_once_it_is_back(saved, like, caplog):
     """Whatever happens between disk and device: here the files are right, and the leaf is not what was saved."""
     name = ".params['a']"
     edit_manifest(saved / "9", lambda m: m["leaves"][name].__setitem__(2, m["leaves"][name][2] ^ 1))
     assert not checkpoint.checkpoint_problem(saved / "9")
     assert_is(restored(saved, like), 6)
-    assert f"checkpoint 9: {name} is not what was saved; moved to" in capsys.readouterr().out
+    assert f"checkpoint 9: {name} differs from what was saved; moved to" in caplog.text
 
 
 def test_checksums_see_every_bit_and_every_place():
@@ -155,27 +155,29 @@ def test_checksums_do_not_depend_on_the_layout(dtype):
 
 def test_another_format_is_refused(saved, like):
     edit_manifest(saved / "9", lambda m: m.update(format=99))
-    with pytest.raises(UserError, match=r"9: format 99, made with jax .* this version reads format 1: go on with the"):
+    with pytest.raises(
+        UserError, match=r"9: format 99, written with jax .* this version reads format 1: resume with the"
+    ):
         restored(saved, like)
     assert (saved / "9").exists()
 
 
-def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(saved, like, tmp_path, capsys):
+def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(saved, like, tmp_path, caplog):
     other = TrainState(jnp.int32(12), {"b": jnp.zeros(3)}, (), jnp.zeros(1), ())
     checkpoints = Checkpoints(tmp_path / "other")
     checkpoints.save(other, 12)
     checkpoints.close()
     shutil.move(tmp_path / "other/12", saved / "12")
     assert_is(restored(saved, like), 9)
-    message = r"checkpoint 12: it is of another model or optimiser (.params['a'] is absent in it, float32 [64, 33] in"
-    assert message in capsys.readouterr().out
+    message = r"checkpoint 12: saved from another model or optimizer (.params['a'] is absent there, float32 [64, 33] in"
+    assert message in caplog.text
     assert not (saved / "12").exists()
 
 
 def test_if_all_are_of_something_else_nothing_is_touched(saved, like):
     bigger = like._replace(params={"a": jax.ShapeDtypeStruct((64, 34), np.float32)})
     with pytest.raises(
-        UserError, match=r"9: .*\.params\['a'\] is float32 \[64, 33\] in it, float32 \[64, 34\] in this"
+        UserError, match=r"9: .*\.params\['a'\] is float32 \[64, 33\] there, float32 \[64, 34\] in this"
     ):
         restored(saved, bigger)
     assert {p.name for p in saved.iterdir()} == {"6", "9"}
@@ -195,11 +197,11 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     if best:
         assert checkpoints.step_of("best") == best
     else:
-        with pytest.raises(UserError, match="keep_best names no metric"):
+        with pytest.raises(UserError, match="keep_best of the run names no metric"):
             checkpoints.step_of("best")
     assert checkpoints.step_of("newest") is None
     assert checkpoints.step_of("16") == 16
-    with pytest.raises(UserError, match=r"checkpoint 4: there is none such; there are \[16, 15"):
+    with pytest.raises(UserError, match=r"checkpoint 4: not found; name one of \[16, 15"):
         checkpoints.step_of("4")
     checkpoints.close()
 
@@ -208,7 +210,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "c")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17_000))
-    with pytest.raises(UserError, match=r"1\.7e-05 GB are free, a checkpoint takes 1\.86e-05 GB; free space"):
+    with pytest.raises(UserError, match=r"1\.7e-05 GB are free, a checkpoint takes 1\.86e-05 GB; free disk space"):
         checkpoints.save(state(1), 1)  # two arrays of 64 x 33 floats and a step: 16,900 bytes, and a tenth more
     checkpoints.close()
     assert list((tmp_path / "c").iterdir()) == []

@@ -135,7 +135,7 @@ def test_dump_reads_back(tmp_path):
         ("loss: {name: dpoo}", [], r"loss.name: unknown loss 'dpoo'; did you mean 'dpo'"),
         ("", ["--optim.name", "rms"], r"optim.name: unknown optimizer 'rms'; did you mean 'rmsprop'"),
         ("seed: 1\nseed: 2", [], r"one.yaml:2: key 'seed' is given twice"),
-        ("- 1", [], r"one.yaml: holds no mapping"),
+        ("- 1", [], r"one.yaml: not a mapping; write"),
         ("a: [", [], r"one.yaml: not YAML: "),
         ("", ["stray"], r"argument 'stray' belongs to no option"),
     ],

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(world):
     (other / "checkpoints/11").mkdir()
     code, out, err = finish(command(*args, cwd=world, cache=world / "cache"))
     assert code == 0, err
-    assert "checkpoint 11: it was not finished; moved to" in out
+    assert "checkpoint 11: incomplete (no manifest); moved to" in out
     assert re.search(r"checkpoint 9: .* is damaged; moved to", out)
     assert "resuming at step 6" in out
     ours, theirs = (load_file(r / "model/model.safetensors") for r in (world / "runs/dpo", other))
@@ -313,8 +313,8 @@ MISTAKES = [
     ),
     (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"give --reference.path"),
     (["export", "runs", "x"], r"runs: not the folder of a run"),
-    (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: there is none such; there are \[12, 9\]"),
-    (["export", "runs/dpo", "x", "--checkpoint", "best"], r"checkpoint best: the run's keep_best names no metric"),
+    (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: not found; name one of \[12, 9\]"),
+    (["export", "runs/dpo", "x", "--checkpoint", "best"], r"checkpoint best: keep_best of the run names no metric"),
     (["train", "dpo.yaml", "--distributed", "here"], r"--distributed here: give auto .* or HOST:PORT"),
     (["report", "cache"], r"cache"),
 ]

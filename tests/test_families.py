@@ -8,7 +8,7 @@ from known_models import KNOWN, OPT_350M
 from tiny import FAMILIES, VOCAB
 
 from dpo_jax import cli
-from dpo_jax.commands.plan import count_collectives
+from dpo_jax.commands.plan import count_parameters
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of, families, family
 from dpo_jax.models.model import build_model
@@ -158,7 +158,7 @@ def test_well_known_models_are_read_as_transformers_reads_them(name):
     architecture = architecture_of(config)
     assert architecture == architecture_of(AutoConfig.for_model(**config).to_dict())
     shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
-    assert count_collectives(shapes) == count
+    assert count_parameters(shapes) == count
 
 
 def test_opt_350m_is_refused_by_its_key():

@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def test_a_vocabulary_without_the_tokenizers_ids_is_refused(model):
     options = ModelConfig(path=str(model))
     load_policy(options, synthetic.synthetic_tokenizer(), 0)
-    message = f"vocab_size {WORDS} is too little for the tokenizer's ids up to {WORDS}"
+    message = f"vocab_size {WORDS} is too small for the tokenizer's ids up to {WORDS}"
     with pytest.raises(UserError, match=message):
         load_policy(options, with_token(False), 0)
     ending = with_token(True)

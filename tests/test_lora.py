@@ -22,7 +22,7 @@ from dpo_jax.models.families.registry import family
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, read_config, save_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import build_model
-from dpo_jax.training.load import load_adapters_config
+from dpo_jax.training.load import initial_adapters
 
 WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # layouts of projections: [in, out], fused by head, separate, fused
 SPEC = Lora(3, 7.0, ("all-linear",))
@@ -160,17 +160,17 @@ def test_fused_projections_share_one_adapter_as_with_peft(folders, kind, rank):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 4, "path": "adapter"}, "lora.rank: the adapters of lora.path have their own"),
-        ({"alpha": 4.0, "path": "adapter"}, "lora.alpha: the adapters of lora.path have their own"),
-        ({"targets": ("q_proj",)}, "lora.targets: is of adapters, and there are none; set lora.rank too"),
-        ({"alpha": 4.0}, "lora.alpha: is of adapters, and there are none"),
+        ({"rank": 4, "path": "adapter"}, "lora.rank: fixed by the adapters at lora.path; remove it"),
+        ({"alpha": 4.0, "path": "adapter"}, "lora.alpha: fixed by the adapters at lora.path; remove it"),
+        ({"targets": ("q_proj",)}, "lora.targets: has no effect without adapters; set lora.rank too"),
+        ({"alpha": 4.0}, "lora.alpha: has no effect without adapters"),
         ({"path": "absent"}, "absent: holds no LoRA; adapter_config.json with peft_type LORA is needed"),
     ],
 )
 def test_settings_without_effect_are_refused(options, message):
     architecture = family("gpt2").architecture({"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1})
     with pytest.raises(UserError, match=message):
-        load_adapters_config(LoraConfig(**options), architecture, 0)
+        initial_adapters(LoraConfig(**options), architecture, 0)
 
 
 def test_targets_that_match_nothing_are_refused():

@@ -1,4 +1,4 @@
-"""What a run is said to need: exact where it can be counted, less where less is kept, advice where it is too much."""
+"""Memory plans: exact where bytes can be counted, less where less is kept, advice where a run does not fit."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import Memory, Plan, abstract_batch, plan_advice, plan_layout, plan_run, traced_step
+from dpo_jax.commands.plan import Memory, Plan, abstract_batch, abstract_run, plan_advice, plan_layout, plan_run
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
@@ -93,11 +93,11 @@ def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatc
     (tmp_path / "dpo.yaml").write_text("model: {path: sft.yaml}\nbatch_size: 4\ndata: {max_length: 32}\n")
     cli.run_command(["plan", "dpo.yaml", "--memory", "0.0001"])
     out = capsys.readouterr().out
-    assert f"{COUNT:,} parameters, {COUNT:,} of them trained; 4 device(s); up to 1 microbatches" in out
-    assert "it does not fit; what would help:" in out
+    assert f"{COUNT:,} parameters, {COUNT:,} trained; 4 device(s); at most 1 microbatches" in out
+    assert ": does not fit; set one or more of:" in out
     assert "  mesh.fsdp" in out
     cli.run_command(["plan", "dpo.yaml", "--lora.rank", "2"])
-    assert "of 80 GB: it fits" in capsys.readouterr().out
+    assert "of 80 GB: fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere: no such folder"):
         cli.run_command(["plan", "dpo.yaml", "--model.path", "nowhere"])
 
@@ -107,7 +107,7 @@ def test_other_hyper_parameters_are_the_same_program(config_of):
 
     def program(*options):
         config = config_of(*options)
-        run, mesh = traced_step(config), sharding.make_mesh()
+        run, mesh = abstract_run(config), sharding.make_mesh()
         trained, like = state_shardings(run, optim.build(**config.optim), mesh)
         step = compiled_step(run, policy_shardings(run, mesh, trained), like)
         batch = abstract_batch(plan_layout(config, 8), 2)

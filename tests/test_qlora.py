@@ -13,7 +13,7 @@ from scipy.stats import norm
 from tiny import largest_difference, logits_of, tokens_of, torch_model
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import bytes_per_device, lay_out, traced_step
+from dpo_jax.commands.plan import abstract_run, bytes_per_device, sharded_shapes
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
@@ -135,7 +135,7 @@ def config_of(folder, *options):
 
 def two_steps(config, table, base, adapters):
     """Returns the metrics and the adapters after two steps of the compiled step of a run over a base."""
-    run = traced_step(config)._replace(params=adapters, base=base)
+    run = abstract_run(config)._replace(params=adapters, base=base)
     mesh, tx = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), optim.build(**config.optim)
     trained, like = state_shardings(run, tx, mesh)
     parts = policy_shardings(run, mesh, trained)
@@ -211,9 +211,9 @@ def test_a_base_in_the_dtype_of_its_file_trains_the_same(llama, adapters, monkey
 def test_memory_is_that_of_4_or_8_bits(llama, kind):
     """In the plan and in the arguments of a compiled program; a byte holds two nf4 numbers."""
     config = config_of(llama, "--lora.base", kind)
-    run, mesh = traced_step(config), sharding.make_mesh()
+    run, mesh = abstract_run(config), sharding.make_mesh()
     trained, _ = state_shardings(run, optim.build(**config.optim), mesh)
-    base = lay_out(run.base, policy_shardings(run, mesh, trained).base)
+    base = sharded_shapes(run.base, policy_shardings(run, mesh, trained).base)
     bits, mlp = {"nf4": 4, "int8": 8}[kind], 2 * 32 * 48
     numbers = 2 * (2 * 32 * 32 + 2 * 32 * 16) + 3 * mlp
     scales = {
@@ -249,8 +249,8 @@ def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     cli.run_command(["train", "run.yaml"])
     out = capsys.readouterr().out
-    assert "the policy is written in bfloat16, as the model it came from: what was trained is rounded to it" in out
-    assert "adapters are merged into the nf4 base that they were trained over, made whole; adapter/ has them" in out
+    assert "the policy is exported in bfloat16, the dtype of the initial model: trained weights are rounded" in out
+    assert "adapters merged into the nf4 base, dequantized; adapter/ holds the adapters alone" in out
     metrics = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # the reference is the quantized base
@@ -267,7 +267,10 @@ def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lora.rank", "0", "--lora.base", "nf4"], "lora.base: nf4 cannot be trained, only adapters over it"),
+        (
+            ["--lora.rank", "0", "--lora.base", "nf4"],
+            "lora.base: a nf4 base can only be trained through adapters; set lora.rank",
+        ),
         (
             ["--lora.rank", "1", "--lora.base", "int8", "--reference.path", "other"],
             "reference.path: with lora.base int8 the reference is",

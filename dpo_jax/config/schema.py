@@ -6,59 +6,60 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Comparisons, and how they become tokens."""
+    """Comparisons, and how they are tokenized."""
 
     name: str = "files"
-    """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, or a mixture of them."""
+    """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, a mixture of them, memory
+    (examples given in Python), or your own module:function."""
     options: tuple[str, ...] = ()
-    """Options of a module:function source, name=value."""
+    """Options of a module:function source, as name=value."""
     path: tuple[str, ...] = ()
-    """Files, folders or hub ids, as the source takes them; of a mixture its parts, such as 0.5*files:pairs.jsonl."""
+    """Files, folders or hub ids that the source reads; for a mixture its parts, such as 0.5*files:pairs.jsonl."""
     responses: int | None = None
-    """Responses to a prompt; a loss of rankings wants to be told, others need a number of their own."""
+    """Responses per prompt. Required by ranking losses; fixed by all others."""
     split: str = "train"
-    """The split that is trained on."""
+    """The split to train on."""
     eval_path: tuple[str, ...] = ()
-    """Data to evaluate on; by default that of `path`."""
+    """Held-out data; by default that of `path`."""
     eval_split: str = ""
-    """The split to evaluate on."""
+    """The split to evaluate on; with eval_path, `split` by default."""
     eval_fraction: float = 0.05
-    """The share of prompts held out where neither eval_path nor eval_split names other data."""
+    """Fraction of prompts to hold out when neither eval_path nor eval_split is set."""
     eval_examples: int | None = 256
-    """Comparisons evaluated during training (None: all)."""
+    """Held-out comparisons to evaluate during training (None: all)."""
     max_length: int = 512
-    """Longest prompt plus response, in tokens."""
+    """Maximum length of prompt plus response, in tokens."""
     max_prompt_length: int = 256
-    """To what the paper's truncation cuts a prompt."""
+    """Length to which the paper's truncation cuts a prompt, in tokens."""
     truncation: Literal["paper_keep_end", "paper_keep_start", "keep_start", "refuse"] = "paper_keep_end"
-    """The original's (keeping the end of a prompt, as it does for HH, or the start, as it does otherwise), TRL's
-    keep_start, or none."""
+    """How to truncate: as the original code (paper_keep_end, for HH, keeps the end of a prompt; paper_keep_start, for
+    other data, its start), as TRL (keep_start), or not at all (refuse)."""
     degenerate: Literal["drop", "refuse", "keep"] = "drop"
-    """What to do with empty or identical responses, and with those that are no answer to the prompt (7 in HH's test
-    splits); the original keeps them."""
+    """What to do with empty or identical responses, and with responses to another prompt (7 in HH's test splits). The
+    original code keeps them."""
     add_bos: bool | None = None
-    """Put the tokenizer's BOS before every prompt (None: if the tokenizer does so itself, which those of the paper's
-    models do not; the original never does)."""
+    """Prepend the tokenizer's BOS to every prompt (None: if the tokenizer does so by itself; the tokenizers of the
+    paper's models do not, and the original code never does)."""
     boundary: Literal["separate", "joint"] = "separate"
-    """Prompt and response tokenised apart (the paper's code) or together (TRL)."""
+    """Tokenize prompt and response separately (the original code) or jointly (TRL)."""
     chat_template: str = ""
-    """A file with a Jinja template for conversations; by default the tokenizer's own."""
+    """File with a Jinja template for conversations; by default the tokenizer's template."""
     chat_template_kwargs: tuple[str, ...] = ()
-    """Arguments of the template, name=value."""
+    """Arguments of the template, as name=value."""
     skip_bad_rows: int = 0
-    """How many rows that cannot be used are counted and left out before one is an error."""
+    """Invalid rows to skip (and count) before failing."""
     flip_labels: float = 0.0
-    """Noise: the share of training pairs whose responses change places."""
+    """Noise: fraction of training pairs whose responses are swapped."""
     draw_labels: bool = False
-    """Noise: training pairs ordered by a Bradley-Terry draw from their scores."""
+    """Noise: sample the order of training pairs from their scores (Bradley-Terry)."""
     duplicate: float = 0.0
-    """Noise: the share of training comparisons that come twice."""
+    """Noise: fraction of training comparisons to duplicate."""
     order: Literal["seeded", "original"] = "seeded"
-    """Rows shuffled by `seed`, or prompts exactly as the original code shuffles them."""
+    """Shuffle examples by `seed`, or prompts exactly as the original code does."""
     row_length: int | None = None
-    """Tokens in a row; by default chosen from the data."""
+    """Tokens per packed row; by default chosen from the data."""
     rows: int | None = None
-    """Rows in a microbatch; by default chosen from the data."""
+    """Packed rows per microbatch; by default chosen from the data."""
 
 
 @dataclass(frozen=True)
@@ -66,119 +67,119 @@ class ModelConfig:
     """The policy at the start."""
 
     path: str = ""
-    """A Hugging Face folder, owner/name of the hub (or owner/name@revision), a run folder, or the YAML of a run, which
-    is then trained first if need be."""
+    """A Hugging Face folder, a hub id (owner/name or owner/name@revision), a run folder, or the YAML of a run, which is
+    trained first if needed."""
     config: str = ""
-    """A Hugging Face config.json (or folder with one): random initialisation."""
+    """A Hugging Face config.json (or a folder with one): random initialization."""
     tokenizer: str = ""
-    """A tokenizer's folder or hub id, or `synthetic`; by default that of `path`."""
+    """Tokenizer folder or hub id, or `synthetic`; by default that of `path`."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of activations and products; parameters are float32 always."""
+    """dtype of activations and matmuls; trained parameters are always float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but projections, everything."""
+    """Activations that the backward pass recomputes: none, all but those of projections and attention (dots), or all
+    (full)."""
     attention: Literal["auto", "chunks", "cudnn", "splash"] = "auto"
-    """What computes attention where texts are scored: our own chunks of queries, which every device has, or a kernel of
-    a library (cudnn on GPUs, splash on TPUs), used only if it equals chunks in a test on this device; auto takes the
-    device's, and chunks if that fails."""
+    """Attention backend of packed rows: chunks of queries (ours, on any device), cudnn (GPU) or splash (TPU). A kernel
+    is used only if it matches chunks in a test on this device; auto takes the device's kernel, else chunks."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: only they are trained and kept, and the reference is the model without them."""
+    """Low-rank adapters. Only the adapters are trained and saved; the reference is the model without them."""
 
     rank: int = 0
-    """Their rank; 0 trains the whole model."""
+    """Rank of the adapters; 0 trains the full model."""
     alpha: float = 16.0
-    """What adapters add is multiplied by alpha / rank."""
+    """Adapter outputs are scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules that are adapted, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
+    """Modules to adapt, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
     path: str = ""
-    """A PEFT folder, owner/name of the hub or a run, with the adapters to start from, which have their own rank, alpha
-    and targets."""
+    """Adapters to start from: a PEFT folder, hub id or run folder. Fixes rank, alpha and targets."""
     base: Literal["", "nf4", "int8"] = ""
-    """In what the projections of the model under the adapters are held (QLoRA); by default as in its files."""
+    """Quantization of the base model's projections (QLoRA); by default the dtype of its files."""
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen reference."""
+    """The reference model."""
 
     path: str = ""
-    """As model.path; by default the policy at the start."""
+    """Same forms as model.path, except a YAML; by default the initial policy."""
     mode: Literal["cache", "online"] = "cache"
-    """One pass over the data, kept and reused by every later run, or just in time for every batch."""
+    """When to compute reference log-probs: once over the data, cached for later runs, or online for every batch."""
     sync_every: int = 0
-    """Steps after which the reference follows the policy (0: never)."""
+    """Steps between updates of the reference towards the policy (0: never)."""
     sync_alpha: float = 0.6
-    """How far it follows: alpha * policy + (1 - alpha) * reference."""
+    """Size of an update: reference = alpha * policy + (1 - alpha) * reference."""
 
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """Completions of held-out prompts, written at every evaluation."""
+    """Completions of held-out prompts, sampled at every evaluation."""
 
     prompts: int = 4
-    """How many prompts (0: none)."""
+    """Number of prompts (0: none)."""
     max_new_tokens: int = 64
-    """Longest completion."""
+    """Maximum length of a completion, in tokens."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """Divides the logits; 0 is greedy."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Sample from the k most likely tokens."""
     top_p: float | None = None
-    """Draw from the smallest set of tokens with this probability."""
+    """Sample from the smallest set of tokens with at least this probability (nucleus sampling)."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes all that are left."""
+    """Devices along each mesh axis; -1 takes all remaining devices."""
 
     data: int = -1
-    """Rows of a microbatch are split, parameters copied."""
+    """Data parallelism: shards the batch, replicates the parameters."""
     fsdp: int = 1
-    """Rows of a microbatch and parameters are split."""
+    """FSDP: shards the batch and the parameters."""
     tensor: int = 1
-    """Heads, MLP and vocabulary are split."""
+    """Tensor parallelism: shards heads, MLP and vocabulary."""
     mode: Literal["jit", "pmap"] = "jit"
-    """What compiles the step; pmap for plain data parallelism on one machine, by its classic name."""
+    """Transformation that compiles the step. pmap: data parallelism in one process."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """A training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     loss: Any = field(default_factory=lambda: {"name": "dpo"})
-    """A loss and its options, or a list of them with their weights."""
+    """A loss by name or module:function, with its options; or a list of them, each with a weight."""
     optim: dict[str, Any] = field(default_factory=lambda: {"name": "rmsprop"})
+    """An optimizer by name, or module:function that returns an optax transformation, with its options."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: str = ""
-    """The run folder; by default runs/<name of the config>."""
+    """Run folder; by default runs/<name of the config>."""
     batch_size: int = 64
-    """Comparisons in a step, over all devices."""
+    """Comparisons per step, over all devices."""
     epochs: int = 1
-    """Passes over the training data; max_steps may end the run earlier."""
+    """Passes over the training data, unless max_steps ends the run earlier."""
     max_steps: int | None = None
-    """Steps after which to stop."""
+    """Maximum number of steps (None: all epochs)."""
     eval_every: int = 20_000
-    """Comparisons between evaluations, rounded down to whole steps (0: at the start and the end only)."""
+    """Training comparisons between evaluations, rounded down to full steps (0: only at the start and the end)."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of newest checkpoints to keep, at least 2."""
     keep_best: str = ""
-    """A metric such as eval_loss: evaluations save too, and the checkpoint with its best value is kept as well."""
+    """Metric such as eval_loss: save at every evaluation, and keep the checkpoint with the best value too."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     track: Literal["", "tensorboard", "wandb"] = ""
-    """Where metrics are shown beside metrics.jsonl (extra `track`): in the run folder, or as wandb is set up."""
+    """Tracker to log to besides metrics.jsonl (needs the extra `track`). tensorboard writes into the run folder."""
     max_nonfinite: int = 3
-    """Steps in a row with a loss or gradient that is not finite, none of them applied, after which to stop."""
+    """Consecutive steps with a non-finite loss or gradient before failing; their updates are skipped."""
     hang_seconds: float = 3600.0
-    """Seconds without a step after which all stacks are printed and the process ends with code 1 (0: never)."""
+    """Seconds without a step before the process prints all stacks and exits with code 1 (0: never)."""
     seed: int = 0
-    """Of the order of the data, random initialisation and samples."""
+    """Seed of the data order, random initialization, label noise and samples."""

@@ -1,4 +1,4 @@
-"""YAML files and arguments as dotted keys with their texts, the one form in which both are read."""
+"""Reads YAML files and command-line arguments as dotted keys with texts, and writes configs as YAML."""
 
 import dataclasses
 import os
@@ -10,12 +10,13 @@ import yaml
 
 from dpo_jax.errors import UserError
 
-KeyTexts = Sequence[tuple[str, list[str]]]  # dotted keys and the texts given for them
+KeyTexts = Sequence[tuple[str, list[str]]]  # (dotted key, texts of its values)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice instead of taking the last, and aliases, whose few lines can stand for
-    more text than there is memory.
+    """Safe YAML without duplicate keys and without aliases.
+
+    PyYAML would take the last of duplicate keys; nested aliases can expand to more text than fits in memory.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -26,22 +27,26 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         if not isinstance(node, yaml.MappingNode):
-            return super().construct_mapping(node, deep=deep)  # which says what it is instead
+            return super().construct_mapping(node, deep=deep)  # raises an error that names the node
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 line = node.value[i][0].start_mark.line + 1
-                raise UserError(f"{self.name}:{line}: key {key!r} is given twice")
+                raise UserError(f"{self.name}:{line}: key {key!r} is given twice; remove one")
         return super().construct_mapping(node, deep=deep)
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Returns the mapping in a YAML file; a file that is absent, or no mapping, is a UserError."""
+    """Returns the mapping in a YAML file.
+
+    Raises:
+      UserError: the file cannot be read, is not YAML, or is not a mapping.
+    """
     try:
         text = Path(path).read_text()
     except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", None) or "it is no text"
-        raise UserError(f"{path}: cannot be read ({why}); give the YAML of an experiment, as in configs/") from e
+        why = getattr(e, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot be read ({why}); name a YAML file, as in configs/") from e
     try:
         loader = _Loader(text)
         loader.name = str(path)
@@ -49,12 +54,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no mapping of keys to values")
+        raise UserError(f"{path}: not a mapping; write `key: value` lines")
     return values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
-    """Returns nested values as (dotted key, texts) pairs."""
+    """Returns nested values as (dotted key, texts) pairs; elements of a list of mappings are counted from 0."""
     pairs = []
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -77,24 +82,24 @@ def arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         elif pairs:
             pairs[-1][1].append(arg)
         else:
-            raise UserError(f"argument {arg!r} belongs to no option; options look like --loss.beta 0.3")
+            raise UserError(f"argument {arg!r} belongs to no option; write options as --loss.beta 0.3")
     return pairs
 
 
 def dump(config: Any) -> str:
-    """Returns a config as YAML that `parse` reads back to the same."""
+    """Returns a config as YAML; `parse_config` of it returns an equal config."""
     return yaml.safe_dump(as_lists(dataclasses.asdict(config)), sort_keys=False)
 
 
 def as_lists(value: Any) -> Any:
-    """Returns nested values with tuples as lists, the form that YAML knows."""
+    """Returns nested values with tuples converted to lists, because YAML has no tuples."""
     if isinstance(value, dict):
         return {k: as_lists(v) for k, v in value.items()}
     return [as_lists(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def difference(old: Any, new: Any, ignore: Sequence[str]) -> list[str]:
-    """Returns `key: old -> new` lines for each dotted key in which two configs differ."""
+    """Returns a line `key: old -> new` for each dotted key in which two configs differ, except those in `ignore`."""
     a, b = (dict(flatten(as_lists(dataclasses.asdict(c)))) for c in (old, new))
     keys = [k for k in [*a, *(k for k in b if k not in a)] if k not in ignore and a.get(k) != b.get(k)]
     return [f"{k}: {' '.join(a.get(k, ['-']))} -> {' '.join(b.get(k, ['-']))}" for k in keys]

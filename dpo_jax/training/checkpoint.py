@@ -1,8 +1,8 @@
-"""Checkpoints by orbax, each with a manifest that says what it holds, since orbax restores a flipped byte silently.
+"""Checkpoints by orbax with checksums, because orbax restores a flipped byte silently.
 
-A checkpoint is a folder `<step>/` of orbax's files and `manifest.json`, written last: format, checksums of every file
-and of every leaf, and the metrics of the evaluation at that step. The leaves' are sums that do not depend on how an
-array lies on devices, so they are checked after the arrays are back on whatever devices there are now.
+A checkpoint is a folder `<step>/` with orbax's files and `manifest.json`, which is written last: format, checksums of
+every file and of every leaf, and the metrics of the evaluation at that step. The checksum of a leaf does not depend on
+its sharding, so it is checked after the array is restored to the devices, with whatever mesh.
 """
 
 import json
@@ -25,16 +25,18 @@ from dpo_jax import distributed
 from dpo_jax.errors import UserError
 from dpo_jax.records import Array, TrainState
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 1
-LOWER = ("loss", "nll", "kl")  # metrics with one of these in their name are better when lower
-ROOM = 1.1  # a checkpoint's size on disk over its arrays' at most
+FORMAT = 1  # of the manifest
+LOWER = ("loss", "nll", "kl")  # lower is better for metrics with one of these in their name
+ROOM = 1.1  # free disk space to require, as a multiple of the state's bytes
 
 
 def checksums(tree: Any) -> dict[str, Array]:
-    """Returns a uint32 for each leaf: the sum, modulo 2^32, of its elements' bits times a weight of their place.
+    """Returns a uint32 for each leaf: the sum, modulo 2^32, of each element's bits times a weight of its index.
 
-    Integer sums do not depend on their order, so neither do these on devices. Pure; for `jax.jit`.
+    Integer sums do not depend on the order of summation, so checksums do not depend on the sharding. Pure; for
+    `jax.jit`.
     """
     return {jax.tree_util.keystr(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -45,7 +47,7 @@ def _checksum(x: Array) -> Array:
     for axis in range(x.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         place = (place ^ (place >> 15)) * jnp.uint32(0x9E3779B1) + index
-    weight = (place ^ (place >> 13)) * jnp.uint32(0x85EBCA6B) | 1  # odd, so that a changed bit always shows
+    weight = (place ^ (place >> 13)) * jnp.uint32(0x85EBCA6B) | 1  # odd, so that any flipped bit changes the sum
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
@@ -58,7 +60,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_manifest(folder: Path, leaves: Mapping[str, list], metrics: Mapping[str, float]) -> None:
-    """Writes the manifest; from then on the checkpoint counts."""
+    """Writes the manifest, which completes the checkpoint."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     digests = {str(p.relative_to(folder)): _digest(p) for p in files}
     content = {"format": FORMAT, "jax": jax.__version__, "orbax": ocp.__version__}
@@ -75,9 +77,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of a checkpoint.
 
     Raises:
-      FileNotFoundError: it has none: it was not finished.
-      ValueError: it is damaged.
-      UserError: it is of another version's format.
+      FileNotFoundError: there is no manifest; the checkpoint is incomplete.
+      ValueError: the manifest is damaged.
+      UserError: the format is another version's.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
@@ -86,39 +88,43 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError("no manifest")
     if content.get("format") != FORMAT:
-        made = f"format {content.get('format')}, made with jax {content.get('jax')}, orbax {content.get('orbax')}"
-        raise UserError(f"{folder}: {made}; this version reads format {FORMAT}: go on with the version that wrote it")
+        found = f"format {content.get('format')}, written with jax {content.get('jax')}, orbax {content.get('orbax')}"
+        raise UserError(f"{folder}: {found}; this version reads format {FORMAT}: resume with the version that wrote it")
     if not all(isinstance(content.get(part), dict) for part in ("files", "leaves", "metrics")):
-        raise ValueError("no whole manifest")
+        raise ValueError("incomplete manifest")
     return content
 
 
 def checkpoint_problem(folder: Path) -> str:
-    """Returns what is wrong with the files of a checkpoint, or an empty string; another format is a UserError."""
+    """Returns what is wrong with the files of a checkpoint; "" if they are intact.
+
+    Raises:
+      UserError: the format is another version's.
+    """
     try:
         expected = read_manifest(folder)["files"]
     except FileNotFoundError:
-        return "it was not finished"
+        return "incomplete (no manifest)"
     except ValueError:
         return "its manifest is damaged"
     if not expected:
-        return "its manifest names no files"
+        return "its manifest lists no files"
     for name, digest in expected.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            return f"its manifest names {name}"
+            return f"its manifest lists {name}, outside the checkpoint"
         if not path.is_file() or _digest(path) != digest:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
     return ""
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder, whole or not, the newest first."""
+    """Returns the steps of the checkpoints in a folder, intact or not, newest first."""
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
 
 
 def best_checkpoint(folder: Path, metric: str) -> int | None:
-    """Returns the step of the finished checkpoint with the best value of a metric, the later one of equals."""
+    """Returns the step of the complete checkpoint with the best value of a metric; ties go to the later step."""
     sign, found = -1 if any(word in metric for word in LOWER) else 1, []
     for step in steps_in(folder):
         path = folder / str(step) / MANIFEST
@@ -129,19 +135,19 @@ def best_checkpoint(folder: Path, metric: str) -> int | None:
 
 
 class Checkpoints:
-    """The checkpoints of a run: asynchronous saves, checked restores. All processes of a run call it alike."""
+    """The checkpoints of a run: asynchronous saves, verified restores. Call every method from all processes."""
 
     def __init__(self, folder: Path, *, keep: int = 2, best: str = "", read_only: bool = False):
         """Opens the folder.
 
         Args:
-          folder: where the checkpoints lie; made unless `read_only`.
-          keep: how many to keep, at least 2, so that a damaged newest leaves one before it.
-          best: a metric; the checkpoint with its best value is kept beside those.
-          read_only: touch nothing, for a reader beside a run that may still be going on.
+          folder: folder of the checkpoints; created unless `read_only`.
+          keep: number of newest checkpoints to keep, at least 2, so that one is left if the newest is damaged.
+          best: metric whose best checkpoint is kept too; "" for none.
+          read_only: write, move and delete nothing, since the run may still be training.
         """
         self.folder, self.keep, self.best, self.read_only = folder.absolute(), keep, best, read_only
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is raised, and told once
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are raised, not also logged
         self.orbax = ocp.StandardCheckpointer()
         self.worker = ThreadPoolExecutor(1)
         self.pending: Future | None = None
@@ -153,15 +159,15 @@ class Checkpoints:
         distributed.barrier("checkpoints")
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Saves a state without waiting for the disk; a failure of the save before it is raised here.
+        """Saves a state without waiting for the disk.
 
         Args:
-          state: may be donated as soon as this returns.
-          step: its number.
-          metrics: of the evaluation at that step, if there was one.
+          state: the state; it may be donated as soon as this returns.
+          step: updates done.
+          metrics: means of the evaluation at that step, if any.
 
         Raises:
-          UserError: the disk has no room for it.
+          UserError: the disk has too little space, or the save before this one failed.
         """
         start = time.perf_counter()
         self.wait()
@@ -180,67 +186,67 @@ class Checkpoints:
         self.times["save_seconds"] = time.perf_counter() - start
 
     def _prune(self) -> None:
-        """Deletes all but the newest finished checkpoints and the best."""
+        """Deletes all complete checkpoints except the newest and the best."""
         finished = [s for s in steps_in(self.folder) if (self.folder / str(s) / MANIFEST).is_file()]
         kept = {*finished[: self.keep], best_checkpoint(self.folder, self.best) if self.best else None}
         for step in set(finished) - kept:
-            (self.folder / str(step) / MANIFEST).unlink()  # first, so that half a deleted one is never taken for whole
+            (self.folder / str(step) / MANIFEST).unlink()  # first: a half deleted one is then incomplete
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def taken(self) -> dict[str, float]:
-        """Returns what the last save took, and the time for which it held up the steps, in seconds; once."""
+        """Returns, once, the seconds that the last save took and those for which it blocked training; else {}."""
         done, self.times = (self.times, {}) if self.pending is None or self.pending.done() else ({}, self.times)
         return done
 
     def check_room(self, state: Any) -> None:
-        """Raises UserError if the disk has no room for one more checkpoint."""
+        """Raises UserError if the disk has too little space for one more checkpoint."""
         needed = ROOM * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             sizes = f"{free / 1e9:.3g} GB are free, a checkpoint takes {needed / 1e9:.3g} GB"
-            raise UserError(f"{self.folder}: {sizes}; free space, then run the same command again")
+            raise UserError(f"{self.folder}: {sizes}; free disk space, then run the same command again")
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
 
         Raises:
-          UserError: it could not be written.
+          UserError: the save failed.
         """
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
         try:
             pending.result()
-        except (OSError, ValueError, RuntimeError) as e:  # ValueError from orbax's writers, as when the disk is full
+        except (OSError, ValueError, RuntimeError) as e:  # orbax raises ValueError for a full disk
             why = str(e).partition("\n")[0][:300]
-            raise UserError(f"{self.folder}: a checkpoint could not be saved ({why}); mend that, then run again") from e
+            raise UserError(f"{self.folder}: a checkpoint could not be saved ({why}); fix this, then run again") from e
 
     def step_of(self, which: str) -> int | None:
-        """Returns the step that newest, best or a number means; None for the newest that is whole.
+        """Returns the step of `newest` (None, see `restore`), of `best`, or of a number as text.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no such checkpoint.
         """
         if which == "newest":
             return None
         step = (best_checkpoint(self.folder, self.best) if self.best else None) if which == "best" else which
         if str(step) not in map(str, steps_in(self.folder)):
-            why = "the run's keep_best names no metric" if which == "best" and not self.best else "there is none such"
-            raise UserError(f"{self.folder}: checkpoint {which}: {why}; there are {steps_in(self.folder)}")
+            why = "keep_best of the run names no metric" if which == "best" and not self.best else "not found"
+            raise UserError(f"{self.folder}: checkpoint {which}: {why}; name one of {steps_in(self.folder)}")
         return int(step or 0)
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
-        """Returns the newest checkpoint that is whole and fits, or None where there is none.
+        """Returns the newest checkpoint that is intact and fits; None if there is none.
 
-        Those before it that are damaged or of something else are moved to `damaged/` beside the folder (a reader skips
-        them), and said so.
+        Newer checkpoints that are damaged or do not fit are moved to `damaged/` beside the folder, with a message; with
+        `read_only` they are skipped.
 
         Args:
           like: shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
-          step: takes this one or none.
+          step: restore only the checkpoint of this step; None for the newest.
 
         Raises:
-          UserError: a checkpoint of another format; all that are whole are of another model or optimiser.
+          UserError: a checkpoint of another format, or all intact ones are of another model or optimizer.
         """
         wanted, skipped = state_shapes(like), set[int]()
         while True:
@@ -256,10 +262,10 @@ class Checkpoints:
                 return restored
             skipped.add(chosen)
             if distributed.is_primary():
-                self._set_aside(chosen, f"{wrong[0]} is not what was saved")
+                self._set_aside(chosen, f"{wrong[0]} differs from what was saved")
 
     def _newest(self, wanted: Mapping[str, list], skipped: set[int], only: int | None) -> int:
-        """Returns the newest step that is whole and fits, or -1; sets aside what is newer and cannot be used."""
+        """Returns the newest step that is intact and fits, or -1; sets newer checkpoints aside."""
         foreign: dict[int, str] = {}
         for step in steps_in(self.folder):
             if step in skipped or only not in (None, step):
@@ -273,21 +279,21 @@ class Checkpoints:
                     self._set_aside(other, why)
                 return step
         for step, why in foreign.items():
-            raise UserError(f"{self.folder / str(step)}: {why}; give another --run")
+            raise UserError(f"{self.folder / str(step)}: {why}; set another --run")
         return -1
 
     def _set_aside(self, step: int, why: str) -> None:
         if self.read_only:
-            print(f"checkpoint {step}: {why}; passed over")
+            log.warning(f"checkpoint {step}: {why}; skipped")
             return
         aside = self.folder.parent / "damaged"
         aside.mkdir(exist_ok=True)
         target = aside / f"{step}-{sum(1 for _ in aside.iterdir())}"
         shutil.move(self.folder / str(step), target)
-        print(f"checkpoint {step}: {why}; moved to {target}, using the one before it")
+        log.warning(f"checkpoint {step}: {why}; moved to {target}; using an earlier checkpoint")
 
     def close(self) -> None:
-        """Waits for the disk and ends the threads."""
+        """Waits for the last save and ends the threads."""
         try:
             self.wait()
         finally:
@@ -296,16 +302,16 @@ class Checkpoints:
 
 
 def state_shapes(state: Any) -> dict[str, list]:
-    """Returns [dtype, sizes] of each leaf, by its path."""
+    """Returns [dtype, shape] of each leaf, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): [np.dtype(x.dtype).name, list(x.shape)] for path, x in leaves}
 
 
 def _foreign(leaves: Mapping[str, list], wanted: Mapping[str, list]) -> str:
-    """Returns in what a checkpoint's leaves differ from those wanted, or an empty string."""
+    """Returns how the leaves of a checkpoint differ from the expected ones; "" if they do not."""
     for name in [*wanted, *(n for n in leaves if n not in wanted)]:
         found, expected = (x.get(name, ["absent"])[:2] for x in (leaves, wanted))
         if found != expected:
-            why = f"{name} is {' '.join(map(str, found))} in it, {' '.join(map(str, expected))} in this run"
-            return f"it is of another model or optimiser ({why})"
+            why = f"{name} is {' '.join(map(str, found))} there, {' '.join(map(str, expected))} in this run"
+            return f"saved from another model or optimizer ({why})"
     return ""

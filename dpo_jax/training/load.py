@@ -1,4 +1,4 @@
-"""The model section of a config -> a tokenizer, and a model with its weights."""
+"""Loads the tokenizer and the policy of a config."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -33,14 +33,14 @@ class LoadedModel(NamedTuple):
     """A model with its weights.
 
     Attributes:
-      model: pure functions.
-      params: host arrays, or stored ones; in few bits where the config says so.
-      hf_config: the contents of its config.json.
-      generation: the contents of its generation_config.json.
-      name: its folder, or its name on the hub.
-      adapters: host arrays, if only adapters of it are trained.
-      lora: what they are, likewise.
-      note: what is to be said of it, if anything.
+      model: pure functions of the architecture.
+      params: host or lazy arrays; projections are quantized with `lora.base`.
+      hf_config: contents of config.json.
+      generation: contents of generation_config.json.
+      name: model folder or hub id; "" for random weights.
+      adapters: host arrays of the initial adapters; None if the full model is trained.
+      lora: options of the adapters; None likewise.
+      note: log message about the model; "" for none.
     """
 
     model: Model
@@ -48,19 +48,18 @@ class LoadedModel(NamedTuple):
     hf_config: dict[str, Any]
     generation: dict[str, Any]
     name: str = ""
-
     adapters: Any = None
     lora: Lora | None = None
     note: str = ""
 
     def policy(self, trained: Any) -> Any:
-        """Returns the policy's parameters, in the host's memory, from what is trained."""
+        """Returns the policy's parameters in host memory, given the trained ones (all, or adapters)."""
         if self.lora is None:
             return trained
         return lora.attach_adapters(self.model.architecture, load_into_memory(self.params), trained, self.lora)
 
     def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
-        """Writes the policy as a Hugging Face folder, adapters merged; of several processes all call it."""
+        """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes."""
         write = partial(save_folder, out, hf_config=self.hf_config, tokenizer=tokenizer, generation=self.generation)
         if self.lora is None:
             write(trained, fetch=distributed.fetch, writes=distributed.is_primary())
@@ -70,7 +69,7 @@ class LoadedModel(NamedTuple):
             write(lora.merge_adapters(self.model.architecture, qlora.as_floats(self.params), adapters, self.lora))
 
     def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
-        """Writes the policy as `save` does and, where adapters are trained, these beside it, as PEFT has them."""
+        """Writes the policy as `save` does, and trained adapters to `adapter` beside it, in PEFT's format."""
         self.save(trained, out, tokenizer)
         adapters = None if self.lora is None else distributed.fetch(trained)
         if self.lora is not None and distributed.is_primary():
@@ -79,12 +78,16 @@ class LoadedModel(NamedTuple):
 
 
 def load_run_tokenizer(options: ModelConfig) -> Any:
-    """Returns a tokenizer: that named (a folder's, a hub id's, or that of the synthetic world), or the model's own."""
+    """Returns the tokenizer of a config: `model.tokenizer` (folder, hub id or `synthetic`), or that of the model.
+
+    Raises:
+      UserError: no tokenizer is named or found.
+    """
     name = options.tokenizer
     if name == "synthetic":
         return synthetic.synthetic_tokenizer()
     if not name and not options.path:
-        raise UserError("model.tokenizer: name one; a config.json has none of its own")
+        raise UserError("model.tokenizer: missing, and a config.json has no tokenizer; set model.tokenizer")
     local = not name or Path(name).is_dir()
     return load_tokenizer(model_folder(name or options.path) if local else name)
 
@@ -93,18 +96,25 @@ def load_policy(
     options: ModelConfig,
     tokenizer: Any,
     seed: int,
-    adapted: LoraConfig | None = None,
-    rewarded: Mapping[str, Any] | None = None,
+    lora_options: LoraConfig | None = None,
+    encoding: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Returns the policy at the start: a folder's weights, or a random draw from a config.json, and adapters if any.
+    """Returns the initial policy: weights of a folder, or random weights of a config.json; with adapters if any.
 
-    `rewarded` says how texts become tokens where a reward model is wanted: a language model then gets a new head.
+    Args:
+      options: the model section of the config.
+      tokenizer: the policy's tokenizer.
+      seed: of random weights, adapters and a new reward head.
+      lora_options: the adapters; None trains the full model.
+      encoding: tokenization options of a reward model (`tables.reward_encoding`), whose head replaces a language
+        model's; None for a language model.
 
     Raises:
-      UserError: neither or both are named; the tokenizer has more ids than the vocabulary; a model of the other kind.
+      UserError: neither or both of model.path and model.config; token ids beyond the vocabulary; a reward model where a
+        language model is needed; adapters for a reward model.
     """
     if bool(options.path) == bool(options.config):
-        raise UserError("model: give model.path (weights) or model.config (a config.json, random weights), one of them")
+        raise UserError("model: set either model.path (weights) or model.config (a config.json, for random weights)")
     params, generation, note = None, {}, ""
     if options.path:
         folder = model_folder(options.path)
@@ -112,84 +122,91 @@ def load_policy(
         generation = read_generation(folder)
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        hf_config = read_config(options.config) | ids | {"dtype": "float32"}  # what it is trained and written in
+        hf_config = read_config(options.config) | ids | {"dtype": "float32"}  # dtype of its files
         architecture = architecture_of(hf_config)
-    if rewarded is None and architecture.score:
-        raise UserError(f"{options.path}: a reward model, which writes nothing; name a language model")
-    if rewarded is not None:
-        architecture, hf_config, params, note = _rewarding(architecture, hf_config, params, tokenizer, rewarded, seed)
-        if adapted and (adapted.rank or adapted.path):
-            raise UserError("lora: the head of a reward model is trained too, which no adapters are; unset lora.rank")
+    if encoding is None and architecture.score:
+        raise UserError(f"{options.path}: a reward model generates nothing; name a language model")
+    if encoding is not None:
+        architecture, hf_config, params, note = _as_reward_model(
+            architecture, hf_config, params, tokenizer, encoding, seed
+        )
+        if lora_options and (lora_options.rank or lora_options.path):
+            raise UserError("lora: adapters cannot train the head of a reward model; remove lora.rank and lora.path")
     model = build_model(architecture, compute=options.compute, remat=options.remat)
     if params is None:
         params = init_params(model, seed)
     _check_ids(tokenizer, architecture.vocab, options.path or options.config)
-    adapters, kind = load_adapters_config(adapted or LoraConfig(), architecture, seed)
-    if kind is not None and jax.default_backend() != "cpu":  # where XLA would make a wide copy beside it
+    adapters, kind = initial_adapters(lora_options or LoraConfig(), architecture, seed)
+    if kind is not None and jax.default_backend() != "cpu":  # on a CPU, XLA would add a float32 copy
         params = narrow_dtypes(params)
-    if adapted and adapted.base:
-        params = qlora.quantize_base(params, architecture, adapted.base, map_layers)
+    if lora_options and lora_options.base:
+        params = qlora.quantize_base(params, architecture, lora_options.base, map_layers)
     return LoadedModel(model, params, hf_config, generation, options.path, adapters, kind, note)
 
 
 def _check_ids(tokenizer: Any, vocab: int, where: str) -> None:
-    """Refuses a tokenizer with ids that a model has no embedding for, unless they are special tokens that only some of
-    a family's models know: Gemma 3's has one for pictures."""
+    """Refuses a tokenizer with ids beyond the embedding, unless they are unused special tokens.
+
+    The tokenizer of Gemma 3, for example, has an image token that the text-only models have no embedding for.
+    """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= vocab}
     if not beyond:
         return
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_token_id(tokenizer)}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in used}
     if beyond - special:
-        raise UserError(f"{where}: vocab_size {vocab} is too little for the tokenizer's ids up to {max(beyond)}")
+        raise UserError(
+            f"{where}: vocab_size {vocab} is too small for the tokenizer's ids up to {max(beyond)}; set another "
+            "model.tokenizer"
+        )
 
 
-def _rewarding(
+def _as_reward_model(
     architecture: Architecture, hf_config: Any, params: Any, tokenizer: Any, encoding: Mapping[str, Any], seed: int
 ) -> tuple[Architecture, dict[str, Any], Any, str]:
-    """Returns what a reward model is made of, with a new head if it is none yet, and what is to be said of that."""
+    """Returns architecture, config.json and params of a reward model, and a log message ("" if it was one already)."""
     name = family(hf_config["model_type"]).CLASS
     hf_config = reward_head.as_reward_config(hf_config, name, pad_token_id(tokenizer), encoding)
     new = architecture_of(hf_config)
     if architecture.score or params is None:
         return new, hf_config, params, ""
-    becomes = reward_head.reward_class(name)
-    note = f"a {name} becomes a {becomes}: its new head is drawn from normal(0, {new.score_std:.4f})"
+    target = reward_head.reward_class(name)
+    note = f"{name} becomes {target}, with a new head sampled from normal(0, {new.score_std:.4f})"
     return new, hf_config, reward_head.with_new_head(params, new, seed), note
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Returns the token with which texts are padded: the tokenizer's, or its EOS."""
+    """Returns the id of the tokenizer's padding token, or of its EOS if it has none."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def load_adapters_config(options: LoraConfig, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
-    """Returns adapters at the start as host arrays, and what they are; nothing where the whole model is trained.
+def initial_adapters(options: LoraConfig, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
+    """Returns the initial adapters as host arrays, and their options; (None, None) if the full model is trained.
 
     Raises:
-      UserError: adapters that do not fit the model; settings that belong to none, or to others than a folder's.
+      UserError: adapters that do not fit the model, or options without effect.
     """
     given = [key for key in ("rank", "alpha", "targets") if getattr(options, key) != getattr(LoraConfig(), key)]
     if options.path:
         if given:
-            raise UserError(f"lora.{given[0]}: the adapters of lora.path have their own; leave it out")
+            raise UserError(f"lora.{given[0]}: fixed by the adapters at lora.path; remove it")
         return lora.load_adapters(adapter_folder(options.path), architecture)
     if options.rank:
         kind = Lora(options.rank, options.alpha, options.targets)
         return lora.init_adapters(architecture, kind, seed), kind
     if options.base:
-        raise UserError(f"lora.base: {options.base} cannot be trained, only adapters over it; set lora.rank")
+        raise UserError(f"lora.base: a {options.base} base can only be trained through adapters; set lora.rank")
     if given:
-        raise UserError(f"lora.{given[0]}: is of adapters, and there are none; set lora.rank too")
+        raise UserError(f"lora.{given[0]}: has no effect without adapters; set lora.rank too")
     return None, None
 
 
 def export_notes(config: Config, loaded: LoadedModel) -> list[str]:
-    """Returns what is rounded where the policy is written."""
+    """Returns log messages about rounding in the exported policy."""
     lines, dtype = [], loaded.hf_config.get("dtype", "float32")
     if dtype != "float32":
-        lines.append(f"the policy is written in {dtype}, as the model it came from: what was trained is rounded to it")
+        lines.append(f"the policy is exported in {dtype}, the dtype of the initial model: trained weights are rounded")
     if config.lora.base:
-        what = f"adapters are merged into the {config.lora.base} base that they were trained over"
-        lines.append(f"the policy is written as it was trained: {what}, made whole; adapter/ has them alone")
+        base = f"the {config.lora.base} base, dequantized"
+        lines.append(f"the policy is exported with its adapters merged into {base}; adapter/ holds the adapters alone")
     return lines
