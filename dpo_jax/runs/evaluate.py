@@ -3,19 +3,19 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax import evaluation, losses
 from dpo_jax.config.commands import EvalConfig, SampleConfig
-from dpo_jax.data.sources import memory
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import EvalModel
 from dpo_jax.losses import Loss
 from dpo_jax.paths import is_run, written
+from dpo_jax.records import Chat
 from dpo_jax.rewards.registry import get_reward
-from dpo_jax.runs.settings import config_of_path, section
+from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
@@ -50,14 +50,14 @@ class Evaluation(NamedTuple):
 def evaluate(
     path: str | Path,
     *,
-    data: Iterable[Mapping[str, Any]] | None = None,
+    data: Any = None,
     **keys: Any,
 ) -> Intervals:
     """Evaluates the policy of a run, or a model folder, on held-out comparisons.
 
     Args:
       path: a run folder, a model folder or a hub id.
-      data: held-out examples in memory, in place of the run's.
+      data: held-out examples in memory, the path of a file, or keys of the section `data`, in place of the run's.
       **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`.
 
     Returns:
@@ -68,8 +68,8 @@ def evaluate(
     """
     given = section(keys)
     if data is not None:
-        name = memory.keep_examples(data)
-        given["data"] = {**given.get("data", {}), "name": "memory", "path": [name], "eval_path": [name]}
+        given["data"] = data_section(data)
+        given["data"].setdefault("eval_path", given["data"].get("path", []))
     return evaluate_path(str(path), config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")).metrics
 
 
@@ -102,7 +102,7 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
 
     Args:
       path: a run folder, a model folder or a hub id.
-      prompts: texts to complete.
+      prompts: texts to complete, or conversations: lists of messages with `role` and `content`.
       **keys: keys of `dpo-jax sample`, such as `samples={"temperature": 0.7, "max_new_tokens": 64}`, `seed=1`.
 
     Returns:
@@ -111,7 +111,8 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     Raises:
       UserError: no checkpoint, an empty prompt, or options without a meaning.
     """
-    return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), prompts)
+    chats = [p if isinstance(p, str | Chat) else Chat(tuple(p)) for p in prompts]
+    return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), chats)
 
 
 def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> dict[str, list[str]]:

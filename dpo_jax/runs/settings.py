@@ -1,6 +1,7 @@
 """The config of a call from Python: objects are kept in memory and named in the config."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,11 +29,11 @@ def call_settings(
     """Returns the config of a call, and its name; objects are kept in memory and named in the config."""
     given = section(keys)
     if data is not None:
-        given["data"] = {**given.get("data", {}), "name": "memory", "path": [memory.keep_examples(data)]}
+        given["data"] = data_section(data)
     if eval_data is not None:
-        if data is None:
-            raise UserError("eval_data: give data too, or set data.eval_path")
-        given["data"]["eval_path"] = [memory.keep_examples(eval_data)]
+        if given.get("data", {}).get("name") != "memory":
+            raise UserError("eval_data: give data in memory too, or set data.eval_path")
+        given["data"]["eval_path"] = data_section(eval_data)["path"]
     if loss is not None:
         terms = [_term(term) for term in (loss if isinstance(loss, list | tuple) else [loss])]
         given["loss"] = terms if len(terms) > 1 else terms[0]
@@ -62,9 +63,12 @@ def _term(term: Any) -> dict[str, Any]:
     if not callable(function):
         raise UserError(f"loss: {term!r}: give a name, a function, or a dict with name and options")
     known = [name for name, entry in REGISTRY.items() if entry.function is function]
-    name = known[0] if known else name_of(function)
-    if not known:
-        REGISTRY[name] = checked_entry(Entry(function, 2, True))
+    if known:
+        return {"name": known[0], **options}
+    name = name_of(function)
+    if name in REGISTRY:
+        warnings.warn(f"loss {name!r} replaces another function of that name", stacklevel=5)
+    REGISTRY[name] = checked_entry(Entry(function, 2, True))
     return {"name": name, **options}
 
 
@@ -83,6 +87,17 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
         )
     optim.OPTIMIZERS[IN_MEMORY] = lambda: optimizer
     return {"name": IN_MEMORY}
+
+
+def data_section(data: Any) -> dict[str, Any]:
+    """Returns the section `data` for examples in memory, the path of a file, or keys of the section as they are."""
+    if isinstance(data, str | Path):
+        return {"path": [str(data)]}
+    if isinstance(data, Mapping) and hasattr(data, "column_names"):  # a datasets.DatasetDict
+        raise UserError(f"data: a dataset with splits {', '.join(data)}; give one, as in data=dataset['train']")
+    if isinstance(data, Mapping):
+        return dict(data)
+    return {"name": "memory", "path": [memory.keep_examples(data)]}
 
 
 def section(keys: Mapping[str, Any]) -> dict[str, Any]:

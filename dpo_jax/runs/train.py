@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,8 +37,8 @@ class Result(NamedTuple):
 def train(
     config: str | Path | Mapping[str, Any] | Config | None = None,
     *,
-    data: Iterable[Mapping[str, Any]] | None = None,
-    eval_data: Iterable[Mapping[str, Any]] | None = None,
+    data: Any = None,
+    eval_data: Any = None,
     loss: Any = None,
     optimizer: Any = None,
     callbacks: Sequence[Callback] = (),
@@ -48,12 +48,13 @@ def train(
 
     Args:
       config: a YAML, nested values as in one, a `Config`, or nothing.
-      data: training examples in memory: dicts with the columns of data files, or a `datasets.Dataset`.
-      eval_data: held-out examples; without them a part of `data` is held out (`data.eval_fraction`).
+      data: training examples in memory (dicts with the columns of data files, or a `datasets.Dataset`), the path of a
+        file or folder, or keys of the config's section `data`.
+      eval_data: held-out examples in memory; without them a part of `data` is held out (`data.eval_fraction`).
       loss: a name, a function `(Logps, *, option=default) -> float32[B]`, a partial of one, a dict with `name` and
         options, or a list of these, which are summed.
       optimizer: an optax transformation, a name, or a dict with `name` and options.
-      callbacks: called with (step, metrics, state) after every step and evaluation; one that returns True stops the run.
+      callbacks: called with (step, metrics, state) after every step and evaluation; True stops the run.
       **keys: keys of the config (`model="path"`, `run="runs/mine"`, `batch_size=8`, `samples={"prompts": 0}`), which
         win over `config`.
 
