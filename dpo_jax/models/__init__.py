@@ -1,8 +1,8 @@
 """Decoder-only language models as pure functions of their parameters.
 
 Reading order: `model` (the interface: `build_model` -> `Model`), `decoder` (one Linen decoder for all families),
-`layers` and `attention` (its mathematics), `architecture` (its options, read from config.json). `kernels` has library
-attention, `lora` and `qlora` adapters, `quantized` 4-bit and 8-bit kernels, `reward_head` reward models, `init` random
+`layers` and `attention` (its mathematics), `architecture` (its shapes and options). `kernels` has library attention,
+`lora` and `qlora` adapters, `quantized` 4-bit and 8-bit kernels, `reward_head` reward models, `init` random
 parameters. `huggingface` reads and writes model folders; `families` has one module per family.
 
 To add a family: write `families/<model_type>.py` with `architecture(config)` and `tensors(architecture)` (see

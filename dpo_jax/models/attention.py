@@ -19,6 +19,7 @@ MAX_CHUNKS = 32  # chunks are unrolled in the program, so very long rows get lar
 MASKED = -1e30  # score of a masked key; finite, because -inf - -inf is NaN
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
+Queries, KeyValues = Float[Any, "R T H d"], Float[Any, "R T K d"]
 # Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice.
 LayerCache = tuple[Array, ...]
 
@@ -58,14 +59,8 @@ def capped_slope(y: Array, cap: float | None) -> Array | float:
 
 
 def packed_attention(
-    q: Float[Any, "R T H d"],
-    k: Float[Any, "R T K d"],
-    v: Float[Any, "R T K d"],
-    mask: RowMask,
-    scoring: Scoring,
-    *,
-    chunk: int = CHUNK,
-) -> Float[Any, "R T H d"]:
+    q: Queries, k: KeyValues, v: KeyValues, mask: RowMask, scoring: Scoring, *, chunk: int = CHUNK
+) -> Queries:
     """Returns causal attention in which a response attends to its own prompt and to itself only.
 
     Queries are processed in static chunks, and no chunk computes scores for keys after its last query. The backward
@@ -73,15 +68,15 @@ def packed_attention(
     2205.14135). Scores and softmax are float32.
 
     Args:
-      q: queries in the compute dtype.
-      k: keys; H is a multiple of K (grouped-query attention without repeated keys).
-      v: values.
+      q: queries [R, T, H, d] in the compute dtype.
+      k: keys [R, T, K, d]; H is a multiple of K (grouped-query attention without repeated keys).
+      v: values [R, T, K, d].
       mask: which keys a query attends to.
       scoring: scale and cap of the scores.
       chunk: queries per chunk.
 
     Returns:
-      The output in the dtype of q.
+      The output [R, T, H, d] in the dtype of q.
     """
     return _attend(q, k, v, mask, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
@@ -112,28 +107,23 @@ class CacheMask(NamedTuple):
 
 
 def cached_attention(
-    q: Float[Any, "B 1 H d"],
-    k: Float[Any, "B 1 K d"],
-    v: Float[Any, "B 1 K d"],
-    cache: LayerCache,
-    mask: CacheMask,
-    scoring: Scoring,
-) -> tuple[Float[Any, "B 1 H d"], LayerCache]:
+    q: Queries, k: KeyValues, v: KeyValues, cache: LayerCache, mask: CacheMask, scoring: Scoring
+) -> tuple[Queries, LayerCache]:
     """Returns attention of the newest token of each sequence over a cache, and the cache with that token.
 
     Sequences sampled from the same prompt share the prompt's keys and values. One softmax spans the prompt and the
     generated tokens: the maximum, the sum and the output combine over both parts.
 
     Args:
-      q: the newest token's query in the compute dtype; the B / P sequences of a prompt are adjacent.
-      k: its key.
-      v: its value.
+      q: queries [B, 1, H, d] in the compute dtype; the B / P sequences of a prompt are adjacent.
+      k: keys [B, 1, K, d] of the newest tokens.
+      v: values [B, 1, K, d] of the newest tokens.
       cache: keys and values of the layer.
       mask: which of them the newest token attends to.
       scoring: scale and cap of the scores.
 
     Returns:
-      The output in the dtype of q, and the cache with the newest token.
+      The output [B, 1, H, d] in the dtype of q, and the cache with the newest token.
     """
     prompt_keys, prompt_values, *old = cache
     (prompts, kv_heads, _, dim), (rows, _, capacity, _) = prompt_keys.shape, old[0].shape

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.errors import UserError
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families import llama
 
 CLASS = "GemmaForCausalLM"
@@ -16,7 +16,7 @@ DEFAULTS = {
 }
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a Gemma config.json.
 
     Raises:
@@ -24,19 +24,19 @@ def architecture(config: HfConfig) -> Architecture:
     """
     config = {**DEFAULTS, **config}
     # The first releases say "gelu" and mean its tanh approximation; transformers reads them so too.
-    act = "gelu_tanh" if config.get("hidden_act") == "gelu" else arch.activation(config, "hidden_act", "gelu_new")
+    act = "gelu_tanh" if config.get("hidden_act") == "gelu" else hf.activation(config, "hidden_act", "gelu_new")
     return gemma_like(config, "gemma", activation=act)
 
 
-def gemma_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
+def gemma_like(config: hf.HfConfig, family: str, **fields: Any) -> Architecture:
     """Returns the architecture of any Gemma config.json; `fields` replace what the config says.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    arch.only_setting(config, "mlp_bias", False)
-    arch.only_setting(config, "use_bidirectional_attention", False)
-    scale = arch.need_setting(config, "hidden_size") ** 0.5
+    hf.only_setting(config, "mlp_bias", False)
+    hf.only_setting(config, "use_bidirectional_attention", False)
+    scale = hf.need_setting(config, "hidden_size") ** 0.5
     return llama.llama_like(config, family, norm_offset=1.0, embedding_scale=scale, **fields)
 
 

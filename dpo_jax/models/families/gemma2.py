@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gemma, llama
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor
 
 CLASS = "Gemma2ForCausalLM"
@@ -25,7 +25,7 @@ NORMS = {
 }
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a Gemma 2 config.json.
 
     Raises:
@@ -35,7 +35,7 @@ def architecture(config: HfConfig) -> Architecture:
     return gemma2_like(config, "gemma2", every=2, score_cap=config["attn_logit_softcapping"])
 
 
-def gemma2_like(config: HfConfig, family: str, every: int, **fields: Any) -> Architecture:
+def gemma2_like(config: hf.HfConfig, family: str, every: int, **fields: Any) -> Architecture:
     """Returns the architecture of a Gemma 2 or 3 config.json; `fields` replace what the config says.
 
     By default every `every`-th layer has full attention, and the others a window.
@@ -43,15 +43,15 @@ def gemma2_like(config: HfConfig, family: str, every: int, **fields: Any) -> Arc
     Raises:
       UserError: a setting is missing or not supported.
     """
-    layers = arch.need_setting(config, "num_hidden_layers")
+    layers = hf.need_setting(config, "num_hidden_layers")
     kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
     return gemma.gemma_like(
         config,
         family,
-        activation=arch.activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        activation=hf.activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         post_norm=True,
-        windows=arch.layer_windows(config, layers, kinds),
-        score_scale=arch.need_setting(config, "query_pre_attn_scalar") ** -0.5,
+        windows=hf.layer_windows(config, layers, kinds),
+        score_scale=hf.need_setting(config, "query_pre_attn_scalar") ** -0.5,
         logit_cap=config["final_logit_softcapping"],
         **fields,
     )

@@ -5,8 +5,8 @@ GPT-Neo, GPT-J, GPT-NeoX and OPT are defined by their differences: they use `gpt
 
 from typing import Any
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor, TensorPart, layer_norms, same_layout, untied_head, with_bias
 
 CLASS = "GPT2LMHeadModel"
@@ -21,31 +21,31 @@ NORMS = {
 }
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a GPT-2 config.json. Dropout is always off.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    arch.only_setting(config, "scale_attn_weights", True)
-    arch.only_setting(config, "scale_attn_by_inverse_layer_idx", False)
-    arch.only_setting(config, "add_cross_attention", False)
-    width, heads, layers = (arch.need_setting(config, key) for key in ("n_embd", "n_head", "n_layer"))
+    hf.only_setting(config, "scale_attn_weights", True)
+    hf.only_setting(config, "scale_attn_by_inverse_layer_idx", False)
+    hf.only_setting(config, "add_cross_attention", False)
+    width, heads, layers = (hf.need_setting(config, key) for key in ("n_embd", "n_head", "n_layer"))
     return gpt_like(
         config,
         "gpt2",
         width=width,
         layers=layers,
         heads=heads,
-        mlp=arch.get_setting(config, "n_inner", 4 * width),
+        mlp=hf.get_setting(config, "n_inner", 4 * width),
         qkv_bias=True,
         out_bias=True,
-        max_positions=arch.get_setting(config, "n_positions", 1024),
+        max_positions=hf.get_setting(config, "n_positions", 1024),
         residual_scale=(2 * layers) ** -0.5,
     )
 
 
-def gpt_like(config: HfConfig, family: str, *, width: int, heads: int, **fields: Any) -> Architecture:
+def gpt_like(config: hf.HfConfig, family: str, *, width: int, heads: int, **fields: Any) -> Architecture:
     """Returns the architecture of a GPT: layer norms with biases, an MLP without gate, no grouped key-value heads.
 
     Args:
@@ -59,20 +59,20 @@ def gpt_like(config: HfConfig, family: str, *, width: int, heads: int, **fields:
       UserError: a setting is missing or not supported.
     """
     values: dict[str, Any] = {
-        "vocab": arch.need_setting(config, "vocab_size"),
+        "vocab": hf.need_setting(config, "vocab_size"),
         "kv_heads": heads,
-        "head_dim": arch.head_dim({}, width, heads),
+        "head_dim": hf.head_dim({}, width, heads),
         "norm": "layer",
-        "eps": arch.get_setting(config, "layer_norm_epsilon", 1e-5),
+        "eps": hf.get_setting(config, "layer_norm_epsilon", 1e-5),
         "gated": False,
         "rope": None,
         "parallel": False,
         "mlp_bias": True,
-        "tied": arch.get_setting(config, "tie_word_embeddings", True),
-        "initializer_range": arch.get_setting(config, "initializer_range", 0.02),
+        "tied": hf.get_setting(config, "tie_word_embeddings", True),
+        "initializer_range": hf.get_setting(config, "initializer_range", 0.02),
     }
     if "activation" not in fields:
-        values["activation"] = arch.activation(config, "activation_function", "gelu_new")
+        values["activation"] = hf.activation(config, "activation_function", "gelu_new")
     return Architecture(family=family, width=width, heads=heads, **{**values, **fields})
 
 

@@ -1,9 +1,9 @@
 """GPT-Neo (125M to 2.7B): learned positions, unscaled scores, and a window in the layers that are local."""
 
 from dpo_jax.errors import UserError
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gpt2
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor, layer_norms, linear, same_layout, untied_head, with_bias
 
 CLASS = "GPTNeoForCausalLM"
@@ -11,41 +11,41 @@ PREFIX, HEAD = gpt2.PREFIX, gpt2.HEAD
 BUFFERS = ("attn.attention.bias", "attn.attention.masked_bias")
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a GPT-Neo config.json. Dropout is always off.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads, layers = (arch.need_setting(config, key) for key in ("hidden_size", "num_heads", "num_layers"))
+    width, heads, layers = (hf.need_setting(config, key) for key in ("hidden_size", "num_heads", "num_layers"))
     return gpt2.gpt_like(
         config,
         "gpt_neo",
         width=width,
         layers=layers,
         heads=heads,
-        mlp=arch.get_setting(config, "intermediate_size", 4 * width),
+        mlp=hf.get_setting(config, "intermediate_size", 4 * width),
         qkv_bias=False,
         out_bias=True,
-        max_positions=arch.get_setting(config, "max_position_embeddings", 2048),
+        max_positions=hf.get_setting(config, "max_position_embeddings", 2048),
         score_scale=1.0,
         windows=_windows(config, layers),
     )
 
 
-def _windows(config: HfConfig, layers: int) -> tuple[int, ...]:
+def _windows(config: hf.HfConfig, layers: int) -> tuple[int, ...]:
     """Returns the window of each layer, from `attention_types`: [[["global", "local"], 12]] repeats the pair 12 times.
 
     Raises:
       UserError: the kinds are not L or not supported.
     """
-    kinds = [kind for group, count in arch.get_setting(config, "attention_types", [[["global", "local"], 12]])
+    kinds = [kind for group, count in hf.get_setting(config, "attention_types", [[["global", "local"], 12]])
              for kind in group * count]  # fmt: skip
     if len(kinds) != layers:
         raise UserError(f"config.json: attention_types names {len(kinds)} layers, num_layers is {layers}")
     named = {"global": "full_attention", "local": "sliding_attention"}
-    size = arch.get_setting(config, "window_size", 256)
-    return arch.layer_windows({"sliding_window": size}, layers, [str(named.get(kind, kind)) for kind in kinds])
+    size = hf.get_setting(config, "window_size", 256)
+    return hf.layer_windows({"sliding_window": size}, layers, [str(named.get(kind, kind)) for kind in kinds])
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """GPT-NeoX, Pythia (2.8B is the paper's for dialogue): attention and MLP side by side, a rotated part of each head."""
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gpt2
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import (
     Tensor,
     TensorPart,
@@ -25,30 +25,30 @@ NORMS = {
 }
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a GPT-NeoX config.json. Dropout is always off.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
-    dim = arch.head_dim({}, width, heads)
-    bias = arch.get_setting(config, "attention_bias", True)
+    width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
+    dim = hf.head_dim({}, width, heads)
+    bias = hf.get_setting(config, "attention_bias", True)
     return gpt2.gpt_like(
         config,
         "gpt_neox",
         width=width,
-        layers=arch.need_setting(config, "num_hidden_layers"),
+        layers=hf.need_setting(config, "num_hidden_layers"),
         heads=heads,
-        mlp=arch.need_setting(config, "intermediate_size"),
-        eps=arch.get_setting(config, "layer_norm_eps", 1e-5),
-        activation=arch.activation(config, "hidden_act", "gelu"),
-        rope=arch.rope_from_config(config, dim, theta="rotary_emb_base", part=("rotary_pct", 0.25)),
-        parallel=arch.get_setting(config, "use_parallel_residual", True),
+        mlp=hf.need_setting(config, "intermediate_size"),
+        eps=hf.get_setting(config, "layer_norm_eps", 1e-5),
+        activation=hf.activation(config, "hidden_act", "gelu"),
+        rope=hf.rope_from_config(config, dim, theta="rotary_emb_base", part=("rotary_pct", 0.25)),
+        parallel=hf.get_setting(config, "use_parallel_residual", True),
         qkv_bias=bias,
         out_bias=bias,
-        tied=arch.get_setting(config, "tie_word_embeddings", False),
-        max_positions=arch.get_setting(config, "max_position_embeddings", 2048),
+        tied=hf.get_setting(config, "tie_word_embeddings", False),
+        max_positions=hf.get_setting(config, "max_position_embeddings", 2048),
     )
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 
 from dpo_jax.errors import UserError
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gpt2
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor, layer_norms, linear, same_layout, untied_head, with_bias
 
 CLASS = "GPTJForCausalLM"
@@ -14,32 +14,32 @@ BUFFERS = ("attn.bias", "attn.masked_bias", "attn.embed_positions")
 NORMS = {"transformer.ln_f.": ("final_norm",), LAYER + "ln_1.": ("layers", "attention_norm")}
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a GPT-J config.json. Dropout is always off.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads = arch.need_setting(config, "n_embd"), arch.need_setting(config, "n_head")
-    dim = arch.head_dim({}, width, heads)
-    rotated = arch.need_setting({"rotary_dim": 64, **config}, "rotary_dim")
+    width, heads = hf.need_setting(config, "n_embd"), hf.need_setting(config, "n_head")
+    dim = hf.head_dim({}, width, heads)
+    rotated = hf.need_setting({"rotary_dim": 64, **config}, "rotary_dim")
     if rotated > dim:
         raise UserError(f"config.json: rotary_dim = {rotated} is more than a head's {dim} dimensions")
     return gpt2.gpt_like(
         config,
         "gptj",
         width=width,
-        layers=arch.need_setting(config, "n_layer"),
+        layers=hf.need_setting(config, "n_layer"),
         heads=heads,
-        mlp=arch.get_setting(config, "n_inner", 4 * width),
-        rope=arch.rope_from_settings({}, dim, fraction=rotated / dim),
+        mlp=hf.get_setting(config, "n_inner", 4 * width),
+        rope=hf.rope_from_settings({}, dim, fraction=rotated / dim),
         parallel=True,
         shared_norm=True,
         qkv_bias=False,
         out_bias=False,
-        tied=arch.get_setting(config, "tie_word_embeddings", False),
+        tied=hf.get_setting(config, "tie_word_embeddings", False),
         head_bias=True,
-        max_positions=arch.get_setting(config, "n_positions", 2048),
+        max_positions=hf.get_setting(config, "n_positions", 2048),
     )
 
 

@@ -6,8 +6,8 @@ Mistral, Qwen, Phi-3, Gemma and OLMo 2 are defined by their differences: they us
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor, TensorPart, linear, same_layout, untied_head
 
 CLASS = "LlamaForCausalLM"
@@ -17,7 +17,7 @@ BUFFERS = ("rotary_emb.inv_freq",)
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # ours -> name in the file
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a Llama config.json. Dropout is always off.
 
     Raises:
@@ -26,7 +26,7 @@ def architecture(config: HfConfig) -> Architecture:
     return llama_like(config, "llama")
 
 
-def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
+def llama_like(config: hf.HfConfig, family: str, **fields: Any) -> Architecture:
     """Returns the architecture of a config.json with Llama's keys.
 
     Args:
@@ -37,33 +37,33 @@ def llama_like(config: HfConfig, family: str, **fields: Any) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
-    dim = arch.head_dim(config, width, heads)
-    attention_bias = arch.get_setting(config, "attention_bias", False)
+    width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
+    dim = hf.head_dim(config, width, heads)
+    attention_bias = hf.get_setting(config, "attention_bias", False)
     values: dict[str, Any] = {
         "family": family,
-        "vocab": arch.need_setting(config, "vocab_size"),
+        "vocab": hf.need_setting(config, "vocab_size"),
         "width": width,
-        "layers": arch.need_setting(config, "num_hidden_layers"),
+        "layers": hf.need_setting(config, "num_hidden_layers"),
         "heads": heads,
-        "kv_heads": arch.kv_heads(config, heads),
+        "kv_heads": hf.kv_heads(config, heads),
         "head_dim": dim,
-        "mlp": arch.need_setting(config, "intermediate_size"),
+        "mlp": hf.need_setting(config, "intermediate_size"),
         "norm": "rms",
-        "eps": arch.get_setting(config, "rms_norm_eps", 1e-6),
+        "eps": hf.get_setting(config, "rms_norm_eps", 1e-6),
         "gated": True,
         "parallel": False,
         "qkv_bias": attention_bias,
         "out_bias": attention_bias,
-        "mlp_bias": arch.get_setting(config, "mlp_bias", False),
-        "tied": arch.get_setting(config, "tie_word_embeddings", False),
-        "max_positions": arch.get_setting(config, "max_position_embeddings", 2048),
-        "initializer_range": arch.get_setting(config, "initializer_range", 0.02),
+        "mlp_bias": hf.get_setting(config, "mlp_bias", False),
+        "tied": hf.get_setting(config, "tie_word_embeddings", False),
+        "max_positions": hf.get_setting(config, "max_position_embeddings", 2048),
+        "initializer_range": hf.get_setting(config, "initializer_range", 0.02),
     }
     if "activation" not in fields:
-        values["activation"] = arch.activation(config, "hidden_act", "silu")
+        values["activation"] = hf.activation(config, "hidden_act", "silu")
     if "rope" not in fields:
-        values["rope"] = arch.rope_from_config(config, dim)
+        values["rope"] = hf.rope_from_config(config, dim)
     return Architecture(**{**values, **fields})
 
 

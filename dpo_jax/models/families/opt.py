@@ -1,8 +1,8 @@
 """OPT (125M to 66B, all but 350M): learned positions, the first of which has row 2 of their embedding."""
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gpt2
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import Tensor, TensorPart, layer_norms, linear, same_layout, untied_head
 
 CLASS = "OPTForCausalLM"
@@ -18,35 +18,35 @@ NORMS = {
 }
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of an OPT config.json. Dropout is always off.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
+    width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
     for key, value in {
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
         "layer_norm_elementwise_affine": True,
         "word_embed_proj_dim": width,
     }.items():
-        arch.only_setting(config, key, value)
-    bias = arch.get_setting(config, "enable_bias", True)
+        hf.only_setting(config, key, value)
+    bias = hf.get_setting(config, "enable_bias", True)
     return gpt2.gpt_like(
         config,
         "opt",
         width=width,
-        layers=arch.need_setting(config, "num_hidden_layers"),
+        layers=hf.need_setting(config, "num_hidden_layers"),
         heads=heads,
-        mlp=arch.need_setting(config, "ffn_dim"),
+        mlp=hf.need_setting(config, "ffn_dim"),
         eps=1e-5,
-        activation=arch.activation(config, "activation_function", "relu"),
+        activation=hf.activation(config, "activation_function", "relu"),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        max_positions=arch.get_setting(config, "max_position_embeddings", 2048),
-        initializer_range=arch.get_setting(config, "init_std", 0.02),
+        max_positions=hf.get_setting(config, "max_position_embeddings", 2048),
+        initializer_range=hf.get_setting(config, "init_std", 0.02),
         position_offset=OFFSET,
     )
 

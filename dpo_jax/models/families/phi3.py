@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 from dpo_jax.errors import UserError
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig, Rope
+from dpo_jax.models.architecture import Architecture, Rope
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families import llama
 from dpo_jax.models.families.tensor_map import Tensor, TensorPart
 
@@ -15,7 +15,7 @@ DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_wind
 DEFAULTS |= {"original_max_position_embeddings": 4096}
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a Phi-3 config.json.
 
     A 128k model gets the 4096 positions of pretraining: in a longer text LongRoPE changes the angles of all positions.
@@ -25,35 +25,35 @@ def architecture(config: HfConfig) -> Architecture:
     """
     config = {**DEFAULTS, **config}
     for key in ("attention_bias", "mlp_bias"):
-        arch.only_setting(config, key, False)
-    arch.only_setting(config, "layer_types", None)
-    layers = arch.need_setting(config, "num_hidden_layers")
+        hf.only_setting(config, key, False)
+    hf.only_setting(config, "layer_types", None)
+    layers = hf.need_setting(config, "num_hidden_layers")
     kinds = None if config["sliding_window"] is None else ["sliding_attention"] * layers
-    width, heads = arch.need_setting(config, "hidden_size"), arch.need_setting(config, "num_attention_heads")
-    rope = _rope(config, arch.head_dim(config, width, heads))
+    width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
+    rope = _rope(config, hf.head_dim(config, width, heads))
     fields = {"max_positions": rope.original_positions} if rope.scaling == "longrope" else {}
-    return llama.llama_like(config, "phi3", rope=rope, windows=arch.layer_windows(config, layers, kinds), **fields)
+    return llama.llama_like(config, "phi3", rope=rope, windows=hf.layer_windows(config, layers, kinds), **fields)
 
 
-def _rope(config: HfConfig, dim: int) -> Rope:
+def _rope(config: hf.HfConfig, dim: int) -> Rope:
     """Returns the rotary embedding; LongRoPE's `long_factor`, for longer texts, is ignored.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
-    new, part = arch.rope_settings(config), ("partial_rotary_factor", 1.0)
-    if arch.get_setting(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # "su" is its old name
-        return arch.rope_from_config(config, dim, part=part)
+    new, part = hf.rope_settings(config), ("partial_rotary_factor", 1.0)
+    if hf.get_setting(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # "su" is its old name
+        return hf.rope_from_config(config, dim, part=part)
     plain = {key: new[key] for key in ("rope_theta", part[0]) if key in new}
-    rope = arch.rope_from_config({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)
-    short = tuple(float(x) for x in arch.need_setting(new, "short_factor"))
+    rope = hf.rope_from_config({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)
+    short = tuple(float(x) for x in hf.need_setting(new, "short_factor"))
     if 2 * len(short) != rope.dims:
         why = f"short_factor has {len(short)} numbers; the {rope.dims} rotary dimensions need {rope.dims // 2}"
         raise UserError(f"config.json: {why}")
-    original = int(arch.need_setting(config, "original_max_position_embeddings"))
-    factor = arch.get_setting(new, "factor", config["max_position_embeddings"] / original)
+    original = int(hf.need_setting(config, "original_max_position_embeddings"))
+    factor = hf.get_setting(new, "factor", config["max_position_embeddings"] / original)
     default = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-    amplitude = float(arch.get_setting(new, "attention_factor", default))
+    amplitude = float(hf.get_setting(new, "attention_factor", default))
     return dataclasses.replace(rope, scaling="longrope", original_positions=original, short=short, amplitude=amplitude)
 
 

@@ -1,7 +1,7 @@
 """Qwen3, dense (0.6B to 32B): Llama with queries and keys normalized head by head."""
 
-from dpo_jax.models import architecture as arch
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families import llama, qwen2
 
 CLASS = "Qwen3ForCausalLM"
@@ -9,14 +9,14 @@ PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
 DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 
-def architecture(config: HfConfig) -> Architecture:
+def architecture(config: hf.HfConfig) -> Architecture:
     """Returns the architecture of a Qwen3 config.json.
 
     Raises:
       UserError: a setting is missing or not supported.
     """
     config = {**DEFAULTS, **config}
-    arch.only_setting(config, "mlp_bias", False)
+    hf.only_setting(config, "mlp_bias", False)
     return llama.llama_like(config, "qwen3", qk_norm="head", windows=qwen2.qwen_windows(config))
 
 

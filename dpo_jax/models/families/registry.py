@@ -8,7 +8,8 @@ from types import ModuleType
 from dpo_jax.errors import UserError, closest
 from dpo_jax.models import families as folder
 from dpo_jax.models import reward_head
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families.hf_config import HfConfig
 
 # Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}

@@ -12,7 +12,8 @@ import numpy as np
 
 from dpo_jax.errors import UserError
 from dpo_jax.models import reward_head
-from dpo_jax.models.architecture import Architecture, HfConfig
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families.hf_config import HfConfig
 from dpo_jax.models.families.registry import architecture_of, family
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
