@@ -1,4 +1,4 @@
-"""A tiny model whose completions are few enough to sum over, and what theory says of the best policy there."""
+"""A tiny model with so few completions that sums over all of them are exact, and its optimal policy."""
 
 import functools
 import itertools
@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
+from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.model import build_model
@@ -51,25 +52,31 @@ def _compiled():
 
 def exact(params):
     """Returns log pi of every completion of every prompt, float64[prompts, responses]."""
-    column, places = _compiled()
-    logps = np.asarray(column(params), np.float64)[places[:, 1], 0]
+    logps_of, places = _compiled()
+    logps = np.asarray(logps_of(params), np.float64)[places[:, 1], 0]
     return logps.reshape(len(PROMPTS), len(RESPONSES))
 
 
 def reward(prompts, completions):
-    """The true reward, of ids."""
-    asked = [int(np.array_equal(p, PROMPTS[1])) for p in prompts]
-    return np.array([REWARD[x, PLACE[tuple(c.tolist())]] for x, c in zip(asked, completions, strict=True)], np.float32)
+    """The true reward of ids."""
+    rows = [int(np.array_equal(p, PROMPTS[1])) for p in prompts]
+    return np.array([REWARD[x, PLACE[tuple(c.tolist())]] for x, c in zip(rows, completions, strict=True)], np.float32)
+
+
+def problem(steps, seed):
+    """The problem of training the reference on its own samples."""
+    model, reference = world()
+    return Problem(model, reference, reference, PROMPTS, reward, steps=steps, seed=seed, eos=EOS)
 
 
 def optimum(reference, beta):
     """The closed form ref exp(r / beta) / Z (paper, eq. 4), as log-probs."""
-    found = reference + REWARD / beta
-    return found - np.log(np.exp(found).sum(axis=1, keepdims=True))
+    logits = reference + REWARD / beta
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def distance(a, b):
-    """The larger total variation of the prompts."""
+    """The total variation distance, the larger one of the prompts."""
     return 0.5 * np.abs(np.exp(a) - np.exp(b)).sum(axis=1).max()
 
 

@@ -1,4 +1,4 @@
-"""The optimal frontier against sums over every response, and the best of N against all its choices."""
+"""The optimum against sums over all responses, and the best of N against all subsets of the samples."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ BETAS = (4.0, 2.0, 1.0, 0.7)
 
 
 def samples(count, seed=0):
-    """Rewards of `count` responses to each prompt, drawn with the reference's probabilities."""
+    """Rewards of `count` responses to each prompt, sampled from the reference."""
     random = np.random.default_rng(seed)
     return np.stack([r[random.choice(RESPONSES, count, p=np.exp(p))] for r, p in zip(REWARD, REF, strict=True)])
 
@@ -36,7 +36,7 @@ def test_two_responses_by_hand():
 
 def test_no_policy_is_above_the_optimum():
     """Random policies and mixtures of them with the optimum, at their own KL."""
-    curve = optimum.optimum_from_list(REWARD, REF, np.geomspace(20, 0.05, 200))
+    curve = optimum.optimum_from_enumeration(REWARD, REF, np.geomspace(20, 0.05, 200))
     for seed in range(20):
         random = np.random.default_rng(seed)
         policy = REF + random.normal(size=REF.shape) * random.uniform(0.1, 2) + REWARD * random.uniform(0, 2)
@@ -46,13 +46,13 @@ def test_no_policy_is_above_the_optimum():
         assert reward <= reward_limit(curve, kl).reward + 1e-3
 
 
-def test_samples_agree_with_the_list_of_all_responses():
-    exact = {o.beta: o for o in optimum.optimum_from_list(REWARD, REF, BETAS)}
+def test_samples_agree_with_the_enumeration():
+    exact = {o.beta: o for o in optimum.optimum_from_enumeration(REWARD, REF, BETAS)}
     found, left_out = optimum.optimum_from_samples(samples(2000), BETAS)
     assert not left_out
     assert [o.beta for o in found] == [math.inf, *BETAS]
     for o in found[1:]:
-        # Of the list the prompts are the same, so that only the draws within a prompt make a difference.
+        # The prompts are the same, so only the samples of each prompt make a difference.
         assert abs(o.reward - exact[o.beta].reward) < o.reward_half
         assert abs(o.kl - exact[o.beta].kl) < o.kl_half
         assert o.reward_half == pytest.approx(exact[o.beta].reward_half, rel=0.3)
@@ -60,12 +60,12 @@ def test_samples_agree_with_the_list_of_all_responses():
     assert found[0].reward == pytest.approx(exact[math.inf].reward, abs=0.03)
 
 
-def test_the_bootstrap_knows_of_few_samples_and_few_prompts():
-    """What 200 draws of the samples differ by is what the interval says, prompts being the same in all."""
-    draws = [
+def test_bootstrap_intervals_cover_samples_and_prompts():
+    """The interval combines the spread over 200 sets of samples of the same prompts with that over prompts."""
+    estimates = [
         optimum.tilted_weights(samples(50, seed), np.full(50, -math.log(50)), 1.0)[0].mean() for seed in range(200)
     ]
-    within = np.std(draws)
+    within = np.std(estimates)
     across = np.std(optimum.tilted_weights(REWARD, REF, 1.0)[0], ddof=1) / math.sqrt(PROMPTS)
     found, _ = optimum.optimum_from_samples(samples(50), [1.0])
     if len(found) == 1:  # too few effective samples
@@ -73,12 +73,12 @@ def test_the_bootstrap_knows_of_few_samples_and_few_prompts():
     assert found[-1].reward_half == pytest.approx(1.96 * math.hypot(within, across), rel=0.3)
 
 
-def test_optima_of_too_few_samples_are_left_out():
+def test_optima_with_few_effective_samples_are_left_out():
     found, left_out = optimum.optimum_from_samples(samples(500), [4.0, 1.0, 0.1, 0.02])
     assert [o.beta for o in left_out] == [0.1, 0.02]
     assert [o.beta for o in found] == [math.inf, 4.0, 1.0]
-    assert all(o.effective >= optimum.FEWEST for o in found)
-    assert all(o.effective < optimum.FEWEST for o in left_out)
+    assert all(o.effective >= optimum.MIN_EFFECTIVE for o in found)
+    assert all(o.effective < optimum.MIN_EFFECTIVE for o in left_out)
     # With equal rewards every sample counts.
     same, _ = optimum.optimum_from_samples(np.ones((3, 64)), [1.0])
     assert (same[1].effective, same[1].kl, same[1].reward) == pytest.approx((64, 0, 1))
@@ -108,23 +108,23 @@ def test_the_limit_by_hand(kl, expected):
     assert found.known == expected.known
 
 
-def test_of_the_reference_alone_nothing_is_known_beyond_it():
+def test_with_the_reference_alone_the_limit_at_any_kl_is_unknown():
     assert reward_limit(CURVE[:1], 0.0) == RewardLimit(1.0, 0.1, math.inf, True)
     assert not reward_limit(CURVE[:1], 0.5).known
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
-def test_the_best_of_n_is_the_mean_over_all_choices(n):
+def test_the_best_of_n_is_the_mean_over_all_subsets(n):
     rewards = np.array([[3.0, -1.0, 2.0, 2.0, 0.5, 7.0], [0.0, 0.0, 1.0, 0.0, -4.0, 0.25]])
     every = [np.mean([max(choice) for choice in itertools.combinations(row, n)]) for row in rewards]
     np.testing.assert_allclose(optimum.best_of_n(rewards, n), every)
-    with pytest.raises(ValueError, match="the best of 7 of 6"):
+    with pytest.raises(ValueError, match="n must be between 1 and the 6 samples, got 7"):
         optimum.best_of_n(rewards, 7)
 
 
 @pytest.mark.parametrize("n", [2, 4, 16])
 def test_the_best_of_n_is_below_the_optimum_at_its_bound(n):
-    """Its exact reward and KL by its distribution over all responses; no KL is above log n - (n - 1) / n."""
+    """Exact reward and KL from the distribution over all responses; the KL is at most log n - (n - 1) / n."""
     p = np.exp(REF)
     less = np.array([(p[i] * (REWARD[i] < REWARD[i][:, None])).sum(1) for i in range(PROMPTS)])
     best = (less + p) ** n - less**n
@@ -133,5 +133,5 @@ def test_the_best_of_n_is_below_the_optimum_at_its_bound(n):
     assert (kl <= kl_bound(n)).all()
     found = optimum.best_of_n(samples(4000), n)
     assert found.mean() == pytest.approx(reward.mean(), abs=0.03)
-    curve = optimum.optimum_from_list(REWARD, REF, np.geomspace(20, 0.05, 200))
+    curve = optimum.optimum_from_enumeration(REWARD, REF, np.geomspace(20, 0.05, 200))
     assert reward.mean() <= reward_limit(curve, kl.mean()).reward <= reward_limit(curve, kl_bound(n)).reward

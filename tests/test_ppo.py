@@ -1,4 +1,4 @@
-"""PPO: its pieces by values worked by hand, and all of it where the best policy is known."""
+"""PPO: its equations by values worked by hand, and training in an enumerable world with a known optimal policy."""
 
 import enumerable
 import numpy as np
@@ -22,14 +22,14 @@ def test_rewards_of_tokens():
 
 
 def test_advantages():
-    """gamma = lambda = 1/2: deltas 1, -1.5, 3 and, where nothing follows the second token, 1, -1."""
+    """gamma = lambda = 1/2: deltas 1, -1.5, 3, and 1, -1 for the completion of two tokens."""
     rewards = np.array([[1.0, 0.0, 9.0], [1.0, 0.0, 2.0]])
     values = np.array([[0.5, 1.0, 7.0], [0.5, 1.0, -1.0]])
     found = parts.advantages(rewards, values, MASK, 0.5, 0.5)
     np.testing.assert_allclose(found, [[0.75, -1.0, 0.0], [0.8125, -0.75, 3.0]], atol=1e-6)
 
 
-def test_advantages_undiscounted_are_what_is_still_to_come_less_the_value():
+def test_undiscounted_advantages_are_future_rewards_minus_the_value():
     rewards, values = np.array([[1.0, 2.0, 4.0]]), np.array([[0.5, -1.0, 3.0]])
     np.testing.assert_allclose(parts.advantages(rewards, values, MASK[1:], 1.0, 1.0), [[6.5, 7.0, 1.0]], atol=1e-6)
     np.testing.assert_allclose(parts.advantages(rewards, values, MASK[1:], 1.0, 0.0), [[-0.5, 6.0, 1.0]], atol=1e-6)
@@ -43,7 +43,7 @@ def test_whitened():
     assert np.isfinite(parts.whiten(np.ones((1, 3)), mask)).all()
 
 
-def test_the_policys_loss_is_clipped_on_the_side_that_would_gain():
+def test_the_policy_loss_is_clipped_where_the_objective_would_gain():
     """Ratios 1.5, 1.5, 0.5, 0.5, 1.1 with advantages 1, -1, 1, -1, 2: 1.2, -1.5, 0.5, -0.8, 2.2."""
     ratio, advantage = np.array([[1.5, 1.5, 0.5, 0.5, 1.1, 9.0]]), np.array([[1.0, -1.0, 1.0, -1.0, 2.0, 9.0]])
     mask = np.array([[True] * 5 + [False]])
@@ -51,8 +51,8 @@ def test_the_policys_loss_is_clipped_on_the_side_that_would_gain():
     assert float(found) == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5, abs=1e-6)
 
 
-def test_the_values_loss_is_the_worse_of_the_value_and_the_value_held():
-    """Old 0, returns 1: values 0.1, 0.5 (held at 0.2) and -1 (held at -0.2): errors 0.81, 0.64, 4."""
+def test_the_value_loss_is_the_larger_error_of_value_and_clipped_value():
+    """Old 0, returns 1: values 0.1, 0.5 (clipped to 0.2) and -1 (clipped to -0.2): errors 0.81, 0.64, 4."""
     values, mask = np.array([[0.1, 0.5, -1.0, 7.0]]), np.array([[True] * 3 + [False]])
     found = parts.value_loss(values, np.zeros((1, 4)), np.ones((1, 4)), mask, 0.2)
     assert float(found) == pytest.approx(0.5 * (0.81 + 0.64 + 4.0) / 3, abs=1e-6)
@@ -67,17 +67,14 @@ def test_the_controller(kl, error):
 FAST = PpoOptions(1.0, learning_rate=3e-3, rollouts=512, max_new_tokens=enumerable.LONGEST, horizon=np.inf)
 
 
-def run(options, **given):
-    model, reference = enumerable.world()
-    return ppo.train_ppo(
-        model, reference, reference, enumerable.PROMPTS, enumerable.reward, options, eos=enumerable.EOS, **given
-    )
+def run(options, steps, seed, **callbacks):
+    return ppo.train_ppo(enumerable.problem(steps, seed), options, **callbacks)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 @pytest.mark.slow
 def test_it_approaches_the_optimal_policy(beta):
-    """With a coefficient that stays, to pi* = ref exp(r / beta) / Z, from far off."""
+    """With a constant coefficient: pi* = ref exp(r / beta) / Z, which is far from the reference."""
     _, reference = enumerable.world()
     start, best = exact(reference), optimum(exact(reference), beta)
     found = exact(run(FAST._replace(init_kl_coef=beta), steps=60, seed=1))
@@ -88,22 +85,22 @@ def test_it_approaches_the_optimal_policy(beta):
 @pytest.mark.slow
 def test_the_controller_finds_its_target():
     _, reference = enumerable.world()
-    told = []
+    metrics = []
     options = FAST._replace(kl_target=0.5, init_kl_coef=2.0, horizon=2000.0)
-    found = run(options, steps=60, seed=2, tell=lambda step, figures: told.append((step, figures)))
+    found = run(options, steps=60, seed=2, on_metrics=lambda *row: metrics.append(row))
     reached = enumerable.kl(exact(found), exact(reference))
-    assert enumerable.kl(optimum(exact(reference), 2.0), exact(reference)) < 0.3  # where it would stay
+    assert enumerable.kl(optimum(exact(reference), 2.0), exact(reference)) < 0.3  # the KL with a constant coefficient
     assert reached == pytest.approx(0.5, rel=0.25)
-    assert [step for step, _ in told] == list(range(1, 61))
-    assert told[-1][1]["kl_coef"] < 1.8
-    assert told[0][1]["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert told[-1][1]["score"] > told[0][1]["score"] + 0.3
+    assert [step for step, _ in metrics] == list(range(1, 61))
+    assert metrics[-1][1]["kl_coef"] < 1.8
+    assert metrics[0][1]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics[-1][1]["score"] > metrics[0][1]["score"] + 0.3
 
 
-def test_seeds_give_the_same_policy_and_each_step_is_shown():
+def test_callbacks_see_every_step_and_a_seed_gives_the_same_policy():
     seen = []
     options = FAST._replace(init_kl_coef=1.0)
-    one = run(options, steps=2, seed=5, each=lambda step, params: seen.append((step, exact(params))))
+    one = run(options, steps=2, seed=5, on_step=lambda step, params: seen.append((step, exact(params))))
     again, other = run(options, steps=2, seed=5), run(options, steps=2, seed=6)
     np.testing.assert_array_equal(exact(one), exact(again))
     assert distance(exact(one), exact(other)) > 1e-4
@@ -114,11 +111,11 @@ def test_seeds_give_the_same_policy_and_each_step_is_shown():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"minibatches": 3}, "512 rollouts do not make 3 equal minibatches"),
-        ({"kl_target": 0.0}, "kl_target and horizon are above 0"),
+        ({"minibatches": 3}, "512 rollouts do not divide into 3 equal minibatches"),
+        ({"kl_target": 0.0}, "kl_target and horizon must be above 0"),
         ({"learning_rate": 1e30}, "not finite at step"),
     ],
 )
-def test_mistakes_are_one_line(change, message):
+def test_invalid_options_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         run(FAST._replace(**change), steps=3, seed=0)

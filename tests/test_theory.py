@@ -1,7 +1,7 @@
-"""Losses against the policies that theory says they lead to, in a world small enough to sum over.
+"""The minimizer of each loss against its closed form, in an enumerable world.
 
-Two prompts; the responses are all texts of one or two letters of a two-letter alphabet; a policy is a table of logits,
-its log-probs are exact, and the loss is its expectation over all comparisons with labels of known probability.
+Two prompts; the responses are all texts of one or two letters of a two-letter alphabet. A policy is a table of logits
+with exact log-probs. The loss is its expectation over all comparisons, with labels of known probability.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def sigmoid(x):
 
 
 def rankings(k):
-    """Every ordered choice of k responses: prompt int[N], responses int[N, k], its Plackett-Luce probability [N]."""
+    """All ordered choices of k responses: prompts int[N], responses int[N, k], Plackett-Luce probabilities float[N]."""
     rows = list(itertools.product(range(PROMPTS), itertools.permutations(range(len(RESPONSES)), k)))
     prompts, chosen = np.array([p for p, _ in rows]), np.array([c for _, c in rows])
     worth = np.exp(REWARD[prompts[:, None], chosen])
@@ -37,7 +37,7 @@ def rankings(k):
 
 
 def pairs():
-    """Every pair once, with the Bradley-Terry probability that its first response is better."""
+    """All pairs, with the Bradley-Terry probability that the first response is better."""
     chosen = np.array(list(itertools.combinations(range(len(RESPONSES)), 2)) * PROMPTS)
     prompts = np.repeat(np.arange(PROMPTS), len(chosen) // PROMPTS)
     return prompts, chosen, sigmoid(np.subtract(*REWARD[prompts[:, None], chosen].T))
@@ -46,20 +46,18 @@ def pairs():
 def objective(loss, prompts, chosen, **fields):
     """Returns the expected loss as a function of logits [PROMPTS, responses]."""
     at = (prompts[:, None], chosen)
-
-    given = batch_of(REF[at], reference=REF[at], lengths=LENGTHS[chosen], **fields)
+    logps = batch_of(REF[at], reference=REF[at], lengths=LENGTHS[chosen], **fields)
 
     def value(logits):
         policy = jax.nn.log_softmax(logits)[at]
-        lp = given._replace(policy=policy, policy_shared=policy)
+        lp = logps._replace(policy=policy, policy_shared=policy)
         return jnp.sum(loss.values(lp) * lp.weights) / jnp.sum(lp.weights)
 
     return value
 
 
 def trained(value, steps=60):
-    """Returns the log-probs where the objective is least: damped Newton steps from the reference, each an improvement
-    as long as float32 can tell."""
+    """Returns the log-probs of the minimizer, by damped Newton steps from the reference, to float32."""
     slope, curvature, value = jax.jit(jax.grad(value)), jax.jit(jax.hessian(value)), jax.jit(value)
     logits, damping = jnp.asarray(REF, jnp.float32), 1e-2
     for _ in range(steps):
@@ -74,12 +72,12 @@ def trained(value, steps=60):
 
 def optimum(gain, reference=REF):
     """The closed form: ref * exp(gain) / Z, as log-probs."""
-    found = reference + gain
-    return found - np.log(np.exp(found).sum(axis=1, keepdims=True))
+    logits = reference + gain
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def distance(a, b):
-    """The larger total variation of the two prompts."""
+    """The total variation distance, the larger one of the two prompts."""
     return 0.5 * np.abs(np.exp(a) - np.exp(b)).sum(axis=1).max()
 
 
@@ -90,7 +88,7 @@ def soft(loss):
 
 @pytest.mark.parametrize("beta", [0.05, 0.2, 1.0, 4.0])
 def test_dpo_reaches_the_optimal_policy(beta):
-    """pi* = ref exp(r / beta) / Z (paper, eq. 4), where the gradient is 0."""
+    """pi* = ref exp(r / beta) / Z (paper, eq. 4); the gradient there is 0."""
     value, best = soft({"name": "dpo", "beta": beta}), optimum(REWARD / beta)
     assert distance(trained(value), best) < 1e-3
     assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 2e-6
@@ -106,8 +104,8 @@ def test_plackett_luce_reaches_the_optimal_policy(k):
     assert np.abs(jax.grad(value)(jnp.asarray(best, jnp.float32))).max() < 2e-6
 
 
-def test_length_regularised_dpo_reaches_the_policy_that_pays_for_tokens():
-    """ref exp((r - alpha |y|) / beta) / Z: the sign of alpha is the one that makes long responses cost."""
+def test_length_regularised_dpo_reaches_the_optimum_of_a_reward_minus_length():
+    """ref exp((r - alpha |y|) / beta) / Z: a positive alpha penalises length."""
     value = soft({"name": "r_dpo", "beta": 0.5, "alpha": 0.3})
     assert distance(trained(value), optimum((REWARD - 0.3 * LENGTHS) / 0.5)) < 1e-3
 
@@ -118,7 +116,7 @@ def test_without_a_reference_dpo_reaches_the_softmax_of_rewards():
 
 
 def test_lipo_reaches_the_optimal_policy_of_its_scores():
-    """Of every list of 3, where softmax(z) is softmax(s), whatever the list leaves out."""
+    """All lists of 3: the minimum is where softmax(z) equals softmax(s) in each list."""
     prompts, chosen, _ = rankings(3)
     scores = REWARD[prompts[:, None], chosen]
     best_first = (np.diff(scores) < 0).all(axis=1)
@@ -129,7 +127,7 @@ def test_lipo_reaches_the_optimal_policy_of_its_scores():
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
 def test_other_divergences_reach_their_optimum(divergence):
-    """beta f'(pi / ref) = r + c (f-DPO, Wang et al. 2023): the scores differ as the rewards do."""
+    """beta f'(pi / ref) = r + c (f-DPO, Wang et al. 2023): differences of f' are differences of rewards."""
     loss = {"name": "dpo", "beta": 4.0, "divergence": divergence}
     loss |= {"divergence_alpha": 0.3} if divergence == "alpha" else {}
     t = np.exp(trained(soft(loss)) - REF)
@@ -140,7 +138,7 @@ def test_other_divergences_reach_their_optimum(divergence):
 
 
 def test_ipo_reaches_its_own_optimum():
-    """ref exp(E[p(y beats y')] / tau) / Z with y' uniform (Azar et al. 2023, arXiv 2310.12036, eq. 7)."""
+    """ref exp(E[p(y beats y')] / tau) / Z for a uniform y' (Azar et al. 2023, arXiv 2310.12036, eq. 7)."""
     value = soft({"name": "ipo_sum", "beta": 0.5})
     wins = sigmoid(REWARD[:, :, None] - REWARD[:, None, :]).mean(axis=2)
     assert distance(trained(value), optimum(wins / 0.5)) < 1e-3
@@ -148,7 +146,7 @@ def test_ipo_reaches_its_own_optimum():
 
 @pytest.mark.parametrize("beta", [0.2, 1.0])
 def test_robust_dpo_undoes_flipped_labels(beta):
-    """A quarter of the labels is flipped: robust's optimum is still the clean one, dpo's is not."""
+    """With a quarter of the labels flipped, robust reaches the optimum of clean labels and dpo does not."""
     prompts, chosen, p = pairs()
     noisy = (0.75 * p + 0.25 * (1 - p)).astype(np.float32)
     robust = losses.build({"name": "robust", "beta": beta, "label_smoothing": 0.25})
@@ -160,9 +158,11 @@ def test_robust_dpo_undoes_flipped_labels(beta):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
-def test_unlikelihood_and_sft_reach_what_they_count(alpha):
-    """sum_y a(y) log pi(y), a = P(chosen) - alpha P(rejected), is greatest where pi is proportional to a, if a > 0:
-    the reference plays no part, so that likelihoods, unlike dpo, forget it."""
+def test_unlikelihood_and_sft_reach_their_weighted_counts(alpha):
+    """sum_y a(y) log pi(y) with a = P(chosen) - alpha P(rejected) > 0 is greatest for pi proportional to a.
+
+    The optimum does not depend on the reference.
+    """
     prompts, chosen, p = pairs()
     counts = np.zeros_like(REWARD)
     for x, (first, second), q in zip(prompts, chosen, p, strict=True):
@@ -174,9 +174,9 @@ def test_unlikelihood_and_sft_reach_what_they_count(alpha):
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_hinge_reaches_the_least_value_that_a_linear_program_finds(beta):
-    """The expected hinge is a sum of convex pieces in the log-ratios: of a pair that is won with probability p,
-    p max(0, 1 - z) + (1 - p) max(0, 1 + z), z = beta times the gap. dpo's policy is not where it is least."""
+def test_hinge_reaches_the_minimum_of_a_linear_program(beta):
+    """The expected hinge is piecewise linear and convex in the log-ratios: for a pair with preference p it is
+    p max(0, 1 - z) + (1 - p) max(0, 1 + z), z = beta times the gap. dpo's optimum has a larger value."""
     prompts, chosen, p = pairs()
     value, n = soft({"name": "hinge", "beta": beta}), len(p)
     gaps = np.zeros((n, REF.size))
@@ -199,7 +199,7 @@ def test_hinge_reaches_the_least_value_that_a_linear_program_finds(beta):
 
 
 def test_hinge_stops_at_a_margin_of_one():
-    """Of a response that is likelier to win, the expected hinge falls until beta times the gap is 1, then rises."""
+    """The expected hinge falls with the gap of the likelier winner until beta times the gap is 1, then rises."""
     prompts, chosen, p = (x[:1] for x in pairs())
     p = np.maximum(p, 1 - p).astype(np.float32)
     value = objective(losses.build({"name": "hinge", "beta": 0.5}), prompts, chosen, preference=p)

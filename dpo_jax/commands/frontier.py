@@ -1,4 +1,4 @@
-"""`dpo-jax frontier`: the reward that each method reaches at each KL, as one figure, a table and a line a point."""
+"""`dpo-jax frontier`: the reward of each method against its KL, as figures, tables, JSON and a page."""
 
 import dataclasses
 import json
@@ -39,43 +39,45 @@ def frontier_command(argv: list[str]) -> None:
         base = with_base_model(settings, file).model
         settings = dataclasses.replace(settings, model=base)
     found = frontier.run_frontier(settings)
-    lines = point_line(found, settings)
+    lines = summary_lines(found, settings)
     for rows in (budgets(found), frontier_table(found), optima(found)):
-        _print(rows)
+        _print_table(rows)
     for line in (*lines, f"{time.perf_counter() - start:.0f} s"):
         log_line(line)
-    log_line(f"the page: {write_frontier(Path(run), found, lines)}")
+    log_line(f"page: {write_frontier(Path(run), found, lines)}")
 
 
-def point_line(found: FrontierResult, settings: FrontierConfig) -> list[str]:
-    """Returns in words what was measured, and what is not known."""
+def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
+    """Returns sentences on the sizes of the experiment and on the estimation of the optimum."""
     measured = len({p[:2] for p in found.points if p.method != "sft"})
     lines = [
         f"{measured} runs of up to {settings.max_steps} steps, {found.pairs:,} pairs, true reward {settings.reward}; "
         f"{len(found.points)} measurements on {found.prompts} held-out prompts; seed {settings.seed}"
     ]
-    if found.listed:
-        return [*lines, "optimum: summed over all responses there are"]
-    lines.append(f"optimum: self-normalised importance weights over {settings.optimum.samples} samples a prompt")
+    if found.enumerated:
+        return [*lines, "optimum: exact sum over all possible responses"]
+    lines.append(f"optimum: self-normalised importance weights, {settings.optimum.samples} samples per prompt")
     if found.left_out:
         betas = ", ".join(f"{o.beta:g}" for o in found.left_out)
-        lines.append(f"left out, with fewer than {optimum.FEWEST} effective samples: beta {betas}")
+        lines.append(f"left out (fewer than {optimum.MIN_EFFECTIVE} effective samples): beta {betas}")
     return lines
 
 
 def write_frontier(folder: Path, found: FrontierResult, lines: Sequence[str]) -> Path:
-    """Writes the figures, the numbers and the page; returns the page."""
+    """Writes the figures, `frontier.json` and `frontier.html`; returns the path of the page."""
     for name, svg in frontier_figures(found).items():
-        with written(folder / f"{name}.svg") as f:
-            f.write(standalone_figure(svg))
-    with written(folder / "frontier.json") as f:
-        json.dump(frontier_json(found), f, indent=1)
-    with written(folder / "frontier.html") as f:
-        f.write(render_frontier(found, lines))
-    return folder / "frontier.html"
+        with written(folder / f"{name}.svg") as file:
+            file.write(standalone_figure(svg))
+    with written(folder / "frontier.json") as file:
+        json.dump(frontier_json(found), file, indent=1)
+    page = folder / "frontier.html"
+    with written(page) as file:
+        file.write(render_frontier(found, lines))
+    return page
 
 
-def _print(rows: list[list[str]]) -> None:
+def _print_table(rows: list[list[str]]) -> None:
+    """Prints a table whose first row is the head."""
     head, *body = rows
     grid = Grid(Column(head[0], no_wrap=True), *head[1:])
     for cells in body:

@@ -1,7 +1,8 @@
-"""What PPO on completions is made of: pure functions of arrays float32[N, T], where bool[N, T] `mask` has the tokens.
+"""Equations of PPO on completions: pure functions of float32[N, T] arrays, N completions of at most T tokens.
 
-Each follows Ziegler et al. 2019 (arXiv 1909.08593) and its released code, as Huang et al. 2024 (arXiv 2403.17031) take
-it apart, unless it says otherwise.
+`mask`, bool[N, T], is True for tokens and False for padding on the right. The source is Ziegler et al. 2019 (arXiv
+1909.08593) with its released code, as documented by Huang et al. 2024 (arXiv 2403.17031), unless a function names
+another one.
 """
 
 import jax
@@ -9,17 +10,17 @@ import jax.numpy as jnp
 
 from dpo_jax.records import Array
 
-WORST = 0.2  # of the controller's relative error
+MAX_ERROR = 0.2  # the controller clips its relative error to this
 
 
 def token_rewards(scores: Array, logps: Array, reference: Array, mask: Array, kl_coef: Array | float) -> Array:
-    """Returns the reward of each token: -kl_coef (log pi - log ref), and at the last one the completion's score too.
+    """Returns the reward of each token: -kl_coef (log pi - log ref), plus the completion's score at its last token.
 
     Args:
       scores: float32[N].
-      logps: log pi of the tokens when they were drawn.
-      reference: log ref of them.
-      mask: which tokens are some, a completion's from the left on, at least one.
+      logps: log pi of the tokens under the policy that sampled them.
+      reference: log-probs of the tokens under the reference.
+      mask: True for tokens; every completion has at least one.
       kl_coef: beta.
     """
     last = jnp.arange(mask.shape[1]) == mask.sum(axis=1, keepdims=True) - 1
@@ -27,10 +28,10 @@ def token_rewards(scores: Array, logps: Array, reference: Array, mask: Array, kl
 
 
 def whiten(values: Array, mask: Array, center: bool = True) -> Array:
-    """Returns values over their standard deviation among all tokens, less their mean first where they are centered.
+    """Returns values divided by their standard deviation over all tokens; `center` subtracts their mean first.
 
-    Ziegler's code adds the mean again, undivided, where they are not: of completions of unlike lengths that would
-    reward the long or the short ones for it, and so does not happen here.
+    Without `center` Ziegler's code subtracts the mean, divides, and adds the undivided mean. With completions of
+    different lengths that rewards length (or its absence), so here the values are divided, mean included.
     """
     count = jnp.maximum(mask.sum(), 1)
     mean = jnp.sum(jnp.where(mask, values, 0.0)) / count
@@ -43,35 +44,37 @@ def advantages(rewards: Array, values: Array, mask: Array, gamma: Array | float,
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1}
 
-    Nothing is worth anything after a completion's end.
+    The value after the last token is 0.
     """
     values = jnp.where(mask, values, 0.0)
     following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
     deltas = jnp.where(mask, rewards + gamma * following - values, 0.0)
 
-    def back(later: Array, delta: Array) -> tuple[Array, Array]:
+    def step(later: Array, delta: Array) -> tuple[Array, Array]:
         now = delta + gamma * lam * later
         return now, now
 
-    _, found = jax.lax.scan(back, jnp.zeros(len(rewards)), deltas.T, reverse=True)
-    return jnp.where(mask, found.T, 0.0)
+    _, estimates = jax.lax.scan(step, jnp.zeros(len(rewards)), deltas.T, reverse=True)
+    return jnp.where(mask, estimates.T, 0.0)
 
 
 def policy_loss(logps: Array, old: Array, advantage: Array, mask: Array, clip: Array | float) -> Array:
-    """Returns the clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), negated, as a mean over tokens.
+    """Returns the negated clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), the mean over tokens of
 
     -min(rho A, clamp(rho, 1 - clip, 1 + clip) A),    rho = pi / pi_old
     """
     ratio = jnp.exp(jnp.where(mask, logps - old, 0.0))
-    kept = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
-    return -masked_mean(kept, mask)
+    surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+    return -masked_mean(surrogate, mask)
 
 
 def value_loss(values: Array, old: Array, returns: Array, mask: Array, clip: Array | float) -> Array:
-    """Returns half the larger of two squared errors, the value's and that of the value held within `clip` of the old
-    one, as a mean over tokens."""
-    held = jnp.clip(values, old - clip, old + clip)
-    return 0.5 * masked_mean(jnp.maximum((values - returns) ** 2, (held - returns) ** 2), mask)
+    """Returns half the mean over tokens of the larger squared error: of the value, or of the clipped value.
+
+    The value is clipped to a distance of `clip` from the old one.
+    """
+    clipped = jnp.clip(values, old - clip, old + clip)
+    return 0.5 * masked_mean(jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
@@ -84,7 +87,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, completions: int, ho
 
         e = clamp(KL / target - 1, -0.2, 0.2),    beta <- beta (1 + e completions / horizon)
 
-    An infinite horizon leaves it as it is.
+    An infinite horizon keeps it constant.
     """
-    error = min(max(kl / target - 1.0, -WORST), WORST)
+    error = min(max(kl / target - 1.0, -MAX_ERROR), MAX_ERROR)
     return kl_coef * (1.0 + error * completions / horizon)

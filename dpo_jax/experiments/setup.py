@@ -1,4 +1,4 @@
-"""What an experiment is set to, and what is made once for all of its runs: reference, prompts, pairs."""
+"""Checks the settings of an experiment and builds what its runs share: reference, prompts, pairs."""
 
 import logging
 import time
@@ -16,7 +16,15 @@ from dpo_jax.data import pack
 from dpo_jax.data.sources.base import only_comparisons, prompt_key
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.experiments.world import Column, Point, World, draw_pairs, eval_layout, make_measurer, make_ref_logps
+from dpo_jax.experiments.world import (
+    Point,
+    TableLogps,
+    World,
+    make_measurer,
+    make_table_logps,
+    sample_pairs,
+    table_layout,
+)
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array
@@ -26,117 +34,122 @@ from dpo_jax.training.tables import comparison_streams, prompt_ids
 
 log = logging.getLogger(__name__)
 
-DRAWS = 256  # completions that are sampled at a time, at most
-UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # of Data, in which pairs are read
+MAX_SAMPLE_BATCH = 256  # completions sampled at a time
+UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # keys of data without an effect on an experiment
 
 
 class SharedSetup(NamedTuple):
-    """What every run of an experiment uses.
+    """Reference, data and measurement, shared by all runs of an experiment.
 
     Attributes:
-      settings: of the experiment.
-      world: what policies are made and measured with.
-      train: pairs.
-      column: computes log-probs.
-      shape: of batches of pairs, for `column`.
-      prompts: training prompts.
-      held_out: held-out prompts.
+      settings: config of the experiment.
+      world: model, reference and reward.
+      train: training pairs.
+      table_logps: computes the log-probs of a table.
+      pairs_layout: layout of batches of pairs, for `table_logps`.
+      prompts: ids of the training prompts.
+      held_out: ids of the held-out prompts.
       measure: (params, method, strength, step) -> Point.
     """
 
     settings: FrontierConfig
     world: World
     train: Table
-    column: Column
-    shape: pack.Layout
+    table_logps: TableLogps
+    pairs_layout: pack.Layout
     prompts: list[Array]
     held_out: list[Array]
     measure: Callable[..., Point]
 
 
 def check_frontier(settings: FrontierConfig) -> None:
-    """Refuses values that no experiment can have, by key."""
+    """Rejects invalid settings.
+
+    Raises:
+      UserError: an invalid value; the message names the key.
+    """
+    _check_ranges(settings)
+    if not settings.model.path:
+        raise UserError("model.path: name the reference: a model folder, a run, or a YAML of a run")
+    if settings.model.attention not in ("auto", CHUNKS):
+        raise UserError(f"model.attention: {settings.model.attention}: experiments compute it by {CHUNKS}; remove it")
+    for key in UNUSED:
+        if getattr(settings.data, key) != getattr(DataConfig(), key):
+            raise UserError(f"data.{key} has no effect on pairs of the reference's completions; remove it")
+    optim.build(**settings.optim)
+    get_reward(settings.reward)
+
+
+def _check_ranges(settings: FrontierConfig) -> None:
+    """Rejects numbers out of range."""
     sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts")}
     sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.samples": settings.optimum.samples}
     sizes |= {f"online.{key}": getattr(settings.online, key) for key in ("rollouts", "max_steps", "eval_every")}
     for key, value in sizes.items():
         if value < 1:
-            raise UserError(f"{key}: {value} is less than 1")
-    if not settings.model.path:
-        raise UserError(
-            "model.path: name the reference, from which all start: a model's folder, a run, or a run's YAML"
-        )
+            raise UserError(f"{key} must be at least 1, got {value}")
     if settings.completions < 2:
-        raise UserError(f"completions: {settings.completions} is less than 2, so there are no pairs")
+        raise UserError(f"completions must be at least 2 to make pairs, got {settings.completions}")
     if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
-        raise UserError(f"best_of: numbers from 1 to optimum.samples, {settings.optimum.samples}")
+        raise UserError(f"best_of must be within 1 and optimum.samples ({settings.optimum.samples})")
     strengths = {key: getattr(settings, key) for key in ("dpo", "ppo", "ppo_gt", "online_dpo")}
     for key, values in {"optimum.betas": settings.optimum.betas, **strengths}.items():
         if min(values, default=1.0) <= 0:
-            raise UserError(f"{key}: {min(values):g} is not above 0")
+            raise UserError(f"{key} must be above 0, got {min(values):g}")
     if settings.online_dpo and settings.online.rollouts % settings.completions:
-        raise UserError(
-            f"online.rollouts: {settings.online.rollouts} are not {settings.completions} completions of each prompt"
-        )
-    if settings.model.attention not in ("auto", CHUNKS):
-        raise UserError(
-            f"model.attention: {settings.model.attention}: experiments compute it by {CHUNKS}; leave it out"
-        )
-    for key in UNUSED:
-        if getattr(settings.data, key) != getattr(DataConfig(), key):
-            raise UserError(f"data.{key}: pairs are made of the reference's completions, so it has no meaning here")
-    optim.build(**settings.optim)
-    get_reward(settings.reward)
+        rollouts = settings.online.rollouts
+        raise UserError(f"online.rollouts must be a multiple of completions ({settings.completions}), got {rollouts}")
 
 
 def setup_shared(settings: FrontierConfig, folder: Path) -> SharedSetup:
-    """Returns what the runs share; pairs are drawn and labelled unless the folder has them."""
+    """Returns the reference, prompts and pairs; samples and labels the pairs unless the folder has them."""
     world, start = _world(settings), time.perf_counter()
-    counts = settings.prompts, settings.eval_prompts
-    sides = zip(comparison_streams(settings.data, 0), counts, strict=True)
-    prompts, held_out = (_prompts(rows, count, settings, world) for rows, count in sides)
-    make = partial(draw_pairs, world=world, how=settings.label)
-    train = make(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
-    test = make(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
+    train_rows, test_rows = comparison_streams(settings.data, 0)
+    prompts = _distinct_prompts(train_rows, settings.prompts, settings, world)
+    held_out = _distinct_prompts(test_rows, settings.eval_prompts, settings, world)
+    sample = partial(sample_pairs, world=world, how=settings.label)
+    train = sample(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
+    test = sample(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
     log.info(
-        f"{len(train):,} pairs from {len(prompts):,} prompts with {settings.completions} completions each, "
-        f"{len(test):,} held out, {len(held_out):,} prompts to measure on ({time.perf_counter() - start:.0f} s)"
+        f"{len(train):,} training pairs from {len(prompts):,} prompts, {len(test):,} held-out pairs from "
+        f"{len(held_out):,} prompts ({time.perf_counter() - start:.0f} s)"
     )
     both = Table.of(table[i] for table in (train, test) for i in range(len(table)))
-    column, shape = make_ref_logps(world), eval_layout(world, both)
-    measure = make_measurer(world, held_out, test, shape, column)
-    return SharedSetup(settings, world, train, column, shape, prompts, held_out, measure)
+    table_logps, layout = make_table_logps(world), table_layout(world, both)
+    measure = make_measurer(world, held_out, test, layout, table_logps)
+    return SharedSetup(settings, world, train, table_logps, layout, prompts, held_out, measure)
 
 
 def _world(settings: FrontierConfig) -> World:
-    """Returns what all policies are made and measured with, the reference on the devices."""
+    """Returns model, tokenizer and reward, and the reference in host memory and on the devices."""
     tokenizer = load_run_tokenizer(settings.model)
     loaded = load_policy(settings.model, tokenizer, settings.seed)
     start, mesh = load_into_memory(loaded.params), sharding.make_mesh()
-    where = sharding.param_shardings(mesh, loaded.model.axes, start)
+    shardings = sharding.param_shardings(mesh, loaded.model.axes, start)
     return World(
         model=loaded.model,
         mesh=mesh,
-        where=where,
+        shardings=shardings,
         start=start,
-        reference=sharding.put_params(start, where),
+        reference=sharding.put_params(start, shardings),
         tokenizer=tokenizer,
         reward=get_reward(settings.reward),
         max_new_tokens=settings.max_new_tokens,
-        draws=min(settings.eval_prompts, DRAWS),
+        sample_batch=min(settings.eval_prompts, MAX_SAMPLE_BATCH),
         seed=settings.seed,
     )
 
 
-def _prompts(rows: Any, count: int | None, settings: FrontierConfig, world: World) -> list[Array]:
-    """Returns the first distinct prompts as ids, all that are wanted or as many as there are."""
-    found: dict[int, Any] = {}
+def _distinct_prompts(rows: Any, count: int | None, settings: FrontierConfig, world: World) -> list[Array]:
+    """Returns the ids of the first `count` distinct prompts, or of all if `count` is None or there are fewer."""
+    prompts: dict[int, Any] = {}
     for row in only_comparisons(rows):
-        if count is not None and len(found) == count:
+        if count is not None and len(prompts) == count:
             break
-        found.setdefault(prompt_key(row.prompt), row.prompt)
-    ids = prompt_ids(list(found.values()), world.tokenizer, settings.data)
+        prompts.setdefault(prompt_key(row.prompt), row.prompt)
+    ids = prompt_ids(list(prompts.values()), world.tokenizer, settings.data)
     longest = max(map(len, ids))
     if longest > settings.data.max_prompt_length:
-        raise UserError(f"data.max_prompt_length: a prompt has {longest} tokens, more than it says")
+        limit = settings.data.max_prompt_length
+        raise UserError(f"data.max_prompt_length is {limit}, but a prompt has {longest} tokens; set {longest}")
     return [np.array(prompt, np.int32) for prompt in ids]

@@ -1,4 +1,4 @@
-"""What is drawn from the reference once, and kept: preference pairs to train on, and rewards for the optimum."""
+"""Samples of the reference (pairs to train on, rewards for the optimum) and the measurement of policies."""
 
 import itertools
 import json
@@ -27,50 +27,51 @@ from dpo_jax.training.metrics_file import read_metrics
 from dpo_jax.training.shard import gather_on_use
 from dpo_jax.training.tables import decode_texts
 
-ENUMERABLE = 4096  # responses that are rather listed than sampled
-AT_A_TIME = 64  # comparisons whose log-probs are computed together
+MAX_ENUMERATED = 4096  # with more possible responses, the optimum is estimated from samples
+LOGPS_BATCH = 64  # comparisons per forward pass for log-probs
 
 
 class World(NamedTuple):
-    """What the policies of an experiment share.
+    """Model, reference and reward of an experiment, shared by all policies.
 
     Attributes:
-      model: pure functions of all of them.
-      mesh: of the devices.
-      where: tree of the parameters' shardings.
-      start: host arrays, the reference's parameters, from which every policy starts.
-      reference: the same on the devices.
-      tokenizer: of all of them.
-      reward: the true one.
-      max_new_tokens: longest completion.
-      draws: completions that are sampled at a time, in one program whatever they are for.
-      seed: of everything random.
+      model: pure functions of every policy's parameters.
+      mesh: the device mesh.
+      shardings: tree of the parameters' shardings.
+      start: host arrays, the reference's parameters; every policy starts from them.
+      reference: the same parameters on the devices.
+      tokenizer: tokenizer of the model.
+      reward: the true reward.
+      max_new_tokens: length of the longest completion.
+      sample_batch: completions sampled at a time; one value for all uses, so that sampling compiles once.
+      seed: seed of all random numbers.
     """
 
     model: Model
     mesh: Any
-    where: Any
+    shardings: Any
     start: Any
     reference: Any
     tokenizer: Any
     reward: Reward
     max_new_tokens: int
-    draws: int
+    sample_batch: int
     seed: int
 
 
 class Point(NamedTuple):
-    """A policy at one step of one run.
+    """Measurement of a policy at one step of one run.
 
     Attributes:
       method: sft, dpo, ...
-      strength: what holds it to the reference, beta, alpha or a target KL; of preferred-FT the seed; 0 of sft.
+      strength: strength of the constraint to the reference: beta, alpha or a target KL; the seed of Preferred-FT; 0 of
+        the reference itself (sft).
       step: updates done.
       reward: mean true reward; `reward_half` is half its 95% interval.
       kl: mean of log pi - log pi_ref over whole completions, nats; `kl_half` likewise.
       chosen: mean log-prob of the chosen responses of held-out pairs; `rejected` likewise.
       tokens: mean length of a completion.
-      cut: the share of completions that were cut, not ended.
+      cut: share of completions that reach `max_new_tokens` without EOS.
     """
 
     method: str
@@ -86,98 +87,108 @@ class Point(NamedTuple):
     cut: float
 
 
-Column = Callable[[Any, Table, pack.Layout], Array]
-"""(parameters on the devices, N comparisons, the layout) -> float32[N, P, 2], log-probs as `Batch.ref_logps`."""
+TableLogps = Callable[[Any, Table, pack.Layout], Array]
+"""(parameters on the devices, table of N comparisons, layout) -> float32[N, P, 2], log-probs as `Batch.ref_logps`."""
 
 
-def draw_completions(
+def sample_completions(
     world: World, params: Any, prompts: Sequence[Array], copies: int = 1, seed: int = 0
 ) -> list[Array]:
-    """Returns `copies` completions of each prompt at temperature 1, as ids, those of a prompt together.
+    """Returns `copies` completions of each prompt at temperature 1, as ids; completions of one prompt are adjacent.
 
-    Prompts are short, so that reading one again for each of its completions costs less than a program of its own.
+    Each copy reads its prompt again: prompts are short, and so all uses share one compiled program.
     """
-    every = [prompt for prompt in prompts for _ in range(copies)]
-    options = {"eos_id": world.tokenizer.eos_token_id, "batch_size": world.draws, "seed": world.seed + seed}
-    return generate(world.model, params, every, max_new_tokens=world.max_new_tokens, **options)
+    repeated = [prompt for prompt in prompts for _ in range(copies)]
+    options = {"eos_id": world.tokenizer.eos_token_id, "batch_size": world.sample_batch, "seed": world.seed + seed}
+    return generate(world.model, params, repeated, max_new_tokens=world.max_new_tokens, **options)
 
 
 def score_completions(world: World, reward: Reward, prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
-    """Returns the reward of completions, both given as ids; float64[n]."""
+    """Returns float64[n], the rewards of n completions; prompts and completions are ids."""
     return reward(decode_texts(world.tokenizer, prompts), decode_texts(world.tokenizer, completions))
 
 
-def make_ref_logps(world: World) -> Column:
-    """Returns what computes log-probs, compiled once for each layout."""
-    rows = sharding.mesh_collectives(world.mesh, world.where)
-    column = reference.make_ref_logps_fn(partial(batch_logps, gather_on_use(world.model, rows, world.where)), rows)
+def make_table_logps(world: World) -> TableLogps:
+    """Returns the function that computes the log-probs of a table; it compiles once per layout."""
+    collectives = sharding.mesh_collectives(world.mesh, world.shardings)
+    logps = partial(batch_logps, gather_on_use(world.model, collectives, world.shardings))
+    ref_logps = reference.make_ref_logps_fn(logps, collectives)
     put = partial(sharding.put_batch, world.mesh)
-    return lambda params, table, shape: reference.table_ref_logps(column, params, table, shape, AT_A_TIME, put)
+    return lambda params, table, layout: reference.table_ref_logps(ref_logps, params, table, layout, LOGPS_BATCH, put)
 
 
-def eval_layout(world: World, table: Table, batch_size: int = AT_A_TIME) -> pack.Layout:
-    """Returns the layout of batches of a table."""
+def table_layout(world: World, table: Table, batch_size: int = LOGPS_BATCH) -> pack.Layout:
+    """Returns the layout of a table's batches, with the rows that this process builds."""
     longest = int(table.lengths().max())
     devices = sharding.row_devices(world.mesh)
-    shape = pack.choose_layout(table, max_length=longest, batch_size=batch_size, multiple_of=devices)
-    parts, size = sharding.local_row_blocks(world.mesh), shape.rows // devices
-    return shape._replace(own=(parts.start * size, parts.stop * size))
+    layout = pack.choose_layout(table, max_length=longest, batch_size=batch_size, multiple_of=devices)
+    blocks, size = sharding.local_row_blocks(world.mesh), layout.rows // devices
+    return layout._replace(own=(blocks.start * size, blocks.stop * size))
 
 
 def make_measurer(
-    world: World, prompts: Sequence[Array], pairs: Table, pairs_shape: pack.Layout, column: Column
+    world: World, prompts: Sequence[Array], pairs: Table, pairs_layout: pack.Layout, table_logps: TableLogps
 ) -> Callable[..., Point]:
     """Returns `(params, method, strength, step) -> Point`, compiled once for all policies.
 
-    All are sampled with the same random numbers, which takes some of the chance out of comparing them.
+    All policies are sampled with the same random numbers, which lowers the variance of their differences.
 
     Args:
-      world: what they share.
-      prompts: held-out prompts; one completion of each.
+      world: model, reference and reward.
+      prompts: held-out prompts; each gets one completion.
       pairs: held-out pairs.
-      pairs_shape: their layout.
-      column: from `column_of`.
+      pairs_layout: layout of the pairs' batches.
+      table_logps: from `make_table_logps`.
     """
-    full = np.full(world.max_new_tokens, 3, np.int32)  # the longest there may be, so that one layout serves all
-    shape = eval_layout(world, Table.of(Tokens(p, (full,)) for p in prompts))
+    longest = np.full(world.max_new_tokens, 3, np.int32)  # a layout for completions of any length
+    layout = table_layout(world, Table.of(Tokens(p, (longest,)) for p in prompts))
 
     def measure(params: Any, method: str, strength: float, step: int) -> Point:
-        params = jax.device_put(params, world.where)
-        found = draw_completions(world, params, prompts)
-        table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, found, strict=True))
-        kl = (column(params, table, shape) - column(world.reference, table, shape))[:, 0, 0]
-        chosen, rejected = column(params, pairs, pairs_shape)[..., 0].mean(axis=0)
-        reward = score_completions(world, world.reward, prompts, found)
+        params = jax.device_put(params, world.shardings)
+        completions = sample_completions(world, params, prompts)
+        table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
+        kl = (table_logps(params, table, layout) - table_logps(world.reference, table, layout))[:, 0, 0]
+        chosen, rejected = table_logps(params, pairs, pairs_layout)[..., 0].mean(axis=0)
+        reward = score_completions(world, world.reward, prompts, completions)
         return Point(
             method, strength, step, *mean_interval(reward), *mean_interval(kl), float(chosen), float(rejected),
-            float(np.mean([len(c) for c in found])),
-            float(np.mean([c[-1] != world.tokenizer.eos_token_id for c in found])),
+            float(np.mean([len(c) for c in completions])),
+            float(np.mean([c[-1] != world.tokenizer.eos_token_id for c in completions])),
         )  # fmt: skip
 
     return measure
 
 
-def draw_pairs(path: Path, world: World, prompts: Sequence[Array], copies: int, how: str, seed: int) -> Table:
-    """Returns pairs of completions of the reference, labelled by the true reward, from a file, which is made if need
-    be: a line for each pair, with texts as `dpo-jax pairs` writes them and the ids that were drawn.
+def sample_pairs(path: Path, world: World, prompts: Sequence[Array], copies: int, how: str, seed: int) -> Table:
+    """Returns pairs of completions of the reference, labelled by the true reward, and keeps them in a file.
 
-    Training takes the ids, for the text of a completion may have other ids, and one that was cut has no end.
+    A file that exists is read instead. Each line holds a pair as `dpo-jax pairs` writes it, and the sampled ids.
+    Training uses the ids: a text may be tokenised differently, and a cut completion has no EOS.
+
+    Args:
+      path: the file, JSON lines.
+      world: model, reference and reward.
+      prompts: ids of the prompts.
+      copies: completions of each prompt.
+      how: how scores make pairs, as in `rewards.labels`.
+      seed: added to the seed of the experiment.
 
     Raises:
-      UserError: no two completions differ.
+      UserError: no pair, for example because all completions of a prompt are equal.
     """
     if not path.is_file():
-        found = draw_completions(world, world.reference, prompts, copies, seed)
-        rows = [row for i, p in enumerate(prompts) for row in _labelled(world, p, found[i * copies :][:copies], how)]
+        completions = sample_completions(world, world.reference, prompts, copies, seed)
+        groups = [completions[i * copies :][:copies] for i in range(len(prompts))]
+        rows = [row for p, group in zip(prompts, groups, strict=True) for row in _pair_rows(world, p, group, how)]
         if not rows:
-            raise UserError(f"{path}: no two of {copies} completions of a prompt differ, so there is nothing to prefer")
+            raise UserError(f"{path}: {copies} completions of each prompt make no pair; increase completions")
         with written(path) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return Table.of(_tokens(row) for row in read_metrics(path))
+    return Table.of(_row_tokens(row) for row in read_metrics(path))
 
 
-def _labelled(world: World, prompt: Array, completions: Sequence[Array], how: str) -> list[dict]:
-    """Returns the pairs of one prompt's completions, as rows."""
+def _pair_rows(world: World, prompt: Array, completions: Sequence[Array], how: str) -> list[dict]:
+    """Returns the labelled pairs of one prompt as rows of the file."""
     (text,), texts = decode_texts(world.tokenizer, [prompt]), decode_texts(world.tokenizer, completions)
     ids = dict(zip(texts, completions, strict=True))
     scores = world.reward([text] * len(texts), texts)
@@ -187,42 +198,47 @@ def _labelled(world: World, prompt: Array, completions: Sequence[Array], how: st
     ]
 
 
-def _tokens(row: dict) -> Tokens:
+def _row_tokens(row: dict) -> Tokens:
     prompt, *responses = (np.array(ids, np.int32) for ids in row["ids"])
     return Tokens(prompt, tuple(responses), prompt_key=prompt_key(row["prompt"]))
 
 
-def score_texts(path: Path, world: World, prompts: Sequence[Array], copies: int) -> Array:
-    """Returns the true rewards of completions of each prompt by the reference, float64[prompts, copies], from a file,
-    which is made if need be."""
+def sample_rewards(path: Path, world: World, prompts: Sequence[Array], copies: int) -> Array:
+    """Returns float64[prompts, copies], the true rewards of completions of the reference, and keeps them in a file.
+
+    A file that exists is read instead.
+    """
     if path.is_file():
         return np.load(path, allow_pickle=False)
-    found = draw_completions(world, world.reference, prompts, copies, seed=2)
-    values = score_completions(world, world.reward, [p for p in prompts for _ in range(copies)], found).reshape(
-        -1, copies
-    )
+    completions = sample_completions(world, world.reference, prompts, copies, seed=2)
+    repeated = [p for p in prompts for _ in range(copies)]
+    rewards = score_completions(world, world.reward, repeated, completions).reshape(-1, copies)
     temporary = path.with_name(f".{path.name}")
     with temporary.open("wb") as file:
-        np.save(file, values)
+        np.save(file, rewards)
     temporary.replace(path)
-    return values
+    return rewards
 
 
-def draw_responses(vocab: int, end: int, longest: int) -> list[tuple[int, ...]]:
-    """Returns every response: tokens up to the first end-of-sequence token, or `longest` of them without one."""
-    others = [token for token in range(vocab) if token != end]
-    ended = [(*r, end) for n in range(longest) for r in itertools.product(others, repeat=n)]
+def enumerate_responses(vocab: int, eos: int, longest: int) -> list[tuple[int, ...]]:
+    """Returns every response: ids up to the first EOS, or `longest` ids without one."""
+    others = [token for token in range(vocab) if token != eos]
+    ended = [(*r, eos) for n in range(longest) for r in itertools.product(others, repeat=n)]
     return ended + list(itertools.product(others, repeat=longest))
 
 
-def enumerate_texts(world: World, prompts: Sequence[Array], column: Column) -> tuple[Array, Array] | None:
-    """Returns the true reward and the reference's log-probability of every response to each prompt,
-    float64[prompts, K]; None where there are too many."""
+def enumerate_rewards(world: World, prompts: Sequence[Array], table_logps: TableLogps) -> tuple[Array, Array] | None:
+    """Returns the true reward and the reference's log-prob of every response to each prompt.
+
+    Both are float64[prompts, K]. Returns None if there are more than `MAX_ENUMERATED` responses.
+    """
     vocab = world.model.architecture.vocab
-    if vocab**world.max_new_tokens > ENUMERABLE:
+    if vocab**world.max_new_tokens > MAX_ENUMERATED:
         return None
-    every = [np.array(r, np.int32) for r in draw_responses(vocab, world.tokenizer.eos_token_id, world.max_new_tokens)]
-    table = Table.of(Tokens(p, (r,)) for p in prompts for r in every)
-    logps = column(world.reference, table, eval_layout(world, table))[:, 0, 0]
-    values = score_completions(world, world.reward, [p for p in prompts for _ in every], every * len(prompts))
-    return values.reshape(len(prompts), -1), logps.astype(np.float64).reshape(len(prompts), -1)
+    every = enumerate_responses(vocab, world.tokenizer.eos_token_id, world.max_new_tokens)
+    responses = [np.array(r, np.int32) for r in every]
+    table = Table.of(Tokens(p, (r,)) for p in prompts for r in responses)
+    logps = table_logps(world.reference, table, table_layout(world, table))[:, 0, 0]
+    repeated = [p for p in prompts for _ in responses]
+    rewards = score_completions(world, world.reward, repeated, responses * len(prompts))
+    return rewards.reshape(len(prompts), -1), logps.astype(np.float64).reshape(len(prompts), -1)
