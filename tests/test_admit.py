@@ -1,4 +1,4 @@
-"""A kernel of attention is taken where it equals our own, and refused, in one line, where it differs or fails."""
+"""An attention kernel is used if it matches our own attention, and refused in one line if it differs or fails."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
 
 
 def has(monkeypatch, attend, name="splash"):
-    """Makes this processor one that has a kernel."""
+    """Makes the kernel available on this device."""
     monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platform=jax.default_backend(), attend=attend))
 
 
@@ -83,7 +83,9 @@ WRONG = [_blind, _neighbours, _wide, _hot, _uncapped, _other_heads, _untaught, _
 @pytest.mark.parametrize(("wrong", "compute"), [*((wrong, "bfloat16") for wrong in WRONG), (_wide, "float32")])
 def test_a_wrong_kernel_is_refused(wrong, compute, monkeypatch):
     has(monkeypatch, wrong)
-    assert kernel_refusal("splash", MODEL, compute).startswith("is not equal to chunks here (the ")
+    assert kernel_refusal("splash", MODEL, compute).startswith(
+        "differs from chunks on this device (relative error of the "
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,22 +109,22 @@ def test_what_cannot_run_says_why():
     here = jax.default_backend()
     other = "splash" if here == "gpu" else "cudnn"
     platform = KERNELS[other].platform
-    assert kernel_refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, and this is a {here}"
+    assert kernel_refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, this device is a {here}"
 
 
 def test_an_error_of_a_kernel_is_said_in_one_line(monkeypatch):
     has(monkeypatch, _fails)
-    assert kernel_refusal("splash", PLAIN_MODEL, "float32") == "fails here (MosaicError: no layout)"
+    assert kernel_refusal("splash", PLAIN_MODEL, "float32") == "fails on this device (MosaicError: no layout)"
     has(monkeypatch, BY_XLA, "cudnn")
-    said = "fails here (NotImplementedError: cannot cap scores, which this model does)"
+    said = "fails on this device (NotImplementedError: cannot cap scores, which this model does)"
     assert kernel_refusal("cudnn", MODEL, "bfloat16") == said
-    said = "takes bfloat16, and model.compute is float32"
+    said = "needs model.compute bfloat16, got float32"
     assert kernel_refusal("cudnn", PLAIN_MODEL, "float32") == said
 
 
 def test_heads_that_cannot_be_shared(monkeypatch):
     has(monkeypatch, packed_attention)
-    said = "cannot share 2 key-value heads evenly among 4 devices (mesh.tensor)"
+    said = "cannot shard 2 key-value heads evenly over 4 devices (mesh.tensor)"
     assert kernel_refusal("splash", PLAIN_MODEL, "float32", 4) == said
     with pytest.raises(UserError, match=re.escape(said)):
         choose("splash", sharding.make_mesh(1, 1, 4))
@@ -132,12 +134,14 @@ def choose(attention, mesh=None):
     return with_attention(build_model(PLAIN_MODEL), attention, "float32", mesh)
 
 
-def test_chunks_are_what_a_processor_has():
+def test_a_cpu_uses_chunks():
     assert ModelConfig().attention == "auto"
     if jax.default_backend() == "cpu":
         model, said = choose("auto")
         assert (model.attention, said) == ("chunks", "")
-        with pytest.raises(UserError, match=r"^model.attention: splash runs on a tpu, and this is a cpu; take chunks"):
+        with pytest.raises(
+            UserError, match=r"^model.attention: splash runs on a tpu, this device is a cpu; set chunks"
+        ):
             choose("splash")
 
 
@@ -150,7 +154,7 @@ def test_auto_takes_the_devices_kernel_and_says_so(monkeypatch):
 
     has(monkeypatch, attend)
     model, said = choose("auto")
-    assert (model.attention, said) == ("splash", "attention: splash, which equals chunks here")
+    assert (model.attention, said) == ("splash", "attention: splash, matches chunks on this device")
     ran.clear()
     row = jnp.ones((1, 4), jnp.int32)
     jax.eval_shape(lambda k: model.hidden(model.init(k), row, row, row, row), jax.random.key(0))
@@ -163,9 +167,9 @@ def test_auto_takes_the_devices_kernel_and_says_so(monkeypatch):
 def test_auto_falls_back_and_says_why_where_a_name_is_an_error(monkeypatch):
     has(monkeypatch, _fails)
     model, said = choose("auto")
-    why = "splash fails here (MosaicError: no layout)"
-    assert (model.attention, said) == ("chunks", f"attention: chunks, as {why}")
-    with pytest.raises(UserError, match=f"^{re.escape(f'model.attention: {why}; take chunks, or auto')}$"):
+    why = "splash fails on this device (MosaicError: no layout)"
+    assert (model.attention, said) == ("chunks", f"attention: chunks, because {why}")
+    with pytest.raises(UserError, match=f"^{re.escape(f'model.attention: {why}; set chunks or auto')}$"):
         choose("splash")
 
 
@@ -173,14 +177,14 @@ def test_what_must_be_known_of_a_kernel_is_said(monkeypatch):
     has(monkeypatch, packed_attention, "cudnn")
     monkeypatch.delitem(KERNELS, "splash")
     monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
-    assert choose("auto")[1] == f"attention: cudnn, which equals chunks here; {KERNELS['cudnn'].note}"
+    assert choose("auto")[1] == f"attention: cudnn, matches chunks on this device; {KERNELS['cudnn'].note}"
 
 
 def test_one_process_that_cannot_is_enough(monkeypatch):
     has(monkeypatch, packed_attention)
     monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
     monkeypatch.setattr(attention_check.distributed, "all_agree", lambda flag: False)
-    assert choose("auto")[1] == "attention: chunks, as splash failed in another process"
+    assert choose("auto")[1] == "attention: chunks, because splash failed in another process"
 
 
 def test_experiments_refuse_a_kernel():
@@ -240,11 +244,11 @@ def trained(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor", "fsdp"])
 def test_a_run_over_devices_is_the_same_by_a_kernel(axis, tmp_path, monkeypatch, trained, capsys):
-    """Through the command line: the TPU's kernel, run on four processors."""
+    """Through the command line: the TPU's kernel, run on four emulated devices."""
     has(monkeypatch, INTERPRETED)
     chunks = trained(tmp_path / "chunks", model_attention="chunks")
     assert "attention" not in capsys.readouterr().out
     by_kernel = trained(tmp_path / "kernel", **{f"mesh_{axis}": 2})
-    assert "attention: splash, which equals chunks here" in capsys.readouterr().out
+    assert "attention: splash, matches chunks on this device" in capsys.readouterr().out
     for found, expected in zip(by_kernel, chunks, strict=True):
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)

@@ -312,7 +312,7 @@ def test_an_optax_object_and_several_terms(world):
     ("keys", "message"),
     [
         ({"batch_sise": 1}, "unknown key 'batch_sise'; did you mean 'batch_size'"),
-        ({"batch_size": 0}, "batch_size: 0 is less than 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"loss": 3}, "loss: 3: give a name, a function, or a dict"),
         ({"optimizer": 3}, "optimizer: 3: give an optax transformation"),
         ({"eval_data": []}, "eval_data: give data in memory too"),

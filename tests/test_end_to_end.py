@@ -284,7 +284,7 @@ MISTAKES = [
     (["train", "dpo.yaml", "--loss.beta", "0.7"], r"runs/dpo belongs to another config \(loss.beta: 0.1 -> 0.7\)"),
     (["train", "dpo.yaml", "--model.path", "nowhere", "--run", "r2"], r"nowhere: no such folder"),
     (["train", "dpo.yaml", "--batch_size", "1000", "--run", "r3"], r"1000"),
-    (["train", "dpo.yaml", "--data.max_length", "4096", "--run", "r4"], r"data.max_length: 4096 is more than"),
+    (["train", "dpo.yaml", "--data.max_length", "4096", "--run", "r4"], r"data.max_length: 4096 exceeds the"),
     (["train", "dpo.yaml", "--optim.learning_rate", "nan", "--run", "r5"], r"optim.learning_rate: nan"),
     # Said before the YAML that it starts from is looked at, which may train for hours.
     (
@@ -293,16 +293,22 @@ MISTAKES = [
     ),
     (
         ["train", "dpo.yaml", "--model.path", "no.yaml", "--reference.sync_every", "2"],
-        r"reference.sync_every: a reference that moves cannot be cached; set reference.mode: online",
+        r"reference.sync_every: a moving reference cannot be cached; set reference.mode: online",
     ),
-    (["train", "dpo.yaml", "--model.path", "no.yaml", "--loss.name", "lipo"], r"data.responses: this loss ranks any"),
+    (
+        ["train", "dpo.yaml", "--model.path", "no.yaml", "--loss.name", "lipo"],
+        r"data.responses: set it \(2 or more\) for a ranking loss",
+    ),
     (
         ["sweep", "dpo.yaml", "--loss.name", "exo_pair", "--loss.label_smoothing", "0.1,0"],
         r"loss exo_pair: label_smoothing 0.0 cannot be used",
     ),
     (["train", "dpo.yaml", "--mesh.fsdp", "3", "--run", "r6"], r"mesh: .* does not multiply to"),
-    (["train", "dpo.yaml", "--keep", "1", "--run", "r7"], r"keep: 1: at least 2"),
-    (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds: -1.0 is less than 0"),
+    (
+        ["train", "dpo.yaml", "--keep", "1", "--run", "r7"],
+        r"keep must be at least 2 .*, got 1",
+    ),
+    (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds must be >= 0 \(0: never\), got -1.0"),
     (
         ["train", "dpo.yaml", "--mesh.mode", "pmap", "--mesh.fsdp", "2", "--run", "r9"],
         r"mesh.mode pmap: every device holds",

@@ -59,7 +59,7 @@ def test_a_special_token_that_only_other_models_know_is_refused_in_a_text(model,
     }
     options |= {"model": {"path": str(model), "tokenizer": "tokenizer"}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    with pytest.raises(UserError, match="training data: a text has '<picture>', for which the model has no embedding"):
+    with pytest.raises(UserError, match="training data: the model has no embedding for '<picture>'; remove it"):
         cli.run_command(["train", "run.yaml"])
 
 
@@ -67,7 +67,7 @@ def test_texts_longer_than_the_model_are_refused_by_every_command(model, tmp_pat
     monkeypatch.chdir(tmp_path)
     synthetic.synthetic_tokenizer().save_pretrained(tmp_path / "tokenizer")
     chosen = ["--data.max-length", "65", "--model.tokenizer", "tokenizer"]
-    message = "data.max_length: 65 is more than the model's 64 positions"
+    message = "data.max_length: 65 exceeds the model's 64 positions"
     with pytest.raises(UserError, match=message):
         cli.run_command(["eval", str(model), "--reference.path", str(model), "--data.path", "none.jsonl", *chosen])
     with pytest.raises(UserError, match=message):

@@ -123,5 +123,5 @@ def test_a_warning_tells_when_the_batches_of_the_papers_code_are_not_met():
         options = dataclasses.replace(DataConfig(), degenerate=degenerate, order=name)
         notes = []
         load_table(Config(data=options), losses.build({"name": "dpo"}), tokenizer, rows, "training", notes)
-        warned = [line for line in notes if "1 comparisons fewer than in the original" in line]
+        warned = [line for line in notes if "1 fewer comparisons than in the original code" in line]
         assert len(warned) == expected

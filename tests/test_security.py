@@ -129,8 +129,8 @@ def test_a_run_folder_from_which_a_link_leads_is_refused(tmp_path, name):
     assert list(outside.iterdir()) == []
 
 
-def test_manifests_cannot_name_files_elsewhere(tmp_path):
-    """A manifest that names a file outside of its checkpoint, with that file's own checksum."""
+def test_manifests_cannot_list_files_elsewhere(tmp_path):
+    """A manifest that lists a file outside of its checkpoint, with that file's own checksum."""
     folder = tmp_path / "5"
     folder.mkdir()
     (tmp_path / "secret").write_text("x")
@@ -139,7 +139,7 @@ def test_manifests_cannot_name_files_elsewhere(tmp_path):
         (folder / "manifest.json").write_text(
             json.dumps({"format": 1, "files": {name: digest}, "leaves": {}, "metrics": {}})
         )
-        assert checkpoint_problem(folder) == f"its manifest names {name}"
+        assert checkpoint_problem(folder) == f"its manifest lists {name}, outside the checkpoint"
 
 
 def test_scripts_in_samples_are_shown_as_text(tmp_path):

@@ -131,7 +131,7 @@ def test_only_numbers_of_loss_and_optimiser_share_a_program(world):
         (["--loss.beta", "0.1,"], "not empty and all different"),
         (["--loss.beta", "0.1,0.1"], "not empty and all different"),
         (["--loss.bta", "0.1,0.2"], "did you mean"),
-        (["--batch_size", "1,0", "--model.path", "stage.yaml"], "batch_size: 0 is less than 1"),
+        (["--batch_size", "1,0", "--model.path", "stage.yaml"], "batch_size must be at least 1, got 0"),
         (["--model.tokenizer", "a/b,a_b"], "make the same folder"),
         (
             ["--loss.beta", "0.1,0.2", "--model.config=", "--model.path", "itself.yaml"],

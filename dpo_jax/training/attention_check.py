@@ -33,16 +33,16 @@ def with_attention(
 ) -> tuple[Model, str]:
     """Returns the model with the configured attention backend, and a log message ('' if none).
 
-    Call it from all processes; they get the same.
+    Call it from all processes; they get the same model.
 
     Args:
-      model: as built.
+      model: from `build_model`.
       attention: `model.attention` of the config.
       compute: dtype of activations.
-      mesh: of the model's devices; None for one device.
+      mesh: the device mesh; None for one device.
 
     Raises:
-      UserError: the named kernel is not available on this device, or does not match ours.
+      UserError: the named kernel is not available on this device, or does not match chunks.
     """
     name, platform = attention, jax.default_backend()
     if name == "auto":
@@ -54,56 +54,59 @@ def with_attention(
     if not distributed.all_agree(not problem):
         problem = problem or "failed in another process"
         if attention == "auto":
-            return model, f"attention: {CHUNKS}, as {name} {problem}"
-        raise UserError(f"model.attention: {name} {problem}; take {CHUNKS}, or auto")
+            return model, f"attention: {CHUNKS}, because {name} {problem}"
+        raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
     attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
-    attending = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
-    return attending, "; ".join(filter(None, (f"attention: {name}, which equals {CHUNKS} here", KERNELS[name].note)))
+    with_kernel = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
+    notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
+    return with_kernel, "; ".join(filter(None, notes))
 
 
 def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
-    """Returns why a kernel cannot be used for a model on this device, or "" where it can."""
+    """Returns why a kernel cannot be used for a model on this device; "" if it can."""
     kernel, here = KERNELS[name], jax.default_backend()
     if kernel.platform != here:
-        return f"runs on a {kernel.platform}, and this is a {here}"
+        return f"runs on a {kernel.platform}, this device is a {here}"
     if compute not in kernel.dtypes:
-        return f"takes {' or '.join(kernel.dtypes)}, and model.compute is {compute}"
+        return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
     if a.kv_heads % devices:
-        return f"cannot share {a.kv_heads} key-value heads evenly among {devices} devices (mesh.tensor)"
+        return f"cannot shard {a.kv_heads} key-value heads evenly over {devices} devices (mesh.tensor)"
     scoring = scoring_of(a)
     for window in (None, WINDOW) if any(a.windows) else (None,):
         try:
             found = np.asarray(
                 jax.jit(partial(kernel_errors, kernel.attend, scoring))(*attention_case(a, compute, window))
             )
-        except Exception as e:  # whatever a library's kernel may raise: it is said, and the kernel is not used
-            return f"fails here ({type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]})"
+        except Exception as e:  # a kernel may raise anything; the run then goes on without it
+            return f"fails on this device ({type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]})"
         for what, (far, near) in zip(OUTPUTS, found, strict=True):
             limit = max(MARGIN * near, LEAST)
-            if not far <= limit:  # so that NaN fails
-                return f"is not equal to {CHUNKS} here ({what} is {far:.1e} of its largest value off, not {limit:.1e})"
+            if not far <= limit:  # true for NaN too
+                return f"differs from {CHUNKS} on this device (relative error of {what} {far:.1e}, allowed {limit:.1e})"
     return ""
 
 
 def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> Array:
-    """Returns how far attention and its gradients are from exact, as shares of the largest value: float32[4, 2], of
-    `attend` and of chunks. Pure; for `jax.jit`.
+    """Returns the errors of attention and of its gradients, relative to the largest value: float32[4, 2].
+
+    Columns are the errors of `attend` and of chunks, against float32 attention without chunks; rows are those of
+    `OUTPUTS`. Pure; for `jax.jit`.
 
     Args:
-      attend: as `packed_attention`.
+      attend: same interface as `packed_attention`.
       scoring: how queries score keys.
-      inputs: q, k and v, and a cotangent of the output.
-      rows: which keys a query sees.
+      inputs: q, k, v and a cotangent of the output.
+      rows: mask of the packed rows.
     """
-    at_once: Attend = partial(packed_attention, chunk=rows.segment_ids.shape[1])
+    unchunked: Attend = partial(packed_attention, chunk=rows.segment_ids.shape[1])
     with jax.default_matmul_precision("highest"):
-        exact = _with_gradients(at_once, scoring, [x.astype(jnp.float32) for x in inputs], rows)
+        exact = _with_gradients(unchunked, scoring, [x.astype(jnp.float32) for x in inputs], rows)
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
 
-    def far(x: Array, y: Array) -> Array:
+    def error(x: Array, y: Array) -> Array:
         return jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()
 
-    return jnp.array([(far(x, z), far(y, z)) for x, y, z in zip(found, chunks, exact, strict=True)])
+    return jnp.array([(error(x, z), error(y, z)) for x, y, z in zip(found, chunks, exact, strict=True)])
 
 
 def _with_gradients(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> tuple[Array, ...]:
@@ -115,10 +118,10 @@ def _with_gradients(attend: Attend, scoring: Scoring, inputs: Sequence[Array], r
 
 
 def attention_case(a: Architecture, compute: str, window: int | None = None) -> tuple[list[Array], RowMask]:
-    """Returns `CASE` for a model: q, k, v and a cotangent of at most two key-value heads, and which keys are seen.
+    """Returns `CASE` for a model: q, k, v and a cotangent, with at most two key-value heads, and the mask.
 
-    Scores spread by 2 or, where they are capped, by a fifth of that if it is more; positions continue from the prompt
-    in every response.
+    Scores have standard deviation 2, or a fifth of the cap if that is more. Positions of every response continue those
+    of the prompt.
     """
     scoring, rng, kv_heads = scoring_of(a), np.random.default_rng(0), min(2, a.kv_heads)
     parts: tuple[list[list[int]], ...] = ([], [], [])

@@ -20,32 +20,32 @@ from dpo_jax import distributed
 from dpo_jax.config.schema import DataConfig, ModelConfig
 from dpo_jax.errors import UserError
 
-EXIT_AGAIN = 75  # exit code: ended early with all saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
-EXIT_INTERRUPTED = 130  # exit code: stopped at once by Ctrl-C
-LOCK_FILE = ".lock"  # in a run folder; the kernel frees it when its process ends, however that ends
+EXIT_AGAIN = 75  # exit code: stopped early, everything saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # exit code: stopped immediately by Ctrl-C
+LOCK_FILE = ".lock"  # in a run folder; the operating system releases it however its process ends
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_questions = itertools.count(1)
+_sync_points = itertools.count(1)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], str]]:
-    """Yields a function to call after every step: why the run should stop, the same in all processes, or "".
+    """Yields a function to call after every step. It returns the reason to stop ("" for none), equal in all processes.
 
-    Reasons are SIGTERM, the first Ctrl-C, and with several processes a preemption notice to any of them. The second
-    Ctrl-C stops the process at once, even inside a long compilation.
+    Reasons are SIGTERM, the first Ctrl-C and, with several processes, a preemption notice to any of them. The second
+    Ctrl-C stops the process immediately, even during a long compilation.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: ""
         return
-    several, asked = distributed.is_distributed(), list[str]()
+    several, received = distributed.is_distributed(), list[str]()
     read, write = os.pipe()
     os.set_blocking(write, False)
     # With several processes JAX's preemption service handles SIGTERM and notifies all of them.
     before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if not (several and s == signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(read, asked, several), daemon=True).start()
+    threading.Thread(target=_listen, args=(read, received, several), daemon=True).start()
     try:
-        yield _agreed if several else lambda: "".join(asked[:1])
+        yield _preemption if several else lambda: "".join(received[:1])
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -53,25 +53,26 @@ def stop_requests() -> Iterator[Callable[[], str]]:
         os.close(write)
 
 
-def _agreed() -> str:
-    # The service needs a number that grows, and the step restarts with every run of this program.
-    ended = multihost_utils.reached_preemption_sync_point(next(_questions))
-    return "a signal or notice to one of the processes" if ended else ""
+def _preemption() -> str:
+    """Returns the reason to stop if any process has received a signal or a preemption notice."""
+    # The service needs a number that grows; the step starts again with every run of this program.
+    stop = multihost_utils.reached_preemption_sync_point(next(_sync_points))
+    return "a signal or preemption notice to one of the processes" if stop else ""
 
 
-def _listen(read: int, asked: list[str], several: bool) -> None:
-    """Records signals at once; a Python handler would wait for the main thread to leave a compilation."""
+def _listen(read: int, received: list[str], several: bool) -> None:
+    """Appends signals to `received` as they arrive; a Python handler would wait for the end of a compilation."""
     with os.fdopen(read, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
             name = signal.Signals(number[0]).name
-            if name == "SIGINT" and name in asked:
-                print("dpo-jax: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+            if name == "SIGINT" and name in received:
+                print("dpo-jax: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
                 distributed.exit_now(EXIT_INTERRUPTED)
             if name == "SIGINT":
-                print("dpo-jax: ending after this step, to save it; Ctrl-C again stops at once", file=sys.stderr)
+                print("dpo-jax: saving after this step, then stopping; press Ctrl-C again to stop now", file=sys.stderr)
             if several:
                 os.kill(os.getpid(), signal.SIGTERM)
-            asked.append(name)
+            received.append(name)
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def hang_watchdog(seconds: float) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def explain_out_of_memory(model: ModelConfig, data: DataConfig) -> Iterator[None]:
-    """Turns an out-of-memory error of a device into a UserError with remedies."""
+    """Turns an out-of-memory error of a device into a UserError that lists remedies."""
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
@@ -99,18 +100,18 @@ def explain_out_of_memory(model: ModelConfig, data: DataConfig) -> Iterator[None
         rows = "data.rows 1" if data.rows is None else f"data.rows below {data.rows}"
         remedies = [rows, *(["model.remat full"] if model.remat != "full" else [])]
         remedies += ["model.compute bfloat16"] if model.compute != "bfloat16" else []
-        asked = str(e).strip().splitlines()[0]
+        reason = str(e).strip().splitlines()[0]
         raise UserError(
-            f"a device is out of memory ({asked}); set, in this order: {', '.join(remedies)}, more devices along "
-            "mesh.fsdp, a shorter data.max_length; dpo-jax plan shows the memory of each"
+            f"a device is out of memory ({reason}); set, in this order: {', '.join(remedies)}, more devices along "
+            "mesh.fsdp, a shorter data.max_length; dpo-jax plan shows the memory of each choice"
         ) from e
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Locks a folder, created if absent, against a second writer until the returned file is closed.
+    """Locks a folder, created if absent, against other writers until the returned file is closed.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK_FILE).open("a+")
@@ -120,7 +121,7 @@ def lock_folder(folder: Path) -> IO[str]:
         file.seek(0)
         who = file.read() or "another process"
         file.close()
-        raise UserError(f"{folder}: {who} is writing this run; wait for it or end it") from None
+        raise UserError(f"{folder}: {who} is writing this run; wait for it or stop it") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

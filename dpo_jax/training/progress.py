@@ -1,4 +1,4 @@
-"""The progress display of a run: a bar on a terminal, otherwise a line every few seconds."""
+"""Progress display of a run: a bar on a terminal, else a line every few seconds."""
 
 import datetime
 import math
@@ -15,9 +15,9 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "eval_los
 
 
 class Progress:
-    """Shows how far training is, how fast and for how long still: a bar on a terminal, else a line now and then.
+    """Shows steps, rate, time left and some metrics.
 
-    The rate is that of the last updates, so that compilation, which falls before the first, is not in it.
+    The rate is that of the last 20 updates, so that the compilation of the first one is not included.
     """
 
     def __init__(
@@ -30,15 +30,15 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
         every: float = 10.0,
     ):
-        """Prepares a display.
+        """Creates the display.
 
         Args:
-          total: steps at the end of the run.
-          batch_size: comparisons in a step.
-          console: where to; standard error by default, which leaves standard output to results.
+          total: number of steps of the run.
+          batch_size: comparisons per step.
+          console: console to print to; by default standard error, because standard output is for results.
           quiet: show nothing.
-          clock: seconds.
-          every: seconds between lines where there is no terminal.
+          clock: returns seconds.
+          every: seconds between lines if there is no terminal.
         """
         self._total, self._batch_size, self._clock, self._every = total, batch_size, clock, every
         self._console = console or rich.console.Console(stderr=True, quiet=quiet)
@@ -49,10 +49,10 @@ class Progress:
         self._task = self._bar.add_task("", total=total, shown="") if self._bar else None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step, the number of updates done."""
+        """Shows the metrics of a step; `step` is the number of updates done."""
         now = self._clock()
         self._recent.append((now, step))
-        shown = "  ".join([*_worth_showing(metrics), *self._pace()])
+        shown = "  ".join([*_shown_metrics(metrics), *self._pace()])
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, shown=shown)
         elif now - self._printed >= self._every or step >= self._total:
@@ -60,7 +60,7 @@ class Progress:
             self._console.print(f"step {step}/{self._total}  {shown}", markup=False, highlight=False, soft_wrap=True)
 
     def _pace(self) -> list[str]:
-        """Returns the rate and the time left as texts, once two steps are known."""
+        """Returns the rate and the time left as texts; [] before the second step."""
         (before, first), (now, last) = self._recent[0], self._recent[-1]
         if last <= first or now <= before:
             return []
@@ -78,7 +78,7 @@ class Progress:
             self._bar.stop()
 
 
-def _worth_showing(metrics: Mapping[str, Any]) -> Iterable[str]:
-    """Returns `name value` for the metrics that one watches; rewards of what no comparison has are not shown."""
+def _shown_metrics(metrics: Mapping[str, Any]) -> Iterable[str]:
+    """Returns `name value` for the metrics in `SHOWN`, without rewards that are NaN (no comparison has them)."""
     shown = {name: metrics[name] for name in SHOWN if metrics.get(name) is not None}
     return [f"{k} {v:.4g}" for k, v in shown.items() if not (math.isnan(v) and "rewards/" in k)]

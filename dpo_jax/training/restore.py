@@ -1,4 +1,4 @@
-"""Restores the policy and the reference of a run from a checkpoint, or of a model folder."""
+"""Restores policy and reference from a checkpoint of a run, or from a model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,31 @@ from dpo_jax.training.run_folder import run_config
 def restore_state(
     path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "newest"
 ) -> TrainState:
-    """Returns the state of a checkpoint of a run; for a model folder, its parameters with step 0."""
-    moves = setup.make_sync(settings, loss) is not None
-    trained = loaded.params if loaded.lora is None else loaded.adapters
-
-    def start(params: Any) -> TrainState:
-        return init_state(params, optim.build(**settings.optim), loss, params if moves else ())
-
-    if not is_run(path):
-        return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
-    return _saved(Path(path), jax.eval_shape(start, trained), which)
-
-
-def _saved(run: Path, like: TrainState, which: str = "newest") -> TrainState:
-    """Returns the state of a checkpoint of a run, as host arrays; writes nothing.
+    """Returns the state in a checkpoint of a run; for a model folder, its parameters at step 0.
 
     Args:
-      run: the run folder.
-      like: shapes and dtypes.
+      path: a run folder or a model folder.
+      settings: the run's config.
+      loaded: from `load_policy`.
+      loss: the run's loss.
       which: newest, best (by the run's keep_best), or a step.
 
     Raises:
       UserError: the run has no such checkpoint.
     """
+    moving = setup.make_sync(settings, loss) is not None
+    trained = loaded.params if loaded.lora is None else loaded.adapters
+
+    def start(params: Any) -> TrainState:
+        return init_state(params, optim.build(**settings.optim), loss, params if moving else ())
+
+    if not is_run(path):
+        return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
+    return _restore_checkpoint(Path(path), jax.eval_shape(start, trained), which)
+
+
+def _restore_checkpoint(run: Path, like: TrainState, which: str) -> TrainState:
+    """Returns the state in a checkpoint as host arrays, given its shapes and dtypes; writes nothing."""
     one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
     state = None
@@ -58,7 +60,7 @@ def _saved(run: Path, like: TrainState, which: str = "newest") -> TrainState:
 
 
 def restore_models(path: str, settings: Config, loaded: LoadedModel, state: TrainState) -> dict[str, Any]:
-    """Returns the parameters of the policy and of its reference, if it has one."""
+    """Returns {"policy": params}, and "reference" if the run has one, in host memory."""
     models = {"policy": loaded.policy(state.params)}
     uses = is_run(path) and losses.build(settings.loss).uses_reference
     if state.reference:

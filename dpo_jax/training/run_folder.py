@@ -1,4 +1,4 @@
-"""Folders of runs and caches: who may write there, and what is read back."""
+"""Run folders: their config, their lock, and checks before anything is written to them."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,11 @@ from dpo_jax.errors import UserError
 from dpo_jax.paths import is_run, written
 from dpo_jax.training import interrupts
 
-# May change on resuming: none of them changes what is computed, but to rounding.
+# Keys that may change on resuming, because they change results by rounding at most.
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
-# A password in an address; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
+# Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
 SECRET = re.compile(
     r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
 )
@@ -28,33 +28,33 @@ SECRET = re.compile(
 def run_config(
     run: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), kind: type = Config, prog: str = "dpo-jax"
 ) -> Any:
-    """Returns the config of a run folder, with overrides: arguments or nested values."""
+    """Returns the config of a run folder, with overrides (arguments or nested values)."""
     return parse_config(kind, str(Path(run) / "config.yaml"), overrides, prog=prog)
 
 
 def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
-    """Makes the run folder, or takes it up again if it belongs to the same config; returns it and the hold on it.
+    """Creates the run folder, or reopens it to resume the same config; returns it and its lock.
 
     Raises:
-      UserError: it belongs to another config (the difference is shown), or holds something else, or another process
-        is writing it.
+      UserError: the folder belongs to another config (the message lists the differences) or holds other files, or
+        another process is writing it.
     """
     folder = Path(config.run)
     lock = _claim(folder, config) if distributed.is_primary() else contextlib.nullcontext()
     distributed.barrier("the run folder")
     if not is_run(folder):
-        raise UserError(f"{folder}: the first process made it, this one does not see it; take a folder that all share")
+        raise UserError(f"{folder}: process 0 created it, but this process does not see it; set run to a shared folder")
     return folder, lock
 
 
 def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
-    begun = (interrupts.LOCK_FILE, "config.yaml.tmp")  # all that is there if a process was killed here
+    begun = (interrupts.LOCK_FILE, "config.yaml.tmp")  # the files left if a process was killed in this function
     if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not a run's; give another --run")
+        raise UserError(f"{folder}: holds other files than a run's; set another --run")
     _check_links(folder)
     changed = difference(run_config(folder), config, FREE) if is_run(folder) else []
     if changed:
-        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); give another --run")
+        raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); set another --run")
     lock = interrupts.lock_folder(folder)
     with written(folder / "config.yaml") as f:
         f.write(dump(config))
@@ -62,7 +62,7 @@ def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
 
 
 def _check_links(folder: Path) -> None:
-    """Refuses a run folder from which a link leads elsewhere, where a run would then write or delete."""
+    """Refuses links that lead out of the run folder, through which a run would write or delete elsewhere."""
     inside = [p for part in (folder, folder / "checkpoints", folder / "model") if part.is_dir() for p in part.iterdir()]
     for path in inside:
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
@@ -70,7 +70,7 @@ def _check_links(folder: Path) -> None:
 
 
 def check_secrets(config: Config) -> None:
-    """Refuses values with a password or token in them, which the run folder and its report would show to others."""
+    """Refuses passwords and tokens in a config, because the run folder and its report would show them."""
     for key, values in flatten(dataclasses.asdict(config)):
         if any(SECRET.search(value) for value in values):
-            raise UserError(f"{key}: holds a password or token; give it by the environment (HF_TOKEN) or a login file")
+            raise UserError(f"{key}: holds a password or token; set it in the environment (HF_TOKEN) or a login file")

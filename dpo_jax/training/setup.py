@@ -1,4 +1,4 @@
-"""A config -> a run on the host: tokenizer, model, tables, folder."""
+"""Builds a run from its config, on the host: tokenizer, model, tables and folder."""
 
 import dataclasses
 import json
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def make_sync(config: Config, loss: Loss) -> Sync | None:
-    """Returns how the reference follows the policy, if it does.
+    """Returns how the reference follows the policy; None for a fixed reference.
 
     Raises:
-      UserError: it cannot.
+      UserError: the reference of this run cannot follow the policy, or the options have no effect.
     """
     every, alpha = config.reference.sync_every, config.reference.sync_alpha
     if not every and alpha != ReferenceConfig.sync_alpha:
@@ -52,22 +52,22 @@ def make_sync(config: Config, loss: Loss) -> Sync | None:
     if not every:
         return None
     if every < 0 or not 0 < alpha <= 1:
-        raise UserError(f"reference: sync_every {every} is less than 0, or sync_alpha {alpha} is not in (0, 1]")
+        raise UserError(f"reference: sync_every must be >= 0 and sync_alpha in (0, 1], got {every} and {alpha}")
     if not loss.uses_reference:
         raise UserError("reference.sync_every: this loss has no reference; remove it")
     if config.lora.rank or config.lora.path:
         raise UserError(
-            "reference.sync_every: with lora the reference is the model without adapters, and fixed; remove it"
+            "reference.sync_every: with lora the reference is the model without adapters, which is fixed; remove it"
         )
     if config.reference.mode == "cache":
-        raise UserError("reference.sync_every: a reference that moves cannot be cached; set reference.mode: online")
+        raise UserError("reference.sync_every: a moving reference cannot be cached; set reference.mode: online")
     return Sync(every, alpha)
 
 
 def make_completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) -> Callable[[Any], list[str]]:
-    """Returns `params -> completions as text` of tokenised prompts, drawn as the config says."""
+    """Returns `params -> completions as text` for tokenized prompts, sampled with the options of `config.samples`."""
     options = config.samples
-    draw = partial(
+    sample = partial(
         generate,
         model,
         prompts=prompts,
@@ -78,26 +78,26 @@ def make_completer(config: Config, model: Model, tokenizer: Any, prompts: list[A
         eos_id=tokenizer.eos_token_id,
         seed=config.seed,
     )
-    return lambda params: decode_texts(tokenizer, draw(params))
+    return lambda params: decode_texts(tokenizer, sample(params))
 
 
 def check_config(config: Config) -> None:
-    """Refuses values that no run can have, by key; it reads no data and loads no model."""
+    """Refuses invalid values, by key. Reads no data and loads no model."""
     check_secrets(config)
     trackers.check_tracker(config.track)
     for key in ("batch_size", "epochs", "save_every", "log_every", "max_nonfinite"):
         if getattr(config, key) < 1:
-            raise UserError(f"{key}: {getattr(config, key)} is less than 1")
+            raise UserError(f"{key} must be at least 1, got {getattr(config, key)}")
     if config.keep < 2:
-        raise UserError(f"keep: {config.keep}: at least 2 checkpoints, so that one is left if the newest is damaged")
+        raise UserError(f"keep must be at least 2 (one is left if the newest is damaged), got {config.keep}")
     if not config.hang_seconds >= 0:
-        raise UserError(f"hang_seconds: {config.hang_seconds} is less than 0; 0 is never")
+        raise UserError(f"hang_seconds must be >= 0 (0: never), got {config.hang_seconds}")
     if config.data.skip_bad_rows < 0:
-        raise UserError(f"data.skip_bad_rows: {config.data.skip_bad_rows} is less than 0")
+        raise UserError(f"data.skip_bad_rows must be >= 0, got {config.data.skip_bad_rows}")
     if not 0 <= config.data.eval_fraction < 1:
-        raise UserError(f"data.eval_fraction: {config.data.eval_fraction} is not in [0, 1)")
+        raise UserError(f"data.eval_fraction must be in [0, 1), got {config.data.eval_fraction}")
     if config.lora.base and config.reference.path:
-        raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; leave it out")
+        raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; remove it")
     loss = losses.build(config.loss)
     make_sync(config, loss)
     responses_per_prompt(config, loss)
@@ -105,14 +105,18 @@ def check_config(config: Config) -> None:
 
 
 def check_length(config: Config, model: Model) -> None:
-    """Refuses texts that may be longer than the model."""
+    """Refuses a maximum length beyond the positions of the model."""
     limit = model.architecture.max_positions
     if config.data.max_length > limit:
-        raise UserError(f"data.max_length: {config.data.max_length} is more than the model's {limit} positions")
+        raise UserError(f"data.max_length: {config.data.max_length} exceeds the model's {limit} positions; lower it")
 
 
 def setup_run(config: Config) -> Run:
-    """Returns a run assembled on the host: its folder claimed, its data tokenised, its model loaded."""
+    """Returns a run: its model loaded, its data tokenized, its folder locked.
+
+    Raises:
+      UserError: invalid options, or a model, data or folder that cannot be used.
+    """
     check_config(config)
     loss, notes = losses.build(config.loss), list[str]()
     sync, tokenizer = make_sync(config, loss), load_run_tokenizer(config.model)
@@ -129,7 +133,7 @@ def setup_run(config: Config) -> Run:
     folder, lock = claim_folder(config)
     if distributed.is_primary():
         (folder / "data.json").write_text(json.dumps(notes, indent=1))
-    count = 0 if loss.rewards else config.samples.prompts  # a reward model generates nothing
+    count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
     prompts = [eval_table[i].prompt for i in range(min(count, len(eval_table)))]
     return Run(
         config=config,
@@ -152,7 +156,7 @@ def setup_run(config: Config) -> Run:
 
 
 def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, notes: list[str]) -> tuple[Table, Table]:
-    """Returns the training and the held-out table, the same in all processes."""
+    """Returns the training and the held-out table; they are the same in all processes."""
     streams = comparison_streams(config.data, responses_per_prompt(config, loss))
     with distributed.primary_first("the data"):  # the others then read the cache
         train = load_table(config, loss, tokenizer, with_noise(config, streams[0]), "training", notes)
@@ -166,7 +170,7 @@ def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, not
 
 
 def sweep_member(run: Run, config: Config) -> Run:
-    """Returns a run that differs from another in its `compile.hparams` only, with its own folder."""
+    """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
     loss = losses.build(config.loss)
     folder, lock = claim_folder(config)
     if distributed.is_primary():
@@ -175,19 +179,21 @@ def sweep_member(run: Run, config: Config) -> Run:
 
 
 def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
-    """Returns the reference's host or stored arrays and their hash; by default those of the policy at the start.
+    """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy.
 
     Raises:
-      UserError: a reference of another architecture, which one table of log-probs cannot serve here.
+      UserError: the architecture of the reference differs from that of the policy.
     """
     params, architecture = policy.params, policy.model.architecture
     if config.reference.path:
         architecture, _, params = open_folder(model_folder(config.reference.path))
         if architecture != policy.model.architecture:
-            raise UserError(f"reference.path: {config.reference.path} is of another architecture than the policy")
+            raise UserError(
+                f"reference.path: {config.reference.path} is of another architecture than the policy; change it"
+            )
     return params, weights_hash(params, architecture)
 
 
 def with_run_folder(config: Config, file: str) -> Config:
-    """Returns the config with its run folder filled in, runs/<name of the YAML> by default."""
+    """Returns the config with its run folder set; by default runs/<name of the YAML>."""
     return dataclasses.replace(config, run=config.run or str(Path("runs") / Path(file).stem))

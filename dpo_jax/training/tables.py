@@ -1,4 +1,4 @@
-"""The data section of a config -> tokenised tables."""
+"""Reads and tokenizes the data of a config."""
 
 import logging
 from collections import Counter
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def reward_encoding(config: Config, loss: Loss) -> dict[str, Any] | None:
-    """Returns the tokenisation of the texts that a reward model reads; None for losses of language models."""
+    """Returns the tokenization options that a reward model is exported with; None for a language model's loss."""
     options = {
         k: v for k, v in encode_options(config.data).items() if k not in ("template", "degenerate", "skip_bad_rows")
     }
@@ -35,7 +35,15 @@ def reward_encoding(config: Config, loss: Loss) -> dict[str, Any] | None:
 
 
 def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
-    """Returns the training and the held-out comparisons; both can be iterated repeatedly."""
+    """Returns the training and the held-out comparisons; both can be iterated repeatedly.
+
+    Args:
+      options: the data section of the config.
+      responses: responses per prompt.
+
+    Raises:
+      UserError: no held-out comparisons are configured, or data cannot be read.
+    """
     first = open_source(options.name, options.path, options.split, responses, options.options)
     if options.eval_path or options.eval_split:
         path, split = options.eval_path or options.path, options.eval_split or options.split
@@ -45,33 +53,39 @@ def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[It
     return holdout(first, options.eval_fraction)
 
 
-def with_noise(config: Config, rows: Iterable[Item]) -> Iterable[Item]:
+def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
     """Returns the training data with the configured noise."""
     options = config.data
-    how = {"flip": options.flip_labels, "draw_labels": options.draw_labels, "duplicate": options.duplicate}
-    return noise.add_noise(rows, **how, seed=config.seed)
+    kinds = {"flip": options.flip_labels, "draw_labels": options.draw_labels, "duplicate": options.duplicate}
+    return noise.add_noise(examples, **kinds, seed=config.seed)
 
 
 def encode_options(options: DataConfig) -> dict[str, Any]:
-    """Returns the keyword arguments of `encode` for a data section."""
+    """Returns the keyword arguments of `encode` for the data section of a config."""
     names = ("max_length", "max_prompt_length", "truncation", "degenerate", "add_bos", "boundary", "skip_bad_rows")
     try:
         source = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else ""
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"data.chat_template: {options.chat_template}: cannot be read ({e})") from e
+        raise UserError(f"data.chat_template: {options.chat_template} cannot be read ({e}); name a text file") from e
     template = chat.chat_template(source, options.chat_template_kwargs)
     return {**{name: getattr(options, name) for name in names}, "template": template}
 
 
 def load_table(
-    config: Config, loss: Loss, tokenizer: Any, rows: Iterable[Item], split: str, notes: list[str] | None = None
+    config: Config, loss: Loss, tokenizer: Any, examples: Iterable[Item], split: str, notes: list[str] | None = None
 ) -> Table:
-    """Returns comparisons as a tokenised table that the loss can train on, from the cache or tokenised once.
+    """Returns comparisons as a tokenized table, from the cache if they were tokenized before.
 
-    Counts of examples read, dropped and truncated are logged and appended to `notes`.
+    Args:
+      config: the run's config.
+      loss: the loss to train with; its extra responses and tokens are added to the table.
+      tokenizer: the policy's tokenizer.
+      examples: the comparisons.
+      split: "training" or "held-out", for messages.
+      notes: list to append messages to; they are also logged: examples read, dropped and truncated.
 
     Raises:
-      UserError: no example is left, or labels do not suit the loss.
+      UserError: no example is left, or the loss cannot train on these labels.
     """
 
     def note(line: str) -> None:
@@ -80,43 +94,43 @@ def load_table(
             notes.append(line)
 
     folder = cache_folder() / "tokens"
-    table, report = cached_encode(rows, tokenizer, folder, **encode_options(config.data))
+    table, report = cached_encode(examples, tokenizer, folder, **encode_options(config.data))
     for line in report.lines():
         note(f"{split} data: {line}")
     if config.data.order == "original" and (fewer := report.read - report.kept):
         note(
-            f"{split} data: {fewer:,} comparisons fewer than in the original, so data.order original does not give its "
-            "batches; set data.degenerate: keep"
+            f"{split} data: {fewer:,} fewer comparisons than in the original code, so data.order original does not "
+            "give its batches; set data.degenerate: keep"
         )
     if faults := label_faults(table, loss):
-        raise UserError(f"{split} data: {faults[0]}")
+        raise UserError(f"{split} data: {faults[0]}; set another loss or remove them")
     if loss.rewards:
         table = write_unnamed(folder, append_token(table, tokenizer.eos_token_id, pad_token_id(tokenizer)))
     if not loss.mismatched:
         return table
     counts: Counter[str] = Counter()
     table = write_unnamed(folder, add_mismatched(table, config.data.max_length, counts))
-    note(f"{split} data: each prompt has a response to another prompt added; {counts['cut']:,} of them were truncated")
+    note(f"{split} data: added a response to another prompt to each comparison; truncated {counts['cut']:,} of them")
     return table
 
 
 def label_faults(table: Table, loss: Loss) -> list[str]:
-    """Returns why a loss cannot train on this table: labels it would ignore, or labels it needs that are missing."""
+    """Returns why a loss cannot train on a table: labels it would ignore, or missing labels that it needs."""
     soft, absent = table.preferences != 1, (table.response_lengths == 0).any(axis=1)
     unrated = table.scores[:, 0] <= table.scores[:, -1]
     kinds = (
-        (soft, not loss.soft_labels, "a soft label (preference), which this loss cannot use"),
-        (absent, not loss.unpaired, "an absent response (unpaired rows), which this loss cannot use"),
-        (unrated, loss.scores, "no score of the first response above the last's, which this loss needs"),
+        (soft, not loss.soft_labels, "with a soft label (preference), which this loss ignores"),
+        (absent, not loss.unpaired, "with an absent response (unpaired), which this loss cannot use"),
+        (unrated, loss.scores, "without a first response scored above the last, which this loss needs"),
     )
-    return [f"{int(rows.sum()):,} comparisons with {kind}" for rows, wrong, kind in kinds if wrong and rows.any()]
+    return [f"{int(found.sum()):,} comparisons {kind}" for found, wrong, kind in kinds if wrong and found.any()]
 
 
 def responses_per_prompt(config: Config, loss: Loss) -> int:
     """Returns the number of responses per prompt to read from the sources.
 
     Raises:
-      UserError: `data.responses` is missing, or not the number that the loss takes.
+      UserError: `data.responses` is missing, or differs from the number that the loss takes.
     """
     wanted, needed = config.data.responses, loss.responses
     if needed is None:
@@ -130,24 +144,28 @@ def responses_per_prompt(config: Config, loss: Loss) -> int:
 
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:
-    """Returns prompts as texts to continue; conversations are rendered by the chat template."""
+    """Returns prompts as texts; conversations are rendered by the chat template."""
     template = encode_options(options)["template"]
     return [chat.prompt_text(prompt, tokenizer, template) for prompt in prompts]
 
 
 def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[list[int]]:
-    """Returns prompts as token ids, as `encode` makes them; an empty prompt is a UserError."""
-    how, special = EncodeOptions(**encode_options(options)), SpecialTokens.of(tokenizer)
-    heads = [[special.bos] * special.bos_before(prompt, how) for prompt in prompts]
-    rows = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
-    ids = [head + row for head, row in zip(heads, rows, strict=True)]
+    """Returns prompts as token ids, tokenized as `encode` does.
+
+    Raises:
+      UserError: an empty prompt.
+    """
+    encoding, special = EncodeOptions(**encode_options(options)), SpecialTokens.of(tokenizer)
+    starts = [[special.bos] * special.bos_before(prompt, encoding) for prompt in prompts]
+    texts = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
+    ids = [start + text for start, text in zip(starts, texts, strict=True)]
     if not all(ids):
-        raise UserError("a prompt is empty, so its first token has no context; set data.add_bos: true")
+        raise UserError("a prompt is empty, so the first token would have no context; set data.add_bos: true")
     return ids
 
 
 def eval_examples(config: Config, table: Table) -> Table:
-    """Returns the held-out comparisons of training's evaluations: the first `data.eval_examples`, in `data.order`."""
+    """Returns the held-out comparisons that training evaluates: the first `data.eval_examples` in `data.order`."""
     count = config.data.eval_examples
     if config.data.order == "original":
         return table.take(order.bind_order("original", table.prompts, 0)(0)[:count])
@@ -155,14 +173,15 @@ def eval_examples(config: Config, table: Table) -> Table:
 
 
 def decode_texts(tokenizer: Any, rows: Sequence[Any]) -> list[str]:
-    """Returns ids as texts, without special tokens; the EOS of some tokenizers is none, so it is cut off by its id."""
+    """Returns token ids as texts, without special tokens."""
+    # The EOS of some tokenizers is no special token, so it is cut by its id.
     ids = [list(row)[:-1] if len(row) and row[-1] == tokenizer.eos_token_id else list(row) for row in rows]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def check_ids(table: Table, what: str, tokenizer: Any, model: Model) -> None:
-    """Refuses texts with a token that the model has no embedding for."""
+def check_ids(table: Table, split: str, tokenizer: Any, model: Model) -> None:
+    """Refuses a table with a token that the model has no embedding for."""
     most, vocab = int(table.ids.max()), model.architecture.vocab
     if most >= vocab:
         token = tokenizer.convert_ids_to_tokens(most)
-        raise UserError(f"{what} data: a text has {token!r}, for which the model has no embedding; take it out")
+        raise UserError(f"{split} data: the model has no embedding for {token!r}; remove it from the texts")

@@ -1,4 +1,4 @@
-"""Metrics shown where people watch them while a run goes on; `metrics.jsonl` stays the record of truth."""
+"""Trackers of a run's metrics: TensorBoard and wandb. `metrics.jsonl` stays the complete record."""
 
 import html
 import importlib.util
@@ -16,8 +16,13 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Tracker(NamedTuple):
-    """Where metrics go: `log(step, metrics)`, where a value may be no number; where samples go, a table of them:
-    `table(step, rows)`, which have the same keys; and `close()` at the end."""
+    """A destination of metrics and samples.
+
+    Attributes:
+      log: (step, metrics) -> None; values that are not finite numbers are dropped.
+      table: (step, samples) -> None, samples as mappings with the same keys.
+      close: () -> None, called at the end.
+    """
 
     log: Callable[[int, Mapping[str, Any]], None]
     table: Callable[[int, SampleRows], None]
@@ -31,13 +36,15 @@ def check_tracker(name: str) -> None:
 
 
 def make_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:
-    """Returns a tracker of a run, new or taken up again, which starts when something is first logged; that step, and
-    what was logged after it before, is logged anew.
+    """Returns the tracker of a new or resumed run.
+
+    It starts at the first call of `log` or `table`; values that an earlier process logged from that step on are
+    replaced.
 
     Args:
-      name: tensorboard, which writes into the run folder; wandb, as its environment says; "" for none.
-      folder: of the run, whose name it has there.
-      settings: the run's config, to be shown beside the metrics.
+      name: "tensorboard" (writes into the run folder), "wandb" (configured by its environment variables), or "".
+      folder: the run folder; its name is the name of the run.
+      settings: the run's config, shown beside the metrics.
     """
     begun: list[Tracker] = []
 
@@ -62,7 +69,7 @@ def make_tracker(name: str, folder: Path, settings: Mapping[str, Any]) -> Tracke
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
-    """Event files, of which a later one says from which step on it stands for the earlier ones."""
+    """Returns a tracker that writes event files; its first event purges earlier files from `step` on."""
     from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -80,7 +87,7 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracke
 
 
 def _markdown(rows: SampleRows) -> str:
-    """Returns a table as the text that TensorBoard shows as one."""
+    """Returns samples as a Markdown table, which TensorBoard renders."""
 
     def line(cells: Any) -> str:
         texts = ("" if cell is None else html.escape(cell).replace("|", "&#124;") for cell in cells)
@@ -90,8 +97,10 @@ def _markdown(rows: SampleRows) -> str:
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
-    """A run whose id stays in the folder, so that it is taken up again; it keeps the first value of a step, and a step
-    that is done again has the same."""
+    """Returns a tracker of a wandb run. Its id is kept in the run folder, so that resuming continues it.
+
+    wandb keeps the first value of a step; a repeated step has the same values.
+    """
     import wandb
 
     known = folder / "wandb_id"
@@ -114,8 +123,11 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
 
 
 def _with_originals(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns metrics and, beside TRL's names, those of DPO's original code, which wandb has of runs of it:
-    rewards_train/*, logps_train/*, loss/train, and rewards_eval/*, logps_eval/*, loss/eval."""
+    """Returns metrics under our names (those of TRL) and also under those of the original DPO code.
+
+    The latter are rewards_train/*, logps_train/*, loss/train, rewards_eval/*, logps_eval/* and loss/eval, so that runs
+    can be plotted together with its runs.
+    """
     found = dict(metrics)
     for name, value in metrics.items():
         kind, slash, which = name.removeprefix("eval_").partition("/")
