@@ -19,7 +19,8 @@ MAX_CHUNKS = 32  # chunks are unrolled in the program, so very long rows get lar
 MASKED = -1e30  # score of a masked key; finite, because -inf - -inf is NaN
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-Queries, KeyValues = Float[Any, "R T H d"], Float[Any, "R T K d"]
+Queries = Float[Any, "R T H d"]
+KeyValues = Float[Any, "R T K d"]
 # Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice.
 LayerCache = tuple[Array, ...]
 
