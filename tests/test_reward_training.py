@@ -102,9 +102,9 @@ def test_transformers_gives_the_runs_scores(world):
 @pytest.mark.slow
 def test_commands_that_want_a_language_model_refuse_it(world, monkeypatch):
     monkeypatch.chdir(world)
-    with pytest.raises(UserError, match="a reward model generates nothing"):
+    with pytest.raises(UserError, match="a reward model, which generates no text"):
         cli.run_command(["sample", "runs/reward", "--prompt", "This film"])
-    with pytest.raises(UserError, match="a reward model writes nothing, and has no log-probs of tokens"):
+    with pytest.raises(UserError, match="a reward model generates no text and has no token log-probs"):
         cli.run_command(["eval", "runs/reward", "--reward", "synthetic"])
     with pytest.raises(UserError, match="a reward model generates nothing"):
         cli.run_command(["pairs", "runs/reward", "x.jsonl", "--reward", "synthetic", "--data.name", "synthetic"])
