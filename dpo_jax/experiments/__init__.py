@@ -1,9 +1,9 @@
 """The paper's controlled experiment (section 6.1; figure 2, left): the reward of each method against its KL.
 
 - `frontier`: trains every method at several strengths and measures it; figure 2, left.
-- `setup`, `world`: what the runs share: reference, prompts, pairs (appendix C.1), estimates of reward and KL.
+- `setup`, `world`: reference, prompts and pairs (appendix C.1), shared by all runs; estimates of reward and KL.
 - `offline`: DPO, unlikelihood and Preferred-FT, the methods of figure 2 that train on pairs.
 - `ppo`, `ppo_parts`: PPO and PPO-GT, the methods of figure 2 that train on samples of the policy.
-- `online`: DPO on samples of the policy, an addition to the figure; `rollouts` is what it shares with PPO.
+- `online`: DPO on samples of the policy, an addition to the figure; `rollouts`: sampling for it and for PPO.
 - `optimum`: the exact optimum (equation 4), an upper bound in the figure, and the best of N (figure 4).
 """

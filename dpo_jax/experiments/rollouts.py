@@ -1,4 +1,4 @@
-"""What PPO and online DPO share: the problem they solve, and sampling with scores from the policy under training."""
+"""Training on samples of the policy: the problem that PPO and online DPO solve, and sampling with scores."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Samples(NamedTuple):
 
 
 def on_devices(problem: Problem) -> Problem:
-    """Returns the problem with its parameters on the devices and a model that is hashable, a static argument of jit."""
+    """Returns the problem with parameters on the devices and a hashable model, so that jit can take it as static."""
     policy, reference = jax.device_put((problem.policy, problem.reference))
     return problem._replace(model=problem.model._replace(axes=None), policy=policy, reference=reference)
 

@@ -1,4 +1,4 @@
-"""Checks the settings of an experiment and builds what its runs share: reference, prompts, pairs."""
+"""Settings check of an experiment; reference, prompts and pairs that all its runs share."""
 
 import logging
 import time
