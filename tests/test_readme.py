@@ -74,9 +74,9 @@ def test_the_python_of_the_readme_trains_with_an_own_loss(after_quickstart, caps
     exec(block, {})
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = [float(loss) for _, loss in printed]
-    assert len(found) == 20
+    assert len(found) == 30
     assert found[0] == pytest.approx(1.0, abs=1e-5)  # the policy is its reference, and the target 1 away
-    assert sum(found[-5:]) < 0.95 * sum(found[:5])
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
 
 @pytest.mark.slow
