@@ -114,6 +114,7 @@ def main() -> None:
     # The hub is contacted only for names that the user gives, and not for telemetry.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
+    logging.getLogger("dpo_jax").propagate = False  # a library may have given the root logger a handler
     try:
         run_command(sys.argv[1:])
     except UserError as e:

@@ -1,9 +1,7 @@
-"""The package from Python: losses, functions and runs, as a stranger would use them."""
+"""The package from Python: losses and functions, as a stranger would use them."""
 
 import json
 import logging
-import subprocess
-import sys
 
 import chex
 import datasets
@@ -12,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import yaml
-from launched import ROOT, make_world
-from safetensors.numpy import load_file
+from launched import make_world
 
 import dpo_jax
 from dpo_jax import Logps, UserError, cli, losses
 from dpo_jax.records import Missing
-from dpo_jax.training.metrics_file import read_metrics
 
 POLICY, REFERENCE = [[-8.0, -12.0], [-11.0, -11.0]], [[-10.0, -12.0], [-10.0, -12.0]]
 
@@ -131,38 +126,8 @@ def world(tmp_path_factory):
         folder = make_world(tmp_path_factory.mktemp("api"))
         patch.chdir(folder)
         patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
-        (folder / "own.py").write_text(OWN)
         cli.run_command(["train", "dpo.yaml", "--max-steps", "2", "--run", "runs/start", "--samples.prompts", "0"])
         yield folder
-
-
-OWN = '''
-import json
-import optax
-
-def squared(lp, *, beta: float = 0.1, target: float = 1.0):
-    """A loss of one's own.
-
-    Args:
-      lp: log-probs.
-      beta: Strength.
-      target: The margin to reach.
-    """
-    ratios = lp.policy - lp.reference
-    return (beta * (ratios[:, 0] - ratios[:, 1]) - target) ** 2
-
-def lion(*, learning_rate: float = 1e-4):
-    """Lion.
-
-    Args:
-      learning_rate: Constant.
-    """
-    return optax.lion(learning_rate)
-
-def short(path, split, *, most: int = 1000):
-    for line in list(open(path[0]))[:most]:
-        yield json.loads(line)
-'''
 
 
 def rows(world, count=None):
@@ -255,160 +220,3 @@ def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
     assert texts[0] == texts[1]
     with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
         dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
-
-
-# Level 3: runs.
-
-RUN = {"samples": {"prompts": 0}, "batch_size": 8, "max_steps": 3, "eval_every": 0}
-RUN |= {"data": {"max_length": 96, "max_prompt_length": 32}}
-RUN |= {"model": {"config": "tiny.json", "tokenizer": "synthetic"}, "optim": {"learning_rate": 1e-3}}
-
-
-def test_train_on_rows_with_an_own_loss_and_callbacks(world):
-    """A run folder as the command's; the callbacks see every step and evaluation, and may stop the run."""
-    seen = []
-
-    def stop(step, metrics, state):
-        seen.append((step, "loss" in metrics, "eval_loss" in metrics, int(state.step)))
-        return step == 2 and "loss" in metrics
-
-    config = RUN | {"max_steps": 5, "run": "runs/own"}
-    result = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared, callbacks=[stop])
-    assert seen == [(1, True, False, 1), (2, True, False, 2), (2, False, True, 2)]
-    assert [r["step"] for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r] == [1, 2]
-    assert result.metrics["eval_loss"] == read_metrics(result.folder / "metrics.jsonl")[-1]["eval_loss"]
-    assert (result.folder / "report.html").is_file()
-    exported = load_file(result.folder / "model" / "model.safetensors")
-    assert sum(x.size for x in exported.values()) == sum(x.size for x in jax.tree.leaves(result.params))
-    assert yaml.safe_load((result.folder / "config.yaml").read_text())["loss"]["name"] == "test_api:squared"
-    again = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared)  # it resumes
-    assert [r["step"] for r in read_metrics(again.folder / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match="belongs to another config"):
-        dpo_jax.train(config, data=rows(world, 30), eval_data=rows(world, 20), loss=squared)
-
-
-def test_train_equals_the_command(world):
-    """The same config from a YAML with keys over it, and from the command line."""
-    options = {"max_steps": 3, "samples": {"prompts": 0}, "loss": {"name": "ipo", "beta": 0.3}}
-    result = dpo_jax.train("dpo.yaml", run="runs/python", **options)
-    argv = ["--max-steps", "3", "--samples.prompts", "0", "--loss.name", "ipo", "--loss.beta", "0.3"]
-    cli.run_command(["train", "dpo.yaml", "--run", "runs/command", *argv])
-    ours, theirs = (load_file(world / f"runs/{n}/model/model.safetensors") for n in ("python", "command"))
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name])
-    assert json.loads((result.folder / "eval.json").read_text())["step"] == 3
-
-
-def test_an_optax_object_and_several_terms(world):
-    terms = [{"name": "dpo", "beta": 0.3}, {"name": "sft", "weight": 0.1}]
-    config = {key: value for key, value in RUN.items() if key != "optim"}
-    result = dpo_jax.train(config, data=rows(world), loss=terms, optimizer=optax.lion(1e-4), run="runs/lion")
-    lines = [r for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r]
-    assert lines[-1]["loss/sft"] > 0
-    assert "learning_rate" not in lines[-1]  # unknown, so not logged
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"batch_sise": 1}, "unknown key 'batch_sise'; did you mean 'batch_size'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"loss": 3}, "loss: 3: give a name, a function, or a dict"),
-        ({"optimizer": 3}, "optimizer: 3: give an optax transformation"),
-        ({"eval_data": []}, "eval_data: give data in memory too"),
-        ({"data": datasets.DatasetDict({"train": datasets.Dataset.from_list([])})}, "a dataset with splits train"),
-        ({"data": ["text"]}, "data: element 0 is a str; give dicts of columns"),
-        ({"data": "absent.jsonl"}, "absent.jsonl"),
-    ],
-)
-def test_calls_that_cannot_train_are_one_line(world, keys, message):
-    with pytest.raises(UserError, match=message):
-        dpo_jax.train(**{"run": "runs/none", "model": "runs/start"} | keys)
-    assert not (world / "runs/none").exists()
-    with pytest.raises(UserError, match="run: name the folder"):
-        dpo_jax.train(model="runs/start")
-
-
-def test_evaluate_and_sample_a_run(world):
-    found = dpo_jax.evaluate("runs/start", prompts=0)
-    lines = read_metrics(world / "runs/start/metrics.jsonl")
-    assert found["eval_loss"]["mean"] == pytest.approx(lines[-1]["eval_loss"], abs=1e-6)
-    assert found["eval_loss"]["low"] < found["eval_loss"]["mean"] < found["eval_loss"]["high"]
-    assert dpo_jax.evaluate("runs/start", data=rows(world, 9), prompts=0)["eval_loss"]["n"] == 9
-    texts = dpo_jax.sample("runs/start", ["I saw", "The film"], samples={"max_new_tokens": 4, "temperature": 0.0})
-    assert texts.keys() == {"policy", "reference"}
-    assert [len(t) for t in texts.values()] == [2, 2]
-
-
-def test_sweep_gives_what_the_runs_give_one_by_one(world):
-    found = dpo_jax.sweep("dpo.yaml", {"loss.beta": [0.1, 0.5]}, run="runs/sweep", max_steps=2, samples={"prompts": 0})
-    assert [r.folder.name for r in found] == ["loss.beta=0.1", "loss.beta=0.5"]
-    alone = dpo_jax.train("dpo.yaml", run="runs/alone", max_steps=2, samples={"prompts": 0}, loss={"beta": 0.5})
-    jax.tree.map(np.testing.assert_array_equal, found[1].params, alone.params)
-
-
-# One's own code by name, from the command line.
-
-OWN_OPTIONS = ("--loss.name", "own:squared", "--loss.target", "2", "--optim.name", "own:lion")
-OWN_OPTIONS += ("--max-steps", "2", "--samples.prompts", "0", "--eval-every", "0")
-OWN_OPTIONS += ("--data.eval_fraction", "0.2")
-
-
-def run(world, *argv, code=0):
-    """Runs `dpo-jax` in a process of its own, which imports own.py from the working directory."""
-    args = [sys.executable, "-P", "-m", "dpo_jax", *argv]
-    done = subprocess.run(args, cwd=world, capture_output=True, text=True, env=environment())
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def environment():
-    import os
-
-    kept = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    return kept | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.slow
-def test_own_code_by_name_in_every_command(world):
-    """Train, resume, eval, sample, sweep and report of a run with an own loss, optimizer and data source."""
-    (world / "own.yaml").write_text(
-        yaml.safe_dump(
-            yaml.safe_load((world / "dpo.yaml").read_text())
-            | {
-                "data": {
-                    "name": "own:short",
-                    "path": ["pairs.jsonl"],
-                    "options": ["most=100"],
-                    **RUN["data"],
-                    "eval_fraction": 0.2,
-                }
-            }
-            | {"optim": {"name": "own:lion"}, "loss": {"name": "own:squared"}}
-        )
-    )
-    out = run(world, "train", "own.yaml", *OWN_OPTIONS)
-    assert "training data: " in out
-    config = yaml.safe_load((world / "runs/own/config.yaml").read_text())
-    assert (config["loss"]["name"], config["loss"]["target"], config["optim"]["learning_rate"]) == (
-        "own:squared",
-        2.0,
-        1e-4,
-    )
-    first = read_metrics(world / "runs/own/metrics.jsonl")[0]
-    assert first["eval_loss"] == pytest.approx(4.0, abs=1e-4)  # of a margin of 0, (0 - 2)^2
-    assert "resuming at step 2 of 3" in run(world, "train", "own.yaml", *OWN_OPTIONS, "--max-steps", "3")
-    assert "kl(policy || reference)" in run(world, "eval", "runs/own", "--prompts", "4")
-    assert "policy" in run(world, "sample", "runs/own", "--prompt", "I saw")
-    run(world, "sweep", "own.yaml", *OWN_OPTIONS, "--loss.target", "1,2")
-    assert (world / "runs/own-sweep/loss.target=1/model").is_dir()
-    assert "comparison.html" in run(world, "report", *(f"runs/own-sweep/loss.target={t}" for t in (1, 2)))
-    helped = run(world, "train", "own.yaml", "--help")
-    assert "--loss.target" in helped
-    assert "The margin to reach." in helped
-    message = run(world, "train", "own.yaml", "--loss.tarset", "1", code=2)
-    assert "unknown key 'loss.tarset'; did you mean 'loss.target'?" in message
-    message = run(world, "train", "own.yaml", "--data.options", "moost=3", "--run", "runs/x", code=2)
-    assert "unknown key 'data.options.moost'; did you mean 'data.options.most'?" in message
-    message = run(world, "train", "own.yaml", "--loss.name", "own:square", code=2)
-    assert "loss.name: own has no 'square'; did you mean 'squared'?" in message

@@ -118,7 +118,7 @@ def test_documented_rows_are_read_as_documented(example, tmp_path):
 def test_every_source_has_an_example():
     blocks = re.findall(r"^```json (\w+)", DATA, re.MULTILINE)
     assert len(EXAMPLE.findall(DATA)) == blocks.count("gives") == len(blocks) / 2
-    without_files = {"synthetic", "mixture"}
+    without_files = {"synthetic", "mixture", "memory"}
     assert set(source_names()) == {*blocks} - {"gives"} | without_files
     assert set(source_names()) - {"files"} <= described(DATA)
 
@@ -156,7 +156,7 @@ def test_a_run_writes_no_other_metrics(tmp_path, monkeypatch):
 
 def test_metrics_of_samples_are_described():
     assert set(SAMPLED) <= described(METRICS)
-    source = (ROOT / "dpo_jax/commands/eval.py").read_text()
+    source = (ROOT / "dpo_jax/runs/evaluate.py").read_text()
     for name in ("kl(policy || reference)", "true reward of the {name}"):
         assert name in source
 

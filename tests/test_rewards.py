@@ -86,7 +86,7 @@ def test_a_score_for_each_completion():
         ("broken_reward:f", "No module named 'there_is_no_such_module'"),
         ("my_reward:lenght", "my_reward has no 'lenght'; did you mean 'length'?"),
         ("my_reward:", "my_reward has no ''"),
-        ("my_reward:scale", "scale is not a function"),
+        ("my_reward:scale", "'my_reward:scale' is a"),
         ("my_reward:single", "my_reward:single' must take the keywords prompts and completions"),
         ("logistic:absent.json", "absent.json: cannot be read as JSON"),
         ("logistik", "did you mean 'logistic:FILE'?"),

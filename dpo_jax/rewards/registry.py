@@ -10,7 +10,6 @@
 `labels` samples preference pairs from scores; `judge` compares two responses, by a reward or by asking a model.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError, closest
+from dpo_jax.named import import_function
 from dpo_jax.records import Array
 from dpo_jax.rewards import trained, words
 from dpo_jax.rewards.classifier import classifier
@@ -67,17 +67,7 @@ def _each(score: words.Score) -> Callable[..., list[float]]:
 
 def _imported(name: str) -> Callable[..., Any]:
     """Returns the function of `module:function`."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as e:  # ValueError: an empty module name
-        raise UserError(f"reward {name!r}: cannot import {module_name!r} ({e}); add its folder to PYTHONPATH") from e
-    function = getattr(module, attribute, None)
-    if function is None:
-        known = closest(attribute, [n for n in vars(module) if not n.startswith("_")])
-        raise UserError(f"reward {name!r}: {module_name} has no {attribute!r}; {known}")
-    if not callable(function):
-        raise UserError(f"reward {name!r}: {attribute} is not a function (prompts, completions) -> scores")
+    function = import_function(name, "reward")
     try:
         inspect.signature(function).bind(prompts=[], completions=[])
     except TypeError as e:
