@@ -107,8 +107,8 @@ def test_a_quantized_model_equals_its_dequantized_one(llama, kind):
     kernels = [name for name, leaves in few["layers"].items() if "quantized" in leaves]
     assert sorted(kernels) == ["down", "gate", "k", "o", "q", "up", "v"]
     for name in kernels:
-        kernel, whole = (tree["layers"][name]["kernel"] for tree in (before, floats))
-        error = np.linalg.norm(whole - kernel) / np.linalg.norm(kernel)
+        kernel, dequantized = (tree["layers"][name]["kernel"] for tree in (before, floats))
+        error = np.linalg.norm(dequantized - kernel) / np.linalg.norm(kernel)
         assert 0 < error < {"nf4": 0.1, "int8": 0.01}[kind], name  # 9.2 % for normal numbers with tiles of 64
     assert few["embedding"].dtype == few["layers"]["mlp_norm"]["scale"].dtype == "bfloat16"  # as in the file
 

@@ -149,9 +149,9 @@ def save_folder(
     fetch: Fetch = np.asarray,
     writes: bool = True,
 ) -> None:
-    """Writes a model folder for transformers' AutoModelForCausalLM, or AutoModelForSequenceClassification if the config
-    is that of a reward model.
+    """Writes a model folder that transformers loads.
 
+    Its class is AutoModelForCausalLM, or AutoModelForSequenceClassification if `hf_config` is that of a reward model.
     The model is written to a temporary folder, which is then renamed, so that `folder` is always a complete model. Call
     it from every process if several hold the parameters.
 
