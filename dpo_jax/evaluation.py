@@ -27,11 +27,11 @@ class Evaluator(NamedTuple):
     Attributes:
       step: from `jit_eval_step`.
       table: N comparisons.
-      ref_logps: float32[N, P, 2], or None for a loss without a reference.
-      layout: of a batch.
-      batch_size: comparisons in a batch.
+      ref_logps: float32[N, P, 2]; None for a loss without a reference.
+      layout: layout of a batch.
+      batch_size: comparisons per batch.
       put: moves a Batch to the devices.
-      hparams: traced hyper-parameters of the step.
+      hparams: traced hyper-parameters of the loss.
     """
 
     step: Callable
@@ -51,7 +51,11 @@ def jit_eval_step(
 ) -> Callable:
     """Returns the compiled `((trained, base), running, batch, count, hparams) -> metrics [M, R, G]`.
 
-    `loss_of` makes the loss from traced hyper-parameters, so that other values compile nothing new.
+    Args:
+      model: pure functions of the policy.
+      loss_of: traced hyper-parameters -> the loss, so that other values do not compile again.
+      collectives: how devices share rows.
+      policy: (trained, base) -> the policy's parameters.
     """
 
     def step(pair: tuple, running: Array, batch: Batch, count: Array, hparams: Any) -> dict[str, Array]:
@@ -62,21 +66,24 @@ def jit_eval_step(
 
 
 def evaluate_table(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
-    """Returns every metric of every comparison, float32[N], in the order of the table; NaN where it has none.
+    """Returns the metrics of a table: name -> float32[N], in table order; NaN for comparisons without the metric.
 
-    `params` is (trained, base).
+    Args:
+      evaluator: the table and its compiled step.
+      params: (trained, base), see `jit_eval_step`.
+      running: `TrainState.running` of the policy.
     """
     parts: list[dict[str, np.ndarray]] = []
     for start in range(0, len(evaluator.table), evaluator.batch_size):
-        rows = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
-        batch, count, places = pack.build_batch(evaluator.table, rows, evaluator.layout, evaluator.ref_logps)
+        indices = np.arange(start, min(start + evaluator.batch_size, len(evaluator.table)))
+        batch, count, places = pack.build_batch(evaluator.table, indices, evaluator.layout, evaluator.ref_logps)
         metrics = evaluator.step(params, running, evaluator.put(batch), count, evaluator.hparams)
         parts.append({k: pack.unpack_batch(distributed.fetch(v), places) for k, v in metrics.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
 def mean_with_interval(value: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Returns the (weighted) mean, low and high (95%) and the number of values."""
+    """Returns the (weighted) mean, the low and high end of its 95% interval, and the number of values."""
     mean, half = mean_interval(value, weights)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(value)}
 
@@ -92,14 +99,14 @@ def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, 
       metrics: name -> float32[N].
       weights: float32[N], 0 for comparisons to leave out.
     """
-    there = {k: (weights > 0) & (k.startswith("loss") | ~np.isnan(v)) for k, v in metrics.items()}
-    out = {f"eval_{k}": mean_with_interval(metrics[k][at], weights[at]) for k, at in there.items() if at.any()}
+    valid = {k: (weights > 0) & (k.startswith("loss") | ~np.isnan(v)) for k, v in metrics.items()}
+    out = {f"eval_{k}": mean_with_interval(metrics[k][at], weights[at]) for k, at in valid.items() if at.any()}
     if "eval_rewards/margins" in out:
-        accuracy, known = out["eval_rewards/accuracies"], weights[there["rewards/accuracies"]].astype(np.float64)
-        worth = known.sum() ** 2 / (known**2).sum()
-        accuracy["low"], accuracy["high"] = wilson(accuracy["mean"] * worth, worth)
+        accuracy, known = out["eval_rewards/accuracies"], weights[valid["rewards/accuracies"]].astype(np.float64)
+        effective = known.sum() ** 2 / (known**2).sum()
+        accuracy["low"], accuracy["high"] = wilson(accuracy["mean"] * effective, effective)
         bias = float(length_bias(metrics, weights))
-        low, high = fisher(bias, worth)
+        low, high = fisher(bias, effective)
         out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(known)}
     elif {"eval_rewards/chosen", "eval_rewards/rejected"} <= out.keys():
         chosen, rejected = out["eval_rewards/chosen"], out["eval_rewards/rejected"]
@@ -110,15 +117,15 @@ def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, 
 
 
 class EvalModel(NamedTuple):
-    """A policy, and its reference if it has one, to evaluate on tables and prompts.
+    """A policy to evaluate on tables and prompts, with its reference if it has one.
 
     Attributes:
-      model: pure functions of both.
+      model: pure functions of policy and reference.
       loss: the objective whose metrics are computed.
-      params: "policy" and perhaps "reference" -> parameters.
-      running: the policy's `TrainState.running`.
+      params: "policy" and, if there is one, "reference" -> parameters.
+      running: `TrainState.running` of the policy.
       batch_size: comparisons, or completions, per batch.
-      max_length: longest prompt plus response in tokens.
+      max_length: maximum length of prompt plus response, in tokens.
     """
 
     model: Model
@@ -129,40 +136,40 @@ class EvalModel(NamedTuple):
     max_length: int
 
 
-def table_logps(judge: EvalModel, who: str, table: Table) -> np.ndarray:
-    """Returns the log-probs of a table under the policy or the reference, float32[N, P, 2]."""
-    layout = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    ref_logps = reference.make_ref_logps_fn(partial(batch_logps, judge.model))
-    params = jax.device_put(judge.params[who])
-    return reference.table_ref_logps(ref_logps, params, table, layout, judge.batch_size, jax.device_put)
+def table_logps(models: EvalModel, who: str, table: Table) -> np.ndarray:
+    """Returns the log-probs of a table, float32[N, P, 2]; `who` is "policy" or "reference"."""
+    layout = pack.choose_layout(table, max_length=models.max_length, batch_size=models.batch_size)
+    ref_logps = reference.make_ref_logps_fn(partial(batch_logps, models.model))
+    params = jax.device_put(models.params[who])
+    return reference.table_ref_logps(ref_logps, params, table, layout, models.batch_size, jax.device_put)
 
 
-def token_logps_per_example(judge: EvalModel, table: Table) -> Iterator[tuple[Tokens, dict[str, list[Array]]]]:
-    """Yields each comparison with the token log-probs of its responses under each model: name -> P arrays [n_p]."""
-    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    score = partial(token_logps_of_batch, judge.model)
+def token_logps_per_example(models: EvalModel, table: Table) -> Iterator[tuple[Tokens, dict[str, list[Array]]]]:
+    """Yields each comparison with its token log-probs: "policy" or "reference" -> P arrays float32[n_p]."""
+    layout = pack.choose_layout(table, max_length=models.max_length, batch_size=models.batch_size)
+    score = partial(token_logps_of_batch, models.model)
     step = jax.jit(lambda params, batch, count: map_microbatches(partial(score, params), batch, count))
-    models = {who: jax.device_put(params) for who, params in judge.params.items()}
-    for start in range(0, len(table), judge.batch_size):
-        rows = np.arange(start, min(start + judge.batch_size, len(table)))
-        batch, count, places = pack.build_batch(table, rows, shape)
-        found = {who: np.asarray(step(params, jax.device_put(batch), count)) for who, params in models.items()}
-        for row, (m, r, g) in zip(rows, places, strict=True):
+    on_device = {who: jax.device_put(params) for who, params in models.params.items()}
+    for start in range(0, len(table), models.batch_size):
+        indices = np.arange(start, min(start + models.batch_size, len(table)))
+        batch, count, places = pack.build_batch(table, indices, layout)
+        found = {who: np.asarray(step(params, jax.device_put(batch), count)) for who, params in on_device.items()}
+        for index, (m, r, g) in zip(indices, places, strict=True):
             slots = [batch.slot[m, r] == g * table.responses + p for p in range(table.responses)]
-            yield table[int(row)], {who: [logps[m, r][slot] for slot in slots] for who, logps in found.items()}
+            yield table[int(index)], {who: [logps[m, r][slot] for slot in slots] for who, logps in found.items()}
 
 
-def evaluate_model(judge: EvalModel, table: Table) -> dict[str, np.ndarray]:
-    """Returns every metric of the loss for every comparison of a table, float32[N] each."""
-    ref_logps = table_logps(judge, "reference", table) if "reference" in judge.params else None
-    shape = pack.choose_layout(table, max_length=judge.max_length, batch_size=judge.batch_size)
-    step = jit_eval_step(judge.model, lambda _: judge.loss)
-    evaluator = Evaluator(step, table, ref_logps, shape, judge.batch_size, jax.device_put)
-    return evaluate_table(evaluator, (jax.device_put(judge.params["policy"]), None), judge.running)
+def evaluate_model(models: EvalModel, table: Table) -> dict[str, np.ndarray]:
+    """Returns the metrics of the loss on a table: name -> float32[N]."""
+    ref_logps = table_logps(models, "reference", table) if "reference" in models.params else None
+    layout = pack.choose_layout(table, max_length=models.max_length, batch_size=models.batch_size)
+    step = jit_eval_step(models.model, lambda _: models.loss)
+    evaluator = Evaluator(step, table, ref_logps, layout, models.batch_size, jax.device_put)
+    return evaluate_table(evaluator, (jax.device_put(models.params["policy"]), None), models.running)
 
 
 def distinct_prompts(table: Table, count: int) -> list[Array]:
-    """Returns the first `count` distinct prompts of a table as ids."""
+    """Returns the token ids of the first `count` distinct prompts of a table."""
     found: dict[bytes, Array] = {}
     for i in range(len(table)):
         if len(found) == count:
@@ -171,18 +178,18 @@ def distinct_prompts(table: Table, count: int) -> list[Array]:
     return list(found.values())
 
 
-def complete_prompts(judge: EvalModel, prompts: list[Array], **options: Any) -> dict[str, list[Array]]:
-    """Returns the completions of each model for the same prompts and seed; options as for `generate`."""
-    draw = partial(generate, judge.model, prompts=prompts, batch_size=judge.batch_size, **options)
-    return {who: draw(params) for who, params in judge.params.items()}
+def complete_prompts(models: EvalModel, prompts: list[Array], **options: Any) -> dict[str, list[Array]]:
+    """Returns "policy" or "reference" -> completions as token ids, with the same seed; options as for `generate`."""
+    sample = partial(generate, models.model, prompts=prompts, batch_size=models.batch_size, **options)
+    return {who: sample(params) for who, params in models.params.items()}
 
 
-def policy_kl(judge: EvalModel, prompts: list[Array], completions: list[Array]) -> np.ndarray:
+def policy_kl(models: EvalModel, prompts: list[Array], completions: list[Array]) -> np.ndarray:
     """Returns log pi(y | x) - log pi_ref(y | x) of the policy's completions, float32[n], in nats.
 
-    The mean estimates the sequence-level KL(policy || reference) (paper, section 6.1). A completion that reached the
-    length limit counts up to the limit.
+    The mean estimates the sequence-level KL(policy || reference) (paper, section 6.1). Truncated completions count up
+    to their last token.
     """
     table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
-    judge = judge._replace(max_length=max(judge.max_length, int(table.lengths().max()) + 1))
-    return (table_logps(judge, "policy", table) - table_logps(judge, "reference", table))[:, 0, 0]
+    models = models._replace(max_length=max(models.max_length, int(table.lengths().max()) + 1))
+    return (table_logps(models, "policy", table) - table_logps(models, "reference", table))[:, 0, 0]

@@ -1,4 +1,4 @@
-"""Optimizers by name: plain values -> optax, the paper's warm-up, and clipping as torch does it."""
+"""Optimizers by name, as optax transformations; the paper's warm-up; gradient clipping as in torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,13 +35,13 @@ class Optimizer(optax.GradientTransformation):
 def linear_warmup(learning_rate: float, steps: int) -> Callable[[Array], Array]:
     """Returns a schedule: linear to `learning_rate` over `steps` updates, then constant (paper, appendix B).
 
-    Update t, from 0, has learning_rate * min(1, (t + 1) / (steps + 1)), as the original code.
+    Update t, counted from 0, has learning_rate * min(1, (t + 1) / (steps + 1)), as in the original code.
     """
     return lambda count: learning_rate * jnp.minimum(1.0, (count + 1) / (steps + 1))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns gradient clipping by global norm as `torch.nn.utils.clip_grad_norm_`: g * min(1, max / (norm + 1e-6))."""
+    """Returns gradient clipping by global norm: g * min(1, max_norm / (norm + 1e-6)), as `clip_grad_norm_` of torch."""
 
     def clipped(updates: Any, params: Any = None) -> Any:
         del params
@@ -69,17 +69,17 @@ def rmsprop(
     decay: float = 0.99,
     eps: float = 1e-8,
 ) -> Optimizer:
-    """RMSprop as torch's, the paper's optimizer (appendix B).
+    """RMSprop as in torch, the paper's optimizer (appendix B).
 
     Args:
-      learning_rate: The rate after the warm-up.
-      warmup_steps: Updates over which the rate rises linearly.
+      learning_rate: Learning rate after the warm-up.
+      warmup_steps: Updates over which the learning rate rises linearly.
       max_grad_norm: Gradients are clipped to this global norm.
-      decay: Of the running mean of squared gradients (torch's alpha).
+      decay: Decay of the running mean of squared gradients (alpha in torch).
       eps: Added to the root of that mean.
     """
     rate = linear_warmup(learning_rate, warmup_steps)
-    # torch adds eps to the root, starts the mean of squares at 0 and has decay 0.99; optax's defaults are others.
+    # As in torch: eps is added to the root, and the mean of squares starts at 0. optax's defaults differ.
     scale = optax.rmsprop(rate, decay=decay, eps=eps, eps_in_sqrt=False, initial_scale=0.0)
     return Optimizer.of(optax.chain(clip_by_global_norm(max_grad_norm), scale), rate)
 
@@ -95,16 +95,16 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2017), as torch's and optax's.
+    """AdamW (Loshchilov and Hutter 2017), as in torch and optax.
 
     Args:
-      learning_rate: The rate after the warm-up.
-      warmup_steps: Updates over which the rate rises linearly.
+      learning_rate: Learning rate after the warm-up.
+      warmup_steps: Updates over which the learning rate rises linearly.
       max_grad_norm: Gradients are clipped to this global norm.
       b1: Decay of the running mean of gradients.
       b2: Decay of the running mean of squared gradients.
       eps: Added to the root of the latter.
-      weight_decay: Pull of every parameter to 0, times the rate.
+      weight_decay: Decay of every parameter towards 0, times the learning rate.
     """
     rate = linear_warmup(learning_rate, warmup_steps)
     scale = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
@@ -114,16 +114,18 @@ def adamw(
 def build(name: str, **options: Any) -> Optimizer:
     """Returns the optimizer of a config: a registered name, or `module:function` that returns an optax transformation.
 
-    Values may be traced.
+    Args:
+      name: the optimizer.
+      **options: its keyword arguments; numbers may be traced.
 
     Raises:
-      UserError: an unknown name, or a value that cannot train.
+      UserError: an unknown name, a value out of range, or a function that returns no optax transformation.
     """
     function = optimizer_function(name)
     for key, value in options.items():
-        # Traced values were checked before tracing; the functions of users may take negative numbers.
+        # Traced values were checked before tracing. A user's function may take negative numbers.
         if ":" not in name and not isinstance(value, Tracer) and not 0 <= value < float("inf"):
-            raise UserError(f"optim.{key}: {value} is not a finite number >= 0")
+            raise UserError(f"optim.{key}: {value} is not a finite number >= 0; change it")
     made = function(**options)
     if not (hasattr(made, "init") and hasattr(made, "update")):
         raise UserError(f"optim.name: {name} returns a {type(made).__name__}; return an optax transformation")
@@ -131,7 +133,7 @@ def build(name: str, **options: Any) -> Optimizer:
 
 
 def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]:
-    """Returns the function of a registered optimizer, or of `module:function`, which is imported.
+    """Returns the function of a registered optimizer, or imports `module:function`.
 
     Raises:
       UserError: an unknown name, or a module that cannot be imported.

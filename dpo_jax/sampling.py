@@ -1,4 +1,4 @@
-"""Text from a model: generation with a cache of keys and values, compiled once a shape."""
+"""Sampling from a model with a cache of keys and values; compiled once per shape."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,10 +15,10 @@ from dpo_jax.models.decoder import extend_cache
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
 
-MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
-ROOM = 32  # tokens that the cache has room for at first; it grows fourfold, for attention reads what is not used too
-SMALL = 2**28  # bytes of parameters, which every batch that runs copies
-BLOCK = 128  # tokens of the vocabulary that are drawn among together
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+CACHE_TOKENS = 32  # initial size of the cache; it grows fourfold, because attention also reads its unused part
+SMALL_MODEL = 2**28  # bytes of parameters up to which batches run concurrently; each of them copies the parameters
+BLOCK = 128  # tokens of the vocabulary per block, see `sample_tokens`
 
 
 def generate(
@@ -35,79 +35,87 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
-    """Continues each prompt until an end-of-sequence token, as often as `copies` says.
+    """Samples `copies` continuations of each prompt, up to an end-of-sequence token.
 
-    The prompt is read once for all its copies. The random numbers of a continuation depend on the seed and its place in
-    the result only, not on the batch it is in or on the device: copies are as the same prompt given so often.
+    The prefill of a prompt is shared by its copies. The random numbers of a continuation depend only on the seed and on
+    its index in the result, not on batches or devices; copies equal repetitions of the prompt.
 
-    Prompts are spread over the devices on which the parameters lie, or over all of this process if they lie on none;
-    few prompts, with their copies in parts. Parameters are copied once for each batch, in the compute dtype.
+    Prompts are sharded over the devices of the parameters, or over all devices of this process for host arrays. The
+    copies of few prompts are sharded too. Parameters are copied once per batch, in the compute dtype.
 
     Args:
-      model: the architecture's pure functions.
-      params: its parameters; of several processes that share a mesh, all call this with the same prompts.
-      prompts: ids, at least one each.
-      copies: continuations of each prompt.
-      max_new_tokens: tokens after which a continuation is cut.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draw among this many likeliest tokens only.
-      top_p: draw among the fewest likeliest tokens that hold this much probability only.
-      eos_id: the token, or tokens, that end a text.
+      model: pure functions of the architecture.
+      params: its parameters. Processes that share their mesh all call this with the same prompts.
+      prompts: token ids, at least one per prompt.
+      copies: continuations per prompt.
+      max_new_tokens: maximum length of a continuation, in tokens.
+      temperature: divides the logits; 0 is greedy.
+      top_k: sample from the k most likely tokens only.
+      top_p: sample from the smallest set of most likely tokens with at least this probability.
+      eos_id: the token id, or ids, that end a text.
       seed: of the random numbers.
-      batch_size: continuations at a time, on all devices together.
+      batch_size: continuations at a time, over all devices.
 
     Returns:
-      int32 ids of each continuation, those of a prompt together, without the prompt, with the end-of-sequence token if
+      int32 token ids of each continuation, grouped by prompt; without the prompt, and with the end-of-sequence token if
       it was reached.
 
     Raises:
-      UserError: an empty prompt, a setting out of range, or more tokens than the model has positions.
+      UserError: an empty prompt, an option out of range, or more tokens than the model has positions.
     """
-    _check(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
+    _check_options(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
-    filters = _Filters(temperature > 0, top_k, model.architecture.logit_cap)
+    options = _StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
     functions, ends = (model.prefill, model.unstack, model.decode, model.head), tuple(np.atleast_1d(eos_id).tolist())
-    fixed, others = (mesh, functions, max_new_tokens, filters, ends), (jax.random.key(seed), temperature, top_p)
+    static, traced = (mesh, functions, max_new_tokens, options, ends), (jax.random.key(seed), temperature, top_p)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
 
-    def write(chosen: np.ndarray, numbers: np.ndarray) -> None:
-        rows = (*_pad([np.asarray(prompts[i]) for i in chosen], len(numbers)), numbers)
-        new, lengths = distributed.fetch(_generate(*fixed, params, rows, others))
-        for row, number in enumerate(numbers.ravel()):
-            if number >= 0:
-                out[number] = new[row, : lengths[row]]
+    def write(chosen: np.ndarray, indices: np.ndarray) -> None:
+        rows = (*_pad_prompts([np.asarray(prompts[i]) for i in chosen], len(indices)), indices)
+        new, lengths = distributed.fetch(_generate(*static, params, rows, traced))
+        for row, index in enumerate(indices.ravel()):
+            if index >= 0:
+                out[index] = new[row, : lengths[row]]
 
-    batches = _batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh))
-    _run([partial(write, *batch) for batch in batches], params)
+    batches = _prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh))
+    _run_batches([partial(write, *batch) for batch in batches], params)
     return out
 
 
-def _run(batches: Sequence[Callable[[], None]], params: Any) -> None:
-    """Samples batches, of a small model several at a time; the first alone, so that its program is compiled once."""
-    small = sum(x.nbytes for x in jax.tree.leaves(params)) < SMALL
+def _run_batches(batches: Sequence[Callable[[], None]], params: Any) -> None:
+    """Runs batches, those of a small model concurrently; the first one alone, so that the program compiles once."""
+    small = sum(x.nbytes for x in jax.tree.leaves(params)) < SMALL_MODEL
     distributed.run_concurrently(batches[:1], 1)
     distributed.run_concurrently(batches[1:], distributed.concurrent_programs() if small else 1)
 
 
-def _batches(lengths: list[int], copies: int, batch_size: int, devices: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields places of prompts, and the places of their continuations int32[prompts, continuations], -1 where none is.
+def _prompt_batches(
+    lengths: list[int], copies: int, batch_size: int, devices: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields batches: indices of P prompts, and indices of their continuations int32[P, C], -1 for padding.
 
-    Every batch has the same shape, so many prompts that each device has as many, and prompts of like lengths are
-    together, for the least padding. A prompt occurs again where its copies are too many for one place.
+    All batches have the same shape, with the same number of prompts on each device. Prompts are sorted by length, for
+    the least padding. A prompt with more than C copies occurs several times.
     """
-    many = min(copies, batch_size, -(-len(lengths) * copies // devices))
-    places = [(prompt, first) for prompt in np.argsort(lengths, kind="stable") for first in range(0, copies, many)]
-    few = -(-max(1, min(batch_size // max(many, 1), len(places))) // devices) * devices
-    for start in range(0, len(places), few):
-        chosen, first = np.transpose(places[start : start + few])
-        numbers = np.full((few, many), -1, np.int32)
-        copy = first[:, None] + np.arange(many)
-        numbers[: len(chosen)] = np.where(copy < copies, chosen[:, None] * copies + copy, -1)
-        yield chosen, numbers
+    per_prompt = min(copies, batch_size, -(-len(lengths) * copies // devices))
+    parts = [(prompt, first) for prompt in np.argsort(lengths, kind="stable") for first in range(0, copies, per_prompt)]
+    per_batch = -(-max(1, min(batch_size // max(per_prompt, 1), len(parts))) // devices) * devices
+    for start in range(0, len(parts), per_batch):
+        chosen, first = np.transpose(parts[start : start + per_batch])
+        indices = np.full((per_batch, per_prompt), -1, np.int32)
+        copy = first[:, None] + np.arange(per_prompt)
+        indices[: len(chosen)] = np.where(copy < copies, chosen[:, None] * copies + copy, -1)
+        yield chosen, indices
 
 
-class _Filters(NamedTuple):
-    """What is compiled into the program: whether tokens are drawn at random, among how many, and the logits' cap."""
+class _StaticOptions(NamedTuple):
+    """Sampling options that are compiled into the program.
+
+    Attributes:
+      random: sample at random; False is greedy.
+      top_k: number of most likely tokens to sample from; None for all.
+      cap: soft cap of the logits; None for none.
+    """
 
     random: bool
     top_k: int | None
@@ -115,7 +123,16 @@ class _Filters(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Between two tokens: `made` tokens a row so far, in `out` [B, N]; `alive` rows go on; `last` is the newest."""
+    """The state between two tokens.
+
+    Attributes:
+      made: int32, tokens sampled per row so far.
+      out: int32[B, N], the sampled tokens.
+      lengths: int32[B], lengths of the continuations.
+      alive: bool[B], rows that have not ended.
+      last: int32[B], the newest tokens.
+      cache: keys and values of all tokens before `last`.
+    """
 
     made: Array
     out: Array
@@ -126,9 +143,9 @@ class _State(NamedTuple):
 
 
 def filter_logits(logits: Array, top_k: int | None, top_p: Array | float | None) -> Array:
-    """Returns float32 logits [B, V] with -inf where a token may not be drawn, top_k applied before top_p.
+    """Returns float32 logits [B, V] with -inf for excluded tokens; top_k is applied before top_p.
 
-    The likeliest token always stays, and with it those of equal probability to the least likely that is kept.
+    The most likely token is always kept, and so are tokens as likely as the least likely one that is kept.
     """
     if top_k is not None:
         least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
@@ -141,33 +158,33 @@ def filter_logits(logits: Array, top_k: int | None, top_p: Array | float | None)
     return logits
 
 
-def choose_tokens(logits: Array, keys: Array, filters: _Filters, top_p: Array | None) -> Array:
-    """Returns the next token int32[B] of each row of logits float32[B, V], drawn with the row's own key."""
-    if not filters.random:
+def choose_tokens(logits: Array, keys: Array, options: _StaticOptions, top_p: Array | None) -> Array:
+    """Returns the next token int32[B] of each row of logits float32[B, V]; keys [B] are of the rows."""
+    if not options.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return sample_tokens(filter_logits(logits, filters.top_k, top_p), keys)
+    return sample_tokens(filter_logits(logits, options.top_k, top_p), keys)
 
 
 def sample_tokens(logits: Array, keys: Array) -> Array:
-    """Returns a token int32[B] of each row of logits float32[B, V], drawn with probability softmax(logits).
+    """Returns tokens int32[B] sampled with probability softmax(logits), from logits float32[B, V] and keys [B].
 
-    First a block of tokens is drawn by its sum, then one of the block: two random numbers a row, where the usual way
-    of adding noise to every logit takes V. The tokens of a block lie V / BLOCK apart, so that neighbours are added to
-    neighbours; their exponentials are computed once for the sum and again for the block that is drawn, never stored.
+    First a block of tokens is sampled by its total probability, then a token of the block: two random numbers per row,
+    where Gumbel noise takes V. The tokens of a block are V / BLOCK apart, so that sums add contiguous vectors.
+    Exponentials are computed for the sums, and again for the sampled block, but never stored.
     """
     logits = jnp.pad(logits, ((0, 0), (0, -logits.shape[-1] % BLOCK)), constant_values=-jnp.inf)
     blocks = logits.reshape(len(logits), BLOCK, -1)
     top = blocks.max((1, 2), keepdims=True)
-    numbers = jax.vmap(partial(jax.random.uniform, shape=(2,)))(keys)
-    block = _reached(jnp.exp(blocks - top).sum(1), numbers[:, 0])
+    uniform = jax.vmap(partial(jax.random.uniform, shape=(2,)))(keys)
+    block = _sample_index(jnp.exp(blocks - top).sum(1), uniform[:, 0])
     inside = jnp.exp(jnp.take_along_axis(blocks, block[:, None, None], axis=2) - top)[..., 0]
-    return block + blocks.shape[2] * _reached(inside, numbers[:, 1])
+    return block + blocks.shape[2] * _sample_index(inside, uniform[:, 1])
 
 
-def _reached(weights: Array, fraction: Array) -> Array:
-    """Returns int32[B]: the first place at which the sum of weights [B, K] so far is above a fraction [B] of all."""
+def _sample_index(weights: Array, fraction: Array) -> Array:
+    """Returns int32[B], the first index at which the cumulative sum of weights [B, K] exceeds a fraction [B] of all."""
     so_far = jnp.cumsum(weights, axis=-1)
-    # A fraction just below 1 may round to the whole sum, which is reached at the last weight that is not 0.
+    # A fraction just below 1 may round to the full sum, which is reached at the last weight that is not 0.
     reached = (so_far > fraction[:, None] * so_far[:, -1:]) | (so_far >= so_far[:, -1:])
     return jnp.argmax(reached, axis=-1).astype(jnp.int32)
 
@@ -177,86 +194,92 @@ def _generate(
     mesh: Any,
     functions: tuple[Callable[..., Any], ...],
     new_tokens: int,
-    filters: _Filters,
+    options: _StaticOptions,
     ends: tuple[int, ...],
     params: Any,
     rows: tuple[Array, Array, Array],
-    others: tuple[Array, Array, Array | None],
+    traced: tuple[Array, Array, Array | None],
 ) -> tuple[Array, Array]:
-    """Returns `_continued` of rows that are spread over the devices of a mesh."""
-    return sharding.independent_rows(mesh, partial(_continued, functions, new_tokens, filters, ends))(
-        params, rows, others
+    """Returns `_continue_rows` with rows sharded over the devices of a mesh."""
+    return sharding.independent_rows(mesh, partial(_continue_rows, functions, new_tokens, options, ends))(
+        params, rows, traced
     )
 
 
-def _continued(
+def _continue_rows(
     functions: tuple[Callable[..., Any], ...],
     new_tokens: int,
-    filters: _Filters,
+    options: _StaticOptions,
     ends: tuple[int, ...],
     params: Any,
     rows: tuple[Array, Array, Array],
-    others: tuple[Array, Array, Array | None],
+    traced: tuple[Array, Array, Array | None],
 ) -> tuple[Array, Array]:
-    """Returns new tokens [B, N] and how many of each row are meant.
+    """Returns the continuations int32[B, N] of a batch, and their lengths int32[B].
 
-    `rows` are tokens and mask of prompts [P, T], which end at the right, and the numbers [P, B / P] of their
-    continuations; `others` are the key, the temperature and top_p.
+    Args:
+      functions: prefill, unstack, decode and head of the model.
+      new_tokens: N, the maximum length.
+      options: compiled sampling options.
+      ends: ids of the end-of-sequence tokens.
+      params: parameters of the model.
+      rows: tokens and mask of left-padded prompts int32[P, T], and indices int32[P, C] of their continuations, P C = B.
+      traced: random key, temperature and top_p.
     """
     prefill, unstack, decode, head = functions
-    (tokens, mask, numbers), (key, temperature, top_p) = rows, others
-    copies, numbers = numbers.shape[1], numbers.ravel()
-    sizes = jnp.repeat(mask.sum(-1), copies)
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+    (tokens, mask, indices), (key, temperature, top_p) = rows, traced
+    copies, indices = indices.shape[1], indices.ravel()
+    prompt_lengths = jnp.repeat(mask.sum(-1), copies)
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
 
     def pick(state: _State, hidden: Array, cache: Any) -> _State:
         logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
         logits = capped(logits, cap).at[:, vocab:].set(-jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
-        token = choose_tokens(logits, keys, filters, top_p)
+        token = choose_tokens(logits, keys, options, top_p)
         ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
         out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
         return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
 
     def step(state: _State) -> _State:
         before = state.made - 1  # the newest token is not yet in the cache
-        hidden, cache = decode(layers, state.last, sizes + before, state.cache, mask > 0, before)
+        hidden, cache = decode(layers, state.last, prompt_lengths + before, state.cache, mask > 0, before)
         return pick(state, hidden, cache)
 
     positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-    rooms = _rooms(max(1, new_tokens - 1))  # the last token is not read
-    hidden, cache = prefill(params, tokens, positions, mask, copies, rooms[0])
-    layers, (weight, vocab), cap = unstack(params), _padded(head(params)), filters.cap
-    if filters.random:  # logits are divided by it once for all tokens
+    cache_sizes = _cache_sizes(max(1, new_tokens - 1))  # the last token is never put into the cache
+    hidden, cache = prefill(params, tokens, positions, mask, copies, cache_sizes[0])
+    layers, (weight, vocab), cap = unstack(params), _pad_vocab(head(params)), options.cap
+    if options.random:  # divide the head once instead of the logits of every token
         weight, cap = weight / temperature, None if cap is None else cap / temperature
     weight = weight.astype(hidden.dtype)
-    zeros = jnp.zeros_like(numbers)
-    first = _State(jnp.int32(0), jnp.zeros((len(numbers), new_tokens), jnp.int32), zeros, numbers >= 0, zeros, None)
+    zeros = jnp.zeros_like(indices)
+    first = _State(jnp.int32(0), jnp.zeros((len(indices), new_tokens), jnp.int32), zeros, indices >= 0, zeros, None)
     state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
-    for room in rooms:
-        state = state._replace(cache=extend_cache(state.cache, room))
-        most = min(room + 1, new_tokens)
-        state = jax.lax.while_loop(lambda s, most=most: (s.made < most) & s.alive.any(), step, state)
+    for size in cache_sizes:
+        state = state._replace(cache=extend_cache(state.cache, size))
+        limit = min(size + 1, new_tokens)
+        state = jax.lax.while_loop(lambda s, limit=limit: (s.made < limit) & s.alive.any(), step, state)
     return state.out, state.lengths
 
 
-def _rooms(most: int) -> list[int]:
-    """Returns the sizes that a cache has one after another until there is room for `most` tokens."""
-    sizes = [ROOM]
-    while sizes[-1] < most:
+def _cache_sizes(tokens: int) -> list[int]:
+    """Returns the sizes of a growing cache, in tokens; the last one is `tokens`."""
+    sizes = [CACHE_TOKENS]
+    while sizes[-1] < tokens:
         sizes.append(4 * sizes[-1])
-    return [*sizes[:-1], most]
+    return [*sizes[:-1], tokens]
 
 
-def _padded(weight: Array) -> tuple[Array, int]:
-    """Returns a head [V, D] with rows of zeros, so that blocks of its tokens are full, and V."""
+def _pad_vocab(weight: Array) -> tuple[Array, int]:
+    """Returns a head [V, D] padded with zeros to a multiple of `BLOCK` tokens, and V."""
     vocab = len(weight)
     return jnp.pad(weight, ((0, -vocab % BLOCK), (0, 0))), vocab
 
 
-def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask int32[rows, T]: prompts end at the right, padding and unused rows have mask 0."""
-    length = -(-max(len(p) for p in prompts) // MULTIPLE) * MULTIPLE
+def _pad_prompts(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and mask int32[rows, T] of left-padded prompts; the mask is 0 for padding and unused rows."""
+    length = -(-max(len(p) for p in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
@@ -264,7 +287,7 @@ def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def _check(
+def _check_options(
     model: Model,
     prompts: Sequence[Array],
     copies: int,
@@ -273,21 +296,21 @@ def _check(
     top_k: int | None,
     top_p: float | None,
 ) -> None:
-    """Raises UserError for what cannot be sampled."""
+    """Refuses empty prompts, options out of range, and more tokens than the model has positions."""
     if copies < 1:
-        raise UserError(f"copies = {copies}: it must be at least 1")
+        raise UserError(f"copies must be at least 1, got {copies}")
     if new < 1:
-        raise UserError(f"max_new_tokens = {new}: it must be at least 1")
+        raise UserError(f"max_new_tokens must be at least 1, got {new}")
     if temperature < 0:
-        raise UserError(f"temperature = {temperature}: it must be at least 0")
+        raise UserError(f"temperature must be >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
-        raise UserError(f"top_k = {top_k}: it must be at least 1")
+        raise UserError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p = {top_p}: it must be above 0 and at most 1")
-    sizes = [len(p) for p in prompts]
-    if 0 in sizes:
-        raise UserError(f"prompt {sizes.index(0) + 1} has no tokens; a prompt needs at least one")
-    a, most = model.architecture, max(sizes, default=0) + new
-    if (a.rope is None or a.rope.scaling == "longrope") and most > a.max_positions:
-        why = f"the longest prompt and {new} new tokens are {most}, the model has {a.max_positions} positions"
-        raise UserError(f"max_new_tokens = {new}: {why}; give a smaller number or shorter prompts")
+        raise UserError(f"top_p must be in (0, 1], got {top_p}")
+    lengths = [len(p) for p in prompts]
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.index(0) + 1} has no tokens; give at least one")
+    a, longest = model.architecture, max(lengths, default=0) + new
+    if (a.rope is None or a.rope.scaling == "longrope") and longest > a.max_positions:
+        sizes = f"{new} and the longest prompt are {longest} tokens, the model has {a.max_positions} positions"
+        raise UserError(f"max_new_tokens: {sizes}; lower it, or shorten the prompts")

@@ -321,7 +321,7 @@ MISTAKES = [
     (["export", "runs", "x"], r"runs: not the folder of a run"),
     (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: not found; name one of \[12, 9\]"),
     (["export", "runs/dpo", "x", "--checkpoint", "best"], r"checkpoint best: keep_best of the run names no metric"),
-    (["train", "dpo.yaml", "--distributed", "here"], r"--distributed here: give auto .* or HOST:PORT"),
+    (["train", "dpo.yaml", "--distributed", "here"], r"--distributed here: set auto .* or HOST:PORT"),
     (["report", "cache"], r"cache"),
 ]
 

@@ -1,4 +1,4 @@
-"""The page on losses, from the command line."""
+"""`dpo-jax losses`: descriptions, the table and the plot."""
 
 import inspect
 import re
@@ -35,7 +35,7 @@ def test_a_description():
     assert found.formula == ("z = beta (c - r)", "loss = -(1 - eps) log sigmoid(z) - eps log sigmoid(-z)")
     assert found.hyper == {"beta": 0.1, "label_smoothing": 0.0}
     assert found.takes == "pairs, soft labels, f-divergences"
-    assert describe_loss("bco").takes == "pairs, or single responses, a step at once"
+    assert describe_loss("bco").takes == "pairs, or single responses, whole batches"
     assert describe_loss("sft").takes == "responses, no reference"
 
 
@@ -71,13 +71,16 @@ def curves():
     return loss_curves(list(losses.REGISTRY))
 
 
-def test_every_loss_has_a_curve_and_those_of_the_margin_alone_are_told_apart(curves):
+def test_every_loss_has_a_curve_which_may_depend_on_the_margin_only(curves):
     drawn = {name: curve for label, curve in curves.items() for name in label.split(", ")}
     assert set(drawn) == set(losses.REGISTRY)
     ranked = {"plackett_luce", "lipo"}  # of two responses
     pairwise = {"dpo", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust", "exo_pair", "discopop", "odpo", "r_dpo"}
-    assert {name for name, curve in drawn.items() if curve.alone} == pairwise | ranked | {"simpo", "bradley_terry"}
-    assert "dpo, sigmoid_norm, r_dpo, plackett_luce, bradley_terry" in curves  # the same for a token a response
+    assert {name for name, curve in drawn.items() if curve.margin_only} == pairwise | ranked | {
+        "simpo",
+        "bradley_terry",
+    }
+    assert "dpo, sigmoid_norm, r_dpo, plackett_luce, bradley_terry" in curves  # the same for one token per response
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
         (["sigmoid"], "unknown loss 'sigmoid'; here it is 'dpo'"),
         (["--beta", "0.1"], "takes names of losses, then --plot"),
         (["--plot", "a.svg", "b.svg"], "takes names of losses, then --plot"),
-        (["--plot", "x.png"], r"--plot x.png: give the name of an .svg file"),
+        (["--plot", "x.png"], r"--plot x.png: not an .svg file; name one"),
     ],
 )
 def test_mistakes_are_one_line(argv, message):

@@ -188,8 +188,8 @@ def test_filters_equal_transformers(settings):
 def test_tokens_are_drawn_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
-    filters = sampling._Filters(True, top_k)  # noqa: SLF001
-    tokens = choose_tokens(jnp.repeat(LOGITS / temperature, count, axis=0), keys, filters, None)
+    options = sampling._StaticOptions(True, top_k)  # noqa: SLF001
+    tokens = choose_tokens(jnp.repeat(LOGITS / temperature, count, axis=0), keys, options, None)
     p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
     if top_k:
         p[np.argsort(p)[:-top_k]] = 0
@@ -222,7 +222,7 @@ def test_tokens_are_drawn_with_their_probability_from_many(vocab):
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1 - 2**-24, 1.0])
 def test_what_has_no_probability_is_never_reached(fraction):
     weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    place = int(sampling._reached(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
+    place = int(sampling._sample_index(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
     assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
 
 
@@ -293,7 +293,7 @@ def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypat
     monkeypatch.setattr(sampling.distributed, "concurrent_programs", lambda: 3)
     monkeypatch.setattr(sampling.distributed, "run_concurrently", lambda *a: (given.append(a[1]), at_once(*a)))
     assert [x.tolist() for x in generate(model, params, prompts, **options)] == [x.tolist() for x in alone]
-    monkeypatch.setattr(sampling, "SMALL", 0)  # of a large model each batch takes memory for a copy of it
+    monkeypatch.setattr(sampling, "SMALL_MODEL", 0)  # each batch of a large model takes memory for a copy of it
     generate(model, params, prompts[:1], **options)
     assert given == [1, 3, 1, 1]
     assert not generate(model, params, [], **options)
@@ -324,7 +324,7 @@ def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made
     ],
 )
 def test_every_continuation_has_one_place(lengths, copies, batch_size, devices, shape, count):
-    batches = list(sampling._batches(lengths, copies, batch_size, devices))  # noqa: SLF001
+    batches = list(sampling._prompt_batches(lengths, copies, batch_size, devices))  # noqa: SLF001
     assert [numbers.shape for _, numbers in batches] == [shape] * count
     owner = {n: p for chosen, numbers in batches for p, row in zip(chosen, numbers) for n in row if n >= 0}  # noqa: B905
     assert owner == {n: n // copies for n in range(len(lengths) * copies)}
@@ -339,13 +339,16 @@ def test_no_prompts_give_no_texts(models):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens = 0: it must be at least 1"),
-        ({"copies": 0}, "copies = 0: it must be at least 1"),
-        ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0"),
-        ({"top_k": 0}, "top_k = 0: it must be at least 1"),
-        ({"top_p": 0.0}, "top_p = 0.0: it must be above 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"copies": 0}, "copies must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"prompts": [[5], []]}, "prompt 2 has no tokens"),
-        ({"max_new_tokens": 255}, "the longest prompt and 255 new tokens are 257, the model has 256 positions"),
+        (
+            {"max_new_tokens": 255},
+            "max_new_tokens: 255 and the longest prompt are 257 tokens, the model has 256 positions",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(change, message):

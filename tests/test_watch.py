@@ -140,7 +140,7 @@ BAD = ["", "here", "host:1,2", "host:1,2,x", "host:1,2,2", "host,2,0", "host:1,0
 
 @pytest.mark.parametrize("how", BAD)
 def test_processes_that_cannot_be(how):
-    with pytest.raises(UserError, match=r"--distributed .*give auto .* or HOST:PORT,PROCESSES,INDEX"):
+    with pytest.raises(UserError, match=r"--distributed .*set auto .* or HOST:PORT,PROCESSES,INDEX"):
         distributed.initialize(how)
 
 

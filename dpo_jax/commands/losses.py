@@ -1,6 +1,6 @@
-"""The page on losses: name, formula, hyper-parameters and paper of each, and curves of all by the margin.
+"""`dpo-jax losses`: formula, hyper-parameters and paper of each loss, and a plot of losses against the margin.
 
-All of it is read from the functions themselves: their docstrings, signatures and values.
+Everything is read from the functions: their docstrings, signatures and values.
 """
 
 import inspect
@@ -29,29 +29,29 @@ from dpo_jax.records import Array, Logps
 
 NOTATION = (
     "c, r       log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens",
-    "p_c, p_r   log pi(y | x) of the two;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
-    "r_c, r_r   rewards of the two by the reward model that is trained",
-    "z_k        beta (log pi - log ref) of the response of rank k;  s  ratings that the data has",
+    "p_c, p_r   log pi(y | x) of both;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
+    "r_c, r_r   their rewards by the trained reward model",
+    "z_k        beta (log pi - log ref) of the response of rank k;  s  scores of the data",
 )
-WIDTH = 145  # of the table where there is no terminal
+WIDTH = 145  # of the table, if the output is no terminal
 MARGINS = np.linspace(-6.0, 6.0, 241)
-LEVEL = -4.0  # log pi_ref of a response of the plot
+REF_LOGP = -4.0  # log pi_ref of a response in the plot
 DASHES = ("-", "--", ":", "-.")
 AXES = {
-    True: "margin c - r, all that these depend on\n(beta 1, one token a response, scores 3 and 1)",
-    False: f"margin c - r, at c = -r\n(beta 1, one token a response, log ref {LEVEL:g}, steps of one pair)",
+    True: "margin c - r, on which alone these depend\n(beta 1, one token per response, scores 3 and 1)",
+    False: f"margin c - r, at c = -r\n(beta 1, one token per response, log ref {REF_LOGP:g}, one pair per step)",
 }
 
 
 class Description(NamedTuple):
-    """What a loss says of itself.
+    """The description of a loss.
 
     Attributes:
-      title: what it is, in a few words.
+      title: name in words.
       paper: authors, year, arXiv number and equation.
-      formula: its lines.
-      hyper: name -> default.
-      takes: what data it takes, and which options.
+      formula: lines of the formula.
+      hyper: hyper-parameter -> default.
+      takes: the data that it takes, and options of a term that it supports.
     """
 
     title: str
@@ -62,11 +62,11 @@ class Description(NamedTuple):
 
 
 def losses_command(argv: Sequence[str]) -> None:
-    """`dpo-jax losses [NAME ...] [--plot [FILE.svg]]`."""
+    """Runs `dpo-jax losses [NAME ...] [--plot [FILE.svg]]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     names, given = list(argv[:first]) or list(losses.REGISTRY), arguments(argv[first:])
     if any(key != "plot" or len(values) > 1 for key, values in given):
-        raise UserError("dpo-jax losses takes names of losses, then --plot [FILE.svg]; nothing else")
+        raise UserError("dpo-jax losses takes names of losses, then --plot [FILE.svg]; remove the rest")
     for name in names:
         find_entry(name, "dpo-jax losses")
     if given:
@@ -75,18 +75,22 @@ def losses_command(argv: Sequence[str]) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     console.print(
-        losses_table(names), *NOTATION, "", *_common(), sep="\n", highlight=False, markup=False, soft_wrap=True
+        losses_table(names), *NOTATION, "", *_shared_options(), sep="\n", highlight=False, markup=False, soft_wrap=True
     )
 
 
-def _common() -> list[str]:
-    """Returns the options of every loss, a line each."""
-    found = [(f"{o.name} {o.default}", o.help) for o in options_of(*OPTIONS)]
-    return ["every loss also has", *(f"  {option:<24} {text}" for option, text in found)]
+def _shared_options() -> list[str]:
+    """Returns the options that all losses have, as lines."""
+    options = [(f"{o.name} {o.default}", o.help) for o in options_of(*OPTIONS)]
+    return ["every loss also has", *(f"  {option:<24} {text}" for option, text in options)]
 
 
 def describe_loss(name: str) -> Description:
-    """Returns what a registered loss says of itself."""
+    """Returns the description of a registered loss, from its docstring and signature.
+
+    Raises:
+      ValueError: the docstring does not begin with a title and (paper).
+    """
     entry = find_entry(name)
     lines = (inspect.getdoc(entry.function) or "").splitlines()
     found = re.fullmatch(r"(.*?) \(([^()]* \d{4}, arXiv [^()]*)\)(.*)", lines[0])
@@ -100,19 +104,19 @@ def describe_loss(name: str) -> Description:
 
 
 def _takes(entry: Entry) -> str:
-    """Returns what data a loss takes, and which options of a term."""
-    counted = {1: "responses", 2: "pairs", 3: "pairs, and responses to other prompts", None: "rankings"}
-    said = {
-        counted[entry.responses]: True,
+    """Returns the data that a loss takes, and the options of a term that it supports."""
+    responses = {1: "responses", 2: "pairs", 3: "pairs, and responses to other prompts", None: "rankings"}
+    features = {
+        responses[entry.responses]: True,
         "or single responses": entry.unpaired,
         "no reference": not entry.uses_reference,
         "a reward model": entry.rewards,
         "soft labels": entry.soft_labels,
         "f-divergences": entry.divergences,
         "scores": entry.scores,
-        "a step at once": entry.whole_batch,
+        "whole batches": entry.whole_batch,
     }
-    return ", ".join(text for text, holds in said.items() if holds)
+    return ", ".join(text for text, holds in features.items() if holds)
 
 
 def losses_table(names: Sequence[str]) -> Grid:
@@ -122,46 +126,51 @@ def losses_table(names: Sequence[str]) -> Grid:
     grid.add_column("formula")
     grid.add_column("paper; data and options", max_width=33)
     for name in names:
-        said = describe_loss(name)
-        hyper = "\n".join(f"  {key} {default}" for key, default in said.hyper.items())
-        formula = "\n".join((said.title, "", *(f"  {line}" for line in said.formula)))
-        grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{said.paper}\n{said.takes}"))
+        found = describe_loss(name)
+        hyper = "\n".join(f"  {key} {default}" for key, default in found.hyper.items())
+        formula = "\n".join((found.title, "", *(f"  {line}" for line in found.formula)))
+        grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{found.paper}\n{found.takes}"))
     return grid
 
 
 class LossCurve(NamedTuple):
-    """A loss by the margin.
+    """A loss as a function of the margin.
 
     Attributes:
-      value: float32[n], at `MARGINS`.
+      value: float32[n], the loss at `MARGINS`.
       gradient: float32[n], its derivative.
-      alone: whether it depends on nothing else.
+      margin_only: whether the loss depends on the margin only.
     """
 
     value: Array
     gradient: Array
-    alone: bool
+    margin_only: bool
 
 
 def write_plot(out: Path, names: Sequence[str]) -> Path:
-    """Draws loss and gradient against the margin to an SVG, those of the margin alone above the others; returns its
-    path."""
+    """Plots losses and gradients against the margin to an SVG file, and returns its path.
+
+    Losses that depend on the margin only are in the upper row.
+
+    Raises:
+      UserError: the file name does not end in .svg.
+    """
     if out.suffix != ".svg":
-        raise UserError(f"--plot {out}: give the name of an .svg file")
-    drawn = loss_curves(names)
-    rows = [alone for alone in (True, False) if any(curve.alone == alone for curve in drawn.values())]
+        raise UserError(f"--plot {out}: not an .svg file; name one")
+    curves = loss_curves(names)
+    rows = [kind for kind in (True, False) if any(curve.margin_only == kind for curve in curves.values())]
     fig = figure.new_figure(12, 4.5 * len(rows))
-    for row, alone in enumerate(rows):
+    for row, margin_only in enumerate(rows):
         axes = [fig.add_subplot(len(rows), 2, 2 * row + column) for column in (1, 2)]
-        for i, (label, curve) in enumerate((k, v) for k, v in drawn.items() if v.alone == alone):
+        for i, (label, curve) in enumerate((k, v) for k, v in curves.items() if v.margin_only == margin_only):
             dash, colour = DASHES[i // len(figure.COLOURS)], figure.COLOURS[i % len(figure.COLOURS)]
             for one, values in zip(axes, curve[:2], strict=True):
                 one.plot(MARGINS, values, dash, color=colour, lw=1.6, label=label)
         for one, title, limits in zip(axes, ("loss", "d loss / d margin"), ((-1.5, 6.0), (-4.0, 2.0)), strict=True):
             one.set_ylim(limits)
             one.set_title(title, color=figure.INK, fontsize=10)
-            figure.style_axes(one, AXES[alone])
-        # Beside the axes, in as many lines as there are curves.
+            figure.style_axes(one, AXES[margin_only])
+        # Next to the axes, because there are too many curves for a legend inside.
         legend = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "frameon": False, "fontsize": 8}
         axes[1].legend(labelcolor=figure.INK, **legend)
     with written(out) as file:
@@ -170,38 +179,42 @@ def write_plot(out: Path, names: Sequence[str]) -> Path:
 
 
 def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:
-    """Returns the curves of the plot by the names of the losses that share them."""
+    """Returns the curves of the plot; losses with the same curve share one, under their names joined by commas."""
     found: dict[str, LossCurve] = {}
     for name in names:
         curve = _curve(name)
-        alike = (k for k, v in found.items() if v.alone == curve.alone and np.allclose(v[:2], curve[:2], atol=1e-5))
-        same = next(alike, None)
+        equal = (
+            k
+            for k, v in found.items()
+            if v.margin_only == curve.margin_only and np.allclose(v[:2], curve[:2], atol=1e-5)
+        )
+        same = next(equal, None)
         label = f"{same}, {name}" if same else name
         found = {label if key == same else key: value for key, value in found.items()} | {label: curve}
     return found
 
 
 def _curve(name: str) -> LossCurve:
-    """Returns the curve of a loss, of steps of one pair each."""
+    """Returns the curve of a loss, computed with one pair per step."""
     entry = find_entry(name)
     hyper = {"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}
 
-    def at(margins: Array, shift: float = 0.0) -> Array:
-        return entry.function(term_options.first_responses(_pairs(margins, shift), entry.responses or 2), **hyper)
+    def batched(margins: Array, shift: float = 0.0) -> Array:
+        logps = _logps_at(margins, shift)
+        return entry.function(term_options.first_responses(logps, entry.responses or 2), **hyper)
 
     def one_by_one(margins: Array, shift: float = 0.0) -> Array:
-        return jax.vmap(lambda margin: at(margin[None], shift)[0])(margins)
+        return jax.vmap(lambda margin: batched(margin[None], shift)[0])(margins)
 
-    value, margins = one_by_one if entry.whole_batch else at, jnp.asarray(MARGINS, jnp.float32)
+    value, margins = one_by_one if entry.whole_batch else batched, jnp.asarray(MARGINS, jnp.float32)
     values, gradient = value(margins), jax.grad(lambda x: value(x).sum())(margins)
-    alone = not entry.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
-    return LossCurve(np.asarray(values), np.asarray(gradient), alone)
+    margin_only = not entry.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
+    return LossCurve(np.asarray(values), np.asarray(gradient), margin_only)
 
 
-def _pairs(margins: Array, shift: float) -> Logps:
-    """Returns pairs of one-token responses with given margins, both log-ratios shifted, each with a third response
-    whose log-ratio is 0."""
-    policy = jnp.stack([margins / 2 + shift, -margins / 2 + shift, 0.0 * margins], 1) + LEVEL
-    reference, ones = jnp.full_like(policy, LEVEL), jnp.ones_like(policy)
+def _logps_at(margins: Array, shift: float) -> Logps:
+    """Returns log-probs of one-token responses with log-ratios margin / 2 + shift, -margin / 2 + shift and 0."""
+    policy = jnp.stack([margins / 2 + shift, -margins / 2 + shift, 0.0 * margins], 1) + REF_LOGP
+    reference, ones = jnp.full_like(policy, REF_LOGP), jnp.ones_like(policy)
     scores = jnp.broadcast_to(jnp.array([3.0, 1.0, 0.0]), policy.shape)
     return Logps.of(policy, reference, lengths=ones, scores=scores, confidence=0.0 * ones)
