@@ -70,7 +70,7 @@ def _nan(q, k, v, rows, scoring):
 
 
 class MosaicError(Exception):
-    """As Pallas raises: of no kind of error."""
+    """As Pallas raises: derived from Exception only."""
 
 
 def _fails(*_):
@@ -97,22 +97,22 @@ def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
 
 
 @pytest.mark.slow
-def test_exact_and_chunks_are_compared_with_each_other_too():
-    """Their distance is that of bfloat16's rounding."""
+def test_the_error_of_chunks_is_that_of_bfloat16():
+    """Exact attention and chunks differ by the rounding of bfloat16."""
     found = np.asarray(kernel_errors(packed_attention, PLAIN, *attention_case(PLAIN_MODEL, "bfloat16")))
     assert (found[:, 0] == found[:, 1]).all()
     assert (found > 1e-3).all()
     assert (found < 1e-2).all()
 
 
-def test_what_cannot_run_says_why():
+def test_a_kernel_of_another_platform_is_refused():
     here = jax.default_backend()
     other = "splash" if here == "gpu" else "cudnn"
     platform = KERNELS[other].platform
     assert kernel_refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, this device is a {here}"
 
 
-def test_an_error_of_a_kernel_is_said_in_one_line(monkeypatch):
+def test_an_error_of_a_kernel_is_one_line(monkeypatch):
     has(monkeypatch, _fails)
     assert kernel_refusal("splash", PLAIN_MODEL, "float32") == "fails on this device (MosaicError: no layout)"
     has(monkeypatch, BY_XLA, "cudnn")
@@ -122,7 +122,7 @@ def test_an_error_of_a_kernel_is_said_in_one_line(monkeypatch):
     assert kernel_refusal("cudnn", PLAIN_MODEL, "float32") == said
 
 
-def test_heads_that_cannot_be_shared(monkeypatch):
+def test_heads_that_cannot_be_sharded_are_refused(monkeypatch):
     has(monkeypatch, packed_attention)
     said = "cannot shard 2 key-value heads evenly over 4 devices (mesh.tensor)"
     assert kernel_refusal("splash", PLAIN_MODEL, "float32", 4) == said
@@ -145,7 +145,7 @@ def test_a_cpu_uses_chunks():
             choose("splash")
 
 
-def test_auto_takes_the_devices_kernel_and_says_so(monkeypatch):
+def test_auto_uses_the_devices_kernel_and_reports_it(monkeypatch):
     ran = []
 
     def attend(*args):
@@ -164,7 +164,7 @@ def test_auto_takes_the_devices_kernel_and_says_so(monkeypatch):
     assert (model.attention, said, ran) == ("chunks", "", [])
 
 
-def test_auto_falls_back_and_says_why_where_a_name_is_an_error(monkeypatch):
+def test_auto_falls_back_with_a_reason_and_a_named_kernel_is_an_error(monkeypatch):
     has(monkeypatch, _fails)
     model, said = choose("auto")
     why = "splash fails on this device (MosaicError: no layout)"
@@ -173,14 +173,14 @@ def test_auto_falls_back_and_says_why_where_a_name_is_an_error(monkeypatch):
         choose("splash")
 
 
-def test_what_must_be_known_of_a_kernel_is_said(monkeypatch):
+def test_the_note_of_a_kernel_is_reported(monkeypatch):
     has(monkeypatch, packed_attention, "cudnn")
     monkeypatch.delitem(KERNELS, "splash")
     monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
     assert choose("auto")[1] == f"attention: cudnn, matches chunks on this device; {KERNELS['cudnn'].note}"
 
 
-def test_one_process_that_cannot_is_enough(monkeypatch):
+def test_all_processes_fall_back_if_one_must(monkeypatch):
     has(monkeypatch, packed_attention)
     monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
     monkeypatch.setattr(attention_check.distributed, "all_agree", lambda flag: False)
@@ -193,7 +193,7 @@ def test_experiments_refuse_a_kernel():
         setup.check_frontier(settings)
 
 
-def test_a_reference_column_is_of_one_kernel():
+def test_cached_ref_logps_depend_on_the_kernel():
     table = SimpleNamespace(digest="d")
     keys = {reference.ref_logps_key(table, "w", "bfloat16", name) for name in ("chunks", "splash", "cudnn")}
     assert len(keys) == 3
@@ -217,7 +217,7 @@ def test_the_kernel_of_this_device(name, compute):
 
 @pytest.fixture
 def trained(tmp_path):
-    """(run folder, options) -> of the lines of its metrics what neither time nor, at the start, rounding decides."""
+    """(run folder, options) -> its metrics, except timings and, at the start, rounding noise."""
     (tmp_path / "c.yaml").write_text("{}")
     (tmp_path / "c.json").write_text(json.dumps(LLAMA | {"vocab_size": 256}))
     rows = [row for row, _ in zip(synthetic.read((), "train", 2), range(40), strict=False)]

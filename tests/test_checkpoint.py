@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, and what is damaged is noticed."""
+"""Checkpoints: states are restored bit for bit, damage is noticed."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def like():
 
 @pytest.fixture
 def saved(tmp_path):
-    """Steps 3, 6 and 9, of which the newest two are kept."""
+    """Saves of steps 3, 6 and 9; the newest two are kept."""
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step in (3, 6, 9):
         checkpoints.save(state(step), step)
@@ -78,7 +78,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_falls_back_to_the_one_before_and_says_so(saved, like, kind, caplog):
+def test_a_damaged_checkpoint_falls_back_with_a_message(saved, like, kind, caplog):
     harm, message = DAMAGE[kind]
     harm(saved / "9")
     assert message in checkpoint.checkpoint_problem(saved / "9")
@@ -119,8 +119,8 @@ def edit_manifest(folder, change):
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_every_leaf_is_checked_once_it_is_back(saved, like, caplog):
-    """Whatever happens between disk and device: here the files are right, and the leaf is not what was saved."""
+def test_every_leaf_is_checked_after_it_is_restored(saved, like, caplog):
+    """The files are intact, but the checksum of a restored leaf is wrong."""
     name = ".params['a']"
     edit_manifest(saved / "9", lambda m: m["leaves"][name].__setitem__(2, m["leaves"][name][2] ^ 1))
     assert not checkpoint.checkpoint_problem(saved / "9")
@@ -128,7 +128,7 @@ def test_every_leaf_is_checked_once_it_is_back(saved, like, caplog):
     assert f"checkpoint 9: {name} differs from what was saved; moved to" in caplog.text
 
 
-def test_checksums_see_every_bit_and_every_place():
+def test_checksums_depend_on_every_bit_and_every_index():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 7, 3)).astype(np.float32)
     plain = int(checkpoint.checksums(x)[""])
@@ -143,7 +143,7 @@ def test_checksums_see_every_bit_and_every_place():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
-def test_checksums_do_not_depend_on_the_layout(dtype):
+def test_checksums_do_not_depend_on_the_sharding(dtype):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)) * 9).astype(dtype)
     plain = int(checkpoint.checksums(x)[""])
     for sizes in ((1, 4, 1), (1, 2, 2)):
@@ -162,7 +162,7 @@ def test_another_format_is_refused(saved, like):
     assert (saved / "9").exists()
 
 
-def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(saved, like, tmp_path, caplog):
+def test_a_checkpoint_of_another_model_is_set_aside(saved, like, tmp_path, caplog):
     other = TrainState(jnp.int32(12), {"b": jnp.zeros(3)}, (), jnp.zeros(1), ())
     checkpoints = Checkpoints(tmp_path / "other")
     checkpoints.save(other, 12)
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_something_else_is_named_and_the_one_before_is_used(save
     assert not (saved / "12").exists()
 
 
-def test_if_all_are_of_something_else_nothing_is_touched(saved, like):
+def test_if_all_checkpoints_are_of_another_model_none_is_moved(saved, like):
     bigger = like._replace(params={"a": jax.ShapeDtypeStruct((64, 34), np.float32)})
     with pytest.raises(
         UserError, match=r"9: .*\.params\['a'\] is float32 \[64, 33\] there, float32 \[64, 34\] in this"
@@ -206,7 +206,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     checkpoints.close()
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "c")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=17_000))
@@ -216,7 +216,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_what_a_save_took_is_told_once(tmp_path):
+def test_the_seconds_of_a_save_are_returned_once(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.taken() == {}
     checkpoints.save(state(1), 1)

@@ -1,4 +1,4 @@
-"""Configs: the file and the command line are one, and every mistake is one line."""
+"""Configs: files and command lines are parsed alike, and every mistake is one line."""
 
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def test_a_lists_element_may_be_renamed(tmp_path):
         ("loss: []", [], r"unknown key 'loss'"),
     ],
 )
-def test_lists_that_are_wrong(tmp_path, text, argv, message):
+def test_invalid_lists_are_refused(tmp_path, text, argv, message):
     with pytest.raises(UserError, match=message):
         parse(tmp_path, text, *argv)
 

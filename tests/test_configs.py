@@ -103,7 +103,7 @@ def test_the_papers_size_traces_to_the_first_step(name):
     assert (c.data.max_length, c.data.max_prompt_length) == (512, 256)
 
 
-def test_every_config_of_the_paper_is_traced_and_has_a_whole_head():
+def test_every_config_of_the_paper_is_traced_and_has_a_complete_header():
     files = sorted((ROOT / "configs/paper").glob("*.yaml"))
     assert [f"paper/{f.stem}" for f in files] == sorted({n for n in CONFIGS if "/" in n} | {"paper/frontier"})
     for file in files:

@@ -1,4 +1,4 @@
-"""The launchers for clusters, with stand-ins for the clusters' own commands that run everything on this machine."""
+"""Launchers for clusters; stand-ins for the commands of the clusters run everything on this machine."""
 
 import os
 import re
@@ -44,7 +44,7 @@ exit "$code"
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Puts the clusters' commands on the path; returns the file of their calls."""
+    """Puts the stand-ins on the path; returns the file that records their calls."""
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "gcloud": GCLOUD}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -57,7 +57,7 @@ def stand_ins(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The folder of a small run, done by two processes."""
+    """The folder of a small run, trained by two processes."""
     folder = launched.make_world(tmp_path_factory.mktemp("launch"))
     launched.finish(launched.start(folder, "one", launch=launched.launch_local(2, 1)))
     return folder
@@ -79,7 +79,7 @@ def test_slurm_starts_again_after_a_crash(world, stand_ins):
 
 
 @pytest.mark.slow
-def test_slurm_requeues_what_was_asked_to_end(world, stand_ins):
+def test_slurm_requeues_a_run_that_was_asked_to_stop(world, stand_ins):
     process = launched.start(world, "asked", launch=SLURM)
     launched.wait_for(world, "asked", 2)
     os.kill(launched.peers("asked")[0], signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_slurm_requeues_what_was_asked_to_end(world, stand_ins):
 
 
 @pytest.mark.slow
-def test_slurm_does_not_try_again_what_a_user_must_mend(world, stand_ins):
+def test_slurm_does_not_retry_user_errors(world, stand_ins):
     _, err = launched.finish(launched.start(world, "wrong", "--optim.learning_rate", "nan", launch=SLURM), 2)
     assert "optim.learning_rate: nan" in err
     assert "starting again" not in err
@@ -112,7 +112,7 @@ def test_a_tpu_pod_is_started_again(stand_ins, tmp_path, codes, tries, ends):
     assert [call.strip() for call in calls] == [expected] * tries
 
 
-def test_a_tpu_pod_without_arguments_is_told_how():
+def test_a_tpu_pod_without_arguments_prints_its_usage():
     done = subprocess.run([SCRIPTS / "launch_tpu_pod"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "scripts/launch_tpu_pod NAME ZONE DIRECTORY train x.yaml" in done.stderr
@@ -139,7 +139,7 @@ SCHEDULERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers_say_who_and_how_many_the_processes_are(scheduler):
+def test_schedulers_give_the_index_and_number_of_processes(scheduler):
     env = os.environ | {"PYTHONPATH": str(launched.ROOT), "XLA_FLAGS": ""}
     both = [
         subprocess.Popen(
@@ -151,7 +151,7 @@ def test_schedulers_say_who_and_how_many_the_processes_are(scheduler):
     assert [[line for line in out if "Gloo" not in line] for out in said] == [["0 2 True"], ["1 2 False"]]
 
 
-def test_without_a_scheduler_auto_is_told_to_give_an_address():
+def test_auto_without_a_scheduler_is_refused():
     command = [sys.executable, "-m", "dpo_jax", "train", "x.yaml", "--distributed", "auto"]
     env = {k: v for k, v in os.environ.items() if "SLURM" not in k} | {"PYTHONPATH": str(launched.ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -155,7 +155,7 @@ def test_wilson_bounds_solve_its_equation():
 
 
 @pytest.mark.parametrize("successes", [-1, 11])
-def test_wilson_refuses_what_is_no_proportion(successes):
+def test_wilson_refuses_successes_outside_of_n(successes):
     with pytest.raises(ValueError, match="of 10"):
         wilson(successes, 10)
 

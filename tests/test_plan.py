@@ -34,7 +34,7 @@ def config_of(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_can_be_counted_is_exact(config_of):
+def test_bytes_that_can_be_counted_are_exact(config_of):
     one = plan_run(config_of())
     assert one.parameters == one.trained == COUNT
     assert one.memory.trained == one.memory.gradients == 4 * COUNT
@@ -58,7 +58,7 @@ def test_adapters_need_little_beside_the_frozen_base(config_of):
 
 
 @pytest.mark.slow
-def test_keeping_less_and_fewer_rows_need_less(config_of):
+def test_remat_and_fewer_rows_need_less_memory(config_of):
     online = plan_run(config_of("--reference.mode", "online", "--data.rows", "16"))
     less = plan_run(config_of("--model.remat", "full", "--data.rows", "16"))
     fewer = plan_run(config_of("--model.remat", "full", "--data.rows", "4"))
@@ -66,13 +66,13 @@ def test_keeping_less_and_fewer_rows_need_less(config_of):
     assert (online.memory.frozen, less.memory.frozen) == (4 * COUNT, 0)
 
 
-def test_advice_says_what_would_help(config_of):
+def test_advice_for_a_run_that_does_not_fit(config_of):
     config = config_of("--reference.mode", "online")
     need = Memory(trained=40, frozen=40, optimiser=40, gradients=40, logits=1, activations=99, batch=0)
     found = Plan(config, 1, 1, pack.Layout(1, 8, 128, 2, 128), need)
     assert plan_advice(found, 260) == []
     lines = plan_advice(found, 100)
-    # 160 last, which is to be at most 60 of 100: a quarter of it is.
+    # 160 bytes are permanent and may take 60 of 100: a quarter of them does.
     assert [line.partition(":")[0] for line in lines] == [
         "mesh.fsdp 4", "lora.rank 16", "reference.mode cache", "model.remat dots", "data.rows 4",
     ]  # fmt: skip
@@ -83,10 +83,10 @@ def test_advice_says_what_would_help(config_of):
     small = found._replace(memory=need._replace(trained=1, frozen=0, optimiser=1, gradients=1))
     assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
-    assert plan_advice(bare, 50) == ["shorter rows (data.max_length), or devices with more memory"]
+    assert plan_advice(bare, 50) == ["data.max_length: lower it, or use devices with more memory"]
 
 
-def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatch, capsys):
+def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "sft.yaml").write_text("model: {config: config.json, tokenizer: synthetic}\n")
@@ -102,7 +102,7 @@ def test_the_command_plans_a_run_and_the_run_it_starts_from(tmp_path, monkeypatc
         cli.run_command(["plan", "dpo.yaml", "--model.path", "nowhere"])
 
 
-def test_other_hyper_parameters_are_the_same_program(config_of):
+def test_other_hyper_parameters_compile_the_same_program(config_of):
     """Numbers are arguments of the step, so that a sweep over beta or the learning rate compiles once."""
 
     def program(*options):

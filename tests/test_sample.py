@@ -1,4 +1,4 @@
-"""Generation against transformers' token by token, its distribution against closed forms, and its seeds."""
+"""Sampling: against transformers token by token, against closed forms of the distribution, and its seeds."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(folder, model, params) by family, made when first asked for."""
+    """Family -> (folder, model, params), built on first use."""
     made = {}
 
     def get(kind):
@@ -94,7 +94,7 @@ def test_a_text_ends_with_the_first_of_its_end_tokens(models):
     assert len(cut[1]) == 1
 
 
-def test_draws_depend_on_the_seed_and_the_place_only(models):
+def test_samples_depend_on_the_seed_and_the_index_only(models):
     _, model, params = models("gpt2")
     prompts = prompts_of(7, 20, 9, 40, 3)
     options = {"max_new_tokens": NEW, "eos_id": EOS, "top_k": 50}
@@ -110,7 +110,7 @@ def test_draws_depend_on_the_seed_and_the_place_only(models):
 
 @pytest.mark.parametrize("batch_size", [pytest.param(3, marks=pytest.mark.slow), 6, 40])
 def test_copies_are_the_same_prompt_again(models, batch_size):
-    """Copies of a prompt that fit a batch together, that do not, and prompts of which several fit."""
+    """Batches that hold all copies of a prompt, some of them, or those of several prompts."""
     _, model, params = models("gpt2")
     prompts, options = prompts_of(7, 33, 9), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": batch_size}
     apart = generate(model, params, [p for p in prompts for _ in range(5)], **options)
@@ -119,14 +119,14 @@ def test_copies_are_the_same_prompt_again(models, batch_size):
     assert len({tuple(x.tolist()) for x in shared}) == 15
 
 
-def test_every_token_is_drawn_anew(models):
+def test_every_token_has_other_random_numbers(models):
     _, model, params = models("gpt2")
     uniform = jax.tree.map(jnp.zeros_like, params)
     (out,) = generate(model, uniform, prompts_of(7), max_new_tokens=NEW, eos_id=(), batch_size=5)
     assert len(set(out.tolist())) > NEW / 2
 
 
-def test_tokens_are_drawn_from_capped_logits(models):
+def test_tokens_are_sampled_from_capped_logits(models):
     _, model, params = models("gemma2")
     steep = {**params, "embedding": params["embedding"] * 100}  # without the cap one token has all of the probability
     options = {"max_new_tokens": NEW, "eos_id": (), "batch_size": 1}
@@ -185,7 +185,7 @@ def test_filters_equal_transformers(settings):
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
-def test_tokens_are_drawn_with_their_probability(temperature, top_k):
+def test_tokens_are_sampled_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
     options = sampling._StaticOptions(True, top_k)  # noqa: SLF001
@@ -200,8 +200,8 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k):
 
 
 @pytest.mark.parametrize("vocab", [sampling.BLOCK - 1, sampling.BLOCK, 3 * sampling.BLOCK + 40])
-def test_tokens_are_drawn_with_their_probability_from_many(vocab):
-    """Of the whole vocabulary by a chi-squared statistic; every third token, the last one too, cannot be drawn."""
+def test_tokens_of_a_large_vocabulary_are_sampled_with_their_probability(vocab):
+    """By a chi-squared statistic over the vocabulary; every third token, also the last one, has probability 0."""
     count, rng = 50_000, np.random.default_rng(0)
     p = rng.random(vocab) * (np.arange(vocab, 0, -1) % 3 != 1)
     p /= p.sum()
@@ -220,7 +220,7 @@ def test_tokens_are_drawn_with_their_probability_from_many(vocab):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1 - 2**-24, 1.0])
-def test_what_has_no_probability_is_never_reached(fraction):
+def test_tokens_without_probability_are_never_sampled(fraction):
     weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     place = int(sampling._sample_index(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
     assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
@@ -230,9 +230,9 @@ def test_what_has_no_probability_is_never_reached(fraction):
     ("kind", "temperature"),
     [("gpt2", 0.5), *(pytest.param(kind, 2.0, marks=pytest.mark.slow) for kind in ("gemma2", "gptj"))],
 )
-def test_a_model_draws_with_its_probability_at_a_temperature(tmp_path, kind, temperature):
-    """First tokens by a chi-squared statistic against the softmax of the model's logits: of a plain head, of one whose
-    logits are capped, of one with a bias; of a vocabulary that is no multiple of a block, which is filled up."""
+def test_samples_of_a_model_follow_its_softmax_at_a_temperature(tmp_path, kind, temperature):
+    """By a chi-squared statistic of first tokens against the softmax of the logits: a plain head, capped logits,
+    and a head with a bias. The vocabulary is no multiple of a block, so it is padded."""
     architecture, _, params = load_folder(folder_of(kind, tmp_path / kind, vocab_size=100))
     model, count = build_model(architecture), 20_000
     tokens = tokens_of(1, 6, vocab=100)
@@ -257,7 +257,7 @@ def mesh_of(data, fsdp=1, tensor=1):
 
 @pytest.fixture
 def made(monkeypatch):
-    """How the results of each batch lay on the devices: (number of devices, shape, shape of a device's part)."""
+    """Sharding of the results of each batch: (number of devices, shape, shape of one device's shard)."""
     seen, fetch = [], sampling.distributed.fetch
 
     def look(arrays):
@@ -271,7 +271,7 @@ def made(monkeypatch):
 @pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2)], ids=str)
 @pytest.mark.slow
 def test_samples_are_the_same_on_any_devices(models, made, sizes):
-    """Of parameters that are whole on 2 and on 4 devices, in four parts, and in two on either half of the devices."""
+    """Parameters replicated on 2 and on 4 devices, sharded over four, and sharded over both halves of the devices."""
     _, model, params = models("llama")
     prompts, options = prompts_of(7, 33, 9, 20, 3), {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "copies": 3}
     alone = generate(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts, batch_size=8, **options)
@@ -284,7 +284,7 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
 
 
-def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypatch):
+def test_concurrent_batches_give_the_same_samples(models, monkeypatch):
     _, model, params = models("llama")
     params, prompts = jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7, 33, 9, 20, 3, 11)
     options = {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": 1}
@@ -300,7 +300,7 @@ def test_batches_at_once_give_the_samples_of_one_after_another(models, monkeypat
 
 
 @pytest.mark.slow
-def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made):
+def test_host_parameters_are_put_on_all_devices(models, made):
     _, model, params = models("llama")
     options = {"max_new_tokens": NEW, "eos_id": EOS}
     alone = generate(model, jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7), copies=6, **options)
@@ -323,7 +323,7 @@ def test_parameters_that_lie_on_no_mesh_are_spread_over_all_devices(models, made
         ([], 2, 8, 4, None, 0),
     ],
 )
-def test_every_continuation_has_one_place(lengths, copies, batch_size, devices, shape, count):
+def test_every_continuation_is_in_one_batch(lengths, copies, batch_size, devices, shape, count):
     batches = list(sampling._prompt_batches(lengths, copies, batch_size, devices))  # noqa: SLF001
     assert [numbers.shape for _, numbers in batches] == [shape] * count
     owner = {n: p for chosen, numbers in batches for p, row in zip(chosen, numbers) for n in row if n >= 0}  # noqa: B905
@@ -351,7 +351,7 @@ def test_no_prompts_give_no_texts(models):
         ),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(change, message):
+def test_invalid_sampling_options_are_refused(change, message):
     settings = {"vocab_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 256}
     model = build_model(family("gpt2").architecture(settings))
     options = {"prompts": [[5, 6]], "max_new_tokens": 4, "eos_id": EOS} | change

@@ -1,4 +1,4 @@
-"""Configs, models, data and run folders made by somebody hostile: one line says what is wrong, and nothing happens."""
+"""Hostile configs, models, data and run folders: refused with a one-line error, without any effect."""
 
 import json
 import struct
@@ -115,7 +115,7 @@ def test_secrets_are_refused_before_anything_is_written_and_not_repeated(setting
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "checkpoints/4", "model"])
-def test_a_run_folder_from_which_a_link_leads_is_refused(tmp_path, name):
+def test_links_out_of_a_run_folder_are_refused(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
     settings = Config(run=str(run), optim={"name": "rmsprop", "learning_rate": 1e-6})
     (run / "checkpoints").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a tracker is shown is what metrics.jsonl holds, however often the run was taken up again."""
+"""Trackers get the metrics of metrics.jsonl, also in resumed runs."""
 
 import html
 import math
@@ -44,13 +44,13 @@ def expected(folder):
 
 
 @pytest.mark.slow
-def test_tensorboard_has_the_lines_of_a_run_that_was_taken_up_again(tmp_path, monkeypatch):
+def test_tensorboard_of_a_resumed_run_equals_metrics_jsonl(tmp_path, monkeypatch):
     monkeypatch.chdir(make_world(tmp_path))
     options = ("--eval-every", "0", "--save-every", "3", "--track", "tensorboard")
     cli.run_command(["train", "dpo.yaml", *options, "--max-steps", "5"])
     first = events(tmp_path / "runs/dpo/tensorboard")
     assert max(step for step, _ in first) == 5
-    # As if it was killed after step 3.
+    # As if the run was killed after step 3.
     for name in ("model", "checkpoints/5"):
         (tmp_path / "runs/dpo" / name).rename(tmp_path / name.replace("/", "-"))
     cli.run_command(["train", "dpo.yaml", *options, "--max-steps", "6"])
@@ -76,7 +76,7 @@ def assert_is_table(text, samples):
         assert cells == [sample[key].strip() for key in ("prompt", "policy", "reference")]
 
 
-def test_cells_of_a_table_stay_cells(tmp_path):
+def test_cells_of_a_table_are_escaped(tmp_path):
     tracker = trackers.make_tracker("tensorboard", tmp_path, {})
     tracker.table(2, [{"prompt": "a|b\nc", "reference": None}, {"prompt": "<b>", "reference": "d"}])
     tracker.close()
@@ -84,7 +84,7 @@ def test_cells_of_a_table_stay_cells(tmp_path):
     assert events(tmp_path / "tensorboard") == {(2, "samples/text_summary"): text}
 
 
-def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
+def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     calls = []
     run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"))
 
@@ -110,7 +110,7 @@ def test_wandb_is_given_the_same_run_again(tmp_path, monkeypatch):
     assert calls[-2]["id"] != start["id"]
 
 
-def test_wandb_has_the_names_of_the_originals_runs_too(tmp_path, monkeypatch):
+def test_wandb_gets_the_metric_names_of_the_original_code_too(tmp_path, monkeypatch):
     lines = []
     run = SimpleNamespace(log=lambda values, step: lines.append(values), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
@@ -123,7 +123,7 @@ def test_wandb_has_the_names_of_the_originals_runs_too(tmp_path, monkeypatch):
     assert lines == [given | train, {f"eval_{name}": value for name, value in given.items()} | evaluated]
 
 
-def test_what_wandb_says_is_one_line(tmp_path, monkeypatch):
+def test_an_error_of_wandb_is_one_line(tmp_path, monkeypatch):
     class RefusedError(Exception):
         pass
 
@@ -135,7 +135,7 @@ def test_what_wandb_says_is_one_line(tmp_path, monkeypatch):
         trackers.make_tracker("wandb", tmp_path, {}).log(0, {})
 
 
-def test_nothing_is_started_where_nothing_is_logged(tmp_path):
+def test_a_tracker_starts_at_the_first_log(tmp_path):
     tracker = trackers.make_tracker("tensorboard", tmp_path, {})
     tracker.close()
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What happens to a run from outside: signals, a hang, memory, a second writer, a lost process."""
+"""Signals, hangs, out of memory, a second writer, lost processes."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def loop(polite):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_told_at_the_end_of_a_step(number):
+def test_the_first_signal_stops_after_the_step(number):
     process = loop(polite=True)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
@@ -62,7 +62,7 @@ def test_the_second_ctrl_c_stops_at_once():
     assert process.returncode == 130
 
 
-def test_signals_are_as_before_afterwards():
+def test_signal_handlers_are_restored():
     before = {s: signal.getsignal(s) for s in interrupts.SIGNALS}
     with interrupts.stop_requests() as asked:
         assert not asked()
@@ -94,7 +94,7 @@ with interrupts.hang_watchdog(0.5) as alive:
     assert time.monotonic() - start < 50
 
 
-def test_out_of_memory_says_what_to_change():
+def test_out_of_memory_lists_remedies():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nlong list of buffers")
     config = Config(data=DataConfig(rows=8), model=ModelConfig(remat="none", compute="float32"))
     with pytest.raises(UserError) as told, interrupts.explain_out_of_memory(config.model, config.data):
@@ -139,7 +139,7 @@ BAD = ["", "here", "host:1,2", "host:1,2,x", "host:1,2,2", "host,2,0", "host:1,0
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_processes_that_cannot_be(how):
+def test_invalid_distributed_arguments_are_refused(how):
     with pytest.raises(UserError, match=r"--distributed .*set auto .* or HOST:PORT,PROCESSES,INDEX"):
         distributed.initialize(how)
 
@@ -149,7 +149,7 @@ def test_processes_that_cannot_be(how):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The folder of a small run, done by two processes."""
+    """The folder of a small run, trained by two processes."""
     folder = launched.make_world(tmp_path_factory.mktemp("watch"))
     launched.finish(launched.start(folder, "one", launch=launched.launch_local(2, 1)))
     return folder
@@ -171,7 +171,7 @@ def test_a_notice_to_one_process_ends_all_with_everything_saved(world):
 
 @pytest.mark.slow
 def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world):
-    """The one at which the others meet."""
+    """Process 0, to which the others connect."""
     name = "lost"
     process = launched.start(world, name, launch=launched.launch_local(2, 1, "--restarts", "1"))
     launched.wait_for(world, name, 12)  # the save at 10 has waited until that at 5 was whole
@@ -184,7 +184,7 @@ def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world):
 
 
 @pytest.mark.slow
-def test_a_failure_of_one_process_is_told_and_ends_all(world):
+def test_a_failure_of_one_process_is_reported_and_ends_all(world):
     process = launched.start(world, "failed", "--optim.learning_rate", "nan", launch=launched.launch_local(2, 1))
     _, err = launched.finish(process, 2)
     assert re.search(r"dpo-jax: process \d: optim.learning_rate: nan", err)
@@ -192,7 +192,7 @@ def test_a_failure_of_one_process_is_told_and_ends_all(world):
 
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_all(world):
-    """One of two processes is stopped; the other waits for it in a step, and says where."""
+    """One of two processes is stopped; the other waits for it in a step, and prints its stack."""
     process = launched.start(world, "stopped", "--hang-seconds", "30", launch=launched.launch_local(2, 1))
     launched.wait_for(world, "stopped", 3)
     stopped = launched.peers("stopped")[1]
@@ -214,7 +214,7 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
 
 
 @pytest.mark.slow
-def test_a_sick_run_saves_the_batch(world):
+def test_a_run_with_a_nonfinite_loss_saves_the_batch(world):
     options = ("--optim.learning_rate", "1e30", "--optim.warmup_steps", "0", "--max_nonfinite", "2")
     _, err = launched.finish(launched.start(world, "sick", *options), 2)
     path = re.search(r"token ids are in (\S+);", err)[1]

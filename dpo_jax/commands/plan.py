@@ -220,7 +220,7 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     local_rows = plan.shape.rows // max(1, jax.device_count() // config.mesh.tensor)
     if local_rows > 1 and need.activations > 0.1 * memory:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
-    return lines or ["shorter rows (data.max_length), or devices with more memory"]
+    return lines or ["data.max_length: lower it, or use devices with more memory"]
 
 
 def resolve_base_model(config: Config) -> Config:

@@ -76,8 +76,7 @@ class ModelConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     """dtype of activations and matmuls; trained parameters are always float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """Activations that the backward pass recomputes: none, all but those of projections and attention (dots), or all
-    (full)."""
+    """Activations to recompute in the backward pass: none, all except projections and attention (dots), all (full)."""
     attention: Literal["auto", "chunks", "cudnn", "splash"] = "auto"
     """Attention backend of packed rows: chunks of queries (ours, on any device), cudnn (GPU) or splash (TPU). A kernel
     is used only if it matches chunks in a test on this device; auto takes the device's kernel, else chunks."""
