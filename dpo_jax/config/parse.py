@@ -21,7 +21,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.named import options_of
 
 T = TypeVar("T")
-SECTIONS = ("loss", "optim")  # whose options depend on a name
+SECTIONS = {"loss": "the loss", "optim": "the optimizer"}  # whose options depend on a name
 
 
 def _functions(section: str, name: str, key: str) -> Sequence[Callable]:
@@ -145,14 +145,12 @@ def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -
     chosen = [*(flatten(read_yaml(file)) if file else []), *given]  # of several names, as a sweep has, the first
     if any(key.split(".")[0] in SECTIONS for key, _ in chosen):
         _cli(_with_sections(kind, chosen), ["--help"], prog)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    without = dataclasses.make_dataclass(
-        kind.__name__, [(f.name, f.type, f) for f in fields if f.name not in SECTIONS], frozen=True
-    )
-    absent = [f"the {s} (--{s}.name NAME)" for s in SECTIONS if s in {f.name for f in fields}]
-    if absent:
-        options = f"Options of {' and '.join(absent)} are listed where one is named; see also dpo-jax losses."
-        without.__doc__ = f"{kind.__doc__} {options}"
+    hidden = [f for f in dataclasses.fields(kind) if f.name in SECTIONS]  # type: ignore[arg-type]
+    fields: list[Any] = [(f.name, Annotated[dict, tyro.conf.Suppress], f) for f in hidden]
+    without = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
+    names = " and ".join(f"{SECTIONS[f.name]} (--{f.name}.name NAME)" for f in hidden)
+    if hidden:
+        without.__doc__ = f"{kind.__doc__} Options of {names} are listed if one is named; see also dpo-jax losses."
     _cli(without, ["--help"], prog)
 
 
