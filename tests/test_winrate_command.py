@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_judge import serving
+from chat_server import serving
 
 from dpo_jax import cli
 from dpo_jax.data.sources import synthetic

@@ -87,11 +87,6 @@ class FrontierResult(NamedTuple):
     prompts: int
     pairs: int
 
-    @property
-    def listed(self) -> bool:
-        """Former name of `enumerated`."""
-        return self.enumerated
-
 
 Record = Callable[[FrontierJob, Any, int], None]
 """(job, parameters, steps done): called after every step; measures the policy after the steps of the job."""

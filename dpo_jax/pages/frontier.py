@@ -262,5 +262,5 @@ def frontier_json(found: FrontierResult) -> dict[str, Any]:
         "best_of": [json_values(b) | {"kl_bound": kl_bound(b.n)} for b in found.best_of],
         "prompts": found.prompts,
         "pairs": found.pairs,
-        "listed": found.listed,
+        "listed": found.enumerated,
     }
