@@ -311,13 +311,13 @@ MISTAKES = [
     (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds must be >= 0 \(0: never\), got -1.0"),
     (
         ["train", "dpo.yaml", "--mesh.mode", "pmap", "--mesh.fsdp", "2", "--run", "r9"],
-        r"mesh.mode pmap: every device holds",
+        r"mesh.mode pmap: parameters are replicated; set mesh.fsdp and",
     ),
     (
         ["train", "dpo.yaml", "--keep-best", "eval_los", "--run", "r10"],
         r"keep_best: no evaluation has 'eval_los'; known:",
     ),
-    (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"give --reference.path"),
+    (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"set --reference.path"),
     (["export", "runs", "x"], r"runs: not the folder of a run"),
     (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: not found; name one of \[12, 9\]"),
     (["export", "runs/dpo", "x", "--checkpoint", "best"], r"checkpoint best: keep_best of the run names no metric"),
