@@ -1,6 +1,6 @@
 # %% [markdown]
 """
-# A loss of one's own, ablated over beta
+# Your own loss, ablated over beta
 
 A loss is a function of log-probs. Here is one that the package lacks, trained with five values of beta in one call,
 and a plot of what beta does: the accuracy and the margin of the implicit reward on held-out pairs.
@@ -30,7 +30,7 @@ work = Path(given[0] if given else tempfile.mkdtemp())
 # %% [markdown]
 # ## The loss
 # `Logps` has `policy` and `reference`, float32[B, 2]: log-probs of the chosen and the rejected response of B pairs. The
-# result is one value for each pair; means, metrics and gradients are not its business. Keyword-only parameters are the
+# result is one value per pair; the package computes means, metrics and gradients. Keyword-only parameters are the
 # options of the loss.
 #
 # DPO's loss is $-\log p$ with $p = \sigma(\beta \cdot \text{margin})$, the modelled probability of the label. This one
@@ -52,7 +52,7 @@ def focal(lp, *, beta: float = 0.1, gamma: float = 1.0):
 
 
 # %% [markdown]
-# On plain lists it can be looked at by hand. With `gamma=0` it is DPO.
+# A check by hand, on plain lists: with `gamma=0` it is DPO.
 
 # %%
 lp = Logps.of(policy=[[-8.0, -12.0], [-11.0, -11.0]], reference=[[-10.0, -12.0], [-10.0, -12.0]])

@@ -3,10 +3,11 @@
 # One step on several devices
 
 The same train step three times: on one device, under `jax.pmap`, and under `jax.jit` on a mesh that shards the
-parameters too. The step is a pure function; whoever compiles it decides where it runs. All three give one loss.
+parameters too. The step is a pure function: the caller compiles it and decides where it runs. All three give the same
+loss.
 
-Four CPU devices are emulated here, which needs no accelerator. Leave the first cell out to use your own; their number
-must be even.
+Four CPU devices are emulated here, so that no accelerator is needed. Skip the first cell to use your own devices, an
+even number of them.
 """
 
 # %%

@@ -3,7 +3,7 @@
 # Evaluating a run
 
 A run leaves a folder with its config, metrics, checkpoints and model. Here a small one is trained, then measured:
-metrics with 95% intervals, completions beside those of the reference, and its course step by step.
+metrics with 95% intervals, completions beside those of the reference, and the metrics of each step.
 
 From the command line these are `dpo-jax train`, `dpo-jax eval` and `dpo-jax sample`.
 """
@@ -89,7 +89,7 @@ for i, prompt in enumerate(prompts):
         print(f"{prompt} |{name}| {texts[i]}")
 
 # %% [markdown]
-# ## The course of the run
+# ## Metrics of each step
 # `metrics.jsonl` has one line for every step, and one with names in `eval_` for every evaluation.
 
 # %%

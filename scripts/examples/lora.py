@@ -2,8 +2,8 @@
 """
 # LoRA
 
-DPO of low-rank adapters (arXiv 2106.09685): the model below them stays as it is and is the reference, so that nothing
-is in memory twice. The run writes the adapters alone and a model with the adapters merged in.
+DPO of low-rank adapters (arXiv 2106.09685). The base model is frozen and is the reference, so that one copy of it is in
+memory. The run writes the adapters, and a model with the adapters merged in.
 """
 
 # %%
@@ -50,7 +50,7 @@ base = dpo_jax.train(
 
 # %% [markdown]
 # ## DPO of adapters
-# `lora` is all that a run needs to train adapters; `targets` names the projections that get one (all of them here).
+# The section `lora` makes a run train adapters. `targets` names the projections that get one: all of them here.
 
 # %%
 result = dpo_jax.train(
@@ -82,7 +82,7 @@ print(json.loads((result.folder / "adapter/adapter_config.json").read_text()))
 
 # %% [markdown]
 # ## The reference is the base
-# The held-out margin by the functions: the merged model as the policy, the base as the reference. It is the run's.
+# The functions compute the held-out margin again, with the merged model as the policy and the base as the reference.
 
 # %%
 loss = losses.build({"name": "dpo", "beta": 0.1})
