@@ -38,10 +38,10 @@ _HOME = {
     "data.table": ("Table",),
     "errors": ("UserError",),
     "logprobs": ("sequence_logps",),
-    "losses": ("Loss",),
+    "losses": ("Logps", "Loss"),  # which lets jit and grad pass missing fields
     "models.huggingface.load": ("load_model", "save_model"),
     "models.model": ("Model",),
-    "records": ("Batch", "Logps", "TrainState"),
+    "records": ("Batch", "TrainState"),
     "reference": ("with_reference",),
     "runs.evaluate": ("evaluate", "sample"),
     "runs.sweep": ("sweep",),

@@ -136,6 +136,8 @@ class Missing:
         raise UserError(f"Logps.{self.name} is missing and this loss reads it; give Logps.of(..., {self.name}=...)")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __eq__ = __ne__ = __abs__ = __pow__ = __rpow__ = _refuse
+    __hash__ = object.__hash__
     __neg__ = __getitem__ = __gt__ = __lt__ = __ge__ = __le__ = __len__ = __float__ = __bool__ = _refuse
 
 
@@ -189,7 +191,7 @@ class Logps(NamedTuple):
         given = {"policy": policy, "reference": reference} | fields
         if unknown := sorted(given.keys() - set(cls._fields)):
             raise UserError(f"Logps has no field {unknown[0]!r}; {closest(unknown[0], cls._fields)}")
-        given = {name: v if hasattr(v, "shape") else np.asarray(v) for name, v in given.items() if v is not None}
+        given = {name: _as_array(name, v) for name, v in given.items() if v is not None}
         both = np.shape(given["policy"])
         if len(both) != 2:
             raise UserError(f"Logps.policy: shape {both}; give [B, P], one row per prompt, e.g. policy[None] for one")
@@ -202,6 +204,10 @@ class Logps(NamedTuple):
             if np.shape(value) != shape:
                 raise UserError(f"Logps.{name}: shape {np.shape(value)}, expected {shape}, as policy has {both}")
         return cls(**{name: given.get(name, Missing(name)) for name in cls._fields})
+
+
+def _as_array(name: str, value: Any) -> Any:
+    return value if hasattr(value, "shape") else np.asarray(value, bool if name == "present" else np.float32)
 
 
 class TrainState(NamedTuple):

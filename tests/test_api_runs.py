@@ -14,7 +14,7 @@ from launched import ROOT, make_world
 from safetensors.numpy import load_file
 
 import dpo_jax
-from dpo_jax import UserError, cli
+from dpo_jax import UserError, cli, losses, optim
 from dpo_jax.training.metrics_file import read_metrics
 
 
@@ -34,6 +34,9 @@ def world(tmp_path_factory):
         (folder / "own.py").write_text(OWN)
         cli.run_command(["train", "dpo.yaml", "--max-steps", "2", "--run", "runs/start", "--samples.prompts", "0"])
         yield folder
+    for known in (losses.REGISTRY, optim.OPTIMIZERS):  # functions that only these tests name
+        for name in [n for n in known if ":" in n or n == "in_memory"]:
+            del known[name]
 
 
 OWN = '''
@@ -92,7 +95,7 @@ def test_train_on_rows_with_an_own_loss_and_callbacks(world):
     assert (result.folder / "report.html").is_file()
     exported = load_file(result.folder / "model" / "model.safetensors")
     assert sum(x.size for x in exported.values()) == sum(x.size for x in jax.tree.leaves(result.params))
-    assert yaml.safe_load((result.folder / "config.yaml").read_text())["loss"]["name"] == "test_api:squared"
+    assert yaml.safe_load((result.folder / "config.yaml").read_text())["loss"]["name"] == "test_api_runs:squared"
     again = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared)  # it resumes
     assert [r["step"] for r in read_metrics(again.folder / "metrics.jsonl") if "loss" in r] == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="belongs to another config"):
@@ -130,7 +133,6 @@ def test_an_optax_object_and_several_terms(world):
         ({"eval_data": []}, "eval_data: give data in memory too"),
         ({"data": datasets.DatasetDict({"train": datasets.Dataset.from_list([])})}, "a dataset with splits train"),
         ({"data": ["text"]}, "data: element 0 is a str; give dicts of columns"),
-        ({"data": "absent.jsonl"}, "absent.jsonl"),
     ],
 )
 def test_calls_that_cannot_train_are_one_line(world, keys, message):

@@ -1,6 +1,7 @@
 """The README and the page on the architecture: their code runs, their tables and numbers are those of the package."""
 
 import json
+import logging
 import re
 import runpy
 import shutil
@@ -67,7 +68,8 @@ def test_the_readme_is_short():
     assert [line for line in lines if len(line) > 120] == []
 
 
-def test_the_python_of_the_readme_trains_with_an_own_loss(after_quickstart, capsys):
+def test_the_python_of_the_readme_trains_with_an_own_loss(after_quickstart, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dpo_jax"), "handlers", [])  # as in a process that is no command
     (block,) = blocks(README, "python")
     assert len([line for line in block.splitlines() if line]) == 12
     capsys.readouterr()

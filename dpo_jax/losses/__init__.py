@@ -30,11 +30,13 @@ from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
 from dpo_jax.losses.objective import Loss, build, of, option_functions
 from dpo_jax.losses.metrics import length_bias, weighted_means
 from dpo_jax.losses.registry import REGISTRY, register
+from dpo_jax.records import Logps
 
 # isort: on
 
 __all__ = [
     "REGISTRY",
+    "Logps",
     "Loss",
     "alphapo",
     "aot",

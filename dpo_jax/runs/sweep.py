@@ -1,6 +1,7 @@
 """`sweep`: a run for every combination of values."""
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from dpo_jax.runs.train import Result, finish_run, with_base_model
 from dpo_jax.training import setup
 from dpo_jax.training.compile import prepare_run, with_hparams
 from dpo_jax.training.loop import Callback, train_run
+
+log = logging.getLogger(__name__)
 
 
 def sweep(
@@ -92,6 +95,7 @@ def train_all(
     for group in group_runs(configs):
         run = prepared = None
         for one in group:
+            log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
             try:
                 run = setup.setup_run(one) if run is None else setup.sweep_member(run, one)
                 prepared = with_hparams(prepared, one) if prepared else prepare_run(run)
