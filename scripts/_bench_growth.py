@@ -44,7 +44,6 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
     from dpo_jax import losses, optim
     from dpo_jax.data import pack
     from dpo_jax.data.table import Table
-    from dpo_jax.logprobs import batch_logps
     from dpo_jax.models.families.registry import family
     from dpo_jax.models.model import build_model
     from dpo_jax.records import Tokens

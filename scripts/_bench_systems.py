@@ -124,7 +124,8 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
 
     architecture, _, params = load_folder(folder / "model")
     remat = "full" if system.without == "kept activations" else "none"
-    model, loss = build_model(architecture, compute=system.dtype, remat=remat), losses.build({"name": "dpo", "beta": BETA})
+    model = build_model(architecture, compute=system.dtype, remat=remat)
+    loss = losses.build({"name": "dpo", "beta": BETA})
     logps = levers.logps_of(system.without, model)
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
     step = jax.jit(make_train_step(model, loss, tx, logps=logps), donate_argnums=0)

@@ -11,7 +11,6 @@ import numpy as np
 from dpo_jax import losses, optim, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
