@@ -172,7 +172,7 @@ def sequence_logps(model: Model, params: Any, batch: Batch) -> Logps:
     def one(micro: Batch) -> Logps:
         return batch_logps(model, params, micro)._replace(running=())
 
-    return concat_microbatches(map_microbatches(one, batch, jnp.int32(batch.tokens.shape[0])))
+    return concat_microbatches(map_microbatches(one, batch, batch.tokens.shape[0]))
 
 
 def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:

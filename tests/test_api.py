@@ -220,3 +220,20 @@ def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
     assert texts[0] == texts[1]
     with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
         dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
+
+
+def test_sequence_logps_have_a_gradient(world):
+    """Levels 1 and 2 together: the loss of a batch, differentiated, is the step's gradient."""
+    model, params, tokenizer = dpo_jax.load_model("runs/start")
+    table = dpo_jax.tokenize(rows(world, 8), tokenizer, max_length=96)
+    batch, count = dpo_jax.collate(table, range(8))
+    batch, loss = dpo_jax.with_reference(model, params, batch, count), losses.of(squared, beta=0.5)
+
+    def mean(params):
+        lp = dpo_jax.sequence_logps(model, params, batch)
+        return (lp.weights * loss.values(lp)).sum() / lp.weights.sum()
+
+    norm = optax.tree.norm(jax.grad(mean)(params))
+    state = dpo_jax.init_state(params, optax.sgd(1e-3), loss)
+    _, metrics = jax.jit(dpo_jax.make_train_step(model, loss, optax.sgd(1e-3)))(state, batch, count)
+    np.testing.assert_allclose(norm, metrics["grad_norm"], rtol=1e-4)

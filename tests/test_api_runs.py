@@ -226,3 +226,16 @@ def test_own_code_by_name_in_every_command(world):
     assert "unknown key 'data.options.moost'; did you mean 'data.options.most'?" in message
     message = run(world, "train", "own.yaml", "--loss.name", "own:square", code=2)
     assert "loss.name: own has no 'square'; did you mean 'squared'?" in message
+
+
+def test_a_loss_replaces_the_files_section_and_a_dict_without_a_name_changes_it(world):
+    from dpo_jax.runs.settings import call_settings
+
+    (world / "three.yaml").write_text("loss: [{name: dpo, beta: 0.3}, {name: sft}]\n")
+    (world / "one.yaml").write_text("loss: {name: dpo, beta: 0.3}\n")
+    replaced, _ = call_settings("three.yaml", None, None, squared, None, {})
+    assert (replaced.loss["name"], replaced.loss["beta"]) == ("test_api_runs:squared", 0.1)
+    changed, _ = call_settings("one.yaml", None, None, {"label_smoothing": 0.1}, None, {})
+    assert (changed.loss["name"], changed.loss["beta"], changed.loss["label_smoothing"]) == ("dpo", 0.3, 0.1)
+    with pytest.raises(UserError, match="an objective is bound already"):
+        call_settings("one.yaml", None, None, losses.of(squared), None, {})

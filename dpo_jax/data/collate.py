@@ -95,8 +95,8 @@ def collate(table: Table, indices: Sequence[int] | Array, layout: pack.Layout | 
       UserError: no index, or one outside the table.
     """
     chosen = np.asarray(indices)
-    if chosen.ndim != 1 or not len(chosen):
-        raise UserError(f"collate: indices of shape {chosen.shape}; give one or more indices of the table")
+    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu":
+        raise UserError(f"collate: {chosen.dtype} of shape {chosen.shape}; give one or more integer indices")
     if chosen.min() < 0 or chosen.max() >= len(table):
         raise UserError(f"collate: index {chosen.max()} is outside the table of {len(table)} examples")
     batch, count, _ = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))

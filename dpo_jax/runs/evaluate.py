@@ -111,6 +111,8 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     Raises:
       UserError: no checkpoint, an empty prompt, or options without a meaning.
     """
+    if isinstance(prompts, str):
+        raise UserError("prompts: give a list of texts, as in [text]")
     chats = [p if isinstance(p, str | Chat) else Chat(tuple(p)) for p in prompts]
     return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), chats)
 

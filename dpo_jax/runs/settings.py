@@ -11,9 +11,10 @@ from typing import Any
 from dpo_jax import optim
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
-from dpo_jax.config.yaml import as_lists
+from dpo_jax.config.yaml import as_lists, read_yaml
 from dpo_jax.data.sources import memory
 from dpo_jax.errors import UserError
+from dpo_jax.losses.objective import Loss
 from dpo_jax.losses.registry import REGISTRY, Entry, checked_entry
 from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.named import name_of
@@ -40,7 +41,12 @@ def call_settings(
     if optimizer is not None:
         given["optim"] = _optimizer(optimizer)
     source = str(config) if isinstance(config, str | Path) else plain_config(config)
-    name = source if isinstance(source, str) else str(given.get("run") or (source or {}).get("run") or "")
+    file = source
+    replaced = [key for key in ("loss", "optim") if _is_whole(given.get(key))]
+    if source and replaced:  # a name, a function or a list replaces the section; a dict without a name changes it
+        values = read_yaml(source) if isinstance(source, str) else source
+        source = {key: value for key, value in values.items() if key not in replaced}
+    name = file if isinstance(file, str) else str(given.get("run") or (source or {}).get("run") or "")
     if not name:
         raise UserError('run: name the folder of this run, as in run="runs/mine"')
     return parse_config(Config, source, given, prog="dpo_jax.train"), name
@@ -53,6 +59,8 @@ def plain_config(config: Any) -> Any:
 
 def _term(term: Any) -> dict[str, Any]:
     """Returns a term of a loss as the config has it; a function is registered under its name."""
+    if isinstance(term, Loss):
+        raise UserError("loss: an objective is bound already; give its function or a dict with name and options")
     if isinstance(term, str):
         return {"name": term}
     if isinstance(term, Mapping):
@@ -87,6 +95,10 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
         )
     optim.OPTIMIZERS[IN_MEMORY] = lambda: optimizer
     return {"name": IN_MEMORY}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Mapping) and "name" in value)
 
 
 def data_section(data: Any) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class _Loop:
             return False
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         answers = [callback(step, values, state) for callback in self.callbacks]  # all are called, whatever one says
-        return bool(distributed.broadcast_from_primary(int(any(answers))))
+        return bool(distributed.broadcast_from_primary(int(any(answer is True for answer in answers))))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Evaluates the policy on the held-out data and writes its samples; returns the means of the metrics."""
