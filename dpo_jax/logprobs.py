@@ -100,7 +100,7 @@ def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Arra
 def log_collisions(hidden: Array, head: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
     """Returns log sum_v p(v | hidden)^2 of each scored token, float32[R, S], without gradient.
 
-    It is the log-probability that two samples of the next token agree. Args as for `token_logps`.
+    That two samples of the next token agree, as a log-probability. Args as for `token_logps`.
     """
     hidden, weight = jax.lax.stop_gradient((hidden, head.astype(hidden.dtype)))
 

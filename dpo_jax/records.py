@@ -3,8 +3,7 @@
 Axis letters: R rows, T tokens in a row, G comparisons in a row, P responses to a prompt, S scored tokens in a row,
 B = R * G comparisons, D model width, H heads, K key-value heads, V vocabulary, L layers, M microbatches.
 
-A record holds numpy arrays on the host and jax.Arrays on devices, with the same shapes; the annotations say which, and
-tests/test_records.py checks them.
+A record holds numpy arrays on the host and jax.Arrays on devices; tests/test_records.py checks the annotated shapes.
 """
 
 from collections.abc import Mapping

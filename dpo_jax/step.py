@@ -163,8 +163,7 @@ def make_eval_step(
 ) -> Callable[..., Metrics]:
     """Returns `(params, batch, count, running=None, base=None) -> metrics`, pure and not compiled.
 
-    A metric is float32[M, R, G], one value per comparison, not averaged. A loss that looks across comparisons sees the
-    comparisons of one batch.
+    A metric is float32[M, R, G], one value per comparison. A loss across comparisons sees those of one batch.
 
     Args:
       model: pure functions of the policy's parameters.

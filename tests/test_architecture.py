@@ -34,7 +34,9 @@ LAYERS = (
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units} | {"__init__": -1}
 # The core, in reading order: what one reads to know how a batch becomes an update.
 CORE = ("records.py", "losses/", "logprobs.py", "step.py", "reference.py", "optim.py")
-CORE += tuple(f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "order", "pack"))
+CORE += tuple(
+    f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "cache", "order", "pack", "collate")
+)
 CORE += tuple(f"models/{name}.py" for name in ("model", "architecture", "decoder", "layers", "attention"))
 LONGEST_CHAIN = 14
 ONLY_IN = {

@@ -35,8 +35,7 @@ def tokenize(
 ) -> Table:
     """Returns examples as a table of token ids, tokenised once and then read from the cache.
 
-    The options are those of the config's section `data`, with the same defaults. Counts of examples that were dropped
-    are logged as warnings, the others as information.
+    The options and defaults are those of the config's section `data`. Dropped examples are counted in a warning.
 
     Args:
       rows: dicts with the columns of data files (`prompt`, `chosen`, `rejected`, ...), or a `datasets.Dataset`.

@@ -64,12 +64,8 @@ REGISTRY: dict[str, Entry] = {}
 def register(*, responses: int | None = 2, uses_reference: bool = True, **needs: Any) -> Callable[[Callable], Callable]:
     """Returns a decorator that registers a loss under its function's name.
 
-    A name that is registered already is replaced with a warning, so that a notebook cell may run again.
-
-    Args:
-      responses: P, the responses per prompt; None for any P from 2 on.
-      uses_reference: whether the function reads `Logps.reference`.
-      **needs: other fields of `Entry`.
+    A name that is registered already is replaced with a warning, so that a notebook cell may run again. The arguments
+    are the fields of `Entry`.
     """
 
     def file(function: Callable) -> Callable:
