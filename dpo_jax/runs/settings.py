@@ -36,7 +36,8 @@ def call_settings(
             raise UserError("eval_data: give data in memory too, or set data.eval_path")
         given["data"]["eval_path"] = data_section(eval_data)["path"]
     if loss is not None:
-        terms = [_term(term) for term in (loss if isinstance(loss, list | tuple) else [loss])]
+        several = isinstance(loss, list | tuple) and not isinstance(loss, Loss)  # which is a tuple too
+        terms = [_term(term) for term in (loss if several else [loss])]
         given["loss"] = terms if len(terms) > 1 else terms[0]
     if optimizer is not None:
         given["optim"] = _optimizer(optimizer)
