@@ -217,7 +217,7 @@ def test_a_second_run_in_the_same_folder_is_refused(world):
 def test_a_run_with_a_nonfinite_loss_saves_the_batch(world):
     options = ("--optim.learning_rate", "1e30", "--optim.warmup_steps", "0", "--max_nonfinite", "2")
     _, err = launched.finish(launched.start(world, "sick", *options), 2)
-    path = re.search(r"token ids are in (\S+);", err)[1]
+    path = re.search(r"token ids of its comparisons .* are in (\S+);", err)[1]
     rows = [json.loads(line) for line in (world / path).read_text().splitlines()]
     assert len(rows) == 16
     assert all(len(row["responses"]) == 2 and row["prompt"] for row in rows)
