@@ -137,7 +137,7 @@ def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -
 
     Raises:
       SystemExit: always, with code 0.
-      UserError: no loss or optimiser of that name.
+      UserError: no loss or optimizer of that name.
     """
     given = [
         (key, texts[0].split(",")[:1] if key.endswith("name") and texts else texts) for key, texts in arguments(argv)

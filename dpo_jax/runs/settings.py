@@ -42,12 +42,11 @@ def call_settings(
     if optimizer is not None:
         given["optim"] = _optimizer(optimizer)
     source = str(config) if isinstance(config, str | Path) else plain_config(config)
-    file = source
+    name = source if isinstance(source, str) else str(given.get("run") or (source or {}).get("run") or "")
     replaced = [key for key in ("loss", "optim") if _is_whole(given.get(key))]
     if source and replaced:  # a name, a function or a list replaces the section; a dict without a name changes it
         values = read_yaml(source) if isinstance(source, str) else source
         source = {key: value for key, value in values.items() if key not in replaced}
-    name = file if isinstance(file, str) else str(given.get("run") or (source or {}).get("run") or "")
     if not name:
         raise UserError('run: name the folder of this run, as in run="runs/mine"')
     return parse_config(Config, source, given, prog="dpo_jax.train"), name
