@@ -343,7 +343,7 @@ def test_mistakes_are_one_line_and_exit_code_2(world, argv, message, monkeypatch
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(run):
     args = ("train", "dpo.yaml", "--run", "runs/nan", "--optim.learning_rate", "1e30", "--optim.warmup_steps", "0")
-    why = r"loss or gradient not finite 2 times in a row, .* the last batch held comparisons \["
+    why = r"loss or gradient not finite 2 times in a row, updates skipped; the token ids of its comparisons \["
     with pytest.raises(UserError, match=why):
         run(*args, "--max_nonfinite", "2")
 

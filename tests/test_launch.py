@@ -120,10 +120,10 @@ def test_a_tpu_pod_without_arguments_prints_its_usage():
 
 WHO = """
 import sys
-from dpo_jax import processes
-processes.join("auto")
+from dpo_jax import distributed
+distributed.initialize("auto")
 import jax
-print(jax.process_index(), jax.process_count(), processes.first())
+print(jax.process_index(), jax.process_count(), distributed.is_primary())
 """
 SCHEDULERS = {
     "Slurm": lambda i: {
