@@ -8,7 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses import Loss
+from dpo_jax.errors import UserError
+from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
@@ -215,7 +216,15 @@ def _by_comparison(batch: Batch, each: dict[str, Array]) -> Logps:
 
 
 def logps_fn(model: Model, loss: Loss) -> LogpsFn:
-    """Returns the function that computes the fields of Logps that a loss reads."""
+    """Returns the function that computes the fields of Logps that a loss reads.
+
+    Raises:
+      UserError: no objective, or one of a reward model for a language model, or the reverse.
+    """
+    if checked_objective(loss).rewards != model.architecture.score:
+        raise UserError(
+            "loss: bradley_terry trains a reward model and all other losses a language model; give the other model"
+        )
     if loss.rewards:
         return partial(batch_rewards, model)
     return partial(batch_logps, model, confidence=loss.confidence)

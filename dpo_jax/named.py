@@ -5,9 +5,13 @@ docstring is their help text.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib
 import inspect
 import sys
+import sysconfig
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -32,26 +36,34 @@ def options_of(*functions: Callable) -> list[Option]:
     """Returns the options of functions, in order.
 
     Raises:
-      ValueError: an option without a default, or of a type that a config cannot express.
+      UserError: an option without a default, or of a type that a config cannot express.
     """
     found = []
     for function in functions:
         documented = docstring_parser.parse(function.__doc__ or "").params
         texts = {p.arg_name: " ".join((p.description or "").split()) for p in documented}
-        for p in inspect.signature(function).parameters.values():
+        for p in _signature(function).parameters.values():
             if p.kind is p.KEYWORD_ONLY:
                 found.append(_option(function.__name__, p, texts.get(p.name, "")))
     return found
 
 
+def _signature(function: Callable) -> inspect.Signature:
+    """Returns a signature whose annotations are types, also under `from __future__ import annotations`."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except (NameError, SyntaxError) as e:
+        raise UserError(f"{function.__name__}: an annotation names no type ({e}); correct it") from e
+
+
 def _option(function: str, parameter: inspect.Parameter, text: str) -> Option:
     name, kind, default = parameter.name, parameter.annotation, parameter.default
     if default is parameter.empty:
-        raise ValueError(f"{function}: {name} has no default")
+        raise UserError(f"{function}: give its option {name!r} a default")
     if kind is parameter.empty and type(default) in TYPES:
         kind = type(default)
     if kind not in TYPES and get_origin(kind) is not Literal:
-        raise ValueError(f"{function}: {name} must be a bool, int, float, str or Literal[...]")
+        raise UserError(f"{function}: option {name!r} must be a bool, int, float, str or Literal[...]; annotate it so")
     return Option(name, kind, default, text)
 
 
@@ -103,7 +115,7 @@ def import_function(name: str, where: str) -> Callable[..., Any]:
       where: the key that names it, for error messages.
 
     Raises:
-      UserError: the module cannot be imported, or has no such function.
+      UserError: the module cannot be imported or fails while it is, or has no such function.
     """
     module_name, _, attribute = name.partition(":")
     if module_name == "__main__":
@@ -113,11 +125,16 @@ def import_function(name: str, where: str) -> Callable[..., Any]:
     try:
         with _working_directory_first():
             module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as e:  # ValueError: an empty module name
+    except (ModuleNotFoundError, ValueError) as e:  # ValueError: an empty module name
+        absent = getattr(e, "name", None) or module_name
+        if not f"{module_name}.".startswith(f"{absent}."):
+            raise UserError(f"{where}: {module_name} imports {absent!r}, which is not installed; install it") from e
         raise UserError(
             f"{where}: cannot import {module_name!r} of {name!r} ({e}); run in the folder of {module_name}.py or set "
             "PYTHONPATH"
         ) from e
+    except Exception as e:  # whatever the user's module raises
+        raise UserError(f"{where}: {module_name} fails when imported ({type(e).__name__}: {e}); correct it") from e
     function = getattr(module, attribute, None)
     if function is None:
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
@@ -130,6 +147,53 @@ def import_function(name: str, where: str) -> Callable[..., Any]:
 def name_of(function: Callable[..., Any]) -> str:
     """Returns `module:function` for a function; its name in a run's config."""
     return f"{function.__module__}:{function.__qualname__}"
+
+
+def fingerprint(value: Any) -> str:
+    """Returns a hash of what a function computes, so that a resumed run notices another one of the same name.
+
+    It covers the function's source, its defaults, what it closes over, and the functions of its own modules that it
+    calls; of installed packages only names. An optax transformation is a tuple of such functions.
+    """
+    seen: list[Any] = []
+    return hashlib.blake2b("\n".join(_parts(value, seen)).encode(), digest_size=8).hexdigest()
+
+
+def _parts(value: Any, seen: list[Any]) -> Iterator[str]:
+    if isinstance(value, str | int | float | bool | type(None)):
+        yield repr(value)
+    elif isinstance(value, functools.partial):
+        yield from _parts((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, Mapping):
+        yield from _parts(tuple(value.items()), seen)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _parts(part, seen)
+    elif hasattr(value, "tobytes"):  # an array
+        yield value.tobytes().hex()
+    elif not inspect.isfunction(value):
+        yield f"{type(value).__module__}.{type(value).__qualname__}"
+    elif value not in seen:
+        seen.append(value)
+        yield name_of(value)
+        yield from _parts((value.__defaults__, value.__kwdefaults__), seen)
+        cells = inspect.getclosurevars(value)
+        yield from _parts(tuple(cells.nonlocals.values()), seen)
+        if not _is_installed(value):
+            yield _source(value)
+            yield from _parts(tuple(cells.globals.values()), seen)
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):  # written in a console
+        return function.__code__.co_code.hex()
+
+
+def _is_installed(function: Callable[..., Any]) -> bool:
+    file = function.__code__.co_filename
+    return any(file.startswith(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib"))
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {}
+IN_MEMORY = "in_memory"  # the name of an optax object that was given in Python
 
 
 def register_optimizer(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,4 +143,6 @@ def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]
         return OPTIMIZERS[name]
     if ":" in name:
         return import_function(name, key)
+    if name == IN_MEMORY:
+        raise UserError(f"{key}: an optax object was given in Python; give optimizer=... again, or name one")
     raise UserError(f"{key}: unknown optimizer {name!r}; {closest(name, OPTIMIZERS)}, or give module:function")

@@ -8,7 +8,7 @@ from typing import IO
 
 
 def cache_folder() -> Path:
-    """Returns the folder of tokenised data and reference log-probs: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
+    """Returns the folder of tokenized data and reference log-probs: $DPO_JAX_CACHE, or ~/.cache/dpo_jax."""
     return Path(os.environ.get("DPO_JAX_CACHE") or Path.home() / ".cache" / "dpo_jax")
 
 

@@ -135,6 +135,8 @@ class Missing:
         raise UserError(f"Logps.{self.name} is missing and this loss reads it; give Logps.of(..., {self.name}=...)")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __matmul__ = __rmatmul__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse
     __eq__ = __ne__ = __abs__ = __pow__ = __rpow__ = _refuse
     __hash__ = object.__hash__
     __neg__ = __getitem__ = __gt__ = __lt__ = __ge__ = __le__ = __len__ = __float__ = __bool__ = _refuse
@@ -190,6 +192,8 @@ class Logps(NamedTuple):
         given = {"policy": policy, "reference": reference} | fields
         if unknown := sorted(given.keys() - set(cls._fields)):
             raise UserError(f"Logps has no field {unknown[0]!r}; {closest(unknown[0], cls._fields)}")
+        if policy is None:
+            raise UserError("Logps.policy is None; give the log-probs [B, P] under the policy")
         given = {name: _as_array(name, v) for name, v in given.items() if v is not None}
         both = np.shape(given["policy"])
         if len(both) != 2:

@@ -307,6 +307,10 @@ def _check_options(
         raise UserError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p must be in (0, 1], got {top_p}")
+    if isinstance(prompts, str) or any(isinstance(p, str) for p in prompts):
+        raise UserError("prompts: texts; give token ids, as in tokenizer(texts)['input_ids']")
+    if model.architecture.score:
+        raise UserError("generate: a reward model generates no text; load a language model")
     lengths = [len(p) for p in prompts]
     if 0 in lengths:
         raise UserError(f"prompt {lengths.index(0) + 1} has no tokens; give at least one")

@@ -10,6 +10,7 @@ import optax
 
 from dpo_jax.logprobs import LogpsFn, concat_microbatches, logps_fn, map_microbatches, sum_over_microbatches
 from dpo_jax.losses import Loss, weighted_means
+from dpo_jax.losses.objective import checked_objective
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch, Logps, Sync, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
@@ -33,8 +34,12 @@ def init_state(params: Any, tx: optax.GradientTransformation, loss: Loss, refere
       tx: any optax transformation.
       loss: the objective of the step; it decides the shape of `TrainState.running`.
       reference: the parameters of a reference that moves (see `Sync`); () for a frozen one.
+
+    Raises:
+      UserError: no objective.
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(loss.terms), reference)
+    terms = checked_objective(loss).terms
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(terms), reference)
 
 
 def make_train_step(

@@ -1,5 +1,6 @@
 """The package from Python: losses and functions, as a stranger would use them."""
 
+import dataclasses
 import json
 import logging
 
@@ -66,6 +67,7 @@ def test_a_missing_field_is_named_by_whoever_reads_it():
         (lambda: Logps.of([-1.0, -2.0]), r"Logps.policy: shape \(2,\); give \[B, P\]"),
         (lambda: Logps.of(POLICY, [[-1.0]]), r"Logps.reference: shape \(1, 1\), expected \(2, 2\)"),
         (lambda: Logps.of(POLICY, weights=[[1.0, 1.0]]), r"Logps.weights: shape \(1, 2\), expected \(2,\)"),
+        (lambda: Logps.of(None), r"Logps.policy is None; give the log-probs"),
     ],
 )
 def test_records_of_the_wrong_shape_are_refused(call, message):
@@ -93,14 +95,44 @@ def test_an_own_function_is_an_objective():
     [
         (squared, {"bta": 1.0}, r"loss squared: unknown parameter 'bta'"),
         (lambda lp, beta: lp.policy[:, 0], {}, r"define it as <lambda>\(lp, \*, option=default, ...\)"),
-        (lambda lp: lp.policy, {}, r"returns \(1, 2\) for one comparison; return float32\[B\]"),
-        (lambda lp: lp.policy.sum(), {}, r"returns \(\) for one comparison"),
+        (lambda lp: lp.policy, {}, r"returns float32\[1, 2\] for one comparison; return float32\[B\]"),
+        (lambda lp: lp.policy.sum(), {}, r"returns float32\[\] for one comparison"),
+        (lambda lp: lp.policy[:, 0] > 0, {}, r"returns bool\[1\] for one comparison"),
+        (lambda lp: jnp.argmax(lp.policy, 1), {}, r"returns int32\[1\] for one comparison"),
+        (lambda lp: None, {}, r"returns NoneType for one comparison"),
+        (squared, {"beta": np.float32(-1.0)}, r"beta .*-1.0.* is not a finite number above 0"),
+        (squared, {"beta": "0.1"}, r"beta '0.1' is not a finite number above 0"),
+        (squared, {"target": None}, r"target None is not a finite number"),
         (squared, {"beta": -1.0}, r"beta -1.0 is not a finite number above 0"),
     ],
 )
 def test_functions_that_are_no_loss_are_refused(function, options, message):
     with pytest.raises(UserError, match=message):
         losses.of(function, **options)
+
+
+def test_an_objective_keeps_what_its_function_was_registered_with():
+    assert losses.of(losses.aot).whole_batch
+    assert losses.of(losses.kto, beta=0.2).unpaired
+    assert losses.of(squared, whole_batch=True, scores=True)[6:12] == (True, False, False, False, False, True)
+    assert losses.of(losses.dpo, beta=0.3).values(Logps.of(POLICY, REFERENCE, lengths=[[1, 1]] * 2)) == pytest.approx(
+        losses.build({"name": "dpo", "beta": 0.3}).values(Logps.of(POLICY, REFERENCE, lengths=[[1, 1]] * 2))
+    )
+
+
+def test_an_objective_is_built_from_a_name_a_term_or_several():
+    lp = Logps.of(POLICY, REFERENCE, lengths=[[1, 1], [1, 1]])
+    both = losses.build(["dpo", {"name": "ipo", "beta": 0.2}]).values(lp)
+    assert both == pytest.approx(losses.dpo(lp) + losses.ipo(lp, beta=0.2))
+    assert losses.build("dpo").values(lp) == pytest.approx(losses.dpo(lp))
+    with pytest.raises(UserError, match=r"loss: \{'beta': 0.1\} has no name; give one"):
+        losses.build({"beta": 0.1})
+
+
+@pytest.mark.parametrize("use", [lambda m: m & True, lambda m: m @ m, lambda m: 1 // m, lambda m: ~m, lambda m: m % 2])
+def test_a_missing_field_is_refused_by_every_operator(use):
+    with pytest.raises(UserError, match=r"Logps.lengths is missing"):
+        use(Logps.of(POLICY).lengths)
 
 
 def test_registering_a_name_again_replaces_it_with_a_warning():
@@ -197,9 +229,20 @@ def test_tokenize_takes_lists_generators_and_datasets_alike(world, caplog):
         dpo_jax.tokenize([examples[0], {"prompt": "no response"}], tokenizer)
     with pytest.raises(UserError, match=r"data: element 0 is a str; give dicts"):
         dpo_jax.tokenize(["text"], tokenizer)
+    with pytest.raises(UserError, match=r"responses: 0 per prompt; give 1 for fine-tuning, 2 for pairs"):
+        dpo_jax.tokenize(examples, tokenizer, responses=0)
+    with pytest.raises(UserError, match=r"data: no example; give at least one"):
+        dpo_jax.tokenize([], tokenizer)
+    of_numpy = [example | {"weight": np.float32(0.5), "preference": np.float64(0.9)} for example in examples[:5]]
+    table = dpo_jax.tokenize(of_numpy, tokenizer)
+    assert table.weights.tolist() == [0.5] * 5
+    assert table.preferences.tolist() == pytest.approx([0.9] * 5)
 
 
-@pytest.mark.parametrize(("indices", "message"), [([], "give one or more"), ([5], "outside the table of 5")])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([], "give one or more"), ([5], "index 5 is outside the table of 5"), ([-1, 2], "index -1 is outside the table")],
+)
 def test_collate_refuses_indices_outside_the_table(world, indices, message):
     _, _, tokenizer = dpo_jax.load_model("runs/start")
     table = dpo_jax.tokenize(rows(world, 5), tokenizer)
@@ -220,6 +263,33 @@ def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
     assert texts[0] == texts[1]
     with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
         dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
+
+
+def test_functions_name_what_they_were_given_instead(world):
+    model, params, _ = dpo_jax.load_model("runs/start")
+    reward_model = model._replace(architecture=dataclasses.replace(model.architecture, score=True, tied=True))
+    calls = {
+        "is no objective; give losses.build": [
+            lambda: dpo_jax.init_state(params, optax.sgd(1.0), squared),
+            lambda: dpo_jax.make_train_step(model, losses.dpo, optax.sgd(1.0)),
+            lambda: dpo_jax.make_eval_step(model, {"name": "dpo"}),
+        ],
+        "bradley_terry trains a reward model and all other losses a language model": [
+            lambda: dpo_jax.make_train_step(model, losses.build("bradley_terry"), optax.sgd(1.0)),
+            lambda: dpo_jax.make_eval_step(reward_model, losses.build("dpo")),
+        ],
+        r"prompts: texts; give token ids, as in tokenizer\(texts\)": [
+            lambda: dpo_jax.generate(model, params, ["I saw"], max_new_tokens=2, eos_id=0),
+            lambda: dpo_jax.generate(model, params, "I saw", max_new_tokens=2, eos_id=0),
+        ],
+        "a reward model generates no text": [
+            lambda: dpo_jax.generate(reward_model, params, [[1]], max_new_tokens=2, eos_id=0)
+        ],
+    }
+    for message, each in calls.items():
+        for call in each:
+            with pytest.raises(UserError, match=message):
+                call()
 
 
 def test_sequence_logps_have_a_gradient(world):

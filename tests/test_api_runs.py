@@ -1,8 +1,10 @@
 """Runs from Python, and one's own code by name in the commands."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import datasets
 import jax
@@ -15,6 +17,9 @@ from safetensors.numpy import load_file
 
 import dpo_jax
 from dpo_jax import UserError, cli, losses, optim
+from dpo_jax.runs.settings import call_settings
+from dpo_jax.runs.sweep import group_runs
+from dpo_jax.training.compile import hparams
 from dpo_jax.training.metrics_file import read_metrics
 
 
@@ -40,7 +45,9 @@ def world(tmp_path_factory):
 
 
 OWN = '''
+from __future__ import annotations
 import json
+from pathlib import Path
 import optax
 
 def squared(lp, *, beta: float = 0.1, target: float = 1.0):
@@ -63,7 +70,7 @@ def lion(*, learning_rate: float = 1e-4):
     return optax.lion(learning_rate)
 
 def short(path, split, *, most: int = 1000):
-    for line in list(open(path[0]))[:most]:
+    for line in Path(path[0]).read_text().splitlines()[:most]:
         yield json.loads(line)
 '''
 
@@ -133,6 +140,8 @@ def test_an_optax_object_and_several_terms(world):
         ({"eval_data": []}, "eval_data: give data in memory too"),
         ({"data": datasets.DatasetDict({"train": datasets.Dataset.from_list([])})}, "a dataset with splits train"),
         ({"data": ["text"]}, "data: element 0 is a str; give dicts of columns"),
+        ({"callbacks": print}, r"callbacks: give a list of functions, as in callbacks=\[f\]"),
+        ({"optimizer": optax.adam}, r"optimizer: adam takes learning_rate by position; call it, as in adam\(1e-6\)"),
     ],
 )
 def test_calls_that_cannot_train_are_one_line(world, keys, message):
@@ -141,6 +150,100 @@ def test_calls_that_cannot_train_are_one_line(world, keys, message):
     assert not (world / "runs/none").exists()
     with pytest.raises(UserError, match="run: name the folder"):
         dpo_jax.train(model="runs/start")
+
+
+def test_a_resumed_run_notices_other_functions_and_data(world):
+    """Its config names them only; what is new is refused until the user says so."""
+    config = {key: value for key, value in RUN.items() if key != "optim"} | {"run": "runs/noticed", "max_steps": 1}
+    given = {"data": rows(world), "loss": squared, "optimizer": optax.sgd(1e-3)}
+    dpo_jax.train(config, **given)
+
+    def changed(lp, *, beta: float = 0.1, target: float = 1.0):
+        return squared(lp, beta=beta, target=2 * target)
+
+    changed.__module__, changed.__qualname__ = squared.__module__, squared.__qualname__
+    with pytest.warns(UserWarning, match="replaces another function"), pytest.raises(UserError) as error:
+        dpo_jax.train(config, **given | {"loss": changed})
+    assert str(error.value) == (
+        "runs/noticed: loss test_api_runs:squared changed since this run began; set another --run, or remove "
+        "inputs.json there to go on with the new version"
+    )
+    with pytest.warns(UserWarning, match="replaces another function"):
+        assert dpo_jax.train(config, **given).folder.name == "noticed"
+    with pytest.raises(UserError, match="optimizer in_memory changed since this run began"):
+        dpo_jax.train(config, **given | {"optimizer": optax.sgd(2e-3)})
+    (world / "runs/noticed/inputs.json").unlink()
+    assert dpo_jax.train(config | {"max_steps": 2}, **given | {"optimizer": optax.sgd(2e-3)}).metrics
+
+
+def test_a_file_that_changed_is_noticed_by_a_resumed_run(world):
+    (world / "changing.jsonl").write_text((world / "pairs.jsonl").read_text())
+    config = RUN | {"run": "runs/changing", "max_steps": 1}
+    dpo_jax.train(config, data="changing.jsonl")
+    (world / "changing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(world)[2:]))
+    with pytest.raises(UserError, match=r"runs/changing: training data .*changed since this run began"):
+        dpo_jax.train(config, data="changing.jsonl")
+
+
+def test_a_registered_function_is_named_so_that_another_process_finds_it(world):
+    losses.register(whole_batch=True)(own_batch)
+    for term in (own_batch, "own_batch", {"name": "own_batch", "beta": 0.5}):
+        settings, _ = call_settings({"run": "x"}, None, None, term, None, {})
+        assert settings.loss["name"] == "test_api_runs:own_batch"
+    assert losses.build(settings.loss).whole_batch
+    del losses.REGISTRY["own_batch"], losses.REGISTRY["test_api_runs:own_batch"]
+
+
+def own_batch(lp, *, beta: float = 0.1):
+    return beta * (lp.policy[:, 0] - lp.policy.mean())
+
+
+def test_own_functions_may_branch_on_their_options(world):
+    """Their floats are not traced; those of built-in losses are, so that a sweep compiles once."""
+    settings, _ = call_settings({"run": "x"}, None, None, branching, None, {})
+    assert hparams(settings)["loss"] == [{}]
+    assert hparams(settings)["optim"].keys() == {"learning_rate", "max_grad_norm", "decay", "eps"}
+    folder = dpo_jax.train(RUN, data=rows(world), loss=branching, run="runs/branching").folder
+    assert (folder / "model").is_dir()
+    several = [replace(settings, loss=settings.loss | {"target": t}) for t in (1.0, 2.0)]
+    assert len(group_runs(several)) == 2
+    assert (
+        len(
+            group_runs(
+                [replace(one, loss={"name": "dpo", "beta": b}) for one, b in zip(several, (1.0, 2.0), strict=True)]
+            )
+        )
+        == 1
+    )
+
+
+def branching(lp, *, target: float = 1.0):
+    margin = (lp.policy - lp.reference)[:, 0] - (lp.policy - lp.reference)[:, 1]
+    return (margin - math.log(target)) ** 2 if target > 0 else margin
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: dpo_jax.evaluate(dpo_jax.Result(None, {}, {})), "evaluate: Result: give the folder of a run"),
+        (lambda: dpo_jax.sample("runs/start", []), "prompts: give a list of one or more texts"),
+        (lambda: dpo_jax.sweep("dpo.yaml", {"loss.beta": 0.1}), r"sweep: loss.beta: 0.1; give a list of values"),
+        (lambda: dpo_jax.sweep("dpo.yaml", {"loss.name": "dpo"}), r"sweep: loss.name: 'dpo'; give a list of values"),
+        (lambda: dpo_jax.sweep("dpo.yaml", {"loss.name": [squared]}), "name functions as module:function"),
+    ],
+)
+def test_other_calls_that_cannot_work_are_one_line(world, call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_a_file_may_replace_examples_in_memory_and_the_reverse(world):
+    dpo_jax.train(RUN, data=rows(world), run="runs/memory", max_steps=1)
+    found = dpo_jax.evaluate("runs/memory", data="pairs.jsonl", prompts=0)
+    assert found["eval_loss"]["n"] == len(rows(world))
+    section = {"name": "own:short", "path": ["pairs.jsonl"], "options": ["most=60"], "max_length": 96}
+    dpo_jax.train(RUN | {"data": section | {"max_prompt_length": 32, "eval_fraction": 0.2}}, run="runs/own_data")
+    assert dpo_jax.evaluate("runs/own_data", data=rows(world, 7), prompts=0)["eval_loss"]["n"] == 7
 
 
 def test_evaluate_and_sample_a_run(world):
@@ -229,8 +332,6 @@ def test_own_code_by_name_in_every_command(world):
 
 
 def test_a_loss_replaces_the_files_section_and_a_dict_without_a_name_changes_it(world):
-    from dpo_jax.runs.settings import call_settings
-
     (world / "three.yaml").write_text("loss: [{name: dpo, beta: 0.3}, {name: sft}]\n")
     (world / "one.yaml").write_text("loss: {name: dpo, beta: 0.3}\n")
     replaced, _ = call_settings("three.yaml", None, None, squared, None, {})

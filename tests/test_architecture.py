@@ -221,9 +221,8 @@ def test_files_and_functions_are_short(file):
 def test_no_error_is_swallowed(file):
     handlers = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.ExceptHandler)]
     wide = [h.lineno for h in handlers if h.type is None or dotted(h.type) in ("Exception", "BaseException")]
-    allowed = (
-        file == PACKAGE / "training" / "attention_check.py"
-    )  # a kernel that raises anything is not used, and why is logged
+    # A kernel that raises anything is not used, and why is logged; a user's module may raise anything when imported.
+    allowed = file in (PACKAGE / "training/attention_check.py", PACKAGE / "named.py")
     assert len(wide) <= allowed, f"lines {wide} catch everything"
 
 

@@ -30,7 +30,7 @@ def tokenizer():
 
 
 @pytest.fixture
-def tokenised(monkeypatch):
+def tokenized(monkeypatch):
     """A list with one element for each pass of encoding."""
     calls, original = [], encode_module.encode_stream
     monkeypatch.setattr(cache, "encode_stream", lambda *args: calls.append(1) or original(*args))
@@ -41,7 +41,7 @@ def arrays(table):
     return {name: getattr(table, name).tolist() for name in KINDS}
 
 
-def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenised):
+def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenized):
     rows, folder = [pair(2, 3, 4), pair(*BOTH_LONG)], tmp_path / "deep" / "cache"
     table, report = cached_encode(rows, tokenizer, folder, **OPTIONS)
     plain, plain_report = encode(rows, tokenizer, **OPTIONS)
@@ -51,7 +51,7 @@ def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenise
     same = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     again, again_report = cached_encode(moved, same, folder, **OPTIONS)
     cached_encode(rows, tokenizer, folder, **OPTIONS)
-    assert len(tokenised) == 1
+    assert len(tokenized) == 1
     assert isinstance(again.ids, np.memmap)
     assert (arrays(again), again_report) == (arrays(plain), plain_report)
     other = [
@@ -68,7 +68,7 @@ def test_the_cache_is_hit_by_the_same_content_only(tokenizer, tmp_path, tokenise
     ]
     for number, (comparisons, its, options) in enumerate(other, 2):
         cached_encode(comparisons, its, folder, **(OPTIONS | options))
-        assert len(tokenised) == number
+        assert len(tokenized) == number
     assert len(list(folder.iterdir())) == len(other) + 1
 
 
@@ -169,10 +169,10 @@ print(table.digest, report.kept)
     assert done[0].endswith(" 6000\n")
 
 
-def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenised):
+def test_texts_do_not_run_into_one_another_in_the_cache_key(tokenizer, tmp_path, tokenized):
     cached_encode([Comparison("w1", ("w1", "w2"))], tokenizer, tmp_path, **OPTIONS)
     cached_encode([Comparison("w1w", ("1", "w2"))], tokenizer, tmp_path, **OPTIONS)
-    assert len(tokenised) == 2
+    assert len(tokenized) == 2
 
 
 def flip(entry):
@@ -194,7 +194,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_entry_is_encoded_again_with_a_warning(tokenizer, tmp_path, tokenised, caplog, kind):
+def test_a_damaged_entry_is_encoded_again_with_a_warning(tokenizer, tmp_path, tokenized, caplog, kind):
     rows = [pair(2, 3, 4)]
     _, report = cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
     (entry,) = tmp_path.iterdir()
@@ -204,7 +204,7 @@ def test_a_damaged_entry_is_encoded_again_with_a_warning(tokenizer, tmp_path, to
     assert (lists(again[0]), again_report) == ([ids(1, 2, eos=False), ids(41, 3), ids(61, 4)], report)
     assert [path.name for path in tmp_path.iterdir()] == [entry.name]
     cached_encode(rows, tokenizer, tmp_path, **OPTIONS)
-    assert len(tokenised) == 2
+    assert len(tokenized) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(tokenizer, tmp_path):

@@ -1,16 +1,20 @@
 """Functions chosen by name: their options, and the user's own by `module:function`."""
 
+import importlib
 import inspect
+import linecache
 import sys
 from typing import Literal
 
 import docstring_parser
+import numpy as np
+import optax
 import pytest
 
 from dpo_jax import losses, optim
 from dpo_jax.errors import UserError
 from dpo_jax.losses import objective
-from dpo_jax.named import Option, import_function, name_of, options_of, with_defaults
+from dpo_jax.named import Option, fingerprint, import_function, name_of, options_of, with_defaults
 
 FUNCTIONS = {name: (entry.function, *objective.OPTIONS) for name, entry in losses.REGISTRY.items()}
 FUNCTIONS |= {name: (function,) for name, function in optim.OPTIMIZERS.items()}
@@ -31,19 +35,29 @@ def test_options_are_the_keyword_only_parameters_and_each_is_documented(name):
 def no_default(x, *, a: float): ...
 def a_list(x, *, a: list[int] = []): ...  # noqa: B006
 def optional(x, *, a: float | None = None): ...
+def unknown_type(x, *, a: "nothing" = None): ...  # noqa: F821  # pyright: ignore
 
 
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (no_default, "no_default: a has no default"),
-        (a_list, r"a_list: a must be a bool, int, float, str or Literal\[...\]"),
-        (optional, r"optional: a must be a bool, int, float, str or Literal\[...\]"),
+        (no_default, "no_default: give its option 'a' a default"),
+        (a_list, r"a_list: option 'a' must be a bool, int, float, str or Literal\[...\]"),
+        (optional, r"optional: option 'a' must be a bool, int, float, str or Literal\[...\]"),
+        (unknown_type, r"unknown_type: an annotation names no type \(name 'nothing' is not defined\)"),
     ],
 )
 def test_options_that_a_config_cannot_express_are_refused(function, why):
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(UserError, match=why):
         options_of(function)
+
+
+def test_annotations_may_be_texts():
+    """As under `from __future__ import annotations`."""
+
+    def later(x, *, a: "float" = 0.5, how: "Literal['x', 'y']" = "x"): ...
+
+    assert [o.kind for o in options_of(later)] == [float, Literal["x", "y"]]
 
 
 def own(x, *, a: float = 0.5, n=2, on: bool = False, how: Literal["mean", "sum"] = "sum"):
@@ -95,6 +109,8 @@ def module(tmp_path, monkeypatch):
     """A module in the working directory, which is on no path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_functions.py").write_text("def double(x): return 2 * x\nDOUBLED = 4\n")
+    (tmp_path / "own_imports.py").write_text("import a_package_that_is_absent\n")
+    (tmp_path / "own_fails.py").write_text("half = 1 / 0\n")
     yield tmp_path
     sys.modules.pop("own_functions", None)
 
@@ -114,8 +130,40 @@ def test_a_function_is_imported_from_the_working_directory(module):
         ("own_functions:DOUBLED", r"loss.name: 'own_functions:DOUBLED' is a int; name a function"),
         (":f", r"loss.name: cannot import ''"),
         ("__main__:f", r"loss.name: '__main__:f' was defined in a script or notebook"),
+        ("own_imports:f", r"own_imports imports 'a_package_that_is_absent', which is not installed; install it"),
+        ("own_fails:f", r"own_fails fails when imported \(ZeroDivisionError: division by zero\); correct it"),
     ],
 )
 def test_names_that_lead_to_no_function_are_one_line(module, name, message):
     with pytest.raises(UserError, match=message):
         import_function(name, "loss.name")
+
+
+def made(factor, values=()):
+    def inner(x):
+        return factor * x + np.sum(values)
+
+    return inner
+
+
+def test_a_fingerprint_tells_functions_apart_by_what_they_compute(module):
+    """By source, defaults, closure, arrays in it, and other functions of the module that they call."""
+    twice, thrice, other = made(2.0), made(3.0), made(2.0, np.ones(3))
+    assert len({fingerprint(f) for f in (twice, thrice, other, made, own)}) == 5
+    assert fingerprint(made(2.0)) == fingerprint(twice)
+    assert fingerprint(made(2.0, np.ones(3))) == fingerprint(other) != fingerprint(made(2.0, np.zeros(3)))
+    found = []
+    for body in ("2 * x", "3 * x", "2 * x"):
+        (module / "own_functions.py").write_text(f"def part(x): return {body}\ndef double(x): return part(x)\n")
+        sys.modules.pop("own_functions", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        found.append(fingerprint(import_function("own_functions:double", "loss.name")))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_fingerprint_of_an_optax_object_covers_its_hyper_parameters():
+    found = [fingerprint(optax.chain(optax.clip(1.0), optax.adamw(rate))) for rate in (1e-3, 1e-3, 2e-3)]
+    assert found[0] == found[1] != found[2]
+    schedules = [fingerprint(optax.adamw(optax.linear_schedule(0.0, 1.0, steps))) for steps in (10, 10, 11)]
+    assert schedules[0] == schedules[1] != schedules[2]

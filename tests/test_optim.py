@@ -1,4 +1,4 @@
-"""Optimisers against torch's, step by step."""
+"""Optimizers against torch's, step by step."""
 
 import jax
 import numpy as np
@@ -12,13 +12,13 @@ from dpo_jax.errors import UserError
 
 def torch_trajectory(kind, grads, start, rate, warmup, max_norm, **options):
     parameter = torch.nn.Parameter(torch.tensor(start))
-    optimiser = kind([parameter], lr=rate, **options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: min(1.0, (t + 1) / (warmup + 1)))
+    optimizer = kind([parameter], lr=rate, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
     path = []
     for g in grads:
         parameter.grad = torch.tensor(g)
         torch.nn.utils.clip_grad_norm_([parameter], max_norm)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         path.append(parameter.detach().numpy().copy())
     return np.array(path)

@@ -172,7 +172,7 @@ def pefts_losses(folder, adapter, table):
     """The same steps by PEFT's model and torch's AdamW; the reference is the model with its adapter off."""
     model = PeftModel.from_pretrained(load_torch(folder), adapter, is_trainable=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     found = []
     for i in range(STEPS):
         rows = [table[int(k)] for k in rows_of(i)]
@@ -180,10 +180,10 @@ def pefts_losses(folder, adapter, table):
         with torch.no_grad(), model.disable_adapter():
             rho = torch.stack([originals.sequence_logps(model, t) for t in rows])
         loss = originals.preference_loss(pi, rho, beta=0.5).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 10.0)
-        optimiser.step()
+        optimizer.step()
         found.append(loss.item())
     return found
 

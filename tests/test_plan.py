@@ -38,14 +38,14 @@ def test_bytes_that_can_be_counted_are_exact(config_of):
     one = plan_run(config_of())
     assert one.parameters == one.trained == COUNT
     assert one.memory.trained == one.memory.gradients == 4 * COUNT
-    assert one.memory.optimiser == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
+    assert one.memory.optimizer == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
     assert one.memory.frozen == 0
     assert one.shape == pack.Layout(1, 128, 128, 2, 128)
     batch = 32 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
     assert one.memory.batch == batch
     adamw = plan_run(config_of("--optim.name", "adamw", "--mesh.fsdp", "4"))
     whole = 2 * 4  # the counts of Adam and of the schedule
-    assert adamw.memory.optimiser == pytest.approx(2 * COUNT, abs=whole)
+    assert adamw.memory.optimizer == pytest.approx(2 * COUNT, abs=whole)
     assert adamw.memory.trained == COUNT  # a quarter of 4 bytes each: all axes that are split are multiples of 4
 
 
@@ -54,7 +54,7 @@ def test_adapters_need_little_beside_the_frozen_base(config_of):
     found = plan_run(config_of("--lora.rank", "2"))
     assert (found.parameters, found.trained) == (COUNT, ADAPTED)
     assert found.memory.frozen == 4 * COUNT
-    assert found.memory.trained == found.memory.optimiser - 4 == 4 * ADAPTED
+    assert found.memory.trained == found.memory.optimizer - 4 == 4 * ADAPTED
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_remat_and_fewer_rows_need_less_memory(config_of):
 
 def test_advice_for_a_run_that_does_not_fit(config_of):
     config = config_of("--reference.mode", "online")
-    need = Memory(trained=40, frozen=40, optimiser=40, gradients=40, logits=1, activations=99, batch=0)
+    need = Memory(trained=40, frozen=40, optimizer=40, gradients=40, logits=1, activations=99, batch=0)
     found = Plan(config, 1, 1, pack.Layout(1, 8, 128, 2, 128), need)
     assert plan_advice(found, 260) == []
     lines = plan_advice(found, 100)
@@ -80,7 +80,7 @@ def test_advice_for_a_run_that_does_not_fit(config_of):
     assert [line.partition(":")[0] for line in plan_advice(over, 100)][:2] == ["mesh.fsdp 4", "lora.base nf4"]
     few = over._replace(config=config_of("--lora.rank", "2", "--lora.base", "int8"))
     assert "lora.base" not in " ".join(plan_advice(few, 100))
-    small = found._replace(memory=need._replace(trained=1, frozen=0, optimiser=1, gradients=1))
+    small = found._replace(memory=need._replace(trained=1, frozen=0, optimizer=1, gradients=1))
     assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
     assert plan_advice(bare, 50) == ["data.max_length: lower it, or use devices with more memory"]

@@ -276,7 +276,7 @@ def test_a_reward_models_loss_goes_with_no_other(loss, message):
 
 def test_models_of_the_wrong_kind_are_refused(folders, tmp_path):
     reward, language = folders("llama"), folder_of("llama", tmp_path / "language")
-    with pytest.raises(UserError, match="llama: a reward model generates nothing"):
+    with pytest.raises(UserError, match="llama: a reward model generates no text"):
         load_policy(ModelOptions(path=str(reward)), Words(), 0)
     with pytest.raises(UserError, match=r"lora: adapters cannot train the head of a reward model; remove"):
         load_policy(ModelOptions(path=str(reward)), Words(), 0, LoraConfig(rank=4), ENCODING)

@@ -106,7 +106,7 @@ def test_commands_that_want_a_language_model_refuse_it(world, monkeypatch):
         cli.run_command(["sample", "runs/reward", "--prompt", "This film"])
     with pytest.raises(UserError, match="a reward model generates no text and has no token log-probs"):
         cli.run_command(["eval", "runs/reward", "--reward", "synthetic"])
-    with pytest.raises(UserError, match="a reward model generates nothing"):
+    with pytest.raises(UserError, match="a reward model generates no text"):
         cli.run_command(["pairs", "runs/reward", "x.jsonl", "--reward", "synthetic", "--data.name", "synthetic"])
 
 

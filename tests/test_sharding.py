@@ -26,7 +26,7 @@ def test_parameters_by_logical_axis():
     assert tuple(laid["odd"].spec) == (None,)  # 3 cannot be halved
 
 
-def test_optimiser_arrays_lie_as_their_parameters():
+def test_optimizer_arrays_lie_as_their_parameters():
     mesh = sharding.make_mesh(1, 4, 1)
     params = {"w": jax.ShapeDtypeStruct((8, 3), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32)}
     laid = sharding.param_shardings(mesh, {"w": ("embed", None), "b": (None,)}, params)

@@ -72,8 +72,8 @@ def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil
 def torch_losses(folder, table):
     """The original's step: summed log-probs, its loss, RMSprop, LambdaLR warm-up, clipping by global norm."""
     policy, reference = originals.load(folder), originals.load(folder)
-    optimiser = torch.optim.RMSprop(policy.parameters(), lr=OPTIM["learning_rate"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: min(1.0, (t + 1) / (OPTIM["warmup_steps"] + 1)))
+    optimizer = torch.optim.RMSprop(policy.parameters(), lr=OPTIM["learning_rate"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / (OPTIM["warmup_steps"] + 1)))
     out, norms = [], []
     for i in range(STEPS):
         rows = [table[int(k)] for k in indices(i)]
@@ -81,10 +81,10 @@ def torch_losses(folder, table):
         with torch.no_grad():
             rho = torch.stack([originals.sequence_logps(reference, t) for t in rows])
         loss = originals.preference_loss(pi, rho, beta=0.5).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIM["max_grad_norm"])))
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         out.append(loss.item())
     return out, norms

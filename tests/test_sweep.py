@@ -112,7 +112,7 @@ def configs_of(argv):
     return sweep_configs("dpo.yaml", "dpo.yaml", over, rest)
 
 
-def test_only_numbers_of_loss_and_optimiser_share_a_program(world):
+def test_only_numbers_of_loss_and_optimizer_share_a_program(world):
     argv = ["--loss.beta", "0.1,0.2", "--optim.warmup_steps", "1,2", "--optim.name", "adamw,rmsprop"]
     configs = configs_of([*argv, "--loss.name", "dpo"])
     found = [[c.loss["beta"] for c in group] for group in group_runs(configs)]

@@ -4,6 +4,7 @@ Everything is read from the functions: their docstrings, signatures and values.
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,18 +87,17 @@ def _shared_options() -> list[str]:
 
 
 def describe_loss(name: str) -> Description:
-    """Returns the description of a registered loss, from its docstring and signature.
+    """Returns the description of a loss, from its docstring and signature.
 
-    Raises:
-      ValueError: the docstring does not begin with a title and (paper).
+    The first line is its title and (paper), as of all built-in losses; a user's may name no paper. Indented lines
+    before `Args:` are the formula.
     """
     entry = find_entry(name)
-    lines = (inspect.getdoc(entry.function) or "").splitlines()
+    lines = (inspect.getdoc(entry.function) or "No description.").splitlines()
     found = re.fullmatch(r"(.*?) \(([^()]* \d{4}, arXiv [^()]*)\)(.*)", lines[0])
-    if not found:
-        raise ValueError(f"the docstring of loss {name} does not begin with its title and (paper)")
-    before, paper, after = found.groups()
-    formula = tuple(line[4:] for line in lines[: lines.index("Args:")] if line.startswith("    "))
+    before, paper, after = found.groups() if found else (lines[0], "", "")
+    described = itertools.takewhile(lambda line: line != "Args:", lines)
+    formula = tuple(line[4:] for line in described if line.startswith("    "))
     parameters = inspect.signature(entry.function).parameters.values()
     hyper = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     return Description((before + after).rstrip("."), paper, formula, hyper, _takes(entry))

@@ -14,7 +14,8 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import DataConfig, ModelConfig, SamplesConfig
 from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import build_pairs
-from dpo_jax.data.sources.base import Note, open_stream, prompt_key
+from dpo_jax.data.sources.base import Note, prompt_key
+from dpo_jax.data.sources.functions import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
@@ -29,7 +30,7 @@ from dpo_jax.training.tables import decode_texts, prompt_ids, prompt_texts
 PairRows = Iterator[dict[str, Any] | Note]
 """Lines of the output file by column, and counts for the report."""
 OF_A_MODEL = ("reward", "correction", "self")
-READ = ("name", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
+READ = ("name", "options", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
 NEEDED = {"reward": 0, "correction": 0, "self": 1, "others": 1, "corrupted": 1, "paired": 2, "single": 2}
 """--by -> responses that each example of the data must have."""
 
@@ -99,7 +100,7 @@ def _paths(given: Sequence[str], settings: PairsConfig) -> tuple[str, str]:
 def _load_examples(settings: PairsConfig) -> list[Comparison]:
     """Returns the examples of the first prompts; one per prompt if a model answers them."""
     source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
-    for row in open_stream(source.name, source.path, source.split, NEEDED[settings.by]):
+    for row in open_source(source.name, source.path, source.split, NEEDED[settings.by], source.options):
         if isinstance(row, UserError):
             bad += 1
             if bad > source.skip_bad_rows:

@@ -42,7 +42,7 @@ class Memory(NamedTuple):
     Attributes:
       trained: the trained parameters, float32.
       frozen: the base of adapters, or an online reference.
-      optimiser: the optimizer's state.
+      optimizer: the optimizer's state.
       gradients: float32 gradients, summed over microbatches.
       logits: one chunk of logits, and its gradient.
       activations: all other temporary memory of the compiled step: activations, casts, workspace.
@@ -51,7 +51,7 @@ class Memory(NamedTuple):
 
     trained: int
     frozen: int
-    optimiser: int
+    optimizer: int
     gradients: int
     logits: int
     activations: int
@@ -203,7 +203,7 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     config, need = plan.config, plan.memory
     if need.total <= memory:
         return []
-    permanent = need.trained + need.frozen + need.optimiser + need.gradients
+    permanent = need.trained + need.frozen + need.optimizer + need.gradients
     lines = []
     if permanent > 0.6 * memory:
         times = 2 ** math.ceil(math.log2(permanent / (0.6 * memory)))

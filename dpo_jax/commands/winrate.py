@@ -38,7 +38,7 @@ from dpo_jax.training.tables import comparison_streams, decode_texts, prompt_ids
 
 
 class SampledPolicy(NamedTuple):
-    """A policy and its tokenised prompts.
+    """A policy and its tokenized prompts.
 
     Attributes:
       name: label in the tables.
@@ -122,7 +122,7 @@ def _load_policies(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[
 
 
 def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfig) -> SampledPolicy:
-    """Returns the policy of a run or model folder. A run's prompts are tokenised by the run's config."""
+    """Returns the policy of a run or model folder. A run's prompts are tokenized by the run's config."""
     own = run_config(path) if is_run(path) else settings
     folder = str(model_folder(path))
     model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=settings.model.compute)

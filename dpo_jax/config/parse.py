@@ -18,7 +18,7 @@ import tyro
 
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
 from dpo_jax.errors import UserError, closest
-from dpo_jax.named import options_of
+from dpo_jax.named import import_function, options_of
 
 T = TypeVar("T")
 SECTIONS = {"loss": "the loss", "optim": "the optimizer"}  # whose options depend on a name
@@ -68,7 +68,9 @@ def _with_sections(base: type, pairs: KeyTexts) -> type:
             kinds[element] = _options(f.name, name, ".".join(filter(None, (f.name, element, "name"))))
         kind = kinds[""] if "" in kinds else _listing(f.name, kinds)
         fields.append((f.name, kind, field(default_factory=kind)))
-    return dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+    new = dataclasses.make_dataclass(base.__name__, fields, bases=(base,), frozen=True)
+    new.__doc__ = base.__doc__
+    return new
 
 
 def _listing(section: str, kinds: Mapping[str, type]) -> type:
@@ -143,6 +145,7 @@ def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -
         (key, texts[0].split(",")[:1] if key.endswith("name") and texts else texts) for key, texts in arguments(argv)
     ]
     chosen = [*(flatten(read_yaml(file)) if file else []), *given]  # of several names, as a sweep has, the first
+    kind = _with_source_options(kind, chosen)
     if any(key.split(".")[0] in SECTIONS for key, _ in chosen):
         _cli(_with_sections(kind, chosen), ["--help"], prog)
     hidden = [f for f in dataclasses.fields(kind) if f.name in SECTIONS]  # type: ignore[arg-type]
@@ -152,6 +155,17 @@ def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -
     if hidden:
         without.__doc__ = f"{kind.__doc__} Options of {names} are listed if one is named; see also dpo-jax losses."
     _cli(without, ["--help"], prog)
+
+
+def _with_source_options(kind: type, chosen: KeyTexts) -> type:
+    """Returns `kind`, whose description lists the options of a data source of the user if one is named."""
+    name = dict(chosen).get("data.name", [""])[0]
+    if ":" not in name:
+        return kind
+    options = [f"{o.name}={o.default} {o.help}".strip() for o in options_of(import_function(name, "data.name"))]
+    new = dataclasses.make_dataclass(kind.__name__, [], bases=(kind,), frozen=True)
+    new.__doc__ = f"{kind.__doc__} Options of {name} (--data.options NAME=VALUE): {'; '.join(options) or 'none'}"
+    return new
 
 
 def parse_config(

@@ -33,7 +33,7 @@ def tokenize(
     chat_template: str = "",
     skip_bad_rows: int = 0,
 ) -> Table:
-    """Returns examples as a table of token ids, tokenised once and then read from the cache.
+    """Returns examples as a table of token ids, tokenized once and then read from the cache.
 
     The options and defaults are those of the config's section `data`. Dropped examples are counted in a warning.
 
@@ -53,6 +53,8 @@ def tokenize(
     Raises:
       UserError: an invalid example (named `data[INDEX]`), or no example left.
     """
+    if responses < 1:
+        raise UserError(f"responses: {responses} per prompt; give 1 for fine-tuning, 2 for pairs, or more for rankings")
     name = memory.keep_examples(rows)
     try:
         stream = open_stream("memory", (name,), "train", responses)
@@ -97,7 +99,8 @@ def collate(table: Table, indices: Sequence[int] | Array, layout: pack.Layout | 
     if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu":
         raise UserError(f"collate: {chosen.dtype} of shape {chosen.shape}; give one or more integer indices")
     if chosen.min() < 0 or chosen.max() >= len(table):
-        raise UserError(f"collate: index {chosen.max()} is outside the table of {len(table)} examples")
+        worst = chosen.min() if chosen.min() < 0 else chosen.max()
+        raise UserError(f"collate: index {worst} is outside the table of {len(table)} examples")
     batch, count, _ = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))
     return batch, count
 

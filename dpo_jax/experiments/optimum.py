@@ -2,7 +2,7 @@
 
 The optimum of reward - beta KL is pi* = ref exp(r / beta) / Z (paper, equation 4). Its reward and its KL are weighted
 averages over responses of the reference: over all responses if they can be enumerated, otherwise over samples with
-self-normalised importance weights. Rewards are float64[prompts, K], for K responses to each prompt.
+self-normalized importance weights. Rewards are float64[prompts, K], for K responses to each prompt.
 """
 
 import math
@@ -16,7 +16,7 @@ from dpo_jax.intervals import Z95, mean_interval
 from dpo_jax.records import Array
 
 BOOTSTRAP = 100  # resamples
-MIN_EFFECTIVE = 30  # effective samples n; the bias of self-normalised weights is about 1 / n
+MIN_EFFECTIVE = 30  # effective samples n; the bias of self-normalized weights is about 1 / n
 
 
 class Optimum(NamedTuple):
@@ -72,7 +72,7 @@ def optimum_from_enumeration(rewards: Array, base: Array, betas: Sequence[float]
 def optimum_from_samples(rewards: Array, betas: Sequence[float], seed: int = 0) -> tuple[list[Optimum], list[Optimum]]:
     """Returns the reference and the optimum at each beta, and the optima that are left out; both by falling beta.
 
-    Estimates use self-normalised importance weights; intervals are by the bootstrap over prompts and over the samples
+    Estimates use self-normalized importance weights; intervals are by the bootstrap over prompts and over the samples
     of each prompt. At a small beta few samples have nearly all the weight and the estimated reward is too low: optima
     with fewer than `MIN_EFFECTIVE` effective samples are left out.
 

@@ -163,7 +163,7 @@ def sample_pairs(path: Path, world: World, prompts: Sequence[Array], copies: int
     """Returns pairs of completions of the reference, labelled by the true reward, and keeps them in a file.
 
     A file that exists is read instead. Each line holds a pair as `dpo-jax pairs` writes it, and the sampled ids.
-    Training uses the ids: a text may be tokenised differently, and a cut completion has no EOS.
+    Training uses the ids: a text may be tokenized differently, and a cut completion has no EOS.
 
     Args:
       path: the file, JSON lines.

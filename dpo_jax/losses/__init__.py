@@ -9,18 +9,8 @@ docstring. A loss rejects values without a meaning with `parts.require`. To add 
 # isort: off
 # Losses are listed in this order (`dpo-jax losses`).
 from dpo_jax.losses.pairwise import (
-    discopop,
-    dpo,
-    dpop,
-    exo_pair,
-    hinge,
-    ipo,
-    ipo_sum,
-    odpo,
-    r_dpo,
-    robust,
-    sigmoid_norm,
-)
+    discopop, dpo, dpop, exo_pair, hinge, ipo, ipo_sum, odpo, r_dpo, robust, sigmoid_norm,
+)  # fmt: skip
 from dpo_jax.losses.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
 from dpo_jax.losses.batchwise import aot, aot_unpaired, beta_dpo
 from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
@@ -35,45 +25,9 @@ from dpo_jax.records import Logps
 # isort: on
 
 __all__ = [
-    "REGISTRY",
-    "Logps",
-    "Loss",
-    "alphapo",
-    "aot",
-    "aot_unpaired",
-    "apo_down",
-    "apo_zero",
-    "apo_zero_unpaired",
-    "bco",
-    "bco_pair",
-    "beta_dpo",
-    "bradley_terry",
-    "build",
-    "cpo",
-    "discopop",
-    "dpo",
-    "dpop",
-    "exo_pair",
-    "hinge",
-    "ipo",
-    "ipo_sum",
-    "kto",
-    "length_bias",
-    "lipo",
-    "nca_pair",
-    "odpo",
-    "of",
-    "option_functions",
-    "orpo",
-    "plackett_luce",
-    "r_dpo",
-    "register",
-    "robust",
-    "sft",
-    "sigmoid_norm",
-    "simpo",
-    "slic",
-    "sppo_hard",
-    "unlikelihood",
+    "REGISTRY", "Logps", "Loss", "alphapo", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco",
+    "bco_pair", "beta_dpo", "bradley_terry", "build", "cpo", "discopop", "dpo", "dpop", "exo_pair", "hinge", "ipo",
+    "ipo_sum", "kto", "length_bias", "lipo", "nca_pair", "odpo", "of", "option_functions", "orpo", "plackett_luce",
+    "r_dpo", "register", "robust", "sft", "sigmoid_norm", "simpo", "slic", "sppo_hard", "unlikelihood",
     "weighted_means",
-]
+]  # fmt: skip

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import term_options
-from dpo_jax.losses.registry import Entry, checked_entry, find_entry
+from dpo_jax.losses.registry import Entry, entry_of, find_entry
 from dpo_jax.records import Array, Logps
 
 Term = Mapping[str, Any]  # the name of a loss and its options
@@ -28,14 +28,8 @@ class Loss(NamedTuple):
       metrics: Logps -> name -> float32[B], TRL's names where it has them; NaN for comparisons without a value.
       statistics: Logps -> float32[K], `Logps.running` after a step: one number for each of the K terms.
       terms: K.
-      responses: P, the responses that a comparison must have; None for any number from 2 on.
-      uses_reference: whether `Logps.reference` must be filled in.
-      whole_batch: whether a comparison's value depends on the others, so that a step sees its comparisons at once.
       confidence: whether `Logps.confidence` must be filled in.
-      mismatched: whether the last response must be one to another prompt.
-      soft_labels, unpaired, scores: whether comparisons may have a preference below 1, may lack a response, and must
-        have ratings.
-      rewards: whether `Logps.policy` must hold the rewards of a reward model.
+      responses and the rest: what the terms need together, as in `registry.Entry`.
     """
 
     values: Callable[[Logps], Array]
@@ -80,34 +74,43 @@ class BoundTerm(NamedTuple):
         return self.entry.statistic(self.shown(lp), **self.hyper) if self.entry.statistic else lp.running
 
 
-def build(loss: Term | Sequence[Term]) -> Loss:
-    """Returns the objective of a config: `{"name": "dpo", "beta": 0.1}`, or a list of such terms, which are summed.
+def build(loss: str | Term | Sequence[str | Term]) -> Loss:
+    """Returns the objective of a config: "dpo", `{"name": "dpo", "beta": 0.1}`, or a list of such terms, summed.
 
     A name is a registered loss or `module:function`. Values may be traced.
 
     Raises:
       UserError: an unknown loss or option, a value without a meaning, or terms that cannot be combined.
     """
-    terms = [loss] if isinstance(loss, Mapping) else loss
+    terms = [loss] if isinstance(loss, Mapping | str) else loss
     return _objective([_bind(name, find_entry(name), options) for name, options in map(_split, terms)])
 
 
-def of(
-    function: Callable[..., Array], *, responses: int | None = 2, uses_reference: bool = True, **options: Any
-) -> Loss:
+def of(function: Callable[..., Array], **options: Any) -> Loss:
     """Returns the objective of one's own loss, `(Logps, *, option=default, ...) -> float32[B]`.
 
     Args:
       function: the loss; it must work on traced arrays (jax.numpy, no `if` on values).
-      responses: P, the responses per prompt; None for any P from 2 on.
-      uses_reference: whether the function reads `Logps.reference`.
-      **options: values of its keyword-only parameters and of the options of every term (`weight`, `ld_alpha`, ...).
+      **options: values of its keyword-only parameters, of the options of every term (`weight`, `ld_alpha`, ...), and
+        of the fields of `registry.Entry`: `responses=2`, `uses_reference=True`, `whole_batch=False`, ... The defaults
+        are those under which the function is registered, if it is.
 
     Raises:
       UserError: another signature, an unknown option, or a result of another shape than [B].
     """
-    entry = checked_entry(Entry(function, responses, uses_reference))
-    return _objective([_bind(function.__name__, entry, options)])
+    needs = {name: options.pop(name) for name in Entry._fields if name in options}
+    return _objective([_bind(function.__name__, entry_of(function)._replace(**needs), options)])
+
+
+def checked_objective(loss: Any) -> Loss:
+    """Returns an objective.
+
+    Raises:
+      UserError: a function or a name, which is no objective yet.
+    """
+    if not isinstance(loss, Loss):
+        raise UserError(f"loss: {loss!r} is no objective; give losses.build({{'name': 'dpo'}}) or losses.of(function)")
+    return loss
 
 
 def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
@@ -115,8 +118,10 @@ def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
     return [find_entry(name, key).function, *OPTIONS]
 
 
-def _split(term: Term) -> tuple[str, dict[str, Any]]:
-    options = dict(term)
+def _split(term: str | Term) -> tuple[str, dict[str, Any]]:
+    options = {"name": term} if isinstance(term, str) else dict(term)
+    if "name" not in options:
+        raise UserError(f"loss: {term!r} has no name; give one, as in {{'name': 'dpo'}}")
     return options.pop("name"), options
 
 
@@ -157,24 +162,32 @@ def _bind(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
             raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
     bound = BoundTerm(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
     term_options.check_term(name, entry, bound.transform | bound.weigh)
-    if not any(isinstance(value, Tracer) for value in given.values()):
-        _check(bound)  # traced values were checked before tracing
+    if not any(isinstance(value, Tracer) for value in given.values()):  # which were checked before tracing
+        _check(bound, [key for key, p in known.items() if p.annotation in (int, float) or type(p.default) is float])
     return bound
 
 
-def _check(bound: BoundTerm) -> None:
-    """Refuses values that no loss can use or that this loss rejects, and results of another shape than [B]."""
-    for key, value in (bound.hyper | bound.transform | bound.weigh).items():
+def _check(bound: BoundTerm, numbers: Sequence[str]) -> None:
+    """Refuses numbers that no loss can use, values that this loss rejects, and results other than float32[B]."""
+    given = bound.hyper | bound.transform | bound.weigh
+    for key, value in ((key, given[key]) for key in numbers):
         low = 0.0 if key == "beta" else -math.inf
-        if isinstance(value, int | float) and not low < value < math.inf:
-            raise UserError(f"loss {bound.name}: {key} {value} is not a finite number{' above 0' * (key == 'beta')}")
+        if not ((isinstance(value, int | float) or hasattr(value, "shape")) and low < value < math.inf):
+            raise UserError(f"loss {bound.name}: {key} {value!r} is not a finite number{' above 0' * (key == 'beta')}")
+    own = partial(bound.entry.function, **bound.hyper)
+    value = _abstract(bound, lambda lp: own(bound.shown(lp)))
+    found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+    if found != "float32[1]":
+        raise UserError(f"loss {bound.name}: returns {found} for one comparison; return float32[B], one value for each")
+    _abstract(bound, bound.value)
+
+
+def _abstract(bound: BoundTerm, function: Callable[[Logps], Array]) -> Any:
+    """Returns shape and dtype of a function of the log-probs of one comparison."""
     try:
-        value = jax.eval_shape(bound.value, term_options.example_logps(bound.entry.responses or 2))
+        return jax.eval_shape(function, term_options.example_logps(bound.entry.responses or 2))
     except UserError as e:
         raise UserError(f"loss {bound.name}: {e}") from e
-    if getattr(value, "shape", None) != (1,):
-        shape = getattr(value, "shape", type(value).__name__)
-        raise UserError(f"loss {bound.name}: returns {shape} for one comparison; return float32[B], one value for each")
 
 
 def _responses(bound: Sequence[BoundTerm]) -> int | None:

@@ -34,7 +34,7 @@ def dpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
 def sigmoid_norm(lp: Logps, *, beta: float = 5.0, label_smoothing: float = 0.0) -> Array:
-    """Length-normalised DPO (Lambert et al. 2024, arXiv 2411.15124, section 5), TRL's sigmoid_norm.
+    """Length-normalized DPO (Lambert et al. 2024, arXiv 2411.15124, section 5), TRL's sigmoid_norm.
 
         loss = -log sigmoid(beta (c / L_c - r / L_r))
 
@@ -85,7 +85,7 @@ def ipo_sum(lp: Logps, *, beta: float = 0.1) -> Array:
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
 def hinge(lp: Logps, *, beta: float = 0.1) -> Array:
-    """Hinge loss on normalised likelihoods, RSO's choice (Liu et al. 2023, arXiv 2309.06657).
+    """Hinge loss on normalized likelihoods, RSO's choice (Liu et al. 2023, arXiv 2309.06657).
 
         loss = max(0, 1 - beta (c - r))
 

@@ -95,6 +95,12 @@ def checked_entry(entry: Entry) -> Entry:
     return entry
 
 
+def entry_of(function: Callable[..., Array]) -> Entry:
+    """Returns the entry under which a function is registered; else that of a loss of pairs and their reference."""
+    known = [entry for entry in REGISTRY.values() if entry.function is function]
+    return known[0] if known else checked_entry(Entry(function, 2, True))
+
+
 def find_entry(name: str, key: str = "loss.name") -> Entry:
     """Returns the loss of a name, built-in or registered, or of `module:function`, which is imported.
 
@@ -104,8 +110,6 @@ def find_entry(name: str, key: str = "loss.name") -> Entry:
     if name in REGISTRY:
         return REGISTRY[name]
     if ":" in name:
-        function = import_function(name, key)
-        known = [entry for entry in REGISTRY.values() if entry.function is function]
-        return known[0] if known else checked_entry(Entry(function, 2, True))
+        return entry_of(import_function(name, key))
     hint = f"here it is {ALIASES[name]!r}" if name in ALIASES else closest(name, REGISTRY)
     raise UserError(f"{key}: unknown loss {name!r}; {hint}, or give module:function")

@@ -1,4 +1,4 @@
-"""Page of `dpo-jax data`: counts, lengths, shortcuts and tokenised examples."""
+"""Page of `dpo-jax data`: counts, lengths, shortcuts and tokenized examples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -40,7 +40,7 @@ class TrainedReward(NamedTuple):
 def trained_reward(path: str) -> TrainedReward:
     """Returns the rewards of a model folder, or of a run that has trained a reward model.
 
-    A run's config.json records how texts were tokenised in training; they are tokenised the same way. Texts for another
+    A run's config.json records how texts were tokenized in training; they are tokenized the same way. Texts for another
     folder get the tokenizer's BOS, as in transformers, and are cut at the model's positions.
 
     Raises:

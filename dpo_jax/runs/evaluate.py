@@ -20,6 +20,7 @@ from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_models, restore_state
+from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.tables import (
     comparison_streams,
     decode_texts,
@@ -66,9 +67,11 @@ def evaluate(
     Raises:
       UserError: no checkpoint, no reference, or data that the loss cannot use.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"evaluate: {type(path).__name__}: give the folder of a run or a model, as in result.folder")
     given = section(keys)
     if data is not None:
-        given["data"] = data_section(data)
+        given["data"] = data_section(data, default=run_config(path).data.name if is_run(path) else "files")
         given["data"].setdefault("eval_path", given["data"].get("path", []))
     return evaluate_path(str(path), config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")).metrics
 
@@ -111,8 +114,8 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     Raises:
       UserError: no checkpoint, an empty prompt, or options without a meaning.
     """
-    if isinstance(prompts, str):
-        raise UserError("prompts: give a list of texts, as in [text]")
+    if isinstance(prompts, str) or not prompts:
+        raise UserError("prompts: give a list of one or more texts, as in [text]")
     chats = [p if isinstance(p, str | Chat) else Chat(tuple(p)) for p in prompts]
     return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), chats)
 

@@ -1,8 +1,9 @@
 """The config of a call from Python: objects are kept in memory and named in the config."""
 
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,11 @@ from dpo_jax.config.yaml import as_lists, read_yaml
 from dpo_jax.data.sources import memory
 from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss
-from dpo_jax.losses.registry import REGISTRY, Entry, checked_entry
+from dpo_jax.losses.registry import REGISTRY, entry_of
 from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.named import name_of
 from dpo_jax.paths import is_run
 from dpo_jax.training.run_folder import run_config
-
-IN_MEMORY = "in_memory"  # the name of an optax object in a config
 
 
 def call_settings(
@@ -62,22 +61,29 @@ def _term(term: Any) -> dict[str, Any]:
     if isinstance(term, Loss):
         raise UserError("loss: an objective is bound already; give its function or a dict with name and options")
     if isinstance(term, str):
-        return {"name": term}
+        return {"name": _config_name(REGISTRY[term].function) if term in REGISTRY else term}
     if isinstance(term, Mapping):
-        return {**term, **_term(term["name"])} if callable(term.get("name")) else dict(term)
+        return {**term, **_term(term["name"])} if "name" in term else dict(term)
     options, function = {}, term
     if isinstance(term, partial):
         function, options = term.func, term.keywords
     if not callable(function):
         raise UserError(f"loss: {term!r}: give a name, a function, or a dict with name and options")
-    known = [name for name, entry in REGISTRY.items() if entry.function is function]
-    if known:
-        return {"name": known[0], **options}
+    return {"name": _config_name(function), **options}
+
+
+def _config_name(function: Callable[..., Any]) -> str:
+    """Returns the name of a loss in a config, from which another process finds it: `module:function` unless built in.
+
+    The function is registered under that name.
+    """
+    if function.__module__.startswith("dpo_jax."):
+        return function.__name__
     name = name_of(function)
-    if name in REGISTRY:
-        warnings.warn(f"loss {name!r} replaces another function of that name", stacklevel=5)
-    REGISTRY[name] = checked_entry(Entry(function, 2, True))
-    return {"name": name, **options}
+    if name in REGISTRY and REGISTRY[name].function is not function:
+        warnings.warn(f"loss {name!r} replaces another function of that name", stacklevel=6)
+    REGISTRY[name] = entry_of(function)
+    return name
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:
@@ -87,29 +93,36 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     if isinstance(optimizer, Mapping):
         return dict(optimizer)
     if callable(optimizer):
+        for p in inspect.signature(optimizer).parameters.values():
+            if p.kind is not p.KEYWORD_ONLY:
+                name = optimizer.__name__
+                raise UserError(f"optimizer: {name} takes {p.name} by position; call it, as in {name}(1e-6)")
         optim.OPTIMIZERS[name_of(optimizer)] = optimizer
         return {"name": name_of(optimizer)}
     if not hasattr(optimizer, "update"):
         raise UserError(
             f"optimizer: {optimizer!r}: give an optax transformation, a name, or a dict with name and options"
         )
-    optim.OPTIMIZERS[IN_MEMORY] = lambda: optimizer
-    return {"name": IN_MEMORY}
+    optim.OPTIMIZERS[optim.IN_MEMORY] = lambda: optimizer
+    return {"name": optim.IN_MEMORY}
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, Mapping) and "name" in value)
 
 
-def data_section(data: Any) -> dict[str, Any]:
-    """Returns the section `data` for examples in memory, the path of a file, or keys of the section as they are."""
+def data_section(data: Any, default: str = "files") -> dict[str, Any]:
+    """Returns the section `data` for examples in memory, the path of a file, or keys of the section as they are.
+
+    `default` is the source that the config names; a path replaces examples in memory.
+    """
     if isinstance(data, str | Path):
-        return {"path": [str(data)]}
+        return {"path": [str(data)]} | ({"name": "files"} if default == "memory" else {})
     if isinstance(data, Mapping) and hasattr(data, "column_names"):  # a datasets.DatasetDict
         raise UserError(f"data: a dataset with splits {', '.join(data)}; give one, as in data=dataset['train']")
     if isinstance(data, Mapping):
         return dict(data)
-    return {"name": "memory", "path": [memory.keep_examples(data)]}
+    return {"name": "memory", "path": [memory.keep_examples(data)], "options": []}
 
 
 def section(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import dump
 from dpo_jax.errors import UserError
 from dpo_jax.runs.settings import call_settings, plain_config
-from dpo_jax.runs.train import Result, finish_run, with_base_model
+from dpo_jax.runs.train import Result, checked_callbacks, finish_run, with_base_model
 from dpo_jax.training import setup
-from dpo_jax.training.compile import prepare_run, with_hparams
+from dpo_jax.training.compile import prepare_run, traced_floats, with_hparams
 from dpo_jax.training.loop import Callback, train_run
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,12 @@ def sweep(
     Raises:
       UserError: as `train`. A run that fails raises after the others have trained.
     """
-    callbacks = keys.pop("callbacks", ())
+    for key, some in (over or {}).items():
+        if isinstance(some, str) or not isinstance(some, Iterable):
+            raise UserError(f"sweep: {key}: {some!r}; give a list of values, as in over={{'{key}': [{some!r}, ...]}}")
+        if own := [value for value in some if callable(value)]:
+            raise UserError(f"sweep: {key}: {own[0]!r}; name functions as module:function")
+    callbacks = checked_callbacks(keys.pop("callbacks", ()))
     given = {name: keys.pop(name, None) for name in ("data", "eval_data", "loss", "optimizer")}
     settings, name = call_settings(config, **given, keys=keys)
     values = {key: [str(value) for value in some] for key, some in (over or {}).items()}
@@ -99,14 +104,14 @@ def train_all(
             try:
                 run = setup.setup_run(one) if run is None else setup.sweep_member(run, one)
                 prepared = with_hparams(prepared, one) if prepared else prepare_run(run)
-                results[one.run] = finish_run(run.folder, train_run(run, prepared, callbacks).policy)
+                results[one.run] = finish_run(run.folder, train_run(run, prepared, callbacks))
             except UserError as e:  # the other runs need not wait for it
                 failed.append(f"{Path(one.run).name}: {e}")
     return [results[one.run] for one in configs if one.run in results], failed
 
 
 def group_runs(configs: Iterable[Config]) -> list[list[Config]]:
-    """Returns runs in groups that differ only in floats of the loss and the optimizer."""
+    """Returns runs in groups that differ only in arguments of their compiled step (`compile.hparams`)."""
     found: dict[str, list[Config]] = {}
     for one in configs:
         found.setdefault(dump(_without_floats(one)), []).append(one)
@@ -115,7 +120,7 @@ def group_runs(configs: Iterable[Config]) -> list[list[Config]]:
 
 def _without_floats(settings: Config) -> Config:
     def rest(section: Any) -> dict[str, Any]:
-        return {name: value for name, value in section.items() if not isinstance(value, float)}
+        return {name: value for name, value in section.items() if name not in traced_floats(section)}
 
     loss: Any = settings.loss
     loss = rest(loss) if isinstance(loss, dict) else [rest(term) for term in loss]

@@ -66,9 +66,17 @@ def train(
       SystemExit: after a request to stop (SIGTERM, Ctrl-C), with everything saved.
     """
     settings, name = call_settings(config, data, eval_data, loss, optimizer, keys)
+    callbacks = checked_callbacks(callbacks)
     settings = setup.with_run_folder(settings, name)
     setup.check_config(settings)  # before the run that it starts from is trained for hours
     return train_settings(with_base_model(settings, name), callbacks)
+
+
+def checked_callbacks(callbacks: Any) -> list[Callback]:
+    """Returns callbacks as a list; refuses a single function."""
+    if callable(callbacks) or not all(callable(one) for one in callbacks):
+        raise UserError("callbacks: give a list of functions, as in callbacks=[f]")
+    return list(callbacks)
 
 
 def train_settings(settings: Config, callbacks: Sequence[Callback] = ()) -> Result:

@@ -79,11 +79,13 @@ class PreparedRun(NamedTuple):
 
 def hparams(config: Config) -> dict[str, Any]:
     """Returns the floats of the loss and the optimizer: arguments of the step, so that other values compile nothing."""
+    return {"loss": [traced_floats(term) for term in _terms(config)], "optim": traced_floats(config.optim)}
 
-    def floats(section: Any) -> Any:
-        return {name: value for name, value in section.items() if isinstance(value, float)}
 
-    return {"loss": [floats(term) for term in _terms(config)], "optim": floats(config.optim)}
+def traced_floats(section: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the floats of a loss or an optimizer; none of a user's function, which may not work on traced numbers."""
+    own = ":" in section["name"]
+    return {name: value for name, value in section.items() if isinstance(value, float) and not own}
 
 
 def _terms(config: Config) -> Sequence[Any]:

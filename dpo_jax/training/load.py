@@ -125,7 +125,7 @@ def load_policy(
         hf_config = read_config(options.config) | ids | {"dtype": "float32"}  # dtype of its files
         architecture = architecture_of(hf_config)
     if encoding is None and architecture.score:
-        raise UserError(f"{options.path}: a reward model generates nothing; name a language model")
+        raise UserError(f"{options.path}: a reward model generates no text; name a language model")
     if encoding is not None:
         architecture, hf_config, params, note = _as_reward_model(
             architecture, hf_config, params, tokenizer, encoding, seed

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,14 +56,7 @@ def batches(run: Run, prepared: PreparedRun, start: int) -> Iterator[tuple[Batch
             yield batch
 
 
-class Trained(NamedTuple):
-    """The end of a run: its state, and the policy's parameters, with adapters attached."""
-
-    state: TrainState
-    policy: Any
-
-
-def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence[Callback] = ()) -> Trained:
+def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence[Callback] = ()) -> Any:
     """Trains a run, resuming from the newest intact checkpoint, and exports the model.
 
     Killed at any instant and called again, it ends with bit-identical parameters and the same metrics. Call it from
@@ -73,6 +66,9 @@ def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence
       run: from `setup.setup_run`; its folder is released at the end.
       prepared: the run on its devices, if another run has prepared it already (`compile.with_hparams`).
       callbacks: called after every step and evaluation; they make each step wait for its metrics.
+
+    Returns:
+      The policy's parameters, with adapters attached.
 
     Raises:
       UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
@@ -87,7 +83,7 @@ def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence
                 log.info(f"resuming at step {int(state.step)} of {prepared.total_steps}")
             state = loop.steps(state)
         _export(run, state)
-    return Trained(state, prepared.shardings.policy(state.params, prepared.base))
+    return prepared.shardings.policy(state.params, prepared.base)
 
 
 def _export(run: Run, state: TrainState) -> None:

@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import distributed
+from dpo_jax import distributed, optim
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import difference, dump, flatten
 from dpo_jax.errors import UserError
+from dpo_jax.losses.registry import find_entry
+from dpo_jax.named import fingerprint, import_function
 from dpo_jax.paths import is_run, written
 from dpo_jax.training import interrupts
 
@@ -19,6 +22,7 @@ from dpo_jax.training import interrupts
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
+INPUTS = "inputs.json"
 # Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
 SECRET = re.compile(
     r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
@@ -32,22 +36,38 @@ def run_config(
     return parse_config(kind, str(Path(run) / "config.yaml"), overrides, prog=prog)
 
 
-def claim_folder(config: Config) -> tuple[Path, contextlib.AbstractContextManager]:
-    """Creates the run folder, or reopens it to resume the same config; returns it and its lock.
+def claim_folder(config: Config, data: Mapping[str, str]) -> tuple[Path, contextlib.AbstractContextManager]:
+    """Creates the run folder, or reopens it to resume the same run; returns it and its lock.
+
+    Args:
+      config: the config of the run.
+      data: split -> a hash of its examples.
 
     Raises:
-      UserError: the folder belongs to another config (the message lists the differences) or holds other files, or
-        another process is writing it.
+      UserError: the folder belongs to another config (the message lists the differences), to other data or to another
+        version of the user's functions; it holds other files; or another process is writing it.
     """
     folder = Path(config.run)
-    lock = _claim(folder, config) if distributed.is_primary() else contextlib.nullcontext()
+    inputs = dict(data) | function_hashes(config)
+    lock = _claim(folder, config, inputs) if distributed.is_primary() else contextlib.nullcontext()
     distributed.barrier("the run folder")
     if not is_run(folder):
         raise UserError(f"{folder}: process 0 created it, but this process does not see it; set run to a shared folder")
     return folder, lock
 
 
-def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
+def function_hashes(config: Config) -> dict[str, str]:
+    """Returns the user's functions that a config names, by key, with a hash of each."""
+    terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
+    found = {f"loss {term['name']}": find_entry(term["name"]).function for term in terms}
+    found[f"optimizer {config.optim['name']}"] = optim.optimizer_function(config.optim["name"])
+    if ":" in config.data.name:
+        found[f"data source {config.data.name}"] = import_function(config.data.name, "data.name")
+    own = {name: f for name, f in found.items() if ":" in name or name.endswith(optim.IN_MEMORY)}
+    return {name: fingerprint(function) for name, function in own.items()}
+
+
+def _claim(folder: Path, config: Config, inputs: Mapping[str, str]) -> contextlib.AbstractContextManager:
     begun = (interrupts.LOCK_FILE, "config.yaml.tmp")  # the files left if a process was killed in this function
     if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
         raise UserError(f"{folder}: holds other files than a run's; set another --run")
@@ -55,10 +75,27 @@ def _claim(folder: Path, config: Config) -> contextlib.AbstractContextManager:
     changed = difference(run_config(folder), config, FREE) if is_run(folder) else []
     if changed:
         raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); set another --run")
+    _check_inputs(folder / INPUTS, inputs)
     lock = interrupts.lock_folder(folder)
     with written(folder / "config.yaml") as f:
         f.write(dump(config))
+    with written(folder / INPUTS) as f:
+        json.dump(inputs, f, indent=1)
     return lock
+
+
+def _check_inputs(path: Path, inputs: Mapping[str, str]) -> None:
+    """Refuses to resume with other examples or functions than those of the file, which the config does not show."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # a new run, or a file that was not written to its end
+    changed = [name for name, value in inputs.items() if before.get(name, value) != value]
+    if changed:
+        raise UserError(
+            f"{path.parent}: {' and '.join(changed)} changed since this run began; set another --run, or remove "
+            f"{path.name} there to go on with the new version"
+        )
 
 
 def _check_links(folder: Path) -> None:

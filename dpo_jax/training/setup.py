@@ -130,7 +130,7 @@ def setup_run(config: Config) -> Run:
         notes.append(line)
         log.info(line)
     train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
-    folder, lock = claim_folder(config)
+    folder, lock = claim_folder(config, _data_hashes(train_table, eval_table))
     if distributed.is_primary():
         (folder / "data.json").write_text(json.dumps(notes, indent=1))
     count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
@@ -163,16 +163,20 @@ def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, not
         held_out = eval_examples(config, load_table(config, loss, tokenizer, streams[1], "held-out", notes))
     for split, table in (("training", train), ("held-out", held_out)):
         check_ids(table, split, tokenizer, loaded.model)
-    same = {"config": dump(config), "training data": train.digest, "held-out data": held_out.digest}
+    same = {"config": dump(config)} | _data_hashes(train, held_out)
     same["weights at the start"] = weights_hash(loaded.params, loaded.model.architecture)
     distributed.assert_same_everywhere(same)
     return train, held_out
 
 
+def _data_hashes(train: Table, held_out: Table) -> dict[str, str]:
+    return {"training data": train.digest, "held-out data": held_out.digest}
+
+
 def sweep_member(run: Run, config: Config) -> Run:
     """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
     loss = losses.build(config.loss)
-    folder, lock = claim_folder(config)
+    folder, lock = claim_folder(config, _data_hashes(run.train_table, run.eval_table))
     if distributed.is_primary():
         shutil.copy(run.folder / "data.json", folder / "data.json")
     return run._replace(config=config, folder=folder, lock=lock, loss=loss)

@@ -18,17 +18,28 @@ def keep_examples(examples: Iterable[Mapping[str, Any]]) -> str:
     An iterable that can be read only once is copied to a list; a `datasets.Dataset` stays on disk.
 
     Raises:
-      UserError: an element is not a dict.
+      UserError: no element, or one that is not a dict.
     """
-    kept = examples if hasattr(examples, "__getitem__") and hasattr(examples, "__len__") else list(examples)
+    kept: Any = examples if hasattr(examples, "__getitem__") and hasattr(examples, "__len__") else list(examples)
+    if not len(kept):
+        raise UserError("data: no example; give at least one dict of columns")
     digest = hashlib.blake2b(digest_size=8)
     for index, example in enumerate(kept):
         if not isinstance(example, Mapping):
             raise UserError(f"data: element {index} is a {type(example).__name__}; give dicts of columns")
-        digest.update(json.dumps(dict(example), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+        digest.update(json.dumps(_plain(example), sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
     name = f"examples-{digest.hexdigest()}"
-    KEPT[name] = kept  # type: ignore[assignment]
+    KEPT[name] = kept
     return name
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value with the lists and numbers of Python in place of numpy's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
@@ -46,4 +57,4 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     for name in path:
         if name not in KEPT:
             raise UserError(f"data.path: {name} was given in Python; give data=... again, or set data.name")
-        yield from example_items(((f"data[{i}]", dict(example)) for i, example in enumerate(KEPT[name])), responses)
+        yield from example_items(((f"data[{i}]", _plain(example)) for i, example in enumerate(KEPT[name])), responses)

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dpo_jax.data.sources.base import Item, open_stream, prompt_key
+from dpo_jax.data.sources.base import Item, prompt_key, source_names
+from dpo_jax.data.sources.functions import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
 PART = re.compile(r"(?:([^*:]*)\*)?(\w+)(?::(.+))?")
+OWN_PART = re.compile(r"(?:([^*:]*)\*)?([\w.]+:[^\W\d]\w*)(?::(.+))?")  # of a source of one's own
 
 
 class MixturePart(NamedTuple):
@@ -30,8 +32,9 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
     Args:
       path: parts, each `source:path` or `share*source:path`, such as `0.5*hh:Anthropic/hh-rlhf` or
-        `files:pairs.jsonl`. A source with its own data set needs no path. A share of 0.5 takes half of the prompts,
-        always the same ones, each with all of its comparisons; 2 takes everything twice; 1 is the default.
+        `files:pairs.jsonl`. A source with its own data set needs no path; one's own is `module:function:path`. A share
+        of 0.5 takes half of the prompts, always the same ones, each with all of its comparisons; 2 takes everything
+        twice; 1 is the default.
       split: the split of every part.
       responses: responses per comparison, of every part.
 
@@ -41,7 +44,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     if not path:
         raise UserError("data.path is empty; set it to the parts of the mixture, such as 0.5*files:pairs.jsonl")
     for part in [parse_part(text) for text in path]:
-        for item in open_stream(part.source, part.path, split, responses):
+        for item in open_source(part.source, part.path, split, responses):
             times = _times(item, part.share) if isinstance(item, Comparison) else 1
             yield from (item for _ in range(times))
 
@@ -53,6 +56,8 @@ def parse_part(text: str) -> MixturePart:
       UserError: it is not `share*source:path`, or the share is not in (0, 1000].
     """
     match = PART.fullmatch(text)
+    if match is None or match[2] not in source_names():
+        match = OWN_PART.fullmatch(text) or match
     if match is None or match[2] == "mixture":
         raise UserError(
             f"data.path: {text!r} is no part of a mixture; write share*source:path, such as 0.5*files:a.jsonl"
