@@ -82,8 +82,7 @@ def checked_callbacks(callbacks: Any) -> list[Callback]:
 def train_settings(settings: Config, callbacks: Sequence[Callback] = ()) -> Result:
     """Trains a run from its config; `settings.model.path` must be a model, not a YAML."""
     run = setup.setup_run(settings)
-    trained = train_run(run, callbacks=callbacks)
-    return finish_run(run.folder, trained.policy)
+    return finish_run(run.folder, train_run(run, callbacks=callbacks))
 
 
 def finish_run(folder: Path, params: Any) -> Result:
