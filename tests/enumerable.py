@@ -66,7 +66,7 @@ def reward(prompts, completions):
 def problem(steps, seed):
     """The problem of training the reference on its own samples."""
     model, reference = world()
-    return Problem(model, reference, reference, PROMPTS, reward, steps=steps, seed=seed, eos=EOS)
+    return Problem(model, reference, reference, PROMPTS, reward, steps=steps, seed=seed, ends=(EOS,))
 
 
 def optimum(reference, beta):

@@ -45,12 +45,13 @@ def world():
     start, mesh = params(0), sharding.make_mesh()
     shardings = sharding.param_shardings(mesh, MODEL.axes, start)
     reward = get_reward("synthetic")
-    return World(MODEL, mesh, shardings, start, sharding.put_params(start, shardings), TOKENIZER, reward, 1, 64, 0)
+    parts = (MODEL, mesh, shardings, start, sharding.put_params(start, shardings), TOKENIZER, reward, 1, 64, 0)
+    return World(*parts, ends=(TOKENIZER.eos_token_id,))
 
 
 def test_every_response_is_enumerated_once():
     """Two tokens besides EOS, at most 2 tokens: EOS alone, 2 responses with EOS and 4 cut ones."""
-    found = enumerate_responses(3, 2, 2)
+    found = enumerate_responses(3, (2,), 2)
     assert sorted(found) == sorted([(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)])
 
 
@@ -82,7 +83,7 @@ def test_reward_and_kl_equal_sums_over_all_responses(world):
 
 
 def _index(token):
-    return enumerate_responses(len(TOKENIZER), TOKENIZER.eos_token_id, 1).index((token,))
+    return enumerate_responses(len(TOKENIZER), (TOKENIZER.eos_token_id,), 1).index((token,))
 
 
 @pytest.mark.slow

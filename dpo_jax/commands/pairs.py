@@ -138,12 +138,13 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
     ids = prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(SamplesConfig)} - {"prompts"} | {"seed", "batch_size"}
     how = {name: getattr(settings, name) for name in drawing} | {"copies": settings.completions}
-    drawn = generate(loaded.model, load_into_memory(loaded.params), ids, eos_id=tokenizer.eos_token_id, **how)
-    texts = np.reshape(decode_texts(tokenizer, drawn), (len(examples), settings.completions)).tolist()
+    ends = loaded.end_ids(tokenizer)
+    drawn = generate(loaded.model, load_into_memory(loaded.params), ids, eos_id=ends, **how)
+    texts = np.reshape(decode_texts(tokenizer, drawn, ends), (len(examples), settings.completions)).tolist()
     own = [[text for text in answers if tokenizer.eos_token not in text] for answers in texts]
     if spelled := sum(map(len, texts)) - sum(map(len, own)):
         log_line(f"{spelled} answers left out: their text contains {tokenizer.eos_token!r}")
-    if cut := sum(len(ids) == 0 or ids[-1] != tokenizer.eos_token_id for ids in drawn):
+    if cut := sum(len(ids) == 0 or ids[-1] not in ends for ids in drawn):
         log_line(f"{cut} of {len(drawn)} answers were cut at --max-new-tokens {settings.max_new_tokens}, and kept")
     read = prompt_texts(prompts, tokenizer, settings.data)
     return [AnsweredPrompt(*one) for one in zip(examples, read, own, strict=True)]

@@ -130,7 +130,8 @@ def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfi
     loaded = load_policy(model, tokenizer, settings.seed)
     ids = prompt_ids(prompts, tokenizer, own.data)
     hashed = weights_hash(loaded.params, loaded.model.architecture)
-    return SampledPolicy(name, loaded, tokenizer, ids, json.dumps([hashed, model.compute, tokenizer.eos_token_id, ids]))
+    key = json.dumps([hashed, model.compute, loaded.end_ids(tokenizer), ids])
+    return SampledPolicy(name, loaded, tokenizer, ids, key)
 
 
 def _sample_texts(
@@ -145,9 +146,10 @@ def _sample_texts(
     if path.is_file():
         texts = json.loads(path.read_text(encoding="utf-8"))
     else:
-        ends = {"eos_id": policy.tokenizer.eos_token_id, "batch_size": settings.batch_size}
-        ids = generate(policy.loaded.model, load_into_memory(policy.loaded.params), policy.prompts, **options, **ends)
-        texts = decode_texts(policy.tokenizer, ids)
+        ends = policy.loaded.end_ids(policy.tokenizer)
+        how = options | {"eos_id": ends, "batch_size": settings.batch_size}
+        ids = generate(policy.loaded.model, load_into_memory(policy.loaded.params), policy.prompts, **how)
+        texts = decode_texts(policy.tokenizer, ids, ends)
         with written(path) as f:
             json.dump(texts, f)
     return [texts[i : i + copies] for i in range(0, len(texts), copies)]

@@ -219,7 +219,7 @@ def _online_trainer(shared: SharedSetup, reward: Reward, record: Record) -> Trai
 
     problem = Problem(
         world.model, jax.device_put(world.start), jax.device_put(world.start), shared.prompts, reward_of_ids,
-        steps=settings.online.max_steps, seed=settings.seed, eos=world.tokenizer.eos_token_id,
+        steps=settings.online.max_steps, seed=settings.seed, ends=world.ends,
     )  # fmt: skip
 
     def train(job: FrontierJob) -> None:

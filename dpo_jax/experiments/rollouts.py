@@ -11,7 +11,7 @@ from dpo_jax.records import Array
 from dpo_jax.sampling import generate
 
 RewardOfIds = Callable[[list[Array], list[Array]], np.ndarray]
-"""(prompts, completions), n arrays of ids each -> float[n]. A completion ends with EOS unless it was cut."""
+"""(prompts, completions), n arrays of ids each -> float[n]. A completion ends with one of `ends` unless it was cut."""
 OnStep = Callable[[int, Any], None]
 """(steps done, the policy's parameters)."""
 OnMetrics = Callable[[int, dict[str, float]], None]
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
       reward: scores completions.
       steps: steps to train, each with new samples.
       seed: seed of all random numbers.
-      eos: the id of EOS.
+      ends: ids of the tokens that end a completion.
     """
 
     model: Model
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     reward: RewardOfIds
     steps: int
     seed: int
-    eos: int
+    ends: tuple[int, ...]
 
 
 class Samples(NamedTuple):
@@ -78,7 +78,7 @@ def sample_rollouts(
     chosen = random.choice(len(problem.prompts), prompts, replace=prompts > len(problem.prompts))
     asked = [np.asarray(problem.prompts[i], np.int32) for i in chosen]
     completions = generate(
-        problem.model, policy, asked, copies=copies, max_new_tokens=max_new_tokens, eos_id=problem.eos,
+        problem.model, policy, asked, copies=copies, max_new_tokens=max_new_tokens, eos_id=problem.ends,
         seed=int(random.integers(2**31)), batch_size=copies * prompts,
     )  # fmt: skip
     return Samples(asked, completions, problem.reward([p for p in asked for _ in range(copies)], completions))

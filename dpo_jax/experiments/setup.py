@@ -137,6 +137,7 @@ def _world(settings: FrontierConfig) -> World:
         max_new_tokens=settings.max_new_tokens,
         sample_batch=min(settings.eval_prompts, MAX_SAMPLE_BATCH),
         seed=settings.seed,
+        ends=loaded.end_ids(tokenizer),
     )
 
 

@@ -45,6 +45,7 @@ class World(NamedTuple):
       max_new_tokens: length of the longest completion.
       sample_batch: completions sampled at a time; one value for all uses, so that sampling compiles once.
       seed: seed of all random numbers.
+      ends: ids of the tokens that end a completion.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class World(NamedTuple):
     max_new_tokens: int
     sample_batch: int
     seed: int
+    ends: tuple[int, ...]
 
 
 class Point(NamedTuple):
@@ -99,13 +101,13 @@ def sample_completions(
     Each copy reads its prompt again: prompts are short, and so all uses share one compiled program.
     """
     repeated = [prompt for prompt in prompts for _ in range(copies)]
-    options = {"eos_id": world.tokenizer.eos_token_id, "batch_size": world.sample_batch, "seed": world.seed + seed}
+    options = {"eos_id": world.ends, "batch_size": world.sample_batch, "seed": world.seed + seed}
     return generate(world.model, params, repeated, max_new_tokens=world.max_new_tokens, **options)
 
 
 def score_completions(world: World, reward: Reward, prompts: Sequence[Array], completions: Sequence[Array]) -> Array:
     """Returns float64[n], the rewards of n completions; prompts and completions are ids."""
-    return reward(decode_texts(world.tokenizer, prompts), decode_texts(world.tokenizer, completions))
+    return reward(decode_texts(world.tokenizer, prompts), decode_texts(world.tokenizer, completions, world.ends))
 
 
 def make_table_logps(world: World) -> TableLogps:
@@ -153,7 +155,7 @@ def make_measurer(
         return Point(
             method, strength, step, *mean_interval(reward), *mean_interval(kl), float(chosen), float(rejected),
             float(np.mean([len(c) for c in completions])),
-            float(np.mean([c[-1] != world.tokenizer.eos_token_id for c in completions])),
+            float(np.mean([c[-1] not in world.ends for c in completions])),
         )  # fmt: skip
 
     return measure
@@ -189,7 +191,7 @@ def sample_pairs(path: Path, world: World, prompts: Sequence[Array], copies: int
 
 def _pair_rows(world: World, prompt: Array, completions: Sequence[Array], how: str) -> list[dict]:
     """Returns the labelled pairs of one prompt as rows of the file."""
-    (text,), texts = decode_texts(world.tokenizer, [prompt]), decode_texts(world.tokenizer, completions)
+    (text,), texts = decode_texts(world.tokenizer, [prompt]), decode_texts(world.tokenizer, completions, world.ends)
     ids = dict(zip(texts, completions, strict=True))
     scores = world.reward([text] * len(texts), texts)
     return [
@@ -220,10 +222,10 @@ def sample_rewards(path: Path, world: World, prompts: Sequence[Array], copies: i
     return rewards
 
 
-def enumerate_responses(vocab: int, eos: int, longest: int) -> list[tuple[int, ...]]:
-    """Returns every response: ids up to the first EOS, or `longest` ids without one."""
-    others = [token for token in range(vocab) if token != eos]
-    ended = [(*r, eos) for n in range(longest) for r in itertools.product(others, repeat=n)]
+def enumerate_responses(vocab: int, ends: Sequence[int], longest: int) -> list[tuple[int, ...]]:
+    """Returns every response: ids up to the first of `ends`, or `longest` ids without one."""
+    others = [token for token in range(vocab) if token not in ends]
+    ended = [(*r, end) for n in range(longest) for r in itertools.product(others, repeat=n) for end in ends]
     return ended + list(itertools.product(others, repeat=longest))
 
 
@@ -235,7 +237,7 @@ def enumerate_rewards(world: World, prompts: Sequence[Array], table_logps: Table
     vocab = world.model.architecture.vocab
     if vocab**world.max_new_tokens > MAX_ENUMERATED:
         return None
-    every = enumerate_responses(vocab, world.tokenizer.eos_token_id, world.max_new_tokens)
+    every = enumerate_responses(vocab, world.ends, world.max_new_tokens)
     responses = [np.array(r, np.int32) for r in every]
     table = Table.of(Tokens(p, (r,)) for p in prompts for r in responses)
     logps = table_logps(world.reference, table, table_layout(world, table))[:, 0, 0]

@@ -95,7 +95,7 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         _write_per_token(settings.per_token, judge, table, tokenizer)
     completions: list[tuple[str, ...]] = []
     if settings.prompts and not loss.rewards:
-        more, completions = _generated(settings, judge, tokenizer, table)
+        more, completions = _generated(settings, judge, tokenizer, table, loaded.end_ids(tokenizer))
         found |= more
     return Evaluation(found, completions, list(judge.params))
 
@@ -127,7 +127,7 @@ def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> di
         raise UserError(f"{path}: a reward model, which generates no text; name a language model")
     loaded, tokenizer = _load(settings, loss)
     models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
-    complete = setup.make_completer(settings, loaded.model, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
+    complete = setup.make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
     return {name: complete(params) for name, params in models.items()}
 
 
@@ -147,13 +147,15 @@ def _eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: Loss
     return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
 
 
-def _generated(settings: EvalConfig, judge: EvalModel, tokenizer: Any, table: Any) -> tuple[Intervals, list]:
+def _generated(
+    settings: EvalConfig, judge: EvalModel, tokenizer: Any, table: Any, ends: tuple[int, ...]
+) -> tuple[Intervals, list]:
     """Returns KL and rewards of completions of held-out prompts by both models, and some of the completions."""
     prompts = evaluation.distinct_prompts(table, settings.prompts)
     options = dataclasses.asdict(settings.samples)
     del options["prompts"]
-    ids = evaluation.complete_prompts(judge, prompts, eos_id=tokenizer.eos_token_id, seed=settings.seed, **options)
-    texts, completions = decode_texts(tokenizer, prompts), {k: decode_texts(tokenizer, c) for k, c in ids.items()}
+    ids = evaluation.complete_prompts(judge, prompts, eos_id=ends, seed=settings.seed, **options)
+    texts, completions = decode_texts(tokenizer, prompts), {k: decode_texts(tokenizer, c, ends) for k, c in ids.items()}
     found = {}
     if "reference" in ids:
         kl = evaluation.policy_kl(judge, prompts, ids["policy"])

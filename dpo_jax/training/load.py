@@ -16,6 +16,7 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.registry import architecture_of, family
 from dpo_jax.models.huggingface.folder import (
     adapter_folder,
+    end_ids,
     load_tokenizer,
     model_folder,
     open_folder,
@@ -51,6 +52,10 @@ class LoadedModel(NamedTuple):
     adapters: Any = None
     lora: Lora | None = None
     note: str = ""
+
+    def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Returns the ids that end a sampled text: the tokenizer's EOS and those of generation_config.json."""
+        return end_ids(tokenizer, self.generation, self.hf_config)
 
     def policy(self, trained: Any) -> Any:
         """Returns the policy's parameters in host memory, given the trained ones (all, or adapters)."""
@@ -126,6 +131,7 @@ def load_policy(
         architecture = architecture_of(hf_config)
     if encoding is None and architecture.score:
         raise UserError(f"{options.path}: a reward model generates no text; name a language model")
+        end_ids(tokenizer, generation, hf_config)  # a damaged value fails now, not after training
     if encoding is not None:
         architecture, hf_config, params, note = _as_reward_model(
             architecture, hf_config, params, tokenizer, encoding, seed

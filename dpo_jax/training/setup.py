@@ -64,21 +64,23 @@ def make_sync(config: Config, loss: Loss) -> Sync | None:
     return Sync(every, alpha)
 
 
-def make_completer(config: Config, model: Model, tokenizer: Any, prompts: list[Any]) -> Callable[[Any], list[str]]:
+def make_completer(
+    config: Config, loaded: LoadedModel, tokenizer: Any, prompts: list[Any]
+) -> Callable[[Any], list[str]]:
     """Returns `params -> completions as text` for tokenized prompts, sampled with the options of `config.samples`."""
-    options = config.samples
+    options, ends = config.samples, loaded.end_ids(tokenizer)
     sample = partial(
         generate,
-        model,
+        loaded.model,
         prompts=prompts,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=ends,
         seed=config.seed,
     )
-    return lambda params: decode_texts(tokenizer, sample(params))
+    return lambda params: decode_texts(tokenizer, sample(params), ends)
 
 
 def check_config(config: Config) -> None:
@@ -147,7 +149,7 @@ def setup_run(config: Config) -> Run:
         load_reference=partial(reference_weights, config, loaded) if loss.uses_reference else None,
         train_table=train_table,
         eval_table=eval_table,
-        complete=make_completer(config, loaded.model, tokenizer, prompts) if prompts else None,
+        complete=make_completer(config, loaded, tokenizer, prompts) if prompts else None,
         prompts=decode_texts(tokenizer, prompts),
         export=partial(loaded.export, tokenizer=tokenizer),
         base=None if loaded.lora is None else loaded.params,

@@ -172,10 +172,14 @@ def eval_examples(config: Config, table: Table) -> Table:
     return table if count is None else table.take(np.arange(min(count, len(table))))
 
 
-def decode_texts(tokenizer: Any, rows: Sequence[Any]) -> list[str]:
-    """Returns token ids as texts, without special tokens."""
+def decode_texts(tokenizer: Any, rows: Sequence[Any], ends: Sequence[int] = ()) -> list[str]:
+    """Returns token ids as texts, without special tokens and without the marker that ends a text.
+
+    `ends` are the ids at which sampling stops; one that is a word or a sign of the vocabulary stays in the text.
+    """
     # The EOS of some tokenizers is no special token, so it is cut by its id.
-    ids = [list(row)[:-1] if len(row) and row[-1] == tokenizer.eos_token_id else list(row) for row in rows]
+    markers = {tokenizer.eos_token_id, *(set(ends) & set(tokenizer.added_tokens_decoder))}
+    ids = [list(row)[:-1] if len(row) and row[-1] in markers else list(row) for row in rows]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

@@ -103,6 +103,24 @@ def read_generation(folder: str | Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
+def end_ids(tokenizer: Any, generation: HfConfig, hf_config: HfConfig) -> tuple[int, ...]:
+    """Returns the ids of all tokens that end a text: the tokenizer's EOS first, then those of generation_config.json.
+
+    As in transformers, `eos_token_id` is one id or a list, and config.json's counts if generation_config.json has none.
+
+    Raises:
+      UserError: `eos_token_id` is neither.
+    """
+    known = hf_config.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
+    ends = [] if tokenizer is None else [tokenizer.eos_token_id]
+    ends += known if isinstance(known, list) else [] if known is None else [known]
+    for end in ends:
+        if type(end) is not int or end < 0:
+            file = "config.json" if generation.get("eos_token_id") is None else "generation_config.json"
+            raise UserError(f"{file}: eos_token_id has {end!r}; give a token id, or a list of them")
+    return tuple(dict.fromkeys(ends))
+
+
 def load_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     """Reads a model folder as `open_folder` does, with parameters in memory as numpy float32."""
     architecture, config, params = open_folder(folder)
@@ -239,10 +257,7 @@ def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation
     """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
     dropped = ("torch_dtype", "transformers_version", "_name_or_path")
     config = {key: value for key, value in hf_config.items() if key not in dropped}
-    ends = [] if tokenizer is None else [tokenizer.eos_token_id]
-    for known in (generation.get("eos_token_id"), hf_config.get("eos_token_id")):
-        ends += known if isinstance(known, list) else [known]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ends = list(end_ids(tokenizer, generation, hf_config))
     ids = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
     generation = {**ids, **generation}
     if ends:
