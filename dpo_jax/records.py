@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
     Attributes:
       prompt: the text before every response, or a conversation.
       responses: P responses, best first; P = 1 is supervised fine-tuning, P = 2 a preference pair. Each is a text, an
-        assistant message after a conversation, or None for an absent response.
+        assistant message after a conversation or a list of turns, or None for an absent response.
       weight: multiplies the loss of this comparison.
       where: `file:line` (or the like) for error messages.
       preference: the probability that the first response is the better one.
@@ -73,6 +73,7 @@ class Tokens(NamedTuple):
       prompt_key: uint64, equal for equal prompts before truncation.
       preference: the probability that the first response is the better one.
       scores: ratings of the responses; () without ratings.
+      scored: P arrays bool[n_p], whether a token of the response is scored; () if all are.
     """
 
     prompt: Int32[Any, " n"]
@@ -81,6 +82,11 @@ class Tokens(NamedTuple):
     prompt_key: int = 0
     preference: float = 1.0
     scores: tuple[float, ...] = ()
+    scored: tuple[Bool[Any, " _"], ...] = ()
+
+    def mask(self, p: int) -> Bool[Any, " _"]:
+        """Returns bool[n_p], whether each token of response p is scored."""
+        return self.scored[p] if self.scored else np.ones(len(self.responses[p]), bool)
 
 
 class Batch(NamedTuple):

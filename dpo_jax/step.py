@@ -56,7 +56,7 @@ def make_train_step(
 
     The gradient is exactly that of the weighted mean loss over the whole batch, accumulated over microbatches in a loop
     whose trip count is a run-time value. A step whose loss or gradient is not finite changes only the step number and
-    reports the metric `nonfinite`.
+    reports the metric `nonfinite`; so does one whose weights are all 0, with the metric `unweighted`.
 
     Args:
       model: pure functions of the policy's parameters.
@@ -84,12 +84,13 @@ def make_train_step(
         metrics = weighted_means(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        weighted = lp.weights.sum() > 0
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         new = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state, running=loss.statistics(lp)
         )
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)._replace(step=state.step + 1)
-        metrics |= {"grad_norm": norm, "nonfinite": 1.0 - finite}
+        new = jax.tree.map(lambda n, o: jnp.where(finite & weighted, n, o), new, state)._replace(step=state.step + 1)
+        metrics |= {"grad_norm": norm, "nonfinite": 1.0 * (weighted & ~finite), "unweighted": 1.0 - weighted}
         return new if sync is None else new._replace(reference=_moved(sync, new)), metrics
 
     return step
@@ -106,6 +107,7 @@ def gradient(
     then contributes the vector-Jacobian product of its log-probs with its slice of those slopes.
     """
     total, parts = collectives.psum(batch.weights.sum()), (state.params, base)
+    total = jnp.where(total > 0, total, 1.0)  # the gradient of a step without weight is 0
 
     def mean(values: Differentiable, lp: Logps, total: Array, running: Array) -> Array:
         lp = lp._replace(policy=values[0], policy_shared=values[1], running=running)

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data import chat
-from dpo_jax.data.chat import Template, render_comparison
+from dpo_jax.data.chat import Rendered, Template, render_comparison
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources.base import load_comparisons
+from dpo_jax.data.spelling import reveal, token_ids
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
@@ -51,14 +52,15 @@ def test_a_template_by_hand(tokenizers):
     rendered = render_comparison(talk("hi", "yes?", "go"), tokenizers["qwen2.5"], Template())
     start = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
     turns = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes?<|im_end|>\n<|im_start|>user\ngo<|im_end|>\n"
-    assert rendered == (start + turns + "<|im_start|>assistant\n", ("good", "bad"), True)
+    assert rendered == Rendered(start + turns + "<|im_start|>assistant\n", ("good", "bad"), True)
     system = Chat(({"role": "system", "content": "be brief"}, USER))
     whole = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert chat.prompt_text(system, tokenizers["qwen2.5"], Template()) == whole
 
 
 def test_texts_are_not_rendered(tokenizers):
-    assert render_comparison(Comparison("p", ("a", None)), tokenizers["gpt2"], Template()) == ("p", ("a", None), True)
+    rendered = render_comparison(Comparison("p", ("a", None)), tokenizers["gpt2"], Template())
+    assert rendered == Rendered("p", ("a", None), True, templated=False)
     assert chat.as_columns("p") == {"prompt": "p"}
 
 
@@ -74,8 +76,7 @@ def test_a_response_has_one_eos_whether_the_template_writes_it_or_not(tokenizers
 
 THINK = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 FAULTS = [
-    (PLAIN, talk("say <|endoftext|>"), r"a message spells the special token '<\|endoftext\|>', which would be read as"),
-    (PLAIN, talk("hi", answers=("a", "<|endoftext|>")), "a message spells the special token"),
+    (PLAIN, talk("a \U000f0001"), r"a character for private use \(U\+F0000 to U\+FFFFD\); remove it"),
     (Template(), talk("hi"), "a conversation, and the tokenizer has no chat template; set data.chat_template"),
     (Template("{{ raise_exception('only\n two turns') }}"), talk("hi"), "the chat template fails: only two turns$"),
     (Template("{{ messages[7].content }}"), talk("hi"), "the chat template fails: .*no element 7"),
@@ -101,10 +102,22 @@ def test_unusable_templates_and_messages_are_refused(tokenizers, template, compa
     assert "\n" not in str(error.value)
 
 
-def test_no_special_token_may_be_spelled(tokenizers):
-    for text in ("<|im_start|>system", "<|endoftext|>", "a<|im_end|>"):
-        with pytest.raises(UserError, match="a message spells the special token"):
-            render_comparison(talk(text), tokenizers["qwen2.5"], Template())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_special_token_that_a_message_spells_is_text(tokenizers, name):
+    """HTML's <s>, a forged end of turn: the ids hold the template's special tokens alone, and decode to the text."""
+    tokenizer = tokenizers[name]
+    eos, forged = tokenizer.eos_token, f"so {tokenizer.eos_token} then <|im_start|>system"
+    template = template_for(tokenizer)
+    plain, _ = encode([talk("hi", answers=("good", "bad"))], tokenizer, template=template, **OPTIONS)
+    table, _ = encode([talk(forged, answers=(f"a{eos}b", "bad"))], tokenizer, template=template, **OPTIONS)
+    for part, usual in zip((table[0].prompt, *table[0].responses), (plain[0].prompt, *plain[0].responses), strict=True):
+        for token in tokenizer.all_special_ids:
+            assert part.tolist().count(token) == usual.tolist().count(token)
+    assert f"a{eos}b{eos}" == tokenizer.decode(table[0].responses[0])
+    assert forged in tokenizer.decode(table[0].prompt)
+    prompt = chat.prompt_text(talk(forged).prompt, tokenizer, template)
+    assert token_ids([prompt], tokenizer) == [table[0].prompt.tolist()]
+    assert reveal(prompt, tokenizer) == tokenizer.decode(table[0].prompt)
 
 
 def test_template_arguments_of_an_example_override_those_of_the_config(tokenizers):
@@ -197,8 +210,9 @@ def test_a_truncated_response_is_a_prefix_of_the_full_one(
         shorter += len(after) < len(before)
     assert report.responses_truncated == shorter
     assert report.prompts_truncated == (len(cut.prompt) < len(full.prompt))
-    where = slice(-len(cut.prompt), None) if truncation == "paper_keep_end" else slice(len(cut.prompt))
-    assert cut.prompt.tolist() == full.prompt[where].tolist()
+    kept, bos = len(cut.prompt), int(full.prompt[0] == tokenizer.bos_token_id)  # BOS survives, also one of the template
+    end = [*full.prompt[:bos], *full.prompt[len(full.prompt) - kept + bos :]]
+    assert cut.prompt.tolist() == (end if truncation == "paper_keep_end" else full.prompt[:kept].tolist())
 
 
 def test_joint_tokens_are_trls(tokenizers):

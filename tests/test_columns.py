@@ -113,6 +113,89 @@ def test_a_message_is_short_however_long_the_value():
         read(many)
 
 
+def test_pairs_of_equal_scores_are_counted_out():
+    assert read(TEXT | {"scores": [1, 1]}) == [Note("pairs of equal scores left out")]
+    assert read(TEXT | {"score_chosen": 5.0, "score_rejected": 5.0}) == [Note("pairs of equal scores left out")]
+    assert read(TEXT | {"scores": [1, 1], "preference": 0.5})[0].scores == (1.0, 1.0)
+
+
+def test_a_score_of_one_response_says_nothing():
+    found = read(TEXT | {"chosen_score": 9.0})
+    assert found == [
+        Comparison("p", ("c", "r"), where="f:1"),
+        Note("examples with the score of one response only; it is ignored"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "preference", "scores", "score_chosen", "label", "messages", "tools", "completions"]
+)
+def test_a_null_counts_as_an_absent_column(name):
+    assert read(TEXT | {name: None}) == read(TEXT)
+    assert read(TALK | {name: None}) == read(TALK)
+
+
+def test_labels_may_be_floats():
+    row = {"prompt": "p", "completion": "c"}
+    assert [read(row | {"label": value})[0].responses for value in (1.0, 0.0)] == [("c", None), (None, "c")]
+
+
+def test_columns_of_conversations_beside_a_text_prompt_become_part_of_it():
+    pair = ({"role": "assistant", "content": "c"}, {"role": "assistant", "content": "r"})
+    asked = {"role": "user", "content": "p"}
+    for row, turns in (
+        (TEXT | {"system": "be brief"}, (SYSTEM, asked)),
+        (TEXT | {"system": ""}, (asked,)),
+        (TEXT | {"system": None}, (asked,)),
+        (TEXT | {"messages": [USER, REPLY, asked]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [USER, REPLY, asked, REPLY]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [USER, REPLY]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [SYSTEM]}, (SYSTEM, asked)),
+    ):
+        assert read(row) == [Comparison(Chat(turns), pair, where="f:1")], row
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert read(TEXT | {"tools": tools})[0].prompt == Chat((asked,), tuple(tools))
+    assert read(TEXT | {"messages": [USER, REPLY], "completion": "c"}, 1)[0].prompt == Chat((USER, REPLY, asked))
+    assert read({"prompt": "p", "system": "be brief"}, 0)[0].prompt == Chat((SYSTEM, asked))
+
+
+def test_turns_of_input_and_output_are_two_messages():
+    """Capybara's; beside whole conversations in chosen and rejected such a column repeats their beginning."""
+    turns = [{"input": "hi", "output": "hello"}, {"input": "p", "output": "c"}]
+    hi, hello = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    asked, good, bad = USER | {"content": "p"}, GOOD | {"content": "c"}, BAD | {"content": "r"}
+    row = {
+        "prompt": "p",
+        "conversation": turns,
+        "chosen": [hi, hello, asked, good],
+        "rejected": [hi, hello, asked, bad],
+    }
+    assert read(row) == [Comparison(Chat((hi, hello, asked)), (good, bad), where="f:1")]
+    assert read({"conversation": turns}, 1) == [Comparison(Chat((hi, hello, asked)), (good,), where="f:1")]
+
+
+def test_a_response_may_have_several_turns_and_may_continue_one():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    written = call | {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}, "id": None}], "refusal": None}
+    result = {"role": "tool", "content": "2"}
+    row = TALK | {"chosen": [written, result, GOOD]}
+    assert read(row)[0].responses == ([call, result, GOOD], BAD)
+    assert read(TALK | {"prompt": [USER, REPLY]})[0].prompt == Chat((USER, REPLY))
+    begun = {"chosen": [USER, GOOD, USER, REPLY], "rejected": [USER, BAD, USER, REPLY]}
+    assert read(begun)[0].responses == ([GOOD, USER, REPLY], [BAD, USER, REPLY])
+
+
+def test_nulls_in_messages_are_absent_fields_at_any_depth():
+    tool_call = {"id": "1", "function": {"name": "f", "arguments": {"x": 1, "y": None}, "strict": None}, "type": None}
+    found = read(TALK | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [tool_call]}]})[0].responses[0]
+    assert found == {
+        "role": "assistant", "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }  # fmt: skip
+    empty = {"role": "assistant", "content": None, "tool_calls": None}
+    assert read(TALK | {"chosen": [empty]})[0].responses[0] == {"role": "assistant", "content": ""}
+
+
 def test_system_tools_and_template_arguments_belong_to_the_prompt():
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": [USER], "chosen": "a", "rejected": "b", "system": "be brief", "chat_template_kwargs": {"x": 1}}
@@ -171,24 +254,43 @@ WRONG = [
     (TEXT | {"preference": "x"}, 2, "'preference' must be a number, not text"),
     (TEXT | {"scores": [1, float("nan")]}, 2, "'scores' must be finite, not nan"),
     (TEXT | {"scores": [1]}, 2, "'scores' must be a list of two numbers"),
-    (TEXT | {"scores": [1, 1]}, 2, r"scores 1 \(chosen\) and 1 \(rejected\): a tie, which prefers neither"),
     (TEXT | {"scores": [1, 2]}, 2, "scores 1 .* 2 .*: the chosen one must have the higher score"),
-    (TEXT | {"score_chosen": 1}, 2, "no column 'score_rejected'"),
     (TEXT | {"chosen": [GOOD]}, 2, "'chosen' must be text, not a list"),
     ({"prompt": "p", "completion": "c", "label": 2}, 2, "'label' must be true or false, not 2"),
     ({"prompt": "p", "completion": "c", "label": "yes"}, 2, "'label' must be true or false, not 'yes'"),
-    ({"prompt": "p", "completion": "c", "label": 1.0}, 2, "'label' must be true or false, not 1.0"),
-    ({"prompt": "p", "completion": "c", "label": None}, 2, "'label' must be true or false, not None"),
+    ({"prompt": "p", "completion": "c", "label": 0.5}, 2, "'label' must be true or false, not 0.5"),
+    ({"prompt": "p", "completion": "c", "label": None}, 2, "columns are: completion, prompt; null: label"),
     (TALK | {"prompt": [SYSTEM]}, 2, "the prompt has no user turn"),
-    (TALK | {"prompt": [USER, REPLY]}, 2, "the prompt ends with an assistant turn"),
     (TALK | {"prompt": [SYSTEM, USER], "system": "x"}, 2, "a system message both in the conversation and"),
     (TALK | {"prompt": []}, 2, "'prompt' has no messages"),
     (TALK | {"chosen": [USER]}, 2, "'chosen' does not end with an assistant turn"),
-    (TALK | {"chosen": [GOOD, USER, GOOD]}, 2, "'chosen' has 3 turns after the prompt; a response is one assistant"),
+    (TALK | {"chosen": [SYSTEM, GOOD]}, 2, "'chosen' does not begin with an assistant turn after the prompt"),
     (TALK | {"chosen": [{"role": "wizard", "content": "x"}]}, 2, "'chosen' has a message of role 'wizard'; known: sys"),
     (TALK | {"chosen": [{"content": "x"}]}, 2, "'chosen' has a message of role None"),
     (TALK | {"chosen": [{"role": "assistant", "content": 3}]}, 2, "'chosen' has a message whose content is a number"),
-    (TALK | {"chosen": ["x"]}, 2, "'chosen' must hold messages with role and content, not text"),
+    (TALK | {"chosen": [3]}, 2, "'chosen' must hold messages with role and content, not a number"),
+    (
+        TALK | {"chosen": ["x"]},
+        2,
+        "'chosen' is a list of texts, not of messages; several responses to a p",
+    ),
+    (
+        {"question": "q", "chosen": "c", "rejected": "r"},
+        2,
+        "the columns are: chosen, question, rejected; name it",
+    ),
+    ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, 2, "set data.name to hh"),
+    (
+        {"prompt": "p", "response_A": "a", "response_B": "b", "label": "A>B"},
+        2,
+        "the loss needs pairs",
+    ),
+    (
+        {"prompt": "p", "messages": [USER], "chosen": "c", "rejected": "r"},
+        2,
+        "are both the user's and differ",
+    ),
+    (TALK | {"chosen": [{"role": "assistant", "content": "\ud800"}]}, 2, "half of a surrogate pair"),
     (TALK | {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, 2, "content that is not text"),
     (TALK | {"tools": "{"}, 2, "'tools' is not JSON"),
     (TALK | {"tools": {"a": 1}}, 2, "'tools' must be a list, not an object"),

@@ -87,7 +87,6 @@ def test_bos_belongs_to_the_prompt_and_is_never_cut(tokenizer):
         (Comparison("w1 <eos>", ("w1", "w2"), where="f:3"), {}, "^f:3: the prompt contains the EOS token '<eos>'"),
         (Comparison("w1", ("w1", "<eos>"), where="f:3"), {}, "^f:3: response 2 contains the EOS token '<eos>'; remove"),
         (Comparison("", ("w1", "w2"), where="f:3"), {}, "^f:3: the prompt has no tokens.*set data.add_bos"),
-        (Comparison("<bos> w1", ("w1", "w2"), where="f:3"), {"add_bos": True}, "^f:3: the prompt starts with the BOS"),
         (Comparison("w1", ("w1",), where="f:3"), {}, "^f:3: 1 responses where the first comparison has 2"),
         (
             Comparison("w1", ("w1", " \n"), where="f:3"),

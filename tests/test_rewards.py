@@ -83,7 +83,7 @@ def test_a_score_for_each_completion():
         ("hapy", "unknown reward 'hapy'; did you mean 'happy'?"),
         ("absent_module_x:f", "cannot import 'absent_module_x'"),
         (":f", "cannot import ''"),
-        ("broken_reward:f", "No module named 'there_is_no_such_module'"),
+        ("broken_reward:f", "broken_reward imports 'there_is_no_such_module', which is not installed"),
         ("my_reward:lenght", "my_reward has no 'lenght'; did you mean 'length'?"),
         ("my_reward:", "my_reward has no ''"),
         ("my_reward:scale", "'my_reward:scale' is a"),

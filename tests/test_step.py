@@ -69,6 +69,20 @@ def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil
     return history, state, len(traced)
 
 
+def test_a_step_whose_weights_are_all_0_changes_nothing_and_is_counted(folder, table):
+    """Neither the parameters nor the means of the optimizer."""
+    history, state, _ = run(folder, table, steps=2, weights=0.0)
+    assert [(m["unweighted"], m["nonfinite"], m["grad_norm"]) for m in history] == [(1, 0, 0)] * 2
+    _, _, params = load_folder(folder)
+    fresh = init_state(params, optim.build("rmsprop", **OPTIM), losses.build("dpo"))
+    jax.tree.map(np.testing.assert_array_equal, state._replace(step=0), fresh._replace(step=0))
+    assert int(state.step) == 2
+    for name in ("aot", "beta_dpo"):
+        history, _, _ = run(folder, table, steps=1, weights=0.0, loss=losses.build(name))
+        assert (history[0]["unweighted"], history[0]["nonfinite"]) == (1, 0)
+    assert run(folder, table, steps=1)[0][0]["unweighted"] == 0
+
+
 def torch_losses(folder, table):
     """The original's step: summed log-probs, its loss, RMSprop, LambdaLR warm-up, clipping by global norm."""
     policy, reference = originals.load(folder), originals.load(folder)

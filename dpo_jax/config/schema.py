@@ -40,8 +40,9 @@ class DataConfig:
     add_bos: bool | None = None
     """Prepend the tokenizer's BOS to every prompt (None: if the tokenizer does so by itself; the tokenizers of the
     paper's models do not, and the original code never does)."""
-    boundary: Literal["separate", "joint"] = "separate"
-    """Tokenize prompt and response separately (the original code) or jointly (TRL)."""
+    boundary: Literal["auto", "separate", "joint"] = "auto"
+    """Tokenize prompt and response separately (the original code) or jointly (TRL); auto: texts separately,
+    conversations jointly."""
     chat_template: str = ""
     """File with a Jinja template for conversations; by default the tokenizer's template."""
     chat_template_kwargs: tuple[str, ...] = ()

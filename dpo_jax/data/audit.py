@@ -121,12 +121,15 @@ def _untruncated(item: Comparison, tokenizer: Any, options: EncodeOptions, bound
 def pieces(table: Table, index: int, tokenizer: Any) -> list[list[Piece]]:
     """Returns the prompt and each response of a comparison in pieces as small as tokens and characters allow."""
     tokens = table[index]
-    parts = [(tokens.prompt, False), *((response, True) for response in tokens.responses)]
-    return [[Piece(text, scored) for text in _texts(ids.tolist(), tokenizer)] for ids, scored in parts]
+    parts = [(tokens.prompt, np.zeros(len(tokens.prompt), bool))]
+    parts += [(response, tokens.mask(p)) for p, response in enumerate(tokens.responses)]
+    return [
+        [Piece(text, bool(scored[end - 1])) for text, end in _texts(ids.tolist(), tokenizer)] for ids, scored in parts
+    ]
 
 
-def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """Yields texts that join to the decoded ids.
+def _texts(ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Yields texts that join to the decoded ids, and the number of ids up to the end of each.
 
     Prefixes are decoded, and not single tokens: some tokenizers drop the space before the first token.
     """
@@ -135,5 +138,5 @@ def _texts(ids: list[int], tokenizer: Any) -> Iterator[str]:
         text = tokenizer.decode(ids[:end])
         # A token may hold only some bytes of a character, which then decodes to U+FFFD until its other bytes follow.
         if not text.endswith("\ufffd") or end == len(ids) or end - start == 8:
-            yield text[len(before) :]
+            yield text[len(before) :], end
             before, start = text, end

@@ -2,11 +2,14 @@
 
 import functools
 import json
-import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import yaml
 
+from dpo_jax.data.prerendered import is_prerendered, without_eos
+from dpo_jax.data.spelling import check_hidden, hide_special_tokens
+from dpo_jax.data.turns import Spans, as_turns, assistant_spans, unwritten
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
@@ -30,11 +33,17 @@ class Rendered(NamedTuple):
       prompt: the text that the model continues, the template's generation prompt included.
       responses: the continuations, without the EOS that ends them; None for an absent response.
       ends: whether the template itself ends every response with EOS.
+      spans: for each response of several turns the characters that the assistant wrote; () if it wrote all.
+      templated: whether a chat template wrote the prompt: this one, or one that the data was made with.
+      notes: for the report.
     """
 
     prompt: str
     responses: tuple[str | None, ...]
     ends: bool = True
+    spans: tuple[Spans, ...] = ()
+    templated: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def chat_template(source: str, options: tuple[str, ...]) -> Template:
@@ -55,27 +64,45 @@ def chat_template(source: str, options: tuple[str, ...]) -> Template:
 def render_comparison(comparison: Comparison, tokenizer: Any, template: Template) -> Rendered:
     """Returns a comparison as text. Texts stay as they are; conversations go through the chat template.
 
-    Blank text that the template writes after the EOS of a response is dropped.
+    Blank text that the template writes after the EOS of a response is dropped. A special token that a message spells
+    is hidden (see `spelling`), and must be tokenized with `spelling.token_ids`.
 
     Raises:
-      UserError: a message spells a special token, which would be tokenized as one; the template fails, does not write
-        the same prompt before a response as without one, or writes more than blanks after EOS.
+      UserError: the template fails, does not write the same prompt before a response as without one, or writes more
+        than blanks after EOS; a message spells a special token and the tokenizer cannot take it as text.
     """
     if not isinstance(comparison.prompt, Chat):
-        return Rendered(comparison.prompt, comparison.responses)
-    chat, where = comparison.prompt, comparison.where
-    _check_spelling(comparison, tokenizer)
-    prompt = _apply(where, chat, tokenizer, template, None)
-    found = [_response(where, chat, tokenizer, template, prompt, answer) for answer in comparison.responses]
-    return Rendered(prompt, tuple(text for text, _ in found), all(ends for _, ends in found))
+        return _rendered_text(comparison.prompt, comparison.responses, tokenizer.eos_token)
+    comparison = hide_special_tokens(comparison, tokenizer)
+    assert isinstance(comparison.prompt, Chat)
+    apply = functools.partial(_apply, comparison.where, comparison.prompt, tokenizer, template)
+    prompt = apply([])
+    found = [
+        (None, True, ()) if answer is None else _response(comparison.where, apply, tokenizer, prompt, as_turns(answer))
+        for answer in comparison.responses
+    ]
+    texts, ends, spans = zip(*found, strict=True) if found else ((), (), ())
+    for text in (prompt, *texts):
+        check_hidden(comparison.where, text, tokenizer, any(spans))
+    source = template_source(tokenizer, template, comparison.prompt)
+    notes = unwritten(comparison.prompt, comparison.responses, source, dict(template.options))
+    return Rendered(prompt, texts, all(ends), spans if any(spans) else (), notes=notes)
+
+
+def _rendered_text(prompt: str, responses: tuple[str | None, ...], eos: str) -> Rendered:
+    """Returns texts as they are; the EOS of a response is dropped where a chat template was applied already."""
+    if not is_prerendered(prompt):
+        return Rendered(prompt, responses, templated=False)
+    note = "texts to which a chat template was applied already; they stay as they are, with one EOS at the end"
+    return Rendered(prompt, tuple(without_eos(text, eos) for text in responses), notes=(note,))
 
 
 def plain_text(response: Any) -> str:
-    """Returns the text of a response without a template: a text itself, or a message's content and other fields."""
+    """Returns the text of a response without a template: a text itself, or its messages' content and tool calls."""
     if isinstance(response, str):
         return response
-    others = [str(value) for name, value in sorted(response.items()) if name not in ("role", "content") and value]
-    return "\n".join([response["content"], *others])
+    parts = [turn.get(name) for turn in as_turns(response) for name in ("reasoning_content", "content", "tool_calls")]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part, sort_keys=True) for part in parts if part)
 
 
 def as_columns(prompt: str | Chat) -> dict[str, Any]:
@@ -92,16 +119,14 @@ def prompt_text(prompt: str | Chat, tokenizer: Any, template: Template, where: s
 
 
 def _response(
-    where: str, chat: Chat, tokenizer: Any, template: Template, prompt: str, answer: Any
-) -> tuple[str | None, bool]:
-    """Returns (text of a response, whether the template ends it with EOS).
+    where: str, apply: Callable[..., str], tokenizer: Any, prompt: str, turns: list[dict[str, Any]]
+) -> tuple[str, bool, Spans]:
+    """Returns (text of a response, whether the template ends it with EOS, what the assistant wrote of several turns).
 
     The text is the part of the rendered conversation after the prompt, so that prompt and response always join to what
     the template writes.
     """
-    if answer is None:
-        return None, True
-    rendered = _apply(where, chat, tokenizer, template, answer)
+    rendered = apply(turns)
     if not rendered.startswith(prompt):
         at = next((i for i, (a, b) in enumerate(zip(prompt, rendered, strict=False)) if a != b), len(rendered))
         raise UserError(
@@ -109,28 +134,43 @@ def _response(
             f"{rendered[at:][:40]!r} before its answer; set data.chat_template_kwargs to make the two agree, or set "
             "another data.chat_template"
         )
-    text, ending, rest = rendered[len(prompt) :].partition(tokenizer.eos_token)
+    spans = assistant_spans(where, apply, turns, prompt, tokenizer.eos_token) if len(turns) > 1 else ()
+    start = len(prompt) + (spans[-1][0] if spans else 0)  # of the last turn
+    text, ending, rest = rendered[start:].partition(tokenizer.eos_token)
     if rest.strip():
         raise UserError(
             f"{where}: the chat template writes {rest.strip()[:40]!r} after a response's EOS; set another "
             "data.chat_template"
         )
-    return text, bool(ending)
+    return rendered[len(prompt) : start] + text, bool(ending), spans
 
 
-def _apply(where: str, chat: Chat, tokenizer: Any, template: Template, answer: Any) -> str:
+def _apply(
+    where: str, chat: Chat, tokenizer: Any, template: Template, turns: list[dict[str, Any]], generate: bool = False
+) -> str:
+    """Returns what the template writes for a conversation and turns of a response; without turns, the prompt.
+
+    Args:
+      where, chat, tokenizer, template: as for `render_comparison`.
+      turns: the response. Its first turn continues the last one of the conversation if that is the assistant's.
+      generate: whether the assistant's next turn begins after `turns`; always if there are none.
+    """
     import jinja2
 
-    source = template.source or tokenizer.chat_template
+    source = template_source(tokenizer, template, chat)
     if not source:
         raise UserError(f"{where}: a conversation, and the tokenizer has no chat template; set data.chat_template")
-    messages = [*chat.messages] if answer is None else [*chat.messages, answer]
+    messages, begun = [*chat.messages], chat.messages[-1]["role"] == "assistant"
+    if begun and turns:
+        last = messages.pop()
+        turns = [{**last, **turns[0], "content": f"{last['content']}{turns[0]['content'] or ''}"}, *turns[1:]]
     try:
         return tokenizer.apply_chat_template(
-            messages,
+            [*messages, *turns],
             tools=list(chat.tools) or None,
             chat_template=source,
-            add_generation_prompt=answer is None,
+            add_generation_prompt=generate or not (turns or begun),
+            continue_final_message=begun and not turns,
             tokenize=False,
             **{**dict(template.options), **chat.options},
         )
@@ -138,21 +178,12 @@ def _apply(where: str, chat: Chat, tokenizer: Any, template: Template, answer: A
         raise UserError(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from error
 
 
-def _check_spelling(comparison: Comparison, tokenizer: Any) -> None:
-    """Refuses messages whose text contains a special token, such as a forged end of turn."""
-    chat = comparison.prompt
-    texts = json.dumps([chat.messages, chat.tools, comparison.responses], ensure_ascii=False)  # type: ignore
-    if match := _special_pattern(tuple(sorted(_special_tokens(tokenizer)))).search(texts):
-        raise UserError(
-            f"{comparison.where}: a message spells the special token {match.group()!r}, which would be read as one; "
-            "remove it from the text"
-        )
+def template_source(tokenizer: Any, template: Template, chat: Chat) -> str:
+    """Returns the Jinja template of a conversation; "" if there is none.
 
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {tokenizer.eos_token}
-
-
-@functools.lru_cache(maxsize=8)
-def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    Of named templates it is "tool_use" for a conversation with tools, else "default".
+    """
+    source = template.source or tokenizer.chat_template or ""
+    if isinstance(source, str):
+        return source
+    return source.get("tool_use" if chat.tools and "tool_use" in source else "default", "")

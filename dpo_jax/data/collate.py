@@ -29,7 +29,7 @@ def tokenize(
     truncation: str = "paper_keep_end",
     degenerate: str = "drop",
     add_bos: bool | None = None,
-    boundary: str = "separate",
+    boundary: str = "auto",
     chat_template: str = "",
     skip_bad_rows: int = 0,
 ) -> Table:
@@ -46,7 +46,7 @@ def tokenize(
       truncation: paper_keep_end, paper_keep_start, keep_start or refuse.
       degenerate: what to do with empty or identical responses: drop, refuse or keep.
       add_bos: put BOS before every prompt; None: as the tokenizer does.
-      boundary: tokenize prompt and response separate or joint.
+      boundary: tokenize prompt and response "separate" or "joint"; "auto": texts separate, conversations joint.
       chat_template: a Jinja template for conversations; "" is the tokenizer's.
       skip_bad_rows: invalid examples to skip and count before failing.
 

@@ -13,14 +13,16 @@ import numpy as np
 
 from dpo_jax.data.chat import Rendered, Template, plain_text, render_comparison
 from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_choice
+from dpo_jax.data.spelling import token_ids
 from dpo_jax.data.table import EncodeReport, EncodeTally, Table
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
+from dpo_jax.data.turns import scored_tokens
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison, Tokens
 
 CHUNK = 1024  # comparisons that the tokenizer gets in one call, which it spreads over its threads
 DEGENERATE = ("drop", "refuse", "keep")
-BOUNDARIES = ("separate", "joint")
+BOUNDARIES = ("auto", "separate", "joint")
 T = TypeVar("T")
 
 
@@ -32,10 +34,11 @@ class EncodeOptions(NamedTuple):
       max_prompt_length: tokens to which the paper's truncation modes cut a prompt; other modes ignore it.
       truncation: a name in `TRUNCATIONS`.
       degenerate: what to do with empty, identical or misplaced responses: `drop`, `refuse` or `keep`.
-      add_bos: whether to put BOS before every prompt. BOS counts as part of the prompt and is never cut off. None: if
-        the tokenizer does so by itself; a conversation then has what its template writes.
+      add_bos: whether to put BOS before every prompt that does not begin with it. BOS is never cut off. None: if the
+        tokenizer does so by itself; a conversation then has what its template writes.
       boundary: `separate` tokenizes prompt and responses apart, as the paper's code does. `joint` tokenizes them
-        together, as TRL does: a token that spans the end of the prompt belongs to the response.
+        together, as TRL does: a token that spans the end of the prompt belongs to the response. `auto` is joint for
+        conversations, whose templates may end a prompt with a space or newline, and separate for texts.
       template: how conversations become text.
       skip_bad_rows: most bad examples to skip and count before one is an error.
     """
@@ -45,7 +48,7 @@ class EncodeOptions(NamedTuple):
     truncation: str
     degenerate: str
     add_bos: bool | None
-    boundary: str = "separate"
+    boundary: str = "auto"
     template: Template = Template()
     skip_bad_rows: int = 0
 
@@ -108,9 +111,10 @@ def encode_stream(
     """
     check_encode_options(tokenizer, options)
     finish = partial(_finish, SpecialTokens.of(tokenizer), options, tally)
-    for chunk in _batched(_rendered(_screened(items, options, tally), tokenizer, options, tally), CHUNK):
-        for (comparison, rendered), ids in zip(chunk, _tokenized(chunk, tokenizer, options.boundary), strict=True):
-            result = or_error(finish, comparison, rendered, *ids)
+    rendered = _rendered(_screened(items, options, tally), tokenizer, options, tally)
+    for chunk in _batched(_without_faults(rendered, options, tally), CHUNK):
+        for (comparison, texts), ids in zip(chunk, _tokenized(chunk, tokenizer, options.boundary), strict=True):
+            result = or_error(finish, comparison, texts, *ids)
             if isinstance(result, UserError):
                 tally.bad(result, options.skip_bad_rows)
             elif result is not None:
@@ -149,7 +153,7 @@ def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
 
 
 def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally) -> Iterator[Comparison]:
-    """Yields the comparisons among items; counts notes, bad examples and degenerate comparisons."""
+    """Yields the comparisons among items; counts notes and bad examples."""
     size = None
     for item in items:
         if isinstance(item, Note):
@@ -163,20 +167,33 @@ def _screened(items: Iterable[Item], options: EncodeOptions, tally: EncodeTally)
         if len(item.responses) != size:
             numbers = f"{len(item.responses)} responses where the first comparison has {size}"
             raise UserError(f"{item.where}: {numbers}; give every comparison the same number")
-        if fault := _fault(item):
+        yield item
+
+
+def _without_faults(
+    pairs: Iterator[tuple[Comparison, Rendered]], options: EncodeOptions, tally: EncodeTally
+) -> Iterator[tuple[Comparison, Rendered]]:
+    """Yields rendered comparisons; counts degenerate ones."""
+    for comparison, rendered in pairs:
+        if fault := _fault(comparison, rendered):
             if options.degenerate == "refuse":
-                message = f"{item.where}: {fault} response; remove the example or set data.degenerate to drop"
+                message = f"{comparison.where}: {fault} response; remove the example or set data.degenerate to drop"
                 tally.bad(UserError(message), options.skip_bad_rows)
                 continue
             tally.counts[f"{fault}_{'dropped' if options.degenerate == 'drop' else 'kept'}"] += 1
         if not fault or options.degenerate == "keep":
-            yield item
+            yield comparison, rendered
 
 
-def _fault(comparison: Comparison) -> str:
-    """Returns `empty`, `identical` or `misplaced` for a degenerate comparison, else ''."""
-    texts = [plain_text(response) for response in comparison.responses if response is not None]
-    if not all(map(str.strip, texts)):
+def _fault(comparison: Comparison, rendered: Rendered) -> str:
+    """Returns `empty`, `identical` or `misplaced` for a degenerate comparison, else ''.
+
+    Responses count as the template writes them, since it may drop what tells them apart; an answer without a word is
+    empty even where the template writes something around it.
+    """
+    texts = [text for text in rendered.responses if text is not None]
+    given = [plain_text(response) for response in comparison.responses if response is not None]
+    if not all(map(str.strip, [*texts, *given])):
         return "empty"
     if len(set(texts)) < len(texts):
         return "identical"
@@ -191,6 +208,7 @@ def _rendered(
         if isinstance(rendered, UserError):
             tally.bad(rendered, options.skip_bad_rows)
         else:
+            tally.notes.update(rendered.notes)
             yield comparison, rendered
 
 
@@ -201,30 +219,35 @@ def _batched(values: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _tokenized(
     chunk: list[tuple[Comparison, Rendered]], tokenizer: Any, boundary: str
-) -> Iterator[tuple[Ids, list[Ids], int]]:
-    """Yields (prompt ids, ids of each response, prompt tokens moved to the responses) for each comparison.
+) -> Iterator[tuple[Ids, list[Ids], list[list[bool]], int]]:
+    """Yields prompt ids, ids of each response, which of them are scored, and prompt tokens moved to the responses.
 
-    An absent response has no ids.
+    An absent response has no ids. All tokens are scored if a response has no list.
     """
-    joint = boundary == "joint"
+    joint = [boundary == "joint" or (boundary == "auto" and isinstance(c.prompt, Chat)) for c, _ in chunk]
     texts = [r.prompt for _, r in chunk]
-    texts += [r.prompt * joint + text for _, r in chunk for text in r.responses if text is not None]
-    ids = _ids(texts, tokenizer)
+    for j, (_, rendered) in zip(joint, chunk, strict=True):
+        texts += [rendered.prompt * j + text for text in rendered.responses if text is not None]
+    ids = token_ids(texts, tokenizer)
     following = iter(ids[len(chunk) :])
-    for (_, rendered), prompt in zip(chunk, ids, strict=False):
+    for (_, rendered), j, prompt in zip(chunk, joint, ids, strict=False):
         responses = [[] if text is None else next(following) for text in rendered.responses]
-        if joint:
+        size = len(prompt)
+        if j:
             # All responses share one prompt, so it ends where the first of them departs from the prompt's own tokens.
-            size = min((_common(prompt, response) for response in responses if response), default=len(prompt))
-            yield prompt[:size], [response[size:] for response in responses], len(prompt) - size
-        else:
-            yield prompt, responses, 0
+            size = min((_common(prompt, response) for response in responses if response), default=size)
+        scored = [_scored(rendered, place, j, tokenizer) for place in range(len(responses))]
+        start = size if j else 0
+        yield prompt[:size], [r[start:] for r in responses], [s[start:] for s in scored], len(prompt) - size
 
 
-def _ids(texts: list[str], tokenizer: Any) -> list[Ids]:
-    # Some tokenizer.json files switch padding and truncation on, so both are switched off by name.
-    options = {"add_special_tokens": False, "padding": False, "truncation": False}
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+def _scored(rendered: Rendered, place: int, joint: bool, tokenizer: Any) -> list[bool]:
+    """Returns which tokens of a response the assistant wrote; [] for all."""
+    if not rendered.spans or not rendered.spans[place]:
+        return []
+    before, text = rendered.prompt * joint, rendered.responses[place] or ""
+    offsets = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return scored_tokens(rendered.spans[place], offsets, len(before))
 
 
 def _common(first: Ids, second: Ids) -> int:
@@ -242,17 +265,21 @@ def _finish(
     rendered: Rendered,
     prompt: Ids,
     responses: list[Ids],
+    scored: list[list[bool]],
     moved: int,
 ) -> Tokens | None:
     """Checks ids, adds BOS and EOS, truncates and counts; None if the prompt leaves no room for a response."""
-    chat, bos = isinstance(comparison.prompt, Chat), special.bos_before(comparison.prompt, options)
-    _check_special_ids(comparison.where, prompt, responses, special, bos, chat)
+    where, bos = comparison.where, special.bos_before(comparison.prompt, options)
+    if bos and prompt[:1] == [special.bos]:
+        bos = False
+        tally.notes["prompts that begin with BOS already; no second one was added"] += 1
+    _check_special_ids(where, prompt, responses, special, bos, rendered.templated, any(scored))
     head = [special.bos] if bos and special.bos is not None else []
     ended = [
         [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
     ]
-    limits = Limits(options.max_length, options.max_prompt_length, int(bos))
-    result = TRUNCATIONS[options.truncation](head + prompt, ended, limits, comparison.where)
+    limits = Limits(options.max_length, options.max_prompt_length, int((head + prompt)[:1] == [special.bos]))
+    result = TRUNCATIONS[options.truncation](head + prompt, ended, limits, where)
     if result is None:
         tally.counts["prompt_too_long_dropped"] += 1
         return None
@@ -261,25 +288,29 @@ def _finish(
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
     _count_truncated(tally.counts, (head + prompt, ended), result)
-    tally.keep(*result)
     ids, *truncated = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
+    masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if any(scored) else ()
+    tally.keep(*result, unscored=sum(int((~mask).sum()) for mask in masks))
     key = prompt_key(comparison.prompt)
-    return Tokens(ids, tuple(truncated), comparison.weight, key, comparison.preference, comparison.scores)
+    return Tokens(ids, tuple(truncated), comparison.weight, key, comparison.preference, comparison.scores, masks)
+
+
+def _mask(scored: list[bool], size: int) -> np.ndarray:
+    """Returns which tokens of a truncated response are scored; EOS is, and all are where nothing says otherwise."""
+    return np.array([*scored, *[True] * size][:size], bool)
 
 
 def _check_special_ids(
-    where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, chat: bool
+    where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, templated: bool, turns: bool
 ) -> None:
     """Refuses EOS or BOS in the middle of a text, and a prompt without tokens."""
     for number, ids in enumerate([prompt, *responses]):
         part = f"response {number}" if number else "the prompt"
         # A chat template ends the turns of a prompt with EOS; in plain text EOS can only be a mistake.
-        if (number or not chat) and special.eos in ids:
+        if (not turns if number else not templated) and special.eos in ids:
             raise UserError(f"{where}: {part} contains the EOS token {special.eos_token!r}; remove it from the text")
-        if number and special.bos in ids:
+        if number and special.bos in ids and special.bos != special.eos:
             raise UserError(f"{where}: {part} contains the BOS token {special.bos_token!r}; remove it from the text")
-    if bos and prompt[:1] == [special.bos]:
-        raise UserError(f"{where}: the prompt starts with the BOS token already; unset data.add_bos")
     if not prompt and not bos:
         raise UserError(f"{where}: the prompt has no tokens, so nothing predicts a response's first; set data.add_bos")
 

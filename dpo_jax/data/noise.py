@@ -79,7 +79,7 @@ def append_token(table: Table, end: int, pad: int) -> Iterator[Tokens]:
 
     for index in range(len(table)):
         tokens = table[index]
-        yield tokens._replace(responses=tuple(map(longer, tokens.responses)))
+        yield tokens._replace(responses=tuple(map(longer, tokens.responses)), scored=())  # rewards read every turn
 
 
 def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Iterator[Tokens]:
@@ -93,10 +93,16 @@ def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Itera
     """
     for index, donor in enumerate(next_with_another_prompt(table.prompts)):
         tokens = table[index]
-        answer = next(response for response in table[donor].responses if len(response))
+        other = table[donor]
+        taken = next(p for p, response in enumerate(other.responses) if len(response))
         room = max(1, max_length - len(tokens.prompt))
-        counts["cut"] += len(answer) > room
-        yield tokens._replace(responses=(*tokens.responses, answer[:room]), scores=(*tokens.scores, 0.0))
+        counts["cut"] += len(other.responses[taken]) > room
+        masks = (*map(tokens.mask, range(len(tokens.responses))), other.mask(taken)[:room])
+        yield tokens._replace(
+            responses=(*tokens.responses, other.responses[taken][:room]),
+            scores=(*tokens.scores, 0.0),
+            scored=() if all(mask.all() for mask in masks) else masks,
+        )
 
 
 def next_with_another_prompt(prompts: np.ndarray | Sequence[int]) -> Iterator[int]:

@@ -190,11 +190,13 @@ def _fill_row(row: Batch, members: list[Tokens]) -> None:
         for number, response in enumerate(member.responses):
             if not len(response):  # an absent response takes no tokens
                 continue
-            end = score + len(response)
             # The prompt's last token predicts the first token, every other token is predicted by the one before it.
-            row.source[score] = start + size - 1
-            row.source[score + 1 : end] = np.arange(token, token + len(response) - 1)
-            row.target[score:end] = response
+            source = np.arange(token - 1, token + len(response) - 1)
+            source[0] = start + size - 1
+            kept = member.scored[number] if member.scored else slice(None)
+            end = score + len(response[kept])
+            row.source[score:end] = source[kept]
+            row.target[score:end] = response[kept]
             row.slot[score:end] = place * len(member.responses) + number
             _write_span(row, token, response[:-1], size, place + 1, number + 1)
             token, score = token + len(response) - 1, end

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt64
 
 from dpo_jax.errors import UserError
 from dpo_jax.records import Tokens
@@ -22,6 +22,7 @@ KINDS = {
     "prompts": (np.dtype(np.uint64), 1),
     "preferences": (np.dtype(np.float32), 1),
     "scores": (np.dtype(np.float32), 2),
+    "unscored": (np.dtype(np.int64), 1),
 }
 
 
@@ -38,6 +39,8 @@ class Table:
       prompts: uint64[N], prompt keys: equal for equal prompts before truncation.
       preferences: float32[N], the probability that the first response is the better one.
       scores: float32[N, P], ratings of the responses; 0 without ratings.
+      unscored: int64[m], places in `ids` of response tokens that are not scored, ascending: turns of others than the
+        assistant in a response of several turns.
     """
 
     ids: Int32[np.ndarray, " total"]
@@ -46,6 +49,7 @@ class Table:
     prompts: UInt64[np.ndarray, " N"]
     preferences: Float32[np.ndarray, " N"]
     scores: Float32[np.ndarray, "N P"]
+    unscored: Int64[np.ndarray, " m"]
 
     @classmethod
     def of(cls, tokens: Iterable[Tokens]) -> "Table":
@@ -58,13 +62,15 @@ class Table:
         sizes = [[len(one.prompt), *map(len, one.responses)] for one in tokens]
         if not sizes or not all(prompt and any(responses) for prompt, *responses in sizes):
             raise ValueError("a table needs comparisons, each with at least one token in its prompt and a response")
+        offsets = offsets_of(sizes)
         return cls(
             ids=np.concatenate([part for one in tokens for part in (one.prompt, *one.responses)]).astype(np.int32),
-            offsets=offsets_of(sizes),
+            offsets=offsets,
             weights=np.array([one.weight for one in tokens], np.float32),
             prompts=np.array([one.prompt_key for one in tokens], np.uint64),
             preferences=np.array([one.preference for one in tokens], np.float32),
             scores=np.array([one.scores or (0.0,) * len(one.responses) for one in tokens], np.float32),
+            unscored=_unscored([one.scored for one in tokens], offsets),
         )
 
     def take(self, indices: Int[np.ndarray, " n"]) -> "Table":
@@ -83,7 +89,18 @@ class Table:
             int(self.prompts[index]),
             float(self.preferences[index]),
             tuple(self.scores[index].tolist()),
+            self._scored(index),
         )
+
+    def _scored(self, index: int) -> tuple[Bool[np.ndarray, " _"], ...]:
+        """Returns `Tokens.scored` of a comparison."""
+        edges = self.offsets[index, 1:]
+        first, last = np.searchsorted(self.unscored, edges[[0, -1]])
+        if first == last:
+            return ()
+        scored = np.ones(edges[-1] - edges[0], bool)
+        scored[self.unscored[first:last] - edges[0]] = False
+        return tuple(np.split(scored, edges[1:-1] - edges[0]))
 
     @property
     def responses(self) -> int:
@@ -102,8 +119,9 @@ class Table:
 
     @property
     def scored_lengths(self) -> Int64[np.ndarray, " N"]:
-        """int64[N], scored tokens of each comparison: all tokens of its responses."""
-        return self.offsets[:, -1] - self.offsets[:, 1]
+        """int64[N], scored tokens of each comparison."""
+        first, last = np.searchsorted(self.unscored, self.offsets[:, [0, -1]].T)
+        return self.offsets[:, -1] - self.offsets[:, 1] - (last - first)
 
     def lengths(self) -> Int64[np.ndarray, " N"]:
         """Returns int64[N], the tokens that each comparison takes in a row: all but the last one of every response."""
@@ -111,12 +129,12 @@ class Table:
 
     @functools.cached_property
     def digest(self) -> str:
-        """blake2b of `ids` and `offsets` in hexadecimal: a key for log-probs, which depend on nothing else here.
+        """blake2b of `ids`, `offsets` and `unscored` in hexadecimal: a key for log-probs, which depend on no more.
 
         The dtype and shape of each array are hashed too, so that no two pairs of arrays have the same bytes.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.ids, self.offsets):
+        for array in (self.ids, self.offsets, *([self.unscored] if len(self.unscored) else [])):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -130,7 +148,7 @@ class Table:
         """
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in KINDS}
         kinds = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
-        if kinds != KINDS or len({len(array) for name, array in arrays.items() if name != "ids"}) > 1:
+        if kinds != KINDS or len({len(a) for name, a in arrays.items() if name not in ("ids", "unscored")}) > 1:
             raise ValueError(f"{folder} holds no table: arrays {kinds}")
         return cls(**arrays)
 
@@ -140,6 +158,14 @@ def offsets_of(sizes: Sequence[Sequence[int]]) -> Int64[np.ndarray, "N P+2"]:
     ends = np.cumsum(np.array(sizes, np.int64)).reshape(len(sizes), -1)
     starts = np.concatenate([[0], ends[:-1, -1]])
     return np.concatenate([starts[:, None], ends], axis=1)
+
+
+def _unscored(scored: Sequence[Sequence[np.ndarray]], offsets: np.ndarray) -> Int64[np.ndarray, " m"]:
+    """Returns `Table.unscored` for the `Tokens.scored` of comparisons."""
+    found = [
+        offsets[i, p + 1] + np.flatnonzero(~mask) for i, masks in enumerate(scored) for p, mask in enumerate(masks)
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 class LengthQuantiles(NamedTuple):
@@ -245,10 +271,10 @@ class EncodeTally:
         if self.counts["bad_skipped"] > most:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 
-    def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
-        """Counts a comparison that is kept, with the ids it has after truncation."""
+    def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], unscored: int = 0) -> None:
+        """Counts a comparison that is kept, with the ids it has after truncation and those that are not scored."""
         sizes = [len(response) for response in responses if len(response)]
-        self.counts.update(kept=1, tokens=len(prompt) + sum(sizes), scored=sum(sizes))
+        self.counts.update(kept=1, tokens=len(prompt) + sum(sizes), scored=sum(sizes) - unscored)
         self.spans["prompt"][len(prompt)] += 1
         self.spans["response"].update(sizes)
         self.spans["sequence"][len(prompt) + max(sizes)] += 1

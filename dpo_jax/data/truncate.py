@@ -18,7 +18,7 @@ class Limits(NamedTuple):
     Attributes:
       total: prompt with its longest response (max_length).
       prompt: a prompt once it is cut (max_prompt_length).
-      bos: 1 if the prompt begins with BOS, else 0.
+      bos: 1 if the prompt begins with BOS, which a template may have written, else 0.
     """
 
     total: int
@@ -33,8 +33,8 @@ def paper_keep_start(prompt: Ids, responses: list[Ids], limits: Limits, where: s
 
 def paper_keep_end(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]]:
     """Truncates as the paper's code does for HH, keeping BOS and the end of a prompt; see `_paper`."""
-    room = limits.prompt - limits.bos
-    return _paper(prompt, responses, limits, prompt[: limits.bos] + prompt[limits.bos :][-room:])
+    kept = min(limits.prompt, len(prompt)) - limits.bos
+    return _paper(prompt, responses, limits, prompt[: limits.bos] + prompt[len(prompt) - kept :])
 
 
 def keep_start(prompt: Ids, responses: list[Ids], limits: Limits, where: str) -> tuple[Ids, list[Ids]] | None:

@@ -10,38 +10,32 @@ prompt, completion                 supervised fine-tuning
 messages (or conversations)        in place of prompt and completion: the last turn is the completion
 preference                         the probability that chosen is the better one, 1 by default
 weight                             multiplies the loss
-system, tools, chat_template_kwargs    of a conversation
+system, tools, chat_template_kwargs    of a conversation; they make a text prompt the user's turn of one, and so do
+                                   earlier turns in messages
+A null counts as an absent column.
 """
 
-import itertools
-import math
-import re
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpo_jax.data.sources import conversations as talk
 from dpo_jax.data.sources.base import Item, Note
-from dpo_jax.data.sources.formats import shorten, type_name
+from dpo_jax.data.sources.ratings import RATINGS, TIE, Rated, pair_scores, ranked
+from dpo_jax.data.sources.values import (
+    FLOAT32_MAX,
+    Example,
+    as_list,
+    binary_label,
+    number_column,
+    text_column,
+    value_of,
+)
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
-FLOAT32_MAX = 3.4028234e38
-SURROGATE = re.compile("[\ud800-\udfff]")
 CONVERSATION = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses")
-RATINGS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 READ = {"prompt", "chosen", "rejected", "completion", "label", "scores", "preference", "weight", "system", "tools"}
 READ |= {"chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
-SHOWN = 20  # column names in a message
-Example = dict[str, Any]
-
-
-class Rated(NamedTuple):
-    """A prompt, its responses in the order of the data, and a score for each."""
-
-    prompt: str | Chat
-    responses: list[Any]
-    scores: list[float]
 
 
 def comparisons_from_columns(where: str, example: Example, responses: int) -> list[Item]:
@@ -56,8 +50,15 @@ def comparisons_from_columns(where: str, example: Example, responses: int) -> li
     Raises:
       UserError: a column is wrong or missing.
     """
-    example, notes = _without_text_prompt(example)
-    return [*_comparisons(where, example, responses), *notes]
+    example = _with_system_turn(example)
+    nulls = [name for name, value in example.items() if value is None]
+    example, notes = _as_conversation(where, {name: value for name, value in example.items() if value is not None})
+    try:
+        return [*_comparisons(where, example, responses), *notes]
+    except UserError as error:
+        if not nulls or "column" not in str(error):
+            raise
+        raise UserError(f"{error}; null: {as_list(nulls)}") from error
 
 
 def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
@@ -70,72 +71,74 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
     if responses > 2:
         message = f"the loss needs {responses} ranked responses: columns prompt, completions, scores"
         raise UserError(f"{where}: {message}; the columns are: {_columns(example)}")
-    if "label" in example and not {"chosen", "rejected"} & set(example):
+    single = {"completion", *CONVERSATION} & set(example) and not {"chosen", "rejected"} & set(example)
+    if "label" in example and single:
         return _unpaired(where, example, responses, fields)
     if responses == 2:
         preference = _number(where, example, "preference", 1.0, 0, 1)
-        return [_pair(where, example)._replace(**fields, preference=preference, scores=_scores(where, example))]
+        pair, scores = _pair(where, example), pair_scores(where, example)
+        if isinstance(scores, Note):
+            return [scores] if scores is TIE else [pair._replace(**fields, preference=preference), scores]
+        return [pair._replace(**fields, preference=preference, scores=scores)]
     prompt, response = _single_response(where, example)
     return [Comparison(prompt, (response,), **fields)]
 
 
-def _without_text_prompt(example: Example) -> tuple[Example, list[Item]]:
-    """Returns an example without a text prompt beside responses that are messages, and a note if the prompt is lost.
+def _with_system_turn(example: Example) -> Example:
+    """Returns an example whose text prompt is a user's turn if it has a column of conversations.
 
-    If the responses begin with an answer, the text becomes a user's turn before them. Otherwise they hold the whole
-    conversation, with the text as one of its turns.
+    A null in `system` means the same as "", since the other examples of the file have a system message.
+    """
+    if not isinstance(example.get("prompt"), str) or not ("system" in example or example.get("tools")):
+        return example
+    return example | {"prompt": [_user(example["prompt"])], "system": example.get("system") or ""}
+
+
+def _as_conversation(where: str, example: Example) -> tuple[Example, list[Item]]:
+    """Returns an example whose prompt stands in one column: a text, or the turns of a conversation.
+
+    A text prompt beside responses that are messages is a user's turn before them if they begin with an answer.
+    Otherwise they hold the whole conversation, and a note counts texts that are not part of it. A text prompt beside
+    earlier turns in `messages` is the last turn.
     """
     sides = [example.get(key) for key in ("chosen", "rejected")]
-    if not isinstance(example.get("prompt"), str) or not all(isinstance(side, list) for side in sides):
+    if all(isinstance(side, list) and side and talk.role(side[0]) not in ("", "assistant") for side in sides):
+        return _whole_conversations(example, sides)
+    if not isinstance(example.get("prompt"), str):
         return example, []
-    turns = [turn for side in sides for turn in side or [] if isinstance(turn, dict)]
-    if all(talk.role(side[0]) == "assistant" for side in sides if side):
-        return example | {"prompt": [{"role": "user", "content": example["prompt"]}]}, []
-    known = any(example["prompt"].strip() == str(turn.get("content", turn.get("value"))).strip() for turn in turns)
+    if all(isinstance(side, list) for side in sides):
+        return example | {"prompt": [_user(example["prompt"])]}, []
+    key = _first(example, CONVERSATION)
+    if not key or not isinstance(example[key], list):
+        return example, []
+    return example | {"prompt": _with_last_turn(where, key, example)}, []
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _whole_conversations(example: Example, sides: list[Any]) -> tuple[Example, list[Item]]:
+    """Returns an example whose responses hold the whole conversation without the columns that repeat parts of it."""
+    texts = {str(turn.get("content", turn.get("value"))).strip() for side in sides for turn in side if turn}
+    lost = isinstance(example.get("prompt"), str) and example["prompt"].strip() not in texts
     note = Note("examples whose messages lack the text in column 'prompt'; it is ignored")
-    return {key: value for key, value in example.items() if key != "prompt"}, [] if known else [note]
+    dropped = {"prompt", *CONVERSATION} if isinstance(example.get("prompt", ""), str) else set()
+    return {key: value for key, value in example.items() if key not in dropped}, [note] if lost else []
 
 
-def text_column(where: str, example: Example, key: str) -> str:
-    """Returns the text in a column.
-
-    Raises:
-      UserError: the column is missing, or is not text.
-    """
-    value = _value(where, example, key)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} must be text, not {type_name(value)}")
-    if SURROGATE.search(value):
+def _with_last_turn(where: str, key: str, example: Example) -> list[Any]:
+    """Returns the turns of a column, up to the turn of the user that is the text prompt, which is added if absent."""
+    turns, prompt = talk.as_messages(where, key, example[key]), example["prompt"].strip()
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "user" and str(turn["content"]).strip() == prompt]
+    if places:
+        return turns[: places[-1] + 1]
+    if turns[-1]["role"] == "user":
         raise UserError(
-            f"{where}: {key!r} holds half of a surrogate pair, which is not text; fix or remove the example"
+            f"{where}: the last turn in column {key!r} and the text in column 'prompt' are both the user's and differ; "
+            "remove one"
         )
-    return value
-
-
-def number_column(where: str, key: str, value: Any, least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX) -> float:
-    """Returns a finite number between `least` and `most`.
-
-    Raises:
-      UserError: the value is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{where}: {key!r} must be a number, not {type_name(value)}")
-    if not least <= value <= most or math.isnan(value):
-        bounds = "finite" if least == -FLOAT32_MAX else f"from {least:g} to {most:g}"
-        bounds = "finite and not negative" if (least, most) == (0, FLOAT32_MAX) else bounds
-        raise UserError(f"{where}: {key!r} must be {bounds}, not {shorten(value)}")
-    return float(value)
-
-
-def binary_label(where: str, key: str, value: Any) -> bool:
-    """Returns a label: true or false, 1 or 0.
-
-    Raises:
-      UserError: the value is something else.
-    """
-    if value not in (0, 1) or not isinstance(value, bool | int):
-        raise UserError(f"{where}: {key!r} must be true or false, not {shorten(value)}")
-    return bool(value)
+    return [*turns, _user(example["prompt"])]
 
 
 def _number(where: str, example: Example, key: str, default: float, least: float, most: float) -> float:
@@ -146,21 +149,8 @@ def _columns(example: Example) -> str:
     return as_list(example) or "none"
 
 
-def as_list(names: Iterable[str]) -> str:
-    """Returns column names as a message shows them: sorted, shortened, at most 20."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(" ".join(name[:60].split()) for name in ordered[:SHOWN]) + more
-
-
 def _first(example: Example, keys: tuple[str, ...]) -> str:
     return next((key for key in keys if key in example), "")
-
-
-def _value(where: str, example: Example, key: str) -> Any:
-    if key not in example:
-        raise UserError(f"{where}: no column {key!r}; the columns are: {_columns(example)}")
-    return example[key]
 
 
 def _prompt(where: str, example: Example) -> str | Chat:
@@ -177,7 +167,7 @@ def _prompt(where: str, example: Example) -> str | Chat:
 
 def _response(where: str, example: Example, key: str, prompt: str | Chat, value: Any = None) -> Any:
     """Returns a response to a prompt: a text if the prompt is one, a message if it is a conversation."""
-    value = _value(where, example, key) if value is None else value
+    value = value_of(where, example, key) if value is None else value
     if isinstance(prompt, str):
         return text_column(where, {key: value}, key)
     if isinstance(value, str):
@@ -207,7 +197,7 @@ def _pair(where: str, example: Example) -> Comparison:
     if not {"chosen", "rejected"} & set(example):
         message = "the loss needs pairs: columns prompt, chosen, rejected"
         raise UserError(f"{where}: {message}; the columns are: {_columns(example)}")
-    given = [_value(where, example, key) for key in ("chosen", "rejected")]
+    given = [value_of(where, example, key) for key in ("chosen", "rejected")]
     if "prompt" in example or _first(example, CONVERSATION):
         prompt = _prompt(where, example)
         responses = tuple(_response(where, example, key, prompt) for key in ("chosen", "rejected"))
@@ -219,23 +209,15 @@ def _pair(where: str, example: Example) -> Comparison:
         prompt = talk.as_chat(where, chosen[:size], example)
         responses = (talk.as_answer(where, "chosen", chosen[size:]), talk.as_answer(where, "rejected", rejected[size:]))
     else:
-        raise UserError(f"{where}: no column 'prompt'; for transcripts such as Anthropic HH's set data.name to hh")
+        raise UserError(f"{where}: {_advice(example)}")
     return Comparison(prompt, responses)
 
 
-def _scores(where: str, example: Example) -> tuple[float, ...]:
-    """Returns the scores of a pair; the first must be higher unless the example has a preference."""
-    keys = next((pair for pair in RATINGS if set(pair) & set(example)), None)
-    if keys is None and "scores" not in example:
-        return ()
-    values = [_value(where, example, key) for key in keys] if keys else example["scores"]
-    if not isinstance(values, list) or len(values) != 2:
-        raise UserError(f"{where}: 'scores' must be a list of two numbers, the chosen one's first")
-    better, worse = (number_column(where, (keys or ("scores",) * 2)[i], value) for i, value in enumerate(values))
-    if better <= worse and "preference" not in example:
-        fault = "a tie, which prefers neither" if better == worse else "the chosen one must have the higher score"
-        raise UserError(f"{where}: scores {better:g} (chosen) and {worse:g} (rejected): {fault}; remove the example")
-    return better, worse
+def _advice(example: Example) -> str:
+    """Returns what to do about text responses without a prompt."""
+    if all(str(example[key]).lstrip().startswith("Human:") for key in ("chosen", "rejected")):
+        return "no column 'prompt'; for transcripts such as Anthropic HH's set data.name to hh"
+    return f"no column 'prompt'; the columns are: {_columns(example)}; name it, as in data.columns.prompt: question"
 
 
 def _unpaired(where: str, example: Example, responses: int, fields: dict[str, Any]) -> list[Item]:
@@ -250,37 +232,8 @@ def _unpaired(where: str, example: Example, responses: int, fields: dict[str, An
 def _rating(where: str, example: Example, key: str) -> Rated:
     """Returns the responses of a ranking with their scores, in the order of the example."""
     prompt, given = _prompt(where, example), example[key]
-    scores = _value(where, example, "scores")
+    scores = value_of(where, example, "scores")
     if not isinstance(scores, list) or len(scores) != len(given) or not given:
         raise UserError(f"{where}: 'scores' must be a list of numbers, one for each of {key!r}")
     responses = [_response(where, example, key, prompt, value) for value in given]
     return Rated(prompt, responses, [number_column(where, "scores", score) for score in scores])
-
-
-def ranked(where: str, rated: Rated, responses: int) -> list[Item]:
-    """Returns comparisons of rated responses, best first. Notes count pairs of equal scores, which are left out.
-
-    Args:
-      where: `file:line`, with which error messages begin.
-      rated: the responses and their scores.
-      responses: responses per comparison: 2 gives all pairs, 1 or 0 the best response or none, more all of them.
-
-    Raises:
-      UserError: more than 2 are asked for, and the ranking has another number or a tie.
-    """
-    best = sorted(range(len(rated.scores)), key=lambda i: -rated.scores[i])
-    if responses == 2:
-        ties = Note("pairs of equal scores left out")
-        pairs = itertools.combinations(best, 2)
-        return [_select(where, rated, (i, j)) if rated.scores[i] > rated.scores[j] else ties for i, j in pairs]
-    if responses > 2 and len(best) != responses:
-        raise UserError(f"{where}: {len(best)} responses, and the loss needs {responses}; give that many")
-    chosen = best[:responses]
-    if responses > 2 and len({rated.scores[i] for i in chosen}) < responses:
-        raise UserError(f"{where}: two responses have the same score, a tie; remove the example")
-    return [_select(where, rated, chosen)]
-
-
-def _select(where: str, rated: Rated, places: Any) -> Comparison:
-    responses, scores = (tuple(values[i] for i in places) for values in (rated.responses, rated.scores))
-    return Comparison(rated.prompt, responses, where=where, scores=scores)

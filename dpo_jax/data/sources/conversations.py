@@ -1,6 +1,7 @@
 """Conversations in the forms of data sets (OpenAI's messages, ShareGPT's turns) to the form of chat templates."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,26 +15,58 @@ ROLES = {
     **{"model": "assistant", "observation": "tool", "function_response": "tool"},
 }
 OTHER_NAMES = {"from": "role", "value": "content"}  # ShareGPT's
+SURROGATE = re.compile("[\ud800-\udfff]")
 Message = dict[str, Any]
 
 
 def as_message(where: str, key: str, value: Any) -> Message:
-    """Returns one message in OpenAI's form, without fields that are null.
+    """Returns one message in OpenAI's form.
+
+    Nulls are removed at any depth, because Parquet writes them for absent fields. A message that calls tools and has no
+    content keeps `content: None`, as chat templates expect. Arguments of a call that are JSON text become an object.
 
     Raises:
       UserError: the value is not a message with a known role and a text.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key!r} must hold messages with role and content, not {type_name(value)}")
-    found: Message = {OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items() if part is not None}
-    role, content = found.get("role"), found.get("content", "")
+    found: Message = without_nulls({OTHER_NAMES.get(str(name), str(name)): part for name, part in value.items()})
+    role, content = found.get("role"), found.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{where}: {key!r} has a message of role {shorten(role)}; known: {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _joined(where, key, content)
-    if not isinstance(content, str):
+    if content is None and not found.get("tool_calls"):
+        content = ""
+    if content is not None and not isinstance(content, str):
         raise UserError(f"{where}: {key!r} has a message whose content is {type_name(content)}, not text")
+    if SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+        raise UserError(
+            f"{where}: {key!r} holds half of a surrogate pair, which is not text; fix or remove the example"
+        )
+    if isinstance(found.get("tool_calls"), list):
+        found["tool_calls"] = [_call(call) for call in found["tool_calls"]]
     return {**found, "role": ROLES[role], "content": content}
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns a value without the fields of its objects that are null, at any depth."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _call(call: Any) -> Any:
+    """Returns a tool call whose arguments are an object where they are its JSON text."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(inner["arguments"])
+    except ValueError:
+        return call  # the template writes it as it is
+    inner = inner | {"arguments": arguments if isinstance(arguments, dict) else inner["arguments"]}
+    return call | {"function": inner} if "function" in call else inner
 
 
 def role(value: Any) -> str:
@@ -43,22 +76,37 @@ def role(value: Any) -> str:
 
 
 def as_messages(where: str, key: str, value: Any) -> list[Message]:
-    """Returns a list of messages, given such a list or one message.
+    """Returns a list of messages, given such a list or one message. A turn {input, output} is two messages.
 
     Raises:
       UserError: the value is something else, or the list is empty.
     """
-    found = [as_message(where, key, one) for one in (value if isinstance(value, list) else [value])]
+    given = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        raise UserError(
+            f"{where}: {key!r} is a list of texts, not of messages; several responses to a prompt belong in "
+            "'completions', with 'scores'"
+        )
+    given = [message for one in given for message in _both_sides(one)]
+    found = [as_message(where, key, one) for one in given]
     if not found:
         raise UserError(f"{where}: {key!r} has no messages")
     return found
 
 
+def _both_sides(turn: Any) -> list[Any]:
+    if not isinstance(turn, dict) or set(turn) != {"input", "output"}:
+        return [turn]
+    return [{"role": "user", "content": turn["input"]}, {"role": "assistant", "content": turn["output"]}]
+
+
 def as_chat(where: str, turns: Sequence[Message], example: dict[str, Any]) -> Chat:
     """Returns the conversation to answer, with the columns `system`, `tools` and `chat_template_kwargs` of the example.
 
+    If the last turn is the assistant's, a response continues it.
+
     Raises:
-      UserError: no turn is the user's, the last turn is the assistant's, or a column has the wrong type.
+      UserError: no turn is the user's, or a column has the wrong type.
     """
     if example.get("system"):
         if turns[:1] and turns[0]["role"] == "system":
@@ -68,26 +116,21 @@ def as_chat(where: str, turns: Sequence[Message], example: dict[str, Any]) -> Ch
         turns = [as_message(where, "system", {"role": "system", "content": example["system"]}), *turns]
     if not any(turn["role"] == "user" for turn in turns):
         raise UserError(f"{where}: the prompt has no user turn")
-    if turns[-1]["role"] == "assistant":
-        raise UserError(
-            f"{where}: the prompt ends with an assistant turn, which a response cannot follow; remove that turn"
-        )
     options = _parsed(where, example, "chat_template_kwargs", dict) or {}
     tools = _parsed(where, example, "tools", list) or []
     return Chat(tuple(turns), tuple(tools), options)
 
 
-def as_answer(where: str, key: str, turns: Sequence[Message]) -> Message:
-    """Returns the one assistant message that a response must be.
+def as_answer(where: str, key: str, turns: Sequence[Message]) -> Any:
+    """Returns the assistant message that a response is, or the list of its turns if there are several.
 
     Raises:
-      UserError: the turns are something else.
+      UserError: the turns do not begin and end with one of the assistant.
     """
-    if not turns or turns[-1]["role"] != "assistant":
-        raise UserError(f"{where}: {key!r} does not end with an assistant turn")
-    if len(turns) > 1:
-        raise UserError(f"{where}: {key!r} has {len(turns)} turns after the prompt; a response is one assistant turn")
-    return turns[0]
+    for place, name in ((-1, "end"), (0, "begin")):
+        if not turns or turns[place]["role"] != "assistant":
+            raise UserError(f"{where}: {key!r} does not {name} with an assistant turn after the prompt; correct it")
+    return turns[0] if len(turns) == 1 else list(turns)
 
 
 def common_turns(first: Sequence[Message], second: Sequence[Message]) -> int:

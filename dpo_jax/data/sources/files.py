@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_examples
-from dpo_jax.data.sources.columns import READ, as_list, comparisons_from_columns
+from dpo_jax.data.sources.columns import READ, comparisons_from_columns
 from dpo_jax.data.sources.formats import SUFFIXES, examples_in_file, suffix
+from dpo_jax.data.sources.values import as_list
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
-from dpo_jax.data.sources.columns import text_column
 from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 

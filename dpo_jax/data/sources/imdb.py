@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, expand_examples, prompt_hash
-from dpo_jax.data.sources.columns import text_column
 from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 

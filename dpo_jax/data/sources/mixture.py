@@ -1,5 +1,6 @@
 """A mixture of sources, each with a share."""
 
+import difflib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -56,7 +57,7 @@ def parse_part(text: str) -> MixturePart:
       UserError: it is not `share*source:path`, or the share is not in (0, 1000].
     """
     match = PART.fullmatch(text)
-    if match is None or match[2] not in source_names():
+    if match is None or not difflib.get_close_matches(match[2], source_names()):  # else a misspelt source
         match = OWN_PART.fullmatch(text) or match
     if match is None or match[2] == "mixture":
         raise UserError(

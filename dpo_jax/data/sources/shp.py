@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
-from dpo_jax.data.sources.columns import binary_label, number_column, text_column
 from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.values import binary_label, number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 

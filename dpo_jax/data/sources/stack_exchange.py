@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.sources.base import Item, Note, RawExample, convert_examples
-from dpo_jax.data.sources.columns import number_column, text_column
 from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, expand_examples
-from dpo_jax.data.sources.columns import Rated, comparisons_from_columns, number_column, ranked, text_column
+from dpo_jax.data.sources.columns import comparisons_from_columns
 from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.ratings import Rated, ranked
+from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat
 

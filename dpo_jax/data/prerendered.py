@@ -1,0 +1,18 @@
+"""Texts in which a chat template was applied already, as some published data has them."""
+
+import re
+
+# The beginnings of turns in the templates of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi-3 and Mistral.
+ROLE = re.compile(
+    r"<\|(?:im_start|start_header_id|user|assistant|system|end|start_of_role)\|>|<start_of_turn>|\[/?INST\]|<\|turn>"
+)
+
+
+def is_prerendered(prompt: str) -> bool:
+    """Returns whether a text has the marks of a chat template's turns."""
+    return ROLE.search(prompt) is not None
+
+
+def without_eos(text: str | None, eos: str) -> str | None:
+    """Returns a response without the EOS that ends it and blanks after it."""
+    return text.rstrip().removesuffix(eos) if text is not None and text.rstrip().endswith(eos) else text
