@@ -18,12 +18,13 @@ def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
     with pytest.raises(UserError, match=r"'llamma' is not known; did you mean 'llama'\? known: gemma, gemma2,"):
         family("llamma")
-    with pytest.raises(UserError, match=r"'gemma3' is not known; did you mean 'gemma3_text'\?"):  # gemma3 reads images
-        family("gemma3")
+    for other in ("gemma3", "olmo3", "phi", "qwen3_vl", "granite"):
+        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: gemma, "):
+            family(other)
     with pytest.raises(
-        UserError, match=r"'xlnet' is not known; known: .*; a new one is a file in dpo_jax/models/families/"
+        UserError, match=r"'zebra' is not known; known: .*; a new one is a file in dpo_jax/models/families/"
     ):
-        family("xlnet")
+        family("zebra")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
@@ -45,14 +46,21 @@ CONFIGS = {
     **{"gpt_neo": NEO, "gpt_neox": NEOX, "gptj": GPTJ, "llama": LLAMA, "mistral": GROUPED, "olmo2": LLAMA, "opt": OPT},
     **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED},
 }
-SCALED = {"rope_type": "yarn", "factor": 2.0}
+SCALED = {"rope_type": "dynamic", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+OLMO3 = ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported; known are silu"),
-        ("llama", {"rope_scaling": SCALED}, "rope_type = 'yarn' is not supported; known are default, linear, llama3"),
+        (
+            "llama",
+            {"rope_scaling": SCALED},
+            "rope_type = 'dynamic' is not supported; known are default, linear, llama3, yarn",
+        ),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope' is not supported"),
         (
@@ -60,6 +68,20 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "rope_scaling has rope_type = 'linear', rope_parameters 'default'; keep one",
         ),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7.0}}, "rope_parameters None; keep one"),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": {"type": "default"}}, "rope_type = 'linear', rope_par"),
+        ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "rope_parameters must be an object of plain values"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling must be an object of plain values, got 'linear'"),
+        ("llama", {"rope_scaling": {**YARN, "beta_fast": -1}}, "yarn: rope_theta must be above 1, beta_fast,"),
+        ("gemma3_text", {"rope_parameters": LINEAR}, "rope_parameters must have full_attention and sliding_attention"),
+        (
+            "gemma3_text",
+            {"rope_scaling": LINEAR, "rope_parameters": {"full_attention": {**LINEAR, "factor": 3.0}}},
+            "rope_scaling has factor = 2.0, rope_parameters 3.0; keep one",
+        ),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0: it must be at least 1"),
+        ("gpt_neox", {"rotary_pct": 0.5, "partial_rotary_factor": 1.0}, "partial_rotary_factor = 1.0, but rotary_pct"),
+        ("gpt_neox", {"rope_theta": 77}, "rope_theta = 77, but rotary_emb_base is 10000.0; remove rope_theta, or make"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide the 4"),
@@ -83,11 +105,16 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: it must be at least 1"),
         ("qwen2", {"attention_bias": False}, "attention_bias = False is not supported, only True"),
         ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope_type = 'mrope' is not supported"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 30}, "sliding_window is missing"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 30, "sliding_window": 5},
+            "layer_types has sliding_attention, but use_sliding_window is false; set it to true, or",
+        ),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 30 layers"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias = True"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention', which is not"),
-        ("phi3", {"rope_scaling": SCALED}, "rope_type = 'yarn' is not supported"),
+        ("phi3", {"rope_scaling": SCALED}, "rope_type = 'dynamic' is not supported"),
+        ("phi3", {"rope_scaling": {**YARN, "type": "yarn"}}, "rope_type = 'yarn' is not supported in phi3"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is missing"),
         (
             "phi3",
@@ -98,8 +125,8 @@ SCALED = {"rope_type": "yarn", "factor": 2.0}
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma2", {"hidden_activation": "xielu"}, "hidden_activation = 'xielu' is not supported"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
-        ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'yarn' is not"),
-        ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'yarn' is not"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'dynamic' is not"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'dynamic' is not"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias = True"),
     ],
 )
@@ -108,6 +135,59 @@ def test_unsupported_settings_are_refused_by_key(kind, change, message):
     module.architecture(base)
     with pytest.raises(UserError, match=r"^config\.json: .*" + message):
         module.architecture({**base, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("olmo2", {"layer_types": OLMO3, "sliding_window": 4096}),
+        ("llama", {"sliding_window": 5, "max_position_embeddings": 256}),
+        ("llama", {"embedding_multiplier": 12.0}),
+        ("llama", {"no_rope_layers": [1, 0]}),
+        ("llama", {"num_local_experts": 8}),
+        ("llama", {"qkv_bias": True}),
+        ("mistral", {"use_qk_norm": True}),
+        ("gemma", {"final_logit_softcapping": 30.0}),
+        ("gpt2", {"rope_theta": 10000.0}),
+        ("opt", {"scale_attn_by_inverse_layer_idx": True}),
+    ],
+)
+def test_settings_of_other_families_are_refused(kind, change):
+    key, value = next(iter(change.items()))
+    with pytest.raises(UserError) as refused:
+        architecture_of({"model_type": kind, **CONFIGS[kind], **change})
+    assert str(refused.value).startswith(f"config.json: {key} = {value!r} is no setting of a {kind}, and changes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1]},
+        {"sliding_window": 2048, "max_position_embeddings": 2048},
+        {"sliding_window": 5, "use_sliding_window": False},
+        {"residual_multiplier": 1.0, "num_experts": 0, "use_qk_norm": False, "clip_qkv": None},
+    ],
+)
+def test_settings_of_other_families_that_change_nothing_are_read_over(change):
+    plain = {"model_type": "llama", **CONFIGS["llama"], "max_position_embeddings": 2048}
+    assert architecture_of({**plain, **change}) == architecture_of(plain)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_transformers_writes_is_never_foreign(kind):
+    from transformers import AutoConfig
+
+    full = AutoConfig.for_model(kind, **CONFIGS[kind]).to_dict()
+    assert architecture_of(full) == family(kind).architecture(CONFIGS[kind])
+
+
+def test_yarn_has_the_positions_that_it_stretches_to():
+    for positions in (64, 128, 1024):
+        config = {**LLAMA, "rope_scaling": YARN, "max_position_embeddings": positions}
+        assert family("llama").architecture(config).max_positions == max(256, positions)
+    without = {key: value for key, value in YARN.items() if key[0] != "o"}
+    found = family("llama").architecture({**LLAMA, "rope_scaling": without, "max_position_embeddings": 64})
+    assert found.rope == family("llama").architecture({**LLAMA, "rope_scaling": YARN}).rope
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

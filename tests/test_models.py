@@ -38,6 +38,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0, "original_max_position_embeddings": 64}
+MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 8.0]}
 BIASES = {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu", "rope_parameters": LINEAR}
 SLIDING = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
@@ -45,6 +47,10 @@ NEAR = {"rope_type": "default", "rope_theta": 300.0}
 CASES = {
     **{name: (name, {}) for name in FAMILIES},
     "llama 3, tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "qwen3, yarn with all its settings": ("qwen3", {"rope_parameters": MSCALE}),
+    "gemma3_text without windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
+    "gemma3_text with windows only": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
     "llama with biases": ("llama", BIASES),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu"}),
     "gpt_neox serial": (

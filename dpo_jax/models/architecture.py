@@ -12,20 +12,20 @@ class Rope:
       dims: number of leading dimensions of a head that are rotated; even.
       theta: base of the wavelengths.
       scaling: how wavelengths are stretched for contexts longer than pretraining's. "default": not at all; "linear":
-        all by `factor`; "llama3": only the long ones by `factor`; "longrope" (arXiv 2402.13753): each by its own
-        entry of `short`.
+        all by `factor`; "llama3": only the long ones by `factor`; "longrope" (arXiv 2402.13753) and "yarn" (arXiv
+        2309.00071): each by its own entry of `short`, in YaRN times `factor`.
       factor: stretch of wavelengths.
       low_freq_factor: Llama 3: wavelengths above `original_positions` / low_freq_factor are stretched by `factor`.
       high_freq_factor: Llama 3: wavelengths below `original_positions` / high_freq_factor are kept.
       original_positions: context length of pretraining, in tokens. LongRoPE uses other factors beyond it, which are
         not supported.
-      short: LongRoPE: the stretch of each of the dims / 2 wavelengths.
-      amplitude: LongRoPE: multiplies the cosine and the sine.
+      short: LongRoPE, YaRN: the stretch of each of the dims / 2 wavelengths.
+      amplitude: LongRoPE, YaRN: multiplies the cosine and the sine.
     """
 
     dims: int
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3", "longrope"] = "default"
+    scaling: Literal["default", "linear", "llama3", "longrope", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

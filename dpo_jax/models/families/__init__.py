@@ -5,6 +5,7 @@ A family module is named after the `model_type` of config.json and defines:
   PREFIX: prefix of tensor names that a file may omit.
   HEAD: name of the head's tensor.
   BUFFERS: endings of names of tensors that are not parameters.
+  READS: which settings of `foreign.NEUTRAL` it reads, or refuses by itself.
   architecture(config) -> Architecture: raises UserError for unsupported settings.
   tensors(architecture) -> dict[str, Tensor]: name in the file, with `{i}` for the layer -> `tensor_map.Tensor`.
 """

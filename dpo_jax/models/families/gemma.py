@@ -8,6 +8,7 @@ from dpo_jax.models.families import llama
 
 CLASS = "GemmaForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = llama.READS | {"use_bidirectional_attention"}
 DEFAULTS = {
     "max_position_embeddings": 8192,
     "num_key_value_heads": 16,

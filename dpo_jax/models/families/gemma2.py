@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gemma, llama
 from dpo_jax.models.families import hf_config as hf
@@ -9,6 +10,8 @@ from dpo_jax.models.families.tensor_map import Tensor
 
 CLASS = "Gemma2ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = gemma.READS | {"query_pre_attn_scalar", "sliding_window", "layer_types", "final_logit_softcapping"}
+READS |= {"attn_logit_softcapping"}
 DEFAULTS = {
     **gemma.DEFAULTS,
     "num_key_value_heads": 4,
@@ -44,13 +47,18 @@ def gemma2_like(config: hf.HfConfig, family: str, every: int, **fields: Any) -> 
       UserError: a setting is missing or not supported.
     """
     layers = hf.need_setting(config, "num_hidden_layers")
+    if every < 1:
+        raise UserError(f"config.json: sliding_window_pattern = {every}: it must be at least 1")
     kinds = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+    windows = hf.layer_windows(config, layers, kinds)
+    if not windows:  # all layers have full attention, and its angles
+        fields.pop("window_rope", None)
     return gemma.gemma_like(
         config,
         family,
         activation=hf.activation(config, "hidden_activation", "gelu_pytorch_tanh"),
         post_norm=True,
-        windows=hf.layer_windows(config, layers, kinds),
+        windows=windows,
         score_scale=hf.need_setting(config, "query_pre_attn_scalar") ** -0.5,
         logit_cap=config["final_logit_softcapping"],
         **fields,

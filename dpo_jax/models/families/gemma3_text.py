@@ -1,11 +1,15 @@
 """Gemma 3's language model (270M, 1B): Gemma 2 with normalized queries and keys, and other angles in windows."""
 
+from collections.abc import Mapping
+
+from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gemma2, llama
 from dpo_jax.models.families import hf_config as hf
 
 CLASS = "Gemma3ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = gemma2.READS | {"rope_local_base_freq", "sliding_window_pattern"}
 DEFAULTS = {
     **gemma2.DEFAULTS,
     "max_position_embeddings": 131072,
@@ -23,10 +27,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     """
     config = {**DEFAULTS, **config}
     hf.only_setting(config, "attn_logit_softcapping", None)
-    new, dim = config.get("rope_parameters") or {}, config["head_dim"]
-    # The new form has settings for each kind of layer. The scaling of the old form is for layers without a window.
-    full = new.get("full_attention") or config.get("rope_scaling") or {}
-    sliding = new.get("sliding_attention") or {}
+    dim, (full, sliding) = config["head_dim"], _rope_of_kinds(config)
     return gemma2.gemma2_like(
         config,
         "gemma3_text",
@@ -35,6 +36,21 @@ def architecture(config: hf.HfConfig) -> Architecture:
         rope=hf.rope_from_settings(full, dim, hf.get_setting(config, "rope_theta", 1e6)),
         window_rope=hf.rope_from_settings(sliding, dim, hf.get_setting(config, "rope_local_base_freq", 1e4)),
     )
+
+
+def _rope_of_kinds(config: hf.HfConfig) -> tuple[hf.HfConfig, hf.HfConfig]:
+    """Returns the rotary settings of layers without, and with a window.
+
+    `rope_parameters`, the newer form, has an object for each. `rope_scaling`, the older one, is for the former.
+
+    Raises:
+      UserError: `rope_parameters` has anything else, or contradicts `rope_scaling`.
+    """
+    new, kinds = hf.get_setting(config, "rope_parameters", {}), ("full_attention", "sliding_attention")
+    if not isinstance(new, Mapping) or new.keys() - set(kinds):
+        raise UserError(f"config.json: rope_parameters must have {' and '.join(kinds)} only, got {new!r}")
+    full, sliding = (new.get(kind) for kind in kinds)
+    return hf.rope_settings({**config, "rope_parameters": full}), hf.rope_settings({"rope_parameters": sliding})
 
 
 tensors = gemma2.tensors

@@ -13,6 +13,7 @@ CLASS = "GPT2LMHeadModel"
 PREFIX = "transformer."
 HEAD = "lm_head.weight"
 BUFFERS = ("attn.bias", "attn.masked_bias")
+READS = {"scale_attn_by_inverse_layer_idx"}
 LAYER = "transformer.h.{i}."
 NORMS = {
     "transformer.ln_f.": ("final_norm",),

@@ -9,6 +9,7 @@ from dpo_jax.models.families.tensor_map import Tensor, layer_norms, linear, same
 CLASS = "GPTNeoForCausalLM"
 PREFIX, HEAD = gpt2.PREFIX, gpt2.HEAD
 BUFFERS = ("attn.attention.bias", "attn.attention.masked_bias")
+READS = {"attention_types", "window_size"}
 
 
 def architecture(config: hf.HfConfig) -> Architecture:

@@ -1,6 +1,7 @@
 """GPT-NeoX, Pythia (2.8B is the paper's for dialogue): attention and MLP side by side, a rotated part of each head."""
 
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.errors import UserError
+from dpo_jax.models.architecture import Architecture, Rope
 from dpo_jax.models.families import gpt2
 from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families.tensor_map import (
@@ -17,6 +18,8 @@ CLASS = "GPTNeoXForCausalLM"
 PREFIX = "gpt_neox."
 HEAD = "embed_out.weight"
 BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+READS = {"rotary_emb_base", "rotary_pct", "rope_theta", "partial_rotary_factor", "rope_scaling", "rope_parameters"}
+READS |= {"attention_bias", "use_parallel_residual"}
 LAYER = "gpt_neox.layers.{i}."
 NORMS = {
     "gpt_neox.final_layer_norm.": ("final_norm",),
@@ -43,13 +46,33 @@ def architecture(config: hf.HfConfig) -> Architecture:
         mlp=hf.need_setting(config, "intermediate_size"),
         eps=hf.get_setting(config, "layer_norm_eps", 1e-5),
         activation=hf.activation(config, "hidden_act", "gelu"),
-        rope=hf.rope_from_config(config, dim, theta="rotary_emb_base", part=("rotary_pct", 0.25)),
+        rope=_rope(config, dim),
         parallel=hf.get_setting(config, "use_parallel_residual", True),
         qkv_bias=bias,
         out_bias=bias,
         tied=hf.get_setting(config, "tie_word_embeddings", False),
         max_positions=hf.get_setting(config, "max_position_embeddings", 2048),
     )
+
+
+def _rope(config: hf.HfConfig, dim: int) -> Rope:
+    """Returns the rotary embedding, by `rotary_pct` and `rotary_emb_base`.
+
+    Raises:
+      UserError: a setting is not supported, or another family's name of the two contradicts them. transformers ignores
+        these names, other programs may not.
+    """
+    rope = hf.rope_from_config(config, dim, theta="rotary_emb_base", part=("rotary_pct", 0.25))
+    fraction = hf.rope_settings(config).get("partial_rotary_factor", hf.get_setting(config, "rotary_pct", 0.25))
+    for key, own, value in (
+        ("partial_rotary_factor", "rotary_pct", fraction),
+        ("rope_theta", "rotary_emb_base", rope.theta),
+    ):
+        if hf.get_setting(config, key, value) != value:
+            raise UserError(
+                f"config.json: {key} = {config[key]!r}, but {own} is {value}; remove {key}, or make it equal"
+            )
+    return rope
 
 
 def _fused(leaf: str, a: Architecture, *inputs: int) -> Tensor:

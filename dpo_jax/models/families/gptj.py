@@ -11,6 +11,7 @@ from dpo_jax.models.families.tensor_map import Tensor, layer_norms, linear, same
 CLASS = "GPTJForCausalLM"
 PREFIX, HEAD, LAYER = gpt2.PREFIX, gpt2.HEAD, gpt2.LAYER
 BUFFERS = ("attn.bias", "attn.masked_bias", "attn.embed_positions")
+READS = {"rotary_dim"}
 NORMS = {"transformer.ln_f.": ("final_norm",), LAYER + "ln_1.": ("layers", "attention_norm")}
 
 

@@ -1,7 +1,11 @@
 """Readers of config.json that families share: settings, activations, heads, rotary positions and windows."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Rope
@@ -17,6 +21,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+SCALINGS = ("default", "linear", "llama3", "yarn")  # kinds of rotary scaling that every family can have
 
 
 def need_setting(config: HfConfig, key: str) -> Any:
@@ -80,15 +86,29 @@ def kv_heads(config: HfConfig, heads: int) -> int:
 def rope_settings(config: HfConfig) -> dict[str, Any]:
     """Returns the rotary settings of a config.json: `rope_parameters` (transformers 5) or `rope_scaling` (older).
 
+    Beside the older form, `rope_theta` and `partial_rotary_factor` are keys of config.json itself.
+
     Raises:
-      UserError: both are given and contradict each other.
+      UserError: both are given and differ, or one is no object of plain values.
     """
-    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    for key in old.keys() & new.keys():
-        if old[key] != new[key]:
-            why = f"rope_scaling has {key} = {old[key]!r}, rope_parameters {new[key]!r}; keep one of the two"
+    old, new = (_plain_settings(config, key) for key in ("rope_scaling", "rope_parameters"))
+    every = sorted(old.keys() | new.keys(), key=lambda key: (key in old) + (key in new), reverse=True)
+    for key in every if old and new else ():
+        first, second = (found.get(key, config.get(key)) for found in (old, new))
+        if first != second:
+            why = f"rope_scaling has {key} = {first!r}, rope_parameters {second!r}; keep one of the two"
             raise UserError(f"config.json: {why}")
     return {**old, **new}
+
+
+def _plain_settings(config: HfConfig, key: str) -> dict[str, Any]:
+    """Returns an object of config.json, {} if it is missing; the old key `type` is renamed to `rope_type`."""
+    found = get_setting(config, key, {})
+    if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+        raise UserError(f"config.json: {key} must be an object of plain values, got {found!r}")
+    kind = found.get("rope_type", found.get("type"))
+    rest = {name: value for name, value in found.items() if name != "type"}
+    return rest if kind is None else {**rest, "rope_type": kind}
 
 
 def rope_from_config(
@@ -104,21 +124,21 @@ def rope_from_config(
         rotated completely.
 
     Raises:
-      UserError: a kind of scaling other than none, "linear" and "llama3"; a fraction where `part` is None.
+      UserError: a kind of scaling that is not in `SCALINGS`; a fraction where `part` is None.
     """
     settings = rope_settings(config)
     if part is None:
         only_setting(config, "partial_rotary_factor", 1.0)
         only_setting(settings, "partial_rotary_factor", 1.0)
         part = ("", 1.0)
-    fraction = get_setting(config, "partial_rotary_factor", get_setting(config, *part))
-    original = config.get("original_max_position_embeddings")
-    return rope_from_settings(settings, dim, get_setting(config, theta, 10000.0), fraction, original)
+    original = get_setting(config, "original_max_position_embeddings", settings.get("original_max_position_embeddings"))
+    if settings.get("rope_type") == "yarn":  # as in transformers
+        original = original or need_setting(config, "max_position_embeddings")
+    given = {**settings, "original_max_position_embeddings": original}
+    return rope_from_settings(given, dim, get_setting(config, theta, 10000.0), get_setting(config, *part))
 
 
-def rope_from_settings(
-    settings: HfConfig, dim: int, theta: float = 10000.0, fraction: float = 1.0, original: int | None = None
-) -> Rope:
+def rope_from_settings(settings: HfConfig, dim: int, theta: float = 10000.0, fraction: float = 1.0) -> Rope:
     """Returns the rotary embedding of `rope_parameters`.
 
     Args:
@@ -126,14 +146,13 @@ def rope_from_settings(
       dim: head dimension.
       theta: base, if `rope_theta` is missing.
       fraction: fraction of a head that is rotated, if `partial_rotary_factor` is missing.
-      original: context length of pretraining, in place of `original_max_position_embeddings`.
 
     Raises:
-      UserError: a kind of scaling other than none, "linear" and "llama3".
+      UserError: a kind of scaling that is not in `SCALINGS`.
     """
-    kind = get_setting(settings, "rope_type", get_setting(settings, "type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are default, linear, llama3")
+    kind = get_setting(settings, "rope_type", "default")
+    if kind not in SCALINGS:
+        raise UserError(f"config.json: rope_type = {kind!r} is not supported; known are {', '.join(SCALINGS)}")
     theta = float(get_setting(settings, "rope_theta", theta))
     dims = int(dim * get_setting(settings, "partial_rotary_factor", fraction))
     if dims < 2 or dims % 2:
@@ -143,9 +162,36 @@ def rope_from_settings(
     factor = float(need_setting(settings, "factor"))
     if kind == "linear":
         return Rope(dims, theta, kind, factor)
+    original = int(need_setting(settings, "original_max_position_embeddings"))
+    if kind == "yarn":
+        return _yarn(Rope(dims, theta, kind, factor, original_positions=original), settings)
     low, high = (float(need_setting(settings, key)) for key in ("low_freq_factor", "high_freq_factor"))
-    original = original or int(need_setting(settings, "original_max_position_embeddings"))
     return Rope(dims, theta, kind, factor, low, high, original)
+
+
+def _yarn(rope: Rope, settings: HfConfig) -> Rope:
+    """Returns YaRN's rotary embedding (arXiv 2309.00071) with its stretches and its amplitude, as in transformers.
+
+    Wavelengths that fit into the original context more than `beta_fast` times are kept, those that fit less than
+    `beta_slow` times are stretched by `factor`, and those between by an interpolation over the dimension.
+    """
+    pairs, original, factor = np.arange(rope.dims // 2), rope.original_positions, rope.factor
+    turns = [float(get_setting(settings, *key) or key[1]) for key in (("beta_fast", 32), ("beta_slow", 1))]
+    if rope.theta <= 1 or min(turns) <= 0 or factor <= 0 or original < 1:
+        raise UserError("config.json: yarn: rope_theta must be above 1, beta_fast, beta_slow and factor above 0")
+    low, high = (rope.dims * math.log(original / (turn * 2 * math.pi)) / (2 * math.log(rope.theta)) for turn in turns)
+    if get_setting(settings, "truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dims - 1)
+    stretched = np.clip((pairs - low) / (high - low or 0.001), 0, 1)
+    kept = 1 - stretched
+    # `frequencies` divides by `factor` too
+    stretches = 1 / (stretched / factor + kept) / factor
+    scales = [get_setting(settings, key, 0) for key in ("mscale", "mscale_all_dim")]
+    first, second = scales if all(scales) else (1, 0)
+    grown = 0.1 * math.log(factor) if factor > 1 else 0.0
+    amplitude = float(get_setting(settings, "attention_factor", (first * grown + 1) / (second * grown + 1)))
+    return dataclasses.replace(rope, short=tuple(stretches.tolist()), amplitude=amplitude)
 
 
 def layer_windows(config: HfConfig, layers: int, kinds: Sequence[str] | None) -> tuple[int, ...]:

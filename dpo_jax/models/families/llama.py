@@ -14,6 +14,7 @@ CLASS = "LlamaForCausalLM"
 PREFIX = "model."
 HEAD = "lm_head.weight"
 BUFFERS = ("rotary_emb.inv_freq",)
+READS = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"}
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}  # ours -> name in the file
 
 
@@ -64,6 +65,9 @@ def llama_like(config: hf.HfConfig, family: str, **fields: Any) -> Architecture:
         values["activation"] = hf.activation(config, "hidden_act", "silu")
     if "rope" not in fields:
         values["rope"] = hf.rope_from_config(config, dim)
+    rope = fields.get("rope") or values["rope"]
+    if rope.scaling == "yarn":  # a config.json often has the positions of pretraining still
+        values["max_positions"] = max(values["max_positions"], int(rope.factor * rope.original_positions))
     return Architecture(**{**values, **fields})
 
 

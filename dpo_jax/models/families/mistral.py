@@ -6,6 +6,7 @@ from dpo_jax.models.families import llama
 
 CLASS = "MistralForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = llama.READS | {"sliding_window", "layer_types"}
 DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 
 

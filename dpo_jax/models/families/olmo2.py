@@ -7,6 +7,7 @@ from dpo_jax.models.families.tensor_map import Tensor
 
 CLASS = "Olmo2ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = llama.READS
 DEFAULTS = {"rms_norm_eps": 1e-5}
 NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 

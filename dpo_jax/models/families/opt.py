@@ -9,6 +9,7 @@ CLASS = "OPTForCausalLM"
 PREFIX = "model."
 HEAD = "lm_head.weight"
 BUFFERS = ()
+READS = frozenset[str]()
 OFFSET = 2
 LAYER = "model.decoder.layers.{i}."
 NORMS = {

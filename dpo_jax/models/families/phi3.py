@@ -11,6 +11,7 @@ from dpo_jax.models.families.tensor_map import Tensor, TensorPart
 
 CLASS = "Phi3ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = llama.READS | {"sliding_window", "layer_types"}
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
 DEFAULTS |= {"original_max_position_embeddings": 4096}
 
@@ -42,7 +43,9 @@ def _rope(config: hf.HfConfig, dim: int) -> Rope:
       UserError: a setting is missing or not supported.
     """
     new, part = hf.rope_settings(config), ("partial_rotary_factor", 1.0)
-    if hf.get_setting(new, "rope_type", new.get("type")) not in ("longrope", "su"):  # "su" is its old name
+    if new.get("rope_type") not in ("longrope", "su"):  # "su" is its old name
+        if new.get("rope_type") == "yarn":  # transformers reads it as longrope
+            raise UserError("config.json: rope_type = 'yarn' is not supported in phi3; set longrope, with its factors")
         return hf.rope_from_config(config, dim, part=part)
     plain = {key: new[key] for key in ("rope_theta", part[0]) if key in new}
     rope = hf.rope_from_config({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)

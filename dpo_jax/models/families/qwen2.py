@@ -1,11 +1,13 @@
 """Qwen2, Qwen2.5 (0.5B to 72B): Llama with biases of queries, keys and values, perhaps windows in the upper layers."""
 
+from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import hf_config as hf
 from dpo_jax.models.families import llama
 
 CLASS = "Qwen2ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = llama.READS | {"sliding_window", "layer_types"}
 DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
 
@@ -28,6 +30,9 @@ def qwen_windows(config: hf.HfConfig) -> tuple[int, ...]:
       UserError: a setting is missing or not supported.
     """
     layers = hf.need_setting(config, "num_hidden_layers")
+    if not config.get("use_sliding_window") and "sliding_attention" in (config.get("layer_types") or ()):
+        why = "layer_types has sliding_attention, but use_sliding_window is false"
+        raise UserError(f"config.json: {why}; set it to true, or make all layers full_attention")
     if not config.get("use_sliding_window") or config["sliding_window"] is None:
         return hf.layer_windows({**config, "sliding_window": None}, layers, None)
     full = min(layers, hf.get_setting(config, "max_window_layers", DEFAULTS["max_window_layers"]))

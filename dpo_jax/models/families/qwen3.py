@@ -6,6 +6,7 @@ from dpo_jax.models.families import llama, qwen2
 
 CLASS = "Qwen3ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
+READS = qwen2.READS
 DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 

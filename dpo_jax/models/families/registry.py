@@ -9,6 +9,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.models import families as folder
 from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.families import foreign
 from dpo_jax.models.families.hf_config import HfConfig
 
 # Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
@@ -27,7 +28,9 @@ def architecture_of(config: HfConfig) -> Architecture:
     Raises:
       UserError: the family or a setting is missing or not supported.
     """
-    found = family(config["model_type"]).architecture(config)
+    module = family(config["model_type"])
+    foreign.refuse_foreign(config, module.READS)
+    found = module.architecture(config)
     return reward_head.as_reward_architecture(found) if reward_head.is_reward_config(config) else found
 
 
@@ -49,10 +52,17 @@ def family(model_type: str) -> ModuleType:
         if absent in model_type:
             raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
-        # gemma3 means gemma3_text, though gemma is spelled more alike.
-        longer = [name for name in families() if name.startswith(f"{model_type}_")]
         known = f"known: {', '.join(families())}"
-        hints = dict.fromkeys((closest(model_type, longer or families()), known))  # `closest` may return `known`
         how = "a new one is a file in dpo_jax/models/families/, see dpo-jax models"
+        if _exists_elsewhere(model_type):  # a family of a similar name would be another model
+            raise UserError(f"config.json: model_type {model_type!r} is a family that is not supported; {known}; {how}")
+        hints = dict.fromkeys((closest(model_type, families()), known))  # `closest` may return `known`
         raise UserError(f"config.json: model_type {model_type!r} is not known; {' '.join(hints)}; {how}")
     return importlib.import_module(f"{folder.__name__}.{model_type}")
+
+
+def _exists_elsewhere(model_type: str) -> bool:
+    """Returns whether transformers has a family of that name."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # imported late: it is slow to import
+
+    return model_type in CONFIG_MAPPING_NAMES
