@@ -3,16 +3,18 @@
 The command NAME is the function NAME_command of dpo_jax/commands/NAME.py, imported for that command alone.
 """
 
+import contextlib
 import errno
 import importlib
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_jax import __version__, paths
-from dpo_jax.errors import UserError, closest
+from dpo_jax.errors import UserError, closest, printable
 
 COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
@@ -35,6 +37,7 @@ COMMANDS = {
     "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "memory per device of a run, compiled but not started"),
     "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
 }
+NARROWEST = 40  # columns; in fewer a table has no place
 PLAIN = ("export", "losses", "models", "report")  # commands without config keys
 
 
@@ -78,7 +81,7 @@ class _Printer(logging.Handler):
         """Prints one record."""
         jax = sys.modules.get("jax")
         if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
-            print(self.format(record), flush=True)
+            print(printable(self.format(record)), flush=True)
 
 
 def _print_log() -> None:
@@ -110,22 +113,46 @@ def _chosen_in(paths: Sequence[str]) -> str | None:
 
 
 def main() -> None:
-    """Runs the command line; a UserError is one line on standard error and exit code 2."""
+    """Runs the command line; an error that the user can fix is one line on standard error and exit code 2."""
     # The hub is contacted only for names that the user gives, and not for telemetry.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
     logging.getLogger("dpo_jax").propagate = False  # a library may have given the root logger a handler
+    _fit_terminal()
     try:
+        if odd := next((arg for arg in sys.argv[1:] if not _is_utf8(arg)), None):
+            raise UserError(f"argument {odd!r} is not UTF-8; write it in UTF-8, or rename the file")
         run_command(sys.argv[1:])
+        sys.stdout.flush()  # here, where an error of it is caught
     except UserError as e:
         sys.exit(_fail(str(e)))
     except BrokenPipeError:  # the reader of the output has gone
         sys.exit(_fail("", 141))
     except OSError as e:
-        reason = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-        sys.exit(_fail(f"{e.filename or 'writing'}: {reason}; free space or fix the path, then run the command again"))
+        sys.exit(_fail(_os_error(e)))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
+
+
+def _fit_terminal() -> None:
+    """Lets output of any characters be written in any encoding, to a terminal of any width or to none."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _os_error(error: OSError) -> str:
+    """Returns what is wrong with a file or a disk, and the fix."""
+    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    where = error.filename2 or error.filename or "writing"
+    return f"{where}: {reason}; free space or fix the path, then run the command again"
 
 
 def _fail(message: str, code: int = 2) -> int:
@@ -137,6 +164,10 @@ def _fail(message: str, code: int = 2) -> int:
         from dpo_jax import distributed
 
         who, leave = distributed.process_prefix(), distributed.exit_now
-    if message:
-        print(f"dpo-jax: {who}{message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk, or nobody who reads
+        if message:
+            print(printable(f"dpo-jax: {who}{' '.join(message.split())}"), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if code == 141:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has no reader
     return leave(code)

@@ -1,6 +1,7 @@
-"""The error that a user can fix, and hints for misspelt names."""
+"""The error that a user can fix, hints for misspelt names, and text made safe for a terminal."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -13,3 +14,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     match = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(names)}"
+
+
+# Control characters but line feed and tab, marks that reorder a line, and halves of surrogate pairs.
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Returns a text with the characters escaped that a terminal would obey and not show."""
+    return _UNSAFE.sub(lambda found: repr(found[0])[1:-1], text)

@@ -2,8 +2,7 @@
 
 import functools
 import hashlib
-import logging
-import os
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,9 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import LogpsFn, as_ref_logps, batch_logps, map_microbatches
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.models.model import Model
+from dpo_jax.paths import read_checked, write_checked
 from dpo_jax.records import Array, Batch
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
-
-log = logging.getLogger(__name__)
 
 
 def make_ref_logps_fn(logps: LogpsFn, collectives: Collectives = NO_COLLECTIVES) -> Callable[[Any, Batch, Any], Array]:
@@ -82,23 +80,17 @@ def table_ref_logps(
 
 
 def _kept(path: Path, shape: tuple[int, ...]) -> Array | None:
-    """Returns the array in a file if it is finite and of that shape, else None."""
-    if not path.is_file():
+    """Returns the array in a file if it is intact, finite and of that shape, else None."""
+    if (content := read_checked(path)) is None:
         return None
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        values = np.empty(0)
-    if values.shape == shape and np.isfinite(values).all():
-        return values
-    log.warning("%s: damaged; computing it again", path)
-    return None
+    values = np.load(io.BytesIO(content), allow_pickle=False)
+    return values if values.shape == shape and np.isfinite(values).all() else None
 
 
 def cached_array(folder: Path, name: str, compute: Callable[[], Array], shape: tuple[int, ...]) -> tuple[Array, bool]:
     """Returns a cached array and True, or computes, caches and returns it with False.
 
-    A file that does not hold finite numbers of that shape is replaced.
+    A file that has changed, or does not hold finite numbers of that shape, is replaced.
     """
     path = folder / f"{name}.npy"
     values = _kept(path, shape)
@@ -106,9 +98,6 @@ def cached_array(folder: Path, name: str, compute: Callable[[], Array], shape: t
     if distributed.all_agree(values is not None):
         return values, True
     values = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as f:
-        np.save(f, values)
-    temporary.replace(path)
+    np.save(content := io.BytesIO(), values)
+    write_checked(path, content.getvalue())
     return values, False

@@ -114,7 +114,7 @@ def test_secrets_are_refused_before_anything_is_written_and_not_repeated(setting
 # Run folders.
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "checkpoints/4", "model"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "checkpoints/4", "model", "winrate/a", ".lock"])
 def test_links_out_of_a_run_folder_are_refused(tmp_path, name):
     run, outside = tmp_path / "run", tmp_path / "outside"
     settings = Config(run=str(run), optim={"name": "rmsprop", "learning_rate": 1e-6})
@@ -123,9 +123,10 @@ def test_links_out_of_a_run_folder_are_refused(tmp_path, name):
     outside.mkdir()
     if name == "checkpoints":
         (run / "checkpoints").rmdir()
+    (run / name).parent.mkdir(exist_ok=True)
     (run / name).symlink_to(outside)
     with pytest.raises(UserError, match=r"a link that leads out of the run folder, .*outside; remove it"):
-        claim_folder(settings)
+        claim_folder(settings, {})
     assert list(outside.iterdir()) == []
 
 

@@ -6,11 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Column
-from rich.table import Table as Grid
-
-from dpo_jax.commands.common import leading_arguments, log_line
+from dpo_jax.commands.common import leading_arguments, log_line, print_table
 from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.experiments import frontier, optimum
@@ -24,8 +20,9 @@ from dpo_jax.pages.frontier import (
     render_frontier,
     standalone_figure,
 )
-from dpo_jax.paths import written
+from dpo_jax.paths import refuse_links, written
 from dpo_jax.runs.train import with_base_model
+from dpo_jax.training.run_folder import check_secrets
 
 
 def frontier_command(argv: list[str]) -> None:
@@ -38,10 +35,12 @@ def frontier_command(argv: list[str]) -> None:
     if settings.model.path.endswith((".yaml", ".yml")):
         base = with_base_model(settings, file).model
         settings = dataclasses.replace(settings, model=base)
+    check_secrets(settings)
+    refuse_links(run)
     found = frontier.run_frontier(settings)
     lines = summary_lines(found, settings)
     for rows in (budgets(found), frontier_table(found), optima(found)):
-        _print_table(rows)
+        print_table(rows[0], rows[1:], wrap=False)
     for line in (*lines, f"{time.perf_counter() - start:.0f} s"):
         log_line(line)
     log_line(f"page: {write_frontier(Path(run), found, lines)}")
@@ -74,12 +73,3 @@ def write_frontier(folder: Path, found: FrontierResult, lines: Sequence[str]) ->
     with written(page) as file:
         file.write(render_frontier(found, lines))
     return page
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    """Prints a table whose first row is the head."""
-    head, *body = rows
-    grid = Grid(Column(head[0], no_wrap=True), *head[1:])
-    for cells in body:
-        grid.add_row(*cells)
-    Console().print(grid)

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table as Grid
 
 from dpo_jax import losses, optim, sharding
-from dpo_jax.commands.common import leading_arguments, log_line
+from dpo_jax.commands.common import leading_arguments, log_line, print_table
 from dpo_jax.config.commands import PlanConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
@@ -243,14 +241,14 @@ def plan_command(argv: list[str]) -> None:
     """Runs `dpo-jax plan CONFIG.yaml [--devices N] [--memory GB] [--key.path value ...]`."""
     (file,), rest = leading_arguments(argv, "plan", "CONFIG.yaml")
     settings = parse_config(PlanConfig, file or None, rest, prog="dpo-jax plan CONFIG.yaml")
+    if not 0 < settings.memory < math.inf or settings.devices < 0:
+        raise UserError("--memory must be a finite number of GB above 0, --devices at least 0; change them")
     if settings.devices:  # the compiler needs only their number, so CPUs emulate them
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", settings.devices)
     plan = plan_run(resolve_base_model(settings))
-    grid = Grid("on each device", "GB")
-    for name, value in (*plan.memory._asdict().items(), ("total", plan.memory.total)):
-        grid.add_row(name, f"{value / GB:.2f}")
-    Console().print(grid)
+    parts = (*plan.memory._asdict().items(), ("total", plan.memory.total))
+    print_table(("on each device", "GB"), [(name, f"{value / GB:.2f}") for name, value in parts])
     log_line(
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; {jax.device_count()} device(s); at most "
         f"{plan.shape.microbatches} microbatches of {plan.shape.rows} rows x {plan.shape.length} tokens"

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column
-from rich.table import Table as Grid
 
-from dpo_jax.commands.common import log_line
+from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.config.commands import WinrateConfig
 from dpo_jax.config.schema import ModelConfig
 from dpo_jax.config.yaml import dump
@@ -23,7 +20,7 @@ from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.pages.winrate import WinrateRow, render_winrate, winrate_json, winrate_table
-from dpo_jax.paths import cache_folder, is_run, written
+from dpo_jax.paths import cache_folder, is_run, read_checked, refuse_links, write_checked, written
 from dpo_jax.records import Array
 from dpo_jax.rewards.endpoint import EndpointClient
 from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
@@ -33,7 +30,7 @@ from dpo_jax.rewards.words import Reward
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
-from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.run_folder import check_secrets, run_config
 from dpo_jax.training.tables import comparison_streams, decode_texts, prompt_ids, prompt_texts
 
 
@@ -67,6 +64,9 @@ def winrate_command(argv: list[str]) -> None:
     if not paths:
         raise UserError("dpo-jax winrate: give the folders of runs or models, then options such as --judge happy")
     settings = config_of_path(paths[0], rest, WinrateConfig, "dpo-jax winrate RUN_OR_MODEL")
+    check_secrets(settings)
+    if is_run(paths[0]):
+        refuse_links(paths[0])
     judge, client, best = _judge(settings)
     policies, question = _load_policies(paths, settings)
     rows, judged = [], []
@@ -143,15 +143,14 @@ def _sample_texts(
     options |= {"temperature": temperature, "copies": copies, "seed": seed}
     key = hashlib.blake2b(f"{json.dumps(options)} {policy.key}".encode(), digest_size=16).hexdigest()
     path = cache_folder() / "completions" / f"{key}.json"
-    if path.is_file():
-        texts = json.loads(path.read_text(encoding="utf-8"))
+    if (content := read_checked(path)) is not None:
+        texts = json.loads(content)
     else:
         ends = policy.loaded.end_ids(policy.tokenizer)
         how = options | {"eos_id": ends, "batch_size": settings.batch_size}
         ids = generate(policy.loaded.model, load_into_memory(policy.loaded.params), policy.prompts, **how)
         texts = decode_texts(policy.tokenizer, ids, ends)
-        with written(path) as f:
-            json.dump(texts, f)
+        write_checked(path, json.dumps(texts).encode())
     return [texts[i : i + copies] for i in range(0, len(texts), copies)]
 
 
@@ -214,10 +213,7 @@ def _percent(share: WinShare) -> str:
 
 def _print(rows: Sequence[WinrateRow], lines: Sequence[str]) -> None:
     head, *body = winrate_table(rows)
-    grid = Grid(Column(head[0], no_wrap=True), *head[1:])
-    for cells in body:
-        grid.add_row(*cells)
-    Console().print(grid)
+    print_table(head, body, wrap=False)
     for line in lines:
         log_line(line)
 

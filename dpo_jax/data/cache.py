@@ -27,11 +27,11 @@ from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, enco
 from dpo_jax.data.sources.base import Item, Note, as_bytes
 from dpo_jax.data.table import KINDS, EncodeReport, EncodeTally, LengthQuantiles, Table
 from dpo_jax.errors import UserError
+from dpo_jax.paths import ABANDONED
 from dpo_jax.records import Tokens
 
 # Part of every key. Raise it when the arrays or the report change, or when the same content encodes differently.
 CACHE_FORMAT = 4
-ABANDONED = 24 * 3600  # seconds after which the draft of a killed run is removed
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +58,8 @@ def cached_encode(items: Iterable[Item], tokenizer: Any, cache_dir: Path, **opti
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             log.warning("cache entry %s is damaged (%s); encoding again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
+            if entry.exists():
+                raise UserError(f"{entry}: damaged and not yours to remove; set DPO_JAX_CACHE") from error
     with _writable(cache_dir):
         _write_entry(entry, items, tokenizer, chosen)
     return _open_entry(entry)
@@ -192,8 +194,9 @@ def _draft(entry: Path) -> Path:
 
 def _remove_abandoned(cache_dir: Path) -> None:
     for draft in cache_dir.glob("tokens-*.*"):
-        if time.time() - draft.stat().st_mtime > ABANDONED:
-            shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has finished it
+            if time.time() - draft.stat().st_mtime > ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _open_entry(entry: Path) -> tuple[Table, EncodeReport]:

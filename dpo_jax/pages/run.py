@@ -1,7 +1,6 @@
 """Page of run folders: the tables, figures and samples of one run, or of several runs side by side."""
 
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,12 @@ from dpo_jax.errors import UserError
 from dpo_jax.pages import figure
 from dpo_jax.pages.figure import COLOURS, INK
 from dpo_jax.pages.output import render_page
+from dpo_jax.paths import load_json, written
 from dpo_jax.training.metrics_file import read_metrics
 
 POINTS = 80  # a longer curve is drawn as the means of this many bins, with a band from minimum to maximum
 SAMPLES = 12
+LARGEST = 1e100  # a larger number of a damaged file is not drawn: axes overflow
 SECTIONS = ("model", "reference", "data", "loss", "optim")
 PACKAGES = ("dpo_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
@@ -82,45 +83,52 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
       UserError: a folder is not a run folder, or one of its files is damaged.
     """
     loaded = [read_run(Path(folder)) for folder in runs]
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".new")
-    temporary.write_text(render_runs(loaded), encoding="utf-8")
-    return temporary.replace(out)
+    with written(out) as file:
+        file.write(render_runs(loaded))
+    return Path(out)
 
 
 def read_run(folder: Path) -> ReportedRun:
     """Reads a run folder; only `metrics.jsonl` is required."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no run folder (it has no metrics.jsonl); give a folder made by `dpo-jax train`")
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = _checked_lines(folder / "metrics.jsonl", (int, float, type(None)))
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
-    samples = read_metrics(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
-    last = max((s.get("step", 0) for s in samples), default=0)
+    samples, file = [], folder / "samples.jsonl"
+    if file.exists():
+        samples = _checked_lines(file, (int, str, type(None)))
+    last = max((s["step"] for s in samples), default=0)
+    final, data = folder / "eval.json", folder / "data.json"
     return ReportedRun(
         name=folder.resolve().name,
         config={key: " ".join(values) for key, values in flatten(settings)},
         lines=lines,
-        final=_interval_texts(_read_json(folder / "eval.json", {}).get("metrics", {})) or _last_values(lines),
-        data=[str(line) for line in _read_json(folder / "data.json", [])],
-        samples=[s for s in samples if s.get("step", 0) == last][:SAMPLES],
+        final=(final.exists() and _interval_texts(final)) or _last_values(lines),
+        data=[str(line) for line in load_json(data, list)] if data.exists() else [],
+        samples=[s for s in samples if s["step"] == last][:SAMPLES],
     )
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    """Returns the content of a JSON file, or the default if there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e}); remove the file or write it again") from e
+def _checked_lines(path: Path, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
+    """Returns the lines of a file of metrics or samples; refuses a line with a value of another kind."""
+    lines = read_metrics(path)
+    for line in lines:
+        if type(line.setdefault("step", 0)) is not int:
+            raise UserError(f"{path}: the step {line['step']!r} is no number; remove that line")
+        if bad := next((key for key, value in line.items() if not isinstance(value, kinds)), None):
+            raise UserError(f"{path}: step {line['step']}: {bad} is {line[bad]!r:.60}; remove that line")
+    return lines
 
 
-def _interval_texts(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _interval_texts(path: Path) -> dict[str, str]:
     """Returns each metric of `eval.json` (mean, low, high, n) as a text with its 95% interval."""
-    return {
-        name: f"{_text(m['mean'])}  [{_text(m['low'])}, {_text(m['high'])}]  n {_text(m['n'])}"
-        for name, m in metrics.items()
-    }
+    try:
+        return {
+            name: f"{_text(m['mean'])}  [{_text(m['low'])}, {_text(m['high'])}]  n {_text(m['n'])}"
+            for name, m in load_json(path, dict).get("metrics", {}).items()
+        }
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: metrics must hold mean, low, high and n; remove the file or write it again") from e
 
 
 def _last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -185,7 +193,8 @@ def _panels(runs: Sequence[ReportedRun]) -> list[figure.Panel]:
 def _missing(runs: Sequence[ReportedRun], plot: Plot) -> str:
     """Returns a warning if values of a figure are not finite; "" otherwise."""
     names = [prefix + metric for metric in plot.series.values() for prefix in ("", "eval_")]
-    count = sum(name in line and line[name] is None for run in runs for line in run.lines for name in names)
+    values = (line[name] for run in runs for line in run.lines for name in names if name in line)
+    count = sum(value is None or not abs(value) < LARGEST for value in values)
     return f"Not finite, so not drawn: {count} of the values." if count else ""
 
 
@@ -221,7 +230,8 @@ def _curves(runs: Sequence[ReportedRun], plot: Plot) -> Iterator[Curve]:
 
 def polyline_points(lines: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the examples seen and the finite values of a metric, float[n] each."""
-    pairs = [(line["examples"], line[metric]) for line in lines if line.get(metric) is not None and "examples" in line]
+    pairs = [(line.get("examples"), line.get(metric)) for line in lines]
+    pairs = [pair for pair in pairs if all(value is not None and abs(value) < LARGEST for value in pair)]
     x, y = np.array(pairs, float).reshape(-1, 2).T
     return x, y
 

@@ -1,6 +1,5 @@
 """`train`: a run from Python."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.pages.run import write_report
+from dpo_jax.paths import load_json
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.training import setup
 from dpo_jax.training.loop import Callback, train_run
@@ -89,7 +89,7 @@ def finish_run(folder: Path, params: Any) -> Result:
     """Writes the report of a run; returns its result."""
     if distributed.is_primary():
         write_report([folder], folder / "report.html")
-    found = json.loads((folder / "eval.json").read_text())["metrics"]
+    found = load_json(folder / "eval.json", dict).get("metrics", {})
     return Result(folder, {name: entry["mean"] for name, entry in found.items()}, params)
 
 

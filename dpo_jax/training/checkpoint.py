@@ -7,7 +7,7 @@ its sharding, so it is checked after the array is restored to the devices, with 
 
 import json
 import logging
-import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from dpo_jax import distributed
 from dpo_jax.errors import UserError
+from dpo_jax.paths import written
 from dpo_jax.records import Array, TrainState
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,8 @@ def _write_manifest(folder: Path, leaves: Mapping[str, list], metrics: Mapping[s
     digests = {str(p.relative_to(folder)): _digest(p) for p in files}
     content = {"format": FORMAT, "jax": jax.__version__, "orbax": ocp.__version__}
     content |= {"files": digests, "leaves": dict(leaves), "metrics": dict(metrics)}
-    temporary = folder / f"{MANIFEST}.tmp"
-    with temporary.open("w") as f:
+    with written(folder / MANIFEST) as f:
         json.dump(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -92,7 +89,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {found}; this version reads format {FORMAT}: resume with the version that wrote it")
     if not all(isinstance(content.get(part), dict) for part in ("files", "leaves", "metrics")):
         raise ValueError("incomplete manifest")
+    if not all(_is_leaf(leaf) for leaf in content["leaves"].values()):
+        raise ValueError("a leaf is not dtype, shape and checksum")
+    if not all(isinstance(value, int | float | None) for value in content["metrics"].values()):
+        raise ValueError("a metric is no number")
     return content
+
+
+def _is_leaf(leaf: Any) -> bool:
+    return isinstance(leaf, list) and list(map(type, leaf)) == [str, list, int]
 
 
 def checkpoint_problem(folder: Path) -> str:
@@ -111,7 +116,7 @@ def checkpoint_problem(folder: Path) -> str:
         return "its manifest lists no files"
     for name, digest in expected.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
             return f"its manifest lists {name}, outside the checkpoint"
         if not path.is_file() or _digest(path) != digest:
             return f"{name} is {'damaged' if path.is_file() else 'missing'}"
@@ -120,15 +125,24 @@ def checkpoint_problem(folder: Path) -> str:
 
 def steps_in(folder: Path) -> list[int]:
     """Returns the steps of the checkpoints in a folder, intact or not, newest first."""
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), reverse=True)
+    found = (p for p in folder.iterdir() if re.fullmatch("0|[1-9][0-9]{0,17}", p.name) and p.is_dir())
+    return sorted((int(p.name) for p in found), reverse=True)
 
 
 def best_checkpoint(folder: Path, metric: str) -> int | None:
-    """Returns the step of the complete checkpoint with the best value of a metric; ties go to the later step."""
+    """Returns the step of the complete checkpoint with the best value of a metric; ties go to the later step.
+
+    A checkpoint with a damaged manifest is skipped, with a message.
+    """
     sign, found = -1 if any(word in metric for word in LOWER) else 1, []
     for step in steps_in(folder):
-        path = folder / str(step) / MANIFEST
-        metrics = read_manifest(path.parent).get("metrics", {}) if path.is_file() else {}
+        try:
+            metrics = read_manifest(folder / str(step))["metrics"]
+        except FileNotFoundError:
+            continue
+        except ValueError as e:
+            log.warning(f"checkpoint {step}: its manifest is damaged ({e}); it cannot be the best one")
+            continue
         if metrics.get(metric) is not None:
             found.append((sign * metrics[metric], step))
     return max(found)[1] if found else None

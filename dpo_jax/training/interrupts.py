@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 from dpo_jax import distributed
 from dpo_jax.config.schema import DataConfig, ModelConfig
 from dpo_jax.errors import UserError
+from dpo_jax.paths import LOCK_FILE
 
 EXIT_AGAIN = 75  # exit code: stopped early, everything saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # exit code: stopped immediately by Ctrl-C
-LOCK_FILE = ".lock"  # in a run folder; the operating system releases it however its process ends
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _sync_points = itertools.count(1)
 

@@ -1,6 +1,7 @@
 """Logs step metrics one step late, so that the device never waits for the host."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 from dpo_jax import distributed
 from dpo_jax.errors import UserError
 from dpo_jax.optim import Schedule
+from dpo_jax.paths import written
 from dpo_jax.training.metrics_file import append_metrics
 from dpo_jax.training.progress import Progress
 from dpo_jax.training.run import Run
 from dpo_jax.training.trackers import Tracker
 
+log = logging.getLogger(__name__)
 WriteMetrics = Callable[[int, int, dict[str, Any]], None]  # (step, comparisons trained on, metrics)
 
 
@@ -67,6 +70,8 @@ class StepLogger:
         rate = (done - self.clock[1]) / (now - self.clock[0]) if self.clock[1] else None
         self.clock = (now, done)
         self.bad = self.bad + 1 if values["nonfinite"] else 0
+        if values["unweighted"]:
+            log.warning("step %s: all weights are 0, so it changed nothing", step)
         if step % config.log_every == 0 or self.bad:
             known = {} if self.learning_rate is None else {"learning_rate": float(self.learning_rate(step - 1))}
             self.write(step, done, values | known | {"examples_per_second": rate} | self.save_seconds())
@@ -81,7 +86,7 @@ class StepLogger:
         """Writes the comparisons of update number `step` as token ids; returns a message that names the file."""
         path, indices = self.folder / f"batch-{step}.jsonl", self.examples(step - 1).tolist()
         if distributed.is_primary():
-            with path.open("w", encoding="utf-8") as file:
+            with written(path) as file:
                 for index in indices:
                     tokens = self.table[index]
                     ids = {"prompt": tokens.prompt.tolist(), "responses": [r.tolist() for r in tokens.responses]}

@@ -16,6 +16,7 @@ import numpy as np
 from dpo_jax import distributed, evaluation, optim, sharding
 from dpo_jax.data import order, pack
 from dpo_jax.errors import UserError
+from dpo_jax.paths import written
 from dpo_jax.records import Batch, TrainState
 from dpo_jax.step import init_state
 from dpo_jax.training import interrupts, logger, trackers
@@ -177,7 +178,8 @@ class _Loop:
         means = {name: entry["mean"] for name, entry in summary.items()}
         self.write(step, examples, means)
         if distributed.is_primary():
-            (run.folder / "eval.json").write_text(json.dumps({"step": step, "metrics": summary}, indent=1))
+            with written(run.folder / "eval.json") as file:
+                json.dump({"step": step, "metrics": summary}, file, indent=1)
         if run.complete is not None:
             self._write_samples(step, examples, run.complete(prepared.shardings.policy(*params)))
         return means

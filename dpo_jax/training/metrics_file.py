@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.paths import written
 
 
 def append_metrics(path: str | os.PathLike, step: int, examples: int, metrics: Mapping[str, Any]) -> None:
@@ -37,16 +38,26 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of a JSONL file; a last line torn by a kill is left out, one torn elsewhere is a UserError."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    """Returns the lines of a JSONL file; a last line torn by a kill is left out.
+
+    Raises:
+      UserError: the file cannot be read; a line, but a torn last one, is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); fix the file or remove the run folder") from e
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             if number == len(lines):  # no newline follows it
                 break
-            raise UserError(f"{path}:{number}: not JSON ({e.msg}); remove that line or the run folder") from e
+            why = " ".join(str(e).split())
+            raise UserError(f"{path}:{number}: not JSON ({why}); remove that line or the run folder") from e
+        if row is not None and not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; remove that line or the run folder")
         if row is not None:
             rows.append(row)
     return rows
@@ -57,13 +68,10 @@ def truncate_metrics(path: str | os.PathLike, step: int) -> None:
 
     Lines of `step` itself stay: whoever resumes from a checkpoint must have written them before it.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    rows = read_metrics(path)
+    if odd := next((row for row in rows if type(row.get("step")) is not int), None):
+        raise UserError(f"{path}: a line has the step {odd.get('step')!r}; remove that line or the run folder")
+    with written(Path(path)) as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows if row["step"] <= step)

@@ -1,7 +1,7 @@
 """Records of a run on the host: its config, data, model and folder, and the shardings of its policy."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Run(NamedTuple):
       export: (params, folder) -> None, writes the model.
       base: host or lazy arrays of the model below the adapters; None if the whole policy is trained.
       lora: the kind of adapters; None likewise.
+      inputs: what the run is made of -> a hash of it, as in inputs.json.
     """
 
     config: Config
@@ -53,6 +54,7 @@ class Run(NamedTuple):
     export: Callable[[Any, Path], None]
     base: Any = None
     lora: Lora | None = None
+    inputs: Mapping[str, str] = {}
 
 
 class PolicyShardings(NamedTuple):

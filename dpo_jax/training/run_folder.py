@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dpo_jax.config.yaml import difference, dump, flatten
 from dpo_jax.errors import UserError
 from dpo_jax.losses.registry import find_entry
 from dpo_jax.named import fingerprint, import_function
-from dpo_jax.paths import is_run, written
+from dpo_jax.paths import DRAFT, LOCK_FILE, is_run, load_json, refuse_links, remove_drafts, written
 from dpo_jax.training import interrupts
 
 # Keys that may change on resuming, because they change results by rounding at most.
@@ -23,9 +24,10 @@ FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_no
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 INPUTS = "inputs.json"
-# Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS.
+# Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS; fields that are named as one.
 SECRET = re.compile(
     r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
+    r"|(?i:api[-_]?key|(?:access|auth)[-_]?token|authorization|password|secret)\W*[=:]"
 )
 
 
@@ -36,19 +38,19 @@ def run_config(
     return parse_config(kind, str(Path(run) / "config.yaml"), overrides, prog=prog)
 
 
-def claim_folder(config: Config, data: Mapping[str, str]) -> tuple[Path, contextlib.AbstractContextManager]:
+def claim_folder(config: Config, inputs: Mapping[str, str]) -> tuple[Path, contextlib.AbstractContextManager]:
     """Creates the run folder, or reopens it to resume the same run; returns it and its lock.
 
     Args:
       config: the config of the run.
-      data: split -> a hash of its examples.
+      inputs: what the run is made of and its config only names (data, weights, tokenizer) -> a hash of it.
 
     Raises:
-      UserError: the folder belongs to another config (the message lists the differences), to other data or to another
+      UserError: the folder belongs to another config (the message lists the differences), to other inputs or to another
         version of the user's functions; it holds other files; or another process is writing it.
     """
     folder = Path(config.run)
-    inputs = dict(data) | function_hashes(config)
+    inputs = dict(inputs) | function_hashes(config)
     lock = _claim(folder, config, inputs) if distributed.is_primary() else contextlib.nullcontext()
     distributed.barrier("the run folder")
     if not is_run(folder):
@@ -67,16 +69,23 @@ def function_hashes(config: Config) -> dict[str, str]:
     return {name: fingerprint(function) for name, function in own.items()}
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Returns a hash of a tokenizer's vocabulary, special tokens and chat template."""
+    special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")]
+    content = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
+    return hashlib.blake2b(json.dumps(content).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 def _claim(folder: Path, config: Config, inputs: Mapping[str, str]) -> contextlib.AbstractContextManager:
-    begun = (interrupts.LOCK_FILE, "config.yaml.tmp")  # the files left if a process was killed in this function
-    if folder.is_dir() and not is_run(folder) and any(p.name not in begun for p in folder.iterdir()):
+    if folder.is_dir() and not is_run(folder) and not all(_is_begun(path.name) for path in folder.iterdir()):
         raise UserError(f"{folder}: holds other files than a run's; set another --run")
-    _check_links(folder)
+    refuse_links(folder)
     changed = difference(run_config(folder), config, FREE) if is_run(folder) else []
     if changed:
         raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); set another --run")
     _check_inputs(folder / INPUTS, inputs)
     lock = interrupts.lock_folder(folder)
+    remove_drafts(folder, age=0)
     with written(folder / "config.yaml") as f:
         f.write(dump(config))
     with written(folder / INPUTS) as f:
@@ -84,12 +93,14 @@ def _claim(folder: Path, config: Config, inputs: Mapping[str, str]) -> contextli
     return lock
 
 
+def _is_begun(name: str) -> bool:
+    """Returns whether a file is one that is left if a process was killed while it claimed a folder."""
+    return name == LOCK_FILE or name.startswith(DRAFT)
+
+
 def _check_inputs(path: Path, inputs: Mapping[str, str]) -> None:
-    """Refuses to resume with other examples or functions than those of the file, which the config does not show."""
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return  # a new run, or a file that was not written to its end
+    """Refuses to resume with other inputs than those of the file, which the config does not show."""
+    before = load_json(path, dict) if path.exists() else {}
     changed = [name for name, value in inputs.items() if before.get(name, value) != value]
     if changed:
         raise UserError(
@@ -98,15 +109,7 @@ def _check_inputs(path: Path, inputs: Mapping[str, str]) -> None:
         )
 
 
-def _check_links(folder: Path) -> None:
-    """Refuses links that lead out of the run folder, through which a run would write or delete elsewhere."""
-    inside = [p for part in (folder, folder / "checkpoints", folder / "model") if part.is_dir() for p in part.iterdir()]
-    for path in inside:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path}: a link that leads out of the run folder, {path.resolve()}; remove it")
-
-
-def check_secrets(config: Config) -> None:
+def check_secrets(config: Any) -> None:
     """Refuses passwords and tokens in a config, because the run folder and its report would show them."""
     for key, values in flatten(dataclasses.asdict(config)):
         if any(SECRET.search(value) for value in values):

@@ -1,9 +1,9 @@
 """Builds a run from its config, on the host: tokenizer, model, tables and folder."""
 
 import dataclasses
+import functools
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,14 @@ from dpo_jax.losses import Loss
 from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.models.model import Model
-from dpo_jax.paths import cache_folder
+from dpo_jax.paths import cache_folder, written
 from dpo_jax.records import Sync
 from dpo_jax.sampling import generate
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, export_notes, load_policy, load_run_tokenizer
 from dpo_jax.training.run import Run
-from dpo_jax.training.run_folder import check_secrets, claim_folder
+from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash
 from dpo_jax.training.tables import (
     check_ids,
     comparison_streams,
@@ -132,9 +132,15 @@ def setup_run(config: Config) -> Run:
         notes.append(line)
         log.info(line)
     train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
-    folder, lock = claim_folder(config, _data_hashes(train_table, eval_table))
+    load_reference = functools.cache(partial(reference_weights, config, loaded)) if loss.uses_reference else None
+    inputs = _data_hashes(train_table, eval_table) | start_hashes(config, loaded)
+    inputs["the tokenizer"] = tokenizer_hash(tokenizer)
+    if config.reference.path and load_reference:
+        inputs["the reference"] = load_reference()[1]
+    folder, lock = claim_folder(config, inputs)
     if distributed.is_primary():
-        (folder / "data.json").write_text(json.dumps(notes, indent=1))
+        with written(folder / "data.json") as file:
+            json.dump(notes, file, indent=1)
     count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
     prompts = [eval_table[i].prompt for i in range(min(count, len(eval_table)))]
     return Run(
@@ -146,7 +152,7 @@ def setup_run(config: Config) -> Run:
         loss=loss,
         sync=sync,
         params=loaded.params if loaded.lora is None else loaded.adapters,
-        load_reference=partial(reference_weights, config, loaded) if loss.uses_reference else None,
+        load_reference=load_reference,
         train_table=train_table,
         eval_table=eval_table,
         complete=make_completer(config, loaded, tokenizer, prompts) if prompts else None,
@@ -154,6 +160,7 @@ def setup_run(config: Config) -> Run:
         export=partial(loaded.export, tokenizer=tokenizer),
         base=None if loaded.lora is None else loaded.params,
         lora=loaded.lora,
+        inputs=inputs,
     )
 
 
@@ -166,7 +173,8 @@ def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, not
     for split, table in (("training", train), ("held-out", held_out)):
         check_ids(table, split, tokenizer, loaded.model)
     same = {"config": dump(config)} | _data_hashes(train, held_out)
-    same["weights at the start"] = weights_hash(loaded.params, loaded.model.architecture)
+    if distributed.is_distributed():
+        same["weights at the start"] = weights_hash(loaded.params, loaded.model.architecture)
     distributed.assert_same_everywhere(same)
     return train, held_out
 
@@ -175,12 +183,30 @@ def _data_hashes(train: Table, held_out: Table) -> dict[str, str]:
     return {"training data": train.digest, "held-out data": held_out.digest}
 
 
+def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
+    """Returns a hash of the model at the start, and of the adapters that it starts from.
+
+    Random weights, a new head and a quantized base follow from the seed; their last bits may depend on the device, so
+    that they are left out, and a run may go on elsewhere.
+    """
+    architecture, params = loaded.model.architecture, loaded.params
+    if not config.model.path:
+        params = {}
+    elif config.lora.base or architecture.score:
+        architecture, _, params = open_folder(model_folder(config.model.path))
+    found = {"the model at the start": weights_hash(params, architecture)}
+    if config.lora.path and loaded.adapters is not None:
+        found["the adapters at the start"] = weights_hash(loaded.adapters, architecture)
+    return found
+
+
 def sweep_member(run: Run, config: Config) -> Run:
     """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
     loss = losses.build(config.loss)
-    folder, lock = claim_folder(config, _data_hashes(run.train_table, run.eval_table))
+    folder, lock = claim_folder(config, run.inputs)
     if distributed.is_primary():
-        shutil.copy(run.folder / "data.json", folder / "data.json")
+        with written(folder / "data.json") as file:
+            file.write((run.folder / "data.json").read_text(encoding="utf-8"))
     return run._replace(config=config, folder=folder, lock=lock, loss=loss)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.errors import UserError
+from dpo_jax.paths import written
 
 SampleRows = Sequence[Mapping[str, str | None]]
 PROJECT = "dpo_jax"
@@ -105,7 +106,8 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
 
     known = folder / "wandb_id"
     if not known.is_file():
-        known.write_text(secrets.token_hex(8))
+        with written(known) as file:
+            file.write(secrets.token_hex(8))
     try:
         run = wandb.init(
             project=PROJECT, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder),
