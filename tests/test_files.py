@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax import paths, reference
 from dpo_jax.commands import common
+from dpo_jax.commands.export import export_command
 from dpo_jax.commands.winrate import winrate_command
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
@@ -305,6 +306,7 @@ def test_a_resumed_run_notices_another_model_reference_and_tokenizer(world):
     (world / "runs/x/inputs.json").write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json: not JSON"):
         claimed("--reference.path", "n")
+    (world / "runs/x/inputs.json").unlink()
 
 
 def test_a_tokenizer_is_known_by_vocabulary_special_tokens_and_template():
@@ -327,6 +329,23 @@ def test_a_new_head_and_random_weights_are_no_inputs(world):
     deeper = loaded.model._replace(architecture=replace(loaded.model.architecture, eps=1e-3))
     assert setup.start_hashes(settings, loaded) != setup.start_hashes(settings, loaded._replace(model=deeper))
     assert open_folder(world / "m")[0] == loaded.model.architecture
+
+
+def test_an_export_replaces_nothing_that_its_run_is_made_of(world):
+    """Even where an export wrote it, as `m` and `n`."""
+    run = claimed("--reference.path", "n").folder
+    assert run.is_dir()
+    for out, what in (("m", "model.path"), ("n", "reference.path"), ("./runs/../m", "model.path")):
+        with pytest.raises(UserError, match=rf"is {what} of this run, which would be replaced; choose another folder"):
+            export_command(["runs/x", out])
+    (world / "mine").mkdir()
+    (world / "mine/thesis.model").write_text("precious")
+    with pytest.raises(UserError, match=r"mine: holds thesis.model, which no export wrote"):
+        export_command(["runs/x", "mine"])
+    (run / "model").mkdir()
+    (run / "model/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"model: holds notes.txt, which no export wrote"):  # before training
+        claimed("--reference.path", "n")
 
 
 # The terminal.

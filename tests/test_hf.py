@@ -273,13 +273,33 @@ def test_an_export_is_replaced_completely_and_other_folders_are_kept(folders, tm
     out = tmp_path / "out"
     save_folder(out, params, config, max_shard_bytes=20_000)
     save_folder(out, params, config)
-    assert sorted(f.name for f in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    files = ["config.json", "dpo_jax.json", "generation_config.json", "model.safetensors"]
+    assert sorted(f.name for f in out.iterdir()) == files
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"out: holds notes.txt, which is no part of a model; choose another folder"):
-        save_folder(out, params, config)
+    (out / "more").mkdir()
+    for name in ("notes.txt", "thesis.model", "api_tokens.json", "more/vocab.json"):
+        (out / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"out: holds {name}, which no export wrote; choose another folder"):
+            save_folder(out, params, config)
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    save_folder(out, params, config)
     with pytest.raises(UserError, match=r"dtype 'int8' is not known; choose one of float32"):
         save_folder(tmp_path / "other", params, config, dtype="int8")
+
+
+def test_a_model_that_no_export_wrote_is_never_replaced(folders, tmp_path):
+    folder, config, params = tmp_path / "runs/a/model", *load_folder(folders("llama"))[1:]
+    shutil.copytree(folders("llama"), folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"holds config.json, which no export wrote; choose another folder"):
+        save_folder(folder, params, config)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    (tmp_path / "runs/a/config.yaml").write_text("seed: 0")  # the model of a run, written before there were lists
+    save_folder(folder, params, config)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes.txt, which no export wrote"):
+        save_folder(folder, params, config)
 
 
 def test_a_save_that_fails_leaves_the_old_export(folders, tmp_path):

@@ -15,6 +15,7 @@ from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import difference, dump, flatten
 from dpo_jax.errors import UserError
 from dpo_jax.losses.registry import find_entry
+from dpo_jax.models.huggingface.replace import check_replaceable
 from dpo_jax.named import fingerprint, import_function
 from dpo_jax.paths import DRAFT, LOCK_FILE, is_run, load_json, refuse_links, remove_drafts, written
 from dpo_jax.training import interrupts
@@ -84,6 +85,7 @@ def _claim(folder: Path, config: Config, inputs: Mapping[str, str]) -> contextli
     if changed:
         raise UserError(f"{folder} belongs to another config ({'; '.join(changed)}); set another --run")
     _check_inputs(folder / INPUTS, inputs)
+    check_replaceable(folder / "model")  # before the training, after which it is replaced
     lock = interrupts.lock_folder(folder)
     remove_drafts(folder, age=0)
     with written(folder / "config.yaml") as f:

@@ -1,6 +1,5 @@
 """Reads and writes Hugging Face model folders: config.json, safetensors (never a pickle) and the tokenizer."""
 
-import fnmatch
 import logging
 import os
 import shutil
@@ -17,9 +16,9 @@ from dpo_jax.models.families.hf_config import HfConfig
 from dpo_jax.models.families.registry import architecture_of, family
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
+from dpo_jax.models.huggingface.replace import check_replaceable, replace_folder, write_listing
 from dpo_jax.models.huggingface.safetensors import (
     DTYPES,
-    INDEX,
     Fetch,
     read_json,
     tensors_of,
@@ -32,9 +31,6 @@ from dpo_jax.paths import is_run
 log = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9
-# Files of an export. A folder that holds any other file is never replaced.
-EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", INDEX, "*token*.json", "chat_template.*")
-EXPORTED += ("vocab.json", "merges.txt", "additional_chat_templates", "*.model")
 
 
 def model_folder(path: str) -> Path:
@@ -197,7 +193,7 @@ def save_folder(
         for _ in tensors:
             pass
         return
-    _check_replaceable(folder)
+    check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -208,7 +204,8 @@ def save_folder(
         name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
         config = {**hf_config, "architectures": [name], "dtype": dtype}
         _write_configs(temporary, config, tokenizer, dict(generation or {}))
-        _replace_folder(temporary, folder)
+        write_listing(temporary)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -264,20 +261,3 @@ def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raises UserError if the path is a file, or a folder with files that are not those of an export."""
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; name a folder to write the model to")
-    for file in sorted(folder.iterdir()) if folder.exists() else ():
-        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in EXPORTED):
-            raise UserError(f"{folder}: holds {file.name}, which is no part of a model; choose another folder")
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
