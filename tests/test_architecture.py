@@ -57,7 +57,7 @@ MAY_JIT = {
     "experiments",
 }
 # Names that repeat because they are a contract: of a data source, of a model family, of an objective and an optimizer.
-CONTRACTS = {"read", "architecture", "tensors", "build"}
+CONTRACTS = {"read", "rows", "architecture", "tensors", "build"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 TORCH = {"rewards/classifier.py"}  # runs models of any family, read as safetensors
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
@@ -221,8 +221,10 @@ def test_files_and_functions_are_short(file):
 def test_no_error_is_swallowed(file):
     handlers = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.ExceptHandler)]
     wide = [h.lineno for h in handlers if h.type is None or dotted(h.type) in ("Exception", "BaseException")]
-    # A kernel that raises anything is not used, and why is logged; a user's module may raise anything when imported.
-    allowed = file in (PACKAGE / "training/attention_check.py", PACKAGE / "named.py")
+    # A kernel that raises anything is not used, and why is logged; a user's module may raise anything when imported,
+    # and transformers on a damaged file.
+    wide_ones = ("training/attention_check.py", "named.py", "models/huggingface/tokenizer.py")
+    allowed = file in [PACKAGE / name for name in wide_ones]
     assert len(wide) <= allowed, f"lines {wide} catch everything"
 
 

@@ -277,7 +277,7 @@ WRONG = [
     (
         {"question": "q", "chosen": "c", "rejected": "r"},
         2,
-        "the columns are: chosen, question, rejected; name it",
+        "the columns are: chosen, question, rejected; set data.columns: {prompt: question}",
     ),
     ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, 2, "set data.name to hh"),
     (

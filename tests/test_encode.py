@@ -6,8 +6,9 @@ from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair
 
 from dpo_jax.data import cache
 from dpo_jax.data.encode import SpecialTokens, encode
+from dpo_jax.data.report import LengthQuantiles
 from dpo_jax.data.sources.base import Note, load_comparisons, prompt_key
-from dpo_jax.data.table import KINDS, LengthQuantiles, Table
+from dpo_jax.data.table import KINDS, Table
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison, Tokens
 

@@ -25,7 +25,16 @@ EXAMPLE = re.compile(r"^```json (\w+) (\d)\n(.*?)^```\n\n^```json gives\n(.*?)^`
 DATA = (ROOT / "configs/DATA.md").read_text()
 METRICS = (ROOT / "configs/METRICS.md").read_text()
 COMING_FROM = (ROOT / "configs/COMING_FROM.md").read_text()
-WRITTEN = {"step", "examples", "grad_norm", "nonfinite", "unweighted", "learning_rate", "examples_per_second", "length_bias"}
+WRITTEN = {
+    "step",
+    "examples",
+    "grad_norm",
+    "nonfinite",
+    "unweighted",
+    "learning_rate",
+    "examples_per_second",
+    "length_bias",
+}
 SAMPLED = ("kl(policy || reference)", "true reward of the policy", "true reward of the reference")
 TWO_TERMS = [{"name": "dpo"}, {"name": "sft"}]
 

@@ -1,6 +1,8 @@
 """`dpo-jax data`: describes the data of a config before anything is trained on it, in the terminal and as a page."""
 
-from collections.abc import Iterable
+import importlib
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,33 @@ from dpo_jax.config.schema import Config, ModelConfig
 from dpo_jax.data import audit, cache
 from dpo_jax.data.encode import EncodeOptions
 from dpo_jax.data.shortcuts import Shortcut, find_shortcuts
-from dpo_jax.data.sources.base import Item
+from dpo_jax.data.sources.base import Item, source_names
+from dpo_jax.data.sources.schemas import listed
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.intervals import wilson
 from dpo_jax.losses import Loss
 from dpo_jax.pages.data import DataPage, render_data
 from dpo_jax.paths import cache_folder, written
-from dpo_jax.records import Comparison
+from dpo_jax.records import Chat, Comparison
 from dpo_jax.training import setup
 from dpo_jax.training.load import load_run_tokenizer
 from dpo_jax.training.tables import comparison_streams, encode_options, label_faults, responses_per_prompt, with_noise
 
+# For the page alone, if the tokenizer has no chat template.
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SHOWN_BAD = 5  # bad rows of each kind
+QUOTED = re.compile(r"'[^']*'|\d+")  # what differs between errors of one kind
+
 
 def data_command(argv: list[str]) -> None:
-    """`dpo-jax data CONFIG.yaml [--out FILE.html] [--show N] [--key.path value ...]`."""
+    """`dpo-jax data CONFIG.yaml [--out FILE.html] [--show N] [--key.path value ...]`, or `dpo-jax data --list`."""
+    if argv == ["--list"]:
+        _list_sources()
+        return
     (file,), rest = leading_arguments(argv, "data", "CONFIG.yaml")
     prog = "dpo-jax data CONFIG.yaml"
     settings = parse_config(LookConfig, file or None, rest, prog=prog)
@@ -38,6 +53,7 @@ def data_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     train, held_out = comparison_streams(settings.data, responses_per_prompt(settings, loss))
     sides = {"training": with_noise(settings, train), "held-out": held_out}
+    _refuse_bad(sides, settings.data.skip_bad_rows)
     page = _page(Path(file).stem, sides, tokenizer, settings, loss)
     _print(page)
     out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
@@ -55,12 +71,16 @@ def _first_model(model: ModelConfig) -> ModelConfig:
 
 def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings: LookConfig, loss: Loss) -> DataPage:
     """Returns counts, shortcuts, lengths and comparisons to show, of the training and held-out data (`sides`)."""
-    options = encode_options(settings.data)
+    options, refused_by_train = encode_options(settings.data), []
+    if not (tokenizer.chat_template or options["template"].source):  # texts need none
+        options["template"] = options["template"]._replace(source=PLAIN)
+        refused_by_train = ["the tokenizer has no chat template; set data.chat_template"]
     counts = {side: audit.count_pairs(items) for side, items in sides.items()}
     lines, tables = {}, {}
     for side, items in sides.items():
         tables[side], report = cache.cached_encode(items, tokenizer, cache_folder() / "tokens", **options)
-        refused = [f"`train` will refuse this data: {fault}" for fault in label_faults(tables[side], loss)]
+        faults = [*label_faults(tables[side], loss), *(refused_by_train if _has_chats(items) else [])]
+        refused = [f"`train` will refuse this data: {fault}" for fault in faults]
         lines[side] = [*counts[side].lines(), *report.lines(), *refused]
     if shared := audit.shared_prompts(*counts.values()):
         lines["held-out"].append(f"{shared:,} with a prompt of the training data: evaluation on them is not held out")
@@ -72,6 +92,36 @@ def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings:
     found = find_shortcuts(comparisons) if table.responses > 1 else None
     shown = [_named(audit.pieces(table, i, tokenizer)) for i in range(min(settings.show, len(table)))]
     return DataPage(name, lines, found, shown, _lengths(table), settings.data.max_length)
+
+
+def _has_chats(items: Iterable[Item]) -> bool:
+    """Returns whether the first comparison is a conversation; all are of one kind."""
+    first = next((item for item in items if isinstance(item, Comparison)), None)
+    return first is not None and isinstance(first.prompt, Chat)
+
+
+def _refuse_bad(sides: Mapping[str, Iterable[Item]], most: int) -> None:
+    """Refuses more than `most` bad examples: their number, and the first of each kind."""
+    bad = [item for items in sides.values() for item in items if isinstance(item, UserError)]
+    if len(bad) <= most:
+        return
+    kinds: dict[str, list[str]] = {}
+    for error in bad:
+        kinds.setdefault(QUOTED.sub("", str(error).partition(": ")[2]), []).append(str(error))
+    for errors in kinds.values():
+        log_line(f"{len(errors):,} bad rows: {'; '.join(errors[:SHOWN_BAD])}")
+    if len(bad) == 1:
+        raise bad[0]
+    raise UserError(f"{bad[0]} ({len(bad):,} bad rows; correct or remove them, or set data.skip_bad_rows: {len(bad)})")
+
+
+def _list_sources() -> None:
+    """Prints every data source: its name, what it reads, and its columns."""
+    for name in source_names():
+        module = importlib.import_module(f"dpo_jax.data.sources.{name}")
+        print(f"{name:22} {(module.__doc__ or '').splitlines()[0]}")
+    for name, hub, columns in listed():
+        print(f"{name:22} {hub or 'files'}: {columns}")
 
 
 def _names(responses: int) -> list[str]:

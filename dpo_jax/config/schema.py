@@ -5,16 +5,59 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Columns of the data under the usual names: a column (question), a part of one (turns.0.content), a text made of
+    several ("{instruction}\\n{input}"), or a number whose lower values are better (-rank). Empty: the column of that
+    name."""
+
+    prompt: str = ""
+    """The text or conversation to answer."""
+    chosen: str = ""
+    """The better response."""
+    rejected: str = ""
+    """The worse response."""
+    completion: str = ""
+    """A single response."""
+    completions: str = ""
+    """A list of responses, with their scores."""
+    messages: str = ""
+    """A conversation whose last turn is the response."""
+    scores: str = ""
+    """Ratings of the completions."""
+    score_chosen: str = ""
+    """Rating of the better response."""
+    score_rejected: str = ""
+    """Rating of the worse response."""
+    label: str = ""
+    """Whether a single response is wanted."""
+    weight: str = ""
+    """Factor of the loss."""
+    preference: str = ""
+    """Probability that chosen is the better one."""
+    system: str = ""
+    """System message."""
+    tools: str = ""
+    """Functions that the model may call."""
+    first: str = ""
+    """One of two responses, of which `winner` says the better one."""
+    second: str = ""
+    """The other one."""
+    winner: str = ""
+    """column=value,value: its values if the first, and if the second response is better; others are ties."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Comparisons, and how they are tokenized."""
 
     name: str = "files"
     """The source: files, hh, shp, stack_exchange, tldr, imdb, ultrafeedback, synthetic, a mixture of them, memory
-    (examples given in Python), or your own module:function."""
+    (examples given in Python), a published set (`dpo-jax data --list`), or your own module:function."""
     options: tuple[str, ...] = ()
     """Options of a module:function source, as name=value."""
     path: tuple[str, ...] = ()
     """Files, folders or hub ids that the source reads; for a mixture its parts, such as 0.5*files:pairs.jsonl."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     responses: int | None = None
     """Responses per prompt. Required by ranking losses; fixed by all others."""
     split: str = "train"

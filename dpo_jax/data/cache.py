@@ -24,14 +24,15 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_stream
+from dpo_jax.data.report import EncodeReport, EncodeTally, LengthQuantiles
 from dpo_jax.data.sources.base import Item, Note, as_bytes
-from dpo_jax.data.table import KINDS, EncodeReport, EncodeTally, LengthQuantiles, Table
+from dpo_jax.data.table import KINDS, Table
 from dpo_jax.errors import UserError
 from dpo_jax.paths import ABANDONED
 from dpo_jax.records import Tokens
 
 # Part of every key. Raise it when the arrays or the report change, or when the same content encodes differently.
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +79,7 @@ def write_table(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
             part, start = Table.of(chunk), arrays["ids"].size
             for name, array in arrays.items():
                 values = getattr(part, name)
-                array.append(values + start if name == "offsets" else values)
+                array.append(values + start if name in ("offsets", "unscored") else values)
     return _digests(folder)
 
 

@@ -1,8 +1,10 @@
 """Reads and tokenizes the data of a config."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dpo_jax.data.encode import EncodeOptions, SpecialTokens
 from dpo_jax.data.noise import add_mismatched, append_token
 from dpo_jax.data.sources.base import Item, holdout
 from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.spelling import reveal, token_ids
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
@@ -44,10 +47,12 @@ def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[It
     Raises:
       UserError: no held-out comparisons are configured, or data cannot be read.
     """
-    first = open_source(options.name, options.path, options.split, responses, options.options)
+    columns = {name: spec for name, spec in dataclasses.asdict(options.columns).items() if spec}
+    read = partial(open_source, options.name, responses=responses, options=options.options, columns=columns)
+    first = read(path=options.path, split=options.split)
     if options.eval_path or options.eval_split:
         path, split = options.eval_path or options.path, options.eval_split or options.split
-        return first, open_source(options.name, path, split, responses, options.options)
+        return first, read(path=path, split=split)
     if not options.eval_fraction:
         raise UserError("data: no held-out comparisons; set data.eval_fraction, data.eval_split or data.eval_path")
     return holdout(first, options.eval_fraction)
@@ -145,6 +150,10 @@ def responses_per_prompt(config: Config, loss: Loss) -> int:
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:
     """Returns prompts as texts; conversations are rendered by the chat template."""
+    return [reveal(text, tokenizer) for text in _rendered_prompts(prompts, tokenizer, options)]
+
+
+def _rendered_prompts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:
     template = encode_options(options)["template"]
     return [chat.prompt_text(prompt, tokenizer, template) for prompt in prompts]
 
@@ -157,8 +166,8 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfi
     """
     encoding, special = EncodeOptions(**encode_options(options)), SpecialTokens.of(tokenizer)
     starts = [[special.bos] * special.bos_before(prompt, encoding) for prompt in prompts]
-    texts = tokenizer(prompt_texts(prompts, tokenizer, options), add_special_tokens=False)["input_ids"]
-    ids = [start + text for start, text in zip(starts, texts, strict=True)]
+    texts = token_ids(_rendered_prompts(prompts, tokenizer, options), tokenizer)
+    ids = [text if text[:1] == start else start + text for start, text in zip(starts, texts, strict=True)]
     if not all(ids):
         raise UserError("a prompt is empty, so the first token would have no context; set data.add_bos: true")
     return ids

@@ -38,6 +38,7 @@ class Note(NamedTuple):
     number: int = 1
 
 
+TIE = Note("pairs of equal scores left out")
 Item = Comparison | UserError | Note
 RawExample = tuple[str, dict[str, Any]]
 """(`file:line` for error messages, values by column name)."""

@@ -18,8 +18,9 @@ A null counts as an absent column.
 from typing import Any
 
 from dpo_jax.data.sources import conversations as talk
-from dpo_jax.data.sources.base import Item, Note
-from dpo_jax.data.sources.ratings import RATINGS, TIE, Rated, pair_scores, ranked
+from dpo_jax.data.sources.base import TIE, Item, Note
+from dpo_jax.data.sources.mapping import fitting
+from dpo_jax.data.sources.ratings import RATINGS, Rated, pair_scores, ranked
 from dpo_jax.data.sources.values import (
     FLOAT32_MAX,
     Example,
@@ -196,7 +197,7 @@ def _single_response(where: str, example: Example) -> tuple[str | Chat, Any]:
 def _pair(where: str, example: Example) -> Comparison:
     if not {"chosen", "rejected"} & set(example):
         message = "the loss needs pairs: columns prompt, chosen, rejected"
-        raise UserError(f"{where}: {message}; the columns are: {_columns(example)}")
+        raise UserError(f"{where}: {message}; the columns are: {_columns(example)}{fitting(example)}")
     given = [value_of(where, example, key) for key in ("chosen", "rejected")]
     if "prompt" in example or _first(example, CONVERSATION):
         prompt = _prompt(where, example)
@@ -217,7 +218,8 @@ def _advice(example: Example) -> str:
     """Returns what to do about text responses without a prompt."""
     if all(str(example[key]).lstrip().startswith("Human:") for key in ("chosen", "rejected")):
         return "no column 'prompt'; for transcripts such as Anthropic HH's set data.name to hh"
-    return f"no column 'prompt'; the columns are: {_columns(example)}; name it, as in data.columns.prompt: question"
+    hint = fitting(example) or "; name it, as in data.columns.prompt: question"
+    return f"no column 'prompt'; the columns are: {_columns(example)}{hint}"
 
 
 def _unpaired(where: str, example: Example, responses: int, fields: dict[str, Any]) -> list[Item]:

@@ -1,11 +1,10 @@
 """Conversations in the forms of data sets (OpenAI's messages, ShareGPT's turns) to the form of chat templates."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data.sources.formats import shorten, type_name
+from dpo_jax.data.sources.values import SURROGATE, shorten, type_name
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat
 
@@ -15,7 +14,6 @@ ROLES = {
     **{"model": "assistant", "observation": "tool", "function_response": "tool"},
 }
 OTHER_NAMES = {"from": "role", "value": "content"}  # ShareGPT's
-SURROGATE = re.compile("[\ud800-\udfff]")
 Message = dict[str, Any]
 
 

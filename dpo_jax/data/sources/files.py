@@ -3,15 +3,19 @@
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_examples
 from dpo_jax.data.sources.columns import READ, comparisons_from_columns
 from dpo_jax.data.sources.formats import SUFFIXES, examples_in_file, suffix
+from dpo_jax.data.sources.mapping import map_columns
+from dpo_jax.data.sources.schemas import grouped, usual_columns
 from dpo_jax.data.sources.values import as_list
 from dpo_jax.errors import UserError
+from dpo_jax.paths import expand_home
 from dpo_jax.records import Chat, Comparison
 
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
@@ -34,37 +38,48 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     Raises:
       UserError: a file is missing or cannot be read to its end.
     """
-    return example_items(file_rows(path, split), responses)
+    return example_items(rows(path, split), responses)
 
 
-def example_items(examples: Iterable[RawExample | UserError], responses: int) -> Iterator[Item]:
-    """Yields the comparisons of examples with the usual columns (see `columns`), and notes.
+def example_items(
+    examples: Iterable[RawExample | UserError], responses: int, columns: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Item]:
+    """Yields the comparisons of examples, and notes.
 
     A note counts unused columns. With 1 response, a note replaces a pair that repeats a prompt and chosen response.
+
+    Args:
+      examples: with the usual columns (`columns`), those of a known data set (`schemas`), or mapped ones.
+      responses: responses per comparison.
+      columns: `data.columns`, see `mapping`.
     """
     seen: set[bytes] = set()
     kinds: set[type] = set()
     unused: set[str] = set()
 
     def convert(where: str, example: dict[str, Any]) -> list[Item]:
-        unused.update(example.keys() - READ if len(unused) < MOST_NAMES else ())
-        found = comparisons_from_columns(where, example, responses)
+        usual = map_columns(where, example, columns) if columns else usual_columns(where, example)
+        if isinstance(usual, Note):
+            return [usual]
+        if usual is example or columns:
+            unused.update(usual.keys() - READ if len(unused) < MOST_NAMES else ())
+        found = comparisons_from_columns(where, usual, responses)
         _check_kind(where, found, kinds)
         return [_once(item, seen) for item in found] if responses == 1 and "chosen" in example else found
 
-    yield from expand_examples(examples, convert)
+    yield from expand_examples(examples if columns else grouped(examples), convert)
     if unused:
         yield Note(f"unused columns: {as_list(unused)}", len(unused))
 
 
-def file_rows(path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:
+def rows(path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:
     """Yields every example of the files and hub ids in `path`, in order; a bad example as its error.
 
     A hub id is `owner/name` or `owner/name:config`, optionally with `@revision` (a branch, tag or commit). `datasets`
     downloads it once and memory-maps its copy.
     """
     for entry in resolve_files(path, split):
-        yield from examples_in_file(entry) if isinstance(entry, Path) else _hub(entry, split)
+        yield from examples_in_file(entry, split) if isinstance(entry, Path) else _hub(entry, split)
 
 
 def is_hub_id(name: str) -> bool:
@@ -140,7 +155,7 @@ def resolve_files(path: Sequence[str], split: str) -> list[Path | str]:
 def _entry(entry: str, split: str) -> Sequence[Path | str]:
     if is_hub_id(entry):
         return [entry]
-    place = Path(entry).expanduser()
+    place = expand_home(entry)
     if place.is_dir():
         return _folder(place, split)
     if place.exists():

@@ -1,6 +1,11 @@
-"""Data files to examples, one at a time: JSON lines and JSON (also compressed), Parquet and Arrow."""
+"""Data files to examples, one at a time: JSON lines, JSON, CSV and TSV (also compressed), Parquet and Arrow.
+
+A .json file holds what `datasets` reads from one: a list of objects, JSON lines, {"data": list}, {split: list}, or
+{column: list}.
+"""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -11,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.sources.base import RawExample, or_error
+from dpo_jax.data.sources.values import type_name
 from dpo_jax.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-KINDS = (".jsonl", ".json", ".parquet", ".arrow")
-SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", *(COMPRESSED if "json" in kind else ())))
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*(kind + packed for kind in TEXT_KINDS for packed in ("", *COMPRESSED)), ".parquet", ".arrow")
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is an error, so that a file without line feeds fills no memory
-JSON_TYPES: dict[type, str] = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
+BLANK_LIMIT = 2**20  # blank lines of up to 64 bytes in a row, which a small compressed file can hold without end
+JSON_LIMIT = 2**31  # bytes of a .json file, which is read whole
+NUMBERS = ("label", "preference", "weight", "score", "rating", "rank", "strength")  # in names of columns of numbers
 
 
 def suffix(file: Path) -> str:
@@ -33,36 +33,42 @@ def suffix(file: Path) -> str:
     return max((one for one in SUFFIXES if file.name.endswith(one)), key=len, default="")
 
 
-def type_name(value: object) -> str:
-    """Returns the name of a value's type in JSON."""
-    return JSON_TYPES.get(type(value), type(value).__name__)
-
-
-def shorten(value: object, most: int = 60) -> str:
-    """Returns a value as a message shows it: on one line, a long one cut short."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def examples_in_file(file: Path) -> Iterator[RawExample | UserError]:
+def examples_in_file(file: Path, split: str = "train") -> Iterator[RawExample | UserError]:
     """Yields the examples of a file in order, read by its suffix; a bad example as its error.
+
+    Args:
+      file: the file.
+      split: which one to read of a .json file of several.
 
     Raises:
       UserError: the file cannot be read to its end.
     """
-    plain = file.with_suffix("") if file.suffix in COMPRESSED else file
-    yield from {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}[plain.suffix](file)
+    kind = (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
+    if kind == ".json":
+        yield from _jsonl(file) if _holds_lines(file) else _json(file, split)
+    else:
+        readers = {".parquet": _parquet, ".arrow": _arrow, ".csv": _table_of_texts, ".tsv": _table_of_texts}
+        yield from readers.get(kind, _jsonl)(file)
+
+
+class _LongLineError(UserError):
+    """A line of more than `LINE_LIMIT` bytes."""
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
     """Yields (`file:line`, bytes) of each line. Only a line feed ends a line, as JSON lines specifies."""
-    number = 0
+    number = blank = 0
     try:
         with _open(file) as stream:
             while line := stream.readline(LINE_LIMIT + 1):
                 number += 1
                 if len(line) > LINE_LIMIT:
-                    raise UserError(f"{file}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; is this JSON lines?")
+                    raise _LongLineError(
+                        f"{file}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; is this JSON lines?"
+                    )
+                blank = 0 if line.strip() else blank + 1 + (len(line) >> 6)
+                if blank > BLANK_LIMIT:
+                    raise UserError(f"{file}:{number}: more than {BLANK_LIMIT:,} blank lines; remove them")
                 yield f"{file}:{number}", line
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file}:{number + 1}: cannot be read ({error}); the file may be truncated") from error
@@ -101,12 +107,85 @@ def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
             yield or_error(lambda where, line: _object(where, _parse(where, line)), where, line)
 
 
-def _json(file: Path) -> Iterator[RawExample | UserError]:
-    values = _parse(str(file), b"".join(line for _, line in _lines(file)))
+def _holds_lines(file: Path) -> bool:
+    """Returns whether a .json file holds JSON lines: an object on its first line, and further lines."""
+    found = (line for _, line in _lines(file) if line.strip())
+    try:
+        first = next(found, b"")
+        return isinstance(or_error(_parse, "", first), dict) and bool(next(found, b""))
+    except _LongLineError:
+        return False
+
+
+def _json(file: Path, split: str) -> Iterator[RawExample | UserError]:
+    try:
+        with _open(file) as stream:
+            content = stream.read(JSON_LIMIT + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); the file may be truncated") from error
+    except MemoryError as error:
+        raise UserError(f"{file}: takes more memory than there is; write it as JSON lines (.jsonl)") from error
+    if len(content) > JSON_LIMIT:
+        raise UserError(f"{file}: more than {JSON_LIMIT >> 30} GiB; write it as JSON lines (.jsonl), read line by line")
+    values = _parse(str(file), content)
+    if isinstance(values, dict):
+        values = _rows_of(file, values, split)
     if not isinstance(values, list):
-        raise UserError(f"{file}: a .json file must be a list of objects, not {type_name(values)}")
+        raise UserError(f"{file}: a .json file must hold objects, not {type_name(values)}; see configs/DATA.md")
     for number, value in enumerate(values, 1):
         yield or_error(_object, f"{file}:{number}", value)
+
+
+def _rows_of(file: Path, values: dict[str, Any], split: str) -> list[Any]:
+    """Returns the rows of one object: those under `data`, of a split, or of columns; else the object itself."""
+    if list(values) == ["data"] and isinstance(values["data"], list):
+        return values["data"]
+    lists = [value for value in values.values() if isinstance(value, list)]
+    if not lists or len(lists) < len(values):
+        return [values]
+    turns = all(isinstance(one, dict) for value in lists for one in value)
+    if turns and not any("role" in one or "from" in one for value in lists for one in value):
+        if split not in values:
+            raise UserError(f"{file}: has the splits {', '.join(values)}, not {split!r}; set data.split or eval_split")
+        return values[split]
+    if turns or len({len(value) for value in lists}) > 1:
+        return [values]  # one example of conversations
+    return [dict(zip(values, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _table_of_texts(file: Path) -> Iterator[RawExample | UserError]:
+    """Reads CSV or TSV with a head. An empty cell is absent; numbers are read in columns of numbers only."""
+    csv.field_size_limit(LINE_LIMIT)
+    row, head = 0, list[str]()
+    try:
+        with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+            for cells in csv.reader(text, delimiter="\t" if ".tsv" in file.name else ",", strict=True):
+                if not head:
+                    head = cells
+                    if len(set(head)) < len(head):
+                        raise UserError(f"{file}:1: a column is named twice; rename one")
+                elif cells:
+                    row += 1
+                    yield or_error(_from_cells, f"{file}:{row}", head, cells)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read after example {row} ({error}); correct the file") from error
+
+
+def _from_cells(where: str, head: list[str], cells: list[str]) -> RawExample:
+    if len(cells) != len(head):
+        raise UserError(f"{where}: {len(cells)} cells for {len(head)} columns; quote cells that hold the separator")
+    return where, {name: _cell(name, cell) for name, cell in zip(head, cells, strict=True)}
+
+
+def _cell(name: str, cell: str) -> Any:
+    if not cell:
+        return None
+    if any(word in name.lower() for word in NUMBERS):
+        try:
+            return json.loads(cell.lower())
+        except (ValueError, RecursionError):
+            pass
+    return cell
 
 
 def _parquet(file: Path) -> Iterator[RawExample]:
@@ -137,8 +216,9 @@ def _arrow_examples(file: Path, kind: str, batches: Any) -> Iterator[RawExample]
     number = 0
     try:
         for batch in batches():
+            batch.validate(full=True)  # a damaged offset would be read as an address
             for start in range(0, len(batch), 1024):
-                for example in batch.slice(start, 1024).to_pylist():
+                for example in _column_values(file, batch.slice(start, 1024)):
                     number += 1
                     yield f"{file}:{number}", example
     except (pyarrow.ArrowException, OSError) as error:
@@ -146,3 +226,15 @@ def _arrow_examples(file: Path, kind: str, batches: Any) -> Iterator[RawExample]
         raise UserError(
             f"{file}: cannot be read as {kind} after example {number} ({reason}); the file may be truncated"
         ) from error
+
+
+def _column_values(file: Path, batch: Any) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a batch. Python lacks some values of Arrow, such as years beyond 9999."""
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{file}: column {name}: {error}; remove the column or correct it") from error
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))

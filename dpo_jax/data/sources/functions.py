@@ -1,17 +1,30 @@
 """Data sources by name: the modules of this folder, or the user's own `module:function`."""
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, RawExample, Stream, open_stream
+from dpo_jax.data.sources.base import Item, RawExample, Stream, open_stream, source_names, unknown_choice
 from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.schemas import hub_of, listed
 from dpo_jax.errors import UserError
 from dpo_jax.named import Option, import_function, options_of, with_defaults
 from dpo_jax.records import Comparison
 
+MAPPED = ("files", "memory")  # whose examples may have any columns
+NONE: Mapping[str, str] = MappingProxyType({})
 
-def open_source(name: str, path: tuple[str, ...], split: str, responses: int, options: Sequence[str] = ()) -> Stream:
+
+def open_source(
+    name: str,
+    path: tuple[str, ...],
+    split: str,
+    responses: int,
+    options: Sequence[str] = (),
+    columns: Mapping[str, str] = NONE,
+) -> Stream:
     """Returns the items of one split of a source, built-in or `module:function`.
 
     One's own function is `(path, split, *, option=default, ...) -> iterable`, of dicts with the usual columns (see
@@ -23,6 +36,7 @@ def open_source(name: str, path: tuple[str, ...], split: str, responses: int, op
       split: the split to read.
       responses: responses per prompt.
       options: `data.options`, texts name=value for the keyword-only parameters of one's own function.
+      columns: `data.columns`, see `mapping`; for files, examples in memory and one's own function.
 
     Raises:
       UserError: an unknown source or option; data that cannot be read; no comparison.
@@ -30,13 +44,30 @@ def open_source(name: str, path: tuple[str, ...], split: str, responses: int, op
     if ":" not in name:
         if options:
             raise UserError(f"data.options: the source {name!r} has none; remove it")
-        return open_stream(name, path, split, responses)
+        return _built_in(name, path, split, responses, columns)
     function = import_function(name, "data.name")
     chosen = with_defaults("data.options.", source_options(function), _pairs(options))
-    stream = Stream(lambda: _items(name, partial(function, path, split, **chosen), responses))
+    stream = Stream(lambda: _items(name, partial(function, path, split, **chosen), responses, columns))
     if not any(isinstance(item, Comparison | UserError) for item in stream):
         raise UserError(f"data.name: {name} yields no comparison of split {split!r} of {list(path)}")
     return stream
+
+
+def _built_in(name: str, path: tuple[str, ...], split: str, responses: int, columns: Mapping[str, str]) -> Stream:
+    """Returns a source of this package, or a known data set by its name (`schemas`)."""
+    hub = hub_of(name)
+    if hub is None and name not in source_names():
+        raise unknown_choice("data source (data.name)", name, [*source_names(), *(known for known, *_ in listed())])
+    if hub == "" and not path:
+        raise UserError(f"data.path is empty; {name} is a format of files: name some")
+    if hub is not None:
+        name, path = "files", path or (hub,)
+    if not columns:
+        return open_stream(name, path, split, responses)
+    if name not in MAPPED:
+        raise UserError(f"data.columns: the source {name!r} knows its own columns; remove it, or set data.name: files")
+    rows = importlib.import_module(f"dpo_jax.data.sources.{name}").rows
+    return Stream(lambda: example_items(rows(path, split), responses, columns))
 
 
 def source_options(function: Callable) -> list[Option]:
@@ -51,7 +82,7 @@ def _pairs(options: Sequence[str]) -> Mapping[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _items(name: str, read: Callable[[], Any], responses: int) -> Iterator[Item]:
+def _items(name: str, read: Callable[[], Any], responses: int, columns: Mapping[str, str]) -> Iterator[Item]:
     """Yields the items of one's own source; dicts are converted, comparisons passed on."""
 
     def examples() -> Iterator[RawExample | UserError]:
@@ -63,7 +94,7 @@ def _items(name: str, read: Callable[[], Any], responses: int) -> Iterator[Item]
 
     first = next(iter(read()), None)
     if not isinstance(first, Comparison):
-        yield from example_items(examples(), responses)
+        yield from example_items(examples(), responses, columns)
         return
     for index, item in enumerate(read()):
         if not isinstance(item, Comparison) or len(item.responses) != responses:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -68,7 +68,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
 
 def hh_pairs(path: tuple[str, ...], split: str) -> Iterator[HhPair | UserError]:
     """Yields every example in the order of the files; arguments and errors as in `read`."""
-    return convert_examples(file_rows(path or (HUB_ID,), split), _pair)
+    return convert_examples(rows(path or (HUB_ID,), split), _pair)
 
 
 def _comparison(pair: HhPair) -> Comparison:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, expand_examples, prompt_hash
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -33,9 +33,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """
     if responses not in (0, 1):
         raise UserError("data source 'imdb' has reviews, no preferences; make pairs from a model with dpo-jax pairs")
-    return expand_examples(
-        file_rows(path or (HUB_ID,), split), lambda where, example: [_review(where, example, responses)]
-    )
+    return expand_examples(rows(path or (HUB_ID,), split), lambda where, example: [_review(where, example, responses)])
 
 
 def _review(where: str, example: dict[str, Any], responses: int) -> Item:

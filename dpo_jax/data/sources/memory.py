@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_jax.data.sources.base import Item
+from dpo_jax.data.sources.base import Item, RawExample
 from dpo_jax.data.sources.files import example_items
 from dpo_jax.errors import UserError
 
@@ -43,7 +43,7 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
-    """Yields the comparisons of examples kept by `keep_examples`.
+    """Returns the comparisons of examples kept by `keep_examples`.
 
     Args:
       path: their names.
@@ -53,8 +53,13 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     Raises:
       UserError: the examples were given to another process.
     """
+    return example_items(rows(path, split), responses)
+
+
+def rows(path: Sequence[str], split: str) -> Iterator[RawExample]:
+    """Yields the examples kept under names."""
     del split
     for name in path:
         if name not in KEPT:
             raise UserError(f"data.path: {name} was given in Python; give data=... again, or set data.name")
-        yield from example_items(((f"data[{i}]", _plain(example)) for i, example in enumerate(KEPT[name])), responses)
+        yield from ((f"data[{i}]", _plain(example)) for i, example in enumerate(KEPT[name]))

@@ -3,13 +3,12 @@
 import itertools
 from typing import Any, NamedTuple
 
-from dpo_jax.data.sources.base import Item, Note
+from dpo_jax.data.sources.base import TIE, Item, Note
 from dpo_jax.data.sources.values import Example, number_column, value_of
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
 RATINGS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-TIE = Note("pairs of equal scores left out")
 
 
 class Rated(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.values import binary_label, number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -36,7 +36,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         )
     prompts: dict[str, list[Rated]] = {}
     close = 0
-    for found in convert_examples(file_rows(path or (HUB_ID,), split), _rated):
+    for found in convert_examples(rows(path or (HUB_ID,), split), _rated):
         if isinstance(found, UserError):
             yield found
             continue

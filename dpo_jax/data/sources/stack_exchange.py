@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.sources.base import Item, Note, RawExample, convert_examples
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -52,7 +52,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         raise UserError(f"data source 'stack_exchange' has the splits train and test, not {split!r}; set data.split")
     questions: dict[str, QuestionPost] = {}
     count = 0
-    for found in convert_examples(_split(list(file_rows(path or (HUB_ID,), "train")), split), _question):
+    for found in convert_examples(_split(list(rows(path or (HUB_ID,), "train")), split), _question):
         if isinstance(found, UserError):
             yield found
         else:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, expand_examples
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.values import binary_label, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -32,7 +32,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
             f"data source 'tldr' has at most 2 responses per prompt, not {responses}; choose another loss or source"
         )
     return expand_examples(
-        file_rows(path or (HUB_ID,), split), lambda where, example: [_comparison(where, example, responses)]
+        rows(path or (HUB_ID,), split), lambda where, example: [_comparison(where, example, responses)]
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, expand_examples
 from dpo_jax.data.sources.columns import comparisons_from_columns
-from dpo_jax.data.sources.files import file_rows
+from dpo_jax.data.sources.files import rows
 from dpo_jax.data.sources.ratings import Rated, ranked
 from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
@@ -33,9 +33,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     """
     names = {"train": "train_prefs", "test": "test_prefs"}
     split = split if path else names.get(split, split)
-    return expand_examples(
-        file_rows(path or (HUB_ID,), split), lambda where, example: _items(where, example, responses)
-    )
+    return expand_examples(rows(path or (HUB_ID,), split), lambda where, example: _items(where, example, responses))
 
 
 def _items(where: str, example: dict[str, Any], responses: int) -> list[Item]:

@@ -1,16 +1,36 @@
 """Values of columns, checked: texts, numbers and labels."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_jax.data.sources.conversations import SURROGATE
-from dpo_jax.data.sources.formats import shorten, type_name
 from dpo_jax.errors import UserError
 
 FLOAT32_MAX = 3.4028234e38
 SHOWN = 20  # column names in a message
 Example = dict[str, Any]
+JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair
+
+
+def type_name(value: object) -> str:
+    """Returns the name of a value's type in JSON."""
+    return JSON_TYPES.get(type(value), type(value).__name__)
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """Returns a value as a message shows it: on one line, a long one cut short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def text_column(where: str, example: Example, key: str) -> str:

@@ -1,0 +1,232 @@
+"""Published data sets by their columns and by name, and columns mapped by the config."""
+
+import json
+
+import pytest
+
+from dpo_jax.data.sources import schemas
+from dpo_jax.data.sources.base import Note
+from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.sources.mapping import map_columns
+from dpo_jax.errors import UserError
+from dpo_jax.records import Chat, Comparison
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def items(rows, responses=2, columns=None):
+    return list(example_items(((f"f:{i + 1}", row) for i, row in enumerate(rows)), responses, columns or {}))
+
+
+TIE = Note("pairs of equal scores left out")
+HELP = {"correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
+TALK = ([user("q"), answer("good")], [user("q"), answer("bad")])
+# name -> rows in the set's columns, and what they are read as.
+SETS = {
+    "helpsteer2": (
+        [
+            {"prompt": "q", "response": "bad", "helpfulness": 1} | HELP,
+            {"prompt": "q", "response": "good", "helpfulness": 4} | HELP,
+            {"prompt": "r", "response": "a", "helpfulness": 3} | HELP,
+            {"prompt": "r", "response": "b", "helpfulness": 3} | HELP,
+        ],
+        [Comparison("q", ("good", "bad"), where="f:1", scores=(4.0, 1.0)), TIE],
+    ),
+    "helpsteer2_preference": (
+        [
+            {"split": "train", "prompt": "q", "response_1": "good", "response_2": "bad", "preference_strength": -2},
+            {"split": "train", "prompt": "q", "response_1": "bad", "response_2": "good", "preference_strength": 1},
+            {"split": "train", "prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        ],
+        [
+            Comparison("q", ("good", "bad"), where="f:1", scores=(2.0, 0.0)),
+            Comparison("q", ("good", "bad"), where="f:2", scores=(1.0, 0.0)),
+            TIE,
+        ],
+    ),
+    "helpsteer3": (
+        [{"domain": "code", "language": "c", "context": [user("q")], "response1": "bad", "response2": "good",
+          "overall_preference": 3, "individual_preference": []}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1", scores=(3.0, 0.0))],
+    ),
+    "intel_orca": (
+        [{"system": "be brief", "question": "q", "chosen": "good", "rejected": "bad"},
+         {"system": "", "question": "q", "chosen": "good", "rejected": "bad"}],
+        [Comparison(Chat(({"role": "system", "content": "be brief"}, user("q"))), (answer("good"), answer("bad")),
+                    where="f:1"),
+         Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:2")],
+    ),
+    "distilabel_orca": (
+        [{"system": "", "input": "q", "chosen": "good", "rejected": "bad", "generations": ["good", "bad"],
+          "rating": [9.0, 7.0], "status": "unchanged", "chosen_score": 9.0},
+         {"system": "", "input": "q", "chosen": "a", "rejected": "b", "rating": [9.0, 9.0], "status": "tie"}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1"), TIE],
+    ),
+    "pku_saferlhf": (
+        [{"prompt": "q", "response_0": "bad", "response_1": "good", "is_response_0_safe": True,
+          "is_response_1_safe": False, "better_response_id": 1, "safer_response_id": 0}],
+        [Comparison("q", ("good", "bad"), where="f:1")],
+    ),
+    "nectar": (
+        [{"prompt": "\n\nHuman: q\n\nAssistant: ", "turns": 1, "num_responses": 2,
+          "answers": [{"answer": "bad", "model": "m", "rank": 2.0}, {"answer": "good", "model": "n", "rank": 1.0}]}],
+        [Comparison("\n\nHuman: q\n\nAssistant:", (" good", " bad"), where="f:1", scores=(-1.0, -2.0))],
+    ),
+    "lmarena": (
+        [{"question_id": "1", "model_a": "m", "model_b": "n", "winner": winner, "conversation_a": a,
+          "conversation_b": b, "turn": 1}
+         for winner, (a, b) in (("model_a", TALK), ("model_b", TALK[::-1]), ("tie (bothbad)", TALK))],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1"),
+         Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:2"), TIE],
+    ),
+    "lmsys_55k": (
+        [{"id": 1, "model_a": "m", "model_b": "n", "prompt": json.dumps(["q", "r"]), "winner_model_a": 0,
+          "response_a": json.dumps(["bad", "worse"]), "response_b": json.dumps(["good", "better"]),
+          "winner_model_b": 1, "winner_tie": 0}],
+        [Comparison(Chat((user("q"),)), ([answer("good"), user("r"), answer("better")],
+                                         [answer("bad"), user("r"), answer("worse")]), where="f:1")],
+    ),
+    "stack_exchange_paired": (
+        [{"qid": 1, "question": "q", "date": "2020", "metadata": [], "response_j": "good", "response_k": "bad"}],
+        [Comparison("q", ("good", "bad"), where="f:1")],
+    ),
+    "webgpt": (
+        [{"question": {"dataset": "eli5", "id": "1", "full_text": "q"}, "quotes_0": {}, "answer_0": "bad",
+          "score_0": -0.5, "answer_1": "good", "score_1": 0.5},
+         {"question": {"full_text": "q"}, "answer_0": "a", "score_0": 0.0, "answer_1": "b", "score_1": 0.0}],
+        [Comparison("q", ("good", "bad"), where="f:1", scores=(0.5, -0.5)), TIE],
+    ),
+    "openai_preference": (
+        [{"input": {"messages": [user("q")], "tools": [], "parallel_tool_calls": True},
+          "preferred_output": [answer("good")], "non_preferred_output": [answer("bad")]}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1")],
+    ),
+    "alpaca_pairs": (
+        [{"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+         {"instruction": "q", "input": "with this", "chosen": "good", "rejected": "bad"}],
+        [Comparison("q", ("good", "bad"), where="f:1"), Comparison("q\nwith this", ("good", "bad"), where="f:2")],
+    ),
+    "ultrainteract": (
+        [{"task": "Math", "dataset": "x", "trajectory": [{"from": "user", "value": "q"}], "chosen": "good",
+          "rejected": "bad", "id": "1", "parent_id": "0"}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1")],
+    ),
+    "truthy_dpo": (
+        [{"id": "1", "source": "truthy_dpo", "system": "be true", "prompt": "q", "chosen": "good", "rejected": "bad"}],
+        [Comparison(Chat(({"role": "system", "content": "be true"}, user("q"))), (answer("good"), answer("bad")),
+                    where="f:1")],
+    ),
+    "capybara": (
+        [{"source": "x", "conversation": [{"input": "q", "output": "good"}], "prompt": "q", "chosen": TALK[0],
+          "rejected": TALK[1], "rating_chosen": 5, "rating_rejected": 4}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1")],
+    ),
+    "tulu3": (
+        [{"id": "1", "source": "x", "prompt": "q", "chosen": TALK[0], "rejected": TALK[1], "chosen_model": "m"}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1")],
+    ),
+    "skywork": (
+        [{"chosen": TALK[0], "rejected": TALK[1], "source": "x"}],
+        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1")],
+    ),
+    "rewardbench": (
+        [{"prompt": "q", "chosen": "good", "chosen_model": "m", "rejected": "bad", "rejected_model": "n",
+          "subset": "x", "id": 1}],
+        [Comparison("q", ("good", "bad"), where="f:1")],
+    ),
+}  # fmt: skip
+
+
+def test_every_set_has_rows_here():
+    assert {name for name, *_ in schemas.listed()} == {*SETS, "alpaca"}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_recognized_by_its_columns(name):
+    rows, expected = SETS[name]
+    assert [item for item in items(rows) if not (isinstance(item, Note) and "unused" in item.text)] == expected
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_read_by_its_name(name, tmp_path):
+    rows, expected = SETS[name]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [c for c in open_source(name, (str(tmp_path / "x.jsonl"),), "train", 2) if isinstance(c, Comparison)]
+    wanted = [c for c in expected if isinstance(c, Comparison)]
+    assert [c._replace(where="") for c in found] == [c._replace(where="") for c in wanted]
+
+
+def test_alpacas_single_responses_and_history():
+    row = {"instruction": "q", "input": "", "output": "good"}
+    assert items([row], 1) == [Comparison("q", ("good",), where="f:1")]
+    talk = {"instruction": "q", "history": [["a", "b"]], "chosen": "good", "rejected": "bad"}
+    assert items([talk])[0].prompt == Chat((user("a"), answer("b"), user("q")))
+
+
+def test_unknown_and_nameless_sets_are_refused():
+    with pytest.raises(UserError, match=r"unknown data source .*'helpstear2'; did you mean 'helpsteer2'"):
+        open_source("helpstear2", (), "train", 2)
+    with pytest.raises(UserError, match=r"data.path is empty; alpaca is a format of files"):
+        open_source("alpaca", (), "train", 1)
+
+
+# Columns mapped by the config.
+
+ROW = {"id": 1, "q": "ask", "more": "this", "turns": [user("nested"), answer("said")], "a": "x", "b": "y", "won": "A"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"prompt": "q"}, {"prompt": "ask"}),
+        ({"prompt": "turns.0.content"}, {"prompt": "nested"}),
+        ({"prompt": "turns.-1.content"}, {"prompt": "said"}),
+        ({"prompt": "{q}\\n{more}"}, {"prompt": "ask\nthis"}),
+        ({"weight": "-id"}, {"weight": -1.0}),
+        ({"first": "a", "second": "b", "winner": "won=A,B"}, {"chosen": "x", "rejected": "y"}),
+        ({"first": "b", "second": "a", "winner": "won=B,A"}, {"chosen": "x", "rejected": "y"}),
+    ],
+)
+def test_columns_are_mapped(columns, found):
+    mapped = map_columns("f:1", ROW, columns)
+    assert {name: mapped[name] for name in found} == found
+
+
+def test_a_tie_is_a_note_and_mapped_columns_are_used():
+    assert map_columns("f:1", ROW | {"won": "both"}, {"first": "a", "second": "b", "winner": "won=A,B"}) == TIE
+    found = items([ROW], columns={"prompt": "q", "first": "a", "second": "b", "winner": "won=A,B"})
+    assert found == [Comparison("ask", ("x", "y"), where="f:1"), Note("unused columns: id, more, turns", 3)]
+    ranks = {"prompt": "q", "answers": ["a", "b"], "rank": [2, 1]}
+    found = items([ranks], columns={"completions": "answers", "scores": "-rank"})
+    assert found == [Comparison("q", ("b", "a"), where="f:1", scores=(-1.0, -2.0))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": "quest"}, "f:1: data.columns.prompt: no 'quest'; the columns are: a, b, id, more, q, turns, won"),
+        ({"prompt": "turns.7.content"}, "data.columns.prompt: no 'turns.7.content'"),
+        ({"first": "a", "winner": "won=A,B"}, "data.columns.winner: give column=value,value, and the responses in"),
+        ({"scores": "-q"}, "'data.columns.scores' must be a number, not text"),
+    ],
+)
+def test_wrong_mappings_are_one_line(columns, message):
+    with pytest.raises(UserError, match=message):
+        map_columns("f:1", ROW, columns)
+
+
+def test_a_missing_column_lists_the_mapping_that_would_fit():
+    found = items([{"query": "q", "preferred": "a", "dispreferred": "b"}])[0]
+    assert str(found) == (
+        "f:1: the loss needs pairs: columns prompt, chosen, rejected; the columns are: dispreferred, preferred, query; "
+        "set data.columns: {prompt: query, chosen: preferred, rejected: dispreferred}"
+    )
+    with pytest.raises(UserError, match=r"data.columns: the source 'hh' knows its own columns"):
+        open_source("hh", (), "train", 2, columns={"prompt": "q"})
