@@ -130,6 +130,8 @@ def main() -> None:
         sys.exit(_fail("", 141))
     except OSError as e:
         sys.exit(_fail(_os_error(e)))
+    except MemoryError as e:
+        sys.exit(_fail(f"out of memory ({e}); lower batch_size, or the sizes of the data, or free memory"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
 

@@ -34,6 +34,20 @@ def cache_folder() -> Path:
         raise UserError("this user has no home folder for the caches; set DPO_JAX_CACHE to a folder") from e
 
 
+def expand_home(path: str) -> Path:
+    """Returns a path with ~ and ~name replaced by the home folder of this user or of another one.
+
+    Raises:
+      UserError: there is no such user, or the path has a character that no path has.
+    """
+    if "\0" in path:
+        raise UserError(f"{path!r}: no path holds a null byte; correct it")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{path}: {path.partition('/')[0]} has no home folder here; write the whole path") from e
+
+
 def keep_compiled() -> None:
     """Keeps compiled programs beside the other caches, so that a second run starts at once.
 

@@ -94,6 +94,30 @@ with interrupts.hang_watchdog(0.5) as alive:
     assert time.monotonic() - start < 50
 
 
+def test_a_process_that_is_stopped_and_continued_does_not_hang():
+    """As a suspended job of Slurm: three times as long as `hang_seconds`, and it goes on."""
+    code = """
+import time
+from dpo_jax.training import interrupts
+with interrupts.hang_watchdog(1.0) as alive:
+    alive()
+    print("begun", flush=True)
+    for _ in range(40):
+        time.sleep(0.1)
+        alive()
+    print("alive", flush=True)
+"""
+    env = os.environ | {"PYTHONPATH": str(launched.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "alive\n"
+    assert process.returncode == 0
+
+
 def test_out_of_memory_lists_remedies():
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nlong list of buffers")
     config = Config(data=DataConfig(rows=8), model=ModelConfig(remat="none", compute="float32"))

@@ -21,6 +21,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.named import import_function, options_of
 
 T = TypeVar("T")
+LARGEST = 2**31  # of whole numbers
 SECTIONS = {"loss": "the loss", "optim": "the optimizer"}  # whose options depend on a name
 
 
@@ -194,8 +195,23 @@ def parse_config(
     written = _as_lists(written, given)
     full = _with_sections(kind, [*written, *given])
     parsed = _parse(full, list(_applied(written, given, full).items()), "", prog)
+    _check_values(dataclasses.asdict(parsed), "")  # type: ignore[call-overload]
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: _plain(v) if k in SECTIONS else v for k, v in values.items()})
+
+
+def _check_values(value: Any, key: str) -> None:
+    """Refuses whole numbers that no array can count, and texts with a character that no file can be named by."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_values(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _check_values(part, key)
+    elif isinstance(value, int) and not -LARGEST <= value < LARGEST:
+        raise UserError(f"{key}: {value!r:.30} is beyond {LARGEST:,}; set a smaller number")
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key}: holds a null byte; remove it")
 
 
 def _as_lists(written: KeyTexts, given: KeyTexts) -> KeyTexts:

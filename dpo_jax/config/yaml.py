@@ -10,6 +10,8 @@ import yaml
 
 from dpo_jax.errors import UserError
 
+# What PyYAML's constructors raise on a scalar with a tag that does not fit it.
+_CONSTRUCTING = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 KeyTexts = Sequence[tuple[str, list[str]]]  # (dotted key, texts of its values)
 
 
@@ -51,7 +53,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         loader = _Loader(text)
         loader.name = str(path)
         values = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, *_CONSTRUCTING) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a mapping; write `key: value` lines")

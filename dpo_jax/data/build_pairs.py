@@ -39,7 +39,7 @@ def correction_rules(path: str, rules: Mapping[Any, Any]) -> list[CorrectionRule
         try:
             found.append(CorrectionRule(re.compile(pattern), replacement))
             found[-1].pattern.sub(found[-1].replacement, "")  # fails if the replacement names an unknown group
-        except (re.error, IndexError) as e:
+        except (re.error, IndexError, OverflowError, RecursionError) as e:
             raise UserError(f"{path}: {pattern!r}: {replacement!r}: no pattern and replacement of re.sub ({e})") from e
     return found
 

@@ -13,6 +13,8 @@ from dpo_jax.data.turns import Spans, as_turns, assistant_spans, unwritten
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError)  # of a template's expressions, and of PyYAML's
+
 
 class Template(NamedTuple):
     """A chat template and its arguments.
@@ -57,7 +59,7 @@ def chat_template(source: str, options: tuple[str, ...]) -> Template:
         raise UserError(f"data.chat_template_kwargs: {bad[0]!r} is not name=value")
     try:
         return Template(source, tuple((name.strip(), yaml.safe_load(value)) for name, _, value in pairs))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_PYTHON_ERRORS) as error:
         raise UserError(f"data.chat_template_kwargs: not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -174,7 +176,7 @@ def _apply(
             tokenize=False,
             **{**dict(template.options), **chat.options},
         )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (jinja2.TemplateError, ArithmeticError, RuntimeError, *_PYTHON_ERRORS) as error:
         raise UserError(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from error
 
 

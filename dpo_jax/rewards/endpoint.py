@@ -4,14 +4,13 @@ Answers are cached on disk by the content of their request, so an interrupted co
 API key comes from the environment, is sent in one header, and is never printed, logged or written.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
 import os
-import secrets
 import threading
 import time
+import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.paths import read_checked, write_checked
 
 OWN = "x-stainless-"  # how the client's own headers start; OWN + "retry-count" holds the retries so far
 HEADERS = {"host", "connection", "accept", "accept-encoding", "content-type", "content-length", "user-agent"}
+LARGEST_ANSWER = 2**24  # bytes
 QUOTED = 300  # characters of a server's message that an error repeats
 ADVICE: dict[int | None, str] = {401: "; check ${key}", 404: "; check endpoint.base_url and endpoint.model"}
 
@@ -93,8 +94,9 @@ class EndpointClient:
 
     def _connect(self) -> Any:
         """Returns the client, which follows no redirect, so that only endpoint.base_url sees questions and key."""
+        hooks = {"request": [self._admit], "response": [self._limit]}
         try:
-            http = self._openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [self._admit]})
+            http = self._openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks)
         except (ImportError, ValueError) as e:
             raise UserError(f"proxy in the environment: {e}; change or unset HTTPS_PROXY, HTTP_PROXY, ALL_PROXY") from e
         url, timeout, retries = self.endpoint.base_url, self.endpoint.timeout, self.endpoint.retries
@@ -117,11 +119,31 @@ class EndpointClient:
             self._next = turn + (60 / self.endpoint.per_minute if self.endpoint.per_minute else 0.0)
         if turn > now:
             time.sleep(turn - now)
+        request.extensions["deadline"] = time.monotonic() + self.endpoint.timeout
         for name in set(request.headers) - HEADERS:
             if not name.startswith(OWN):
                 del request.headers[name]
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
+
+    def _limit(self, response: Any) -> None:
+        """Runs before an answer is read, to end one that never does: the client's timeout is that of each part."""
+        httpx = importlib.import_module(type(response).__module__.partition(".")[0])  # which of its versions it may be
+        parts, deadline = response.stream, response.request.extensions["deadline"]
+
+        class Limited(httpx.SyncByteStream):
+            def __iter__(self) -> Any:
+                size = 0
+                for part in parts:
+                    size += len(part)
+                    if time.monotonic() > deadline or size > LARGEST_ANSWER:
+                        raise httpx.ReadTimeout("the answer took too long, or is too long", request=response.request)
+                    yield part
+
+            def close(self) -> None:
+                parts.close()
+
+        response.stream = Limited()
 
     def _answer(self, client: Any, question: str) -> str:
         messages = [{"role": "user", "content": question}]
@@ -129,16 +151,12 @@ class EndpointClient:
         text = json.dumps([self.endpoint.base_url, request], sort_keys=True)
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         path = self._cache / key[:2] / f"{key}.json"
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # absent or damaged
-            cached = json.loads(path.read_text(encoding="utf-8"))["text"]
+        if (content := read_checked(path)) is not None:
             with self._lock:
                 self.found += 1
-            return cached
+            return json.loads(content)["text"]
         answer = self._paid_answer(self._send(client, question))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        temporary.write_text(json.dumps(answer), encoding="utf-8")
-        temporary.replace(path)  # so that a file under its name is complete
+        write_checked(path, json.dumps(answer).encode())
         return answer["text"]
 
     def _send(self, client: Any, question: str) -> bytes:
@@ -150,6 +168,10 @@ class EndpointClient:
             return create(model=self.endpoint.model, messages=messages, extra_body=self._fields).http_response.content
         except (self._openai.APIStatusError, self._openai.APIConnectionError) as e:
             raise self._failure(e) from None
+        except (RecursionError, OverflowError, ValueError) as e:  # an error's body, or a header, that is nonsense
+            raise self._error(
+                f"the client cannot read the response ({self._quote(str(e))}); check the server"
+            ) from None
 
     def _paid_answer(self, content: bytes) -> dict[str, Any]:
         """Returns the answer in a response, with its tokens, after adding its cost."""
@@ -157,7 +179,7 @@ class EndpointClient:
             found = json.loads(content)
             text, usage = found["choices"][0]["message"]["content"] or "", found.get("usage") or {}
             read, written = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
             said = self._quote(content.decode("utf-8", "replace"))
             raise self._error(f"response is not JSON of a chat completion; check endpoint.base_url: {said}") from None
         if self.endpoint.max_cost is not None and not usage:
@@ -194,6 +216,10 @@ def _checked_fields(endpoint: EndpointConfig) -> dict[str, Any]:
         raise UserError("endpoint.model: name the model to ask")
     if not endpoint.base_url.startswith(("http://", "https://")):
         raise UserError(f"endpoint.base_url must start with http:// or https://, got {endpoint.base_url!r}")
+    try:
+        urllib.parse.urlsplit(endpoint.base_url).port  # noqa: B018
+    except ValueError as e:
+        raise UserError(f"endpoint.base_url: {endpoint.base_url!r} is no address ({e}); correct it") from e
     least = {"parallel": 1, "retries": 0, "timeout": 1e-3, "per_minute": 1e-3, "max_cost": 0.0}
     for name, limit in least.items():
         value = getattr(endpoint, name)

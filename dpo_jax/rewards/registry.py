@@ -70,6 +70,6 @@ def _imported(name: str) -> Callable[..., Any]:
     function = import_function(name, "reward")
     try:
         inspect.signature(function).bind(prompts=[], completions=[])
-    except TypeError as e:
+    except (TypeError, ValueError) as e:  # ValueError: a builtin without a signature
         raise UserError(f"reward {name!r} must take the keywords prompts and completions, lists of texts") from e
     return function

@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import re
+import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +109,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, EOFError, ValueError) as e:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e})") from e
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object; write one in braces")
@@ -117,6 +119,6 @@ def _read(path: str) -> dict[str, Any]:
 def _weights(found: Mapping[str, Any], path: str) -> dict[str, float]:
     """Returns the weights by name as floats; refuses anything but finite numbers."""
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{path}: the weight of {name!r} is {value!r}, not a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            raise UserError(f"{path}: the weight of {name!r} is {value!r:.60}, not a finite number")
     return {name: float(value) for name, value in found.items()}

@@ -1,6 +1,7 @@
 """Signals, hang watchdog, out-of-memory advice and the run-folder lock."""
 
 import contextlib
+import datetime
 import faulthandler
 import fcntl
 import itertools
@@ -77,16 +78,32 @@ def _listen(read: int, received: list[str], several: bool) -> None:
 
 @contextlib.contextmanager
 def hang_watchdog(seconds: float) -> Iterator[Callable[[], None]]:
-    """Yields a function that resets a timer; at `seconds` (0: never) the process prints all stacks and exits with 1."""
+    """Yields a function that resets a timer; at `seconds` (0: never) the process prints all stacks and exits with 1.
+
+    The timer counts its own ticks, so that it stands still while the process is stopped (SIGSTOP, a suspended job).
+    """
+    waited, ended, tick = [0.0], threading.Event(), min(1.0, seconds / 4)
+
+    def watch() -> None:
+        while not ended.wait(tick):
+            waited[0] += tick
+            if waited[0] >= seconds:
+                file = sys.__stderr__ or sys.stderr
+                print(f"Timeout ({datetime.timedelta(seconds=seconds)})!", file=file, flush=True)
+                faulthandler.dump_traceback(file=file)
+                distributed.exit_now(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
 
     def alive() -> None:
-        if seconds:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+        waited[0] = 0.0
+        if seconds and not thread.ident:
+            thread.start()
 
     try:
         yield alive
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        ended.set()
 
 
 @contextlib.contextmanager

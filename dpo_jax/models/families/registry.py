@@ -1,6 +1,8 @@
 """The model families: each `model_type` of config.json is the module of that name in this folder."""
 
+import dataclasses
 import importlib
+import math
 import pkgutil
 from functools import cache
 from types import ModuleType
@@ -29,9 +31,29 @@ def architecture_of(config: HfConfig) -> Architecture:
       UserError: the family or a setting is missing or not supported.
     """
     module = family(config["model_type"])
-    foreign.refuse_foreign(config, module.READS)
-    found = module.architecture(config)
-    return reward_head.as_reward_architecture(found) if reward_head.is_reward_config(config) else found
+    try:
+        foreign.refuse_foreign(config, module.READS)
+        found = module.architecture(config)
+        found = reward_head.as_reward_architecture(found) if reward_head.is_reward_config(config) else found
+        check_sizes(found)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise UserError(f"config.json: a setting has a value that cannot be read ({e}); correct it") from e
+    return found
+
+
+def check_sizes(architecture: Architecture) -> None:
+    """Refuses sizes that no model has.
+
+    Raises:
+      UserError: the message names the field of the architecture.
+    """
+    for field in dataclasses.fields(architecture):
+        value, kind = getattr(architecture, field.name), field.type
+        if kind in (int, "int") and field.name != "position_offset":
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no size; correct it")
+        elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
+            raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no number; correct it")
 
 
 @cache

@@ -26,7 +26,8 @@ from dpo_jax.models.huggingface.safetensors import (
     write_json,
     write_params,
 )
-from dpo_jax.paths import is_run
+from dpo_jax.models.huggingface.tokenizer import read_tokenizer
+from dpo_jax.paths import expand_home, is_run
 
 log = logging.getLogger(__name__)
 
@@ -222,20 +223,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     if Path(folder).suffix == ".json" and Path(folder).is_file():
         return _tokenizer_file(Path(folder))
-    from transformers import AutoTokenizer  # imported late: it takes seconds to import
-
     name = str(folder)
-    local = Path(folder).expanduser()
+    local = expand_home(name)
     looks_local = name.startswith(("./", "../", "/", "~")) or name.count("/") > 1
     if looks_local and not local.exists():
         raise UserError(f"{name}: there is no such folder to read a tokenizer from")
-    try:
-        found, revision = (local, "") if local.exists() else name.partition("@")[::2]
-        tokenizer = AutoTokenizer.from_pretrained(found, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        where = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: no tokenizer could be read from {where}: {reason}") from error
+    found, revision = (local, "") if local.exists() else name.partition("@")[::2]
+    source = "this folder" if local.exists() else "the Hugging Face hub (and there is no such folder)"
+    tokenizer = read_tokenizer(name, found, revision, source)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token; set it in tokenizer_config.json")
     return tokenizer

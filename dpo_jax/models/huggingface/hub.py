@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError, closest
+from dpo_jax.paths import expand_home
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ UNWANTED = ("*/*", "consolidated*", "training_args*", "optimizer*")
 
 def is_hub_name(path: str) -> bool:
     """Returns whether a path can only mean a model of the hub: `owner/name` or `owner/name@revision`."""
-    return not Path(path).expanduser().exists() and NAME.fullmatch(path) is not None
+    return not expand_home(path).exists() and NAME.fullmatch(path) is not None
 
 
 @cache

@@ -176,6 +176,8 @@ def lazy_params(files: list[Path], module: ModuleType, architecture: Architectur
         embedding.
     """
     folder, found = files[0].parent, _headers(files, module)
+    if architecture.layers > max(1, len(found)):  # before anything is made for each of them
+        raise UserError(f"{folder}: config.json has {architecture.layers:,} layers, the files {len(found):,} tensors")
     table = {
         name.removeprefix(module.PREFIX): (i, tensor) for name, i, tensor in checkpoint_tensors(module, architecture)
     }
