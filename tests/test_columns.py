@@ -140,62 +140,6 @@ def test_labels_may_be_floats():
     assert [read(row | {"label": value})[0].responses for value in (1.0, 0.0)] == [("c", None), (None, "c")]
 
 
-def test_columns_of_conversations_beside_a_text_prompt_become_part_of_it():
-    pair = ({"role": "assistant", "content": "c"}, {"role": "assistant", "content": "r"})
-    asked = {"role": "user", "content": "p"}
-    for row, turns in (
-        (TEXT | {"system": "be brief"}, (SYSTEM, asked)),
-        (TEXT | {"system": ""}, (asked,)),
-        (TEXT | {"system": None}, (asked,)),
-        (TEXT | {"messages": [USER, REPLY, asked]}, (USER, REPLY, asked)),
-        (TEXT | {"messages": [USER, REPLY, asked, REPLY]}, (USER, REPLY, asked)),
-        (TEXT | {"messages": [USER, REPLY]}, (USER, REPLY, asked)),
-        (TEXT | {"messages": [SYSTEM]}, (SYSTEM, asked)),
-    ):
-        assert read(row) == [Comparison(Chat(turns), pair, where="f:1")], row
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    assert read(TEXT | {"tools": tools})[0].prompt == Chat((asked,), tuple(tools))
-    assert read(TEXT | {"messages": [USER, REPLY], "completion": "c"}, 1)[0].prompt == Chat((USER, REPLY, asked))
-    assert read({"prompt": "p", "system": "be brief"}, 0)[0].prompt == Chat((SYSTEM, asked))
-
-
-def test_turns_of_input_and_output_are_two_messages():
-    """Capybara's; beside whole conversations in chosen and rejected such a column repeats their beginning."""
-    turns = [{"input": "hi", "output": "hello"}, {"input": "p", "output": "c"}]
-    hi, hello = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-    asked, good, bad = USER | {"content": "p"}, GOOD | {"content": "c"}, BAD | {"content": "r"}
-    row = {
-        "prompt": "p",
-        "conversation": turns,
-        "chosen": [hi, hello, asked, good],
-        "rejected": [hi, hello, asked, bad],
-    }
-    assert read(row) == [Comparison(Chat((hi, hello, asked)), (good, bad), where="f:1")]
-    assert read({"conversation": turns}, 1) == [Comparison(Chat((hi, hello, asked)), (good,), where="f:1")]
-
-
-def test_a_response_may_have_several_turns_and_may_continue_one():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
-    written = call | {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}, "id": None}], "refusal": None}
-    result = {"role": "tool", "content": "2"}
-    row = TALK | {"chosen": [written, result, GOOD]}
-    assert read(row)[0].responses == ([call, result, GOOD], BAD)
-    assert read(TALK | {"prompt": [USER, REPLY]})[0].prompt == Chat((USER, REPLY))
-    begun = {"chosen": [USER, GOOD, USER, REPLY], "rejected": [USER, BAD, USER, REPLY]}
-    assert read(begun)[0].responses == ([GOOD, USER, REPLY], [BAD, USER, REPLY])
-
-
-def test_nulls_in_messages_are_absent_fields_at_any_depth():
-    tool_call = {"id": "1", "function": {"name": "f", "arguments": {"x": 1, "y": None}, "strict": None}, "type": None}
-    found = read(TALK | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [tool_call]}]})[0].responses[0]
-    assert found == {
-        "role": "assistant", "content": None,
-        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}],
-    }  # fmt: skip
-    empty = {"role": "assistant", "content": None, "tool_calls": None}
-    assert read(TALK | {"chosen": [empty]})[0].responses[0] == {"role": "assistant", "content": ""}
-
-
 def test_system_tools_and_template_arguments_belong_to_the_prompt():
     tools = [{"type": "function", "function": {"name": "f"}}]
     row = {"prompt": [USER], "chosen": "a", "rejected": "b", "system": "be brief", "chat_template_kwargs": {"x": 1}}

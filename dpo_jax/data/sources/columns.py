@@ -51,7 +51,7 @@ def comparisons_from_columns(where: str, example: Example, responses: int) -> li
     Raises:
       UserError: a column is wrong or missing.
     """
-    example = _with_system_turn(example)
+    example = _with_system_turn(where, example)
     nulls = [name for name, value in example.items() if value is None]
     example, notes = _as_conversation(where, {name: value for name, value in example.items() if value is not None})
     try:
@@ -85,14 +85,17 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
     return [Comparison(prompt, (response,), **fields)]
 
 
-def _with_system_turn(example: Example) -> Example:
+def _with_system_turn(where: str, example: Example) -> Example:
     """Returns an example whose text prompt is a user's turn if it has a column of conversations.
 
     A null in `system` means the same as "", since the other examples of the file have a system message.
     """
-    if not isinstance(example.get("prompt"), str) or not ("system" in example or example.get("tools")):
+    text = isinstance(example.get("prompt"), str) and not isinstance(example.get("chosen"), list)
+    if not text or not ("system" in example or example.get("tools")):
         return example
-    return example | {"prompt": [_user(example["prompt"])], "system": example.get("system") or ""}
+    key = _first(example, CONVERSATION)
+    turns = _with_last_turn(where, key, example) if isinstance(example.get(key), list) else [_user(example["prompt"])]
+    return example | {"prompt": turns, "system": example.get("system") or ""}
 
 
 def _as_conversation(where: str, example: Example) -> tuple[Example, list[Item]]:

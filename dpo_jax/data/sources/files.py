@@ -153,6 +153,8 @@ def resolve_files(path: Sequence[str], split: str) -> list[Path | str]:
 
 
 def _entry(entry: str, split: str) -> Sequence[Path | str]:
+    if not entry.strip():
+        raise UserError("data.path: '' names no file; name files, folders or hub ids")
     if is_hub_id(entry):
         return [entry]
     place = expand_home(entry)

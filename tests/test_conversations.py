@@ -1,0 +1,65 @@
+"""Conversations in the forms of data sets: beside texts, of several turns, with nulls of Parquet."""
+
+from test_columns import BAD, GOOD, REPLY, SYSTEM, TALK, TEXT, USER, read
+
+from dpo_jax.records import Chat, Comparison
+
+
+def test_columns_of_conversations_beside_a_text_prompt_become_part_of_it():
+    pair = ({"role": "assistant", "content": "c"}, {"role": "assistant", "content": "r"})
+    asked = {"role": "user", "content": "p"}
+    before = USER | {"content": "hi"}
+    whole = {"chosen": [before, pair[0]], "rejected": [before, pair[1]]}
+    for row, turns in (
+        (TEXT | {"system": "be brief"}, (SYSTEM, asked)),
+        (TEXT | {"system": ""}, (asked,)),
+        (TEXT | {"system": None}, (asked,)),
+        (TEXT | {"messages": [USER, REPLY, asked]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [USER, REPLY, asked, REPLY]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [USER, REPLY]}, (USER, REPLY, asked)),
+        (TEXT | {"messages": [SYSTEM]}, (SYSTEM, asked)),
+        (TEXT | {"messages": [USER, REPLY], "system": "be brief"}, (SYSTEM, USER, REPLY, asked)),
+        ({"prompt": "hi", "system": "be brief"} | whole, (SYSTEM, USER | {"content": "hi"})),
+    ):
+        assert read(row) == [Comparison(Chat(turns), pair, where="f:1")], row
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert read(TEXT | {"tools": tools})[0].prompt == Chat((asked,), tuple(tools))
+    assert read(TEXT | {"messages": [USER, REPLY], "completion": "c"}, 1)[0].prompt == Chat((USER, REPLY, asked))
+    assert read({"prompt": "p", "system": "be brief"}, 0)[0].prompt == Chat((SYSTEM, asked))
+
+
+def test_turns_of_input_and_output_are_two_messages():
+    """Capybara's; beside whole conversations in chosen and rejected such a column repeats their beginning."""
+    turns = [{"input": "hi", "output": "hello"}, {"input": "p", "output": "c"}]
+    hi, hello = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    asked, good, bad = USER | {"content": "p"}, GOOD | {"content": "c"}, BAD | {"content": "r"}
+    row = {
+        "prompt": "p",
+        "conversation": turns,
+        "chosen": [hi, hello, asked, good],
+        "rejected": [hi, hello, asked, bad],
+    }
+    assert read(row) == [Comparison(Chat((hi, hello, asked)), (good, bad), where="f:1")]
+    assert read({"conversation": turns}, 1) == [Comparison(Chat((hi, hello, asked)), (good,), where="f:1")]
+
+
+def test_a_response_may_have_several_turns_and_may_continue_one():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    written = call | {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}, "id": None}], "refusal": None}
+    result = {"role": "tool", "content": "2"}
+    row = TALK | {"chosen": [written, result, GOOD]}
+    assert read(row)[0].responses == ([call, result, GOOD], BAD)
+    assert read(TALK | {"prompt": [USER, REPLY]})[0].prompt == Chat((USER, REPLY))
+    begun = {"chosen": [USER, GOOD, USER, REPLY], "rejected": [USER, BAD, USER, REPLY]}
+    assert read(begun)[0].responses == ([GOOD, USER, REPLY], [BAD, USER, REPLY])
+
+
+def test_nulls_in_messages_are_absent_fields_at_any_depth():
+    tool_call = {"id": "1", "function": {"name": "f", "arguments": {"x": 1, "y": None}, "strict": None}, "type": None}
+    found = read(TALK | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [tool_call]}]})[0].responses[0]
+    assert found == {
+        "role": "assistant", "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }  # fmt: skip
+    empty = {"role": "assistant", "content": None, "tool_calls": None}
+    assert read(TALK | {"chosen": [empty]})[0].responses[0] == {"role": "assistant", "content": ""}
