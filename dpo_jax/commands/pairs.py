@@ -25,12 +25,22 @@ from dpo_jax.rewards import labels
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import load_policy, load_run_tokenizer
-from dpo_jax.training.tables import decode_texts, prompt_ids, prompt_texts
+from dpo_jax.training.tables import decode_texts, mapped_columns, prompt_ids, prompt_texts
 
 PairRows = Iterator[dict[str, Any] | Note]
 """Lines of the output file by column, and counts for the report."""
 OF_A_MODEL = ("reward", "correction", "self")
-READ = ("name", "options", "path", "split", "add_bos", "chat_template", "chat_template_kwargs", "skip_bad_rows")
+READ = (
+    "name",
+    "options",
+    "columns",
+    "path",
+    "split",
+    "add_bos",
+    "chat_template",
+    "chat_template_kwargs",
+    "skip_bad_rows",
+)
 NEEDED = {"reward": 0, "correction": 0, "self": 1, "others": 1, "corrupted": 1, "paired": 2, "single": 2}
 """--by -> responses that each example of the data must have."""
 
@@ -100,7 +110,8 @@ def _paths(given: Sequence[str], settings: PairsConfig) -> tuple[str, str]:
 def _load_examples(settings: PairsConfig) -> list[Comparison]:
     """Returns the examples of the first prompts; one per prompt if a model answers them."""
     source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
-    for row in open_source(source.name, source.path, source.split, NEEDED[settings.by], source.options):
+    responses, columns = NEEDED[settings.by], mapped_columns(source)
+    for row in open_source(source.name, source.path, source.split, responses, source.options, columns):
         if isinstance(row, UserError):
             bad += 1
             if bad > source.skip_bad_rows:

@@ -37,6 +37,11 @@ def reward_encoding(config: Config, loss: Loss) -> dict[str, Any] | None:
     return options if loss.rewards else None
 
 
+def mapped_columns(options: DataConfig) -> dict[str, str]:
+    """Returns `data.columns` without the names that are not mapped."""
+    return {name: spec for name, spec in dataclasses.asdict(options.columns).items() if spec}
+
+
 def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[Item], Iterable[Item]]:
     """Returns the training and the held-out comparisons; both can be iterated repeatedly.
 
@@ -47,7 +52,7 @@ def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[It
     Raises:
       UserError: no held-out comparisons are configured, or data cannot be read.
     """
-    columns = {name: spec for name, spec in dataclasses.asdict(options.columns).items() if spec}
+    columns = mapped_columns(options)
     read = partial(open_source, options.name, responses=responses, options=options.options, columns=columns)
     first = read(path=options.path, split=options.split)
     if options.eval_path or options.eval_split:
