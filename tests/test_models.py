@@ -52,6 +52,7 @@ CASES = {
     "gemma3_text without windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
     "gemma3_text with windows only": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
     "llama with biases": ("llama", BIASES),
+    "gpt2 scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3}),
     "gpt2 untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "relu"}),
     "gpt_neox serial": (
         "gpt_neox",
@@ -273,7 +274,7 @@ def test_bfloat16_is_near_float32_with_float32_gradients(folders, kind):
         assert error < 0.1, name
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*ATTENTION, "gpt2 scaled by layer"])
 def test_decoding_from_the_cache_equals_the_full_sequence(folders, kind):
     architecture, _, params = load_folder(folders(kind))
     model = build_model(architecture)

@@ -66,10 +66,10 @@ class Architecture:
       shared_norm: attention and MLP read the same normalized residual, as in GPT-J.
       norm_offset: added to the scale of a norm; 1 for families that store the scale minus 1.
       qk_norm: normalization of queries and keys: "head" by head, or "all" heads together; None for no normalization.
-      windows: window of each layer: how many tokens a query attends to, itself included; 0 for all tokens. Empty if no
-        layer has a window.
+      windows: how many tokens a query of each layer attends to, itself included; 0 for all. Empty for all layers 0.
       window_rope: rotary positions of layers with a window, if they differ from `rope`.
       score_scale: multiplies attention scores; None for d ** -0.5.
+      layer_scaled: the scores of layer i, counted from 1, are divided by i.
       score_cap: c in c * tanh(score / c); None for no cap.
       logit_cap: the same for logits.
       embedding_scale: multiplies token embeddings.
@@ -107,6 +107,7 @@ class Architecture:
     windows: tuple[int, ...] = ()
     window_rope: Rope | None = None
     score_scale: float | None = None
+    layer_scaled: bool = False
     score_cap: float | None = None
     logit_cap: float | None = None
     embedding_scale: float = 1.0

@@ -20,6 +20,7 @@ from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
 from dpo_jax.records import Array
 
 Cache = tuple[LayerCache, ...]  # one entry per layer
+LayerInputs = tuple[Array | None, Array | None]  # windows int32[L] and factors of scores float32[L], or one layer's
 Angles = tuple[Array, Array]  # cosine and sine of rotary angles, float32[R, T, 1, dims / 2] each
 
 
@@ -87,14 +88,15 @@ def scoring_of(a: Architecture) -> Scoring:
 
 
 def _attention(
-    a: Architecture, attend: Attend, x: Array, cache: LayerCache | None, context: Context, window: Array | None
+    a: Architecture, attend: Attend, x: Array, cache: LayerCache | None, context: Context, own: LayerInputs
 ) -> tuple[Array, tuple[Array, ...]]:
     """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache.
 
-    `window` is int32[], 0 in a layer without a window; None if no layer has a window that masks anything.
+    `own` has the layer's window int32[], 0 for none (None if no layer's masks anything), and the factor of its scores.
     """
-    angles = _angles(context.angles, window)
+    (window, factor), angles = own, _angles(context.angles, own[0])
     q, k, v = (_heads(a, x, name, angles) for name in "qkv")
+    q = q if factor is None else q * factor.astype(q.dtype)
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
@@ -111,9 +113,8 @@ def _attention(
 def _angles(kinds: tuple[Angles, ...], window: Array | None) -> Angles | None:
     """Returns the rotary angles of one layer; None with learned positions.
 
-    All layers run through one scan, whose body is traced once. Whether a layer has a window is therefore an array
-    (`window`), not a Python value: Gemma 3's two sets of angles are computed once, before the scan, and every layer
-    selects one of the two here.
+    The scan over layers is traced once, so a layer's window is an array, not a Python value. Gemma 3's two sets of
+    angles are computed before the scan, and every layer selects one here.
     """
     if len(kinds) < 2:
         return kinds[0] if kinds else None
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: LayerCache | None, window: Array | None, context: Context
+        self, x: Array, cache: LayerCache | None, own: LayerInputs, context: Context
     ) -> tuple[Array, tuple[Array, ...] | None]:
         """Returns the residual [R, T, D] after the layer and, if `return_kv`, its keys and values or its cache."""
         a = self.architecture
@@ -150,7 +151,7 @@ class Block(nn.Module):
             return Norm(a, name=name)(x) if wanted else x
 
         read = norm(x, "attention_norm", a.pre_norm)
-        mixed, kept = _attention(a, self.attend, read, cache, context, window)
+        mixed, kept = _attention(a, self.attend, read, cache, context, own)
         x, before = x + norm(mixed, "attention_post_norm", a.post_norm), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
@@ -209,11 +210,12 @@ class Decoder(nn.Module):
         x = self._embed(tokens, positions)
         angles = tuple(angles_at(rope, positions) for rope in (a.rope, a.window_rope) if rope is not None)
         context = context._replace(positions=positions, angles=angles)
-        windows = _windows(a, tokens.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2])
+        length = tokens.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2]
+        own = _windows(a, length), 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
         if cache is None:
-            x, kept = self._scan_layers()(x, None, windows, context)
+            x, kept = self._scan_layers()(x, None, own, context)
         else:
-            x, kept = self._unrolled_layers(x, cache, windows, context)
+            x, kept = self._unrolled_layers(x, cache, own, context)
         x = Norm(a, name="final_norm")(x)
         if a.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
@@ -240,21 +242,20 @@ class Decoder(nn.Module):
             self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (a.vocab,))
         return x
 
-    def _unrolled_layers(self, x: Array, cache: Cache, windows: Array | None, context: Context) -> tuple[Array, Cache]:
+    def _unrolled_layers(self, x: Array, cache: Cache, own: LayerInputs, context: Context) -> tuple[Array, Cache]:
         """Runs the layers unrolled, to decode: a scan would copy each layer's parameters and cache at every token."""
         block, kept = Block(self.architecture, self.return_kv, self.attend, parent=None), []
         for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
-            x, new = block.apply({"params": params}, x, old, None if windows is None else windows[i], context)
+            x, new = block.apply({"params": params}, x, old, jax.tree.map(lambda y, i=i: y[i], own), context)
             kept.append(new)
         return x, tuple(kept)
 
     def _scan_layers(self) -> Callable[..., tuple[Array, tuple[Array, ...] | None]]:
         """Returns the layers as one scan, so that the program and its compile time do not grow with L.
 
-        The three transforms nest as scan(remat(gather(Block))). Gather is innermost: the scan then slices one layer
-        out of the sharded stack and only that layer is all-gathered. It is inside remat, so that gathered parameters
-        are not saved for the backward pass, which gathers them again (even with remat "none"); otherwise the saved
-        copies would add up to the full model on every device.
+        The transforms nest as scan(remat(gather(Block))). The scan slices one layer out of the sharded stack, and only
+        that is all-gathered. Remat does not save it for the backward pass, which gathers again (even with remat
+        "none"): the saved copies would add up to the full model on every device.
         """
         block = Block
         policy = POLICIES[self.remat]
@@ -264,7 +265,7 @@ class Decoder(nn.Module):
         if policy is not None:
             # prevent_cse is for code outside a scan, where XLA could merge the recomputation with the forward pass.
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        axes: Any = (0, 0, nn.broadcast)  # of cache (None here), windows and context
+        axes: Any = (0, 0, nn.broadcast)  # of cache (None here), inputs of the layers and context
         scan = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -10,6 +10,12 @@ from dpo_jax.models.families import hf_config as hf
 CLASS = "Gemma3ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
 READS = gemma2.READS | {"rope_local_base_freq", "sliding_window_pattern"}
+# Names in the folders of models that read images too (4B to 27B), of which the language model is a part.
+WRAPPED = ("model.language_model.", "language_model.model.", "language_model.")
+ELSEWHERE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# What the config.json of such a folder leaves out.
+WRAPPED_DEFAULTS = {"vocab_size": 262208, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8}
+WRAPPED_DEFAULTS |= {"intermediate_size": 9216, "tie_word_embeddings": True}
 DEFAULTS = {
     **gemma2.DEFAULTS,
     "max_position_embeddings": 131072,

@@ -29,7 +29,6 @@ def architecture(config: hf.HfConfig) -> Architecture:
       UserError: a setting is missing or not supported.
     """
     hf.only_setting(config, "scale_attn_weights", True)
-    hf.only_setting(config, "scale_attn_by_inverse_layer_idx", False)
     hf.only_setting(config, "add_cross_attention", False)
     width, heads, layers = (hf.need_setting(config, key) for key in ("n_embd", "n_head", "n_layer"))
     return gpt_like(
@@ -43,6 +42,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
         out_bias=True,
         max_positions=hf.get_setting(config, "n_positions", 1024),
         residual_scale=(2 * layers) ** -0.5,
+        layer_scaled=hf.get_setting(config, "scale_attn_by_inverse_layer_idx", False),
     )
 
 

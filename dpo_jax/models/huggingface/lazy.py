@@ -118,8 +118,16 @@ class _Header(NamedTuple):
     code: str
 
 
+def _own_name(key: str, module: ModuleType) -> str:
+    """Returns a tensor's name without the prefixes of its family, and of a model of which it is a part."""
+    for prefix in getattr(module, "WRAPPED", ()):
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key.removeprefix(module.PREFIX)
+
+
 def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
-    """Returns the tensors in the files, by name without the family's prefix, except buffers.
+    """Returns the tensors in the files, by name without the family's prefix, except buffers and parts for images.
 
     Raises:
       UserError: a file is damaged, or two of them hold the same tensor.
@@ -130,7 +138,9 @@ def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
         try:
             with safe_open(file, framework="numpy") as source:
                 for key in source.keys():  # noqa: SIM118 (it is no dict)
-                    name, view = key.removeprefix(module.PREFIX), source.get_slice(key)
+                    if key.startswith(getattr(module, "ELSEWHERE", ())):
+                        continue
+                    name, view = _own_name(key, module), source.get_slice(key)
                     if name in found:
                         raise UserError(f"{file}: tensor {key} is in {found[name].file.name} too; remove one of them")
                     found[name] = _Header(file, key, stamp, tuple(view.get_shape()), view.get_dtype())
