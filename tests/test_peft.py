@@ -9,7 +9,7 @@ import originals
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import FAMILIES, folders_of, load_torch, logits_of, tokens_of
+from tiny import FAMILIES, folder_of, folders_of, load_torch, logits_of, tokens_of
 
 from dpo_jax import losses, optim
 from dpo_jax.data import pack
@@ -94,6 +94,79 @@ def test_rank_and_alpha_patterns_mean_what_they_mean_in_peft(folders, tmp_path):
         lora.load_adapters(tmp_path, architecture)
 
 
+def test_rslora_divides_by_the_root_of_the_rank(folders, tmp_path):
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    theirs = adapted(
+        folders("llama"), r=5, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True, **patterns
+    )
+    theirs.save_pretrained(tmp_path)
+    assert_loads_as(folders("llama"), tmp_path, theirs)
+    architecture, _, _ = open_folder(folders("llama"))
+    adapters, spec = lora.load_adapters(tmp_path, architecture)
+    lora.save_adapters(tmp_path / "out", adapters, spec, architecture, "base")  # in the plain form
+    assert_loads_as(folders("llama"), tmp_path / "out", theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "saved"),
+    [
+        ("llama", False, ["lm_head"]),
+        ("llama", False, ["embed_tokens"]),
+        ("llama", True, ["embed_tokens", "lm_head"]),
+        ("gpt_neox", False, ["embed_in", "lm_head"]),
+        ("gpt2", True, ["wte", "lm_head"]),
+    ],
+)
+def test_modules_saved_in_full_are_read_and_written(kind, tied, saved, tmp_path):
+    folder = folder_of(kind, tmp_path / "base", tie_word_embeddings=tied)
+    target = {"llama": "q_proj", "gpt_neox": "query_key_value", "gpt2": "c_attn"}[kind]
+    theirs = adapted(folder, r=3, lora_alpha=5, target_modules=[target], modules_to_save=saved)
+    change = torch.randn(128, 32, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "modules_to_save" in name:
+                p.copy_(p + change)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert_loads_as(folder, tmp_path / "adapter", theirs)
+    architecture, _, _ = open_folder(folder)
+    adapters, spec = lora.load_adapters(tmp_path / "adapter", architecture)
+    keys = {"embedding" if tied or name != "lm_head" else "head" for name in saved}
+    assert set(adapters) == {"layers"} | keys
+    lora.save_adapters(tmp_path / "out", adapters, spec, architecture, str(folder))
+    again = PeftModel.from_pretrained(load_torch(folder), tmp_path / "out").eval()
+    tokens = tokens_of(2, 20)
+    np.testing.assert_allclose(torch_logits(again, tokens), torch_logits(theirs, tokens), atol=1e-5)
+    assert_loads_as(folder, tmp_path / "out", theirs)
+
+
+def test_saved_modules_that_do_not_fit_are_refused(tmp_path):
+    folder = folder_of("llama", tmp_path / "base", tie_word_embeddings=True)
+    architecture, _, _ = open_folder(folder)
+    theirs = adapted(folder, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    theirs.save_pretrained(tmp_path / "one")
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is missing; the model ties embedding and head, so that"):
+        lora.load_adapters(tmp_path / "one", architecture)
+    both = adapted(folder, r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    with torch.no_grad():
+        next(p for n, p in both.named_parameters() if "lm_head.modules_to_save" in n).add_(1.0)
+    both.save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match=r"embedding and head differ, but config\.json ties them; untie them there"):
+        lora.load_adapters(tmp_path / "two", architecture)
+
+
+def test_new_adapters_with_whole_modules_begin_as_the_base(folders):
+    architecture, _, base = load_folder(folders("llama"))
+    spec = lora.Lora(2, 4.0, ("q_proj", "lm_head", "embed_tokens"))
+    adapters = lora.init_adapters(architecture, spec, 0, base)
+    assert set(adapters) == {"layers", "embedding", "head"}
+    attached = lora.attach_adapters(architecture, base, adapters, spec)
+    assert np.array_equal(attached["head"], base["head"])
+    changed = adapters | {"head": adapters["head"] + 1}
+    merged = lora.merge_adapters(architecture, base, changed, spec)
+    assert np.array_equal(merged["head"], base["head"] + 1)
+    assert set(lora.adapter_axes(architecture, build_model(architecture).axes, spec)) == set(adapters)
+
+
 def test_a_bfloat16_adapter_is_read(folders, tmp_path):
     theirs = adapted(folders("llama"), r=2, target_modules=["down_proj"])
     for name, p in theirs.named_parameters():
@@ -111,19 +184,20 @@ def test_a_bfloat16_adapter_is_read(folders, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_rslora": True},
         {"use_dora": True},
         {"bias": "lora_only"},
         {"layers_to_transform": [1]},
         {"init_lora_weights": "olora"},
-        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["norm"]},
     ],
 )
 def test_unsupported_settings_of_peft_are_refused_by_name(folders, settings, tmp_path):
     theirs = adapted(folders("llama"), r=2, target_modules=["q_proj"], **settings)
     theirs.save_pretrained(tmp_path)
     (key,) = settings
-    with pytest.raises(UserError, match=rf"adapter_config.json: {key} = .* is not supported"):
+    with pytest.raises(
+        UserError, match=rf"adapter_config.json: {key} (= .* is not|has .*; only embed_tokens, lm_head are) supported"
+    ):
         lora.load_adapters(tmp_path, open_folder(folders("llama"))[0])
 
 

@@ -12,7 +12,7 @@ from dpo_jax.paths import is_run
 from dpo_jax.training.load import export_notes, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_state
 from dpo_jax.training.run_folder import run_config
-from dpo_jax.training.tables import reward_encoding
+from dpo_jax.training.tables import reward_encoding, template_file_text
 
 
 def export_command(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def export_command(argv: list[str]) -> None:
     rewarded = reward_encoding(settings, loss)
     loaded = load_policy(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
     state = restore_state(path, settings, loaded, loss, which)
-    loaded.save(state.params, Path(out), tokenizer)
+    loaded.save(state.params, Path(out), tokenizer, template_file_text(settings.data))
     for line in export_notes(settings, loaded):
         log_line(line)
     log_line(f"wrote {out}; transformers loads it with from_pretrained")

@@ -16,8 +16,8 @@ def models_command(argv: list[str]) -> None:
     Console().print(grid)
     log_line(
         "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
-        "Rotary positions: default, linear, llama3; longrope in phi3. Any other setting of a config.json is refused\n"
-        "by its key, and so are mixtures of experts.\n"
+        "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
+        "refused by key, and so are mixtures of experts.\n"
         "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
         "tensors(architecture), and a row in tests/tiny.py, with which the tests compare it to transformers."
     )

@@ -31,7 +31,7 @@ from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
 from dpo_jax.training.run_folder import check_secrets, run_config
-from dpo_jax.training.tables import comparison_streams, decode_texts, prompt_ids, prompt_texts
+from dpo_jax.training.tables import decode_texts, held_out_comparisons, prompt_ids, prompt_texts
 
 
 class SampledPolicy(NamedTuple):
@@ -99,7 +99,7 @@ def _judge(settings: WinrateConfig) -> tuple[Judge, EndpointClient | None, Rewar
 def _load_policies(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[SampledPolicy], WinrateQuestion]:
     """Returns the policies, and the prompts and responses to compare them on."""
     from_data = settings.against == "data"
-    _, rows = comparison_streams(settings.data, int(from_data))
+    rows = held_out_comparisons(settings.data, int(from_data))
     found: dict[int, Any] = {}
     for row in only_comparisons(rows):
         if len(found) == settings.prompts:

@@ -28,6 +28,9 @@ class SampleConfig(Config):
 
     prompt: tuple[str, ...] = ()
     """Prompts to complete."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Whether a prompt is a turn of a user, written by the chat template: yes, no (a text), or yes for a model with a
+    template and for a run on conversations (auto). A text with the template's special tokens stays as it is."""
 
 
 @dataclass(frozen=True)

@@ -128,16 +128,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters. Only the adapters are trained and saved; the reference is the model without them."""
+    """Low-rank adapters. Only the adapters are trained and saved; the reference is the initial policy."""
 
     rank: int = 0
     """Rank of the adapters; 0 trains the full model."""
     alpha: float = 16.0
     """Adapter outputs are scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules to adapt, named as in transformers (q_proj, mlp.down_proj), or all-linear."""
+    """Modules to adapt, named as in transformers (q_proj, mlp.down_proj), or all-linear. Embedding and head
+    (embed_tokens, lm_head) are trained in full."""
     path: str = ""
-    """Adapters to start from: a PEFT folder, hub id or run folder. Fixes rank, alpha and targets."""
+    """Adapters to start from: a PEFT folder, hub id or run folder. Fixes rank, alpha and targets. The reference is the
+    model with them, as in TRL; the one without if reference.path names it."""
     base: Literal["", "nf4", "int8"] = ""
     """Quantization of the base model's projections (QLoRA); by default the dtype of its files."""
 

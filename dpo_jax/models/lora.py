@@ -3,6 +3,9 @@
 A module's weight W becomes W + alpha / rank * A B. Its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b`
 [L, r, *outputs], with outputs in the order of the checkpoint. Projections that a checkpoint fuses into one module share
 A, as in PEFT. The base model is never modified: without adapters it is the reference.
+
+Targets that name the embedding or the head are trained in full (PEFT's `modules_to_save`): beside `layers`, the pytree
+has an `embedding` or a `head` that takes the place of the base's.
 """
 
 import math
@@ -27,7 +30,7 @@ ALL = "all-linear"
 # PEFT's settings that are read, or that do not change what adapters compute. Any other setting is an error.
 KNOWN = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "init_lora_weights"}
 KNOWN |= {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"}
-KNOWN |= {"eva_config", "megatron_core", "qalora_group_size", "revision", "task_type"}
+KNOWN |= {"eva_config", "megatron_core", "qalora_group_size", "revision", "task_type", "modules_to_save", "use_rslora"}
 UNSET = (None, False, "none", [], {})
 STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # initializations that leave the base's weights alone
 
@@ -38,7 +41,7 @@ class Lora(NamedTuple):
     Attributes:
       rank: r.
       alpha: additions are multiplied by alpha / r.
-      targets: names of modules in transformers, e.g. `q_proj` or `attn.c_attn`, or `all-linear`.
+      targets: names of modules in transformers, e.g. `q_proj`, `attn.c_attn` or `lm_head`, or `all-linear`.
     """
 
     rank: int
@@ -60,14 +63,31 @@ def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dic
     }
     matched = {target: [n for n in known if target == ALL or f".{n}".endswith(f".{target}")] for target in targets}
     for target, names in matched.items():
-        if not names:
-            listed = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+        if not names and not whole_modules(architecture, (target,)):
+            listed = ", ".join(sorted({name.rpartition(".")[2] for name in [*known, *_wholes(architecture)]}))
             raise UserError(f"lora.targets: {target!r} is no projection of a {architecture.family}; it has {listed}")
     return {name: tensor for name, tensor in known.items() if any(name in names for names in matched.values())}
 
 
-def init_adapters(architecture: Architecture, lora: Lora, seed: int) -> dict[str, Any]:
+def _wholes(architecture: Architecture) -> dict[str, str]:
+    """Returns the modules that can be trained in full: name -> key of the parameter. A tied head is the embedding."""
+    table = family(architecture.family).tensors(architecture)
+    embedding = next(name for name, tensor in table.items() if tensor.parts[0].path == ("embedding",))
+    # The head of every model in transformers, GPT-NeoX's too, whose files have another name.
+    return {embedding.removesuffix(".weight"): "embedding", "lm_head": "embedding" if architecture.tied else "head"}
+
+
+def whole_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, str]:
+    """Returns the modules that targets train in full: name -> key of the parameter, `embedding` or `head`."""
+    every = _wholes(architecture)
+    keys = {key for name, key in every.items() for target in targets if f".{name}".endswith(f".{target}")}
+    return {name: key for name, key in every.items() if key in keys}
+
+
+def init_adapters(architecture: Architecture, lora: Lora, seed: int, base: Any = None) -> dict[str, Any]:
     """Returns new adapters as host arrays: A uniform up to 1 / sqrt(inputs) as in PEFT, B zero, so nothing changes.
+
+    Modules that are trained in full begin as those of the base, which is needed for them only.
 
     Raises:
       UserError: the rank is below 1, there is no target, or a target matches no projection.
@@ -81,7 +101,12 @@ def init_adapters(architecture: Architecture, lora: Lora, seed: int) -> dict[str
         a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
         b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
         adapters[_adapter_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
-    return {"layers": adapters}
+    wholes = {key: np.asarray(base[key], np.float32) for key in _whole_keys(architecture, lora)}
+    return {"layers": adapters, **wholes}
+
+
+def _whole_keys(architecture: Architecture, lora: Lora) -> list[str]:
+    return sorted(set(whole_modules(architecture, lora.targets).values()))
 
 
 def _adapter_name(tensor: Tensor) -> str:
@@ -106,7 +131,7 @@ def attach_adapters(architecture: Architecture, base: Any, adapters: Any, lora: 
         for part in tensor.parts:
             name = part.path[1]
             layers[name] = {**layers[name], "lora_a": a, "lora_b": b[_output_index(tensor, part)] * scale}
-    return {**base, "layers": layers}
+    return {**base, "layers": layers, **{key: adapters[key] for key in _whole_keys(architecture, lora)}}
 
 
 def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any:
@@ -116,7 +141,7 @@ def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any
         a, b = _part_axes(tensor, tensor.parts[0], model_axes)
         fused = (*b[:2], *(None for _ in module_axes(tensor)[1]))  # its outputs belong to several projections
         found[_adapter_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
-    return {"layers": found}
+    return {"layers": found, **{key: model_axes[key] for key in _whole_keys(architecture, lora)}}
 
 
 def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -173,12 +198,16 @@ def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Archite
       architecture: architecture of the base.
       base: folder or hub id of the base.
     """
-    tensors, chosen = {}, adapted_modules(architecture, lora.targets)
+    tensors, chosen, ranks = {}, adapted_modules(architecture, lora.targets), dict[str, int]()
     for name, tensor in chosen.items():
         a, b = (np.asarray(adapters["layers"][_adapter_name(tensor)][key]) for key in ("lora_a", "lora_b"))
+        rank = ranks[name.rpartition("{i}.")[2]] = a.shape[-1]  # a module of a PEFT folder may have one of its own
         for i in range(architecture.layers):
-            tensors[f"{_peft_prefix(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, lora.rank).T)
-            tensors[f"{_peft_prefix(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(lora.rank, -1).T)
+            tensors[f"{_peft_prefix(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, rank).T)
+            tensors[f"{_peft_prefix(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(rank, -1).T)
+    wholes = whole_modules(architecture, lora.targets)
+    for name, key in wholes.items():
+        tensors[f"base_model.model.{name}.weight"] = np.array(adapters[key])  # tied ones twice: each is a copy in PEFT
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
@@ -187,6 +216,11 @@ def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Archite
         "target_modules": sorted({name.rpartition("{i}.")[2] for name in chosen}),
         "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
     }
+    if wholes:
+        settings["modules_to_save"] = sorted(name.rpartition(".")[2] for name in wholes)
+    if own := {module: rank for module, rank in ranks.items() if rank != lora.rank}:
+        alphas = {module: lora.alpha * rank / lora.rank for module, rank in own.items()}
+        settings |= {"rank_pattern": own, "alpha_pattern": alphas}
     write_json(folder / SETTINGS, settings)
 
 
@@ -207,13 +241,52 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are supported") from None
     targets = _read_targets(settings.get("target_modules") or (), tensors, architecture)
-    lora = Lora(int(settings["r"]), float(settings["lora_alpha"]), targets)
-    adapters = {"layers": dict(_read_adapters(folder, tensors, settings, lora, architecture))}
+    wholes = tuple(settings.get("modules_to_save") or ())
+    rank = int(settings["r"])
+    lora = Lora(rank, float(settings["lora_alpha"]) * rank / _divisor(settings, rank), targets + wholes)
+    adapters = _read_wholes(folder, tensors, wholes, architecture)
+    adapters["layers"] = dict(_read_adapters(folder, tensors, settings, lora, architecture))
     if tensors:
         raise UserError(
             f"{folder / WEIGHTS}: tensor {min(tensors)} is not part of the adapter of a {architecture.family}"
         )
     return adapters, lora
+
+
+def _divisor(settings: Mapping[str, Any], rank: int) -> float:
+    """Returns what alpha is divided by: r, or sqrt(r) with rsLoRA (arXiv 2312.03732)."""
+    return math.sqrt(rank) if settings.get("use_rslora") else rank
+
+
+def _read_wholes(
+    folder: Path, tensors: dict[str, Any], names: tuple[str, ...], architecture: Architecture
+) -> dict[str, np.ndarray]:
+    """Returns the modules trained in full, by key of the parameter, and removes their tensors from `tensors`.
+
+    Raises:
+      UserError: a module is neither embedding nor head, has no tensor or one of another shape; or the model ties the
+        two and the file does not.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name in names:
+        if not whole_modules(architecture, (name,)):
+            known = ", ".join(sorted({whole.rpartition(".")[2] for whole in _wholes(architecture)}))
+            raise UserError(f"{folder / SETTINGS}: modules_to_save has {name!r}; only {known} are supported")
+    for module, key in whole_modules(architecture, names).items():
+        tensor = tensors.pop(f"base_model.model.{module}.weight", None)
+        if tensor is None:
+            why = f"tensor base_model.model.{module}.weight is missing"
+            why += "; the model ties embedding and head, so that both are needed" if architecture.tied else ""
+            raise UserError(f"{folder / WEIGHTS}: {why}")
+        if tensor.shape != (architecture.vocab, architecture.width):
+            shape = (architecture.vocab, architecture.width)
+            raise UserError(f"{folder / WEIGHTS}: {module} has shape {tensor.shape}, the model's is {shape}")
+        tensor = tensor.astype(np.float32)
+        if not np.array_equal(found.setdefault(key, tensor), tensor):
+            raise UserError(
+                f"{folder / WEIGHTS}: embedding and head differ, but config.json ties them; untie them there"
+            )
+    return found
 
 
 def _read_targets(names: Any, tensors: Mapping[str, Any], architecture: Architecture) -> tuple[str, ...]:
@@ -264,6 +337,6 @@ def _read_adapters(
         if a.shape[2:] != (math.prod(inputs),) or b.shape[1:] != (math.prod(outputs), rank):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
         alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
-        b = b * (np.array(alphas, np.float32) / rank / (lora.alpha / lora.rank))[:, None, None]
+        b = b * (np.array(alphas, np.float32) / _divisor(settings, rank) / (lora.alpha / lora.rank))[:, None, None]
         leaves = a.transpose(0, 2, 1).reshape(-1, *inputs, rank), b.transpose(0, 2, 1).reshape(-1, rank, *outputs)
         yield _adapter_name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))

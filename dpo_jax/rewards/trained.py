@@ -11,6 +11,7 @@ from dpo_jax import reference
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.noise import append_token
+from dpo_jax.data.prompt_text import source_of
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_rewards
@@ -18,7 +19,7 @@ from dpo_jax.models import reward_head
 from dpo_jax.models.huggingface.folder import load_tokenizer, model_folder, open_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.model import build_model
-from dpo_jax.records import Array, Comparison, Tokens
+from dpo_jax.records import Array, Chat, Comparison, Tokens
 
 ROW = 512  # least tokens in a packed row; longer rows are powers of two of it, so that few shapes are compiled
 MICROBATCH = 4096  # tokens
@@ -29,7 +30,8 @@ class TrainedReward(NamedTuple):
     """A reward model as two functions (prompts, completions) -> float32[n].
 
     Attributes:
-      of_texts: takes n prompts and n completions as texts; EOS is appended to each completion.
+      of_texts: takes n prompts and n completions as texts; EOS is appended to each completion. The conversation
+        behind a `PromptText` is rendered by the chat template of the model's folder, as in training.
       of_ids: takes arrays of token ids by the tokenizer of the model's folder; completions stay as they are.
     """
 
@@ -61,7 +63,7 @@ def trained_reward(path: str) -> TrainedReward:
 
     def of_texts(prompts: Sequence[str], completions: Sequence[str]) -> Array:
         pairs = zip(prompts, completions, strict=True)
-        rows = [Comparison(p, (c,), where=f"completion {i}") for i, (p, c) in enumerate(pairs, 1)]
+        rows = [_comparison(source_of(p), c, f"completion {i}") for i, (p, c) in enumerate(pairs, 1)]
         if not rows:
             return np.zeros(0, np.float32)
         table, _ = encode(rows, tokenizer, **_encoding(config, architecture.max_positions))
@@ -73,6 +75,13 @@ def trained_reward(path: str) -> TrainedReward:
         return of_table(Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True)))
 
     return TrainedReward(of_texts, of_ids)
+
+
+def _comparison(prompt: str | Chat, completion: str, where: str) -> Comparison:
+    """Returns a completion of a text, or an answer to a conversation, to be rendered by the model's own template."""
+    if isinstance(prompt, Chat):
+        return Comparison(prompt, ({"role": "assistant", "content": completion},), where=where)
+    return Comparison(prompt, (completion,), where=where)
 
 
 def _encoding(config: Any, positions: int) -> dict[str, Any]:

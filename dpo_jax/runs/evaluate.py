@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpo_jax import evaluation, losses
 from dpo_jax.config.commands import EvalConfig, SampleConfig
+from dpo_jax.data.prompt_text import PromptText
+from dpo_jax.data.sources.base import Item, prompt_key
+from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import EvalModel
 from dpo_jax.losses import Loss
 from dpo_jax.paths import is_run, written
-from dpo_jax.records import Chat
+from dpo_jax.records import Chat, Comparison
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.training import setup
@@ -22,8 +27,8 @@ from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_models, restore_state
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.tables import (
-    comparison_streams,
     decode_texts,
+    held_out_comparisons,
     load_table,
     prompt_ids,
     responses_per_prompt,
@@ -87,7 +92,7 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         )
     loaded, tokenizer = _load(settings, loss)
     setup.check_length(settings, loaded.model)
-    _, rows = comparison_streams(settings.data, responses_per_prompt(settings, loss))
+    rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
     table = load_table(settings, loss, tokenizer, rows, "held-out")
     judge = _eval_model(path, settings, loaded, loss)
     found = evaluation.summarize(evaluation.evaluate_model(judge, table), table.weights)
@@ -95,7 +100,11 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         _write_per_token(settings.per_token, judge, table, tokenizer)
     completions: list[tuple[str, ...]] = []
     if settings.prompts and not loss.rewards:
-        more, completions = _generated(settings, judge, tokenizer, table, loaded.end_ids(tokenizer))
+        prompts = evaluation.distinct_prompts(table, settings.prompts)
+        texts = decode_texts(tokenizer, prompts)
+        if settings.reward.startswith("model:"):
+            texts = _with_conversations(texts, prompts, table, rows)
+        more, completions = _generated(settings, judge, tokenizer, prompts, texts, loaded.end_ids(tokenizer))
         found |= more
     return Evaluation(found, completions, list(judge.params))
 
@@ -117,7 +126,8 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     if isinstance(prompts, str) or not prompts:
         raise UserError("prompts: give a list of one or more texts, as in [text]")
     chats = [p if isinstance(p, str | Chat) else Chat(tuple(p)) for p in prompts]
-    return sample_path(str(path), config_of_path(str(path), section(keys), SampleConfig, "dpo_jax.sample"), chats)
+    given = {"chat": "no"} | section(keys)  # a text is a text here; a conversation is given as one
+    return sample_path(str(path), config_of_path(str(path), given, SampleConfig, "dpo_jax.sample"), chats)
 
 
 def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> dict[str, list[str]]:
@@ -126,9 +136,38 @@ def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> di
     if loss.rewards:
         raise UserError(f"{path}: a reward model, which generates no text; name a language model")
     loaded, tokenizer = _load(settings, loss)
+    prompts = _as_turns(path, prompts, tokenizer, settings)
     models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
     complete = setup.make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
     return {name: complete(params) for name, params in models.items()}
+
+
+def _as_turns(path: str, prompts: Sequence[Any], tokenizer: Any, settings: SampleConfig) -> list[Any]:
+    """Returns prompts with each text as a turn of a user, if `settings.chat` says so; "auto" judges by the model.
+
+    A model chats if it has a chat template; a run, if its data are conversations too. A text that spells a special
+    token has been through a template and stays as it is.
+    """
+    templated = bool(settings.data.chat_template or tokenizer.chat_template)
+    if settings.chat == "no" or not (settings.chat == "yes" or (templated and _chats(path, settings))):
+        return list(prompts)
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    bare = [isinstance(prompt, str) and not any(mark in prompt for mark in marks) for prompt in prompts]
+    if any(bare):
+        log.info("the prompts are turns of a user, written by the chat template; --chat no takes them as text")
+    turns = zip(prompts, bare, strict=True)
+    return [Chat(({"role": "user", "content": prompt},)) if is_bare else prompt for prompt, is_bare in turns]
+
+
+def _chats(path: str, settings: SampleConfig) -> bool:
+    """Returns whether a run was trained on conversations; True for a model folder, or if the data are not at hand."""
+    if not is_run(path):
+        return True
+    try:
+        rows = held_out_comparisons(settings.data, responses_per_prompt(settings, losses.build(settings.loss)))
+        return isinstance(next(row for row in rows if isinstance(row, Comparison)).prompt, Chat)
+    except (UserError, StopIteration):
+        return True
 
 
 def _load(settings: Any, loss: Loss) -> tuple[LoadedModel, Any]:
@@ -147,15 +186,29 @@ def _eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: Loss
     return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
 
 
+def _with_conversations(texts: list[str], prompts: list[Any], table: Table, rows: Iterable[Item]) -> list[str]:
+    """Returns the texts of prompts, each with the conversation it came from if it did, for a reward model."""
+    keys: dict[bytes, int] = {}
+    for i in range(len(table)):
+        keys.setdefault(table[i].prompt.tobytes(), int(table.prompts[i]))
+    wanted, found = [keys[np.asarray(prompt).tobytes()] for prompt in prompts], dict[int, Any]()
+    for row in rows:
+        if isinstance(row, Comparison):
+            found.setdefault(prompt_key(row.prompt), row.prompt)
+        if found.keys() >= set(wanted):
+            break
+    sources = [found.get(key) for key in wanted]
+    return [PromptText(t, source if isinstance(source, Chat) else t) for t, source in zip(texts, sources, strict=True)]
+
+
 def _generated(
-    settings: EvalConfig, judge: EvalModel, tokenizer: Any, table: Any, ends: tuple[int, ...]
+    settings: EvalConfig, judge: EvalModel, tokenizer: Any, prompts: list[Any], texts: list[str], ends: tuple[int, ...]
 ) -> tuple[Intervals, list]:
     """Returns KL and rewards of completions of held-out prompts by both models, and some of the completions."""
-    prompts = evaluation.distinct_prompts(table, settings.prompts)
     options = dataclasses.asdict(settings.samples)
     del options["prompts"]
     ids = evaluation.complete_prompts(judge, prompts, eos_id=ends, seed=settings.seed, **options)
-    texts, completions = decode_texts(tokenizer, prompts), {k: decode_texts(tokenizer, c, ends) for k, c in ids.items()}
+    completions = {k: decode_texts(tokenizer, c, ends) for k, c in ids.items()}
     found = {}
     if "reference" in ids:
         kl = evaluation.policy_kl(judge, prompts, ids["policy"])

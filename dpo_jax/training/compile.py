@@ -176,14 +176,19 @@ def _layout(config: Config, mesh: Any, table: Table) -> pack.Layout:
 def _reference(
     run: Run, shardings: PolicyShardings, base: Any, layouts: tuple[pack.Layout, pack.Layout], put: Callable
 ) -> FrozenReference:
-    """Returns the reference on the devices; the reference of adapters is their base, which is there already."""
+    """Returns the reference on the devices; the base of adapters is there already."""
     assert run.load_reference is not None
-    where = shardings.trained if shardings.base is None else shardings.base
     weights, name = run.load_reference()
-    weights = base if weights is run.base else sharding.put_params(weights, where)
-    collectives = sharding.mesh_collectives(shardings.mesh, where)
-    model = gather_on_use(run.model, collectives, where)
-    ref_logps = reference.make_ref_logps_fn(partial(batch_logps, model), collectives)
+    if run.lora is not None and weights is run.params:  # the base with the adapters that training starts from
+        weights = sharding.put_params(weights, shardings.trained), base
+        params, collectives = shardings.policy(*weights), shardings.collectives
+        logps = partial(_adapted_logps, shardings)
+    else:
+        where = shardings.trained if shardings.base is None else shardings.base
+        weights = params = base if weights is run.base else sharding.put_params(weights, where)
+        collectives = sharding.mesh_collectives(shardings.mesh, where)
+        logps = partial(batch_logps, gather_on_use(run.model, collectives, where))
+    ref_logps = reference.make_ref_logps_fn(logps, collectives)
     cached, cache = run.config.reference.mode == "cache", partial(_cached_ref_logps, run, ref_logps, weights, name, put)
 
     def fill(state: TrainState, batch: Batch, count: int) -> Batch:
@@ -200,8 +205,13 @@ def _reference(
         fill=None if cached else fill,
         moving=weights if run.sync else (),
         recompute=recompute if run.sync else None,
-        samples=run.complete(weights) if run.complete else None,
+        samples=run.complete(params) if run.complete else None,
     )
+
+
+def _adapted_logps(shardings: PolicyShardings, pair: tuple[Any, Any], batch: Batch) -> Any:
+    """Returns the log-probs of a microbatch under a pair (adapters, base)."""
+    return batch_logps(shardings.model, shardings.policy(*pair), batch)
 
 
 def _cached_ref_logps(

@@ -28,6 +28,7 @@ from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
+from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed
 
 
 class LoadedModel(NamedTuple):
@@ -61,11 +62,21 @@ class LoadedModel(NamedTuple):
         """Returns the policy's parameters in host memory, given the trained ones (all, or adapters)."""
         if self.lora is None:
             return trained
-        return lora.attach_adapters(self.model.architecture, load_into_memory(self.params), trained, self.lora)
+        return load_into_memory(self.attached(trained))
 
-    def save(self, trained: Any, out: Path, tokenizer: Any) -> None:
-        """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes."""
-        write = partial(save_folder, out, hf_config=self.hf_config, tokenizer=tokenizer, generation=self.generation)
+    def attached(self, trained: Any) -> Any:
+        """Returns the policy's parameters as `policy` does, but those below adapters host or lazy, as they are."""
+        if self.lora is None:
+            return trained
+        return lora.attach_adapters(self.model.architecture, self.params, trained, self.lora)
+
+    def save(self, trained: Any, out: Path, tokenizer: Any, template: str = "") -> None:
+        """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes.
+
+        `template` is the chat template that the policy was trained with, if it is not the tokenizer's.
+        """
+        files = {"tokenizer": tokenizer, "template": template, "generation": self.generation}
+        write = partial(save_folder, out, hf_config=self.hf_config, **files)
         if self.lora is None:
             write(trained, fetch=distributed.fetch, writes=distributed.is_primary())
             return
@@ -73,12 +84,13 @@ class LoadedModel(NamedTuple):
         if distributed.is_primary():
             write(lora.merge_adapters(self.model.architecture, qlora.as_floats(self.params), adapters, self.lora))
 
-    def export(self, trained: Any, out: Path, tokenizer: Any) -> None:
+    def export(self, trained: Any, out: Path, tokenizer: Any, template: str = "") -> None:
         """Writes the policy as `save` does, and trained adapters to `adapter` beside it, in PEFT's format."""
-        self.save(trained, out, tokenizer)
+        self.save(trained, out, tokenizer, template)
         adapters = None if self.lora is None else distributed.fetch(trained)
         if self.lora is not None and distributed.is_primary():
-            base = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name
+            # PEFT loads the base from a model folder, which is a part of a run's.
+            base = str(model_folder(self.name).resolve()) if Path(self.name).exists() else self.name
             lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base)
 
 
@@ -115,7 +127,7 @@ def load_policy(
         model's; None for a language model.
 
     Raises:
-      UserError: neither or both of model.path and model.config; token ids beyond the vocabulary; a reward model where a
+      UserError: neither or both of model.path and model.config; a tokenizer of another model; a reward model where a
         language model is needed; adapters for a reward model.
     """
     if bool(options.path) == bool(options.config):
@@ -125,24 +137,32 @@ def load_policy(
         folder = model_folder(options.path)
         architecture, hf_config, params = open_folder(folder)
         generation = read_generation(folder)
+        end_ids(tokenizer, generation, hf_config)  # a damaged value fails now, not after training
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         hf_config = read_config(options.config) | ids | {"dtype": "float32"}  # dtype of its files
         architecture = architecture_of(hf_config)
+    grown = _grown_vocabulary(tokenizer, architecture.vocab, options.path or options.config)
+    if grown > architecture.vocab:
+        note = _growth_note(tokenizer, architecture.vocab, grown)
+        architecture, params = grow_vocabulary(architecture, params, grown)
+        hf_config = {**hf_config, "vocab_size": architecture.vocab}
     if encoding is None and architecture.score:
         raise UserError(f"{options.path}: a reward model generates no text; name a language model")
-        end_ids(tokenizer, generation, hf_config)  # a damaged value fails now, not after training
     if encoding is not None:
-        architecture, hf_config, params, note = _as_reward_model(
+        architecture, hf_config, params, new = _as_reward_model(
             architecture, hf_config, params, tokenizer, encoding, seed
         )
+        note = "; ".join(filter(None, (note, new)))
         if lora_options and (lora_options.rank or lora_options.path):
             raise UserError("lora: adapters cannot train the head of a reward model; remove lora.rank and lora.path")
     model = build_model(architecture, compute=options.compute, remat=options.remat)
     if params is None:
         params = init_params(model, seed)
-    _check_ids(tokenizer, architecture.vocab, options.path or options.config)
-    adapters, kind = initial_adapters(lora_options or LoraConfig(), architecture, seed)
+    adapters, kind = initial_adapters(lora_options or LoraConfig(), architecture, seed, params)
+    if kind is not None and (wholes := lora.whole_modules(architecture, kind.targets)):
+        whole = f"{' and '.join(sorted(wholes))}: trained in full, not by adapters (PEFT's modules_to_save)"
+        note = "; ".join(filter(None, (note, whole)))
     if kind is not None and jax.default_backend() != "cpu":  # on a CPU, XLA would add a float32 copy
         params = narrow_dtypes(params)
     if lora_options and lora_options.base:
@@ -150,21 +170,30 @@ def load_policy(
     return LoadedModel(model, params, hf_config, generation, options.path, adapters, kind, note)
 
 
-def _check_ids(tokenizer: Any, vocab: int, where: str) -> None:
-    """Refuses a tokenizer with ids beyond the embedding, unless they are unused special tokens.
+def _grown_vocabulary(tokenizer: Any, vocab: int, where: str) -> int:
+    """Returns the rows that the embedding needs: V, or more if tokens were added to the tokenizer.
 
-    The tokenizer of Gemma 3, for example, has an image token that the text-only models have no embedding for.
+    Special tokens for other uses than text need none: the tokenizer of Gemma 3, for example, names an image token that
+    the text-only models have no embedding for.
+
+    Raises:
+      UserError: the tokenizer is that of another model: it has ids beyond V that are no added tokens.
     """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= vocab}
-    if not beyond:
-        return
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, pad_token_id(tokenizer)}
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in used}
-    if beyond - special:
+    if beyond - set(tokenizer.added_tokens_decoder):
         raise UserError(
             f"{where}: vocab_size {vocab} is too small for the tokenizer's ids up to {max(beyond)}; set another "
             "model.tokenizer"
         )
+    return max(beyond & ids_to_embed(tokenizer), default=vocab - 1) + 1
+
+
+def _growth_note(tokenizer: Any, vocab: int, needed: int) -> str:
+    """Returns a log message on tokens without an embedding, which get one."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(vocab, needed)))
+    shown = ", ".join(repr(token) for token in tokens[:5]) + (", ..." if len(tokens) > 5 else "")
+    rows = f"its {vocab:,} rows grow by new ones, each the mean of the others"
+    return f"the embedding has no row for {len(tokens)} tokens of the tokenizer ({shown}): {rows}"
 
 
 def _as_reward_model(
@@ -186,8 +215,12 @@ def pad_token_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def initial_adapters(options: LoraConfig, architecture: Architecture, seed: int) -> tuple[Any, Lora | None]:
+def initial_adapters(
+    options: LoraConfig, architecture: Architecture, seed: int, base: Any = None
+) -> tuple[Any, Lora | None]:
     """Returns the initial adapters as host arrays, and their options; (None, None) if the full model is trained.
+
+    `base` has the parameters of the model, for modules that are trained in full beside adapters.
 
     Raises:
       UserError: adapters that do not fit the model, or options without effect.
@@ -199,7 +232,7 @@ def initial_adapters(options: LoraConfig, architecture: Architecture, seed: int)
         return lora.load_adapters(adapter_folder(options.path), architecture)
     if options.rank:
         kind = Lora(options.rank, options.alpha, options.targets)
-        return lora.init_adapters(architecture, kind, seed), kind
+        return lora.init_adapters(architecture, kind, seed, base), kind
     if options.base:
         raise UserError(f"lora.base: a {options.base} base can only be trained through adapters; set lora.rank")
     if given:

@@ -66,5 +66,6 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
     if state.reference:
         models["reference"] = state.reference
     elif settings.reference.path or uses:
-        models["reference"] = load_into_memory(setup.reference_weights(settings, loaded)[0])
+        params, _ = setup.reference_weights(settings, loaded)
+        models["reference"] = load_into_memory(loaded.attached(params) if params is loaded.adapters else params)
     return models

@@ -18,6 +18,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.models.model import Model
+from dpo_jax.models.vocabulary import grow_vocabulary
 from dpo_jax.paths import cache_folder, written
 from dpo_jax.records import Sync
 from dpo_jax.sampling import generate
@@ -34,6 +35,7 @@ from dpo_jax.training.tables import (
     load_table,
     responses_per_prompt,
     reward_encoding,
+    template_file_text,
     with_noise,
 )
 
@@ -98,8 +100,9 @@ def check_config(config: Config) -> None:
         raise UserError(f"data.skip_bad_rows must be >= 0, got {config.data.skip_bad_rows}")
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(f"data.eval_fraction must be in [0, 1), got {config.data.eval_fraction}")
-    if config.lora.base and config.reference.path:
-        raise UserError(f"reference.path: with lora.base {config.lora.base} the reference is that base; remove it")
+    if config.lora.base and config.reference.path not in ("", config.model.path):
+        kinds = f"with lora.base {config.lora.base} only model.path, for that base, is supported"
+        raise UserError(f"reference.path: {kinds}; remove it")
     loss = losses.build(config.loss)
     make_sync(config, loss)
     responses_per_prompt(config, loss)
@@ -128,7 +131,7 @@ def setup_run(config: Config) -> Run:
         log.info(line)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model, note = with_attention(loaded.model, config.model.attention, config.model.compute, mesh)
-    for line in filter(None, (loaded.note, note)):
+    for line in filter(None, (loaded.note, note, _reference_note(config, loss))):
         notes.append(line)
         log.info(line)
     train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
@@ -157,7 +160,7 @@ def setup_run(config: Config) -> Run:
         eval_table=eval_table,
         complete=make_completer(config, loaded, tokenizer, prompts) if prompts else None,
         prompts=decode_texts(tokenizer, prompts),
-        export=partial(loaded.export, tokenizer=tokenizer),
+        export=partial(loaded.export, tokenizer=tokenizer, template=template_file_text(config.data)),
         base=None if loaded.lora is None else loaded.params,
         lora=loaded.lora,
         inputs=inputs,
@@ -213,12 +216,19 @@ def sweep_member(run: Run, config: Config) -> Run:
 def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
     """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy.
 
+    The reference of new adapters is their base, which is the initial policy too. That of adapters that are trained
+    already (`lora.path`) is the model with them: the adapters are returned, to be attached to the base.
+
     Raises:
       UserError: the architecture of the reference differs from that of the policy.
     """
     params, architecture = policy.params, policy.model.architecture
-    if config.reference.path:
+    if config.lora.path and not config.reference.path:
+        return policy.adapters, weights_hash(policy.attached(policy.adapters), architecture)
+    if config.reference.path not in ("", config.model.path):
         architecture, _, params = open_folder(model_folder(config.reference.path))
+        if architecture.vocab < (rows := policy.model.architecture.vocab):  # it has grown, for tokens that were added
+            architecture, params = grow_vocabulary(architecture, params, rows)
         if architecture != policy.model.architecture:
             raise UserError(
                 f"reference.path: {config.reference.path} is of another architecture than the policy; change it"
@@ -229,3 +239,13 @@ def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
 def with_run_folder(config: Config, file: str) -> Config:
     """Returns the config with its run folder set; by default runs/<name of the YAML>."""
     return dataclasses.replace(config, run=config.run or str(Path("runs") / Path(file).stem))
+
+
+def _reference_note(config: Config, loss: Loss) -> str:
+    """Returns a log message about the reference of a run that starts from trained adapters; "" for other runs."""
+    if not (config.lora.path and loss.uses_reference):
+        return ""
+    if config.reference.path:
+        return f"the reference is {config.reference.path}, without the adapters of lora.path"
+    how = f"; reference.path {config.model.path} is the one without" if config.model.path else ""
+    return f"the reference is the model with the adapters of {config.lora.path}{how}"

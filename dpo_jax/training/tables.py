@@ -15,6 +15,7 @@ from dpo_jax.data import chat, noise, order
 from dpo_jax.data.cache import cached_encode, write_unnamed
 from dpo_jax.data.encode import EncodeOptions, SpecialTokens
 from dpo_jax.data.noise import add_mismatched, append_token
+from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, holdout
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.spelling import reveal, token_ids
@@ -63,6 +64,14 @@ def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[It
     return holdout(first, options.eval_fraction)
 
 
+def held_out_comparisons(options: DataConfig, responses: int) -> Iterable[Item]:
+    """Returns the held-out comparisons of `comparison_streams`; the training data need not exist for `eval_path`."""
+    if not options.eval_path:
+        return comparison_streams(options, responses)[1]
+    split = options.eval_split or options.split
+    return open_source(options.name, options.eval_path, split, responses, options.options)
+
+
 def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
     """Returns the training data with the configured noise."""
     options = config.data
@@ -73,12 +82,16 @@ def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
 def encode_options(options: DataConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `encode` for the data section of a config."""
     names = ("max_length", "max_prompt_length", "truncation", "degenerate", "add_bos", "boundary", "skip_bad_rows")
+    template = chat.chat_template(template_file_text(options), options.chat_template_kwargs)
+    return {**{name: getattr(options, name) for name in names}, "template": template}
+
+
+def template_file_text(options: DataConfig) -> str:
+    """Returns the chat template in the file `data.chat_template`; "" if none is named."""
     try:
-        source = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else ""
+        return Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else ""
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"data.chat_template: {options.chat_template} cannot be read ({e}); name a text file") from e
-    template = chat.chat_template(source, options.chat_template_kwargs)
-    return {**{name: getattr(options, name) for name in names}, "template": template}
 
 
 def load_table(
@@ -154,8 +167,9 @@ def responses_per_prompt(config: Config, loss: Loss) -> int:
 
 
 def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:
-    """Returns prompts as texts; conversations are rendered by the chat template."""
-    return [reveal(text, tokenizer) for text in _rendered_prompts(prompts, tokenizer, options)]
+    """Returns prompts as texts; conversations are rendered by the chat template, and remembered (`PromptText`)."""
+    rendered = _rendered_prompts(prompts, tokenizer, options)
+    return [PromptText(reveal(text, tokenizer), prompt) for text, prompt in zip(rendered, prompts, strict=True)]
 
 
 def _rendered_prompts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import __version__
 from dpo_jax.errors import UserError
 from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
-from dpo_jax.models.families.registry import architecture_of, family
+from dpo_jax.models.families.registry import architecture_of, family, language_model_config
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
 from dpo_jax.models.huggingface.replace import check_replaceable, replace_folder, write_listing
@@ -27,6 +28,7 @@ from dpo_jax.models.huggingface.safetensors import (
     write_params,
 )
 from dpo_jax.models.huggingface.tokenizer import read_tokenizer
+from dpo_jax.models.huggingface.tokenizer_files import save_tokenizer
 from dpo_jax.paths import expand_home, is_run
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = read_json(file)
     if "model_type" not in config:
         raise UserError(f"{file}: model_type is missing; give the family, llama for example")
-    return config
+    try:
+        found = language_model_config(config)
+    except UserError as error:
+        raise UserError(f"{file.parent}: {error}") from None
+    if found is not config:
+        kinds = (
+            f"a {config['model_type']}, which reads images; its language model, a {found['model_type']}, is used alone"
+        )
+        log.info(f"{file.parent}: {kinds}")
+    return dict(found)
 
 
 def read_generation(folder: str | Path) -> dict[str, Any]:
@@ -163,6 +174,7 @@ def save_folder(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     fetch: Fetch = np.asarray,
     writes: bool = True,
+    template: str = "",
 ) -> None:
     """Writes a model folder that transformers loads.
 
@@ -179,6 +191,7 @@ def save_folder(
       generation: generation_config.json of the model it came from, or None.
       max_shard_bytes: size above which the weights are split into several files with an index.
       fetch: copies an array to this host's memory; called for one tensor after another.
+      template: a chat template to write in place of the tokenizer's; "" for that.
       writes: whether this process writes the files. Other processes only call `fetch`, which may communicate.
 
     Raises:
@@ -201,7 +214,7 @@ def save_folder(
     try:
         write_params(temporary, tensors, module, architecture, dtype, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(temporary, tokenizer, template)
         name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
         config = {**hf_config, "architectures": [name], "dtype": dtype}
         _write_configs(temporary, config, tokenizer, dict(generation or {}))
@@ -255,4 +268,4 @@ def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation
     if ends:
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", {**generation, "dpo_jax_version": __version__})
