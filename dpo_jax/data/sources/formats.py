@@ -13,7 +13,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dpo_jax.data.sources.base import RawExample, or_error
 from dpo_jax.data.sources.values import type_name
@@ -158,7 +158,7 @@ def _table_of_texts(file: Path) -> Iterator[RawExample | UserError]:
     csv.field_size_limit(LINE_LIMIT)
     row, head = 0, list[str]()
     try:
-        with _open(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        with _open(file) as stream, io.TextIOWrapper(cast(Any, stream), "utf-8-sig", newline="") as text:
             for cells in csv.reader(text, delimiter="\t" if ".tsv" in file.name else ",", strict=True):
                 if not head:
                     head = cells
