@@ -84,6 +84,10 @@ HOSTILE = {
     "is no text": (b"\xff\xfe\x00\xd8\x00", "cannot be read"),
     "merges": ("a: &a {b: 1}\nc:\n  <<: *a", "3: alias"),
     "has a mapping for a key": ("{[1]: 2}", "not YAML"),
+    "has a number without end": ("seed: 0x" + "f" * 5000, "not YAML"),
+    "has a tag that does not fit": ("seed: !!bool foo", "not YAML"),
+    "has a time that is none": ("seed: !!timestamp foo", "not YAML"),
+    "has an empty number": ('seed: !!int ""', "not YAML"),
 }
 
 

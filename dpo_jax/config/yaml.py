@@ -53,6 +53,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         loader = _Loader(text)
         loader.name = str(path)
         values = loader.get_single_data()
+        str(values)  # fails for numbers of more digits than Python writes
     except (yaml.YAMLError, *_CONSTRUCTING) as e:
         raise UserError(f"{path}: not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict):
