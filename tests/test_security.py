@@ -115,6 +115,32 @@ def test_secrets_are_refused_before_anything_is_written_and_not_repeated(setting
     setup.check_config(Config(data=DataConfig(path=("https://example.com:8080/a@b.jsonl", "gs://bucket/hf_data/x"))))
 
 
+ODD = {
+    "seed": ({"seed": -1}, "seed must be >= 0, got -1"),
+    "eval_examples": ({"data": DataConfig(eval_examples=0)}, r"data\.eval_examples must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_values_without_a_meaning_are_refused_by_key(key):
+    with pytest.raises(UserError, match=ODD[key][1]):
+        setup.check_config(Config(**ODD[key][0]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "9223372036854775807"], r"batch_size: 9223372036854775807 is beyond 2,147,483,648"),
+        (["--seed", "2147483648"], "seed: 2147483648 is beyond"),
+        (["--data.chat_template", "a\0b"], r"data\.chat_template: holds a null byte; remove it"),
+        (["--data.path", "a", "b\0"], r"data\.path: holds a null byte"),
+    ],
+)
+def test_values_that_nothing_can_hold_are_refused_by_key(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(Config, None, argv, prog="x")
+
+
 # Run folders.
 
 

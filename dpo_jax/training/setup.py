@@ -96,6 +96,10 @@ def check_config(config: Config) -> None:
         raise UserError(f"keep must be at least 2 (one is left if the newest is damaged), got {config.keep}")
     if not config.hang_seconds >= 0:
         raise UserError(f"hang_seconds must be >= 0 (0: never), got {config.hang_seconds}")
+    if config.seed < 0:
+        raise UserError(f"seed must be >= 0, got {config.seed}")
+    if config.data.eval_examples is not None and config.data.eval_examples < 1:
+        raise UserError(f"data.eval_examples must be at least 1, got {config.data.eval_examples}; leave it out for all")
     if config.data.skip_bad_rows < 0:
         raise UserError(f"data.skip_bad_rows must be >= 0, got {config.data.skip_bad_rows}")
     if not 0 <= config.data.eval_fraction < 1:
