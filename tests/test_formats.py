@@ -146,3 +146,15 @@ def test_a_damaged_offset_of_arrow_is_no_address(tmp_path):
     (tmp_path / "a.arrow").write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f"))
     with pytest.raises(UserError, match=r"a\.arrow: cannot be read as arrow after example 0"):
         examples(tmp_path / "a.arrow")
+
+
+def test_a_column_whose_name_is_no_utf8_is_named_by_its_file(tmp_path):
+    """Found by scripts/fuzz."""
+    table = pa.table({"promptxyz": ["a"]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(b"promptxyz") == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(b"promptxyz", b"prom\xe3txyz"))
+    with pytest.raises(UserError, match=r"a\.arrow: cannot be read as arrow after example 0 \('utf-8' codec"):
+        examples(tmp_path / "a.arrow")

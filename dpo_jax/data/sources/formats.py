@@ -221,7 +221,7 @@ def _arrow_examples(file: Path, kind: str, batches: Any) -> Iterator[RawExample]
                 for example in _column_values(file, batch.slice(start, 1024)):
                     number += 1
                     yield f"{file}:{number}", example
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name may be no UTF-8
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{file}: cannot be read as {kind} after example {number} ({reason}); the file may be truncated"
