@@ -43,7 +43,7 @@ def trained(start, tmp_path, **keys):
         "data": data | {"max_length": 96, "max_prompt_length": 32},
         "batch_size": 8,
         "max_steps": 2,
-        "optim": {"name": "adamw"},
+        "optim": {"learning_rate": 1e-2, "warmup_steps": 0},
     }
     options |= {"samples": {"prompts": 2, "max_new_tokens": 6, "temperature": 0.0}, "run": str(tmp_path / "run")}
     dpo_jax.train(model=str(folder / "base"), **(options | keys))
