@@ -62,6 +62,23 @@ def test_headers_that_lie_are_refused(tmp_path, kind):
         load_folder(tmp_path)
 
 
+def test_a_header_with_an_unknown_dtype_is_one_line(tmp_path):
+    """The library's message has several. Found by scripts/fuzz."""
+    header = json.dumps({"x": {"dtype": "\n`", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    sizes = {"vocab_size": 8, "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    with pytest.raises(UserError, match=r"is damaged or no safetensors file \(.*\); download it again") as told:
+        load_folder(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_elements_of_a_list_are_counted_by_decimals(tmp_path):
+    (tmp_path / "x.yaml").write_text("loss: {'²': {name: dpo}}")
+    with pytest.raises(UserError, match=r"unknown key 'loss\.²\.name'"):
+        parse_config(Config, str(tmp_path / "x.yaml"), [], prog="x")
+
+
 def test_json_nested_beyond_measure_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="is not valid JSON"):

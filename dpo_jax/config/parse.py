@@ -46,7 +46,8 @@ def _options(section: str, name: str, key: str) -> type:
 
 def _chosen(pairs: KeyTexts, section: str, default: str) -> dict[str, str]:
     """Returns the name that is chosen in a section, as {"": name}, or in each element of a list, {"0": name, ...}."""
-    elements = sorted({k.split(".")[1] for k, _ in pairs if k.startswith(f"{section}.") and k.split(".")[1].isdigit()})
+    inner = {key.split(".")[1] for key, _ in pairs if key.startswith(f"{section}.")}
+    elements = sorted(element for element in inner if element.isdecimal())
     names = {key: texts[0] for key, texts in pairs if texts}
     if not elements:
         return {"": names.get(f"{section}.name", default)}

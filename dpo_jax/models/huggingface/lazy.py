@@ -145,7 +145,8 @@ def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
                         raise UserError(f"{file}: tensor {key} is in {found[name].file.name} too; remove one of them")
                     found[name] = _Header(file, key, stamp, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
-            raise UserError(f"{file}: is damaged or no safetensors file ({error}); download it again") from None
+            why = " ".join(str(error).split())
+            raise UserError(f"{file}: is damaged or no safetensors file ({why}); download it again") from None
     buffer = re.compile(rf"(^|\.)({'|'.join(map(re.escape, module.BUFFERS)) or '(?!)'})$")
     return {name: header for name, header in found.items() if not buffer.search(header.key)}
 
