@@ -71,7 +71,7 @@ OLMO3 = ["sliding_attention", "full_attention"]
         (
             "llama",
             {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 7.0}},
-            "rope_theta = None, rope_parameters 7.0; keep one",
+            "rope_scaling has factor = 2.0, rope_parameters None; keep one",
         ),
         ("llama", {"rope_scaling": LINEAR, "rope_parameters": {"type": "default"}}, "rope_type = 'linear', rope_par"),
         ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "rope_parameters must be an object of plain values"),

@@ -244,7 +244,7 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
     wholes = tuple(settings.get("modules_to_save") or ())
     rank = int(settings["r"])
     lora = Lora(rank, float(settings["lora_alpha"]) * rank / _divisor(settings, rank), targets + wholes)
-    adapters = _read_wholes(folder, tensors, wholes, architecture)
+    adapters: dict[str, Any] = dict(_read_wholes(folder, tensors, wholes, architecture))
     adapters["layers"] = dict(_read_adapters(folder, tensors, settings, lora, architecture))
     if tensors:
         raise UserError(

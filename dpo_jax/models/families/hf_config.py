@@ -92,7 +92,7 @@ def rope_settings(config: HfConfig) -> dict[str, Any]:
       UserError: both are given and differ, or one is no object of plain values.
     """
     old, new = (_plain_settings(config, key) for key in ("rope_scaling", "rope_parameters"))
-    every = sorted(old.keys() | new.keys(), key=lambda key: (key in old) + (key in new), reverse=True)
+    every = sorted(old.keys() | new.keys(), key=lambda key: (-(key in old) - (key in new), key))
     for key in every if old and new else ():
         first, second = (found.get(key, config.get(key)) for found in (old, new))
         if first != second:

@@ -110,6 +110,6 @@ def family(model_type: str) -> ModuleType:
 
 def _exists_elsewhere(model_type: str) -> bool:
     """Returns whether transformers has a family of that name."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # imported late: it is slow to import
+    from transformers import CONFIG_MAPPING  # imported late: it is slow to import
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING

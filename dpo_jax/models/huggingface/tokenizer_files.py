@@ -37,7 +37,7 @@ def save_tokenizer(folder: Path, tokenizer: Any, template: str = "") -> None:
 
 def _source(name: str) -> Path | None:
     """Returns the folder that a tokenizer was loaded from, perhaps in the hub's cache; None if it is unknown."""
-    from transformers.utils import cached_file  # imported late: it takes seconds to import
+    from transformers.utils.hub import cached_file  # imported late: it takes seconds to import
 
     if Path(name).is_dir():
         return Path(name) if name else None
