@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import dpo_jax
 from dpo_jax import cli
-from dpo_jax.config.commands import SampleConfig
+from dpo_jax.config.commands import EvalConfig, SampleConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import load_tokenizer
@@ -88,16 +88,26 @@ def test_eval_and_winrate_score_them_so_too(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"path": ["absent.jsonl"], "eval_path": [str(chats / "d.jsonl")], "max_length": 96, "max_prompt_length": 64}
     keys = {"reward": f"model:{chats / 'rm'}", "prompts": 2, "samples": {"max_new_tokens": 6, "temperature": 0.0}}
-    found = dpo_jax.evaluate(chats / "policy", data=data, reference=str(chats / "policy"), show=2, **keys)
+    keys |= {
+        "show": 2,
+        "data": data,
+        "model": {"path": str(chats / "policy")},
+        "reference": {"path": str(chats / "policy")},
+    }
+    found = runs.evaluate_path(str(chats / "policy"), parse_config(EvalConfig, None, keys, prog="x"))
     prompts = [row["prompt"] for row in ROWS[:2]]
+
+    def mean(answers):
+        return np.mean([rewards(chats, prompt, [text])[0] for prompt, text in zip(prompts, answers, strict=True)])
+
+    wanted = mean([policy for _, policy, _ in found.completions])
+    assert found.metrics["true reward of the policy"]["mean"] == pytest.approx(wanted, abs=1e-4)
     said = dpo_jax.sample(chats / "policy", prompts, samples=keys["samples"])["policy"]
-    wanted = [rewards(chats, prompt, [text])[0] for prompt, text in zip(prompts, said, strict=True)]
-    assert found["true reward of the policy"]["mean"] == pytest.approx(np.mean(wanted), abs=1e-4)
     options = ["--judge", "happy", "--best-by", f"model:{chats / 'rm'}", "--temperatures", "0", "--prompts", "2"]
     options += ["--data.path", "absent.jsonl", "--data.eval-path", str(chats / "d.jsonl"), "--out", "w"]
     cli.run_command(["winrate", str(chats / "policy"), *options, "--samples.max-new-tokens", "6"])
     (row,) = json.loads((tmp_path / "w/winrate.json").read_text())
-    assert row["reward"] == pytest.approx(np.mean(wanted), abs=1e-4)
+    assert row["reward"][0] == pytest.approx(float(mean(said)), abs=1e-4)
 
 
 def turns(folder, prompts, *options):
