@@ -207,7 +207,10 @@ def job_config(settings: FrontierConfig, method: str, strength: float) -> Config
 
 def _chosen_only(pairs: Table) -> Table:
     """Returns the table without the rejected responses."""
-    return Table.of(pairs[i]._replace(responses=pairs[i].responses[:1], scores=()) for i in range(len(pairs)))
+    return Table.of(
+        pairs[i]._replace(responses=pairs[i].responses[:1], scores=(), scored=pairs[i].scored[:1])
+        for i in range(len(pairs))
+    )
 
 
 def _online_trainer(shared: SharedSetup, reward: Reward, record: Record) -> TrainJob:

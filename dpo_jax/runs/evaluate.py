@@ -225,7 +225,7 @@ def _write_per_token(path: str, judge: EvalModel, table: Any, tokenizer: Any) ->
     with written(path) as f:
         for tokens, logps in evaluation.token_logps_per_example(judge, table):
             responses = [
-                {"tokens": tokenizer.convert_ids_to_tokens(ids.tolist())}
+                {"tokens": tokenizer.convert_ids_to_tokens(ids[tokens.mask(p)].tolist())}
                 | {who: [round(float(x), 5) for x in values[p]] for who, values in logps.items()}
                 for p, ids in enumerate(tokens.responses)
             ]
