@@ -121,6 +121,7 @@ def test_a_run_folder_holds_what_it_says(world):
     others |= {"gradient_weight", "kl", "length_bias", "nll"}
     assert pairs | others <= set(read_metrics(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
+    files |= {"inputs.json"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model", ".lock"}
     assert "<svg" in (run / "report.html").read_text()
     samples = read_metrics(run / "samples.jsonl")
