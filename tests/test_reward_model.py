@@ -42,6 +42,7 @@ class Words:
     """The least of a tokenizer that a model folder's ids need."""
 
     eos_token_id, pad_token_id, bos_token_id = EOS, PAD, 1
+    name_or_path = ""
 
     def get_vocab(self):
         return {f"w{i}": i for i in range(128)}

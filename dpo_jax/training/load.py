@@ -180,6 +180,8 @@ def _grown_vocabulary(tokenizer: Any, vocab: int, where: str) -> int:
       UserError: the tokenizer is that of another model: it has ids beyond V that are no added tokens.
     """
     beyond = {i for i in tokenizer.get_vocab().values() if i >= vocab}
+    if not beyond:
+        return vocab
     if beyond - set(tokenizer.added_tokens_decoder):
         raise UserError(
             f"{where}: vocab_size {vocab} is too small for the tokenizer's ids up to {max(beyond)}; set another "
