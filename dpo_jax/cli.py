@@ -151,7 +151,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _os_error(error: OSError) -> str:
-    """Returns what is wrong with a file or a disk, and the fix."""
+    """Returns the message on a failed file operation: the file, the reason and the fix."""
     reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
     where = error.filename2 or error.filename or "writing"
     return f"{where}: {reason}; free space or fix the path, then run the command again"
@@ -171,5 +171,5 @@ def _fail(message: str, code: int = 2) -> int:
             print(printable(f"dpo-jax: {who}{' '.join(message.split())}"), file=sys.stderr, flush=True)
         sys.stdout.flush()
     if code == 141:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer has no reader
     return leave(code)

@@ -183,6 +183,10 @@ def test_a_file_that_changed_is_noticed_by_a_resumed_run(world):
     (world / "changing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(world)[2:]))
     with pytest.raises(UserError, match=r"runs/changing: training data .*changed since this run began"):
         dpo_jax.train(config, data="changing.jsonl")
+    weighted = [row | {"weight": 2.0} for row in rows(world)]  # the same tokens
+    (world / "changing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighted))
+    with pytest.raises(UserError, match=r"runs/changing: training data .*changed since this run began"):
+        dpo_jax.train(config, data="changing.jsonl")
 
 
 def test_a_registered_function_is_named_so_that_another_process_finds_it(world):

@@ -116,7 +116,7 @@ def _refuse_bad(sides: Mapping[str, Iterable[Item]], most: int) -> None:
 
 
 def _list_sources() -> None:
-    """Prints every data source: its name, what it reads, and its columns."""
+    """Prints the name, the data set and the columns of every data source."""
     for name in source_names():
         module = importlib.import_module(f"dpo_jax.data.sources.{name}")
         print(f"{name:22} {(module.__doc__ or '').splitlines()[0]}")

@@ -39,7 +39,7 @@ def export_command(argv: list[str]) -> None:
 
 
 def _refuse_sources(settings: Config, out: Path) -> None:
-    """Refuses to replace what the run is made of, which it needs to go on and to be evaluated."""
+    """Refuses to replace a model that the run still reads: its start, its base or its reference."""
     sources = {"model.path": settings.model.path, "reference.path": settings.reference.path}
     sources |= {"lora.path": settings.lora.path, "model.tokenizer": settings.model.tokenizer}
     for key, source in sources.items():

@@ -113,7 +113,7 @@ class EncodeTally:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 
     def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], unscored: int = 0) -> None:
-        """Counts a comparison that is kept, with the ids it has after truncation and those that are not scored."""
+        """Counts a kept comparison: its ids after truncation, and the number of unscored response tokens."""
         sizes = [len(response) for response in responses if len(response)]
         self.counts.update(kept=1, tokens=len(prompt) + sum(sizes), scored=sum(sizes) - unscored)
         self.spans["prompt"][len(prompt)] += 1

@@ -1,4 +1,4 @@
-"""Turns of a conversation as a chat template writes them: who wrote what, and what is not written at all."""
+"""Rendered turns of a conversation: the assistant's character spans, and fields that the template omits."""
 
 import functools
 import re

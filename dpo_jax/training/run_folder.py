@@ -44,7 +44,7 @@ def claim_folder(config: Config, inputs: Mapping[str, str]) -> tuple[Path, conte
 
     Args:
       config: the config of the run.
-      inputs: what the run is made of and its config only names (data, weights, tokenizer) -> a hash of it.
+      inputs: name -> hash of the data, weights and tokenizer, whose content the config does not hold.
 
     Raises:
       UserError: the folder belongs to another config (the message lists the differences), to other inputs or to another

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dpo_jax import distributed, losses, optim, sharding
 from dpo_jax.config.schema import Config, ReferenceConfig
@@ -187,7 +190,15 @@ def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, not
 
 
 def _data_hashes(train: Table, held_out: Table) -> dict[str, str]:
-    return {"training data": train.digest, "held-out data": held_out.digest}
+    return {"training data": _data_hash(train), "held-out data": _data_hash(held_out)}
+
+
+def _data_hash(table: Table) -> str:
+    """Returns a hash of all that training reads of a table; `Table.digest` covers token ids alone."""
+    found = hashlib.blake2b(table.digest.encode(), digest_size=16)
+    for array in (table.weights, table.preferences, table.scores):
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:

@@ -43,7 +43,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Renames a new folder to its name; what is there, which `check_replaceable` has allowed, is removed."""
+    """Renames a new folder to its name and removes the old export there, which `check_replaceable` has allowed."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.rename(old)
