@@ -85,9 +85,8 @@ def test_one_line_names_the_bad_example_or_it_is_counted(run, what):
     assert counted.startswith("training data: 2 bad examples skipped; the first: a.jsonl:21: ")
     assert message in counted
     code, _, said = run("data", examples(good, bad, bad), "--data.skip_bad_rows", "1", *argv)
-    # Rows that cannot be read are counted first; those that cannot be tokenized end the first pass over them.
-    ends = ("or set data.skip_bad_rows: 2)\n", "(bad example 2; data.skip_bad_rows is 1)\n")
-    assert (code, said.startswith("dpo-jax: a.jsonl:2"), said.endswith(ends)) == (2, True, True)
+    assert (code, said.startswith("dpo-jax: a.jsonl:2")) == (2, True)
+    assert said.endswith("(2 bad rows; correct or remove them, or set data.skip_bad_rows: 2)\n")
 
 
 UNNAMED = json.dumps({"prompt": "w1", "text": "w2"}).encode()
@@ -114,9 +113,10 @@ def test_nothing_to_train_on_is_one_line(run, what):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_ids_out_of_the_vocabulary_are_refused(run, tmp_path, sparse):
-    """A tokenizer with one id more than the model; then one of its words has an id far beyond."""
+    """The last word of the tokenizer is one more than the model has; then one of its words has an id far beyond."""
+    vocab = 100 if sparse else 97
     (tmp_path / "m.json").write_text(
-        json.dumps({"model_type": "gpt2", "vocab_size": 99 + sparse, "n_embd": 8, "n_layer": 1, "n_head": 1})
+        json.dumps({"model_type": "gpt2", "vocab_size": vocab, "n_embd": 8, "n_layer": 1, "n_head": 1})
     )
     if sparse:
         file = tmp_path / "tokenizer" / "tokenizer.json"
@@ -125,5 +125,5 @@ def test_ids_out_of_the_vocabulary_are_refused(run, tmp_path, sparse):
         file.write_text(json.dumps(content))
     code, _, said = run("train", examples(PAIR))
     assert (code, said.count("\n")) == (2, 1)
-    expected = f"vocab_size {99 + sparse} is too small for the tokenizer's ids up to {1000 if sparse else 99}"
+    expected = f"vocab_size {vocab} is too small for the tokenizer's ids up to {1000 if sparse else 99}"
     assert expected in said

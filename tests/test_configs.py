@@ -15,6 +15,7 @@ from dpo_jax.data import pack
 from dpo_jax.experiments import frontier, setup
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
+from dpo_jax.models.reward_head import as_reward_architecture
 from dpo_jax.records import Batch
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
@@ -71,13 +72,12 @@ def read(name, kind=Config):
 
 def traced(c, name):
     """Traces one step at the size of a model; returns it with its parameters and the state's shardings on a mesh."""
-    architecture, size = SIZES[name]
+    hf_config, size = SIZES[name]
     loss, tx = losses.build(c.loss), optim.build(**c.optim)
-    model = build_model(
-        family(architecture["model_type"]).architecture(architecture),
-        compute=c.model.compute,
-        remat=c.model.remat,
-    )
+    architecture = family(hf_config["model_type"]).architecture(hf_config)
+    if loss.rewards:
+        architecture, size = as_reward_architecture(architecture), size + architecture.width
+    model = build_model(architecture, compute=c.model.compute, remat=c.model.remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == size
     state = jax.eval_shape(partial(init_state, tx=tx, loss=loss), params)

@@ -273,7 +273,7 @@ def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama
         ),
         (
             ["--lora.rank", "1", "--lora.base", "int8", "--reference.path", "other"],
-            "reference.path: with lora.base int8 the reference is",
+            "reference.path: with lora.base int8 only model.path, for that base, is supported; remove it",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.huggingface.folder import save_folder
 from dpo_jax.models.model import build_model
+from dpo_jax.paths import write_checked
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.rewards.winrate import kl_bound
 
@@ -101,7 +102,7 @@ def test_a_policy_against_itself_and_cached_completions(winrate, tmp_path):
     kept = sorted((tmp_path / "cache" / "completions").glob("*.json"))
     assert len(kept) == 3  # `one` is sampled a second time, with the opponent's seed
     for path in kept:
-        path.write_text(json.dumps(["great"] * 12))
+        write_checked(path, json.dumps(["great"] * 12).encode())
     rows, judged = winrate("two", "--judge", "synthetic", "--temperatures", "0")
     assert {j["response"] for j in judged} == {"great"}
 
