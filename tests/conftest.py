@@ -9,7 +9,8 @@ import pytest
 
 # Most programs here run for less time than it takes to compile them. They are compiled in less of it, to run nearly as
 # fast, and kept for the tests after them; test_end_to_end.py has programs compiled as a user has them.
-FLAGS = "--xla_backend_optimization_level=1 --xla_force_host_platform_device_count=4"
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS += " --xla_force_host_platform_device_count=4"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # JAX writes what it keeps without care for who reads meanwhile, so every process of tests has its own folder, and the
 # programs that they start, some of which are killed, have others.
