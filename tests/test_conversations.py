@@ -1,8 +1,57 @@
 """Conversations in the forms of data sets: beside texts, of several turns, with nulls of Parquet."""
 
+import json
+from itertools import product
+
+import pytest
 from test_columns import BAD, GOOD, REPLY, SYSTEM, TALK, TEXT, USER, read
 
+from dpo_jax.data.sources.base import Note
+from dpo_jax.data.sources.files import example_items
+from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
+
+PLAIN = Comparison("p", ("c", "r"), where="f:1")
+
+
+def test_an_empty_column_of_conversations_is_absent():
+    for name, empty in product(("system", "tools", "messages"), ("", "[]", [], None)):
+        assert read(TEXT | {name: empty}) == [PLAIN], (name, empty)
+
+
+def test_text_prompts_are_turns_if_one_of_the_first_examples_has_a_system_message():
+    rows = [TEXT | {"system": None}, TEXT, TEXT | {"system": "be brief"}, TEXT | {"tools": "[]"}]
+    found = list(example_items([("f:1", row) for row in rows], 2))
+    asked = {"role": "user", "content": "p"}
+    assert [item.prompt.messages for item in found] == [(asked,), (asked,), (SYSTEM, asked), (asked,)]
+    assert list(example_items([("f:1", row) for row in rows[:2]], 2)) == [PLAIN, PLAIN]
+
+
+def test_a_prompt_to_which_a_template_was_applied_stays_text_beside_other_columns():
+    text = {"prompt": "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n"}
+    found = read(TEXT | text | {"system": "be brief", "messages": None})
+    note = "prompts to which a chat template was applied already: their text holds system; they are ignored"
+    assert found == [PLAIN._replace(prompt=text["prompt"]), Note(note)]
+
+
+def test_nulls_of_parquet_reach_no_template():
+    tools = [{"name": "f", "parameters": {"x": {"type": "integer"}, "y": None}}, None]
+    chat = read(TALK | {"tools": tools, "chat_template_kwargs": {"x": 1, "y": None}})[0].prompt
+    assert chat.tools == ({"name": "f", "parameters": {"x": {"type": "integer"}}},)
+    assert chat.options == {"x": 1}
+
+
+def test_calls_and_tools_may_be_texts_of_json():
+    call = {"role": "assistant", "tool_calls": json.dumps([{"name": "f", "arguments": "{}"}])}
+    found = read(TALK | {"chosen": [call], "tools": [json.dumps({"name": "f"})]})[0]
+    assert found.responses[0] == {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert found.prompt.tools == ({"name": "f"},)
+    for row, message in (
+        ({"tools": ["f"]}, "'tools' must hold objects, not text"),
+        ({"chosen": [call | {"tool_calls": "f"}]}, "tool_calls that are text, not a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(TALK | row)
 
 
 def test_columns_of_conversations_beside_a_text_prompt_become_part_of_it():
@@ -12,8 +61,6 @@ def test_columns_of_conversations_beside_a_text_prompt_become_part_of_it():
     whole = {"chosen": [before, pair[0]], "rejected": [before, pair[1]]}
     for row, turns in (
         (TEXT | {"system": "be brief"}, (SYSTEM, asked)),
-        (TEXT | {"system": ""}, (asked,)),
-        (TEXT | {"system": None}, (asked,)),
         (TEXT | {"messages": [USER, REPLY, asked]}, (USER, REPLY, asked)),
         (TEXT | {"messages": [USER, REPLY, asked, REPLY]}, (USER, REPLY, asked)),
         (TEXT | {"messages": [USER, REPLY]}, (USER, REPLY, asked)),

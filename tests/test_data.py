@@ -88,7 +88,7 @@ BAD_EXAMPLES = {
     '{"prompt": null, "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; the.*null: prompt",
     '{"prompt": "\\ud800", "chosen": "c", "rejected": "r"}': r"a\.jsonl:2: 'prompt' holds half of a surrogate pair",
     '{"prompt": "p", "completion": "c"}': r"a\.jsonl:2: the loss needs pairs.*the columns are: completion, prompt",
-    '{"chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; the columns are: chosen, rejected; name it",
+    '{"chosen": "c", "rejected": "r"}': r"a\.jsonl:2: no column 'prompt'; the columns are: chosen, rejected; set",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": -1}': r"a\.jsonl:2: 'weight' must be finite and not neg",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": NaN}': r"a\.jsonl:2: 'weight' must be finite",
     '{"prompt": "p", "chosen": "c", "rejected": "r", "weight": 1e39}': r"a\.jsonl:2: 'weight' must be finite",

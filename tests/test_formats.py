@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax.data.sources import formats
+from dpo_jax.data.sources.base import load_comparisons
 from dpo_jax.data.sources.formats import examples_in_file
 from dpo_jax.errors import UserError
+from dpo_jax.records import Comparison
 
 ROWS = [
     {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5\nor 6"},
@@ -80,7 +82,7 @@ def test_tables_of_texts(tmp_path, kind):
     file = tmp_path / f"a.{kind}"
     file.write_bytes(gzip.compress(plain.read_bytes()) if kind.endswith("gz") else plain.read_bytes())
     assert examples(file) == [
-        ROWS[0] | {"label": True, "score_chosen": 0.5},
+        ROWS[0] | {"label": "True", "score_chosen": "0.5"},
         ROWS[1] | {"label": None, "score_chosen": "x"},
     ]
 
@@ -158,3 +160,24 @@ def test_a_column_whose_name_is_no_utf8_is_named_by_its_file(tmp_path):
     (tmp_path / "a.arrow").write_bytes(content.replace(b"promptxyz", b"prom\xe3txyz"))
     with pytest.raises(UserError, match=r"a\.arrow: cannot be read as arrow after example 0 \('utf-8' codec"):
         examples(tmp_path / "a.arrow")
+
+
+def test_cells_of_a_table_are_numbers_and_lists_where_these_are_needed(tmp_path):
+    """The Kaggle set of lmsys, labels, scores and messages, as pandas writes them to CSV."""
+    lmsys = "prompt,response_a,response_b,winner_model_a,winner_model_b,winner_tie\n"
+    votes = ("1,0,0", "0,1,0", "0,0,1", "True,False,False")
+    lmsys += "".join(f'"[""q""]","[""a""]","[""b""]",{flags}\n' for flags in votes)
+    found = comparisons(tmp_path, lmsys)
+    assert [pair.responses[0]["content"] for pair in found] == ["a", "b", "a"]
+    ranking = 'prompt,completions,scores,weight\nq,"[""a"", ""b""]","[1, 2]",0.5\n'
+    assert comparisons(tmp_path, ranking) == [Comparison("q", ("b", "a"), 0.5, scores=(2.0, 1.0))]
+    chats = 'prompt,chosen,rejected\n"[{""role"": ""user"", ""content"": ""q""}]",a,b\n'
+    assert comparisons(tmp_path, chats)[0].prompt.messages == ({"role": "user", "content": "q"},)
+    texts = "prompt,chosen,rejected\n[1],[2],null\n"
+    assert comparisons(tmp_path, texts) == [Comparison("[1]", ("[2]", "null"))]
+
+
+def comparisons(folder, text):
+    (folder / "a.csv").write_text(text)
+    found = load_comparisons("files", (str(folder / "a.csv"),), "train", 2)
+    return [pair._replace(where="") for pair in found]

@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from dpo_jax import cli
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.data.sources import schemas
-from dpo_jax.data.sources.base import Note
+from dpo_jax.data.sources.base import Note, source_names
 from dpo_jax.data.sources.files import example_items
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.sources.mapping import map_columns
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
+from dpo_jax.training.tables import held_out_comparisons
 
 
 def user(text):
@@ -64,10 +68,11 @@ SETS = {
          Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:2")],
     ),
     "distilabel_orca": (
-        [{"system": "", "input": "q", "chosen": "good", "rejected": "bad", "generations": ["good", "bad"],
+        [{"system": "s", "input": "q", "chosen": "good", "rejected": "bad", "generations": ["good", "bad"],
           "rating": [9.0, 7.0], "status": "unchanged", "chosen_score": 9.0},
          {"system": "", "input": "q", "chosen": "a", "rejected": "b", "rating": [9.0, 9.0], "status": "tie"}],
-        [Comparison(Chat((user("q"),)), (answer("good"), answer("bad")), where="f:1"), TIE],
+        [Comparison(Chat(({"role": "system", "content": "s"}, user("q"))), (answer("good"), answer("bad")),
+                    where="f:1"), TIE],
     ),
     "pku_saferlhf": (
         [{"prompt": "q", "response_0": "bad", "response_1": "good", "is_response_0_safe": True,
@@ -163,6 +168,22 @@ def test_a_set_is_read_by_its_name(name, tmp_path):
     assert [c._replace(where="") for c in found] == [c._replace(where="") for c in wanted]
 
 
+def test_held_out_data_of_its_own_path_are_mapped_too(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"q": "ask", "a": "x", "b": "y"}) + "\n")
+    data = {"eval_path": [str(tmp_path / "x.jsonl")], "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}}
+    options = parse_config(Config, None, {"data": data}, prog="x").data
+    assert [c.prompt for c in held_out_comparisons(options, 2)] == ["ask"]
+
+
+def test_every_source_is_listed_with_its_columns(capsys):
+    cli.run_command(["data", "--list"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == {*source_names(), *(name for name, *_ in schemas.listed())}
+    assert lines["tldr"].endswith("Columns: info, summaries, choice")
+    assert lines["nectar"].endswith("berkeley-nest/Nectar: prompt, answers")
+    assert "CSV, TSV" in lines["files"]
+
+
 def test_alpacas_single_responses_and_history():
     row = {"instruction": "q", "input": "", "output": "good"}
     assert items([row], 1) == [Comparison("q", ("good",), where="f:1")]
@@ -213,13 +234,76 @@ def test_a_tie_is_a_note_and_mapped_columns_are_used():
     [
         ({"prompt": "quest"}, "f:1: data.columns.prompt: no 'quest'; the columns are: a, b, id, more, q, turns, won"),
         ({"prompt": "turns.7.content"}, "data.columns.prompt: no 'turns.7.content'"),
-        ({"first": "a", "winner": "won=A,B"}, "data.columns.winner: give column=value,value, and the responses in"),
+        ({"first": "a", "winner": "won=A,B"}, "first and second need either winner, or score_first and score_second"),
         ({"scores": "-q"}, "'data.columns.scores' must be a number, not text"),
+        ({"first": "a", "second": "b", "winner": "won=X,Y"}, "won is 'A', neither x nor y nor a tie; correct"),
+        ({"first": "a", "second": "b", "winner": "won=X"}, "data.columns.winner: write column=value,value"),
+        ({"prompt": "{q} {turns}"}, "data.columns.prompt: a text is made of texts and numbers, not of a list"),
     ],
 )
 def test_wrong_mappings_are_one_line(columns, message):
     with pytest.raises(UserError, match=message):
         map_columns("f:1", ROW, columns)
+
+
+@pytest.mark.parametrize(
+    ("named", "values"),
+    [("A, B", ("A", "B")), ("true,false", (True, False)), ("0,1", (0.0, 1.0)), ("m,n", ("M", "N"))],
+)
+def test_a_winner_is_found_whatever_the_type_of_its_column(named, values):
+    columns = {"prompt": "q", "first": "a", "second": "b", "winner": f"won={named}"}
+    found = items([ROW | {"won": value} for value in (*values, "tie (bothbad)", None)], columns=columns)
+    assert [item.responses for item in found[:2]] == [("x", "y"), ("y", "x")]
+    assert found[2:4] == [TIE, TIE]
+
+
+def test_two_responses_are_ordered_by_a_score_of_each():
+    columns = {"prompt": "q", "first": "a", "second": "b", "score_first": "s", "score_second": "t"}
+    found = items([ROW | {"s": 1, "t": 3}, ROW | {"s": 2, "t": 2}, ROW | {"s": 2.5, "t": -1}], columns=columns)
+    assert [item.responses for item in (found[0], found[2])] == [("y", "x"), ("x", "y")]
+    assert [item.scores for item in (found[0], found[2])] == [(3.0, 1.0), (2.5, -1.0)]
+    assert found[1] == TIE
+
+
+def test_a_null_in_a_text_of_several_columns_is_no_text():
+    assert map_columns("f:1", {"a": "Do", "b": None, "n": 3}, {"prompt": "{a}\\n{b}{n}"})["prompt"] == "Do\n3"
+
+
+def test_columns_that_a_set_does_not_have_are_kept_or_counted():
+    row = {"system": "s", "question": "q", "chosen": "good", "rejected": "bad"}
+    kept = {"weight": 0.5, "preference": 0.75, "tools": [{"name": "f", "x": None}], "other": 1}
+    pair, note = items([row | kept])
+    assert (pair.weight, pair.preference, pair.prompt.tools) == (0.5, 0.75, ({"name": "f"},))
+    assert note == Note("unused columns: other")
+    assert items([{"instruction": "q", "output": "a", "label": False}])[0].responses == (None, "a")
+
+
+def test_a_set_is_not_recognized_where_the_usual_columns_are_complete():
+    """GSM8K-like data may have `answers` beside a pair; Nectar's answers have ranks."""
+    for answers in (["4"], None, [{"answer": "x", "rank": 1.0}]):
+        row = {"prompt": "q", "chosen": "good", "rejected": "bad", "answers": answers}
+        assert items([row])[0] == Comparison("q", ("good", "bad"), where="f:1")
+
+
+def test_an_unknown_winner_is_an_error():
+    row = {"winner": "model_c", "conversation_a": TALK[0], "conversation_b": TALK[1]}
+    assert "'winner' must be model_a, model_b or a tie, not 'model_c'" in str(items([row])[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "responses", "hint"),
+    [
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "A"}, 2,
+         "set data.columns: {first: response_a, second: response_b, winner: 'winner=A,B'}, where A and B are its"),
+        ({"question": "q", "answer": "a", "label": True}, 2, "data.columns: {prompt: question, completion: answer}"),
+        ({"prompt": "q", "response": "a"}, 1, "set data.columns: {completion: response}"),
+        ({"question": "q", "responses": ["a", "b"], "ranks": [1, 2]}, 2, "{prompt: question, scores: -ranks}"),
+        ({"query": "q"}, 0, "set data.columns: {prompt: query}"),
+        ({"x": "q"}, 0, "set data.columns to theirs, as in data.columns.prompt: question"),
+    ],
+)  # fmt: skip
+def test_a_missing_column_has_a_hint_of_its_kind(row, responses, hint):
+    assert hint in str(items([row], responses)[0])
 
 
 def test_a_missing_column_lists_the_mapping_that_would_fit():

@@ -1,7 +1,9 @@
 """`dpo-jax data`: describes the data of a config before anything is trained on it, in the terminal and as a page."""
 
+import contextlib
 import importlib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from dpo_jax import losses
 from dpo_jax.commands.common import leading_arguments, log_line
 from dpo_jax.config.commands import LookConfig
 from dpo_jax.config.parse import parse_config
-from dpo_jax.config.schema import Config, ModelConfig
+from dpo_jax.config.schema import Config, DataConfig, ModelConfig
 from dpo_jax.data import audit, cache
-from dpo_jax.data.encode import EncodeOptions
+from dpo_jax.data.encode import EncodeOptions, encode_stream
+from dpo_jax.data.report import EncodeTally, NothingLeftError
 from dpo_jax.data.shortcuts import Shortcut, find_shortcuts
 from dpo_jax.data.sources.base import Item, source_names
 from dpo_jax.data.sources.schemas import listed
@@ -53,7 +56,7 @@ def data_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     train, held_out = comparison_streams(settings.data, responses_per_prompt(settings, loss))
     sides = {"training": with_noise(settings, train), "held-out": held_out}
-    _refuse_bad(sides, settings.data.skip_bad_rows)
+    _refuse_bad(sides, tokenizer, settings.data)
     page = _page(Path(file).stem, sides, tokenizer, settings, loss)
     _print(page)
     out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
@@ -71,10 +74,7 @@ def _first_model(model: ModelConfig) -> ModelConfig:
 
 def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings: LookConfig, loss: Loss) -> DataPage:
     """Returns counts, shortcuts, lengths and comparisons to show, of the training and held-out data (`sides`)."""
-    options, refused_by_train = encode_options(settings.data), []
-    if not (tokenizer.chat_template or options["template"].source):  # texts need none
-        options["template"] = options["template"]._replace(source=PLAIN)
-        refused_by_train = ["the tokenizer has no chat template; set data.chat_template"]
+    options, refused_by_train = _encode_options(settings.data, tokenizer)
     counts = {side: audit.count_pairs(items) for side, items in sides.items()}
     lines, tables = {}, {}
     for side, items in sides.items():
@@ -100,10 +100,13 @@ def _has_chats(items: Iterable[Item]) -> bool:
     return first is not None and isinstance(first.prompt, Chat)
 
 
-def _refuse_bad(sides: Mapping[str, Iterable[Item]], most: int) -> None:
-    """Refuses more than `most` bad examples: their number, and the first of each kind."""
-    bad = [item for items in sides.values() for item in items if isinstance(item, UserError)]
-    if len(bad) <= most:
+def _refuse_bad(sides: Mapping[str, Iterable[Item]], tokenizer: Any, data: DataConfig) -> None:
+    """Refuses more bad examples than may be skipped: their number, and the first of each kind.
+
+    Bad are examples that cannot be read, rendered or tokenized.
+    """
+    bad = list({str(error): error for items in sides.values() for error in _bad(items, tokenizer, data)}.values())
+    if len(bad) <= data.skip_bad_rows:
         return
     kinds: dict[str, list[str]] = {}
     for error in bad:
@@ -115,11 +118,30 @@ def _refuse_bad(sides: Mapping[str, Iterable[Item]], most: int) -> None:
     raise UserError(f"{bad[0]} ({len(bad):,} bad rows; correct or remove them, or set data.skip_bad_rows: {len(bad)})")
 
 
+def _bad(items: Iterable[Item], tokenizer: Any, data: DataConfig) -> list[UserError]:
+    """Returns the errors of bad examples."""
+    tally = EncodeTally(keep_errors=True)
+    options = EncodeOptions(**_encode_options(data, tokenizer)[0])._replace(skip_bad_rows=sys.maxsize)
+    with contextlib.suppress(NothingLeftError):
+        for _ in encode_stream(items, tokenizer, options, tally):
+            pass
+    return tally.errors
+
+
+def _encode_options(data: DataConfig, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
+    """Returns the options of `encode` and what `train` will refuse: for the page, conversations are always rendered."""
+    options = encode_options(data)
+    if tokenizer.chat_template or options["template"].source:
+        return options, []
+    options["template"] = options["template"]._replace(source=PLAIN)
+    return options, ["the tokenizer has no chat template; set data.chat_template"]
+
+
 def _list_sources() -> None:
     """Prints the name, the data set and the columns of every data source."""
     for name in source_names():
         module = importlib.import_module(f"dpo_jax.data.sources.{name}")
-        print(f"{name:22} {(module.__doc__ or '').splitlines()[0]}")
+        print(f"{name:22} {(module.__doc__ or '').splitlines()[0]} Columns: {module.COLUMNS}")
     for name, hub, columns in listed():
         print(f"{name:22} {hub or 'files'}: {columns}")
 

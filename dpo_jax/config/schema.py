@@ -39,11 +39,15 @@ class ColumnsConfig:
     tools: str = ""
     """Functions that the model may call."""
     first: str = ""
-    """One of two responses, of which `winner` says the better one."""
+    """One of two responses, of which `winner` or the scores say the better one."""
     second: str = ""
     """The other one."""
     winner: str = ""
-    """column=value,value: its values if the first, and if the second response is better; others are ties."""
+    """column=value,value: its values if the first, and if the second response is better; null and `tie` are ties."""
+    score_first: str = ""
+    """Rating of the first response."""
+    score_second: str = ""
+    """Rating of the second response."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,10 @@ import numpy as np
 from dpo_jax.errors import UserError
 
 
+class NothingLeftError(UserError):
+    """No comparison is left to encode."""
+
+
 class LengthQuantiles(NamedTuple):
     """Statistics of lengths in tokens."""
 
@@ -97,9 +101,14 @@ class EncodeReport(NamedTuple):
 
 
 class EncodeTally:
-    """Running counts for an `EncodeReport`. Its size does not grow with the number of comparisons."""
+    """Running counts for an `EncodeReport`. Its size does not grow with the number of comparisons.
 
-    def __init__(self):
+    With `keep_errors` it also keeps the error of each bad example, in `errors`.
+    """
+
+    def __init__(self, keep_errors: bool = False):
+        self.errors: list[UserError] = []
+        self._keep_errors = keep_errors
         self.counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.spans: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "response", "sequence")}
@@ -109,6 +118,8 @@ class EncodeTally:
         """Counts a bad example; raises its error once there are more than `most`."""
         self.counts["bad_skipped"] += 1
         self.first_bad = self.first_bad or str(error)
+        if self._keep_errors:
+            self.errors.append(error)
         if self.counts["bad_skipped"] > most:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 

@@ -13,11 +13,12 @@ import numpy as np
 from dpo_jax.config.schema import Config, DataConfig
 from dpo_jax.data import chat, noise, order
 from dpo_jax.data.cache import cached_encode, write_unnamed
-from dpo_jax.data.encode import EncodeOptions, SpecialTokens
+from dpo_jax.data.encode import EncodeOptions
 from dpo_jax.data.noise import add_mismatched, append_token
 from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, holdout
 from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.special_tokens import SpecialTokens
 from dpo_jax.data.spelling import reveal, token_ids
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
@@ -32,10 +33,11 @@ log = logging.getLogger(__name__)
 
 def reward_encoding(config: Config, loss: Loss) -> dict[str, Any] | None:
     """Returns the tokenization options that a reward model is exported with; None for a language model's loss."""
-    options = {
-        k: v for k, v in encode_options(config.data).items() if k not in ("template", "degenerate", "skip_bad_rows")
-    }
-    return options if loss.rewards else None
+    if not loss.rewards:
+        return None
+    options = {k: v for k, v in encode_options(config.data).items() if k not in ("degenerate", "skip_bad_rows")}
+    template = options.pop("template")  # its text is written as the folder's chat template
+    return options | {"chat_template_kwargs": dict(template.options)}
 
 
 def mapped_columns(options: DataConfig) -> dict[str, str]:
@@ -68,8 +70,8 @@ def held_out_comparisons(options: DataConfig, responses: int) -> Iterable[Item]:
     """Returns the held-out comparisons of `comparison_streams`; the training data need not exist for `eval_path`."""
     if not options.eval_path:
         return comparison_streams(options, responses)[1]
-    split = options.eval_split or options.split
-    return open_source(options.name, options.eval_path, split, responses, options.options)
+    split, columns = options.eval_split or options.split, mapped_columns(options)
+    return open_source(options.name, options.eval_path, split, responses, options.options, columns)
 
 
 def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
@@ -184,7 +186,7 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfi
       UserError: an empty prompt.
     """
     encoding, special = EncodeOptions(**encode_options(options)), SpecialTokens.of(tokenizer)
-    starts = [[special.bos] * special.bos_before(prompt, encoding) for prompt in prompts]
+    starts = [[special.bos] * special.bos_before(prompt, encoding.add_bos) for prompt in prompts]
     texts = token_ids(_rendered_prompts(prompts, tokenizer, options), tokenizer)
     ids = [text if text[:1] == start else start + text for start, text in zip(starts, texts, strict=True)]
     if not all(ids):

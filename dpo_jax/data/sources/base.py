@@ -4,6 +4,8 @@ A source is a module of this package with one function,
 
     read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]
 
+and a text `COLUMNS` that names the columns it reads, for `dpo-jax data --list`.
+
 - `path` names files, folders or hub ids; () is the source's own data set, if it has one.
 - `responses` is the number of responses of every comparison: 2 or more for preferences, best first; 1 for supervised
   fine-tuning; 0 for prompts alone.
@@ -21,6 +23,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,9 +42,15 @@ class Note(NamedTuple):
 
 
 TIE = Note("pairs of equal scores left out")
+TIES = ("", "tie", "ties", "tied", "both", "neither", "none", "draw", "equal", "same", "null")  # in columns of winners
 Item = Comparison | UserError | Note
 RawExample = tuple[str, dict[str, Any]]
 """(`file:line` for error messages, values by column name)."""
+
+
+def is_tie(winner: object) -> bool:
+    """Returns whether a value in a column of winners names none: null, or a word such as `tie (bothbad)`."""
+    return winner is None or (isinstance(winner, str) and re.split(r"[\s_(]+", winner.strip().lower())[0] in TIES)
 
 
 class Stream:

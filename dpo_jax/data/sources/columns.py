@@ -12,7 +12,7 @@ preference                         the probability that chosen is the better one
 weight                             multiplies the loss
 system, tools, chat_template_kwargs    of a conversation; they make a text prompt the user's turn of one, and so do
                                    earlier turns in messages
-A null counts as an absent column.
+A null counts as an absent column, and in system, tools and earlier turns so does an empty value.
 """
 
 from typing import Any
@@ -20,26 +20,29 @@ from typing import Any
 from dpo_jax.data.sources import conversations as talk
 from dpo_jax.data.sources.base import TIE, Item, Note
 from dpo_jax.data.sources.mapping import fitting
+from dpo_jax.data.sources.prompts import CONVERSATION, as_conversation
 from dpo_jax.data.sources.ratings import RATINGS, Rated, pair_scores, ranked
 from dpo_jax.data.sources.values import (
     FLOAT32_MAX,
+    Cell,
     Example,
+    MissingColumnError,
     as_list,
     binary_label,
     number_column,
+    parsed,
     text_column,
     value_of,
 )
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
-CONVERSATION = ("messages", "conversations", "conversation")
 LISTS = ("completions", "responses")
 READ = {"prompt", "chosen", "rejected", "completion", "label", "scores", "preference", "weight", "system", "tools"}
 READ |= {"chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
 
 
-def comparisons_from_columns(where: str, example: Example, responses: int) -> list[Item]:
+def comparisons_from_columns(where: str, example: Example, responses: int, chat: bool = False) -> list[Item]:
     """Returns the comparisons of an example, and notes on what is left out.
 
     Args:
@@ -47,19 +50,27 @@ def comparisons_from_columns(where: str, example: Example, responses: int) -> li
       example: values by column name.
       responses: responses per comparison. A ranking of more gives all pairs of unequal scores for 2, and its best
         response for 1.
+      chat: whether a text prompt is a user's turn in any case, see `prompts`.
 
     Raises:
       UserError: a column is wrong or missing.
     """
-    example = _with_system_turn(where, example)
     nulls = [name for name, value in example.items() if value is None]
-    example, notes = _as_conversation(where, {name: value for name, value in example.items() if value is not None})
+    present = {name: _cell(name, value) for name, value in example.items() if value is not None}
+    example, notes = as_conversation(where, present, chat)
     try:
         return [*_comparisons(where, example, responses), *notes]
-    except UserError as error:
-        if not nulls or "column" not in str(error):
-            raise
-        raise UserError(f"{error}; null: {as_list(nulls)}") from error
+    except MissingColumnError as error:
+        hint = fitting(present, responses) or "; set data.columns to theirs, as in data.columns.prompt: question"
+        raise UserError(f"{error}{f'; null: {as_list(nulls)}' if nulls else ''}{hint}") from error
+
+
+def _cell(name: str, value: Any) -> Any:
+    """Returns a value; the list that a CSV cell stands for where there are lists, or messages."""
+    if name in (*LISTS, *CONVERSATION, "scores"):
+        return parsed(value)
+    messages = parsed(value) if isinstance(value, Cell) and name in ("prompt", "chosen", "rejected") else None
+    return messages if isinstance(messages, list) and messages and all(map(talk.role, messages)) else value
 
 
 def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
@@ -71,7 +82,7 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
         return [item._replace(**fields) if isinstance(item, Comparison) else item for item in found]
     if responses > 2:
         message = f"the loss needs {responses} ranked responses: columns prompt, completions, scores"
-        raise UserError(f"{where}: {message}; the columns are: {_columns(example)}")
+        raise MissingColumnError(f"{where}: {message}; the columns are: {_columns(example)}")
     single = {"completion", *CONVERSATION} & set(example) and not {"chosen", "rejected"} & set(example)
     if "label" in example and single:
         return _unpaired(where, example, responses, fields)
@@ -83,66 +94,6 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
         return [pair._replace(**fields, preference=preference, scores=scores)]
     prompt, response = _single_response(where, example)
     return [Comparison(prompt, (response,), **fields)]
-
-
-def _with_system_turn(where: str, example: Example) -> Example:
-    """Returns an example whose text prompt is a user's turn if it has a column of conversations.
-
-    A null in `system` means the same as "", since the other examples of the file have a system message.
-    """
-    text = isinstance(example.get("prompt"), str) and not isinstance(example.get("chosen"), list)
-    if not text or not ("system" in example or example.get("tools")):
-        return example
-    key = _first(example, CONVERSATION)
-    turns = _with_last_turn(where, key, example) if isinstance(example.get(key), list) else [_user(example["prompt"])]
-    return example | {"prompt": turns, "system": example.get("system") or ""}
-
-
-def _as_conversation(where: str, example: Example) -> tuple[Example, list[Item]]:
-    """Returns an example whose prompt stands in one column: a text, or the turns of a conversation.
-
-    A text prompt beside responses that are messages is a user's turn before them if they begin with an answer.
-    Otherwise they hold the whole conversation, and a note counts texts that are not part of it. A text prompt beside
-    earlier turns in `messages` is the last turn.
-    """
-    sides = [example.get(key) for key in ("chosen", "rejected")]
-    if all(isinstance(side, list) and side and talk.role(side[0]) not in ("", "assistant") for side in sides):
-        return _whole_conversations(example, sides)
-    if not isinstance(example.get("prompt"), str):
-        return example, []
-    if all(isinstance(side, list) for side in sides):
-        return example | {"prompt": [_user(example["prompt"])]}, []
-    key = _first(example, CONVERSATION)
-    if not key or not isinstance(example[key], list):
-        return example, []
-    return example | {"prompt": _with_last_turn(where, key, example)}, []
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _whole_conversations(example: Example, sides: list[Any]) -> tuple[Example, list[Item]]:
-    """Returns an example whose responses hold the whole conversation without the columns that repeat parts of it."""
-    texts = {str(turn.get("content", turn.get("value"))).strip() for side in sides for turn in side if turn}
-    lost = isinstance(example.get("prompt"), str) and example["prompt"].strip() not in texts
-    note = Note("examples whose messages lack the text in column 'prompt'; it is ignored")
-    dropped = {"prompt", *CONVERSATION} if isinstance(example.get("prompt", ""), str) else set()
-    return {key: value for key, value in example.items() if key not in dropped}, [note] if lost else []
-
-
-def _with_last_turn(where: str, key: str, example: Example) -> list[Any]:
-    """Returns the turns of a column, up to the turn of the user that is the text prompt, which is added if absent."""
-    turns, prompt = talk.as_messages(where, key, example[key]), example["prompt"].strip()
-    places = [i for i, turn in enumerate(turns) if turn["role"] == "user" and str(turn["content"]).strip() == prompt]
-    if places:
-        return turns[: places[-1] + 1]
-    if turns[-1]["role"] == "user":
-        raise UserError(
-            f"{where}: the last turn in column {key!r} and the text in column 'prompt' are both the user's and differ; "
-            "remove one"
-        )
-    return [*turns, _user(example["prompt"])]
 
 
 def _number(where: str, example: Example, key: str, default: float, least: float, most: float) -> float:
@@ -200,7 +151,7 @@ def _single_response(where: str, example: Example) -> tuple[str | Chat, Any]:
 def _pair(where: str, example: Example) -> Comparison:
     if not {"chosen", "rejected"} & set(example):
         message = "the loss needs pairs: columns prompt, chosen, rejected"
-        raise UserError(f"{where}: {message}; the columns are: {_columns(example)}{fitting(example)}")
+        raise MissingColumnError(f"{where}: {message}; the columns are: {_columns(example)}")
     given = [value_of(where, example, key) for key in ("chosen", "rejected")]
     if "prompt" in example or _first(example, CONVERSATION):
         prompt = _prompt(where, example)
@@ -213,16 +164,16 @@ def _pair(where: str, example: Example) -> Comparison:
         prompt = talk.as_chat(where, chosen[:size], example)
         responses = (talk.as_answer(where, "chosen", chosen[size:]), talk.as_answer(where, "rejected", rejected[size:]))
     else:
-        raise UserError(f"{where}: {_advice(example)}")
+        raise _without_prompt(where, example)
     return Comparison(prompt, responses)
 
 
-def _advice(example: Example) -> str:
-    """Returns what to do about text responses without a prompt."""
+def _without_prompt(where: str, example: Example) -> UserError:
+    """Returns the error for text responses without a prompt."""
     if all(str(example[key]).lstrip().startswith("Human:") for key in ("chosen", "rejected")):
-        return "no column 'prompt'; for transcripts such as Anthropic HH's set data.name to hh"
-    hint = fitting(example) or "; name it, as in data.columns.prompt: question"
-    return f"no column 'prompt'; the columns are: {_columns(example)}{hint}"
+        advice = "for transcripts such as Anthropic HH's set data.name to hh"
+        return UserError(f"{where}: no column 'prompt'; {advice}")
+    return MissingColumnError(f"{where}: no column 'prompt'; the columns are: {_columns(example)}")
 
 
 def _unpaired(where: str, example: Example, responses: int, fields: dict[str, Any]) -> list[Item]:

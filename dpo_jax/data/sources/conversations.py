@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data.sources.values import SURROGATE, shorten, type_name
+from dpo_jax.data.sources.values import SURROGATE, parsed, shorten, type_name
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat
 
@@ -34,7 +34,12 @@ def as_message(where: str, key: str, value: Any) -> Message:
         raise UserError(f"{where}: {key!r} has a message of role {shorten(role)}; known: {', '.join(ROLES)}")
     if isinstance(content, list):
         content = _joined(where, key, content)
-    if content is None and not found.get("tool_calls"):
+    calls = _of_json(found.get("tool_calls")) or None
+    if calls is not None and not isinstance(calls, list):
+        raise UserError(f"{where}: {key!r} has tool_calls that are {type_name(calls)}, not a list")
+    if calls:
+        found["tool_calls"] = [_call(_of_json(call)) for call in calls]
+    if content is None and not calls:
         content = ""
     if content is not None and not isinstance(content, str):
         raise UserError(f"{where}: {key!r} has a message whose content is {type_name(content)}, not text")
@@ -42,8 +47,6 @@ def as_message(where: str, key: str, value: Any) -> Message:
         raise UserError(
             f"{where}: {key!r} holds half of a surrogate pair, which is not text; fix or remove the example"
         )
-    if isinstance(found.get("tool_calls"), list):
-        found["tool_calls"] = [_call(call) for call in found["tool_calls"]]
     return {**found, "role": ROLES[role], "content": content}
 
 
@@ -59,12 +62,18 @@ def _call(call: Any) -> Any:
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
         return call
-    try:
-        arguments = json.loads(inner["arguments"])
-    except ValueError:
-        return call  # the template writes it as it is
+    arguments = _of_json(inner["arguments"])
+    # Another text is written by the template as it is.
     inner = inner | {"arguments": arguments if isinstance(arguments, dict) else inner["arguments"]}
     return call | {"function": inner} if "function" in call else inner
+
+
+def _of_json(value: Any) -> Any:
+    """Returns what a text says in JSON; a text that is none, and any other value, as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def role(value: Any) -> str:
@@ -79,6 +88,7 @@ def as_messages(where: str, key: str, value: Any) -> list[Message]:
     Raises:
       UserError: the value is something else, or the list is empty.
     """
+    value = parsed(value)
     given = value if isinstance(value, list) else [value]
     if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         raise UserError(
@@ -115,7 +125,9 @@ def as_chat(where: str, turns: Sequence[Message], example: dict[str, Any]) -> Ch
     if not any(turn["role"] == "user" for turn in turns):
         raise UserError(f"{where}: the prompt has no user turn")
     options = _parsed(where, example, "chat_template_kwargs", dict) or {}
-    tools = _parsed(where, example, "tools", list) or []
+    tools = [_of_json(tool) for tool in _parsed(where, example, "tools", list) or [] if tool is not None]
+    if wrong := next((tool for tool in tools if not isinstance(tool, dict)), None):
+        raise UserError(f"{where}: 'tools' must hold objects, not {type_name(wrong)}")
     return Chat(tuple(turns), tuple(tools), options)
 
 
@@ -152,4 +164,4 @@ def _parsed(where: str, example: dict[str, Any], key: str, kind: type) -> Any:
         raise UserError(f"{where}: {key!r} is not JSON ({error})") from error
     if value is not None and not isinstance(value, kind):
         raise UserError(f"{where}: {key!r} must be {type_name(kind())}, not {type_name(value)}")
-    return value
+    return without_nulls(value)

@@ -1,26 +1,31 @@
-"""Preference data in files or on the hub: JSON lines, JSON, Parquet and Arrow, with the usual columns (`columns`)."""
+"""Data in files (JSON lines, JSON, CSV, TSV, Parquet, Arrow) or on the hub, with the usual columns (`columns`)."""
 
 import glob
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_examples
+from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_examples, or_error
 from dpo_jax.data.sources.columns import READ, comparisons_from_columns
 from dpo_jax.data.sources.formats import SUFFIXES, examples_in_file, suffix
 from dpo_jax.data.sources.mapping import map_columns
+from dpo_jax.data.sources.prompts import is_turn
 from dpo_jax.data.sources.schemas import grouped, usual_columns
 from dpo_jax.data.sources.values import as_list
 from dpo_jax.errors import UserError
 from dpo_jax.paths import expand_home
 from dpo_jax.records import Chat, Comparison
 
+COLUMNS = "prompt, chosen, rejected; prompt, completion; prompt, completions, scores; messages; ... (configs/DATA.md)"
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # in folders that `datasets` saves
 MOST_NAMES = 100  # unused column names to remember
+HEAD = 1024  # examples that say whether text prompts are turns of conversations
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
@@ -56,20 +61,28 @@ def example_items(
     seen: set[bytes] = set()
     kinds: set[type] = set()
     unused: set[str] = set()
+    usual = partial(map_columns, columns=columns) if columns else usual_columns
+    rest = iter(examples)
+    head = list(islice(rest, HEAD))
+    chat = any(isinstance(row, dict) and is_turn(row) for row in (_or_error(usual, item) for item in head))
 
     def convert(where: str, example: dict[str, Any]) -> list[Item]:
-        usual = map_columns(where, example, columns) if columns else usual_columns(where, example)
-        if isinstance(usual, Note):
-            return [usual]
-        if usual is example or columns:
-            unused.update(usual.keys() - READ if len(unused) < MOST_NAMES else ())
-        found = comparisons_from_columns(where, usual, responses)
+        row = usual(where, example)
+        if isinstance(row, Note):
+            return [row]
+        unused.update(row.keys() - READ if len(unused) < MOST_NAMES else ())
+        found = comparisons_from_columns(where, row, responses, chat)
         _check_kind(where, found, kinds)
-        return [_once(item, seen) for item in found] if responses == 1 and "chosen" in example else found
+        return [_once(item, seen) for item in found] if responses == 1 and "chosen" in row else found
 
-    yield from expand_examples(examples if columns else grouped(examples), convert)
+    every = chain(head, rest)
+    yield from expand_examples(every if columns else grouped(every), convert)
     if unused:
         yield Note(f"unused columns: {as_list(unused)}", len(unused))
+
+
+def _or_error(usual: Any, item: RawExample | UserError) -> Any:
+    return item if isinstance(item, UserError) else or_error(usual, *item)
 
 
 def rows(path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:

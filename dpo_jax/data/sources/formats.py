@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_jax.data.sources.base import RawExample, or_error
-from dpo_jax.data.sources.values import type_name
+from dpo_jax.data.sources.values import Cell, type_name
 from dpo_jax.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -25,7 +25,6 @@ SUFFIXES = (*(kind + packed for kind in TEXT_KINDS for packed in ("", *COMPRESSE
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is an error, so that a file without line feeds fills no memory
 BLANK_LIMIT = 2**20  # blank lines of up to 64 bytes in a row, which a small compressed file can hold without end
 JSON_LIMIT = 2**31  # bytes of a .json file, which is read whole
-NUMBERS = ("label", "preference", "weight", "score", "rating", "rank", "strength")  # in names of columns of numbers
 
 
 def suffix(file: Path) -> str:
@@ -154,7 +153,7 @@ def _rows_of(file: Path, values: dict[str, Any], split: str) -> list[Any]:
 
 
 def _table_of_texts(file: Path) -> Iterator[RawExample | UserError]:
-    """Reads CSV or TSV with a head. An empty cell is absent; numbers are read in columns of numbers only."""
+    """Reads CSV or TSV with a head. An empty cell is absent; the others are texts until a number is needed."""
     csv.field_size_limit(LINE_LIMIT)
     row, head = 0, list[str]()
     try:
@@ -174,18 +173,7 @@ def _table_of_texts(file: Path) -> Iterator[RawExample | UserError]:
 def _from_cells(where: str, head: list[str], cells: list[str]) -> RawExample:
     if len(cells) != len(head):
         raise UserError(f"{where}: {len(cells)} cells for {len(head)} columns; quote cells that hold the separator")
-    return where, {name: _cell(name, cell) for name, cell in zip(head, cells, strict=True)}
-
-
-def _cell(name: str, cell: str) -> Any:
-    if not cell:
-        return None
-    if any(word in name.lower() for word in NUMBERS):
-        try:
-            return json.loads(cell.lower())
-        except (ValueError, RecursionError):
-            pass
-    return cell
+    return where, {name: Cell(cell) if cell else None for name, cell in zip(head, cells, strict=True)}
 
 
 def _parquet(file: Path) -> Iterator[RawExample]:

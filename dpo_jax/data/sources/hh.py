@@ -9,6 +9,7 @@ from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "chosen, rejected"
 HUB_ID = "Anthropic/hh-rlhf"
 TURN = "\n\nAssistant:"
 

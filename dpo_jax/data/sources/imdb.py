@@ -10,6 +10,7 @@ from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "text"
 HUB_ID = "stanfordnlp/imdb"
 LEAST, MOST = 2, 8  # words in a prompt
 WORD = re.compile(r"\s*\S+")

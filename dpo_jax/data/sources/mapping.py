@@ -8,18 +8,25 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.data.sources.base import TIE, Note
-from dpo_jax.data.sources.values import Example, as_list, number_column
+from dpo_jax.data.sources.base import TIE, Note, is_tie
+from dpo_jax.data.sources.values import Example, as_list, number_column, parsed, shorten, type_name
 from dpo_jax.errors import UserError
 
+SIDES = ("first", "second", "winner", "score_first", "score_second")
 PLACE = re.compile(r"\{([^{}]+)\}")
 # Names that data sets give to the usual columns, for a hint.
 ALSO = {
     "prompt": ("question", "instruction", "query", "input", "context", "problem", "user"),
-    "chosen": ("chosen_response", "preferred", "better", "output_1", "response_a", "response_1"),
-    "rejected": ("rejected_response", "dispreferred", "worse", "output_2", "response_b", "response_2"),
+    "chosen": ("chosen_response", "preferred", "preferred_response", "better", "accepted"),
+    "rejected": ("rejected_response", "dispreferred", "dispreferred_response", "worse", "refused"),
     "completion": ("response", "output", "answer", "text"),
+    "completions": ("answers", "outputs", "candidates"),
+    "scores": ("ratings", "rewards", "-ranks", "-rank"),
 }
+RESPONSES = ("response", "output", "answer")
+EITHER = tuple((f"{kind}_{a}", f"{kind}_{b}") for kind in RESPONSES for a, b in ("ab", "12", "01"))
+WINNER = re.compile("winner|preference|choice|label|vote|better")
+READ_AS_TURNS = ("messages", "conversations", "conversation", "tools", "history", "context", "input")
 
 
 def map_columns(where: str, example: Example, columns: Mapping[str, str]) -> Example | Note:
@@ -28,16 +35,17 @@ def map_columns(where: str, example: Example, columns: Mapping[str, str]) -> Exa
     Args:
       where: `file:line`, with which error messages begin.
       example: values by column name.
-      columns: usual name -> column; also `first`, `second` and `winner` = `column=value,value`: the response in
-        `first` is the better one if the column has the first value, that in `second` if it has the second value.
+      columns: usual name -> column; also `first` and `second`, two responses of which either may be the better one:
+        by `winner` = `column=value,value`, where the column has the first value if it is `first`; or by
+        `score_first` and `score_second`.
 
     Raises:
-      UserError: a column is missing.
+      UserError: a column is missing or has an unknown value.
     """
-    plain = {name: spec for name, spec in columns.items() if name not in ("first", "second", "winner")}
+    plain = {name: spec for name, spec in columns.items() if name not in SIDES}
     found = {name: _read(where, name, example, spec) for name, spec in plain.items()}
-    if "winner" in columns:
-        pair = _by_winner(where, example, columns)
+    if len(plain) < len(columns):
+        pair = _ordered(where, example, columns)
         if isinstance(pair, Note):
             return pair
         found |= pair
@@ -53,20 +61,36 @@ def names_in(spec: str) -> list[str]:
     return [bare, bare.partition(".")[0]]
 
 
-def fitting(example: Example, wanted: tuple[str, ...] = ("prompt", "chosen", "rejected")) -> str:
+def fitting(example: Example, responses: int) -> str:
     """Returns the mapping that would fit an example's columns, as a hint in an error; "" if none is known."""
-    found = {}
-    for name in wanted:
-        other = next((column for column in ALSO.get(name, ()) if column in example), None)
-        if name not in example and other:
-            found[name] = other
-    return f"; set data.columns: {{{', '.join(f'{k}: {v}' for k, v in found.items())}}}" if found else ""
+    sides = next((pair for pair in EITHER if set(pair) <= example.keys()), None)
+    winner = next((name for name in example if WINNER.search(name)), None)
+    found = {"prompt": _column_for("prompt", example)}
+    if sides and winner and responses > 1:
+        found |= {"first": sides[0], "second": sides[1], "winner": f"'{winner}=A,B'"}
+    elif sides and responses > 1:
+        found |= {"chosen": sides[0], "rejected": sides[1]}
+    else:
+        lists = any(isinstance(parsed(value), list) for name, value in example.items() if name not in READ_AS_TURNS)
+        pair = ("chosen", "rejected") if not lists else ("completions", "scores")
+        single = responses == 1 or "label" in example
+        found |= {name: _column_for(name, example) for name in (("completion",) if single else pair)}
+    named = ", ".join(f"{name}: {column}" for name, column in found.items() if column)
+    means = ", where A and B are its values if the first and if the second is better" if "winner" in found else ""
+    return f"; set data.columns: {{{named}}}{means}" if named else ""
+
+
+def _column_for(name: str, example: Example) -> str:
+    """Returns the column that probably is the usual one of a name; "" if that exists, or none is known."""
+    if name in example:
+        return ""
+    return next((column for column in ALSO[name] if column.removeprefix("-") in example), "")
 
 
 def _read(where: str, name: str, example: Example, spec: str) -> Any:
     if PLACE.search(spec):
-        template = spec.replace("\\n", "\n")
-        return PLACE.sub(lambda match: str(_read(where, name, example, match[1])), template).strip("\n")
+        text = PLACE.sub(lambda match: _as_text(where, name, example, match[1]), spec.replace("\\n", "\n"))
+        return text.strip("\n")
     if spec.startswith("-"):
         return _negated(where, name, _read(where, name, example, spec[1:]))
     if spec in example:
@@ -87,13 +111,51 @@ def _negated(where: str, name: str, value: Any) -> Any:
     return -number_column(where, f"data.columns.{name}", value)
 
 
-def _by_winner(where: str, example: Example, columns: Mapping[str, str]) -> Example | Note:
-    column, _, values = columns["winner"].partition("=")
-    names = values.split(",")
-    if len(names) != 2 or not {"first", "second"} <= columns.keys():
-        raise UserError("data.columns.winner: give column=value,value, and the responses in first and second")
+def _as_text(where: str, name: str, example: Example, spec: str) -> str:
+    """Returns a part of a text made of several columns; null is no text."""
+    value = _read(where, name, example, spec)
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise UserError(f"{where}: data.columns.{name}: a text is made of texts and numbers, not of {type_name(value)}")
+    return "" if value is None else str(value)
+
+
+def _ordered(where: str, example: Example, columns: Mapping[str, str]) -> Example | Note:
+    """Returns chosen and rejected, with their scores if there are any; a note for a tie."""
+    by_score = {"first", "second", "score_first", "score_second"}
+    if columns.keys() & set(SIDES) not in (by_score, {"first", "second", "winner"}):
+        raise UserError("data.columns: first and second need either winner, or score_first and score_second; set them")
     sides = [_read(where, side, example, columns[side]) for side in ("first", "second")]
-    won = str(_read(where, "winner", example, column))
-    if won not in names:
+    if "winner" in columns:
+        won = _winner(where, example, columns["winner"])
+        return TIE if won is None else {"chosen": sides[won], "rejected": sides[1 - won]}
+    keys = ("score_first", "score_second")
+    scores = [number_column(where, f"data.columns.{k}", _read(where, k, example, columns[k])) for k in keys]
+    if scores[0] == scores[1]:
         return TIE
-    return dict(zip(("chosen", "rejected"), sides if won == names[0] else sides[::-1], strict=True))
+    best = int(scores[1] > scores[0])
+    return {"chosen": sides[best], "rejected": sides[1 - best], "scores": [scores[best], scores[1 - best]]}
+
+
+def _winner(where: str, example: Example, spec: str) -> int | None:
+    """Returns 0 if the first value of `column=value,value` stands in the column, 1 for the second, None for a tie."""
+    column, _, values = spec.partition("=")
+    names = [_plain(name) for name in values.split(",")]
+    if len(names) != 2 or names[0] == names[1]:
+        raise UserError("data.columns.winner: write column=value,value: that of the first response, then the second's")
+    found = _read(where, "winner", example, column)
+    if _plain(found) in names:
+        return names.index(_plain(found))
+    if is_tie(found):
+        return None
+    raise UserError(
+        f"{where}: data.columns.winner: {column} is {shorten(found)}, neither {' nor '.join(names)} nor a tie; correct "
+        "the values in data.columns.winner"
+    )
+
+
+def _plain(value: Any) -> str:
+    """Returns a value as data.columns.winner names it: in lower case, and 1.0 as 1."""
+    value = parsed(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().lower()

@@ -9,6 +9,7 @@ from dpo_jax.data.sources.base import Item, RawExample
 from dpo_jax.data.sources.files import example_items
 from dpo_jax.errors import UserError
 
+COLUMNS = "those of files"
 KEPT: dict[str, Sequence[Mapping[str, Any]]] = {}  # name -> examples, for the life of the process
 
 

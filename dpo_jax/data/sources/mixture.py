@@ -10,6 +10,7 @@ from dpo_jax.data.sources.functions import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "those of its parts"
 PART = re.compile(r"(?:([^*:]*)\*)?(\w+)(?::(.+))?")
 OWN_PART = re.compile(r"(?:([^*:]*)\*)?([\w.]+:[^\W\d]\w*)(?::(.+))?")  # of a source of one's own
 

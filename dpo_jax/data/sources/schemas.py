@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dpo_jax.data.sources.base import TIE, Note, RawExample
-from dpo_jax.data.sources.values import Example, number_column, text_column, value_of
+from dpo_jax.data.sources.base import TIE, Note, RawExample, is_tie
+from dpo_jax.data.sources.values import Example, binary_label, number_column, parsed, shorten, text_column, value_of
 from dpo_jax.errors import UserError
 
 Convert = Callable[[str, Example], Example | Note]
@@ -20,40 +20,50 @@ class Schema(NamedTuple):
 
     Attributes:
       hub: its name on the hub.
-      columns: those by which it is recognized; a "-" precedes one that it must not have.
+      columns: those by which it is recognized; a "-" precedes one that it must not have, other than null.
+      also: further columns that `convert` reads.
       convert: (where, example) -> the usual columns, or a note if the example compares nothing.
     """
 
     hub: str
     columns: tuple[str, ...]
+    also: tuple[str, ...]
     convert: Convert
 
     def fits(self, example: Mapping[str, Any]) -> bool:
         """Returns whether an example has the columns."""
-        return all((name[1:] not in example) if name[:1] == "-" else name in example for name in self.columns)
+        return all(example.get(c[1:]) is None if c[:1] == "-" else c in example for c in self.columns)
 
 
+ARENA = ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b")
 SCHEMAS: dict[str, Schema] = {}
+USUAL = ("prompt", "chosen", "rejected")
 
 
-def schema(hub: str, *columns: str) -> Callable[[Convert], Convert]:
+def schema(hub: str, *columns: str, also: tuple[str, ...] = ()) -> Callable[[Convert], Convert]:
     """Returns a decorator that registers a data set under its function's name."""
 
     def file(convert: Convert) -> Convert:
-        SCHEMAS[convert.__name__] = Schema(hub, columns, convert)
+        SCHEMAS[convert.__name__] = Schema(hub, columns, also, convert)
         return convert
 
     return file
 
 
 def usual_columns(where: str, example: Example) -> Example | Note:
-    """Returns an example of a known data set in the usual columns; other examples as they are.
+    """Returns an example of a known data set in the usual columns; other examples, and usual pairs, as they are.
+
+    Columns that the set does not have, such as `weight` or `tools`, are kept.
 
     Raises:
       UserError: a column has another value than the set's.
     """
-    found = next((one for one in SCHEMAS.values() if one.fits(example)), None)
-    return found.convert(where, example) if found else example
+    usual = all(example.get(name) is not None for name in USUAL)
+    found = None if usual else next((one for one in SCHEMAS.values() if one.fits(example)), None)
+    result = found.convert(where, example) if found else example
+    if found is None or isinstance(result, Note):
+        return result
+    return {name: value for name, value in example.items() if name not in (*found.columns, *found.also)} | result
 
 
 def grouped(examples: Iterable[RawExample | UserError]) -> Iterator[RawExample | UserError]:
@@ -75,12 +85,11 @@ def grouped(examples: Iterable[RawExample | UserError]) -> Iterator[RawExample |
 def _ranking(held: list[RawExample]) -> RawExample:
     rows = [row for _, row in held]
     ranking = {"completions": [row["response"] for row in rows], "scores": [row["helpfulness"] for row in rows]}
-    return held[0][0], {"prompt": rows[0]["prompt"], **ranking}
+    return held[0][0], {name: rows[0][name] for name in rows[0] if name not in ("response", "helpfulness")} | ranking
 
 
-def _pair(example: Example, prompt: Any, better: Any, worse: Any, **more: Any) -> Example:
-    system = {"system": example["system"]} if "system" in example else {}
-    return {"prompt": prompt, "chosen": better, "rejected": worse, **system, **more}
+def _pair(prompt: Any, better: Any, worse: Any, **more: Any) -> Example:
+    return {"prompt": prompt, "chosen": better, "rejected": worse, **more}
 
 
 def _by_sign(where: str, example: Example, key: str, prompt: Any, first: str, second: str) -> Example | Note:
@@ -88,12 +97,12 @@ def _by_sign(where: str, example: Example, key: str, prompt: Any, first: str, se
     strength = number_column(where, key, value_of(where, example, key))
     better, worse = (first, second) if strength < 0 else (second, first)
     scores = [abs(strength), 0.0]
-    return _pair(example, prompt, example[better], example[worse], scores=scores) if strength else TIE
+    return _pair(prompt, example[better], example[worse], scores=scores) if strength else TIE
 
 
-@schema("nvidia/HelpSteer2", "prompt", "response_1", "response_2", "preference_strength")
+@schema("", "prompt", "response_1", "response_2", "preference_strength")
 def helpsteer2_preference(where: str, example: Example) -> Example | Note:
-    """HelpSteer2's preferences (Wang et al. 2024, arXiv 2410.01257): strength -3 .. 3, below 0 for response_1."""
+    """HelpSteer2's files preference/*.jsonl (Wang et al. 2024, arXiv 2410.01257): -3 .. 3, below 0 for response_1."""
     return _by_sign(where, example, "preference_strength", example["prompt"], "response_1", "response_2")
 
 
@@ -106,13 +115,17 @@ def helpsteer3(where: str, example: Example) -> Example | Note:
 @schema("Intel/orca_dpo_pairs", "question", "chosen", "rejected", "-prompt")
 def intel_orca(where: str, example: Example) -> Example:
     """Intel's Orca pairs: a system message, a question and two answers."""
-    return _pair(example, text_column(where, example, "question"), example["chosen"], example["rejected"])
+    return _pair(text_column(where, example, "question"), example["chosen"], example["rejected"])
 
 
-@schema("argilla/distilabel-intel-orca-dpo-pairs", "input", "chosen", "rejected", "rating", "-prompt")
+@schema(
+    "argilla/distilabel-intel-orca-dpo-pairs",
+    *("input", "chosen", "rejected", "rating", "-prompt"),
+    also=("status", "chosen_score"),
+)
 def distilabel_orca(where: str, example: Example) -> Example | Note:
     """Argilla's rated Orca pairs; those of status `tie` are left out."""
-    pair = _pair(example, text_column(where, example, "input"), example["chosen"], example["rejected"])
+    pair = _pair(text_column(where, example, "input"), example["chosen"], example["rejected"])
     return TIE if example.get("status") == "tie" else pair
 
 
@@ -120,13 +133,13 @@ def distilabel_orca(where: str, example: Example) -> Example | Note:
 def pku_saferlhf(where: str, example: Example) -> Example:
     """PKU-SafeRLHF (Ji et al. 2024, arXiv 2406.15513), by helpfulness (`better_response_id`)."""
     better = int(number_column(where, "better_response_id", example["better_response_id"], 0, 1))
-    return _pair(example, example["prompt"], example[f"response_{better}"], example[f"response_{1 - better}"])
+    return _pair(example["prompt"], example[f"response_{better}"], example[f"response_{1 - better}"])
 
 
-@schema("berkeley-nest/Nectar", "prompt", "answers")
+@schema("berkeley-nest/Nectar", "prompt", "answers", "-chosen", "-rejected")
 def nectar(where: str, example: Example) -> Example:
     """Nectar (Zhu et al. 2023): seven ranked answers to a dialogue of Human and Assistant."""
-    answers = value_of(where, example, "answers")
+    answers = parsed(value_of(where, example, "answers"))
     if not isinstance(answers, list) or not all(isinstance(one, dict) and "answer" in one for one in answers):
         raise UserError(f"{where}: 'answers' must be a list of objects with answer and rank")
     # The space after "Assistant:" belongs to the answer, as in HH.
@@ -140,19 +153,22 @@ def lmarena(where: str, example: Example) -> Example | Note:
     """Chatbot Arena's conversations with a vote (Chiang et al. 2024, arXiv 2403.04132); ties are left out."""
     sides = {"model_a": ("conversation_a", "conversation_b"), "model_b": ("conversation_b", "conversation_a")}
     winner = example["winner"]
-    if winner not in sides:
+    if is_tie(winner):
         return TIE
+    if winner not in sides:
+        raise UserError(f"{where}: 'winner' must be model_a, model_b or a tie, not {shorten(winner)}")
     better, worse = sides[winner]
     return {"chosen": example[better], "rejected": example[worse]}
 
 
-@schema("lmsys/lmsys-arena-human-preference-55k", "prompt", "response_a", "response_b", "winner_model_a")
+@schema("lmsys/lmsys-arena-human-preference-55k", *ARENA, also=("winner_tie",))
 def lmsys_55k(where: str, example: Example) -> Example | Note:
     """Chatbot Arena's Kaggle set: turns as JSON lists of texts, a column for each outcome; ties are left out."""
-    if not example.get("winner_model_a") and not example.get("winner_model_b"):
+    won = [binary_label(where, key, example[key]) for key in ("winner_model_a", "winner_model_b")]
+    if won[0] == won[1]:
         return TIE
     asked, a, b = (_turns(where, example, key) for key in ("prompt", "response_a", "response_b"))
-    better, worse = (a, b) if example["winner_model_a"] else (b, a)
+    better, worse = (a, b) if won[0] else (b, a)
     return {"chosen": _talk(asked, better), "rejected": _talk(asked, worse)}
 
 
@@ -175,7 +191,7 @@ def _talk(asked: list[Any], answers: list[Any]) -> list[dict[str, Any]]:
 @schema("lvwerra/stack-exchange-paired", "question", "response_j", "response_k")
 def stack_exchange_paired(where: str, example: Example) -> Example:
     """StackExchange answers in pairs; response_j has more votes."""
-    return _pair(example, text_column(where, example, "question"), example["response_j"], example["response_k"])
+    return _pair(text_column(where, example, "question"), example["response_j"], example["response_k"])
 
 
 @schema("openai/webgpt_comparisons", "question", "answer_0", "answer_1", "score_0", "score_1")
@@ -188,7 +204,7 @@ def webgpt(where: str, example: Example) -> Example | Note:
         return TIE
     better = int(scores[1] > scores[0])
     ordered = sorted(scores, reverse=True)
-    return _pair(example, prompt, example[f"answer_{better}"], example[f"answer_{1 - better}"], scores=ordered)
+    return _pair(prompt, example[f"answer_{better}"], example[f"answer_{1 - better}"], scores=ordered)
 
 
 @schema("", "input", "preferred_output", "non_preferred_output")
@@ -202,24 +218,25 @@ def openai_preference(where: str, example: Example) -> Example:
     return {"prompt": given["messages"], "chosen": sides[0], "rejected": sides[1], **tools}
 
 
-@schema("", "instruction", "chosen", "rejected", "-prompt")
+@schema("", "instruction", "chosen", "rejected", "-prompt", also=("input", "history"))
 def alpaca_pairs(where: str, example: Example) -> Example:
     """LLaMA-Factory's alpaca format of pairs: instruction, input, history and system beside chosen and rejected."""
-    return _pair(example, _instruction(where, example), example["chosen"], example["rejected"])
+    return _pair(_instruction(where, example), example["chosen"], example["rejected"])
 
 
-@schema("", "instruction", "output", "-prompt", "-chosen")
+@schema("", "instruction", "output", "-prompt", "-chosen", "-completion", also=("input", "history"))
 def alpaca(where: str, example: Example) -> Example:
     """The alpaca format of single responses: instruction, input, output."""
-    system = {"system": example["system"]} if "system" in example else {}
-    return {"prompt": _instruction(where, example), "completion": example["output"], **system}
+    return {"prompt": _instruction(where, example), "completion": example["output"]}
 
 
 def _instruction(where: str, example: Example) -> Any:
     parts = [text_column(where, example, key) for key in ("instruction", "input") if example.get(key)]
-    asked, history = "\n".join(parts), example.get("history")
+    asked, history = "\n".join(parts), parsed(example.get("history"))
     if not history:
         return asked
+    if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
+        raise UserError(f"{where}: 'history' must be a list of [question, answer]")
     before = [text for pair in history for text in pair]
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(before)]
@@ -229,7 +246,7 @@ def _instruction(where: str, example: Example) -> Any:
 @schema("openbmb/UltraInteract_pair", "trajectory", "chosen", "rejected", "-prompt")
 def ultrainteract(where: str, example: Example) -> Example:
     """UltraInteract's pairs (Yuan et al. 2024, arXiv 2404.02078): steps after a trajectory of turns."""
-    return _pair(example, value_of(where, example, "trajectory"), example["chosen"], example["rejected"])
+    return _pair(value_of(where, example, "trajectory"), example["chosen"], example["rejected"])
 
 
 # Sets with the usual columns, known by their names alone.

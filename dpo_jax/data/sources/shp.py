@@ -9,6 +9,7 @@ from dpo_jax.data.sources.values import binary_label, number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "history, human_ref_A, human_ref_B, labels, score_A, score_B"
 HUB_ID = "stanfordnlp/SHP"
 LEAST_RATIO = 2.0
 Rated = tuple[tuple[str, str], tuple[float, float], str]

@@ -13,6 +13,7 @@ from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "question, answers (text, pm_score)"
 HUB_ID = "HuggingFaceH4/stack-exchange-preferences"
 TEST_SHARE = 0.01
 SHUFFLE_SEED = 42

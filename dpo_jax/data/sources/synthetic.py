@@ -19,6 +19,8 @@ from dpo_jax.records import Comparison
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+COLUMNS = "none: it writes its own"
 SIZES = {"train": 20_000, "test": 1_000}
 MOOD_KEPT = 0.75  # probability that a sentence follows the mood of its review
 SAMPLES_PER_PROMPT = 200  # reviews sampled for each distinct prompt asked for, before giving up

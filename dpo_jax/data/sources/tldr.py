@@ -9,6 +9,7 @@ from dpo_jax.data.sources.values import binary_label, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
+COLUMNS = "info, summaries, choice"
 HUB_ID = "openai/summarize_from_feedback:comparisons"
 
 

@@ -11,6 +11,9 @@ from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat
 
+COLUMNS = (
+    "instruction, completions (response, overall_score); or prompt, chosen, rejected, score_chosen, score_rejected"
+)
 HUB_ID = "HuggingFaceH4/ultrafeedback_binarized"
 
 

@@ -1,5 +1,6 @@
 """Values of columns, checked: texts, numbers and labels."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -22,9 +23,29 @@ JSON_TYPES: dict[type, str] = {
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair
 
 
+class Cell(str):
+    """Text of a CSV cell, which stands for a number, a truth value or a list where one is needed."""
+
+
+def parsed(value: Any) -> Any:
+    """Returns what a `Cell` stands for in JSON, with True and FALSE in any case; other texts and values as they are."""
+    if not isinstance(value, Cell):
+        return value
+    for text in (value, value.lower()):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+    return str(value)
+
+
+class MissingColumnError(UserError):
+    """An example lacks a column."""
+
+
 def type_name(value: object) -> str:
     """Returns the name of a value's type in JSON."""
-    return JSON_TYPES.get(type(value), type(value).__name__)
+    return "text" if isinstance(value, str) else JSON_TYPES.get(type(value), type(value).__name__)
 
 
 def shorten(value: object, most: int = 60) -> str:
@@ -46,7 +67,7 @@ def text_column(where: str, example: Example, key: str) -> str:
         raise UserError(
             f"{where}: {key!r} holds half of a surrogate pair, which is not text; fix or remove the example"
         )
-    return value
+    return str(value)
 
 
 def number_column(where: str, key: str, value: Any, least: float = -FLOAT32_MAX, most: float = FLOAT32_MAX) -> float:
@@ -55,6 +76,7 @@ def number_column(where: str, key: str, value: Any, least: float = -FLOAT32_MAX,
     Raises:
       UserError: the value is something else.
     """
+    value = parsed(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where}: {key!r} must be a number, not {type_name(value)}")
     if not least <= value <= most or math.isnan(value):
@@ -70,6 +92,7 @@ def binary_label(where: str, key: str, value: Any) -> bool:
     Raises:
       UserError: the value is something else.
     """
+    value = parsed(value)
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise UserError(f"{where}: {key!r} must be true or false, not {shorten(value)}")
     return bool(value)
@@ -89,5 +112,5 @@ def value_of(where: str, example: Example, key: str) -> Any:
       UserError: it is missing; the message lists those that exist.
     """
     if key not in example:
-        raise UserError(f"{where}: no column {key!r}; the columns are: {as_list(example) or 'none'}")
+        raise MissingColumnError(f"{where}: no column {key!r}; the columns are: {as_list(example) or 'none'}")
     return example[key]

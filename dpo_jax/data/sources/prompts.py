@@ -1,0 +1,88 @@
+"""Text prompts beside columns of conversations (system, tools, earlier turns): they become the user's turn."""
+
+from typing import Any
+
+from dpo_jax.data.prerendered import is_prerendered
+from dpo_jax.data.sources import conversations as talk
+from dpo_jax.data.sources.base import Item, Note
+from dpo_jax.data.sources.values import Example
+from dpo_jax.errors import UserError
+
+CONVERSATION = ("messages", "conversations", "conversation")
+BESIDE = ("system", "tools", *CONVERSATION)
+EMPTY = ("", "[]", "{}", "null", [], {}, None)
+
+
+def is_turn(example: Example) -> bool:
+    """Returns whether a text prompt is a user's turn: a system message, tools or earlier turns belong to it.
+
+    If it is in one example of a file, it is in all: the others have no system message, and the same template.
+    """
+    prompt = example.get("prompt")
+    if not isinstance(prompt, str) or is_prerendered(prompt):
+        return False
+    sides = [example.get(key) for key in ("chosen", "rejected")]
+    return any(example.get(key) not in EMPTY for key in BESIDE) or all(isinstance(side, list) for side in sides)
+
+
+def as_conversation(where: str, example: Example, chat: bool) -> tuple[Example, list[Item]]:
+    """Returns an example whose prompt stands in one column, a text or the turns of a conversation, and notes.
+
+    A text prompt beside responses that are messages is a user's turn before them if they begin with an answer.
+    Otherwise they hold the whole conversation, and a note counts texts that are not part of it. A text prompt beside
+    earlier turns in `messages` is the last turn. A prompt to which a chat template was applied stays as it is.
+
+    Args:
+      where: `file:line`, with which error messages begin.
+      example: values by column name, none of them null.
+      chat: whether a text prompt is a user's turn even without such columns.
+    """
+    sides = [example.get(key) for key in ("chosen", "rejected")]
+    if all(isinstance(side, list) and side and talk.role(side[0]) not in ("", "assistant") for side in sides):
+        return _whole_conversations(example, sides)
+    if not isinstance(example.get("prompt"), str):
+        return example, []
+    beside = {key for key in BESIDE if key in example}
+    if is_prerendered(example["prompt"]):
+        return {key: value for key, value in example.items() if key not in beside}, _ignored(example, beside)
+    example = {key: value for key, value in example.items() if key not in beside or value not in EMPTY}
+    if not (chat or is_turn(example)):
+        return example, []
+    key = next((key for key in CONVERSATION if key in example), "")
+    earlier = isinstance(example.get(key), list)
+    return example | {"prompt": _with_last_turn(where, key, example) if earlier else [_user(example["prompt"])]}, []
+
+
+def _ignored(example: Example, beside: set[str]) -> list[Item]:
+    """Returns a note on columns beside a prompt to which a chat template was applied."""
+    names = ", ".join(sorted(key for key in beside if example[key] not in EMPTY))
+    if not names:
+        return []
+    return [Note(f"prompts to which a chat template was applied already: their text holds {names}; they are ignored")]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _whole_conversations(example: Example, sides: list[Any]) -> tuple[Example, list[Item]]:
+    """Returns an example whose responses hold the whole conversation without the columns that repeat parts of it."""
+    texts = {str(turn.get("content", turn.get("value"))).strip() for side in sides for turn in side if turn}
+    lost = isinstance(example.get("prompt"), str) and example["prompt"].strip() not in texts
+    note = Note("examples whose messages lack the text in column 'prompt'; it is ignored")
+    dropped = {"prompt", *CONVERSATION} if isinstance(example.get("prompt", ""), str) else set()
+    return {key: value for key, value in example.items() if key not in dropped}, [note] if lost else []
+
+
+def _with_last_turn(where: str, key: str, example: Example) -> list[Any]:
+    """Returns the turns of a column, up to the turn of the user that is the text prompt, which is added if absent."""
+    turns, prompt = talk.as_messages(where, key, example[key]), example["prompt"].strip()
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "user" and str(turn["content"]).strip() == prompt]
+    if places:
+        return turns[: places[-1] + 1]
+    if turns[-1]["role"] == "user":
+        raise UserError(
+            f"{where}: the last turn in column {key!r} and the text in column 'prompt' are both the user's and differ; "
+            "remove one"
+        )
+    return [*turns, _user(example["prompt"])]
