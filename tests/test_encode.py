@@ -5,9 +5,10 @@ import pytest
 from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair, words
 
 from dpo_jax.data import cache
-from dpo_jax.data.encode import SpecialTokens, encode
+from dpo_jax.data.encode import encode
 from dpo_jax.data.report import LengthQuantiles
 from dpo_jax.data.sources.base import Note, load_comparisons, prompt_key
+from dpo_jax.data.special_tokens import SpecialTokens
 from dpo_jax.data.table import KINDS, Table
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison, Tokens

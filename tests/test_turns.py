@@ -1,5 +1,7 @@
 """Conversations as a template writes them: faults after rendering, several turns, prefills, texts rendered before."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,6 +80,20 @@ def test_a_call_without_content_is_written_as_a_call_alone(tokenizers):
     assert rendered.responses[0] == '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 
 
+def test_null_content_is_none_to_a_template_that_tests_for_it_and_absent_to_others(tokenizers):
+    """DeepSeek-V3's template writes calls where content is none; a plain one would write the word None."""
+    calls = "{% for t in m.tool_calls %}CALL {{ t.function.name }}{% endfor %}"
+    tests = Template(TURNS.source.replace("{{ m.content }}", "{% if m.content is none %}" + calls + "{% endif %}"))
+    for template, text in ((tests, "CALL f"), (TURNS, "")):
+        assert render_comparison(talk(CALL, BAD), tokenizers["gpt2"], template).responses[0] == text
+
+
+def test_responses_that_repeat_their_prompt_are_counted(tokenizers):
+    pairs = [Comparison("Q: hi\nA:", ("Q: hi\nA: yes", "no")), Comparison("Q: hi\nA:", (" yes", " no"))]
+    _, report = encode(pairs, tokenizers["gpt2"], **OPTIONS)
+    assert report.notes == {"comparisons with a response that begins with the prompt; remove it from the response": 1}
+
+
 def test_of_named_templates_the_one_for_tools_or_the_default_is_taken(tokenizers):
     tokenizer = tokenizers["gpt2"]
     try:
@@ -151,13 +167,60 @@ def memory_rows(table):
     return [table[i] for i in range(len(table))]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizers):
+def test_a_template_that_drops_earlier_turns_is_refused(tokenizers):
     kept = "{{ m.content if loop.last or m.role == 'user' else '' }}"
     last = Template(TURNS.source.replace("{{ m.content }}", kept))
-    with pytest.raises(
-        UserError, match=r"^f:1: the chat template writes turn 1 of a response differently once another"
-    ):
+    with pytest.raises(UserError, match=r"^f:1: turn 1 of a response cannot be found in what the chat template writes"):
         render_comparison(talk(LONG), tokenizers["gpt2"], last)
+
+
+def test_turns_that_a_template_writes_otherwise_once_others_follow(tokenizers, shared):
+    """Qwen 3 writes an empty block of reasoning in the last turn alone."""
+    config = json.loads((shared / "tokenizers/qwen2.5/tokenizer_config_qwen3.json").read_text())
+    template = Template(config["chat_template"])
+    tool = {"role": "tool", "content": "<tool_call>"}
+    loop = [CALL | {"content": "so"}, tool, CALL | {"content": ""}, tool, {"role": "assistant", "content": "Then"}]
+    rendered = render_comparison(talk(loop), tokenizers["qwen2.5"], template)
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    last = "<think>\n\n</think>\n\nThen<|im_end|>"
+    said = [(rendered.responses[0] + "<|im_end|>")[first:end] for first, end in rendered.spans[0]]
+    assert said == [f"so\n{call}", call, last]
+
+
+def test_a_turn_marker_that_is_bos_and_spelled_tokens_are_part_of_several_turns(tokenizers, shared):
+    """SmolLM2's BOS begins every turn. A spelled end of turn is text, which the mask covers."""
+    from transformers import AutoTokenizer
+
+    smol = AutoTokenizer.from_pretrained(shared / "tokenizers/smollm2_sorachio")
+    smol.bos_token, template = "<|im_start|>", tokenizers["qwen2.5"].chat_template
+    table, _ = encode([talk(LONG, BAD)], smol, template=Template(template), **OPTIONS)
+    assert smol.decode(table[0].responses[0][table[0].scored[0]]) == "good<|im_end|>fine<|im_end|>"
+    spelled = [GOOD | {"content": "a<|im_end|>b"}, *LONG[1:]]
+    tokens = encode([talk(spelled, BAD)], tokenizers["qwen2.5"], **OPTIONS)[0][0]
+    ids = tokens.responses[0][tokens.scored[0]]
+    assert tokenizers["qwen2.5"].decode(ids) == "a<|im_end|>b<|im_end|>fine<|im_end|>"
+    assert list(ids).count(tokenizers["qwen2.5"].eos_token_id) == 2
+
+
+def test_a_response_of_which_a_template_writes_only_its_frame_is_empty(tokenizers):
+    """As with Gemma's end of turn, which is not EOS, or Qwen 3's empty block of reasoning."""
+    framed = Template(TURNS.source.replace("{{ eos_token }}", "<end>").replace("{{ m.content }}", "<t>{{ m.content }}"))
+    calls = [CALL | {"content": ""}, {"role": "user", "content": "more"}, CALL | {"content": ""}]
+    for pair in (talk(CALL | {"content": ""}, BAD), talk(calls, BAD)):
+        assert encode([pair, talk(GOOD, BAD)], tokenizers["gpt2"], template=framed, **OPTIONS)[1].empty_dropped == 1
+
+
+def test_fields_are_unwritten_if_the_text_is_the_same_without_them(tokenizers, shared):
+    """Qwen names `name` for its tools alone, and Qwen 3 drops the reasoning of turns before the last question."""
+    _, report = encode([talk(GOOD, BAD, turns=(USER | {"name": "Ann"},))], tokenizers["qwen2.5"], **OPTIONS)
+    note = "conversations with fields that the chat template does not write: "
+    assert report.notes == {note + "name": 1}
+    config = json.loads((shared / "tokenizers/qwen2.5/tokenizer_config_qwen3.json").read_text())
+    thought = GOOD | {"reasoning_content": "a thought of some length"}
+    early, late = talk(GOOD, BAD, turns=(USER, thought, USER)), talk(thought, BAD)
+    for pair, notes in ((early, {note + "reasoning_content": 1}), (late, {})):
+        options = OPTIONS | {"template": Template(config["chat_template"])}
+        assert encode([pair], tokenizers["qwen2.5"], **options)[1].notes == notes
 
 
 def test_a_response_continues_a_turn_of_the_assistant(tokenizers):

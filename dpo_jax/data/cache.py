@@ -32,7 +32,7 @@ from dpo_jax.paths import ABANDONED
 from dpo_jax.records import Tokens
 
 # Part of every key. Raise it when the arrays or the report change, or when the same content encodes differently.
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 log = logging.getLogger(__name__)
 
 

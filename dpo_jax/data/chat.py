@@ -9,7 +9,7 @@ import yaml
 
 from dpo_jax.data.prerendered import is_prerendered, without_eos
 from dpo_jax.data.spelling import check_hidden, hide_special_tokens
-from dpo_jax.data.turns import Spans, as_turns, assistant_spans, unwritten
+from dpo_jax.data.turns import Spans, as_turns, as_written, assistant_spans, unused_arguments, unwritten
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
@@ -38,6 +38,7 @@ class Rendered(NamedTuple):
       spans: for each response of several turns the characters that the assistant wrote; () if it wrote all.
       templated: whether a chat template wrote the prompt: this one, or one that the data was made with.
       notes: for the report.
+      emptied: whether the template writes no more of a response than of an empty one.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class Rendered(NamedTuple):
     spans: tuple[Spans, ...] = ()
     templated: bool = True
     notes: tuple[str, ...] = ()
+    emptied: bool = False
 
 
 def chat_template(source: str, options: tuple[str, ...]) -> Template:
@@ -85,16 +87,36 @@ def render_comparison(comparison: Comparison, tokenizer: Any, template: Template
     ]
     texts, ends, spans = zip(*found, strict=True) if found else ((), (), ())
     for text in (prompt, *texts):
-        check_hidden(comparison.where, text, tokenizer, any(spans))
+        check_hidden(comparison.where, text, tokenizer)
     source = template_source(tokenizer, template, comparison.prompt)
-    notes = unwritten(comparison.prompt, comparison.responses, source, dict(template.options))
-    return Rendered(prompt, texts, all(ends), spans if any(spans) else (), notes=notes)
+    notes = unwritten(
+        lambda chat, turns: _apply(comparison.where, chat, tokenizer, template, turns),
+        comparison.prompt,
+        comparison.responses,
+        source,
+    )
+    notes += unused_arguments(comparison.prompt, source, dict(template.options))
+    answers = zip(comparison.responses, texts, strict=True)
+    emptied = any(text is not None and _emptied(answer, text, apply) for answer, text in answers)
+    return Rendered(prompt, texts, all(ends), spans if any(spans) else (), notes=notes, emptied=emptied)
+
+
+def _emptied(response: Any, text: str, apply: Callable[..., str]) -> bool:
+    """Returns whether a template writes the same for a response and for one whose assistant says nothing."""
+    turns = as_turns(response)
+    said = [turn["content"].strip() for turn in turns if turn["role"] == "assistant" and turn["content"]]
+    if any(content and content in text for content in said):
+        return False
+    silent = [{"role": "assistant", "content": ""} if turn["role"] == "assistant" else turn for turn in turns]
+    return apply(turns) == apply(silent)
 
 
 def _rendered_text(prompt: str, responses: tuple[str | None, ...], eos: str) -> Rendered:
     """Returns texts as they are; the EOS of a response is dropped where a chat template was applied already."""
     if not is_prerendered(prompt):
-        return Rendered(prompt, responses, templated=False)
+        again = prompt.strip() and any(text and text.lstrip().startswith(prompt.strip()) for text in responses)
+        repeated = ("comparisons with a response that begins with the prompt; remove it from the response",)
+        return Rendered(prompt, responses, templated=False, notes=repeated if again else ())
     note = "texts to which a chat template was applied already; they stay as they are, with one EOS at the end"
     return Rendered(prompt, tuple(without_eos(text, eos) for text in responses), notes=(note,))
 
@@ -158,6 +180,7 @@ def _apply(
       generate: whether the assistant's next turn begins after `turns`; always if there are none.
     """
     import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     source = template_source(tokenizer, template, chat)
     if not source:
@@ -167,15 +190,16 @@ def _apply(
         last = messages.pop()
         turns = [{**last, **turns[0], "content": f"{last['content']}{turns[0]['content'] or ''}"}, *turns[1:]]
     try:
-        return tokenizer.apply_chat_template(
-            [*messages, *turns],
+        # `apply_chat_template` would drop the null content beside a tool call, which some templates test for.
+        (text,), _ = render_jinja_template(
+            [as_written([*messages, *turns], source)],
             tools=list(chat.tools) or None,
             chat_template=source,
             add_generation_prompt=generate or not (turns or begun),
             continue_final_message=begun and not turns,
-            tokenize=False,
-            **{**dict(template.options), **chat.options},
+            **{**tokenizer.special_tokens_map, **dict(template.options), **chat.options},
         )
+        return text
     except (jinja2.TemplateError, ArithmeticError, RuntimeError, *_PYTHON_ERRORS) as error:
         raise UserError(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from error
 

@@ -55,15 +55,14 @@ def tokenize(
     """
     if responses < 1:
         raise UserError(f"responses: {responses} per prompt; give 1 for fine-tuning, 2 for pairs, or more for rankings")
-    name = memory.keep_examples(rows)
+    held, name = set(memory.KEPT), memory.keep_examples(rows)
     try:
-        stream = open_stream("memory", (name,), "train", responses)
         table, report = cached_encode(
-            stream,
+            open_stream("memory", (name,), "train", responses),
             tokenizer,
             cache_folder() / "tokens",
             max_length=max_length,
-            max_prompt_length=max_prompt_length or min(256, max_length // 2),
+            max_prompt_length=min(256, max_length // 2) if max_prompt_length is None else max_prompt_length,
             truncation=truncation,
             degenerate=degenerate,
             add_bos=add_bos,
@@ -72,7 +71,8 @@ def tokenize(
             skip_bad_rows=skip_bad_rows,
         )
     finally:
-        memory.KEPT.pop(name, None)
+        if name not in held:  # which a run may need again
+            del memory.KEPT[name]
     level = logging.WARNING if report.kept < report.read else logging.INFO
     for line in report.lines():
         log.log(level, line)
@@ -103,6 +103,34 @@ def collate(table: Table, indices: Sequence[int] | Array, layout: pack.Layout | 
         raise UserError(f"collate: index {worst} is outside the table of {len(table)} examples")
     batch, count, _ = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))
     return batch, count
+
+
+def unpack(values: Any, table: Table, indices: Sequence[int] | Array, layout: pack.Layout | None = None) -> Any:
+    """Returns values of a packed batch by example, in the order of `indices`.
+
+    Args:
+      values: an array [M, R, G, ...] or [M * R * G, ...], as the evaluation step or `sequence_logps` return them; also
+        a dict or record of such arrays. Numbers stay as they are.
+      table, indices, layout: as for `collate`, of the batch that the values belong to.
+
+    Returns:
+      Arrays [n, ...] on the host.
+    """
+    chosen = np.asarray(indices)
+    batch, _, places = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))
+    shape = batch.weights.shape
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: one(part) for name, part in value.items()}
+        if isinstance(value, tuple):
+            return type(value)(*map(one, value))
+        if np.ndim(value) == 0:
+            return value
+        value = np.asarray(value)
+        return pack.unpack_batch(value.reshape(*shape, *value.shape[3 if value.shape[:3] == shape else 1 :]), places)
+
+    return one(values)
 
 
 @functools.lru_cache(maxsize=8)

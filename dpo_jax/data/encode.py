@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dpo_jax.data.chat import Rendered, Template, plain_text, render_comparison
-from dpo_jax.data.report import EncodeReport, EncodeTally
+from dpo_jax.data.report import EncodeReport, EncodeTally, NothingLeftError
 from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_choice
-from dpo_jax.data.spelling import token_ids
+from dpo_jax.data.special_tokens import SpecialTokens, check_special_ids
+from dpo_jax.data.spelling import token_ids, token_offsets
 from dpo_jax.data.table import Table
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
-from dpo_jax.data.turns import scored_tokens
+from dpo_jax.data.turns import common_size, scored_tokens
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison, Tokens
 
@@ -37,7 +38,7 @@ class EncodeOptions(NamedTuple):
       degenerate: what to do with empty, identical or misplaced responses: `drop`, `refuse` or `keep`.
       add_bos: whether to put BOS before every prompt that does not begin with it. BOS is never cut off. None: if the
         tokenizer does so by itself; a conversation then has what its template writes.
-      boundary: `separate` tokenizes prompt and responses apart, as the paper's code does. `joint` tokenizes them
+      boundary: `separate` tokenizes prompt and responses separately, as the paper's code does. `joint` tokenizes them
         together, as TRL does: a token that spans the end of the prompt belongs to the response. `auto` is joint for
         conversations, whose templates may end a prompt with a space or newline, and separate for texts.
       template: how conversations become text.
@@ -52,37 +53,6 @@ class EncodeOptions(NamedTuple):
     boundary: str = "auto"
     template: Template = Template()
     skip_bad_rows: int = 0
-
-
-class SpecialTokens(NamedTuple):
-    """Special tokens of a tokenizer, looked up once per pass because transformers is slow to find them.
-
-    Attributes:
-      eos, bos: ids; `bos` is None if there is none.
-      unk: the id for text without a token; None if there is none, or if it is EOS.
-      eos_token, bos_token: their texts.
-      adds_bos: whether the tokenizer puts BOS before a text by itself.
-    """
-
-    eos: int
-    bos: int | None
-    unk: int | None
-    eos_token: str
-    bos_token: str
-    adds_bos: bool
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> "SpecialTokens":
-        """Returns the special tokens of a tokenizer."""
-        eos, bos, unk = (getattr(tokenizer, f"{kind}_token_id") for kind in ("eos", "bos", "unk"))
-        adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-        return cls(eos, bos, None if unk == eos else unk, tokenizer.eos_token, tokenizer.bos_token, adds_bos)
-
-    def bos_before(self, prompt: Any, options: EncodeOptions) -> bool:
-        """Returns whether BOS goes before this prompt."""
-        if options.add_bos is not None:
-            return options.add_bos
-        return self.adds_bos and not isinstance(prompt, Chat)
 
 
 def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, EncodeReport]:
@@ -121,7 +91,9 @@ def encode_stream(
             elif result is not None:
                 yield result
     if not tally.counts["kept"]:
-        raise UserError(f"none of {tally.counts['read']} comparisons is left to encode; counted: {tally.found()}")
+        raise NothingLeftError(
+            f"none of {tally.counts['read']} comparisons is left to encode; counted: {tally.found()}"
+        )
 
 
 def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
@@ -143,7 +115,7 @@ def check_encode_options(tokenizer: Any, options: EncodeOptions) -> None:
         raise UserError("the tokenizer has no EOS token, which must end every response; set its eos_token")
     if options.add_bos and tokenizer.bos_token_id is None:
         raise UserError("data.add_bos is set but the tokenizer has no BOS token; unset data.add_bos")
-    least = 1 + SpecialTokens.of(tokenizer).bos_before("", options)
+    least = 1 + SpecialTokens.of(tokenizer).bos_before("", options.add_bos)
     if options.max_length <= least:
         raise UserError(f"data.max_length {options.max_length} leaves no room for a prompt and a response; raise it")
     if options.truncation.startswith("paper") and not least <= options.max_prompt_length < options.max_length:
@@ -189,12 +161,12 @@ def _without_faults(
 def _fault(comparison: Comparison, rendered: Rendered) -> str:
     """Returns `empty`, `identical` or `misplaced` for a degenerate comparison, else ''.
 
-    Responses count as the template writes them, since it may drop what tells them apart; an answer without a word is
-    empty even where the template writes something around it.
+    Responses count as the template writes them, since it may drop what they say or what tells them apart; an answer
+    without a word is empty even where the template writes something around it.
     """
     texts = [text for text in rendered.responses if text is not None]
     given = [plain_text(response) for response in comparison.responses if response is not None]
-    if not all(map(str.strip, [*texts, *given])):
+    if rendered.emptied or not all(map(str.strip, [*texts, *given])):
         return "empty"
     if len(set(texts)) < len(texts):
         return "identical"
@@ -236,7 +208,7 @@ def _tokenized(
         size = len(prompt)
         if j:
             # All responses share one prompt, so it ends where the first of them departs from the prompt's own tokens.
-            size = min((_common(prompt, response) for response in responses if response), default=size)
+            size = min((common_size(prompt, response) for response in responses if response), default=size)
         scored = [_scored(rendered, place, j, tokenizer) for place in range(len(responses))]
         start = size if j else 0
         yield prompt[:size], [r[start:] for r in responses], [s[start:] for s in scored], len(prompt) - size
@@ -247,15 +219,7 @@ def _scored(rendered: Rendered, place: int, joint: bool, tokenizer: Any) -> list
     if not rendered.spans or not rendered.spans[place]:
         return []
     before, text = rendered.prompt * joint, rendered.responses[place] or ""
-    offsets = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return scored_tokens(rendered.spans[place], offsets, len(before))
-
-
-def _common(first: Ids, second: Ids) -> int:
-    """Returns the length of the common prefix."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    return scored_tokens(rendered.spans[place], token_offsets(before + text, tokenizer), len(before))
 
 
 def _finish(
@@ -270,11 +234,11 @@ def _finish(
     moved: int,
 ) -> Tokens | None:
     """Checks ids, adds BOS and EOS, truncates and counts; None if the prompt leaves no room for a response."""
-    where, bos = comparison.where, special.bos_before(comparison.prompt, options)
+    where, bos = comparison.where, special.bos_before(comparison.prompt, options.add_bos)
     if bos and prompt[:1] == [special.bos]:
         bos = False
         tally.notes["prompts that begin with BOS already; no second one was added"] += 1
-    _check_special_ids(where, prompt, responses, special, bos, rendered.templated, any(scored))
+    check_special_ids(where, prompt, responses, special, bos, rendered.templated, any(scored))
     head = [special.bos] if bos and special.bos is not None else []
     ended = [
         [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
@@ -299,21 +263,6 @@ def _finish(
 def _mask(scored: list[bool], size: int) -> np.ndarray:
     """Returns which tokens of a truncated response are scored; EOS is, and all are where nothing says otherwise."""
     return np.array([*scored, *[True] * size][:size], bool)
-
-
-def _check_special_ids(
-    where: str, prompt: Ids, responses: list[Ids], special: SpecialTokens, bos: bool, templated: bool, turns: bool
-) -> None:
-    """Refuses EOS or BOS in the middle of a text, and a prompt without tokens."""
-    for number, ids in enumerate([prompt, *responses]):
-        part = f"response {number}" if number else "the prompt"
-        # A chat template ends the turns of a prompt with EOS; in plain text EOS can only be a mistake.
-        if (not turns if number else not templated) and special.eos in ids:
-            raise UserError(f"{where}: {part} contains the EOS token {special.eos_token!r}; remove it from the text")
-        if number and special.bos in ids and special.bos != special.eos:
-            raise UserError(f"{where}: {part} contains the BOS token {special.bos_token!r}; remove it from the text")
-    if not prompt and not bos:
-        raise UserError(f"{where}: the prompt has no tokens, so nothing predicts a response's first; set data.add_bos")
 
 
 def _count_truncated(counts: Counter[str], before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:

@@ -1,6 +1,6 @@
 """Comparisons to batches: several comparisons share a row of fixed length, and each prompt is written once.
 
-A comparison lies in a row as [prompt | response 1 | ... | response P]. The last token of a response is not in the row,
+A comparison is in a row as [prompt | response 1 | ... | response P]. The last token of a response is not in the row,
 because its hidden state would predict nothing that is scored: a comparison takes n_prompt + sum(n_p - 1) tokens.
 Positions continue from the prompt in every response, and the prompt's last token predicts the first token of each.
 """

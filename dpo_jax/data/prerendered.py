@@ -2,9 +2,10 @@
 
 import re
 
-# The beginnings of turns in the templates of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi-3 and Mistral.
+# The beginnings of turns in the templates of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi-3, Mistral, Cohere and DeepSeek.
 ROLE = re.compile(
-    r"<\|(?:im_start|start_header_id|user|assistant|system|end|start_of_role)\|>|<start_of_turn>|\[/?INST\]|<\|turn>"
+    r"<\|(?:im_start|start_header_id|user|assistant|system|end|start_of_role|START_OF_TURN_TOKEN)\|>"
+    r"|<start_of_turn>|\[/?INST\]|<\|turn>|<\uff5c(?:User|Assistant)\uff5c>"
 )
 
 

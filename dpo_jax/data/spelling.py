@@ -7,7 +7,7 @@ the spellings back and tokenizes them as text.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_jax.errors import UserError
@@ -55,10 +55,15 @@ def reveal(text: str, tokenizer: Any) -> str:
     return HIDDEN.sub(lambda match: _spelled(match, tokenizer), text)
 
 
-def check_hidden(where: str, text: str | None, tokenizer: Any, turns: bool) -> None:
-    """Refuses a rendered text with hidden tokens if the tokenizer cannot tokenize its parts one by one.
+def token_offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Returns the (first, end) characters of each token of a rendered text; a hidden token is one character."""
+    if not HIDDEN.search(text):
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [(first, end) for _, first, end in _pieces(text, tokenizer)]
 
-    Responses of several turns (`turns`) are refused with any: their tokens must be found again in the text.
+
+def check_hidden(where: str, text: str | None, tokenizer: Any) -> None:
+    """Refuses a rendered text with hidden tokens if the tokenizer cannot tokenize its parts one by one.
 
     Raises:
       UserError: parts joined differ from the whole, for the same text without the hidden tokens.
@@ -66,7 +71,7 @@ def check_hidden(where: str, text: str | None, tokenizer: Any, turns: bool) -> N
     if text is None or not (match := HIDDEN.search(text)):
         return
     bare = HIDDEN.sub("x", text)
-    if turns or _ids(bare, tokenizer) != tokenizer(bare, add_special_tokens=False)["input_ids"]:
+    if _ids(bare, tokenizer) != tokenizer(bare, add_special_tokens=False)["input_ids"]:
         raise UserError(
             f"{where}: a message spells the special token {_spelled(match, tokenizer)!r}, which this tokenizer cannot "
             "take as text; remove it from the text"
@@ -74,17 +79,26 @@ def check_hidden(where: str, text: str | None, tokenizer: Any, turns: bool) -> N
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:
-    """Returns the ids of a rendered text: its special tokens by name, the text between them part by part."""
-    found: list[int] = []
-    special = _special_tokens(tokenizer)
+    """Returns the ids of a rendered text, see `_pieces`."""
+    return [token for token, _, _ in _pieces(text, tokenizer)]
+
+
+def _pieces(text: str, tokenizer: Any) -> Iterator[tuple[int, int, int]]:
+    """Yields (id, first, end) of each token of a rendered text: special tokens by name, the rest part by part."""
+    special, start = _special_tokens(tokenizer), 0
     for part in re.split(f"({_pattern(special).pattern})", text):
         if part in special:
-            found.append(tokenizer.convert_tokens_to_ids(part))
+            yield tokenizer.convert_tokens_to_ids(part), start, start + len(part)
         elif part:
-            found += tokenizer(reveal(part, tokenizer), add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-    return found
+            # Of each character of the part as it is spelled, its place in the text.
+            sizes = [len(reveal(character, tokenizer)) for character in part]
+            places = [start + i for i, size in enumerate(sizes) for _ in range(size)]
+            options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+            found = tokenizer(reveal(part, tokenizer), **options)
+            for token, (first, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+                begin, stop = (places[first], places[end - 1] + 1) if end > first else (start, start)
+                yield token, begin, stop
+        start += len(part)
 
 
 def _spelled(match: re.Match, tokenizer: Any) -> str:
