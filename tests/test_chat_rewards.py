@@ -22,7 +22,7 @@ from dpo_jax.training.metrics_file import read_metrics
 # Two templates: the policy's and the reward model's.
 POLICY = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 POLICY += "{% if add_generation_prompt %}[assistant] {% endif %}"
-JUDGE = POLICY.replace("[", "(").replace("]", ")")
+JUDGE = POLICY.replace("[", "(").replace("]", ")").replace("{% for", "{{ tone }}{% for", 1)
 
 
 def user(text):
@@ -56,6 +56,7 @@ def chats(tmp_path_factory):
         "max_prompt_length": 64,
     }
     how = {"loss": "bradley_terry", "optim": {"learning_rate": 1e-3, "warmup_steps": 0}, "epochs": 2}
+    data["chat_template_kwargs"] = ["tone=very terse"]
     dpo_jax.train(model=folder / "judge", data=data, run=str(folder / "rm"), **how, **OPTIONS)
     return folder
 
@@ -66,7 +67,8 @@ def rewards(folder, prompt, answers):
     tokenizer = AutoTokenizer.from_pretrained(folder / "rm/model")
     found = []
     for text in answers:
-        ids = tokenizer.apply_chat_template([*prompt, answer(text)], tokenize=True, return_tensors="pt")
+        how = {"tokenize": True, "return_tensors": "pt", "tone": "very terse"}
+        ids = tokenizer.apply_chat_template([*prompt, answer(text)], **how)
         with torch.no_grad():
             found.append(model(getattr(ids, "input_ids", ids)).logits[0, 0].item())
     return found

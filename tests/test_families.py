@@ -16,8 +16,10 @@ from dpo_jax.models.model import build_model
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'llamma' is not known; did you mean 'llama'\? known: gemma, gemma2,"):
-        family("llamma")
+    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: gemma, gemma2,"):
+        family("Llama")
+    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: gemma"):
+        family("hf_olmo")
     for other in ("gemma3", "olmo3", "phi", "qwen3_vl", "granite"):
         with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: gemma, "):
             family(other)

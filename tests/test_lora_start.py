@@ -46,7 +46,7 @@ def trained(start, tmp_path, **keys):
         "optim": {"learning_rate": 1e-2, "warmup_steps": 0},
     }
     options |= {"samples": {"prompts": 2, "max_new_tokens": 6, "temperature": 0.0}, "run": str(tmp_path / "run")}
-    dpo_jax.train(model=str(folder / "base"), **(options | keys))
+    dpo_jax.train(**({"model": str(folder / "base")} | options | keys))
     found = read_metrics(tmp_path / "run/metrics.jsonl")
     first = next(m for m in found if m["step"] == 1 and "loss" in m)
     before = next(m for m in found if "eval_loss" in m)
@@ -98,3 +98,10 @@ def test_a_quantized_base_may_be_named_but_no_other_model(start, tmp_path):
     assert abs(first["loss"] - math.log(2)) > 1e-3
     with pytest.raises(UserError, match=r"reference\.path: with lora.base int8 only model.path, for that base, is"):
         trained(start, tmp_path / "other", lora=adapter, reference=str(folder / "merged"))
+
+
+def test_adapters_that_the_model_has_merged_already_are_refused(start, tmp_path):
+    folder, _ = start
+    run = trained(start, tmp_path, lora={"rank": 2})[2]
+    with pytest.raises(UserError, match=rf"merged already; set model\.path to their base {folder / 'base'}, or remove"):
+        trained(start, tmp_path / "again", model=str(run), lora={"path": str(run)})

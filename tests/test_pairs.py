@@ -142,6 +142,12 @@ def test_rejected_responses_for_data_without_any(at, capsys):
     damaged = pairs("out2.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
     assert all(r["rejected"] != r["chosen"][0]["content"] for r in damaged)
     assert damaged == pairs("out3.jsonl", "--by", "corrupted", "--data.path", "chats.jsonl", "--seed", "3")
+    several = [*GREETING.messages, answer("Hm?"), {"role": "user", "content": "Who?"}, answer("I am Ada")]
+    at("several.jsonl", [{"messages": GREETING.messages, "chosen": several[-3:], "rejected": [answer("no")]}])
+    (row,) = pairs("out4.jsonl", "--by", "corrupted", "--data.path", "several.jsonl", "--seed", "3")
+    assert row["chosen"] == several[-3:]
+    assert row["rejected"][:2] == several[-3:-1]
+    assert row["rejected"][2]["content"] != "I am Ada"
     for name in ("out.jsonl", "out2.jsonl"):  # the output is read back
         first = load_comparisons("files", (name,), "train", 2)[0]
         assert first.prompt == GREETING

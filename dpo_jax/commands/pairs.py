@@ -16,6 +16,7 @@ from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import build_pairs
 from dpo_jax.data.sources.base import Note, prompt_key
 from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.turns import as_turns
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
@@ -203,11 +204,13 @@ def _of_data(examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
     else:
         rng = np.random.default_rng(settings.seed)
         for example in examples:
-            damaged = build_pairs.corrupt_answer(_text(example.responses[0]), rng)
+            *before, last = as_turns(example.responses[0])
+            damaged = build_pairs.corrupt_answer(_text(last), rng)
             if damaged is None:
                 yield Note("responses that the corruption left unchanged")
-            else:
-                yield _pair(example, example.responses[0], damaged, made_by | {"seed": settings.seed})
+                continue
+            worse = [*before, last | {"content": damaged}] if before else damaged
+            yield _pair(example, example.responses[0], worse, made_by | {"seed": settings.seed})
 
 
 def _pair(example: Comparison, chosen: Any, rejected: Any, made_by: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax import reference
 from dpo_jax.data import pack
+from dpo_jax.data.chat import Template
 from dpo_jax.data.encode import encode
 from dpo_jax.data.noise import append_token
 from dpo_jax.data.prompt_text import source_of
@@ -87,7 +88,9 @@ def _comparison(prompt: str | Chat, completion: str, where: str) -> Comparison:
 def _encoding(config: Any, positions: int) -> dict[str, Any]:
     """Returns the arguments of `encode`; no text is dropped."""
     usual = {"max_length": positions, "max_prompt_length": positions - 1, "truncation": "keep_start", "add_bos": None}
-    return usual | config.get(reward_head.ENCODING, {}) | {"degenerate": "keep"}
+    trained = dict(config.get(reward_head.ENCODING, {}))
+    template = Template(options=tuple(trained.pop("chat_template_kwargs", {}).items()))
+    return usual | trained | {"template": template, "degenerate": "keep"}
 
 
 def _shape(longest: int) -> pack.Layout:

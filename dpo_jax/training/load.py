@@ -25,10 +25,12 @@ from dpo_jax.models.huggingface.folder import (
     save_folder,
 )
 from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
+from dpo_jax.models.huggingface.safetensors import read_json
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
 from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed
+from dpo_jax.paths import is_run
 
 
 class LoadedModel(NamedTuple):
@@ -103,6 +105,8 @@ def load_run_tokenizer(options: ModelConfig) -> Any:
     name = options.tokenizer
     if name == "synthetic":
         return synthetic.synthetic_tokenizer()
+    if not (options.path or options.config):
+        raise UserError("model: name one: model.path (weights) or model.config (a config.json, for random weights)")
     if not name and not options.path:
         raise UserError("model.tokenizer: missing, and a config.json has no tokenizer; set model.tokenizer")
     local = not name or Path(name).is_dir()
@@ -144,7 +148,7 @@ def load_policy(
         architecture = architecture_of(hf_config)
     grown = _grown_vocabulary(tokenizer, architecture.vocab, options.path or options.config)
     if grown > architecture.vocab:
-        note = _growth_note(tokenizer, architecture.vocab, grown)
+        note = _growth_note(tokenizer, architecture.vocab, grown, lora_options)
         architecture, params = grow_vocabulary(architecture, params, grown)
         hf_config = {**hf_config, "vocab_size": architecture.vocab}
     if encoding is None and architecture.score:
@@ -190,11 +194,13 @@ def _grown_vocabulary(tokenizer: Any, vocab: int, where: str) -> int:
     return max(beyond & ids_to_embed(tokenizer), default=vocab - 1) + 1
 
 
-def _growth_note(tokenizer: Any, vocab: int, needed: int) -> str:
+def _growth_note(tokenizer: Any, vocab: int, needed: int, adapters: LoraConfig | None) -> str:
     """Returns a log message on tokens without an embedding, which get one."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(vocab, needed)))
     shown = ", ".join(repr(token) for token in tokens[:5]) + (", ..." if len(tokens) > 5 else "")
     rows = f"its {vocab:,} rows grow by new ones, each the mean of the others"
+    if adapters and (adapters.rank or adapters.path):
+        rows += "; adapter/ fits the base without them, so use model/, which has the adapters merged"
     return f"the embedding has no row for {len(tokens)} tokens of the tokenizer ({shown}): {rows}"
 
 
@@ -240,6 +246,19 @@ def initial_adapters(
     if given:
         raise UserError(f"lora.{given[0]}: has no effect without adapters; set lora.rank too")
     return None, None
+
+
+def check_unmerged(adapters: str, model: str) -> None:
+    """Refuses adapters (`lora.path`) beside a model folder that was written with them merged."""
+    if not (adapters and Path(model).is_dir()):
+        return
+    folder, merged = adapter_folder(adapters), model_folder(model)
+    if is_run(str(merged.parent)) and merged.with_name("adapter").resolve() == folder.resolve():
+        base = read_json(folder / lora.SETTINGS).get("base_model_name_or_path")
+        raise UserError(
+            f"model.path {model} has the adapters of lora.path {adapters} merged already; set model.path to their base "
+            f"{base}, or remove lora.path"
+        )
 
 
 def export_notes(config: Config, loaded: LoadedModel) -> list[str]:

@@ -4,11 +4,12 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import re
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
-from dpo_jax.errors import UserError, closest
+from dpo_jax.errors import UserError
 from dpo_jax.models import families as folder
 from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
@@ -103,9 +104,15 @@ def family(model_type: str) -> ModuleType:
         how = "a new one is a file in dpo_jax/models/families/, see dpo-jax models"
         if _exists_elsewhere(model_type):  # a family of a similar name would be another model
             raise UserError(f"config.json: model_type {model_type!r} is a family that is not supported; {known}; {how}")
-        hints = dict.fromkeys((closest(model_type, families()), known))  # `closest` may return `known`
-        raise UserError(f"config.json: model_type {model_type!r} is not known; {' '.join(hints)}; {how}")
+        # A family of a similar name is another model; the same name in other letters is a slip.
+        same = [name for name in families() if _letters(name) == _letters(model_type)]
+        hint = f"did you mean {same[0]!r}? " if same else ""
+        raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}{known}; {how}")
     return importlib.import_module(f"{folder.__name__}.{model_type}")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _exists_elsewhere(model_type: str) -> bool:
