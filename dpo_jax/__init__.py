@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpo_jax import losses
     from dpo_jax.config.schema import Config
-    from dpo_jax.data.collate import collate, tokenize
+    from dpo_jax.data.collate import collate, tokenize, unpack
     from dpo_jax.data.table import Table
     from dpo_jax.errors import UserError
     from dpo_jax.logprobs import sequence_logps
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "config.schema": ("Config",),
-    "data.collate": ("collate", "tokenize"),
+    "data.collate": ("collate", "tokenize", "unpack"),
     "data.table": ("Table",),
     "errors": ("UserError",),
     "logprobs": ("sequence_logps",),
@@ -75,6 +75,7 @@ __all__ = [
     "sweep",
     "tokenize",
     "train",
+    "unpack",
     "with_reference",
 ]
 

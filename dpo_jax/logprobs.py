@@ -165,8 +165,8 @@ def sequence_logps(model: Model, params: Any, batch: Batch) -> Logps:
       batch: fields [M, R, ...].
 
     Returns:
-      Logps of M * R * G comparisons in packed order; absent ones have weight 0. `reference` is NaN unless
-      `batch.ref_logps` is filled in.
+      Logps of M * R * G comparisons in packed order (`unpack` gives that of the examples); absent ones have weight 0.
+      `reference` is NaN unless `batch.ref_logps` is filled in.
     """
     chex.assert_rank([batch.tokens, batch.ref_logps], [3, 5])
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 import sysconfig
-import textwrap
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -21,6 +21,7 @@ import docstring_parser
 from dpo_jax.errors import UserError, closest
 
 TYPES = (bool, int, float, str)
+INSTALLED = (*(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")), str(Path(__file__).parent))
 
 
 class Option(NamedTuple):
@@ -118,9 +119,13 @@ def import_function(name: str, where: str) -> Callable[..., Any]:
       UserError: the module cannot be imported or fails while it is, or has no such function.
     """
     module_name, _, attribute = name.partition(":")
+    main = sys.modules["__main__"]
+    if module_name == "__main__" and callable(getattr(main, attribute, None)):
+        return getattr(main, attribute)
     if module_name == "__main__":
         raise UserError(
-            f"{where}: {name!r} was defined in a script or notebook; move it to a module, name module:function"
+            f"{where}: {name!r} was defined in a script or notebook; define it again, or move it to a module and name "
+            "module:function"
         )
     try:
         with _working_directory_first():
@@ -152,8 +157,9 @@ def name_of(function: Callable[..., Any]) -> str:
 def fingerprint(value: Any) -> str:
     """Returns a hash of what a function computes, so that a resumed run notices another one of the same name.
 
-    It covers the function's source, its defaults, what it closes over, and the functions of its own modules that it
-    calls; of installed packages only names. An optax transformation is a tuple of such functions.
+    It covers the function's compiled code, its defaults, what it closes over, and the functions of the user's modules
+    that it calls; of installed packages only names. Wrappers such as `jax.jit` count as what they wrap, and objects as
+    their type and fields. An optax transformation is a tuple of such functions.
     """
     seen: list[Any] = []
     return hashlib.blake2b("\n".join(_parts(value, seen)).encode(), digest_size=8).hexdigest()
@@ -171,29 +177,68 @@ def _parts(value: Any, seen: list[Any]) -> Iterator[str]:
             yield from _parts(part, seen)
     elif hasattr(value, "tobytes"):  # an array
         yield value.tobytes().hex()
-    elif not inspect.isfunction(value):
-        yield f"{type(value).__module__}.{type(value).__qualname__}"
-    elif value not in seen:
+    elif not any(value is one for one in seen):
         seen.append(value)
+        yield from _object_parts(value, seen)
+
+
+def _object_parts(value: Any, seen: list[Any]) -> Iterator[str]:
+    """Yields what `fingerprint` covers of a function or another object."""
+    if inspect.isfunction(value):
         yield name_of(value)
         yield from _parts((value.__defaults__, value.__kwdefaults__), seen)
-        cells = inspect.getclosurevars(value)
-        yield from _parts(tuple(cells.nonlocals.values()), seen)
-        if not _is_installed(value):
-            yield _source(value)
-            yield from _parts(tuple(cells.globals.values()), seen)
+        yield from _parts(tuple(inspect.getclosurevars(value).nonlocals.values()), seen)
+        if not _is_installed(value.__code__.co_filename):
+            yield from _code(value.__code__)
+            yield from _parts(tuple(_globals(value)), seen)
+    elif inspect.ismethod(value):
+        yield from _parts((value.__func__, value.__self__), seen)
+    elif hasattr(value, "__wrapped__"):  # of jax.jit or jax.custom_jvp
+        yield from _parts(value.__wrapped__, seen)
+    else:
+        kind = value if inspect.isclass(value) else type(value)
+        yield f"{kind.__module__}.{kind.__qualname__}"
+        own = [base for base in kind.__mro__ if _is_users(base)]
+        yield from _parts([part for base in own for part in vars(base).values() if inspect.isfunction(part)], seen)
+        yield from _parts(getattr(value, "__dict__", {}) if own and kind is not value else {}, seen)
 
 
-def _source(function: Callable[..., Any]) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):  # written in a console
-        return function.__code__.co_code.hex()
+def _code(code: types.CodeType) -> Iterator[str]:
+    """Yields the instructions and constants of compiled code: the file may have changed since it was imported."""
+    yield code.co_code.hex()
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _code(constant)
+        else:
+            yield repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant)
 
 
-def _is_installed(function: Callable[..., Any]) -> bool:
-    file = function.__code__.co_filename
-    return any(file.startswith(sysconfig.get_path(kind)) for kind in ("purelib", "platlib", "stdlib"))
+def _global_names(code: types.CodeType) -> set[str]:
+    """Returns the names that a function and those within it use, other than its own variables."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*map(_global_names, inner))
+
+
+def _globals(function: Callable[..., Any]) -> Iterator[Any]:
+    """Yields the global values that a function uses; of a module of the user, what it names there."""
+    names = sorted(_global_names(function.__code__))
+    for value in (function.__globals__[name] for name in names if name in function.__globals__):
+        if not inspect.ismodule(value):
+            yield value
+        elif not _is_installed(getattr(value, "__file__", None) or ""):
+            yield from (vars(value)[name] for name in names if name in vars(value))
+
+
+def _is_users(kind: type) -> bool:
+    """Returns whether a class is defined in a notebook, a script or a module of the user."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return kind.__module__ == "__main__" or not _is_installed(file)
+
+
+def _is_installed(file: str) -> bool:
+    """Returns whether a file belongs to an installed package or to Python; "" does."""
+    return not file or file.startswith(INSTALLED)
 
 
 @contextlib.contextmanager

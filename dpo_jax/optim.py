@@ -1,5 +1,6 @@
 """Optimizers by name, as optax transformations; the paper's warm-up; gradient clipping as in torch."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,31 @@ def build(name: str, **options: Any) -> Optimizer:
     return Optimizer.of(made, getattr(made, "learning_rate", None))
 
 
+STATELESS = optax.identity()  # for a state that is read and not trained on
+
+
+def checked_transformation(tx: Any) -> optax.GradientTransformation:
+    """Returns an optax transformation; refuses everything else, such as `optax.adamw` without its call."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise UserError(f"tx: {tx!r} is no optax transformation; give one, as in optax.adamw(1e-6)")
+    return tx
+
+
+def _with_options(function: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """Returns a user's function, all of whose arguments can be options."""
+    for p in inspect.signature(function).parameters.values():
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty:
+            raise UserError(
+                f"{where} takes {p.name} by position; name a function of keyword-only options that calls it"
+            )
+    return function
+
+
+def _given_in_python() -> Optimizer:
+    """Stands for an optax object in a process that does not have it: other commands than `train` need none."""
+    raise UserError("optim.name: an optax object was given in Python; give optimizer=... again, or name one")
+
+
 def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]:
     """Returns the function of a registered optimizer, or imports `module:function`.
 
@@ -142,7 +168,7 @@ def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if ":" in name:
-        return import_function(name, key)
+        return _with_options(import_function(name, key), f"{key}: {name}")
     if name == IN_MEMORY:
-        raise UserError(f"{key}: an optax object was given in Python; give optimizer=... again, or name one")
+        return _given_in_python
     raise UserError(f"{key}: unknown optimizer {name!r}; {closest(name, OPTIMIZERS)}, or give module:function")

@@ -27,11 +27,11 @@ def generate(
     prompts: Sequence[Array],
     *,
     copies: int = 1,
-    max_new_tokens: int,
+    max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_id: int | tuple[int, ...],
+    eos_id: int | tuple[int, ...] | None = None,
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[np.ndarray]:
@@ -52,7 +52,7 @@ def generate(
       temperature: divides the logits; 0 is greedy.
       top_k: sample from the k most likely tokens only.
       top_p: sample from the smallest set of most likely tokens with at least this probability.
-      eos_id: the token id, or ids, that end a text.
+      eos_id: the token id, or ids, that end a text; None: those of the folder that the model was loaded from.
       seed: of the random numbers.
       batch_size: continuations at a time, over all devices.
 
@@ -66,7 +66,7 @@ def generate(
     _check_options(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
     options = _StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
-    functions, ends = (model.prefill, model.unstack, model.decode, model.head), tuple(np.atleast_1d(eos_id).tolist())
+    functions, ends = (model.prefill, model.unstack, model.decode, model.head), _ends(model, eos_id)
     static, traced = (mesh, functions, max_new_tokens, options, ends), (jax.random.key(seed), temperature, top_p)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
 
@@ -80,6 +80,12 @@ def generate(
     batches = _prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh))
     _run_batches([partial(write, *batch) for batch in batches], params)
     return out
+
+
+def _ends(model: Model, eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    if eos_id is None and not model.end_ids:
+        raise UserError("eos_id: the model was not loaded from a folder that names it; give tokenizer.eos_token_id")
+    return tuple(np.atleast_1d(model.end_ids if eos_id is None else eos_id).tolist())
 
 
 def _run_batches(batches: Sequence[Callable[[], None]], params: Any) -> None:
@@ -309,6 +315,8 @@ def _check_options(
         raise UserError(f"top_p must be in (0, 1], got {top_p}")
     if isinstance(prompts, str) or any(isinstance(p, str) for p in prompts):
         raise UserError("prompts: texts; give token ids, as in tokenizer(texts)['input_ids']")
+    if any(np.ndim(p) != 1 for p in prompts):
+        raise UserError("prompts: give a list of prompts, each a list of token ids")
     if model.architecture.score:
         raise UserError("generate: a reward model generates no text; load a language model")
     lengths = [len(p) for p in prompts]

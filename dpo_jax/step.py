@@ -12,6 +12,7 @@ from dpo_jax.logprobs import LogpsFn, concat_microbatches, logps_fn, map_microba
 from dpo_jax.losses import Loss, weighted_means
 from dpo_jax.losses.objective import checked_objective
 from dpo_jax.models.model import Model
+from dpo_jax.optim import checked_transformation
 from dpo_jax.records import Array, Batch, Logps, Sync, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
@@ -36,10 +37,10 @@ def init_state(params: Any, tx: optax.GradientTransformation, loss: Loss, refere
       reference: the parameters of a reference that moves (see `Sync`); () for a frozen one.
 
     Raises:
-      UserError: no objective.
+      UserError: no objective, or no optax transformation.
     """
-    terms = checked_objective(loss).terms
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(terms), reference)
+    terms, start = checked_objective(loss).terms, checked_transformation(tx).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, start, jnp.zeros(terms), reference)
 
 
 def make_train_step(
@@ -68,7 +69,7 @@ def make_train_step(
       logps: (params, one microbatch) -> Logps; by default those of the model that the loss reads.
 
     Args of the step:
-      state: from `init_state`; may be donated.
+      state: from `init_state`; may be donated, and with it the params that it was made of.
       batch: fields [M, R, ...], with `ref_logps` filled in if the loss uses a reference.
       count: int32[], microbatches that hold any comparison.
       base: parameters that are not trained, for adapters.
@@ -77,6 +78,7 @@ def make_train_step(
       The next state, and weighted means over the batch, float32[], under TRL's names.
     """
     of_pair = _of_pair(logps or logps_fn(model, loss), policy)
+    checked_transformation(tx)
 
     def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
         chex.assert_shape(state.running, (loss.terms,), custom_message="make the state with init_state of this loss")
@@ -170,7 +172,8 @@ def make_eval_step(
 ) -> Callable[..., Metrics]:
     """Returns `(params, batch, count, running=None, base=None) -> metrics`, pure and not compiled.
 
-    A metric is float32[M, R, G], one value per comparison. A loss across comparisons sees those of one batch.
+    A metric is float32[M, R, G], one value per comparison (`unpack` gives them by example), NaN for absent ones. A loss
+    across comparisons sees those of one batch.
 
     Args:
       model: pure functions of the policy's parameters.

@@ -63,7 +63,7 @@ LEVERED = tuple(System(f"dpo_jax without {name}", "float32", without=name) for n
 
 
 class Step(NamedTuple):
-    """One measured step: its loss, wall and processor seconds, peak memory in MB so far, cores that others used."""
+    """One measured step: its loss, wall and CPU seconds, peak memory in MB so far, cores that others used."""
 
     loss: float
     seconds: float

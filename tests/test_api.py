@@ -1,6 +1,7 @@
 """The package from Python: losses and functions, as a stranger would use them."""
 
 import dataclasses
+import functools
 import json
 import logging
 
@@ -88,6 +89,18 @@ def test_an_own_function_is_an_objective():
     metrics = loss.metrics(lp)
     np.testing.assert_allclose(metrics["rewards/margins"], [1.0, -1.0])
     assert (loss.responses, loss.uses_reference, loss.terms) == (2, True, 1)
+    part = losses.of(functools.partial(squared, beta=0.5), weight=2.0)
+    np.testing.assert_array_equal(part.values(lp), loss.values(lp))
+    jitted = losses.of(jax.jit(squared), beta=0.5, weight=2.0)
+    np.testing.assert_allclose(jitted.values(lp), loss.values(lp), rtol=1e-6)
+
+
+def test_metrics_of_absent_comparisons_are_nan():
+    lp = Logps.of(POLICY, REFERENCE, lengths=[[1, 1], [1, 1]])
+    lp = lp._replace(present=np.array([[True, True], [False, False]]), weights=np.array([1.0, 0.0], np.float32))
+    found = losses.build(["dpo", "sft"]).metrics(lp)
+    for name in ("loss", "loss/dpo", "loss/sft", "rewards/margins"):
+        assert np.isnan(found[name]).tolist() == [False, True], name
 
 
 @pytest.mark.parametrize(
@@ -95,11 +108,14 @@ def test_an_own_function_is_an_objective():
     [
         (squared, {"bta": 1.0}, r"loss squared: unknown parameter 'bta'"),
         (lambda lp, beta: lp.policy[:, 0], {}, r"define it as <lambda>\(lp, \*, option=default, ...\)"),
-        (lambda lp: lp.policy, {}, r"returns float32\[1, 2\] for one comparison; return float32\[B\]"),
-        (lambda lp: lp.policy.sum(), {}, r"returns float32\[\] for one comparison"),
-        (lambda lp: lp.policy[:, 0] > 0, {}, r"returns bool\[1\] for one comparison"),
-        (lambda lp: jnp.argmax(lp.policy, 1), {}, r"returns int32\[1\] for one comparison"),
-        (lambda lp: None, {}, r"returns NoneType for one comparison"),
+        (lambda lp: lp.policy, {}, r"returns float32\[3, 2\] for 3 comparisons; return float32\[B\]"),
+        (lambda lp: lp.policy.sum(), {}, r"returns float32\[\] for 3 comparisons"),
+        (lambda lp: lp.policy[:, 0] > 0, {}, r"returns bool\[3\] for 3 comparisons"),
+        (lambda lp: jnp.argmax(lp.policy, 1), {}, r"returns int32\[3\] for 3 comparisons"),
+        (lambda lp: None, {}, r"returns NoneType for 3 comparisons"),
+        (lambda lp: lp.policy[:, 0].mean(keepdims=True), {}, r"returns float32\[1\] for 3 comparisons"),
+        (lambda lp: lp.policy[:, 0] / lp.policy.std(), {}, r"depends on the others of its batch; set whole_batch=True"),
+        ("dpo", {}, r"losses.of: 'dpo' is no function; losses.build takes names"),
         (squared, {"beta": np.float32(-1.0)}, r"beta .*-1.0.* is not a finite number above 0"),
         (squared, {"beta": "0.1"}, r"beta '0.1' is not a finite number above 0"),
         (squared, {"target": None}, r"target None is not a finite number"),
@@ -125,8 +141,13 @@ def test_an_objective_is_built_from_a_name_a_term_or_several():
     both = losses.build(["dpo", {"name": "ipo", "beta": 0.2}]).values(lp)
     assert both == pytest.approx(losses.dpo(lp) + losses.ipo(lp, beta=0.2))
     assert losses.build("dpo").values(lp) == pytest.approx(losses.dpo(lp))
-    with pytest.raises(UserError, match=r"loss: \{'beta': 0.1\} has no name; give one"):
-        losses.build({"beta": 0.1})
+    for wrong, message in (
+        ({"beta": 0.1}, r"loss: \{'beta': 0.1\} has no name; give one"),
+        (["dpo", squared], "give a name, or a dict with name and options; losses.of takes a function"),
+        (squared, "give a name, a dict with name and options, or a list of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            losses.build(wrong)
 
 
 @pytest.mark.parametrize("use", [lambda m: m & True, lambda m: m @ m, lambda m: 1 // m, lambda m: ~m, lambda m: m % 2])
@@ -214,6 +235,10 @@ def test_sequence_logps_are_the_models_own(world):
             each = jax.nn.log_softmax(logits)[0, len(tokens.prompt) - 1 : -1]
             expected.append(float(each[np.arange(len(response)), response].sum()))
     np.testing.assert_allclose(np.sort(found.ravel()), np.sort(expected), rtol=1e-5)
+    ordered = dpo_jax.unpack(lp, table, range(3))
+    np.testing.assert_allclose(ordered.policy, np.reshape(expected, (3, 2)), rtol=1e-5)
+    weights = dpo_jax.unpack(dpo_jax.collate(table, [2, 0])[0].weights, table, [2, 0])
+    np.testing.assert_array_equal(weights, [1.0, 1.0])
 
 
 def test_tokenize_takes_lists_generators_and_datasets_alike(world, caplog):
@@ -257,10 +282,11 @@ def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
     jax.tree.map(np.testing.assert_array_equal, same, params)
     prompts = [np.array(tokenizer("I saw")["input_ids"])]
     texts = [
-        dpo_jax.generate(m, p, prompts, max_new_tokens=5, eos_id=tokenizer.eos_token_id, temperature=0.0)[0].tolist()
+        dpo_jax.generate(m, p, prompts, max_new_tokens=5, temperature=0.0)[0].tolist()
         for m, p in ((model, params), (again, same))
     ]
     assert texts[0] == texts[1]
+    assert model.end_ids == (tokenizer.eos_token_id,)
     with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
         dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
 
@@ -274,6 +300,10 @@ def test_functions_name_what_they_were_given_instead(world):
             lambda: dpo_jax.make_train_step(model, losses.dpo, optax.sgd(1.0)),
             lambda: dpo_jax.make_eval_step(model, {"name": "dpo"}),
         ],
+        "is no optax transformation; give one, as in": [
+            lambda: dpo_jax.init_state(params, 1e-3, losses.build("dpo")),
+            lambda: dpo_jax.make_train_step(model, losses.build("dpo"), optax.adam),
+        ],
         "bradley_terry trains a reward model and all other losses a language model": [
             lambda: dpo_jax.make_train_step(model, losses.build("bradley_terry"), optax.sgd(1.0)),
             lambda: dpo_jax.make_eval_step(reward_model, losses.build("dpo")),
@@ -281,6 +311,10 @@ def test_functions_name_what_they_were_given_instead(world):
         r"prompts: texts; give token ids, as in tokenizer\(texts\)": [
             lambda: dpo_jax.generate(model, params, ["I saw"], max_new_tokens=2, eos_id=0),
             lambda: dpo_jax.generate(model, params, "I saw", max_new_tokens=2, eos_id=0),
+        ],
+        "prompts: give a list of prompts, each a list of token ids": [lambda: dpo_jax.generate(model, params, [1, 2])],
+        "eos_id: the model was not loaded from a folder that names it": [
+            lambda: dpo_jax.generate(model._replace(end_ids=()), params, [[1]])
         ],
         "a reward model generates no text": [
             lambda: dpo_jax.generate(reward_model, params, [[1]], max_new_tokens=2, eos_id=0)

@@ -1,5 +1,6 @@
 """Runs from Python, and one's own code by name in the commands."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 
 import dpo_jax
 from dpo_jax import UserError, cli, losses, optim
+from dpo_jax.data.sources import memory
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.runs.sweep import group_runs
 from dpo_jax.training.compile import hparams
@@ -92,7 +94,7 @@ def test_train_on_rows_with_an_own_loss_and_callbacks(world):
 
     def stop(step, metrics, state):
         seen.append((step, "loss" in metrics, "eval_loss" in metrics, int(state.step)))
-        return step == 2 and "loss" in metrics
+        return np.bool_(step == 2 and "loss" in metrics)  # as a comparison of arrays is
 
     config = RUN | {"max_steps": 5, "run": "runs/rows"}
     result = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared, callbacks=[stop])
@@ -128,6 +130,13 @@ def test_an_optax_object_and_several_terms(world):
     lines = [r for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r]
     assert lines[-1]["loss/sft"] > 0
     assert "learning_rate" not in lines[-1]  # unknown, so not logged
+    del optim.OPTIMIZERS["in_memory"]  # as in another process, which needs the optimizer to train only
+    found = dpo_jax.evaluate(result.folder, data=rows(world, 8), reward=lambda prompts, texts: [7.0] * len(texts),
+                             prompts=2, samples={"max_new_tokens": 2})  # fmt: skip
+    assert found["true reward of the policy"]["mean"] == 7.0
+    assert found["eval_loss/sft"]["n"] == 8
+    with pytest.raises(UserError, match="an optax object was given in Python"):
+        dpo_jax.train(config, data=rows(world), loss=terms, run="runs/lion", optim={"name": "in_memory"})
 
 
 @pytest.mark.parametrize(
@@ -137,10 +146,21 @@ def test_an_optax_object_and_several_terms(world):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"loss": 3}, "loss: 3: give a name, a function, or a dict"),
         ({"optimizer": 3}, "optimizer: 3: give an optax transformation"),
-        ({"eval_data": []}, "eval_data: give data in memory too"),
+        (
+            {"data": "t.jsonl", "eval_data": [{}]},
+            "eval_data: give data and eval_data both as paths, or both as examples",
+        ),
+        ({"data": [{}], "eval_data": "e.jsonl"}, "eval_data: give data and eval_data both as paths"),
+        ({"data": "t.jsonl", "eval_data": {"path": "e"}}, "eval_data: give examples or a path; keys of the section"),
+        ({"data": lambda: []}, "data: a function; give dicts of columns"),
+        ({"loss": []}, "loss: an empty list"),
+        ({"callbacks": None}, r"callbacks: give a list of functions, as in callbacks=\[f\]"),
         ({"data": datasets.DatasetDict({"train": datasets.Dataset.from_list([])})}, "a dataset with splits train"),
         ({"data": ["text"]}, "data: element 0 is a str; give dicts of columns"),
         ({"callbacks": print}, r"callbacks: give a list of functions, as in callbacks=\[f\]"),
+        ({"optim": {"name": "optax:adam"}}, "optim.name: optax:adam takes learning_rate by position; name a function"),
+        ({"model": (1, 2)}, r"model: a tuple; give a path, or keys such as \{'path': ...\}"),
+        ({"model": {}}, "model: name one: model.path"),
         ({"optimizer": optax.adam}, r"optimizer: adam takes learning_rate by position; call it, as in adam\(1e-6\)"),
     ],
 )
@@ -259,6 +279,32 @@ def test_evaluate_and_sample_a_run(world):
     texts = dpo_jax.sample("runs/start", ["I saw", "The film"], samples={"max_new_tokens": 4, "temperature": 0.0})
     assert texts.keys() == {"policy", "reference"}
     assert [len(t) for t in texts.values()] == [2, 2]
+    with pytest.raises(UserError, match="sample: dict: give the folder of a run or a model"):
+        dpo_jax.sample({}, ["I saw"])
+
+
+def test_tokenize_leaves_the_examples_of_a_run_where_they_are(world):
+    name = memory.keep_examples(rows(world, 6))
+    dpo_jax.tokenize(rows(world, 6), dpo_jax.load_model("runs/start")[2])
+    assert name in memory.KEPT
+    before = set(memory.KEPT)
+    dpo_jax.tokenize(rows(world, 7), dpo_jax.load_model("runs/start")[2])
+    assert set(memory.KEPT) == before  # its own are forgotten
+
+
+def test_an_evaluation_says_that_a_loss_changed(world, monkeypatch, caplog):
+    (world / "moving.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(world))
+    options = {"run": "runs/moving", "max_steps": 1, "loss": {"name": "moving:squared"}, "data": {"eval_examples": 4}}
+    dpo_jax.train("dpo.yaml", samples={"prompts": 0}, **options)
+    caplog.clear()
+    dpo_jax.evaluate("runs/moving", prompts=0)
+    assert "changed since this run began" not in caplog.text
+    (world / "moving.py").write_text(OWN.replace("- target) ** 2", "- target) ** 4"))
+    sys.modules.pop("moving")
+    importlib.invalidate_caches()
+    dpo_jax.evaluate("runs/moving", prompts=0)
+    assert "runs/moving: loss moving:squared changed since this run began; its values are those of the" in caplog.text
 
 
 def test_sweep_gives_what_the_runs_give_one_by_one(world):

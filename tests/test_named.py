@@ -1,5 +1,7 @@
 """Functions chosen by name: their options, and the user's own by `module:function`."""
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import linecache
@@ -7,6 +9,7 @@ import sys
 from typing import Literal
 
 import docstring_parser
+import jax
 import numpy as np
 import optax
 import pytest
@@ -160,6 +163,65 @@ def test_a_fingerprint_tells_functions_apart_by_what_they_compute(module):
         importlib.invalidate_caches()
         found.append(fingerprint(import_function("own_functions:double", "loss.name")))
     assert found[0] == found[2] != found[1]
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    factor: float
+
+
+def of_options(options):
+    return lambda x: jax.tree.map(lambda y: options.factor * y, x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.jit, jax.custom_jvp, lambda f: Scaled(f(1.0)), lambda f: Scaled(f(1.0)).__call__,
+     lambda f: of_options(Options(f(1.0))), lambda f: functools.wraps(f)(lambda x: f(x))],
+    ids=["jit", "custom_jvp", "object", "method", "dataclass", "wraps"],
+)  # fmt: skip
+def test_a_fingerprint_sees_through_wrappers_and_into_objects(wrap):
+    found = [fingerprint(wrap(made(factor))) for factor in (1.0, 9.0, 1.0)]
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_fingerprint_covers_constants_of_a_console_and_functions_of_a_module(module, monkeypatch):
+    monkeypatch.syspath_prepend(str(module))
+    scopes = [{} for _ in range(3)]
+    for scope, factor in zip(scopes, (1, 9, 1), strict=True):
+        (module / "own_helper.py").write_text(f"def scaled(x): return x * {factor}\n")
+        sys.modules.pop("own_helper", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        exec("import own_helper\ndef f(x): return (lambda y: own_helper.scaled(y))(x)\ndef g(x): return x * 7", scope)
+    found = [fingerprint(scope["f"]) for scope in scopes]
+    assert found[0] == found[2] != found[1]
+    exec("def g(x): return x * 8", scopes[0])
+    assert fingerprint(scopes[0]["g"]) != fingerprint(scopes[1]["g"]) == fingerprint(scopes[2]["g"])
+
+
+def test_a_fingerprint_is_of_the_function_that_runs_not_of_its_file(module):
+    (module / "own_functions.py").write_text("def double(x): return 2 * x\n")
+    sys.modules.pop("own_functions", None)
+    importlib.invalidate_caches()
+    function = import_function("own_functions:double", "loss.name")
+    before = fingerprint(function)
+    (module / "own_functions.py").write_text("def double(x): return 3 * x\n")
+    linecache.clearcache()
+    assert fingerprint(function) == before
+
+
+def test_a_function_of_a_notebook_is_found_once_it_is_defined_again(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "squared", own, raising=False)
+    assert import_function("__main__:squared", "loss.name") is own
 
 
 def test_a_fingerprint_of_an_optax_object_covers_its_hyper_parameters():

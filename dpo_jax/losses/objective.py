@@ -8,15 +8,17 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import term_options
-from dpo_jax.losses.registry import Entry, entry_of, find_entry
+from dpo_jax.losses.registry import Entry, entry_of, find_entry, label
 from dpo_jax.records import Array, Logps
 
 Term = Mapping[str, Any]  # the name of a loss and its options
+EXAMPLES = 3  # comparisons with which a loss is checked
 OPTIONS = (term_options.transformed, term_options.weighted)  # their keyword-only parameters are options of every term
 
 
@@ -83,6 +85,8 @@ def build(loss: str | Term | Sequence[str | Term]) -> Loss:
       UserError: an unknown loss or option, a value without a meaning, or terms that cannot be combined.
     """
     terms = [loss] if isinstance(loss, Mapping | str) else loss
+    if not isinstance(terms, list | tuple) or isinstance(terms, Loss):
+        raise UserError(f"loss: {loss!r}: give a name, a dict with name and options, or a list of them")
     return _objective([_bind(name, find_entry(name), options) for name, options in map(_split, terms)])
 
 
@@ -90,7 +94,9 @@ def of(function: Callable[..., Array], **options: Any) -> Loss:
     """Returns the objective of one's own loss, `(Logps, *, option=default, ...) -> float32[B]`.
 
     Args:
-      function: the loss; it must work on traced arrays (jax.numpy, no `if` on values).
+      function: the loss, or a `functools.partial` of it; it must work on traced arrays (jax.numpy, no `if` on values).
+        A batch is padded with absent comparisons, whose `weights` are 0; a loss that looks across comparisons needs
+        `whole_batch=True` and must leave them out.
       **options: values of its keyword-only parameters, of the options of every term (`weight`, `ld_alpha`, ...), and
         of the fields of `registry.Entry`: `responses=2`, `uses_reference=True`, `whole_batch=False`, ... The defaults
         are those under which the function is registered, if it is.
@@ -98,8 +104,12 @@ def of(function: Callable[..., Array], **options: Any) -> Loss:
     Raises:
       UserError: another signature, an unknown option, or a result of another shape than [B].
     """
+    if isinstance(function, partial):
+        function, options = function.func, {**function.keywords, **options}
+    if not callable(function):
+        raise UserError(f"losses.of: {function!r} is no function; losses.build takes names")
     needs = {name: options.pop(name) for name in Entry._fields if name in options}
-    return _objective([_bind(function.__name__, entry_of(function)._replace(**needs), options)])
+    return _objective([_bind(label(function), entry_of(function)._replace(**needs), options)])
 
 
 def checked_objective(loss: Any) -> Loss:
@@ -119,6 +129,8 @@ def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
 
 
 def _split(term: str | Term) -> tuple[str, dict[str, Any]]:
+    if not isinstance(term, str | Mapping):
+        raise UserError(f"loss: {term!r}: give a name, or a dict with name and options; losses.of takes a function")
     options = {"name": term} if isinstance(term, str) else dict(term)
     if "name" not in options:
         raise UserError(f"loss: {term!r} has no name; give one, as in {{'name': 'dpo'}}")
@@ -177,17 +189,35 @@ def _check(bound: BoundTerm, numbers: Sequence[str]) -> None:
     own = partial(bound.entry.function, **bound.hyper)
     value = _abstract(bound, lambda lp: own(bound.shown(lp)))
     found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
-    if found != "float32[1]":
-        raise UserError(f"loss {bound.name}: returns {found} for one comparison; return float32[B], one value for each")
+    if found != f"float32[{EXAMPLES}]":
+        given = f"returns {found} for {EXAMPLES} comparisons"
+        raise UserError(f"loss {bound.name}: {given}; return float32[B], one value for each")
     _abstract(bound, bound.value)
+    if not bound.entry.whole_batch and not bound.entry.function.__module__.startswith("dpo_jax."):
+        _check_separate(bound, own)
 
 
 def _abstract(bound: BoundTerm, function: Callable[[Logps], Array]) -> Any:
-    """Returns shape and dtype of a function of the log-probs of one comparison."""
+    """Returns shape and dtype of a function of the log-probs of some comparisons."""
     try:
-        return jax.eval_shape(function, term_options.example_logps(bound.entry.responses or 2))
+        return jax.eval_shape(function, term_options.example_logps(EXAMPLES, bound.entry.responses or 2))
     except UserError as e:
         raise UserError(f"loss {bound.name}: {e}") from e
+
+
+def _check_separate(bound: BoundTerm, own: Callable[[Logps], Array]) -> None:
+    """Refuses a user's loss in which one comparison changes the value of another, unless it says so."""
+    shapes = term_options.example_logps(EXAMPLES, bound.entry.responses or 2)
+    lp = jax.tree.map(lambda x: np.linspace(-9.0, -1.0, math.prod(x.shape)).reshape(x.shape).astype(x.dtype), shapes)
+    lp = lp._replace(lengths=-lp.lengths, weights=np.ones_like(lp.weights), preference=np.ones_like(lp.preference))
+    other = lp._replace(policy=lp.policy * np.array([1.0, 2.0, 3.0], np.float32)[:, None])
+    with jax.ensure_compile_time_eval():
+        values = [np.asarray(own(bound.shown(one)))[0] for one in (lp, other)]
+    if not np.array_equal(*values, equal_nan=True):
+        raise UserError(
+            f"loss {bound.name}: the value of a comparison depends on the others of its batch; set whole_batch=True "
+            "where it is registered, and leave out those whose lp.weights are 0"
+        )
 
 
 def _responses(bound: Sequence[BoundTerm]) -> int | None:
@@ -232,6 +262,7 @@ def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
     """Returns every metric, float32[B]: the loss, the losses of its terms, and rewards with the first term's beta."""
     values = _each(bound, lp, BoundTerm.value)
     answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
+    values = jnp.where(jnp.any(lp.present, axis=1), values, jnp.nan)  # none for absent comparisons
     metrics = {"loss": jnp.sum(values, axis=0)}
     if any(b.entry.rewards for b in bound):
         return (

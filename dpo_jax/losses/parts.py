@@ -44,7 +44,7 @@ def logistic(z: Array, label_smoothing: float = 0.0) -> Array:
 
 
 def power(x: Array, a: float) -> Array:
-    """Returns (e^(a x) - 1) / a, which is x at a = 0; the exponent is held at 80, lest it overflow."""
+    """Returns (e^(a x) - 1) / a, which is x at a = 0; the exponent is clipped at 80, so that it does not overflow."""
     zero = jnp.abs(a) < 1e-6
     safe = jnp.where(zero, 1.0, a)
     return jnp.where(zero, x, jnp.expm1(jnp.minimum(safe * x, CLAMP)) / safe)

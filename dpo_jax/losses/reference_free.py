@@ -39,7 +39,7 @@ def alphapo(
         reward(m) = beta (1 - e^(-alpha m)) / alpha
         loss = -log sigmoid(reward(m_c) - reward(m_r) - gamma)
 
-    At alpha = 0 it is simpo. The exponent is held at 80.
+    At alpha = 0 it is simpo. The exponent is clipped at 80.
 
     Args:
       lp: log-probabilities of B pairs.

@@ -61,12 +61,19 @@ class Entry(NamedTuple):
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(*, responses: int | None = 2, uses_reference: bool = True, **needs: Any) -> Callable[[Callable], Callable]:
-    """Returns a decorator that registers a loss under its function's name.
+def register(
+    bare: Callable | None = None, /, *, responses: int | None = 2, uses_reference: bool = True, **needs: Any
+) -> Any:
+    """Returns a decorator that registers a loss under its function's name; `@register` alone is one too.
 
     A name that is registered already is replaced with a warning, so that a notebook cell may run again. The arguments
     are the fields of `Entry`.
+
+    Raises:
+      UserError: another argument.
     """
+    if unknown := [name for name in needs if name not in Entry._fields]:
+        raise UserError(f"losses.register: unknown argument {unknown[0]!r}; {closest(unknown[0], Entry._fields)}")
 
     def file(function: Callable) -> Callable:
         if function.__name__ in REGISTRY:
@@ -74,7 +81,12 @@ def register(*, responses: int | None = 2, uses_reference: bool = True, **needs:
         REGISTRY[function.__name__] = checked_entry(Entry(function, responses, uses_reference, **needs))
         return function
 
-    return file
+    return file if bare is None else file(bare)
+
+
+def label(function: Callable) -> str:
+    """Returns the name of a function, or of the type of another callable, for messages."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def checked_entry(entry: Entry) -> Entry:
@@ -83,15 +95,15 @@ def checked_entry(entry: Entry) -> Entry:
     Raises:
       UserError: another signature.
     """
-    function = entry.function
+    function, name = entry.function, label(entry.function)
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     if len(positional) != 1 or len(positional) + len(keywords) < len(parameters):
-        raise UserError(f"loss {function.__name__}: define it as {function.__name__}(lp, *, option=default, ...)")
+        raise UserError(f"loss {name}: define it as {name}(lp, *, option=default, ...)")
     for p in keywords:
         if p.default is p.empty:
-            raise UserError(f"loss {function.__name__}: give its option {p.name!r} a default")
+            raise UserError(f"loss {name}: give its option {p.name!r} a default")
     return entry
 
 

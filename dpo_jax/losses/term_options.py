@@ -126,9 +126,10 @@ def _map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
     return lp._replace(**{name: function(x) for name, x in given.items() if not isinstance(x, Missing)})
 
 
-def example_logps(responses: int) -> Logps:
-    """Returns the abstract log-probs of one comparison."""
-    number, row = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, responses), jnp.float32)
+def example_logps(comparisons: int, responses: int) -> Logps:
+    """Returns the abstract log-probs of a batch."""
+    row = jax.ShapeDtypeStruct((comparisons, responses), jnp.float32)
+    number = jax.ShapeDtypeStruct((comparisons,), jnp.float32)
     rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
     return Logps(**dict.fromkeys(PER_RESPONSE, row) | {"weights": number, "preference": number} | rest)
 

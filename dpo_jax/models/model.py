@@ -43,6 +43,7 @@ class Model(NamedTuple):
       axes: tree like params; the leaves are tuples with the logical name of each axis.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
+      end_ids: ids of the tokens that end a text, by the folder it was loaded from; () if it was built.
     """
 
     architecture: Architecture
@@ -55,6 +56,7 @@ class Model(NamedTuple):
     axes: Any
     attention: str = CHUNKS
     hf_config: Any = None
+    end_ids: tuple[int, ...] = ()
 
 
 def build_model(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:

@@ -1,6 +1,7 @@
 """Rewards by a transformers classifier of any family. The paper's true reward of film reviews is one."""
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.models.huggingface.folder import model_folder, read_config
 from dpo_jax.records import Array
 
+log = logging.getLogger(__name__)
 BATCH = 32  # texts
 
 
@@ -39,7 +41,9 @@ def classifier(name: str) -> Callable[..., Array]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         cut = sum(len(ids) > longest for ids in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
         if cut:
-            print(f"classifier:{name}: {cut} of {len(texts)} texts have more than {longest} tokens; their starts count")
+            log.warning(
+                f"classifier:{name}: {cut} of {len(texts)} texts have over {longest} tokens; their starts count"
+            )
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
         scores = np.zeros(len(texts))
         for start in range(0, len(order), BATCH):

@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError, closest
-from dpo_jax.named import import_function
+from dpo_jax.named import import_function, name_of
 from dpo_jax.records import Array
 from dpo_jax.rewards import trained, words
 from dpo_jax.rewards.classifier import classifier
@@ -29,6 +29,19 @@ REWARDS: dict[str, words.Score] = {"happy": words.happy, "synthetic": synthetic.
 FILES: dict[str, Callable[[str], words.Score]] = {"words": words.word_list, "logistic": words.logistic_regression}
 
 
+KEPT: dict[str, Reward] = {}  # functions given in Python, by name
+
+
+def keep_reward(function: Reward) -> str:
+    """Keeps a function `(prompts, completions) -> one number each` for `get_reward`, and returns its name."""
+    KEPT[name_of(function)] = function
+    return name_of(function)
+
+
+def _given(function: Reward) -> Callable[..., Any]:
+    return lambda prompts, completions: function(prompts, completions)
+
+
 def get_reward(name: str) -> Reward:
     """Returns the reward of a name. `module:function` imports, and so runs, that module.
 
@@ -36,7 +49,9 @@ def get_reward(name: str) -> Reward:
       UserError: unknown reward. The returned function raises it too, for a score that is not a finite number.
     """
     kind, colon, rest = name.partition(":")
-    if kind in FILES and colon:
+    if name in KEPT:
+        reward = _given(KEPT[name])
+    elif kind in FILES and colon:
         reward = _each(FILES[kind](rest))
     elif kind == "model" and colon:
         reward = trained.trained_reward(rest).of_texts

@@ -19,13 +19,13 @@ from dpo_jax.evaluation import EvalModel
 from dpo_jax.losses import Loss
 from dpo_jax.paths import is_run, written
 from dpo_jax.records import Chat, Comparison
-from dpo_jax.rewards.registry import get_reward
+from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_models, restore_state
-from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
     decode_texts,
     held_out_comparisons,
@@ -64,7 +64,8 @@ def evaluate(
     Args:
       path: a run folder, a model folder or a hub id.
       data: held-out examples in memory, the path of a file, or keys of the section `data`, in place of the run's.
-      **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`.
+      **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`. The
+        reward may be a function `(prompts, completions) -> one number each`.
 
     Returns:
       Metric -> {mean, low, high, n}: accuracy, margins, loss, KL and reward with 95% intervals.
@@ -75,6 +76,8 @@ def evaluate(
     if not isinstance(path, str | Path):
         raise UserError(f"evaluate: {type(path).__name__}: give the folder of a run or a model, as in result.folder")
     given = section(keys)
+    if callable(keys.get("reward")):
+        given["reward"] = keep_reward(keys["reward"])
     if data is not None:
         given["data"] = data_section(data, default=run_config(path).data.name if is_run(path) else "files")
         given["data"].setdefault("eval_path", given["data"].get("path", []))
@@ -90,6 +93,8 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         raise UserError(
             "--reward, --per-token: a reward model generates no text and has no token log-probs; remove them"
         )
+    if is_run(path):
+        warn_of_changes(Path(path), settings)
     loaded, tokenizer = _load(settings, loss)
     setup.check_length(settings, loaded.model)
     rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
@@ -123,9 +128,11 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     Raises:
       UserError: no checkpoint, an empty prompt, or options without a meaning.
     """
-    if isinstance(prompts, str) or not prompts:
+    if not isinstance(path, str | Path):
+        raise UserError(f"sample: {type(path).__name__}: give the folder of a run or a model, as in result.folder")
+    if isinstance(prompts, str) or not len(prompts):
         raise UserError("prompts: give a list of one or more texts, as in [text]")
-    chats = [p if isinstance(p, str | Chat) else Chat(tuple(p)) for p in prompts]
+    chats = [str(p) if isinstance(p, str) else p if isinstance(p, Chat) else Chat(tuple(p)) for p in prompts]
     given = {"chat": "no"} | section(keys)  # a text is a text here; a conversation is given as one
     return sample_path(str(path), config_of_path(str(path), given, SampleConfig, "dpo_jax.sample"), chats)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,12 @@ def call_settings(
     if data is not None:
         given["data"] = data_section(data)
     if eval_data is not None:
-        if given.get("data", {}).get("name") != "memory":
-            raise UserError("eval_data: give data in memory too, or set data.eval_path")
-        given["data"]["eval_path"] = data_section(eval_data)["path"]
+        given["data"] = given.get("data", {}) | _held_out(eval_data, data)
     if loss is not None:
         several = isinstance(loss, list | tuple) and not isinstance(loss, Loss)  # which is a tuple too
         terms = [_term(term) for term in (loss if several else [loss])]
+        if not terms:
+            raise UserError("loss: an empty list; give a name, a function or a list of them")
         given["loss"] = terms if len(terms) > 1 else terms[0]
     if optimizer is not None:
         given["optim"] = _optimizer(optimizer)
@@ -122,11 +122,25 @@ def data_section(data: Any, default: str = "files") -> dict[str, Any]:
         raise UserError(f"data: a dataset with splits {', '.join(data)}; give one, as in data=dataset['train']")
     if isinstance(data, Mapping):
         return dict(data)
+    if callable(data) or not isinstance(data, Iterable):
+        raise UserError(f"data: a {type(data).__name__}; give dicts of columns, a datasets.Dataset or a path")
     return {"name": "memory", "path": [memory.keep_examples(data)], "options": []}
+
+
+def _held_out(eval_data: Any, data: Any) -> dict[str, Any]:
+    """Returns `data.eval_path` for held-out data: examples in memory or a path, as the training data are."""
+    if isinstance(eval_data, Mapping) and not hasattr(eval_data, "column_names"):
+        raise UserError("eval_data: give examples or a path; keys of the section data go into data, as data.eval_path")
+    if isinstance(eval_data, str | Path) != isinstance(data, str | Path):
+        raise UserError("eval_data: give data and eval_data both as paths, or both as examples; load the file yourself")
+    return {"eval_path": data_section(eval_data)["path"]}
 
 
 def section(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keyword arguments of a call as nested values of a config; a model may be given by its path alone."""
+    for key in ("model", "reference"):
+        if not isinstance(keys.get(key, {}), str | Path | Mapping):
+            raise UserError(f"{key}: a {type(keys[key]).__name__}; give a path, or keys such as {{'path': ...}}")
     return {
         k: {"path": str(v)} if k in ("model", "reference") and isinstance(v, str | Path) else v for k, v in keys.items()
     }

@@ -46,15 +46,19 @@ def train(
 ) -> Result:
     """Trains a run, or resumes it if its folder exists, and exports the model.
 
+    Progress is shown on standard error; `logging.getLogger("dpo_jax").setLevel("WARNING")` turns it off.
+
     Args:
       config: a YAML, nested values as in one, a `Config`, or nothing.
       data: training examples in memory (dicts with the columns of data files, or a `datasets.Dataset`), the path of a
         file or folder, or keys of the config's section `data`.
-      eval_data: held-out examples in memory; without them a part of `data` is held out (`data.eval_fraction`).
+      eval_data: held-out examples in memory, or a path if `data` is one; without them a part of `data` is held out
+        (`data.eval_fraction`).
       loss: a name, a function `(Logps, *, option=default) -> float32[B]`, a partial of one, a dict with `name` and
         options, or a list of these, which are summed.
       optimizer: an optax transformation, a name, or a dict with `name` and options.
-      callbacks: called with (step, metrics, state) after every step and evaluation; True stops the run.
+      callbacks: called with (step, metrics, state) after every step and every evaluation but the one before the first
+        step; True stops the run.
       **keys: keys of the config (`model="path"`, `run="runs/mine"`, `batch_size=8`, `samples={"prompts": 0}`), which
         win over `config`.
 
@@ -74,7 +78,7 @@ def train(
 
 def checked_callbacks(callbacks: Any) -> list[Callback]:
     """Returns callbacks as a list; refuses a single function."""
-    if callable(callbacks) or not all(callable(one) for one in callbacks):
+    if not isinstance(callbacks, list | tuple) or not all(map(callable, callbacks)):
         raise UserError("callbacks: give a list of functions, as in callbacks=[f]")
     return list(callbacks)
 

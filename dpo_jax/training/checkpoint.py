@@ -249,7 +249,7 @@ class Checkpoints:
             raise UserError(f"{self.folder}: checkpoint {which}: {why}; name one of {steps_in(self.folder)}")
         return int(step or 0)
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
+    def restore(self, like: TrainState, step: int | None = None, optimizer: bool = True) -> TrainState | None:
         """Returns the newest checkpoint that is intact and fits; None if there is none.
 
         Newer checkpoints that are damaged or do not fit are moved to `damaged/` beside the folder, with a message; with
@@ -258,19 +258,21 @@ class Checkpoints:
         Args:
           like: shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves).
           step: restore only the checkpoint of this step; None for the newest.
+          optimizer: whether to read the state of the optimizer, which only training needs; `like` has () for it if not.
 
         Raises:
           UserError: a checkpoint of another format, or all intact ones are of another model or optimizer.
         """
         wanted, skipped = state_shapes(like), set[int]()
+        unread = "" if optimizer else ".opt_state"
         while True:
             chosen = distributed.broadcast_from_primary(
-                self._newest(wanted, skipped, step) if distributed.is_primary() else -1
+                self._newest(wanted, unread, skipped, step) if distributed.is_primary() else -1
             )
             if chosen < 0:
                 return None
             leaves = read_manifest(self.folder / str(chosen))["leaves"]
-            restored: Any = self.orbax.restore(self.folder / str(chosen), like)
+            restored: Any = self._read(chosen, like, optimizer)
             wrong = [name for name, value in _checksums(restored).items() if int(value) != leaves[name][-1]]
             if not wrong:
                 return restored
@@ -278,7 +280,17 @@ class Checkpoints:
             if distributed.is_primary():
                 self._set_aside(chosen, f"{wrong[0]} differs from what was saved")
 
-    def _newest(self, wanted: Mapping[str, list], skipped: set[int], only: int | None) -> int:
+    def _read(self, step: int, like: TrainState, optimizer: bool) -> TrainState:
+        """Returns the arrays of a checkpoint, all or those of the fields that `like` has."""
+        if optimizer:
+            return self.orbax.restore(self.folder / str(step), like)
+        fields = {name: value for name, value in like._asdict().items() if jax.tree.leaves(value)}
+        how = ocp.checkpoint_utils.construct_restore_args(fields)
+        args = ocp.args.PyTreeRestore(item=fields, restore_args=how, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return like._replace(**reader.restore(self.folder / str(step), args=args))
+
+    def _newest(self, wanted: Mapping[str, list], unread: str, skipped: set[int], only: int | None) -> int:
         """Returns the newest step that is intact and fits, or -1; sets newer checkpoints aside."""
         foreign: dict[int, str] = {}
         for step in steps_in(self.folder):
@@ -286,7 +298,7 @@ class Checkpoints:
                 continue
             if why := checkpoint_problem(self.folder / str(step)):
                 self._set_aside(step, why)
-            elif why := _foreign(read_manifest(self.folder / str(step))["leaves"], wanted):
+            elif why := _foreign(_read_leaves(self.folder / str(step), unread), wanted):
                 foreign[step] = why
             else:
                 for other, why in foreign.items():
@@ -313,6 +325,12 @@ class Checkpoints:
         finally:
             self.worker.shutdown()
             self.orbax.close()
+
+
+def _read_leaves(checkpoint: Path, unread: str) -> dict[str, list]:
+    """Returns the manifest's leaves, but those whose path begins with `unread`."""
+    leaves = read_manifest(checkpoint)["leaves"]
+    return {name: leaf for name, leaf in leaves.items() if not (unread and name.startswith(unread))}
 
 
 def state_shapes(state: Any) -> dict[str, list]:

@@ -108,7 +108,8 @@ class _Loop:
         stack.callback(self.tracker.close)
         self.checkpoints = Checkpoints(run.folder / "checkpoints", keep=config.keep, best=config.keep_best)
         stack.callback(self.checkpoints.close)
-        progress = Progress(prepared.total_steps, config.batch_size, quiet=not distributed.is_primary())
+        quiet = not distributed.is_primary() or logging.getLogger("dpo_jax").level > logging.INFO
+        progress = Progress(prepared.total_steps, config.batch_size, quiet=quiet)
         stack.enter_context(progress)
         self.write = logger.metrics_writer(run.folder, self.tracker)
         learning_rate = optim.build(**config.optim).learning_rate
@@ -165,7 +166,7 @@ class _Loop:
             return False
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         answers = [callback(step, values, state) for callback in self.callbacks]  # all are called, whatever one says
-        return bool(distributed.broadcast_from_primary(int(any(answer is True for answer in answers))))
+        return bool(distributed.broadcast_from_primary(int(any(map(_is_true, answers)))))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Evaluates the policy on the held-out data and writes its samples; returns the means of the metrics."""
@@ -212,3 +213,8 @@ def _exit_again(why: str, step: int) -> None:
     """Ends the process of a run that was asked to stop."""
     log.info(f"asked to end ({why}): saved at step {step}; the same command goes on from there")
     raise SystemExit(interrupts.EXIT_AGAIN)
+
+
+def _is_true(answer: Any) -> bool:
+    """Returns whether a callback says True: Python's, or a boolean of numpy or JAX."""
+    return np.ndim(answer) == 0 and getattr(answer, "dtype", type(answer)) in (bool, np.bool_) and bool(answer)

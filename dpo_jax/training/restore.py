@@ -22,7 +22,7 @@ from dpo_jax.training.run_folder import run_config
 def restore_state(
     path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "newest"
 ) -> TrainState:
-    """Returns the state in a checkpoint of a run; for a model folder, its parameters at step 0.
+    """Returns the state in a checkpoint of a run, without that of the optimizer; for a model folder, step 0.
 
     Args:
       path: a run folder or a model folder.
@@ -36,13 +36,10 @@ def restore_state(
     """
     moving = setup.make_sync(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
-
-    def start(params: Any) -> TrainState:
-        return init_state(params, optim.build(**settings.optim), loss, params if moving else ())
-
     if not is_run(path):
         return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
-    return _restore_checkpoint(Path(path), jax.eval_shape(start, trained), which)
+    like = jax.eval_shape(lambda params: init_state(params, optim.STATELESS, loss, params if moving else ()), trained)
+    return _restore_checkpoint(Path(path), like, which)
 
 
 def _restore_checkpoint(run: Path, like: TrainState, which: str) -> TrainState:
@@ -52,7 +49,7 @@ def _restore_checkpoint(run: Path, like: TrainState, which: str) -> TrainState:
     state = None
     if folder.is_dir():
         checkpoints = Checkpoints(folder, best=run_config(run).keep_best, read_only=True)
-        state = checkpoints.restore(like, checkpoints.step_of(which))
+        state = checkpoints.restore(like, checkpoints.step_of(which), optimizer=False)
         checkpoints.close()
     if state is None:
         raise UserError(f"{run}: no intact checkpoint; run dpo-jax train first")

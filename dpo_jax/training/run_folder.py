@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpo_jax.paths import DRAFT, LOCK_FILE, is_run, load_json, refuse_links, rem
 from dpo_jax.training import interrupts
 
 # Keys that may change on resuming, because they change results by rounding at most.
+log = logging.getLogger(__name__)
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
@@ -60,14 +62,27 @@ def claim_folder(config: Config, inputs: Mapping[str, str]) -> tuple[Path, conte
 
 
 def function_hashes(config: Config) -> dict[str, str]:
-    """Returns the user's functions that a config names, by key, with a hash of each."""
+    """Returns a hash of each function of the user that a config names, by key."""
+    return {name: fingerprint(function) for name, function in _functions(config).items()}
+
+
+def _functions(config: Config) -> dict[str, Callable]:
+    """Returns the functions of the user that a config names, by key."""
     terms = [config.loss] if isinstance(config.loss, Mapping) else config.loss
     found = {f"loss {term['name']}": find_entry(term["name"]).function for term in terms}
     found[f"optimizer {config.optim['name']}"] = optim.optimizer_function(config.optim["name"])
     if ":" in config.data.name:
         found[f"data source {config.data.name}"] = import_function(config.data.name, "data.name")
-    own = {name: f for name, f in found.items() if ":" in name or name.endswith(optim.IN_MEMORY)}
-    return {name: fingerprint(function) for name, function in own.items()}
+    return {name: f for name, f in found.items() if ":" in name or name.endswith(optim.IN_MEMORY)}
+
+
+def warn_of_changes(folder: Path, config: Config) -> None:
+    """Warns of losses of the user that changed since a run began: an evaluation takes the new ones."""
+    path = folder / INPUTS
+    before = load_json(path, dict) if path.exists() else {}
+    hashes = {name: fingerprint(f) for name, f in _functions(config).items() if name.startswith("loss ")}
+    for name in (name for name, value in hashes.items() if before.get(name, value) != value):
+        log.warning(f"{folder}: {name} changed since this run began; its values are those of the new version")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -6,7 +6,14 @@ from typing import Any
 import jax
 
 from dpo_jax.errors import UserError
-from dpo_jax.models.huggingface.folder import load_tokenizer, model_folder, open_folder, save_folder
+from dpo_jax.models.huggingface.folder import (
+    end_ids,
+    load_tokenizer,
+    model_folder,
+    open_folder,
+    read_generation,
+    save_folder,
+)
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.model import Model, build_model
 
@@ -27,8 +34,10 @@ def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none
     """
     folder = model_folder(str(path))
     architecture, hf_config, params = open_folder(folder)
-    model = build_model(architecture, compute=compute, remat=remat)._replace(hf_config=hf_config)
-    return model, jax.device_put(load_into_memory(params)), load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    ends = end_ids(tokenizer, read_generation(folder), hf_config)
+    model = build_model(architecture, compute=compute, remat=remat)._replace(hf_config=hf_config, end_ids=ends)
+    return model, jax.device_put(load_into_memory(params)), tokenizer
 
 
 def save_model(
