@@ -17,8 +17,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpo_jax import losses
     from dpo_jax.config.schema import Config
-    from dpo_jax.data.collate import collate, tokenize, unpack
+    from dpo_jax.data.collate import collate, tokenize
     from dpo_jax.data.table import Table
+    from dpo_jax.data.unpack import unpack
     from dpo_jax.errors import UserError
     from dpo_jax.logprobs import sequence_logps
     from dpo_jax.losses.objective import Loss
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "config.schema": ("Config",),
-    "data.collate": ("collate", "tokenize", "unpack"),
+    "data.collate": ("collate", "tokenize"),
     "data.table": ("Table",),
+    "data.unpack": ("unpack",),
     "errors": ("UserError",),
     "logprobs": ("sequence_logps",),
     "losses": ("Logps", "Loss"),  # which lets jit and grad pass missing fields

@@ -45,13 +45,13 @@ def probabilities(folder, texts):
         return np.concatenate([model(input_ids=i).logits.double().softmax(-1).numpy() for i in ids])
 
 
-def test_the_reward_is_the_log_odds_of_the_label(folder, capsys):
+def test_the_reward_is_the_log_odds_of_the_label(folder, caplog):
     p = probabilities(folder, [a + b for a, b in zip(PROMPTS, COMPLETIONS, strict=True)])
     assert np.ptp(p, axis=0).min() > 0.05  # another label or text would differ
     for label, place in LABELS.items():
         found = get_reward(f"classifier:{folder}#{label}")(PROMPTS, COMPLETIONS)
         np.testing.assert_allclose(found, np.log(p[:, place] / (1 - p[:, place])), rtol=1e-4, atol=1e-5)
-    assert capsys.readouterr().out.count("1 of 4 texts have more than 41 tokens; their starts count") == 3
+    assert caplog.text.count("1 of 4 texts have more than 41 tokens; their starts count") == 3
     assert get_reward(f"classifier:{folder}#POSITIVE")([], []).shape == (0,)
 
 

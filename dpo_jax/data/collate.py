@@ -101,38 +101,11 @@ def collate(table: Table, indices: Sequence[int] | Array, layout: pack.Layout | 
     if chosen.min() < 0 or chosen.max() >= len(table):
         worst = chosen.min() if chosen.min() < 0 else chosen.max()
         raise UserError(f"collate: index {worst} is outside the table of {len(table)} examples")
-    batch, count, _ = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))
+    batch, count, _ = pack.build_batch(table, chosen, layout or default_layout(table, len(chosen)))
     return batch, count
 
 
-def unpack(values: Any, table: Table, indices: Sequence[int] | Array, layout: pack.Layout | None = None) -> Any:
-    """Returns values of a packed batch by example, in the order of `indices`.
-
-    Args:
-      values: an array [M, R, G, ...] or [M * R * G, ...], as the evaluation step or `sequence_logps` return them; also
-        a dict or record of such arrays. Numbers stay as they are.
-      table, indices, layout: as for `collate`, of the batch that the values belong to.
-
-    Returns:
-      Arrays [n, ...] on the host.
-    """
-    chosen = np.asarray(indices)
-    batch, _, places = pack.build_batch(table, chosen, layout or _layout(table, len(chosen)))
-    shape = batch.weights.shape
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: one(part) for name, part in value.items()}
-        if isinstance(value, tuple):
-            return type(value)(*map(one, value))
-        if np.ndim(value) == 0:
-            return value
-        value = np.asarray(value)
-        return pack.unpack_batch(value.reshape(*shape, *value.shape[3 if value.shape[:3] == shape else 1 :]), places)
-
-    return one(values)
-
-
 @functools.lru_cache(maxsize=8)
-def _layout(table: Table, size: int) -> pack.Layout:
+def default_layout(table: Table, size: int) -> pack.Layout:
+    """Returns the layout of a batch of `size` examples that `collate` chooses."""
     return pack.choose_layout(table, max_length=int(table.lengths().max()) + 1, batch_size=size)

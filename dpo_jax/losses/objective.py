@@ -193,7 +193,7 @@ def _check(bound: BoundTerm, numbers: Sequence[str]) -> None:
         given = f"returns {found} for {EXAMPLES} comparisons"
         raise UserError(f"loss {bound.name}: {given}; return float32[B], one value for each")
     _abstract(bound, bound.value)
-    if not bound.entry.whole_batch and not bound.entry.function.__module__.startswith("dpo_jax."):
+    if not bound.entry.whole_batch and not str(bound.entry.function.__module__).startswith("dpo_jax."):
         _check_separate(bound, own)
 
 

@@ -41,9 +41,8 @@ def classifier(name: str) -> Callable[..., Array]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         cut = sum(len(ids) > longest for ids in tokenizer(texts, verbose=False)["input_ids"]) if texts else 0
         if cut:
-            log.warning(
-                f"classifier:{name}: {cut} of {len(texts)} texts have over {longest} tokens; their starts count"
-            )
+            shown = f"{cut} of {len(texts)} texts have more than {longest} tokens"
+            log.warning(f"classifier:{name}: {shown}; their starts count")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
         scores = np.zeros(len(texts))
         for start in range(0, len(order), BATCH):

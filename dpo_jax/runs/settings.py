@@ -77,7 +77,7 @@ def _config_name(function: Callable[..., Any]) -> str:
 
     The function is registered under that name.
     """
-    if function.__module__.startswith("dpo_jax."):
+    if str(function.__module__).startswith("dpo_jax."):
         return function.__name__
     name = name_of(function)
     if name in REGISTRY and REGISTRY[name].function is not function:
