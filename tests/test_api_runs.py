@@ -111,6 +111,7 @@ def test_train_on_rows_with_an_own_loss_and_callbacks(world):
         dpo_jax.train(config, data=rows(world, 30), eval_data=rows(world, 20), loss=squared)
 
 
+@pytest.mark.slow
 def test_train_equals_the_command(world):
     """The same config from a YAML with keys over it, and from the command line."""
     options = {"max_steps": 3, "samples": {"prompts": 0}, "loss": {"name": "ipo", "beta": 0.3}}
@@ -261,6 +262,7 @@ def test_other_calls_that_cannot_work_are_one_line(world, call, message):
         call()
 
 
+@pytest.mark.slow
 def test_a_file_may_replace_examples_in_memory_and_the_reverse(world):
     dpo_jax.train(RUN, data=rows(world), run="runs/memory", max_steps=1)
     found = dpo_jax.evaluate("runs/memory", data="pairs.jsonl", prompts=0)
@@ -307,6 +309,7 @@ def test_an_evaluation_says_that_a_loss_changed(world, monkeypatch, caplog):
     assert "runs/moving: loss moving:squared changed since this run began; its values are those of the" in caplog.text
 
 
+@pytest.mark.slow
 def test_sweep_gives_what_the_runs_give_one_by_one(world):
     found = dpo_jax.sweep("dpo.yaml", {"loss.beta": [0.1, 0.5]}, run="runs/sweep", max_steps=2, samples={"prompts": 0})
     assert [r.folder.name for r in found] == ["loss.beta=0.1", "loss.beta=0.5"]

@@ -86,6 +86,7 @@ def test_pairs_are_scored_as_the_conversations_of_training(chats, tmp_path, monk
         np.testing.assert_allclose(row["provenance"]["scores"], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eval_and_winrate_score_them_so_too(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"path": ["absent.jsonl"], "eval_path": [str(chats / "d.jsonl")], "max_length": 96, "max_prompt_length": 64}

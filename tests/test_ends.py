@@ -85,6 +85,7 @@ def test_sample_stops_where_transformers_stops(model):
     assert found == {"policy": [text]}
 
 
+@pytest.mark.slow
 def test_pairs_winrate_and_eval_stop_there_too(model, tmp_path, monkeypatch):
     folder, text, _ = model
     monkeypatch.chdir(tmp_path)

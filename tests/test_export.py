@@ -89,6 +89,7 @@ def test_a_tokenizer_made_in_memory_is_written(tmp_path):
     assert load_tokenizer(tmp_path).get_vocab() == synthetic.synthetic_tokenizer().get_vocab()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
 def test_a_run_exports_its_template_and_a_base_that_peft_loads(tmp_path, monkeypatch):
     from peft import AutoPeftModelForCausalLM

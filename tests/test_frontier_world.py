@@ -55,6 +55,7 @@ def test_every_response_is_enumerated_once():
     assert sorted(found) == sorted([(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)])
 
 
+@pytest.mark.slow
 def test_reward_and_kl_equal_sums_over_all_responses(world):
     table_logps = make_table_logps(world)
     rewards, base = enumerate_rewards(world, PROMPTS, table_logps)

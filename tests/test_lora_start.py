@@ -55,7 +55,12 @@ def trained(start, tmp_path, **keys):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"reference": {"mode": "online"}}, {"mesh": {"fsdp": 2}}, {"lora": {"base": "int8"}}],
+    [
+        {},
+        pytest.param({"reference": {"mode": "online"}}, marks=pytest.mark.slow),
+        pytest.param({"mesh": {"fsdp": 2}}, marks=pytest.mark.slow),
+        pytest.param({"lora": {"base": "int8"}}, marks=pytest.mark.slow),
+    ],
     ids=["cache", "online", "fsdp", "qlora"],
 )
 def test_the_reference_is_the_model_with_the_adapters(start, tmp_path, caplog, more):
@@ -77,6 +82,7 @@ def test_the_reference_is_the_model_with_the_adapters(start, tmp_path, caplog, m
         assert again != 0
 
 
+@pytest.mark.slow
 def test_the_base_is_the_reference_if_it_is_named(start, tmp_path, caplog):
     caplog.set_level(logging.INFO, "dpo_jax")
     folder, rows = start
@@ -91,6 +97,7 @@ def test_the_base_is_the_reference_if_it_is_named(start, tmp_path, caplog):
     assert np.abs(theirs) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_quantized_base_may_be_named_but_no_other_model(start, tmp_path):
     folder, _ = start
     adapter = {"path": str(folder / "adapter"), "base": "int8"}
