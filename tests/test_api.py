@@ -95,6 +95,12 @@ def test_an_own_function_is_an_objective():
     np.testing.assert_allclose(jitted.values(lp), loss.values(lp), rtol=1e-6)
 
 
+def test_an_own_function_may_use_all_that_arrays_of_jax_have():
+    lp = Logps.of(POLICY, REFERENCE, lengths=[[1, 1], [1, 1]])
+    loss = losses.of(lambda lp: lp.policy.at[:, 0].set(0.0).sum(axis=1))
+    np.testing.assert_array_equal(jax.jit(loss.values)(lp), np.asarray(POLICY, np.float32)[:, 1])
+
+
 def test_metrics_of_absent_comparisons_are_nan():
     lp = Logps.of(POLICY, REFERENCE, lengths=[[1, 1], [1, 1]])
     lp = lp._replace(present=np.array([[True, True], [False, False]]), weights=np.array([1.0, 0.0], np.float32))

@@ -34,6 +34,17 @@ def test_a_prompt_to_which_a_template_was_applied_stays_text_beside_other_column
     assert found == [PLAIN._replace(prompt=text["prompt"]), Note(note)]
 
 
+def test_a_prompt_that_mentions_a_mark_of_templates_is_a_turn_as_others_are():
+    asked = {"role": "user", "content": "What does <|im_start|> mean?"}
+    row = {"prompt": asked["content"], "chosen": "c", "rejected": "r"}
+    assert read(row | {"system": "be brief"})[0].prompt.messages == (SYSTEM, asked)
+    (pair,) = list(example_items([("f:1", row | {"system": None})], 2))
+    assert pair.prompt == asked["content"]
+    answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    for text in (asked["content"], "<|im_start|>user\np"):
+        assert read({"prompt": text} | answers)[0].prompt.messages == ({"role": "user", "content": text},)
+
+
 def test_nulls_of_parquet_reach_no_template():
     tools = [{"name": "f", "parameters": {"x": {"type": "integer"}, "y": None}}, None]
     chat = read(TALK | {"tools": tools, "chat_template_kwargs": {"x": 1, "y": None}})[0].prompt

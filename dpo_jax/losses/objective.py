@@ -212,7 +212,7 @@ def _check_separate(bound: BoundTerm, own: Callable[[Logps], Array]) -> None:
     lp = lp._replace(lengths=-lp.lengths, weights=np.ones_like(lp.weights), preference=np.ones_like(lp.preference))
     other = lp._replace(policy=lp.policy * np.array([1.0, 2.0, 3.0], np.float32)[:, None])
     with jax.ensure_compile_time_eval():
-        values = [np.asarray(own(bound.shown(one)))[0] for one in (lp, other)]
+        values = [np.asarray(own(bound.shown(jax.tree.map(jnp.asarray, one))))[0] for one in (lp, other)]
     if not np.array_equal(*values, equal_nan=True):
         raise UserError(
             f"loss {bound.name}: the value of a comparison depends on the others of its batch; set whole_batch=True "

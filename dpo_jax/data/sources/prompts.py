@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpo_jax.data.prerendered import is_prerendered
+from dpo_jax.data.prerendered import begins_prerendered
 from dpo_jax.data.sources import conversations as talk
 from dpo_jax.data.sources.base import Item, Note
 from dpo_jax.data.sources.values import Example
@@ -18,11 +18,12 @@ def is_turn(example: Example) -> bool:
 
     If it is in one example of a file, it is in all: the others have no system message, and the same template.
     """
-    prompt = example.get("prompt")
-    if not isinstance(prompt, str) or is_prerendered(prompt):
+    prompt, sides = example.get("prompt"), [example.get(key) for key in ("chosen", "rejected")]
+    if not isinstance(prompt, str):
         return False
-    sides = [example.get(key) for key in ("chosen", "rejected")]
-    return any(example.get(key) not in EMPTY for key in BESIDE) or all(isinstance(side, list) for side in sides)
+    if all(isinstance(side, list) for side in sides):
+        return True
+    return not begins_prerendered(prompt) and any(example.get(key) not in EMPTY for key in BESIDE)
 
 
 def as_conversation(where: str, example: Example, chat: bool) -> tuple[Example, list[Item]]:
@@ -43,7 +44,7 @@ def as_conversation(where: str, example: Example, chat: bool) -> tuple[Example, 
     if not isinstance(example.get("prompt"), str):
         return example, []
     beside = {key for key in BESIDE if key in example}
-    if is_prerendered(example["prompt"]):
+    if begins_prerendered(example["prompt"]) and not all(isinstance(side, list) for side in sides):
         return {key: value for key, value in example.items() if key not in beside}, _ignored(example, beside)
     example = {key: value for key, value in example.items() if key not in beside or value not in EMPTY}
     if not (chat or is_turn(example)):
