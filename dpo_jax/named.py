@@ -157,9 +157,9 @@ def name_of(function: Callable[..., Any]) -> str:
 def fingerprint(value: Any) -> str:
     """Returns a hash of what a function computes, so that a resumed run notices another one of the same name.
 
-    It covers the function's compiled code, its defaults, what it closes over, and the functions of the user's modules
-    that it calls; of installed packages only names. Wrappers such as `jax.jit` count as what they wrap, and objects as
-    their type and fields. An optax transformation is a tuple of such functions.
+    It covers the function's bytecode, defaults and closure, and the functions of the user's modules that it calls. Of a
+    function in an installed package it covers the name and closure. A wrapper such as `jax.jit` has the hash of the
+    wrapped function, an object that of its type and fields. An optax transformation is a tuple of such functions.
     """
     seen: list[Any] = []
     return hashlib.blake2b("\n".join(_parts(value, seen)).encode(), digest_size=8).hexdigest()
@@ -221,7 +221,7 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 def _globals(function: Callable[..., Any]) -> Iterator[Any]:
-    """Yields the global values that a function uses; of a module of the user, what it names there."""
+    """Yields the globals that a function reads, and the attributes that it reads of the user's modules."""
     names = sorted(_global_names(function.__code__))
     for value in (function.__globals__[name] for name in names if name in function.__globals__):
         if not inspect.ismodule(value):

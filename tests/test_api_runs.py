@@ -278,9 +278,13 @@ def test_evaluate_and_sample_a_run(world):
     assert found["eval_loss"]["mean"] == pytest.approx(lines[-1]["eval_loss"], abs=1e-6)
     assert found["eval_loss"]["low"] < found["eval_loss"]["mean"] < found["eval_loss"]["high"]
     assert dpo_jax.evaluate("runs/start", data=rows(world, 9), prompts=0)["eval_loss"]["n"] == 9
-    texts = dpo_jax.sample("runs/start", ["I saw", "The film"], samples={"max_new_tokens": 4, "temperature": 0.0})
+    greedy = {"max_new_tokens": 4, "temperature": 0.0}
+    texts = dpo_jax.sample("runs/start", ["I saw", "The film"], samples=greedy)
     assert texts.keys() == {"policy", "reference"}
     assert [len(t) for t in texts.values()] == [2, 2]
+    assert dpo_jax.sample("runs/start", (text for text in ["I saw", "The film"]), samples=greedy) == texts
+    settings, _ = call_settings("dpo.yaml", None, "pairs.jsonl", None, None, {})
+    assert (settings.data.name, settings.data.eval_path) == ("files", ("pairs.jsonl",))
     with pytest.raises(UserError, match="sample: dict: give the folder of a run or a model"):
         dpo_jax.sample({}, ["I saw"])
 

@@ -161,8 +161,8 @@ def _without_faults(
 def _fault(comparison: Comparison, rendered: Rendered) -> str:
     """Returns `empty`, `identical` or `misplaced` for a degenerate comparison, else ''.
 
-    Responses count as the template writes them, since it may drop what they say or what tells them apart; an answer
-    without a word is empty even where the template writes something around it.
+    Responses are compared as rendered, because a template may drop content. A response without text is empty even if
+    the template writes tokens around it.
     """
     texts = [text for text in rendered.responses if text is not None]
     given = [plain_text(response) for response in comparison.responses if response is not None]

@@ -13,7 +13,7 @@ Spans = tuple[tuple[int, int], ...]  # (first, end) of characters
 Message = dict[str, Any]
 Write = Callable[[Chat, list[Message]], str]
 ELSE = "\U000f8000"  # a character for private use, which no message has (see `spelling`)
-LONG = 12  # characters; a shorter text may stand in a message by chance
+LONG = 12  # characters; a shorter text may occur in a conversation by chance
 
 
 def as_turns(response: Any) -> list[dict[str, Any]]:
@@ -70,9 +70,10 @@ def _rewritten_turn(
     if place == 0 and ELSE in changed:
         return least, end
     header = apply(turns[:place], generate=True).removeprefix(apply(turns[:place]))
-    starts = [(rendered.rfind(mark, least, first), mark) for mark in (header, header.partition("\n")[0] + "\n")]
-    begin, mark = max(starts)
-    if ELSE not in changed or not header.strip() or begin < least:
+    line = re.match(r"\s*\S[^\n]*\n?", header)  # a block of reasoning may follow in the header, and not in the text
+    starts = [(rendered.rfind(mark, least, first), mark) for mark in (header, line[0])] if line else []
+    begin, mark = max(starts, default=(-1, ""))
+    if ELSE not in changed or begin < least:
         raise UserError(
             f"{where}: turn {place + 1} of a response cannot be found in what the chat template writes; give single "
             "turns, or set another data.chat_template"
@@ -111,7 +112,7 @@ def unwritten(write: Write, chat: Chat, responses: Sequence[Any], source: str) -
       write: (conversation, turns of a response) -> what the template writes.
       chat: the conversation.
       responses: the responses to it.
-      source: the template; what it never names is not written.
+      source: the template; a field whose name is not in it is not written.
     """
     answers = [as_turns(response) for response in responses if response] or [[]]
     starts = [0] + [len(chat.messages)] * (len(answers) - 1)  # messages of the conversation are looked at once
@@ -133,7 +134,7 @@ def _unwritten(write: Write, chat: Chat, turns: list[Message], start: int, sourc
             if not value or name in ("role", "content"):
                 continue
             rendered = rendered or write(chat, turns)
-            seen = name in known and _stands_in(value, rendered)
+            seen = name in known and _occurs_in(value, rendered)
             if name not in known or (not seen and or_error(write, *_without(chat, turns, place, name)) == rendered):
                 yield name
 
@@ -144,8 +145,8 @@ def unused_arguments(chat: Chat, source: str, options: Mapping[str, Any]) -> tup
     return (f"conversations with arguments that the chat template does not use: {', '.join(names)}",) if names else ()
 
 
-def _stands_in(value: Any, rendered: str) -> bool:
-    """Returns whether a text is long enough to be found in what was written, and is."""
+def _occurs_in(value: Any, rendered: str) -> bool:
+    """Returns whether a field's text of more than `LONG` characters occurs in a rendered conversation."""
     return isinstance(value, str) and len(value) > LONG and value.strip() in rendered
 
 

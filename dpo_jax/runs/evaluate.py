@@ -130,11 +130,12 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
     """
     if not isinstance(path, str | Path):
         raise UserError(f"sample: {type(path).__name__}: give the folder of a run or a model, as in result.folder")
-    if isinstance(prompts, str) or not len(prompts):
+    given = [] if isinstance(prompts, str) else list(prompts)
+    if not given:
         raise UserError("prompts: give a list of one or more texts, as in [text]")
-    chats = [str(p) if isinstance(p, str) else p if isinstance(p, Chat) else Chat(tuple(p)) for p in prompts]
-    given = {"chat": "no"} | section(keys)  # a text is a text here; a conversation is given as one
-    return sample_path(str(path), config_of_path(str(path), given, SampleConfig, "dpo_jax.sample"), chats)
+    chats = [str(p) if isinstance(p, str) else p if isinstance(p, Chat) else Chat(tuple(p)) for p in given]
+    options = {"chat": "no"} | section(keys)  # a text is a text here; a conversation is given as one
+    return sample_path(str(path), config_of_path(str(path), options, SampleConfig, "dpo_jax.sample"), chats)
 
 
 def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> dict[str, list[str]]:

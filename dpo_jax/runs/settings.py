@@ -128,10 +128,10 @@ def data_section(data: Any, default: str = "files") -> dict[str, Any]:
 
 
 def _held_out(eval_data: Any, data: Any) -> dict[str, Any]:
-    """Returns `data.eval_path` for held-out data: examples in memory or a path, as the training data are."""
+    """Returns `data.eval_path` for held-out data: a path, or examples in memory if the training data are in memory."""
     if isinstance(eval_data, Mapping) and not hasattr(eval_data, "column_names"):
         raise UserError("eval_data: give examples or a path; keys of the section data go into data, as data.eval_path")
-    if isinstance(eval_data, str | Path) != isinstance(data, str | Path):
+    if isinstance(eval_data, str | Path) != (data is None or isinstance(data, str | Path)):
         raise UserError("eval_data: give data and eval_data both as paths, or both as examples; load the file yourself")
     return {"eval_path": data_section(eval_data)["path"]}
 

@@ -69,7 +69,7 @@ def _call(call: Any) -> Any:
 
 
 def _of_json(value: Any) -> Any:
-    """Returns what a text says in JSON; a text that is none, and any other value, as it is."""
+    """Returns the value of a JSON text; any other text or value is returned unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
