@@ -5,6 +5,7 @@ docstring is their help text.
 """
 
 import contextlib
+import dis
 import functools
 import hashlib
 import importlib
@@ -150,8 +151,22 @@ def import_function(name: str, where: str) -> Callable[..., Any]:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Returns `module:function` for a function; its name in a run's config."""
-    return f"{function.__module__}:{function.__qualname__}"
+    """Returns `module:function` for a function; for a `functools.partial` that of its function, else of the type."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def own_name(function: Callable[..., Any], key: str) -> str:
+    """Returns `module:function`, by which a config names a function so that another process finds it.
+
+    Raises:
+      UserError: a callable without a name of its own.
+    """
+    if not hasattr(function, "__qualname__"):
+        raise UserError(f"{key}: a {type(function).__name__} has no name for the config; give a function that calls it")
+    return name_of(function)
 
 
 def fingerprint(value: Any) -> str:
@@ -165,16 +180,17 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b("\n".join(_parts(value, seen)).encode(), digest_size=8).hexdigest()
 
 
-def _parts(value: Any, seen: list[Any]) -> Iterator[str]:
+def _parts(value: Any, seen: list[Any], within: tuple[Any, ...] = ()) -> Iterator[str]:
+    """Yields what `fingerprint` covers; `seen` holds objects before this one, `within` the containers around it."""
     if isinstance(value, str | int | float | bool | type(None)):
         yield repr(value)
     elif isinstance(value, functools.partial):
-        yield from _parts((value.func, value.args, value.keywords), seen)
-    elif isinstance(value, Mapping):
-        yield from _parts(tuple(value.items()), seen)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _parts(part, seen)
+        yield from _parts((value.func, value.args, value.keywords), seen, within)
+    elif isinstance(value, Mapping | tuple | list | set | frozenset):
+        parts = tuple(value.items()) if isinstance(value, Mapping) else value
+        parts = sorted(parts, key=repr) if isinstance(parts, set | frozenset) else parts
+        for part in parts if not any(value is one for one in within) else ():
+            yield from _parts(part, seen, (*within, value))
     elif hasattr(value, "tobytes"):  # an array
         yield value.tobytes().hex()
     elif not any(value is one for one in seen):
@@ -199,8 +215,21 @@ def _object_parts(value: Any, seen: list[Any]) -> Iterator[str]:
         kind = value if inspect.isclass(value) else type(value)
         yield f"{kind.__module__}.{kind.__qualname__}"
         own = [base for base in kind.__mro__ if _is_users(base)]
-        yield from _parts([part for base in own for part in vars(base).values() if inspect.isfunction(part)], seen)
-        yield from _parts(getattr(value, "__dict__", {}) if own and kind is not value else {}, seen)
+        yield from _parts([part for base in own for part in _methods(base)], seen)
+        yield from _parts(_fields(value, own) if kind is not value else {}, seen)
+
+
+def _methods(kind: type) -> Iterator[Callable[..., Any]]:
+    """Yields the functions of a class: methods, those of the class or static, and those behind properties."""
+    for part in vars(kind).values():
+        found = (part.fget, part.fset) if isinstance(part, property) else (getattr(part, "__func__", part),)
+        yield from filter(inspect.isfunction, found)
+
+
+def _fields(value: Any, own: Sequence[type]) -> dict[str, Any]:
+    """Returns the fields of an object of a user's class, with those in `__slots__`."""
+    slots = [name for base in own for name in vars(base).get("__slots__", ()) if hasattr(value, name)]
+    return (getattr(value, "__dict__", {}) if own else {}) | {name: getattr(value, name) for name in slots}
 
 
 def _code(code: types.CodeType) -> Iterator[str]:
@@ -214,16 +243,20 @@ def _code(code: types.CodeType) -> Iterator[str]:
             yield repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant)
 
 
-def _global_names(code: types.CodeType) -> set[str]:
-    """Returns the names that a function and those within it use, other than its own variables."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*map(_global_names, inner))
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yields the code of a function and of those within it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
 
 
 def _globals(function: Callable[..., Any]) -> Iterator[Any]:
     """Yields the globals that a function reads, and the attributes that it reads of the user's modules."""
-    names = sorted(_global_names(function.__code__))
-    for value in (function.__globals__[name] for name in names if name in function.__globals__):
+    codes = list(_codes(function.__code__))
+    read = {i.argval for code in codes for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    names = sorted({name for code in codes for name in code.co_names})
+    for value in (function.__globals__[name] for name in sorted(read) if name in function.__globals__):
         if not inspect.ismodule(value):
             yield value
         elif not _is_installed(getattr(value, "__file__", None) or ""):
@@ -238,7 +271,7 @@ def _is_users(kind: type) -> bool:
 
 def _is_installed(file: str) -> bool:
     """Returns whether a file belongs to an installed package or to Python; "" does."""
-    return not file or file.startswith(INSTALLED)
+    return not file or any(Path(file).is_relative_to(folder) for folder in INSTALLED)
 
 
 @contextlib.contextmanager

@@ -133,6 +133,20 @@ def test_functions_that_are_no_loss_are_refused(function, options, message):
         losses.of(function, **options)
 
 
+@pytest.mark.parametrize("field", ["policy", "reference", "lengths", "weights", "preference", "scores", "present"])
+def test_a_loss_that_looks_across_comparisons_must_say_so(field):
+    def across(lp):
+        return lp.policy[:, 0] + jnp.asarray(getattr(lp, field), jnp.float32).mean()
+
+    with pytest.raises(UserError, match=r"depends on the others of its batch; set whole_batch=True"):
+        losses.of(across)
+
+    def alone(lp):
+        return lp.policy[:, 0] + getattr(lp, field).reshape(len(lp.policy), -1)[:, 0].astype(jnp.float32)
+
+    losses.of(alone)
+
+
 def test_an_objective_keeps_what_its_function_was_registered_with():
     assert losses.of(losses.aot).whole_batch
     assert losses.of(losses.kto, beta=0.2).unpaired

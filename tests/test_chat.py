@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data import chat
-from dpo_jax.data.chat import Rendered, Template, render_comparison
+from dpo_jax.data.chat import Rendered, render_comparison
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources.base import load_comparisons
 from dpo_jax.data.spelling import reveal, token_ids
+from dpo_jax.data.template import Template, chat_template
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
@@ -122,12 +123,12 @@ def test_a_special_token_that_a_message_spells_is_text(tokenizers, name):
 
 def test_template_arguments_of_an_example_override_those_of_the_config(tokenizers):
     shout = Template("{{ 'LOUD' if loud else 'soft' }}", (("loud", True),))
-    assert chat.chat_template("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
+    assert chat_template("x", ("loud=true", "n = 3")) == Template("x", (("loud", True), ("n", 3)))
     assert chat.prompt_text(Chat((USER,)), tokenizers["gpt2"], shout) == "LOUD"
     assert chat.prompt_text(Chat((USER,), (), {"loud": False}), tokenizers["gpt2"], shout) == "soft"
     for bad, message in {"loud": "'loud' is not name=value", "a=[": "not YAML"}.items():
         with pytest.raises(UserError, match=message):
-            chat.chat_template("", (bad,))
+            chat_template("", (bad,))
 
 
 def test_a_prompt_survives_writing_and_reading(tmp_path):

@@ -6,10 +6,15 @@ from itertools import product
 import pytest
 from test_columns import BAD, GOOD, REPLY, SYSTEM, TALK, TEXT, USER, read
 
+from dpo_jax.config.schema import DataConfig
+from dpo_jax.data.prerendered import is_prerendered
 from dpo_jax.data.sources.base import Note
 from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.sources.values import Cell
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
+from dpo_jax.training.tables import comparison_streams, held_out_comparisons
 
 PLAIN = Comparison("p", ("c", "r"), where="f:1")
 
@@ -19,12 +24,58 @@ def test_an_empty_column_of_conversations_is_absent():
         assert read(TEXT | {name: empty}) == [PLAIN], (name, empty)
 
 
-def test_text_prompts_are_turns_if_one_of_the_first_examples_has_a_system_message():
-    rows = [TEXT | {"system": None}, TEXT, TEXT | {"system": "be brief"}, TEXT | {"tools": "[]"}]
-    found = list(example_items([("f:1", row) for row in rows], 2))
-    asked = {"role": "user", "content": "p"}
-    assert [item.prompt.messages for item in found] == [(asked,), (asked,), (SYSTEM, asked), (asked,)]
-    assert list(example_items([("f:1", row) for row in rows[:2]], 2)) == [PLAIN, PLAIN]
+ASKED = {"role": "user", "content": "p"}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_text_prompts_are_turns_if_one_example_of_the_data_has_a_system_message(tmp_path):
+    """Also the last one of many, and one of the held-out data."""
+    plain, late = write(tmp_path / "a.jsonl", *[TEXT] * 1500), [TEXT] * 1500 + [TEXT | {"system": "be brief"}]
+    with_system = write(tmp_path / "b.jsonl", *late, TEXT | {"tools": "[]"})
+    chats = [(ASKED,)] * 1500 + [(SYSTEM, ASKED), (ASKED,)]
+    for paths in ((plain, with_system), (with_system, plain)):
+        options = DataConfig(path=paths[:1], eval_path=paths[1:])
+        first, second = comparison_streams(options, 2)
+        found = {path: [item.prompt for item in items] for path, items in zip(paths, (first, second), strict=True)}
+        assert [prompt.messages for prompt in found[with_system]] == chats
+        assert [prompt.messages for prompt in found[plain]] == chats[:1500]
+        assert [item.prompt for item in held_out_comparisons(options, 2)] == found[paths[1]]
+    assert [item.prompt for item in open_source("files", (plain,), "train", 2)] == ["p"] * 1500
+    moved = DataConfig(path=("absent.jsonl",), eval_path=(plain,))  # an evaluation where the training data are absent
+    assert next(iter(held_out_comparisons(moved, 2))).prompt == "p"
+
+
+def test_text_prompts_are_what_the_config_says(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXT, TEXT | {"system": "be brief"})
+    read_as = {kind: list(open_source("files", (path,), "train", 2, text_prompts=kind)) for kind in ("texts", "turns")}
+    assert [item.prompt.messages for item in read_as["turns"]] == [(ASKED,), (SYSTEM, ASKED)]
+    note = Note("prompts that stay texts (data.text_prompts) beside system, which are ignored")
+    assert [getattr(item, "prompt", item) for item in read_as["texts"]] == ["p", "p", note]
+    with pytest.raises(UserError, match=r"data.text_prompts: the source 'hh' knows its own columns"):
+        open_source("hh", (), "train", 2, text_prompts="turns")
+
+
+def test_columns_named_as_messages_that_hold_none_are_counted():
+    for value in (5, "a text", {"a": 1}):
+        assert read(TEXT | {"messages": value}) == [
+            PLAIN,
+            Note("text prompts beside messages without a list of messages; they are ignored"),
+        ]
+
+
+def test_turns_that_are_no_messages_are_an_error_of_their_example():
+    row = {"prompt": "p", "chosen": [ASKED, "x"], "rejected": [ASKED, "y"]}
+    with pytest.raises(UserError, match=r"^f:1: "):
+        read(row)
+
+
+def test_messages_in_a_csv_completion_are_turns():
+    found = read({"prompt": Cell(json.dumps([ASKED])), "completion": Cell(json.dumps([GOOD]))}, 1)
+    assert found[0].responses == (GOOD,)
 
 
 def test_a_prompt_to_which_a_template_was_applied_stays_text_beside_other_columns():
@@ -43,6 +94,21 @@ def test_a_prompt_that_mentions_a_mark_of_templates_is_a_turn_as_others_are():
     answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     for text in (asked["content"], "<|im_start|>user\np"):
         assert read({"prompt": text} | answers)[0].prompt.messages == ({"role": "user", "content": text},)
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("<|endoftext|><|user|>\nhi\n<|assistant|>\n", True),
+        ("<|startoftext|><|im_start|>user\nhi", True),
+        ("[gMASK]<sop><|user|>\nhi<|assistant|>", True),
+        ("[SYSTEM_PROMPT]be brief[/SYSTEM_PROMPT][INST]hi[/INST]", True),
+        ("<|endoftext|>hi", False),
+        ("Say <|user|>", False),
+    ],
+)
+def test_prompts_that_begin_as_a_templates_turns_are_rendered_ones(text, rendered):
+    assert is_prerendered(text) == rendered
 
 
 def test_nulls_of_parquet_reach_no_template():

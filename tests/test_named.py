@@ -6,6 +6,7 @@ import importlib
 import inspect
 import linecache
 import sys
+from pathlib import Path
 from typing import Literal
 
 import docstring_parser
@@ -17,7 +18,16 @@ import pytest
 from dpo_jax import losses, optim
 from dpo_jax.errors import UserError
 from dpo_jax.losses import objective
-from dpo_jax.named import Option, fingerprint, import_function, name_of, options_of, with_defaults
+from dpo_jax.named import (
+    Option,
+    _is_installed,
+    fingerprint,
+    import_function,
+    name_of,
+    options_of,
+    own_name,
+    with_defaults,
+)
 
 FUNCTIONS = {name: (entry.function, *objective.OPTIONS) for name, entry in losses.REGISTRY.items()}
 FUNCTIONS |= {name: (function,) for name, function in optim.OPTIMIZERS.items()}
@@ -171,6 +181,61 @@ class Scaled:
 
     def __call__(self, x):
         return self.factor * x
+
+
+class Parts:
+    """Behind a property, in slots, of the class, static, in a set, and in a list that holds itself."""
+
+    __slots__ = ("factor", "names", "nested")
+
+    def __init__(self, factor):
+        self.factor, self.names, self.nested = factor, {"b", "a"}, [factor]
+        self.nested.append(self.nested)
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+@pytest.mark.parametrize("kind", ["property", "staticmethod", "classmethod"])
+def test_a_fingerprint_covers_every_kind_of_method(kind):
+    def made_by(factor):
+        scope = {}
+        own = "self, " if kind == "property" else "cls, " if kind == "classmethod" else ""
+        given = own.removesuffix(", ") if kind == "property" else f"{own}x"
+        body = f"class Own:\n  @{kind}\n  def part({given}): return {factor}\n  def __call__(self, x): return self.part"
+        exec(body, {"__name__": "__main__"}, scope)
+        return fingerprint(scope["Own"]())
+
+    assert made_by(1.0) == made_by(1.0) != made_by(2.0)
+
+
+def test_a_fingerprint_covers_slots_sets_and_lists_that_hold_themselves():
+    found = [fingerprint(Parts(factor)) for factor in (1.0, 9.0, 1.0)]
+    assert found[0] == found[2] != found[1]
+    assert fingerprint(frozenset("ab")) == fingerprint(frozenset("ba")) != fingerprint(frozenset("ac"))
+
+
+def test_a_name_of_an_attribute_is_no_global(monkeypatch):
+    scopes = [{"mean": value, "__name__": "__main__"} for value in (1, 2)]
+    for scope in scopes:
+        exec("def f(x): return x.mean()\ndef g(x): return mean", scope)
+    assert len({fingerprint(scope["f"]) for scope in scopes}) == 1
+    assert len({fingerprint(scope["g"]) for scope in scopes}) == 2
+
+
+def test_a_folder_beside_the_package_is_the_users():
+    import dpo_jax
+
+    package = Path(dpo_jax.__file__).parent
+    assert [_is_installed(f"{folder}/own.py") for folder in (package, f"{package}_mine")] == [True, False]
+
+
+def test_callables_without_a_name_have_that_of_their_function_or_type():
+    assert name_of(functools.partial(own, a=1.0)) == name_of(own)
+    assert name_of(Scaled(1.0)) == name_of(Scaled)
+    assert own_name(own, "loss") == name_of(own)
+    with pytest.raises(UserError, match="loss: a Scaled has no name for the config; give a function that calls it"):
+        own_name(Scaled(1.0), "loss")
 
 
 @dataclasses.dataclass(frozen=True)

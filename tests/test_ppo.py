@@ -76,8 +76,11 @@ def run(options, steps, seed, **callbacks):
 def test_it_approaches_the_optimal_policy(beta):
     """With a constant coefficient: pi* = ref exp(r / beta) / Z, which is far from the reference."""
     _, reference = enumerable.world()
-    start, best = exact(reference), optimum(exact(reference), beta)
-    found = exact(run(FAST._replace(init_kl_coef=beta), steps=60, seed=1))
+    start, best, seen = exact(reference), optimum(exact(reference), beta), []
+    options = FAST._replace(init_kl_coef=beta, learning_rate=2e-3)
+    run(options, steps=60, seed=1, on_step=lambda step, params: seen.append(np.exp(exact(params))))
+    # A step's policy wanders by its 512 samples, and by rounding, which another processor draws other samples from.
+    found = np.log(np.mean(seen[40:], axis=0))
     assert distance(start, best) > 0.6
     assert distance(found, best) < 0.06
 

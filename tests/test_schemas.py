@@ -9,9 +9,10 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data.sources import schemas
 from dpo_jax.data.sources.base import Note, source_names
-from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.files import example_items, has_turns
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.sources.mapping import map_columns
+from dpo_jax.data.sources.values import Cell
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 from dpo_jax.training.tables import held_out_comparisons
@@ -26,7 +27,8 @@ def answer(text):
 
 
 def items(rows, responses=2, columns=None):
-    return list(example_items(((f"f:{i + 1}", row) for i, row in enumerate(rows)), responses, columns or {}))
+    examples = [(f"f:{i + 1}", row) for i, row in enumerate(rows)]
+    return list(example_items(examples, responses, columns or {}, has_turns(examples, columns or {})))
 
 
 TIE = Note("pairs of equal scores left out")
@@ -255,6 +257,22 @@ def test_a_winner_is_found_whatever_the_type_of_its_column(named, values):
     found = items([ROW | {"won": value} for value in (*values, "tie (bothbad)", None)], columns=columns)
     assert [item.responses for item in found[:2]] == [("x", "y"), ("y", "x")]
     assert found[2:4] == [TIE, TIE]
+
+
+def test_a_winner_is_compared_as_a_number_and_ties_may_have_a_value():
+    columns = {"prompt": "q", "first": "a", "second": "b", "winner": "won=1.0,2,3"}
+    values = (1, "1", 1.0, Cell("1.0"), 2.0, Cell("2"), "3", 3.0)
+    found = items([ROW | {"won": value} for value in values], columns=columns)
+    assert [item.responses for item in found if isinstance(item, Comparison)] == [("x", "y")] * 4 + [("y", "x")] * 2
+    assert found[6:8] == [TIE, TIE]
+    with pytest.raises(UserError, match=r"data.columns.winner: write column=value,value"):
+        map_columns("f:1", ROW, columns | {"winner": "won=1,2,1.0"})
+
+
+def test_lists_in_the_cells_of_a_csv_have_parts_and_signs():
+    row = {"q": Cell("Q"), "answers": Cell('["x", "y"]'), "rank": Cell("[2, 1]"), "talk": Cell('[{"content": "hi"}]')}
+    (found,) = items([row], columns={"prompt": "talk.0.content", "completions": "answers", "scores": "-rank"})[:1]
+    assert (found.prompt, found.responses) == ("hi", ("y", "x"))
 
 
 def test_two_responses_are_ordered_by_a_score_of_each():

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.cache import cached_encode
-from dpo_jax.data.chat import Template, render_comparison
+from dpo_jax.data.chat import render_comparison
 from dpo_jax.data.encode import encode
 from dpo_jax.data.pack import build_batch, choose_layout
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import Template, chat_template
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.models.huggingface.load import load_model
@@ -55,6 +56,38 @@ def test_responses_are_compared_as_the_template_writes_them(tokenizers, pair, co
     assert (len(table), report.empty_dropped, report.identical_dropped) == (
         2 - bool(counted), counted == "empty_dropped", counted == "identical_dropped",
     )  # fmt: skip
+
+
+def test_a_template_that_refuses_empty_answers_takes_calls_without_content(tokenizers):
+    refuses = "{% if m.role == 'assistant' and not (m.content or m.tool_calls) %}{{ 1 / 0 }}{% endif %}"
+    calls = "{{ m.content }}{% for t in m.tool_calls %}CALL {{ t.function.name }}{% endfor %}"
+    template = Template(TURNS.source.replace("{{ m.content }}", refuses + calls))
+    found = render_comparison(talk(CALL | {"content": ""}, BAD), tokenizers["gpt2"], template)
+    assert (found.responses[0], found.emptied) == ("CALL f", False)
+
+
+def test_a_short_response_that_occurs_in_the_frame_alone_is_empty(tokenizers):
+    """The template drops an answer with a call, and writes the word a of it in a header."""
+    framed = "{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    framed += "a header: {{ m.content if m.content != 'a' }}{% endif %}"
+    template = Template(TURNS.source.replace("{{ m.content }}", framed))
+    pairs = [talk({"role": "assistant", "content": "a"}, BAD), talk(GOOD, BAD)]
+    assert encode(pairs, tokenizers["gpt2"], template=template, **OPTIONS)[1].empty_dropped == 1
+
+
+def test_dates_in_template_arguments_are_texts_and_other_values_are_json():
+    assert chat_template("", ("date_string=2024-07-26", "n=[1, x]")).options == (
+        ("date_string", "2024-07-26"),
+        ("n", [1, "x"]),
+    )
+    for value in ("!!set {a}", "!!binary aGk=", ".nan"):
+        with pytest.raises(UserError, match=r"^data.chat_template_kwargs: x: .*; give text, numbers or lists of them"):
+            chat_template("", (f"x={value}",))
+
+
+def test_fields_that_a_template_writes_without_naming_them_are_written(tokenizers):
+    whole = Template(TURNS.source.replace("{{ m.content }}", "{{ m | tojson }}"))
+    assert encode([talk(GOOD | {"mood": "glad"}, BAD)], tokenizers["gpt2"], template=whole, **OPTIONS)[1].notes == {}
 
 
 def test_reasoning_that_a_template_cuts_off_makes_responses_identical(tokenizers):
@@ -185,6 +218,21 @@ def test_turns_that_a_template_writes_otherwise_once_others_follow(tokenizers, s
     last = "<think>\n\n</think>\n\nThen<|im_end|>"
     said = [(rendered.responses[0] + "<|im_end|>")[first:end] for first, end in rendered.spans[0]]
     assert said == [f"so\n{call}", call, last]
+
+
+def test_turns_are_found_in_templates_that_need_a_call_before_a_tools_result(tokenizers):
+    """The template writes calls, marks the last turn, and fails for a tool's result without a call before it."""
+    calls = "{{ m.content }}{% for t in m.tool_calls %}[{{ t.function.name }}]{% endfor %}"
+    last = "{% if loop.last and m.role == 'assistant' %}!{% endif %}"
+    check = "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ 1 / 0 }}{% endif %}"
+    template = Template(TURNS.source.replace("{{ m.content }}", last + check + calls))
+    turns = [CALL | {"content": "so"}, {"role": "tool", "content": "7"}, {"role": "assistant", "content": "Then"}]
+    rendered = render_comparison(talk(turns), tokenizers["gpt2"], template)
+    said = [(rendered.responses[0] + "<|endoftext|>")[first:end] for first, end in rendered.spans[0]]
+    assert said == ["so[f]<|endoftext|>", "!Then<|endoftext|>"]
+    fails = Template(TURNS.source.replace("{{ m.content }}", last + "{{ m.content if m.content in ['hi', 'so'] }}"))
+    with pytest.raises(UserError, match=r"^f:1: turn 1 of a response cannot be found"):
+        render_comparison(talk(turns), tokenizers["gpt2"], fails)
 
 
 def test_a_turn_marker_that_is_bos_and_spelled_tokens_are_part_of_several_turns(tokenizers, shared):

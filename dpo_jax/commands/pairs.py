@@ -15,7 +15,6 @@ from dpo_jax.config.schema import DataConfig, ModelConfig, SamplesConfig
 from dpo_jax.config.yaml import read_yaml
 from dpo_jax.data import build_pairs
 from dpo_jax.data.sources.base import Note, prompt_key
-from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.turns import as_turns
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import model_folder
@@ -26,7 +25,7 @@ from dpo_jax.rewards import labels
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import load_policy, load_run_tokenizer
-from dpo_jax.training.tables import decode_texts, mapped_columns, prompt_ids, prompt_texts
+from dpo_jax.training.tables import decode_texts, open_part, prompt_ids, prompt_texts
 
 PairRows = Iterator[dict[str, Any] | Note]
 """Lines of the output file by column, and counts for the report."""
@@ -111,8 +110,7 @@ def _paths(given: Sequence[str], settings: PairsConfig) -> tuple[str, str]:
 def _load_examples(settings: PairsConfig) -> list[Comparison]:
     """Returns the examples of the first prompts; one per prompt if a model answers them."""
     source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
-    responses, columns = NEEDED[settings.by], mapped_columns(source)
-    for row in open_source(source.name, source.path, source.split, responses, source.options, columns):
+    for row in open_part(source, (source.path, source.split), NEEDED[settings.by]):
         if isinstance(row, UserError):
             bad += 1
             if bad > source.skip_bad_rows:

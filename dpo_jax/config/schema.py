@@ -62,6 +62,9 @@ class DataConfig:
     path: tuple[str, ...] = ()
     """Files, folders or hub ids that the source reads; for a mixture its parts, such as 0.5*files:pairs.jsonl."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    text_prompts: Literal["auto", "texts", "turns"] = "auto"
+    """Prompts that are texts: leave them (texts), or make each a user's turn, which the chat template writes (turns);
+    auto: turns if one of the training or held-out data stands beside a system message, tools or earlier turns."""
     responses: int | None = None
     """Responses per prompt. Required by ranking losses; fixed by all others."""
     split: str = "train"

@@ -1,31 +1,17 @@
-"""Conversations to text, by a chat template: the tokenizer's own or another one."""
+"""Conversations to text, by a chat template."""
 
 import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import yaml
-
 from dpo_jax.data.prerendered import is_prerendered, without_eos
+from dpo_jax.data.sources.base import or_error
 from dpo_jax.data.spelling import check_hidden, hide_special_tokens
-from dpo_jax.data.turns import Spans, as_turns, as_written, assistant_spans, unused_arguments, unwritten
+from dpo_jax.data.template import PYTHON_ERRORS, Template, template_source
+from dpo_jax.data.turns import Spans, as_turns, as_written, assistant_spans, occurs_in, unused_arguments, unwritten
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
-
-_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError)  # of a template's expressions, and of PyYAML's
-
-
-class Template(NamedTuple):
-    """A chat template and its arguments.
-
-    Attributes:
-      source: the Jinja template; "" for the tokenizer's own.
-      options: (name, value) of arguments for every conversation; those of a conversation itself override them.
-    """
-
-    source: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 class Rendered(NamedTuple):
@@ -48,21 +34,6 @@ class Rendered(NamedTuple):
     templated: bool = True
     notes: tuple[str, ...] = ()
     emptied: bool = False
-
-
-def chat_template(source: str, options: tuple[str, ...]) -> Template:
-    """Returns the template of a file's contents and of arguments written `name=value`, values in YAML.
-
-    Raises:
-      UserError: an argument is not `name=value`, or its value is not YAML.
-    """
-    pairs = [option.partition("=") for option in options]
-    if bad := [option for option, pair in zip(options, pairs, strict=True) if not pair[1]]:
-        raise UserError(f"data.chat_template_kwargs: {bad[0]!r} is not name=value")
-    try:
-        return Template(source, tuple((name.strip(), yaml.safe_load(value)) for name, _, value in pairs))
-    except (yaml.YAMLError, *_PYTHON_ERRORS) as error:
-        raise UserError(f"data.chat_template_kwargs: not YAML: {' '.join(str(error).split())}") from error
 
 
 def render_comparison(comparison: Comparison, tokenizer: Any, template: Template) -> Rendered:
@@ -104,11 +75,10 @@ def render_comparison(comparison: Comparison, tokenizer: Any, template: Template
 def _emptied(response: Any, text: str, apply: Callable[..., str]) -> bool:
     """Returns whether a template writes the same for a response and for one whose assistant says nothing."""
     turns = as_turns(response)
-    said = [turn["content"].strip() for turn in turns if turn["role"] == "assistant" and turn["content"]]
-    if any(content and content in text for content in said):
+    if any(occurs_in(turn["content"], text) for turn in turns if turn["role"] == "assistant"):
         return False
     silent = [{"role": "assistant", "content": ""} if turn["role"] == "assistant" else turn for turn in turns]
-    return apply(turns) == apply(silent)
+    return apply(turns) == or_error(apply, silent)  # some templates refuse an empty answer
 
 
 def _rendered_text(prompt: str, responses: tuple[str | None, ...], eos: str) -> Rendered:
@@ -200,16 +170,5 @@ def _apply(
             **{**tokenizer.special_tokens_map, **dict(template.options), **chat.options},
         )
         return text
-    except (jinja2.TemplateError, ArithmeticError, RuntimeError, *_PYTHON_ERRORS) as error:
+    except (jinja2.TemplateError, ArithmeticError, RuntimeError, *PYTHON_ERRORS) as error:
         raise UserError(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from error
-
-
-def template_source(tokenizer: Any, template: Template, chat: Chat) -> str:
-    """Returns the Jinja template of a conversation; "" if there is none.
-
-    Of named templates it is "tool_use" for a conversation with tools, else "default".
-    """
-    source = template.source or tokenizer.chat_template or ""
-    if isinstance(source, str):
-        return source
-    return source.get("tool_use" if chat.tools and "tool_use" in source else "default", "")

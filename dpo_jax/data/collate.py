@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import chat, pack
+from dpo_jax.data import pack
 from dpo_jax.data.cache import cached_encode
 from dpo_jax.data.sources import memory
-from dpo_jax.data.sources.base import open_stream
+from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import Template
 from dpo_jax.errors import UserError
 from dpo_jax.paths import cache_folder
 from dpo_jax.records import Array, Batch
@@ -30,6 +31,7 @@ def tokenize(
     degenerate: str = "drop",
     add_bos: bool | None = None,
     boundary: str = "auto",
+    text_prompts: str = "auto",
     chat_template: str = "",
     skip_bad_rows: int = 0,
 ) -> Table:
@@ -47,6 +49,7 @@ def tokenize(
       degenerate: what to do with empty or identical responses: drop, refuse or keep.
       add_bos: put BOS before every prompt; None: as the tokenizer does.
       boundary: tokenize prompt and response "separate" or "joint"; "auto": texts separate, conversations joint.
+      text_prompts: keep prompts that are "texts", or make each a user's "turns"; "auto": turns if one has a `system`.
       chat_template: a Jinja template for conversations; "" is the tokenizer's.
       skip_bad_rows: invalid examples to skip and count before failing.
 
@@ -58,7 +61,7 @@ def tokenize(
     held, name = set(memory.KEPT), memory.keep_examples(rows)
     try:
         table, report = cached_encode(
-            open_stream("memory", (name,), "train", responses),
+            open_source("memory", (name,), "train", responses, text_prompts=text_prompts),
             tokenizer,
             cache_folder() / "tokens",
             max_length=max_length,
@@ -67,15 +70,13 @@ def tokenize(
             degenerate=degenerate,
             add_bos=add_bos,
             boundary=boundary,
-            template=chat.chat_template(chat_template, ()),
+            template=Template(chat_template),
             skip_bad_rows=skip_bad_rows,
         )
     finally:
         if name not in held:  # which a run may need again
             del memory.KEPT[name]
-    level = logging.WARNING if report.kept < report.read else logging.INFO
-    for line in report.lines():
-        log.log(level, line)
+    log.log(logging.WARNING if report.kept < report.read else logging.INFO, "\n".join(report.lines()))
     return table
 
 

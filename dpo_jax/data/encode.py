@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dpo_jax.data.chat import Rendered, Template, plain_text, render_comparison
+from dpo_jax.data.chat import Rendered, plain_text, render_comparison
 from dpo_jax.data.report import EncodeReport, EncodeTally, NothingLeftError
 from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_choice
 from dpo_jax.data.special_tokens import SpecialTokens, check_special_ids
 from dpo_jax.data.spelling import token_ids, token_offsets
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import Template
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
 from dpo_jax.data.turns import common_size, scored_tokens
 from dpo_jax.errors import UserError

@@ -5,20 +5,18 @@ import re
 # The beginnings of turns in the templates of ChatML, Llama 2 and 3, Gemma, Zephyr, Phi-3, Mistral, Cohere and DeepSeek.
 MARK = (
     r"<\|(?:im_start|start_header_id|user|assistant|system|end|start_of_role|START_OF_TURN_TOKEN)\|>"
-    r"|<start_of_turn>|\[/?INST\]|<\|turn>|<\uff5c(?:User|Assistant)\uff5c>"
+    r"|<start_of_turn>|\[/?INST\]|\[SYSTEM_PROMPT\]|<\|turn>|<\uff5c(?:User|Assistant)\uff5c>"
 )
-BOS = r"<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+BOS = (
+    r"<s>|<bos>|<BOS_TOKEN>|<\|begin_of_text\|>|<\|endoftext\|>|<\|startoftext\|>|\[gMASK\](?:<sop>)?"
+    r"|<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+)
 ROLE, START = re.compile(MARK), re.compile(rf"\s*(?:{BOS}|{MARK})")
 
 
 def is_prerendered(prompt: str) -> bool:
-    """Returns whether a text has the marks of a chat template's turns."""
-    return ROLE.search(prompt) is not None
-
-
-def begins_prerendered(prompt: str) -> bool:
-    """Returns whether a text begins with such a mark, or with BOS: a text that only mentions one does not."""
-    return is_prerendered(prompt) and START.match(prompt) is not None
+    """Returns whether a text has marks of a template's turns and begins with one, or with BOS: others mention one."""
+    return ROLE.search(prompt) is not None and START.match(prompt) is not None
 
 
 def without_eos(text: str | None, eos: str) -> str | None:

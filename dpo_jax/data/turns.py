@@ -61,24 +61,35 @@ def _rewritten_turn(
       place: the turn's place.
       least: the character at which the turn before ends, or the prompt.
     """
-    other = [*turns[:place], {"role": "assistant", "content": ELSE}, *turns[place + 1 :]]
-    rendered, changed = apply(turns), apply(other)
+    rendered, alone, (changed, changed_alone) = apply(turns), apply(turns[: place + 1]), _changed(apply, turns, place)
     first, last = _difference(rendered, changed)
-    alone = apply(turns[: place + 1])
-    _, said = _difference(alone, apply(other[: place + 1]))
+    _, said = _difference(alone, changed_alone)
     end = last + common_size(rendered[last:], alone[said:])
-    if place == 0 and ELSE in changed:
+    if place == 0 and changed:
         return least, end
     header = apply(turns[:place], generate=True).removeprefix(apply(turns[:place]))
     line = re.match(r"\s*\S[^\n]*\n?", header)  # a block of reasoning may follow in the header, and not in the text
     starts = [(rendered.rfind(mark, least, first), mark) for mark in (header, line[0])] if line else []
     begin, mark = max(starts, default=(-1, ""))
-    if ELSE not in changed or begin < least:
+    if not changed or begin < least:
         raise UserError(
             f"{where}: turn {place + 1} of a response cannot be found in what the chat template writes; give single "
             "turns, or set another data.chat_template"
         )
     return begin + len(mark), end
+
+
+def _changed(apply: Callable[..., str], turns: list[Message], place: int) -> tuple[str, str]:
+    """Returns what a template writes if a turn says `ELSE`, with the turns after it and without; ("", "") if it fails.
+
+    A template may write calls alone, without content, or need them before a tool's result.
+    """
+    for other in ({"role": "assistant", "content": ELSE}, {**turns[place], "content": ELSE}):
+        before = [*turns[:place], other]
+        found = [or_error(apply, part) for part in ([*before, *turns[place + 1 :]], before)]
+        if all(isinstance(text, str) and ELSE in text for text in found):
+            return found[0], found[1]  # type: ignore[return-value]
+    return "", ""
 
 
 def _difference(text: str, other: str) -> tuple[int, int]:
@@ -112,7 +123,7 @@ def unwritten(write: Write, chat: Chat, responses: Sequence[Any], source: str) -
       write: (conversation, turns of a response) -> what the template writes.
       chat: the conversation.
       responses: the responses to it.
-      source: the template; a field whose name is not in it is not written.
+      source: the template.
     """
     answers = [as_turns(response) for response in responses if response] or [[]]
     starts = [0] + [len(chat.messages)] * (len(answers) - 1)  # messages of the conversation are looked at once
@@ -129,13 +140,15 @@ def unwritten(write: Write, chat: Chat, responses: Sequence[Any], source: str) -
 def _unwritten(write: Write, chat: Chat, turns: list[Message], start: int, source: str) -> Iterator[str]:
     """Yields the names of fields, of messages from place `start` on, without which the template writes the same."""
     known, rendered = _words(source), ""
+    by_name = not known & {"items", "tojson"}  # which write fields that the template does not name
     for place, message in enumerate([*chat.messages, *turns][start:], start):
         for name, value in message.items():
             if not value or name in ("role", "content"):
                 continue
             rendered = rendered or write(chat, turns)
-            seen = name in known and _occurs_in(value, rendered)
-            if name not in known or (not seen and or_error(write, *_without(chat, turns, place, name)) == rendered):
+            seen = name in known and occurs_in(value, rendered)
+            unnamed = by_name and name not in known
+            if unnamed or (not seen and or_error(write, *_without(chat, turns, place, name)) == rendered):
                 yield name
 
 
@@ -145,8 +158,8 @@ def unused_arguments(chat: Chat, source: str, options: Mapping[str, Any]) -> tup
     return (f"conversations with arguments that the chat template does not use: {', '.join(names)}",) if names else ()
 
 
-def _occurs_in(value: Any, rendered: str) -> bool:
-    """Returns whether a field's text of more than `LONG` characters occurs in a rendered conversation."""
+def occurs_in(value: Any, rendered: str) -> bool:
+    """Returns whether a text of more than `LONG` characters occurs in a rendered conversation."""
     return isinstance(value, str) and len(value) > LONG and value.strip() in rendered
 
 

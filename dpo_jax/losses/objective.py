@@ -209,8 +209,11 @@ def _check_separate(bound: BoundTerm, own: Callable[[Logps], Array]) -> None:
     """Refuses a user's loss in which one comparison changes the value of another, unless it says so."""
     shapes = term_options.example_logps(EXAMPLES, bound.entry.responses or 2)
     lp = jax.tree.map(lambda x: np.linspace(-9.0, -1.0, math.prod(x.shape)).reshape(x.shape).astype(x.dtype), shapes)
-    lp = lp._replace(lengths=-lp.lengths, weights=np.ones_like(lp.weights), preference=np.ones_like(lp.preference))
-    other = lp._replace(policy=lp.policy * np.array([1.0, 2.0, 3.0], np.float32)[:, None])
+    one = np.ones(EXAMPLES, np.float32)
+    lp = lp._replace(lengths=-lp.lengths, rounding=0 * lp.rounding, weights=one, preference=0.3 * one)
+    factors = np.arange(1, EXAMPLES + 1, dtype=np.float32)  # 1 for the first comparison, whose value is compared
+    other = jax.tree.map(lambda x: (x.T * factors).T.astype(x.dtype) if x.ndim else x, lp)
+    other = other._replace(present=lp.present & (factors < EXAMPLES)[:, None])
     with jax.ensure_compile_time_eval():
         values = [np.asarray(own(bound.shown(jax.tree.map(jnp.asarray, one))))[0] for one in (lp, other)]
     if not np.array_equal(*values, equal_nan=True):

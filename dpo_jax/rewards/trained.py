@@ -9,11 +9,11 @@ import numpy as np
 
 from dpo_jax import reference
 from dpo_jax.data import pack
-from dpo_jax.data.chat import Template
 from dpo_jax.data.encode import encode
 from dpo_jax.data.noise import append_token
 from dpo_jax.data.prompt_text import source_of
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import Template
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_rewards
 from dpo_jax.models import reward_head

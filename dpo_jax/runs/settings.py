@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss
 from dpo_jax.losses.registry import REGISTRY, entry_of
 from dpo_jax.models.huggingface.folder import model_folder
-from dpo_jax.named import name_of
+from dpo_jax.named import own_name
 from dpo_jax.paths import is_run
 from dpo_jax.training.run_folder import run_config
 
@@ -31,7 +31,7 @@ def call_settings(
     if data is not None:
         given["data"] = data_section(data)
     if eval_data is not None:
-        given["data"] = given.get("data", {}) | _held_out(eval_data, data)
+        given["data"] = given.get("data", {}) | _held_out(eval_data, given.get("data", {}))
     if loss is not None:
         several = isinstance(loss, list | tuple) and not isinstance(loss, Loss)  # which is a tuple too
         terms = [_term(term) for term in (loss if several else [loss])]
@@ -77,9 +77,9 @@ def _config_name(function: Callable[..., Any]) -> str:
 
     The function is registered under that name.
     """
-    if str(function.__module__).startswith("dpo_jax."):
+    name = own_name(function, "loss")
+    if name.startswith("dpo_jax."):
         return function.__name__
-    name = name_of(function)
     if name in REGISTRY and REGISTRY[name].function is not function:
         warnings.warn(f"loss {name!r} replaces another function of that name", stacklevel=6)
     REGISTRY[name] = entry_of(function)
@@ -93,12 +93,13 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
     if isinstance(optimizer, Mapping):
         return dict(optimizer)
     if callable(optimizer):
+        name = own_name(optimizer, "optimizer")
         for p in inspect.signature(optimizer).parameters.values():
             if p.kind is not p.KEYWORD_ONLY:
-                name = optimizer.__name__
-                raise UserError(f"optimizer: {name} takes {p.name} by position; call it, as in {name}(1e-6)")
-        optim.OPTIMIZERS[name_of(optimizer)] = optimizer
-        return {"name": name_of(optimizer)}
+                bare = optimizer.__name__
+                raise UserError(f"optimizer: {bare} takes {p.name} by position; call it, as in {bare}(1e-6)")
+        optim.OPTIMIZERS[name] = optimizer
+        return {"name": name}
     if not hasattr(optimizer, "update"):
         raise UserError(
             f"optimizer: {optimizer!r}: give an optax transformation, a name, or a dict with name and options"
@@ -127,11 +128,11 @@ def data_section(data: Any, default: str = "files") -> dict[str, Any]:
     return {"name": "memory", "path": [memory.keep_examples(data)], "options": []}
 
 
-def _held_out(eval_data: Any, data: Any) -> dict[str, Any]:
+def _held_out(eval_data: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `data.eval_path` for held-out data: a path, or examples in memory if the training data are in memory."""
     if isinstance(eval_data, Mapping) and not hasattr(eval_data, "column_names"):
         raise UserError("eval_data: give examples or a path; keys of the section data go into data, as data.eval_path")
-    if isinstance(eval_data, str | Path) != (data is None or isinstance(data, str | Path)):
+    if isinstance(eval_data, str | Path) == (data.get("name") == "memory"):
         raise UserError("eval_data: give data and eval_data both as paths, or both as examples; load the file yourself")
     return {"eval_path": data_section(eval_data)["path"]}
 

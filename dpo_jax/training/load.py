@@ -105,7 +105,7 @@ def load_run_tokenizer(options: ModelConfig) -> Any:
     name = options.tokenizer
     if name == "synthetic":
         return synthetic.synthetic_tokenizer()
-    if not (options.path or options.config):
+    if not (name or options.path or options.config):
         raise UserError("model: name one: model.path (weights) or model.config (a config.json, for random weights)")
     if not name and not options.path:
         raise UserError("model.tokenizer: missing, and a config.json has no tokenizer; set model.tokenizer")

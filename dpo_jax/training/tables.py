@@ -4,23 +4,24 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.config.schema import Config, DataConfig
-from dpo_jax.data import chat, noise, order
+from dpo_jax.data import noise, order
 from dpo_jax.data.cache import cached_encode, write_unnamed
+from dpo_jax.data.chat import prompt_text
 from dpo_jax.data.encode import EncodeOptions
 from dpo_jax.data.noise import add_mismatched, append_token
 from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, holdout
-from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.sources.functions import Part, open_source
 from dpo_jax.data.special_tokens import SpecialTokens
 from dpo_jax.data.spelling import reveal, token_ids
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import chat_template
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.model import Model
@@ -55,23 +56,32 @@ def comparison_streams(options: DataConfig, responses: int) -> tuple[Iterable[It
     Raises:
       UserError: no held-out comparisons are configured, or data cannot be read.
     """
-    columns = mapped_columns(options)
-    read = partial(open_source, options.name, responses=responses, options=options.options, columns=columns)
-    first = read(path=options.path, split=options.split)
-    if options.eval_path or options.eval_split:
-        path, split = options.eval_path or options.path, options.eval_split or options.split
-        return first, read(path=path, split=split)
-    if not options.eval_fraction:
+    first, second = (options.path, options.split), _held_out_part(options)
+    if second is None and not options.eval_fraction:
         raise UserError("data: no held-out comparisons; set data.eval_fraction, data.eval_split or data.eval_path")
-    return holdout(first, options.eval_fraction)
+    train = open_part(options, first, responses, [second] if second else [])
+    return (train, open_part(options, second, responses, [first])) if second else holdout(train, options.eval_fraction)
 
 
 def held_out_comparisons(options: DataConfig, responses: int) -> Iterable[Item]:
     """Returns the held-out comparisons of `comparison_streams`; the training data need not exist for `eval_path`."""
-    if not options.eval_path:
+    part = _held_out_part(options)
+    if not part or not options.eval_path:
         return comparison_streams(options, responses)[1]
-    split, columns = options.eval_split or options.split, mapped_columns(options)
-    return open_source(options.name, options.eval_path, split, responses, options.options, columns)
+    return open_part(options, part, responses, [(options.path, options.split)])
+
+
+def _held_out_part(options: DataConfig) -> Part | None:
+    """Returns path and split of held-out data of their own; None if they are a fraction of the training data."""
+    if not (options.eval_path or options.eval_split):
+        return None
+    return options.eval_path or options.path, options.eval_split or options.split
+
+
+def open_part(options: DataConfig, part: Part, responses: int, beside: Sequence[Part] = ()) -> Iterable[Item]:
+    """Returns the comparisons of a path and split; `beside` are others of the config, see `open_source`."""
+    columns = mapped_columns(options)
+    return open_source(options.name, *part, responses, options.options, columns, options.text_prompts, beside)
 
 
 def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
@@ -84,7 +94,7 @@ def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
 def encode_options(options: DataConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `encode` for the data section of a config."""
     names = ("max_length", "max_prompt_length", "truncation", "degenerate", "add_bos", "boundary", "skip_bad_rows")
-    template = chat.chat_template(template_file_text(options), options.chat_template_kwargs)
+    template = chat_template(template_file_text(options), options.chat_template_kwargs)
     return {**{name: getattr(options, name) for name in names}, "template": template}
 
 
@@ -176,7 +186,7 @@ def prompt_texts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataCon
 
 def _rendered_prompts(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[str]:
     template = encode_options(options)["template"]
-    return [chat.prompt_text(prompt, tokenizer, template) for prompt in prompts]
+    return [prompt_text(prompt, tokenizer, template) for prompt in prompts]
 
 
 def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfig) -> list[list[int]]:

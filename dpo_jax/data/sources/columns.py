@@ -38,11 +38,12 @@ from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
 LISTS = ("completions", "responses")
+TALKS = ("prompt", "chosen", "rejected", "completion")  # texts or messages
 READ = {"prompt", "chosen", "rejected", "completion", "label", "scores", "preference", "weight", "system", "tools"}
 READ |= {"chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
 
 
-def comparisons_from_columns(where: str, example: Example, responses: int, chat: bool = False) -> list[Item]:
+def comparisons_from_columns(where: str, example: Example, responses: int, chat: bool | None = None) -> list[Item]:
     """Returns the comparisons of an example, and notes on what is left out.
 
     Args:
@@ -50,7 +51,7 @@ def comparisons_from_columns(where: str, example: Example, responses: int, chat:
       example: values by column name.
       responses: responses per comparison. A ranking of more gives all pairs of unequal scores for 2, and its best
         response for 1.
-      chat: whether a text prompt is a user's turn in any case, see `prompts`.
+      chat: whether a text prompt is a user's turn, see `prompts`.
 
     Raises:
       UserError: a column is wrong or missing.
@@ -69,7 +70,7 @@ def _cell(name: str, value: Any) -> Any:
     """Returns a value; the list that a CSV cell stands for where there are lists, or messages."""
     if name in (*LISTS, *CONVERSATION, "scores"):
         return parsed(value)
-    messages = parsed(value) if isinstance(value, Cell) and name in ("prompt", "chosen", "rejected") else None
+    messages = parsed(value) if isinstance(value, Cell) and name in TALKS else None
     return messages if isinstance(messages, list) and messages and all(map(talk.role, messages)) else value
 
 

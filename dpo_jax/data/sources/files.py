@@ -3,9 +3,8 @@
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +13,7 @@ from dpo_jax.data.sources.base import Item, Note, RawExample, as_bytes, expand_e
 from dpo_jax.data.sources.columns import READ, comparisons_from_columns
 from dpo_jax.data.sources.formats import SUFFIXES, examples_in_file, suffix
 from dpo_jax.data.sources.mapping import map_columns
-from dpo_jax.data.sources.prompts import is_turn
+from dpo_jax.data.sources.prompts import is_conversation, is_turn
 from dpo_jax.data.sources.schemas import grouped, usual_columns
 from dpo_jax.data.sources.values import as_list
 from dpo_jax.errors import UserError
@@ -24,8 +23,8 @@ from dpo_jax.records import Chat, Comparison
 COLUMNS = "prompt, chosen, rejected; prompt, completion; prompt, completions, scores; messages; ... (configs/DATA.md)"
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # in folders that `datasets` saves
+NONE: Mapping[str, str] = MappingProxyType({})
 MOST_NAMES = 100  # unused column names to remember
-HEAD = 1024  # examples that say whether text prompts are turns of conversations
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
@@ -43,11 +42,14 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     Raises:
       UserError: a file is missing or cannot be read to its end.
     """
-    return example_items(rows(path, split), responses)
+    return example_items(rows(path, split), responses, chat=has_turns(rows(path, split)))
 
 
 def example_items(
-    examples: Iterable[RawExample | UserError], responses: int, columns: Mapping[str, str] = MappingProxyType({})
+    examples: Iterable[RawExample | UserError],
+    responses: int,
+    columns: Mapping[str, str] = NONE,
+    chat: bool | None = None,
 ) -> Iterator[Item]:
     """Yields the comparisons of examples, and notes.
 
@@ -57,14 +59,12 @@ def example_items(
       examples: with the usual columns (`columns`), those of a known data set (`schemas`), or mapped ones.
       responses: responses per comparison.
       columns: `data.columns`, see `mapping`.
+      chat: whether text prompts are turns of a user (`has_turns`), see `prompts`; None: decided for each alone.
     """
     seen: set[bytes] = set()
     kinds: set[type] = set()
     unused: set[str] = set()
-    usual = partial(map_columns, columns=columns) if columns else usual_columns
-    rest = iter(examples)
-    head = list(islice(rest, HEAD))
-    chat = any(isinstance(row, dict) and is_turn(row) for row in (_or_error(usual, item) for item in head))
+    usual = _converter(columns)
 
     def convert(where: str, example: dict[str, Any]) -> list[Item]:
         row = usual(where, example)
@@ -75,14 +75,27 @@ def example_items(
         _check_kind(where, found, kinds)
         return [_once(item, seen) for item in found] if responses == 1 and "chosen" in row else found
 
-    every = chain(head, rest)
-    yield from expand_examples(every if columns else grouped(every), convert)
+    yield from expand_examples(examples if columns else grouped(examples), convert)
     if unused:
         yield Note(f"unused columns: {as_list(unused)}", len(unused))
 
 
-def _or_error(usual: Any, item: RawExample | UserError) -> Any:
-    return item if isinstance(item, UserError) else or_error(usual, *item)
+def has_turns(examples: Iterable[RawExample | UserError], columns: Mapping[str, str] = NONE) -> bool | None:
+    """Returns True if text prompts of examples are turns of a user, because one stands beside a system message, tools
+    or earlier turns; else None. Reads up to the first example that decides.
+    """
+    usual = _converter(columns)
+    for item in examples:
+        row = item if isinstance(item, UserError) else or_error(usual, *item)
+        if isinstance(row, dict) and is_turn(row):
+            return True
+        if isinstance(row, dict) and is_conversation(row):  # and texts beside conversations are refused
+            return None
+    return None
+
+
+def _converter(columns: Mapping[str, str]) -> Callable[[str, dict[str, Any]], dict[str, Any] | Note]:
+    return partial(map_columns, columns=columns) if columns else usual_columns
 
 
 def rows(path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:

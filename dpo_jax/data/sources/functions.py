@@ -1,20 +1,29 @@
 """Data sources by name: the modules of this folder, or the user's own `module:function`."""
 
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-from dpo_jax.data.sources.base import Item, RawExample, Stream, open_stream, source_names, unknown_choice
-from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.base import (
+    Item,
+    Note,
+    RawExample,
+    Stream,
+    open_stream,
+    or_error,
+    source_names,
+    unknown_choice,
+)
+from dpo_jax.data.sources.files import NONE, example_items, has_turns
 from dpo_jax.data.sources.schemas import hub_of, listed
 from dpo_jax.errors import UserError
 from dpo_jax.named import Option, import_function, options_of, with_defaults
 from dpo_jax.records import Comparison
 
 MAPPED = ("files", "memory")  # whose examples may have any columns
-NONE: Mapping[str, str] = MappingProxyType({})
+Part = tuple[tuple[str, ...], str]  # (path, split)
 
 
 def open_source(
@@ -24,6 +33,8 @@ def open_source(
     responses: int,
     options: Sequence[str] = (),
     columns: Mapping[str, str] = NONE,
+    text_prompts: str = "auto",
+    beside: Sequence[Part] = (),
 ) -> Stream:
     """Returns the items of one split of a source, built-in or `module:function`.
 
@@ -37,37 +48,74 @@ def open_source(
       responses: responses per prompt.
       options: `data.options`, texts name=value for the keyword-only parameters of one's own function.
       columns: `data.columns`, see `mapping`; for files, examples in memory and one's own function.
+      text_prompts: `data.text_prompts`; likewise.
+      beside: (path, split) of other data of the config, which get the same form of prompts; those that cannot be read
+        have no say.
 
     Raises:
       UserError: an unknown source or option; data that cannot be read; no comparison.
     """
-    if ":" not in name:
-        if options:
-            raise UserError(f"data.options: the source {name!r} has none; remove it")
-        return _built_in(name, path, split, responses, columns)
-    function = import_function(name, "data.name")
-    chosen = with_defaults("data.options.", source_options(function), _pairs(options))
-    stream = Stream(lambda: _items(name, partial(function, path, split, **chosen), responses, columns))
-    if not any(isinstance(item, Comparison | UserError) for item in stream):
-        raise UserError(f"data.name: {name} yields no comparison of split {split!r} of {list(path)}")
-    return stream
+    if ":" in name:
+        read = partial(import_function(name, "data.name"), **_chosen(name, options))
+        if isinstance(next(iter(read(path, split)), None), Comparison):
+            return _checked(Stream(lambda: _own_comparisons(name, read(path, split), responses)), name, path, split)
+        return _of_rows(partial(_own_rows, name, read), name, path, split, responses, columns, text_prompts, beside)
+    if options:
+        raise UserError(f"data.options: the source {name!r} has none; remove it")
+    module, path = _built_in(name, path)
+    if module in MAPPED:
+        rows = importlib.import_module(f"dpo_jax.data.sources.{module}").rows
+        return _of_rows(rows, name, path, split, responses, columns, text_prompts, beside)
+    if columns or text_prompts != "auto":
+        key = "columns" if columns else "text_prompts"
+        raise UserError(f"data.{key}: the source {name!r} knows its own columns; remove it, or set data.name: files")
+    return open_stream(module, path, split, responses)
 
 
-def _built_in(name: str, path: tuple[str, ...], split: str, responses: int, columns: Mapping[str, str]) -> Stream:
-    """Returns a source of this package, or a known data set by its name (`schemas`)."""
+def _chosen(name: str, options: Sequence[str]) -> dict[str, Any]:
+    return with_defaults("data.options.", source_options(import_function(name, "data.name")), _pairs(options))
+
+
+def _built_in(name: str, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Returns the module that reads a source of this package or a known data set (`schemas`), and what it reads."""
     hub = hub_of(name)
     if hub is None and name not in source_names():
         raise unknown_choice("data source (data.name)", name, [*source_names(), *(known for known, *_ in listed())])
     if hub == "" and not path:
         raise UserError(f"data.path is empty; {name} is a format of files: name some")
-    if hub is not None:
-        name, path = "files", path or (hub,)
-    if not columns:
-        return open_stream(name, path, split, responses)
-    if name not in MAPPED:
-        raise UserError(f"data.columns: the source {name!r} knows its own columns; remove it, or set data.name: files")
-    rows = importlib.import_module(f"dpo_jax.data.sources.{name}").rows
-    return Stream(lambda: example_items(rows(path, split), responses, columns))
+    return (name, path) if hub is None else ("files", path or (hub,))
+
+
+def _of_rows(
+    rows: Callable[..., Iterable[RawExample | UserError]],
+    name: str,
+    path: tuple[str, ...],
+    split: str,
+    responses: int,
+    columns: Mapping[str, str],
+    text_prompts: str,
+    beside: Sequence[Part],
+) -> Stream:
+    """Returns the comparisons of examples whose columns are converted. `rows` is (path, split) -> examples."""
+
+    @functools.cache
+    def chat() -> bool | None:
+        if text_prompts != "auto":
+            return text_prompts == "turns"
+        kinds = (or_error(turns_of, *one) for one in [(path, split), *beside])
+        return True if any(kind is True for kind in kinds) else None
+
+    def turns_of(path: tuple[str, ...], split: str) -> bool | None:
+        return has_turns(rows(path, split), columns)
+
+    stream = Stream(lambda: example_items(rows(path, split), responses, columns, chat()))
+    return _checked(stream, name, path, split)
+
+
+def _checked(stream: Stream, name: str, path: Sequence[str], split: str) -> Stream:
+    if all(isinstance(item, Note) for item in stream):
+        raise UserError(f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path")
+    return stream
 
 
 def source_options(function: Callable) -> list[Option]:
@@ -82,21 +130,18 @@ def _pairs(options: Sequence[str]) -> Mapping[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _items(name: str, read: Callable[[], Any], responses: int, columns: Mapping[str, str]) -> Iterator[Item]:
-    """Yields the items of one's own source; dicts are converted, comparisons passed on."""
+def _own_rows(name: str, read: Callable[..., Any], path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:
+    """Yields the dicts of one's own source."""
+    for index, row in enumerate(read(path, split)):
+        if not isinstance(row, Mapping):
+            yield UserError(f"{name}[{index}]: a {type(row).__name__}; yield dicts of columns, or Comparisons only")
+        else:
+            yield f"{name}[{index}]", dict(row)
 
-    def examples() -> Iterator[RawExample | UserError]:
-        for index, row in enumerate(read()):
-            if not isinstance(row, Mapping):
-                yield UserError(f"{name}[{index}]: a {type(row).__name__}; yield dicts of columns, or Comparisons only")
-            else:
-                yield f"{name}[{index}]", dict(row)
 
-    first = next(iter(read()), None)
-    if not isinstance(first, Comparison):
-        yield from example_items(examples(), responses, columns)
-        return
-    for index, item in enumerate(read()):
+def _own_comparisons(name: str, items: Iterable[Any], responses: int) -> Iterator[Item]:
+    """Yields the comparisons of one's own source."""
+    for index, item in enumerate(items):
         if not isinstance(item, Comparison) or len(item.responses) != responses:
             yield UserError(f"{name}[{index}]: yield Comparisons of {responses} responses, as the first one is one")
         else:

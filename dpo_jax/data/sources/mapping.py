@@ -36,8 +36,8 @@ def map_columns(where: str, example: Example, columns: Mapping[str, str]) -> Exa
       where: `file:line`, with which error messages begin.
       example: values by column name.
       columns: usual name -> column; also `first` and `second`, two responses of which either may be the better one:
-        by `winner` = `column=value,value`, where the column has the first value if it is `first`; or by
-        `score_first` and `score_second`.
+        by `winner` = `column=value,value`, where the column has the first value if it is `first`, and
+        a third one, if given, for ties; or by `score_first` and `score_second`.
 
     Raises:
       UserError: a column is missing or has an unknown value.
@@ -97,6 +97,7 @@ def _read(where: str, name: str, example: Example, spec: str) -> Any:
         return example[spec]
     value: Any = example
     for part in spec.split("."):
+        value = parsed(value)
         try:
             value = value[int(part)] if isinstance(value, list) else value[part]
         except (KeyError, IndexError, ValueError, TypeError):
@@ -106,6 +107,7 @@ def _read(where: str, name: str, example: Example, spec: str) -> Any:
 
 
 def _negated(where: str, name: str, value: Any) -> Any:
+    value = parsed(value)
     if isinstance(value, list):
         return [_negated(where, name, one) for one in value]
     return -number_column(where, f"data.columns.{name}", value)
@@ -137,14 +139,21 @@ def _ordered(where: str, example: Example, columns: Mapping[str, str]) -> Exampl
 
 
 def _winner(where: str, example: Example, spec: str) -> int | None:
-    """Returns 0 if the first value of `column=value,value` stands in the column, 1 for the second, None for a tie."""
+    """Returns 0 if the first value of `column=value,value` stands in the column, 1 for the second, None for a tie.
+
+    A third value names ties; null and words such as `tie` do so anyway.
+    """
     column, _, values = spec.partition("=")
     names = [_plain(name) for name in values.split(",")]
-    if len(names) != 2 or names[0] == names[1]:
-        raise UserError("data.columns.winner: write column=value,value: that of the first response, then the second's")
+    if len(names) not in (2, 3) or len(set(names)) < len(names):
+        raise UserError(
+            "data.columns.winner: write column=value,value: that of the first response, then the second's, then that "
+            "of ties if there is one"
+        )
     found = _read(where, "winner", example, column)
     if _plain(found) in names:
-        return names.index(_plain(found))
+        place = names.index(_plain(found))
+        return place if place < 2 else None
     if is_tie(found):
         return None
     raise UserError(
@@ -154,8 +163,10 @@ def _winner(where: str, example: Example, spec: str) -> int | None:
 
 
 def _plain(value: Any) -> str:
-    """Returns a value as data.columns.winner names it: in lower case, and 1.0 as 1."""
-    value = parsed(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()
+    """Returns a value as it is compared: in lower case, a number as 1 whether it is 1, 1.0 or a text of either."""
+    text = str(parsed(value)).strip().lower()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else repr(number)

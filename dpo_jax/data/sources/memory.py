@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.sources.base import Item, RawExample
-from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.files import example_items, has_turns
 from dpo_jax.errors import UserError
 
 COLUMNS = "those of files"
@@ -54,7 +54,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     Raises:
       UserError: the examples were given to another process.
     """
-    return example_items(rows(path, split), responses)
+    return example_items(rows(path, split), responses, chat=has_turns(rows(path, split)))
 
 
 def rows(path: Sequence[str], split: str) -> Iterator[RawExample]:
