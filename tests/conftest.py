@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Most programs here run for less time than it takes to compile them. They are compiled in less of it, to run nearly as
-# fast, and kept for the tests after them; test_end_to_end.py has programs compiled as a user has them.
+# fast, and kept for the tests after them; a slow test of test_end_to_end.py trains as a user does.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 FLAGS += " --xla_force_host_platform_device_count=4"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"

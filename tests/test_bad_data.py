@@ -2,10 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from words import make_tokenizer
 
-from dpo_jax import cli
+from dpo_jax import cli, losses
+from dpo_jax.config.schema import Config, DataConfig
+from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
+from dpo_jax.records import Tokens
+from dpo_jax.training.tables import eval_examples, label_faults
 
 USER, YES, NO = ({"role": r, "content": f"w{i}"} for i, r in enumerate(("user", "assistant", "assistant")))
 PAIR = {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}
@@ -109,6 +115,28 @@ def test_nothing_to_train_on_is_one_line(run, what):
     code, _, said = run("data", content, *argv)
     assert (code, said.count("\n")) == (2, 1)
     assert message in said
+
+
+def test_data_without_weight_are_refused(run):
+    rows = examples(PAIR | {"weight": 0})
+    code, out, _ = run("data", rows)
+    assert code == 0
+    assert "training data: `train` will refuse this data: every example has weight 0, so that none counts; c" in out
+
+
+def test_the_evaluated_examples_need_a_weight():
+    weighted = pair_table([0.0, 0.0, 1.0])
+    with pytest.raises(UserError, match=r"^held-out data: the first 2 examples \(data.eval_examples\) have weight 0"):
+        eval_examples(Config(run="r", data=DataConfig(eval_examples=2)), weighted)
+    assert len(eval_examples(Config(run="r", data=DataConfig(eval_examples=3)), weighted)) == 3
+    assert label_faults(weighted, losses.build("dpo")) == []
+    (fault,) = label_faults(pair_table([0.0, 0.0]), losses.build("dpo"))
+    assert fault == "every example has weight 0, so that none counts; correct column 'weight'"
+
+
+def pair_table(weights):
+    ids = np.array([3, 4], np.int32)
+    return Table.of(Tokens(ids, (ids, ids[:1]), weight=weight) for weight in weights)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -30,9 +30,9 @@ TIMES = (
 )  # all that may differ between two runs of the same config
 
 
-def command(*args, cwd, cache, **kwargs):
-    flags = "--xla_force_host_platform_device_count=4"  # and otherwise compiled as a user has it
-    env = {**own_environment(), "DPO_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+def command(*args, cwd, cache, flags=None, **kwargs):
+    env = {**own_environment(), "DPO_JAX_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    env |= {} if flags is None else {"XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, "-m", "dpo_jax", *map(str, args)],
         cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
@@ -135,6 +135,15 @@ def test_transformers_loads_the_export(world):
     text = " What a charming cast!"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.slow
+def test_a_run_compiled_as_a_user_has_it_is_the_same(world):
+    args = ("train", "dpo.yaml", "--run", "runs/optimized")
+    flags = "--xla_force_host_platform_device_count=4"
+    code, _, err = finish(command(*args, cwd=world, cache=world / "optimized", flags=flags))
+    assert code == 0, err
+    assert_same_to_rounding(world / "runs/optimized", world / "runs/dpo")
 
 
 @pytest.mark.slow

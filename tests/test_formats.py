@@ -30,6 +30,9 @@ SHAPES = {
     "wrapped.json": {"data": ROWS},
     "columns.json": {name: [row[name] for row in ROWS] for name in ROWS[0]},
     "splits.json": {"train": ROWS, "test": ROWS[:1]},
+    "versioned.json": {"version": 1, "data": ROWS},
+    "pandas.json": {name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]},
+    "columns_of_splits.json": {"train": {name: [row[name] for row in ROWS] for name in ROWS[0]}, "test": {}},
 }
 
 

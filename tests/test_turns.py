@@ -281,6 +281,16 @@ def test_a_response_continues_a_turn_of_the_assistant(tokenizers):
     assert rendered.responses == (" add", " cut")
 
 
+def test_a_prompt_that_ends_in_a_call_lacks_the_tools_answer(tokenizers):
+    with pytest.raises(UserError, match=r"^f:1: the prompt ends in a tool call; add the tool's answer to it"):
+        render_comparison(talk(GOOD, BAD, turns=(USER, CALL)), tokenizers["qwen2.5"], Template())
+    done = (USER, CALL, {"role": "tool", "content": "7"})
+    assert render_comparison(talk(GOOD, BAD, turns=done), tokenizers["qwen2.5"], Template()).responses == (
+        "good",
+        "bad",
+    )
+
+
 # Texts to which a template was applied already.
 
 CHATML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

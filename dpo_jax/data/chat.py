@@ -48,6 +48,8 @@ def render_comparison(comparison: Comparison, tokenizer: Any, template: Template
     """
     if not isinstance(comparison.prompt, Chat):
         return _rendered_text(comparison.prompt, comparison.responses, tokenizer.eos_token)
+    if comparison.prompt.messages[-1].get("tool_calls"):
+        raise UserError(f"{comparison.where}: the prompt ends in a tool call; add the tool's answer to it")
     comparison = hide_special_tokens(comparison, tokenizer)
     assert isinstance(comparison.prompt, Chat)
     apply = functools.partial(_apply, comparison.where, comparison.prompt, tokenizer, template)

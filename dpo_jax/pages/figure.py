@@ -25,11 +25,17 @@ class Panel(NamedTuple):
     warning: str = ""
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """Returns an empty figure; its size is in inches."""
+def new_figure(width: float, height: float, margins: Mapping[str, float] | None = None) -> "Figure":
+    """Returns an empty figure; its size is in inches.
+
+    Margins (left, right, bottom, top) are fractions of it; without them they are fitted, which draws the figure twice.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height), layout=None if margins else "constrained")
+    if margins:
+        fig.subplots_adjust(**margins)
+    return fig
 
 
 def draw_line(**style: Any) -> "Line2D":

@@ -138,7 +138,7 @@ def load_table(
             "give its batches; set data.degenerate: keep"
         )
     if faults := label_faults(table, loss):
-        raise UserError(f"{split} data: {faults[0]}; set another loss or remove them")
+        raise UserError(f"{split} data: {faults[0]}")
     if loss.rewards:
         table = write_unnamed(folder, append_token(table, tokenizer.eos_token_id, pad_token_id(tokenizer)))
     if not loss.mismatched:
@@ -150,7 +150,7 @@ def load_table(
 
 
 def label_faults(table: Table, loss: Loss) -> list[str]:
-    """Returns why a loss cannot train on a table: labels it would ignore, or missing labels that it needs."""
+    """Returns why a loss cannot train on a table: labels it would ignore, missing labels that it needs, no weight."""
     soft, absent = table.preferences != 1, (table.response_lengths == 0).any(axis=1)
     unrated = table.scores[:, 0] <= table.scores[:, -1]
     kinds = (
@@ -158,7 +158,9 @@ def label_faults(table: Table, loss: Loss) -> list[str]:
         (absent, not loss.unpaired, "with an absent response (unpaired), which this loss cannot use"),
         (unrated, loss.scores, "without a first response scored above the last, which this loss needs"),
     )
-    return [f"{int(found.sum()):,} comparisons {kind}" for found, wrong, kind in kinds if wrong and found.any()]
+    faults = [f"{int(found.sum()):,} comparisons {kind}" for found, wrong, kind in kinds if wrong and found.any()]
+    none = [] if table.weights.any() else ["every example has weight 0, so that none counts; correct column 'weight'"]
+    return [f"{fault}; set another loss or remove them" for fault in faults] + none
 
 
 def responses_per_prompt(config: Config, loss: Loss) -> int:
@@ -208,8 +210,14 @@ def eval_examples(config: Config, table: Table) -> Table:
     """Returns the held-out comparisons that training evaluates: the first `data.eval_examples` in `data.order`."""
     count = config.data.eval_examples
     if config.data.order == "original":
-        return table.take(order.bind_order("original", table.prompts, 0)(0)[:count])
-    return table if count is None else table.take(np.arange(min(count, len(table))))
+        found = table.take(order.bind_order("original", table.prompts, 0)(0)[:count])
+    else:
+        found = table if count is None else table.take(np.arange(min(count, len(table))))
+    if not found.weights.any():
+        raise UserError(
+            f"held-out data: the first {len(found)} examples (data.eval_examples) have weight 0; set more or correct it"
+        )
+    return found
 
 
 def decode_texts(tokenizer: Any, rows: Sequence[Any], ends: Sequence[int] = ()) -> list[str]:

@@ -1,7 +1,7 @@
 """Data files to examples, one at a time: JSON lines, JSON, CSV and TSV (also compressed), Parquet and Arrow.
 
-A .json file holds what `datasets` reads from one: a list of objects, JSON lines, {"data": list}, {split: list}, or
-{column: list}.
+A .json file holds what `datasets` reads from one: a list of objects, JSON lines, {"data": list}, {split: list},
+{column: list}, or {column: {number: value}}, which pandas writes; also {split: columns}.
 """
 
 import bz2
@@ -24,6 +24,7 @@ TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*(kind + packed for kind in TEXT_KINDS for packed in ("", *COMPRESSED)), ".parquet", ".arrow")
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is an error, so that a file without line feeds fills no memory
 BLANK_LIMIT = 2**20  # blank lines of up to 64 bytes in a row, which a small compressed file can hold without end
+PROMPTS = {"prompt", "chosen", "messages", "conversations"}  # one of which an example has
 JSON_LIMIT = 2**31  # bytes of a .json file, which is read whole
 
 
@@ -137,9 +138,14 @@ def _json(file: Path, split: str) -> Iterator[RawExample | UserError]:
 
 def _rows_of(file: Path, values: dict[str, Any], split: str) -> list[Any]:
     """Returns the rows of one object: those under `data`, of a split, or of columns; else the object itself."""
-    if list(values) == ["data"] and isinstance(values["data"], list):
-        return values["data"]
     lists = [value for value in values.values() if isinstance(value, list)]
+    if lists == [values.get("data")] and not PROMPTS & values.keys():  # beside a version, for example
+        return values["data"]
+    columns = [value for value in values.values() if isinstance(value, dict)]
+    if columns and len(columns) == len(values):
+        if columns[0] and all(list(one) == list(columns[0]) and "".join(one).isdigit() for one in columns):
+            return [dict(zip(values, row, strict=True)) for row in zip(*(one.values() for one in columns), strict=True)]
+        return _rows_of(file, values[split], split) if split in values else [values]
     if not lists or len(lists) < len(values):
         return [values]
     turns = all(isinstance(one, dict) for value in lists for one in value)
@@ -167,7 +173,10 @@ def _table_of_texts(file: Path) -> Iterator[RawExample | UserError]:
                     row += 1
                     yield or_error(_from_cells, f"{file}:{row}", head, cells)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read after example {row} ({error}); correct the file") from error
+        raise UserError(
+            f"{file}: cannot be read after example {row} ({error}); correct the file: a cell that begins with a quote "
+            "ends with one, and has others twice"
+        ) from error
 
 
 def _from_cells(where: str, head: list[str], cells: list[str]) -> RawExample:
