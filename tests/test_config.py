@@ -31,12 +31,17 @@ def test_defaults_are_the_papers(tmp_path):
     assert c.optim == {
         "name": "rmsprop",
         "learning_rate": 1e-6,
-        "warmup_steps": 150,
+        "schedule": "constant",
+        "warmup_steps": -1,  # 150, but at most a tenth of the run
+        "warmup_ratio": -1.0,
+        "min_ratio": 0.1,
+        "decay_ratio": 0.1,
+        "total_steps": 0,  # of the run
         "max_grad_norm": 10.0,
         "decay": 0.99,
         "eps": 1e-8,
     }
-    assert (c.batch_size, c.data.max_length, c.data.max_prompt_length) == (64, 512, 256)
+    assert (c.batch_size, c.data.max_length, c.data.max_prompt_length) == (64, 512, None)
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -19,6 +19,7 @@ from dpo_jax.models.reward_head import as_reward_architecture
 from dpo_jax.records import Batch
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
+from dpo_jax.training.setup import check_config
 
 ROOT = Path(__file__).parent.parent
 PYTHIA_28B = {
@@ -34,8 +35,49 @@ GPTJ_6B = {
     "model_type": "gptj", "vocab_size": 50400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048,
     "rotary_dim": 64, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
+MISTRAL_7B = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA3_8B = MISTRAL_7B | {
+    "model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+}  # fmt: skip
+del LLAMA3_8B["sliding_window"]
+TULU3_8B = LLAMA3_8B | {"vocab_size": 128264}  # with a padding token
+OLMO2_7B = LLAMA3_8B | {
+    "model_type": "olmo2", "vocab_size": 100352, "intermediate_size": 11008, "num_key_value_heads": 32,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 # As their model cards and files say.
-SIZES = {"pythia": (PYTHIA_28B, 2_775_208_960), "gpt2": (GPT2_LARGE, 774_030_080), "gptj": (GPTJ_6B, 6_050_882_784)}
+SIZES = {
+    "pythia": (PYTHIA_28B, 2_775_208_960),
+    "gpt2": (GPT2_LARGE, 774_030_080),
+    "gptj": (GPTJ_6B, 6_050_882_784),
+    "mistral": (MISTRAL_7B, 7_241_732_096),
+    "llama3": (LLAMA3_8B, 8_030_261_248),
+    "tulu3": (TULU3_8B, 8_030_326_784),
+    "olmo2": (OLMO2_7B, 7_298_617_344),
+}
+COSINE, LINEAR = ({"schedule": name, "warmup_ratio": 0.1, "max_grad_norm": 1.0} for name in ("cosine", "linear"))
+# Of each recipe its model, loss, optimizer, pairs a step and tokens, as its source has them.
+RECIPES = {
+    "zephyr_dpo": ("mistral", {"name": "dpo", "beta": 0.01}, ("adamw", 5e-7, COSINE), 128, 1024),
+    "zephyr_qlora": ("", {"name": "dpo", "beta": 0.01}, ("adamw", 5e-6, COSINE), 32, 1024),
+    "simpo_mistral_base": ("mistral", {"name": "simpo", "beta": 2.0, "gamma": 1.6}, ("adamw", 3e-7, COSINE), 128, 1024),
+    "simpo_llama3_instruct": (
+        "llama3", {"name": "simpo", "beta": 10.0, "gamma": 3.0}, ("adamw", 1e-6, COSINE), 128, 2048,
+    ),
+    "tulu3_8b_dpo": ("tulu3", {"name": "sigmoid_norm", "beta": 5.0}, ("adamw", 5e-7, LINEAR), 128, 2048),
+    "olmo2_7b_dpo": ("olmo2", {"name": "sigmoid_norm", "beta": 5.0}, ("adamw", 5e-7, LINEAR), 128, 2048),
+    "llama3_8b_dpo": ("llama3", {"name": "dpo", "beta": 0.1}, ("rmsprop", 5e-7, {"warmup_steps": 150}), 64, 1024),
+    "kto_llama3_8b": ("llama3", {"name": "kto", "beta": 0.1}, ("adamw", 5e-6, {"warmup_steps": 150}), 16, 2048),
+    "orpo_mistral_7b": (
+        "mistral", {"name": "orpo", "beta": 0.1},
+        ("adamw", 5e-6, {"schedule": "inverse_sqrt", "warmup_steps": 200}), 32, 3840,
+    ),
+}  # fmt: skip
 # Of each config its model, loss, what makes the loss, and the learning rate: appendix B, C.1 and the original code.
 DPO, SFT = {"name": "dpo"}, {"name": "sft"}
 CONFIGS = {
@@ -73,7 +115,7 @@ def read(name, kind=Config):
 def traced(c, name):
     """Traces one step at the size of a model; returns it with its parameters and the state's shardings on a mesh."""
     hf_config, size = SIZES[name]
-    loss, tx = losses.build(c.loss), optim.build(**c.optim)
+    loss, tx = losses.build(c.loss), optim.build(**optim.with_total_steps(c.optim, 1000))
     architecture = family(hf_config["model_type"]).architecture(hf_config)
     if loss.rewards:
         architecture, size = as_reward_architecture(architecture), size + architecture.width
@@ -97,10 +139,37 @@ def test_the_papers_size_traces_to_the_first_step(name):
     split = [s.spec for s in jax.tree.leaves(laid.opt_state) if any(s.spec)]
     assert len(split) == len([s for s in jax.tree.leaves(laid.params) if any(s.spec)])  # RMSprop keeps one array each
     assert c.loss.items() >= loss.items()
-    paper = {"warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8}
-    assert c.optim == {"name": "rmsprop", "learning_rate": rate, **paper}
+    paper = {"warmup_steps": 150, "max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8, "schedule": "constant"}
+    assert c.optim.items() >= {"name": "rmsprop", "learning_rate": rate, **paper}.items()
     assert c.batch_size == 64
     assert (c.data.max_length, c.data.max_prompt_length) == (512, 256)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_its_source(name):
+    c, (_, loss, (optimizer, rate, rest), pairs, tokens) = read(f"recipes/{name}"), RECIPES[name]
+    check_config(c)
+    assert c.loss.items() >= loss.items()
+    assert c.optim.items() >= {"name": optimizer, "learning_rate": rate, **rest}.items()
+    assert (c.batch_size, c.data.max_length) == (pairs, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (model, *_) in RECIPES.items() if model])
+def test_a_recipe_traces_to_the_first_step_at_its_size(name):
+    traced(read(f"recipes/{name}"), RECIPES[name][0])
+
+
+def test_every_recipe_is_traced_and_names_its_source():
+    files = sorted((ROOT / "configs/recipes").glob("*.yaml"))
+    assert [f.stem for f in files] == sorted(RECIPES)
+    for file in files:
+        head = [line for line in file.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join(head)
+        assert f"dpo-jax train configs/recipes/{file.name}" in text
+        assert "\n# Source: " in text
+        assert "\n# Result and hours: not run here" in text
+        assert max(map(len, head)) <= 120
 
 
 def test_every_config_of_the_paper_is_traced_and_has_a_complete_header():

@@ -85,6 +85,7 @@ def plan_run(config: Config) -> Plan:
     Raises:
       UserError: invalid options.
     """
+    config = dataclasses.replace(config, optim=optim.with_total_steps(config.optim, config.max_steps or setup.LONG_RUN))
     # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
     run, loss = abstract_run(config, narrow=False), losses.build(config.loss)
     setup.check_length(config, run.model)
@@ -253,6 +254,8 @@ def plan_command(argv: list[str]) -> None:
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; {jax.device_count()} device(s); at most "
         f"{plan.shape.microbatches} microbatches of {plan.shape.rows} rows x {plan.shape.length} tokens"
     )
+    if settings.max_steps and (note := optim.warmup_note(plan.config.optim, settings.max_steps)):
+        log_line(note)
     if settings.model.attention not in ("auto", CHUNKS):
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     lines = plan_advice(plan, int(settings.memory * GB))

@@ -29,7 +29,7 @@ def _functions(section: str, name: str, key: str) -> Sequence[Callable]:
     """Returns the functions whose options a named loss or optimizer has; imports JAX, as they do."""
     from dpo_jax import losses, optim
 
-    return losses.option_functions(name, key) if section == "loss" else [optim.optimizer_function(name, key)]
+    return losses.option_functions(name, key) if section == "loss" else optim.optimizer_options(name, key)
 
 
 def _options(section: str, name: str, key: str) -> type:
@@ -40,7 +40,7 @@ def _options(section: str, name: str, key: str) -> type:
         annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
         fields.append((option.name, annotated, field(default=option.default)))
     new = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
-    new.__doc__ = f"{name}: {(functions[0].__doc__ or '').partition(chr(10))[0]}"
+    new.__doc__ = f"{name}: {(functions[0 if section == 'loss' else -1].__doc__ or '').partition(chr(10))[0]}"
     return new
 
 

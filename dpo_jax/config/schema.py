@@ -79,8 +79,8 @@ class DataConfig:
     """Held-out comparisons to evaluate during training (None: all)."""
     max_length: int = 512
     """Maximum length of prompt plus response, in tokens."""
-    max_prompt_length: int = 256
-    """Length to which the paper's truncation cuts a prompt, in tokens."""
+    max_prompt_length: int | None = None
+    """Length to which the paper's truncation cuts a prompt, in tokens (None: 256, or half of max_length if less)."""
     truncation: Literal["paper_keep_end", "paper_keep_start", "keep_start", "refuse"] = "paper_keep_end"
     """How to truncate: as the original code (paper_keep_end, for HH, keeps the end of a prompt; paper_keep_start, for
     other data, its start), as TRL (keep_start), or not at all (refuse)."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax.data import pack
 from dpo_jax.data.cache import cached_encode
+from dpo_jax.data.encode import prompt_limit
 from dpo_jax.data.sources import memory
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.table import Table
@@ -65,7 +66,7 @@ def tokenize(
             tokenizer,
             cache_folder() / "tokens",
             max_length=max_length,
-            max_prompt_length=min(256, max_length // 2) if max_prompt_length is None else max_prompt_length,
+            max_prompt_length=prompt_limit(max_length) if max_prompt_length is None else max_prompt_length,
             truncation=truncation,
             degenerate=degenerate,
             add_bos=add_bos,

@@ -56,6 +56,11 @@ class EncodeOptions(NamedTuple):
     skip_bad_rows: int = 0
 
 
+def prompt_limit(max_length: int) -> int:
+    """Returns the default of `max_prompt_length`: the paper's 256, or half of `max_length` if that is less."""
+    return min(256, max_length // 2)
+
+
 def encode(items: Iterable[Item], tokenizer: Any, **options: Any) -> tuple[Table, EncodeReport]:
     """Returns items as a table in memory, and the report on them.
 

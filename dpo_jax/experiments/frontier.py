@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax import distributed
+from dpo_jax import distributed, optim
 from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.config.yaml import difference, dump
@@ -202,7 +202,8 @@ def job_config(settings: FrontierConfig, method: str, strength: float) -> Config
     """Returns the config of a run on pairs."""
     losses = {"dpo": {"beta": strength}, "unlikelihood": {"alpha": strength}, "preferred_ft": {}}
     loss = {"name": method if method != "preferred_ft" else "sft", **losses[method]}
-    return Config(loss=loss, optim=settings.optim, batch_size=settings.batch_size, max_steps=settings.max_steps)
+    rates = optim.with_total_steps(settings.optim, settings.max_steps)
+    return Config(loss=loss, optim=rates, batch_size=settings.batch_size, max_steps=settings.max_steps)
 
 
 def _chosen_only(pairs: Table) -> Table:
@@ -253,9 +254,9 @@ def _reward_model(shared: SharedSetup, folder: Path) -> Path:
     settings, run = shared.settings, folder / "reward"
     paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
     data = replace(settings.data, name="files", split="train", eval_split="train", eval_examples=None, **paths)
-    optim = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
+    adamw = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
     config = Config(
-        data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**optim, "warmup_steps": 10},
+        data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**adamw, "warmup_steps": 10},
         samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
         run=str(run), seed=settings.seed,
     )  # fmt: skip

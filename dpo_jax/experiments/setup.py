@@ -30,7 +30,7 @@ from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.training.load import load_policy, load_run_tokenizer
-from dpo_jax.training.tables import comparison_streams, prompt_ids
+from dpo_jax.training.tables import comparison_streams, prompt_ids, prompt_length
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def check_frontier(settings: FrontierConfig) -> None:
     for key in UNUSED:
         if getattr(settings.data, key) != getattr(DataConfig(), key):
             raise UserError(f"data.{key} has no effect on pairs of the reference's completions; remove it")
-    optim.build(**settings.optim)
+    optim.build(**optim.with_total_steps(settings.optim, settings.max_steps))
     get_reward(settings.reward)
 
 
@@ -150,7 +150,6 @@ def _distinct_prompts(rows: Any, count: int | None, settings: FrontierConfig, wo
         prompts.setdefault(prompt_key(row.prompt), row.prompt)
     ids = prompt_ids(list(prompts.values()), world.tokenizer, settings.data)
     longest = max(map(len, ids))
-    if longest > settings.data.max_prompt_length:
-        limit = settings.data.max_prompt_length
+    if longest > (limit := prompt_length(settings.data)):
         raise UserError(f"data.max_prompt_length is {limit}, but a prompt has {longest} tokens; set {longest}")
     return [np.array(prompt, np.int32) for prompt in ids]

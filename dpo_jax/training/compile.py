@@ -83,9 +83,10 @@ def hparams(config: Config) -> dict[str, Any]:
 
 
 def traced_floats(section: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the floats of a loss or an optimizer; none of a user's function, which may not work on traced numbers."""
+    """Returns the floats of a loss or an optimizer that may be traced; none of a user's function or one of optax."""
+    fixed = optim.FIXED if section["name"] not in optim.OPTAX else set(section) - {"learning_rate", "max_grad_norm"}
     own = ":" in section["name"]
-    return {name: value for name, value in section.items() if isinstance(value, float) and not own}
+    return {k: v for k, v in section.items() if isinstance(v, float) and not own and k not in fixed}
 
 
 def _terms(config: Config) -> Sequence[Any]:

@@ -20,6 +20,7 @@ from dpo_jax.models.huggingface.replace import check_replaceable
 from dpo_jax.named import fingerprint, import_function
 from dpo_jax.paths import DRAFT, LOCK_FILE, is_run, load_json, refuse_links, remove_drafts, written
 from dpo_jax.training import interrupts
+from dpo_jax.training.run import total_steps
 
 # Keys that may change on resuming, because they change results by rounding at most.
 log = logging.getLogger(__name__)
@@ -59,6 +60,25 @@ def claim_folder(config: Config, inputs: Mapping[str, str]) -> tuple[Path, conte
     if not is_run(folder):
         raise UserError(f"{folder}: process 0 created it, but this process does not see it; set run to a shared folder")
     return folder, lock
+
+
+def with_schedule(config: Config, examples: int) -> Config:
+    """Returns a config whose optimizer knows the updates of the run; a run that goes on keeps those of its start.
+
+    Raises:
+      UserError: the run goes on beyond the end of its schedule.
+    """
+    steps, folder = total_steps(config, examples), Path(config.run)
+    begun = run_config(folder).optim.get("total_steps", 0) if is_run(folder) else 0
+    section = optim.with_total_steps(config.optim, begun or steps)
+    if section.get("schedule", "constant") != "constant" and steps > section["total_steps"]:
+        raise UserError(
+            f"optim.schedule: {section['schedule']} ends after {section['total_steps']} updates (optim.total_steps), "
+            f"and this run has {steps}; set another --run, or fewer steps"
+        )
+    if note := optim.warmup_note(section, steps):
+        log.warning(note)
+    return dataclasses.replace(config, optim=section)
 
 
 def function_hashes(config: Config) -> dict[str, str]:

@@ -29,7 +29,7 @@ from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, check_unmerged, export_notes, load_policy, load_run_tokenizer
 from dpo_jax.training.run import Run
-from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash
+from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
 from dpo_jax.training.tables import (
     check_ids,
     comparison_streams,
@@ -42,6 +42,7 @@ from dpo_jax.training.tables import (
     with_noise,
 )
 
+LONG_RUN = 10**6  # updates, where those of the run are not known yet
 log = logging.getLogger(__name__)
 
 
@@ -114,7 +115,7 @@ def check_config(config: Config) -> None:
     loss = losses.build(config.loss)
     make_sync(config, loss)
     responses_per_prompt(config, loss)
-    optim.build(**config.optim)
+    optim.build(**optim.with_total_steps(config.optim, LONG_RUN))
 
 
 def check_length(config: Config, model: Model) -> None:
@@ -143,6 +144,7 @@ def setup_run(config: Config) -> Run:
         notes.append(line)
         log.info(line)
     train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
+    config = with_schedule(config, len(train_table))
     load_reference = functools.cache(partial(reference_weights, config, loaded)) if loss.uses_reference else None
     inputs = _data_hashes(train_table, eval_table) | start_hashes(config, loaded)
     inputs["the tokenizer"] = tokenizer_hash(tokenizer)
@@ -221,7 +223,7 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
 
 def sweep_member(run: Run, config: Config) -> Run:
     """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
-    loss = losses.build(config.loss)
+    loss, config = losses.build(config.loss), with_schedule(config, len(run.train_table))
     folder, lock = claim_folder(config, run.inputs)
     if distributed.is_primary():
         with written(folder / "data.json") as file:

@@ -13,7 +13,7 @@ from dpo_jax.config.schema import Config, DataConfig
 from dpo_jax.data import noise, order
 from dpo_jax.data.cache import cached_encode, write_unnamed
 from dpo_jax.data.chat import prompt_text
-from dpo_jax.data.encode import EncodeOptions
+from dpo_jax.data.encode import EncodeOptions, prompt_limit
 from dpo_jax.data.noise import add_mismatched, append_token
 from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, holdout
@@ -95,7 +95,13 @@ def encode_options(options: DataConfig) -> dict[str, Any]:
     """Returns the keyword arguments of `encode` for the data section of a config."""
     names = ("max_length", "max_prompt_length", "truncation", "degenerate", "add_bos", "boundary", "skip_bad_rows")
     template = chat_template(template_file_text(options), options.chat_template_kwargs)
-    return {**{name: getattr(options, name) for name in names}, "template": template}
+    values = {name: getattr(options, name) for name in names}
+    return values | {"max_prompt_length": prompt_length(options), "template": template}
+
+
+def prompt_length(options: DataConfig) -> int:
+    """Returns `data.max_prompt_length`, or its default."""
+    return prompt_limit(options.max_length) if options.max_prompt_length is None else options.max_prompt_length
 
 
 def template_file_text(options: DataConfig) -> str:

@@ -1,0 +1,69 @@
+"""The schedule of a run: it ends with the run, is logged as it is used, and stays the same when the run goes on."""
+
+import logging
+
+import numpy as np
+import pytest
+from launched import make_world
+from safetensors.numpy import load_file
+
+import dpo_jax
+from dpo_jax import UserError
+from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.run_folder import run_config
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = make_world(tmp_path_factory.mktemp("schedules"))
+        patch.chdir(folder)
+        patch.setenv("DPO_JAX_CACHE", str(folder / "cache"))
+        yield folder
+
+
+LINEAR = {"name": "rmsprop", "schedule": "linear", "learning_rate": 1e-3, "warmup_steps": 1}
+
+
+def train(run, steps, optim=LINEAR):
+    options = {"samples": {"prompts": 0}, "eval_every": 0, "save_every": 1, "batch_size": 8}
+    return dpo_jax.train("dpo.yaml", optim=optim, run=run, max_steps=steps, **options)
+
+
+def rates(run):
+    return [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl") if "learning_rate" in line]
+
+
+def test_a_schedule_ends_with_its_run_and_stays_when_the_run_goes_on(world):
+    whole = train("runs/whole", 4).folder
+    assert rates(whole) == pytest.approx([5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    assert run_config(whole).optim["total_steps"] == 4
+    parts = train("runs/parts", 2, {**LINEAR, "total_steps": 4}).folder
+    assert rates(parts) == pytest.approx(rates(whole)[:2])
+    with pytest.raises(UserError, match=r"runs/parts belongs to another config \(optim.schedule"):
+        train("runs/parts", 4, {**LINEAR, "schedule": "cosine"})
+    train("runs/parts", 4)
+    first, second = (load_file(run / "model/model.safetensors") for run in (whole, parts))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    with pytest.raises(UserError, match=r"optim.schedule: linear ends after 4 updates .* and this run has 5; set anot"):
+        train("runs/parts", 5)
+
+
+def test_a_warm_up_longer_than_the_run_is_told(world, caplog):
+    with caplog.at_level(logging.WARNING, logger="dpo_jax"):
+        train("runs/short", 1, {"learning_rate": 1e-3, "warmup_steps": 150})
+    assert "the warm-up takes 150 updates (optim.warmup_steps) and the run has 1, so that the learning" in caplog.text
+    caplog.clear()
+    default = train("runs/default", 1, {"learning_rate": 1e-3, "warmup_steps": -1}).folder
+    assert "warm-up" not in caplog.text
+    assert rates(default) == pytest.approx([1e-3])
+
+
+def test_short_rows_need_no_second_limit_and_shares_of_updates_are_no_arguments_of_the_program(world):
+    """`data.max_length` alone; `warmup_ratio` decides the number of updates, which a traced number cannot."""
+    ratio = {"name": "rmsprop", "learning_rate": 1e-3, "warmup_steps": -1, "warmup_ratio": 0.5, "schedule": "wsd"}
+    options = {"samples": {"prompts": 0}, "batch_size": 8, "max_steps": 2, "optim": ratio | {"min_ratio": 0.5}}
+    data = {"max_length": 64, "max_prompt_length": None}
+    found = dpo_jax.train("dpo.yaml", run="runs/ratio", data=data, **options).folder
+    assert rates(found) == pytest.approx([5e-4, 1e-3])
