@@ -301,6 +301,8 @@ def test_a_set_is_not_recognized_where_the_usual_columns_are_complete():
     for answers in (["4"], None, [{"answer": "x", "rank": 1.0}]):
         row = {"prompt": "q", "chosen": "good", "rejected": "bad", "answers": answers}
         assert items([row])[0] == Comparison("q", ("good", "bad"), where="f:1")
+    strength = {"response_1": "a", "response_2": "b", "preference_strength": -1}
+    assert items([row | strength])[0] == Comparison("q", ("good", "bad"), where="f:1")
 
 
 def test_an_unknown_winner_is_an_error():

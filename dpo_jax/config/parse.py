@@ -16,8 +16,9 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 
+from dpo_jax.config.elsewhere import key_hint
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
-from dpo_jax.errors import UserError, closest
+from dpo_jax.errors import UserError
 from dpo_jax.named import import_function, options_of
 
 T = TypeVar("T")
@@ -114,9 +115,9 @@ def _first_sentence(box: str) -> str:
 def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
     """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
     known = _keys(kind)
-    for key, _ in pairs:
+    for key, texts in pairs:
         if key not in known:
-            raise UserError(f"{where}unknown key {key!r}; {closest(key, known)}")
+            raise UserError(f"{where}unknown key {key!r}; {key_hint(key, known, texts)}")
     args = []
     for key, values in pairs:
         single = len(values) == 1 and values[0].startswith("-")  # else taken for an option
