@@ -9,8 +9,12 @@ from safetensors.numpy import load_file
 
 import dpo_jax
 from dpo_jax import UserError
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.run import eval_interval
 from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.setup import check_config
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +71,18 @@ def test_short_rows_need_no_second_limit_and_shares_of_updates_are_no_arguments_
     data = {"max_length": 64, "max_prompt_length": None}
     found = dpo_jax.train("dpo.yaml", run="runs/ratio", data=data, **options).folder
     assert rates(found) == pytest.approx([5e-4, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(20, 2), (7, 1), (0, 0), ("20", 2), ("3 steps", 3), ("3steps", 3), ("0.5 epochs", 6), ("2 epochs", 24)],
+)
+def test_evaluations_come_after_comparisons_steps_or_epochs(every, steps):
+    """100 comparisons, 8 a step: 12 steps an epoch."""
+    assert eval_interval(Config(eval_every=every, batch_size=8), 100) == steps
+
+
+@pytest.mark.parametrize("every", ["-1", "100 step", "often", "1e3", ""])
+def test_other_intervals_are_refused(every):
+    with pytest.raises(UserError, match=rf"^eval_every: '?{every}'?: write comparisons as 20000, or '100 steps'"):
+        check_config(parse_config(Config, None, {"eval_every": every, "model": {"path": "m"}}))

@@ -217,8 +217,9 @@ class Config:
     """Passes over the training data, unless max_steps ends the run earlier."""
     max_steps: int | None = None
     """Maximum number of steps (None: all epochs)."""
-    eval_every: int = 20_000
-    """Training comparisons between evaluations, rounded down to full steps (0: only at the start and the end)."""
+    eval_every: int | str = 20_000
+    """Training comparisons between evaluations, rounded down to full steps (0: only at the start and the end); or
+    "100 steps", or "0.5 epochs"."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep: int = 2

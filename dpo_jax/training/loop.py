@@ -24,7 +24,7 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.compile import PreparedRun, prepare_run
 from dpo_jax.training.metrics_file import truncate_metrics
 from dpo_jax.training.progress import Progress
-from dpo_jax.training.run import Run
+from dpo_jax.training.run import Run, eval_interval
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class _Loop:
     def steps(self, state: TrainState) -> TrainState:
         """Trains to the last step or until a callback stops the run; ends the process when asked to stop."""
         prepared, total, config, start = self.prepared, self.prepared.total_steps, self.run.config, int(state.step)
-        eval_steps = max(1, config.eval_every // config.batch_size) if config.eval_every else total
+        eval_steps = eval_interval(config, len(self.run.train_table)) or total
         self.alive()
         for step, (batch, count) in enumerate(batches(self.run, prepared, start), start + 1):
             if prepared.reference.fill is not None:

@@ -1,6 +1,7 @@
 """Records of a run on the host: its config, data, model and folder, and the shardings of its policy."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from dpo_jax.config.schema import Config
 from dpo_jax.data import order
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model
@@ -57,6 +59,9 @@ class Run(NamedTuple):
     inputs: Mapping[str, str] = {}
 
 
+EVERY = re.compile(r"(\d+(?:\.\d+)?)\s*(steps|epochs)?")
+
+
 class PolicyShardings(NamedTuple):
     """Shardings of the policy's parameters, and the model that consumes them.
 
@@ -75,6 +80,20 @@ class PolicyShardings(NamedTuple):
     policy: Callable[[Any, Any], Any]
     collectives: Collectives
     model: Model
+
+
+def eval_interval(config: Config, examples: int) -> int:
+    """Returns the number of updates between evaluations; 0 if there are none between the start and the end.
+
+    Raises:
+      UserError: `eval_every` is no number of comparisons, steps or epochs.
+    """
+    match = EVERY.fullmatch(str(config.eval_every).strip())
+    if match is None:
+        raise UserError(f"eval_every: {config.eval_every!r}: write comparisons as 20000, or '100 steps', '0.5 epochs'")
+    number, epoch = float(match[1]), order.steps_per_epoch(examples, config.batch_size)
+    updates = {"steps": 1.0, "epochs": float(epoch)}.get(match[2], 1 / config.batch_size)
+    return max(1, int(number * updates + 1e-9)) if number else 0
 
 
 def total_steps(config: Config, examples: int) -> int:

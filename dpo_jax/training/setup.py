@@ -28,7 +28,7 @@ from dpo_jax.sampling import generate
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.load import LoadedModel, check_unmerged, export_notes, load_policy, load_run_tokenizer
-from dpo_jax.training.run import Run
+from dpo_jax.training.run import Run, eval_interval
 from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
 from dpo_jax.training.tables import (
     check_ids,
@@ -111,6 +111,7 @@ def check_config(config: Config) -> None:
     if config.lora.base and config.reference.path not in ("", config.model.path):
         kinds = f"with lora.base {config.lora.base} only model.path, for that base, is supported"
         raise UserError(f"reference.path: {kinds}; remove it")
+    eval_interval(config, config.batch_size)
     check_unmerged(config.lora.path, config.model.path)
     loss = losses.build(config.loss)
     make_sync(config, loss)
