@@ -131,7 +131,8 @@ def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
 
 
 def _cli(kind: type[T], args: Sequence[str], prog: str) -> T:
-    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    # Help texts are docstrings of fields. To look for comments, tyro would parse the source at every call.
+    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
     return tyro.cli(kind, args=args, prog=prog, config=config, use_underscores=True)
 
 
