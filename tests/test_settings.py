@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from words import make_tokenizer
 
 from dpo_jax import UserError, losses
 from dpo_jax.config.schema import ModelConfig
@@ -73,7 +74,8 @@ def test_rewards_may_be_partials_and_objects():
         del KEPT[name]
 
 
-def test_a_tokenizer_alone_is_enough_to_look_at_data():
-    assert load_run_tokenizer(ModelConfig(tokenizer="synthetic")).eos_token
+def test_a_tokenizer_alone_is_enough_to_look_at_data(tmp_path):
+    make_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "tokenizer")
+    assert load_run_tokenizer(ModelConfig(tokenizer=str(tmp_path / "tokenizer"))).eos_token == "<eos>"
     with pytest.raises(UserError, match=r"^model: name one"):
         load_run_tokenizer(ModelConfig())
