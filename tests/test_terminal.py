@@ -1,6 +1,7 @@
 """The terminal: text is shown as text, and errors are one line at any width, in any encoding, with closed outputs."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -76,3 +77,21 @@ def test_output_that_cannot_be_written_ends_without_a_traceback(closed):
     assert b"Traceback" not in done.stderr
     assert code in {"pipe": (0, 1, 141), "full": (2,)}.get(closed, (0,))
     assert not done.stderr or (closed == "full" and done.stderr.count(b"\n") == 1)
+
+
+HEAD = ("method", "true reward (95%)", "KL to the reference (95%)", "accuracy", "length", "gap to the optimum")
+ROW = ["dpo, beta 0.05", "2.68 (2.41 .. 2.95)", "3.51 (3.02 .. 4.00)", "0.712", "41.3", "0.14 +- 0.09"]
+
+
+@pytest.mark.parametrize("width", [10, 40, 60, 80, 200])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_no_number_of_a_table_is_cut(width, wrap, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    common.print_table(HEAD, [ROW, ROW], wrap=wrap)
+    said = capsys.readouterr().out
+    words = said.split()
+    assert "\u2026" not in said
+    for number in re.findall(r"[\d.]*\d", " ".join(ROW)):
+        assert sum(number in word for word in words) >= 2, number
+    if width == 200:
+        assert max(map(len, said.splitlines())) > 100  # a table

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
@@ -38,6 +39,8 @@ def print_samples(shown: Sequence[tuple[str, ...]], names: Sequence[str]) -> Non
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, lines: bool = False, wrap: bool = True) -> None:
     """Prints texts as a table, as they are: no markup in them is read, and control characters are escaped.
 
+    Where the terminal is too narrow for a word, or a number with its interval, each row is a list of its columns.
+
     Args:
       head: the title of each column.
       rows: a text for each column.
@@ -45,7 +48,30 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, lines: bo
       wrap: whether the first column may be wrapped.
     """
     titles = [Column(Text(printable(title)), no_wrap=not (wrap or i)) for i, title in enumerate(head)]
-    grid = Grid(*titles, show_lines=lines)
-    for row in rows:
-        grid.add_row(*(Text(printable(text)) for text in row))
-    Console().print(grid)
+    grid, console, texts = Grid(*titles, show_lines=lines), Console(), [[printable(t) for t in row] for row in rows]
+    for row in texts:
+        grid.add_row(*map(Text, row))
+    if _least_width(head, texts, words=lines, first_words=wrap) <= console.width:
+        console.print(grid)
+        return
+    for first, *others in texts:
+        console.print(Text(first), soft_wrap=True)
+        for title, text in zip(head[1:], others, strict=True):
+            console.print(Text(f"  {printable(title)}: {text}"), soft_wrap=True)
+
+
+def _least_width(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool, first_words: bool) -> int:
+    """Returns the characters of a line in which a table cuts nothing.
+
+    Args:
+      head: the title of each column, which may be wrapped between words.
+      rows: a text for each column.
+      words: whether texts may be wrapped between words.
+      first_words: whether those of the first column may.
+    """
+    least = 1
+    for i, title in enumerate(head):
+        wrapped = words or (first_words and i == 0)
+        parts = [part for row in rows for part in (row[i].split() if wrapped else [row[i]])]
+        least += 3 + max(map(cell_len, [*title.split(), *parts]), default=0)
+    return least
