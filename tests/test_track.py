@@ -93,6 +93,8 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=lambda **table: table))
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     for _ in range(2):
         tracker = trackers.make_tracker("wandb", tmp_path, {"seed": 1})
         tracker.log(3, {"loss": 0.5, "kl": math.nan, "note": "text", "none": None})
@@ -105,6 +107,10 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
     assert table == (3, {"samples": {"columns": ["prompt", "policy"], "data": [["p", "a"], ["q", None]]}})
     assert (start["project"], start["name"], start["resume"]) == ("dpo_jax", tmp_path.name, "allow")
     assert (start["dir"], start["config"]) == (str(tmp_path), {"seed": 1})
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "first try")
+    trackers.make_tracker("wandb", tmp_path, {}).log(0, {})
+    assert (calls[-2]["project"], calls[-2]["name"], calls[-2]["id"]) == ("mine", "first try", start["id"])
     (tmp_path / "wandb_id").unlink()  # as of a folder that was removed and made again
     trackers.make_tracker("wandb", tmp_path, {}).log(0, {})
     assert calls[-2]["id"] != start["id"]

@@ -3,6 +3,7 @@
 import html
 import importlib.util
 import math
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ def _markdown(rows: SampleRows) -> str:
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
     """Returns a tracker of a wandb run. Its id is kept in the run folder, so that resuming continues it.
 
-    wandb keeps the first value of a step; a repeated step has the same values.
+    WANDB_PROJECT and WANDB_NAME replace `PROJECT` and the folder's name; wandb reads its other variables itself. It keeps
+    the first value of a step; a repeated step has the same values.
     """
     import wandb
 
@@ -110,8 +112,8 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
             file.write(secrets.token_hex(8))
     try:
         run = wandb.init(
-            project=PROJECT, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder),
-            config=dict(settings), reinit="create_new",
+            project=os.environ.get("WANDB_PROJECT") or PROJECT, name=os.environ.get("WANDB_NAME") or folder.name,
+            id=known.read_text(), resume="allow", dir=str(folder), config=dict(settings), reinit="create_new",
         )  # fmt: skip
     except wandb.Error as e:
         why = " ".join(str(e).split())
