@@ -101,7 +101,7 @@ def _markdown(rows: SampleRows) -> str:
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
     """Returns a tracker of a wandb run. Its id is kept in the run folder, so that resuming continues it.
 
-    WANDB_PROJECT and WANDB_NAME replace `PROJECT` and the folder's name; wandb reads its other variables itself. It keeps
+    WANDB_PROJECT and WANDB_NAME replace `PROJECT` and the name of the folder; wandb reads its other variables. It keeps
     the first value of a step; a repeated step has the same values.
     """
     import wandb
