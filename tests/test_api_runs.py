@@ -227,7 +227,7 @@ def test_own_functions_may_branch_on_their_options(world):
     """Their floats are not traced; those of built-in losses are, so that a sweep compiles once."""
     settings, _ = call_settings({"run": "x"}, None, None, branching, None, {})
     assert hparams(settings)["loss"] == [{}]
-    assert hparams(settings)["optim"].keys() == {"learning_rate", "max_grad_norm", "decay", "eps"}
+    assert hparams(settings)["optim"].keys() == {"learning_rate", "min_ratio", "max_grad_norm", "decay", "eps"}
     folder = dpo_jax.train(RUN, data=rows(world), loss=branching, run="runs/branching").folder
     assert (folder / "model").is_dir()
     several = [replace(settings, loss=settings.loss | {"target": t}) for t in (1.0, 2.0)]
