@@ -75,7 +75,7 @@ RECIPES = {
     "kto_llama3_8b": ("llama3", {"name": "kto", "beta": 0.1}, ("adamw", 5e-6, {"warmup_steps": 150}), 16, 2048),
     "orpo_mistral_7b": (
         "mistral", {"name": "orpo", "beta": 0.1},
-        ("adamw", 5e-6, {"schedule": "inverse_sqrt", "warmup_steps": 200}), 32, 3840,
+        ("adamw", 5e-6, {"schedule": "inverse_sqrt", "warmup_steps": 200}), 32, 2048,
     ),
 }  # fmt: skip
 # Of each config its model, loss, what makes the loss, and the learning rate: appendix B, C.1 and the original code.

@@ -9,12 +9,12 @@ from test_columns import BAD, GOOD, REPLY, SYSTEM, TALK, TEXT, USER, read
 from dpo_jax.config.schema import DataConfig
 from dpo_jax.data.prerendered import is_prerendered
 from dpo_jax.data.sources.base import Note
-from dpo_jax.data.sources.files import example_items
+from dpo_jax.data.sources.files import example_items, has_turns
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.sources.values import Cell
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
-from dpo_jax.training.tables import comparison_streams, held_out_comparisons
+from dpo_jax.training.tables import comparison_streams, held_out_comparisons, with_prompts
 
 PLAIN = Comparison("p", ("c", "r"), where="f:1")
 
@@ -47,6 +47,46 @@ def test_text_prompts_are_turns_if_one_example_of_the_data_has_a_system_message(
     assert [item.prompt for item in open_source("files", (plain,), "train", 2)] == ["p"] * 1500
     moved = DataConfig(path=("absent.jsonl",), eval_path=(plain,))  # an evaluation where the training data are absent
     assert next(iter(held_out_comparisons(moved, 2))).prompt == "p"
+
+
+def test_conversations_before_a_system_message_do_not_hide_it():
+    rows = [("f:1", {"prompt": [ASKED], "chosen": "c", "rejected": "r"}), ("f:2", TEXT | {"system": "be brief"})]
+    assert has_turns(rows) is True
+    assert has_turns([rows[0]] * 1024 + [rows[1]]) is None
+
+
+def test_the_parts_of_mixtures_decide_with_those_of_the_same_source(tmp_path):
+    plain, with_system = (
+        write(tmp_path / f"{n}.jsonl", row) for n, row in (("a", TEXT), ("b", TEXT | {"system": "s"}))
+    )
+    options = DataConfig(name="mixture", path=(f"files:{plain}",), eval_path=(f"files:{with_system}",))
+    (train,), (held_out,) = (list(items) for items in comparison_streams(options, 2))
+    assert train.prompt.messages == (ASKED,)
+    assert held_out.prompt.messages == ({"role": "system", "content": "s"}, ASKED)
+    (text, note) = open_source("mixture", (f"files:{with_system}",), "train", 2, text_prompts="texts")
+    assert text.prompt == "p"
+    assert note.text.startswith("prompts that stay texts (data.text_prompts) beside system")
+
+
+def test_a_run_keeps_how_its_prompts_were_read(tmp_path):
+    plain, with_system = (
+        write(tmp_path / f"{n}.jsonl", row) for n, row in (("a", TEXT), ("b", TEXT | {"system": "s"}))
+    )
+    for path, kind in ((plain, "texts"), (with_system, "turns")):
+        options = DataConfig(path=(path,), eval_path=(plain,))
+        assert with_prompts(options, comparison_streams(options, 2)[0]).text_prompts == kind
+    hh = DataConfig(name="hh")
+    assert with_prompts(hh, []) == hh
+
+
+def test_an_evaluation_needs_no_training_data_of_ones_own_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_reader.py").write_text(
+        "import json\nfrom pathlib import Path\n"
+        "def rows(path, split):\n    return map(json.loads, Path(path[0]).read_text().splitlines())\n"
+    )
+    options = DataConfig(name="own_reader:rows", path=("absent",), eval_path=(write(tmp_path / "a.jsonl", TEXT),))
+    assert next(iter(held_out_comparisons(options, 2))).prompt == "p"
 
 
 def test_text_prompts_are_what_the_config_says(tmp_path):

@@ -45,6 +45,8 @@ MISTAKES = {
     "--deepspeed ds.json": "set mesh.data, mesh.fsdp and mesh.tensor",
     "--max_seq_length 1024": "set data.max_length",
     "--data.eval_file e.jsonl": "set data.eval_path",
+    "--optim.weight_decay 0.1": "it is an option of optim.name: adamw",
+    "--gamma_beta_ratio 0.3": "set loss.name: simpo, and loss.gamma to the ratio times loss.beta",
     "--zzz 1": "dpo-jax COMMAND --help lists the keys",
 }
 

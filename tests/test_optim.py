@@ -129,6 +129,29 @@ def test_schedules_that_do_not_fit_together_are_refused(options, message):
         optim.build("rmsprop", **options)
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "max_grad_norm", "eps", "min_ratio", "total_steps"])
+def test_only_the_warm_up_may_be_left_open_by_a_negative_number(key):
+    with pytest.raises(UserError, match=rf"^optim.{key}: -1 is not a finite number >= 0; change it"):
+        optim.build("rmsprop", **{key: -1})
+    assert optim.build("rmsprop", warmup_steps=-1, warmup_ratio=-1.0)
+
+
+def test_an_optimizer_takes_the_rates_by_position():
+    def earlier(*, learning_rate: float = 1.0):
+        return optax.sgd(learning_rate)
+
+    with pytest.raises(UserError, match=r"optimizer earlier: define it as \(rate, \*, option=default, ...\)"):
+        optim.register_optimizer(earlier)
+    assert "earlier" not in optim.OPTIMIZERS
+
+
+def test_the_state_of_adamw_is_that_of_optax():
+    """So that checkpoints of runs before weight decay spared norms and biases are read."""
+    ours, theirs = (tx.init(PARAMS) for tx in (optim.build("adamw"), optax.chain(optax.identity(), optax.adamw(1.0))))
+    scheduled = optax.chain(optax.identity(), optax.adamw(lambda count: 1.0)).init(PARAMS)
+    assert jax.tree.structure(ours) == jax.tree.structure(scheduled) != jax.tree.structure(theirs)
+
+
 def test_a_run_that_ends_in_its_warm_up_is_told():
     section = {"name": "rmsprop", "learning_rate": 1e-6, "warmup_steps": 150, "total_steps": 30}
     note = optim.warmup_note(section, 30)

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import yaml
 from launched import make_world
 from safetensors.numpy import load_file
 
@@ -52,6 +53,38 @@ def test_a_schedule_ends_with_its_run_and_stays_when_the_run_goes_on(world):
         np.testing.assert_array_equal(first[name], second[name])
     with pytest.raises(UserError, match=r"optim.schedule: linear ends after 4 updates .* and this run has 5; set anot"):
         train("runs/parts", 5)
+
+
+def test_a_run_of_an_earlier_version_goes_on(world):
+    """Its config lacks the newer keys, and has the earlier defaults where the YAML says nothing."""
+    before = {"name": "rmsprop", "learning_rate": 1e-3, "warmup_steps": 150}
+    given = yaml.safe_load((world / "dpo.yaml").read_text())
+    del given["data"]["max_prompt_length"], given["optim"]
+    config = given | {"optim": {"learning_rate": 1e-3}, "batch_size": 8, "eval_every": 0, "save_every": 1}
+    config |= {"run": "runs/earlier", "samples": {"prompts": 0}, "data": given["data"]}
+    folder = dpo_jax.train(config | {"max_steps": 1, "optim": before}).folder
+    known = yaml.safe_load((folder / "config.yaml").read_text())
+    known["optim"] = before | {"max_grad_norm": 10.0, "decay": 0.99, "eps": 1e-8}
+    known["data"] |= {"max_prompt_length": 64}
+    del known["data"]["text_prompts"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(known))
+    dpo_jax.train(config | {"max_steps": 2})
+    assert rates(folder) == pytest.approx([1e-3 / 151, 2e-3 / 151])
+
+
+def test_runs_of_a_sweep_with_other_schedules_have_programs_of_their_own(world):
+    """The first run began with 4 updates, and keeps the schedule of 4; the others have one of 3."""
+    options = {"samples": {"prompts": 0}, "eval_every": 0, "save_every": 1, "batch_size": 8, "run": "runs/sweep"}
+    optim = LINEAR | {"warmup_steps": 0}
+    dpo_jax.sweep("dpo.yaml", {"loss.beta": [0.1]}, optim=optim, max_steps=4, **options)
+    found = dpo_jax.sweep("dpo.yaml", {"loss.beta": [0.1, 0.5]}, optim=optim, max_steps=3, **options)
+    alone = train("runs/alone", 3, optim | {"total_steps": 0})
+    again = dpo_jax.train(
+        "dpo.yaml", optim=optim, loss={"name": "dpo", "beta": 0.5}, max_steps=3, **options | {"run": "runs/half"}
+    )
+    assert rates(alone.folder) == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+    for name, value in load_file(again.folder / "model/model.safetensors").items():
+        np.testing.assert_array_equal(value, load_file(found[1].folder / "model/model.safetensors")[name])
 
 
 def test_a_warm_up_longer_than_the_run_is_told(world, caplog):

@@ -34,6 +34,7 @@ READ = (
     "name",
     "options",
     "columns",
+    "text_prompts",
     "path",
     "split",
     "add_bos",

@@ -58,7 +58,9 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("use_weighting use_wpo", "set loss.wpo"),
     ("ld_alpha", "set loss.ld_alpha"),
     ("discopop_tau", "set loss.name: discopop, and loss.tau"),
-    ("simpo_gamma gamma_beta_ratio cpo_alpha", "set loss.name: simpo, and loss.gamma"),
+    ("simpo_gamma", "set loss.name: simpo, and loss.gamma"),
+    ("gamma_beta_ratio", "set loss.name: simpo, and loss.gamma to the ratio times loss.beta"),
+    ("cpo_alpha", "set loss.weight of a second loss: [{name: cpo}, {name: sft, weight: 1.0}]"),
     ("reference_free", "set loss.reference_free"),
     ("router_aux_loss_coef", "remove it: there are no mixtures of experts"),
     # Optimizer.
@@ -80,7 +82,7 @@ NAMES: tuple[tuple[str, str], ...] = (
      "set batch_size: comparisons per step, over all devices"),
     ("per_device_eval_batch_size eval_batch_size eval_accumulation_steps", "set batch_size, for evaluation too"),
     ("num_train_epochs n_epochs num_epochs", "set epochs"),
-    ("n_examples max_train_samples", "set max_steps"),
+    ("n_examples max_train_samples", "set max_steps to the examples divided by batch_size"),
     ("eval_steps eval_strategy evaluation_strategy do_eval do_first_eval eval_delay eval_on_start do_predict",
      "set eval_every: training comparisons between evaluations"),
     ("save_steps save_strategy", "set save_every"),
@@ -121,9 +123,13 @@ def key_hint(key: str, known: Sequence[str], texts: Sequence[str] = ()) -> str:
     last, inside = key.rpartition(".")[2], [name for name in known if name.startswith(f"{key}.")]
     if inside and list(texts) == ["None"]:
         return "this section is empty; indent its keys below it"
+    if nearly := difflib.get_close_matches(key, known, n=1, cutoff=0.95):
+        return f"did you mean {nearly[0]!r}?"
     hint = HINTS.get(key) or HINTS.get(last, "")
     if hint and _applies(hint, key, known):
         return hint
+    if hint.startswith(f"set {key} of "):
+        return f"it is an option of{hint.partition(' of')[2]}"
     if inside:
         first = sorted(inside, key=lambda name: not name.endswith((".path", ".name")))
         return f"it is a section; set {' or '.join(first[:2])}, indented below {key}: in a YAML"

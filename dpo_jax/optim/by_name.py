@@ -51,7 +51,8 @@ def build(name: str, **options: Any) -> Optimizer:
             raise UserError(f"optim.name: {name} returns a {type(made).__name__}; return an optax transformation")
         return Optimizer.of(made, getattr(made, "learning_rate", None))
     for key, value in options.items():  # traced values were checked before tracing
-        if not isinstance(value, Tracer | str) and not (0 <= value < float("inf") or value == -1):
+        unset = key in ("warmup_steps", "warmup_ratio") and value == -1
+        if not isinstance(value, Tracer | str) and not (0 <= value < float("inf") or unset):
             raise UserError(f"optim.{key}: {value} is not a finite number >= 0; change it")
     rate, clipping = learning_rates(**_of(learning_rates, options)), clipped(**_of(clipped, options))
     rest = {key: value for key, value in options.items() if not any(key in _of(c, options) for c in COMMON)}

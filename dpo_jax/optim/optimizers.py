@@ -1,5 +1,6 @@
 """The paper's optimizer, AdamW, and gradient clipping as in torch."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpo_jax.errors import UserError
 from dpo_jax.optim.schedules import Schedule
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {}
@@ -25,7 +27,14 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def register_optimizer(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `(learning rate by update, *, option=default, ...) -> optax transformation` under its name."""
+    """Registers `(learning rate by update, *, option=default, ...) -> optax transformation` under its name.
+
+    Raises:
+      UserError: another signature; the rate, its schedule and clipping are options of every optimizer.
+    """
+    kinds = [p.kind is not p.KEYWORD_ONLY for p in inspect.signature(function).parameters.values()]
+    if not kinds or not kinds[0] or any(kinds[1:]):
+        raise UserError(f"optimizer {function.__name__}: define it as (rate, *, option=default, ...)")
     OPTIMIZERS[function.__name__] = function
     return function
 
@@ -65,7 +74,19 @@ def adamw(
       eps: Added to the root of the latter.
       weight_decay: Decay towards 0, times the learning rate, of all parameters but norms and biases.
     """
-    return optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    # The parts of optax.adamw; its own mask would change the state, and so the checkpoints.
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps), decay(weight_decay), optax.scale_by_learning_rate(rate)
+    )
+
+
+def decay(weight_decay: float) -> optax.GradientTransformation:
+    """Returns weight decay of the parameters that `decayed` names."""
+
+    def add(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p, on: u + weight_decay * p if on else u, updates, params, decayed(params))
+
+    return optax.stateless(add)
 
 
 def decayed(params: Any) -> Any:

@@ -99,11 +99,14 @@ def train_all(
     failed: list[str] = []
     for group in group_runs(configs):
         run = prepared = None
+        program = ""
         for one in group:
             log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
             try:
                 run = setup.setup_run(one) if run is None else setup.sweep_member(run, one)
-                prepared = with_hparams(prepared, one) if prepared else prepare_run(run)
+                # A run that goes on has the schedule of its start, and so may need a program of its own.
+                same = program == (program := dump(_without_floats(run.config)))
+                prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)
                 results[one.run] = finish_run(run.folder, train_run(run, prepared, callbacks))
             except UserError as e:  # the other runs need not wait for it
                 failed.append(f"{Path(one.run).name}: {e}")

@@ -13,7 +13,7 @@ from typing import Any
 from dpo_jax import distributed, optim
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
-from dpo_jax.config.yaml import difference, dump, flatten
+from dpo_jax.config.yaml import difference, dump, flatten, read_yaml
 from dpo_jax.errors import UserError
 from dpo_jax.losses.registry import find_entry
 from dpo_jax.models.huggingface.replace import check_replaceable
@@ -69,9 +69,10 @@ def with_schedule(config: Config, examples: int) -> Config:
       UserError: the run goes on beyond the end of its schedule.
     """
     steps, folder = total_steps(config, examples), Path(config.run)
-    begun = run_config(folder).optim.get("total_steps", 0) if is_run(folder) else 0
-    section = optim.with_total_steps(config.optim, begun or steps)
-    if section.get("schedule", "constant") != "constant" and steps > section["total_steps"]:
+    config = _as_begun(config, folder)
+    begun = run_config(folder).optim.get("total_steps", 0) if is_run(folder) else steps
+    section = optim.with_total_steps(config.optim, begun) if begun else config.optim  # 0: one's own, or an older run
+    if section.get("schedule", "constant") != "constant" and steps > section.get("total_steps", steps):
         raise UserError(
             f"optim.schedule: {section['schedule']} ends after {section['total_steps']} updates (optim.total_steps), "
             f"and this run has {steps}; set another --run, or fewer steps"
@@ -79,6 +80,18 @@ def with_schedule(config: Config, examples: int) -> Config:
     if note := optim.warmup_note(section, steps):
         log.warning(note)
     return dataclasses.replace(config, optim=section)
+
+
+def _as_begun(config: Config, folder: Path) -> Config:
+    """Returns a config with the defaults of the version that began the run: before 0.2 other ones held."""
+    if not is_run(folder) or "text_prompts" in read_yaml(str(folder / "config.yaml")).get("data", {}):
+        return config
+    before, data, section = run_config(folder), config.data, dict(config.optim)
+    limit = before.data.max_prompt_length if data.max_prompt_length is None else data.max_prompt_length
+    if section.get("warmup_steps", 0) == -1:
+        section["warmup_steps"] = before.optim.get("warmup_steps", -1)
+    data = dataclasses.replace(data, max_prompt_length=limit, text_prompts=before.data.text_prompts)
+    return dataclasses.replace(config, data=data, optim=section)
 
 
 def function_hashes(config: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from dpo_jax.training.tables import (
     reward_encoding,
     template_file_text,
     with_noise,
+    with_prompts,
 )
 
 LONG_RUN = 10**6  # updates, where those of the run are not known yet
@@ -144,7 +145,9 @@ def setup_run(config: Config) -> Run:
     for line in filter(None, (loaded.note, note, _reference_note(config, loss))):
         notes.append(line)
         log.info(line)
-    train_table, eval_table = _tables(config, loss, tokenizer, loaded, notes)
+    streams = comparison_streams(config.data, responses_per_prompt(config, loss))
+    train_table, eval_table = _tables(config, streams, loss, tokenizer, loaded, notes)
+    config = dataclasses.replace(config, data=with_prompts(config.data, streams[0]))
     config = with_schedule(config, len(train_table))
     load_reference = functools.cache(partial(reference_weights, config, loaded)) if loss.uses_reference else None
     inputs = _data_hashes(train_table, eval_table) | start_hashes(config, loaded)
@@ -178,9 +181,10 @@ def setup_run(config: Config) -> Run:
     )
 
 
-def _tables(config: Config, loss: Loss, tokenizer: Any, loaded: LoadedModel, notes: list[str]) -> tuple[Table, Table]:
-    """Returns the training and the held-out table; they are the same in all processes."""
-    streams = comparison_streams(config.data, responses_per_prompt(config, loss))
+def _tables(
+    config: Config, streams: Sequence[Any], loss: Loss, tokenizer: Any, loaded: LoadedModel, notes: list[str]
+) -> tuple[Table, Table]:
+    """Returns the training and the held-out table of two streams; they are the same in all processes."""
     with distributed.primary_first("the data"):  # the others then read the cache
         train = load_table(config, loss, tokenizer, with_noise(config, streams[0]), "training", notes)
         held_out = eval_examples(config, load_table(config, loss, tokenizer, streams[1], "held-out", notes))
@@ -224,6 +228,8 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
 
 def sweep_member(run: Run, config: Config) -> Run:
     """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
+    data = dataclasses.replace(config.data, text_prompts=run.config.data.text_prompts)
+    config = dataclasses.replace(config, data=data)
     loss, config = losses.build(config.loss), with_schedule(config, len(run.train_table))
     folder, lock = claim_folder(config, run.inputs)
     if distributed.is_primary():

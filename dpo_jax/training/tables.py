@@ -17,7 +17,7 @@ from dpo_jax.data.encode import EncodeOptions, prompt_limit
 from dpo_jax.data.noise import add_mismatched, append_token
 from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, holdout
-from dpo_jax.data.sources.functions import Part, open_source
+from dpo_jax.data.sources.functions import Part, open_source, takes_columns
 from dpo_jax.data.special_tokens import SpecialTokens
 from dpo_jax.data.spelling import reveal, token_ids
 from dpo_jax.data.table import Table
@@ -26,7 +26,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.model import Model
 from dpo_jax.paths import cache_folder
-from dpo_jax.records import Chat
+from dpo_jax.records import Chat, Comparison
 from dpo_jax.training.load import pad_token_id
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,15 @@ def open_part(options: DataConfig, part: Part, responses: int, beside: Sequence[
     """Returns the comparisons of a path and split; `beside` are others of the config, see `open_source`."""
     columns = mapped_columns(options)
     return open_source(options.name, *part, responses, options.options, columns, options.text_prompts, beside)
+
+
+def with_prompts(options: DataConfig, train: Iterable[Item]) -> DataConfig:
+    """Returns the data section with `text_prompts` as it was decided, so that an evaluation needs no training data."""
+    if options.text_prompts != "auto" or not takes_columns(options.name):
+        return options
+    first = next((item for item in train if isinstance(item, Comparison)), None)
+    kind = "turns" if first is not None and isinstance(first.prompt, Chat) else "texts"
+    return dataclasses.replace(options, text_prompts=kind)
 
 
 def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:

@@ -24,6 +24,7 @@ COLUMNS = "prompt, chosen, rejected; prompt, completion; prompt, completions, sc
 SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # in folders that `datasets` saves
 NONE: Mapping[str, str] = MappingProxyType({})
+MOST_CONVERSATIONS = 1024
 MOST_NAMES = 100  # unused column names to remember
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
@@ -82,14 +83,15 @@ def example_items(
 
 def has_turns(examples: Iterable[RawExample | UserError], columns: Mapping[str, str] = NONE) -> bool | None:
     """Returns True if text prompts of examples are turns of a user, because one stands beside a system message, tools
-    or earlier turns; else None. Reads up to the first example that decides.
+    or earlier turns; else None. Reads up to the first that decides, or so many conversations that texts are unlikely.
     """
-    usual = _converter(columns)
+    usual, conversations = _converter(columns), 0
     for item in examples:
         row = item if isinstance(item, UserError) else or_error(usual, *item)
         if isinstance(row, dict) and is_turn(row):
             return True
-        if isinstance(row, dict) and is_conversation(row):  # and texts beside conversations are refused
+        conversations += isinstance(row, dict) and is_conversation(row)
+        if conversations == MOST_CONVERSATIONS:
             return None
     return None
 

@@ -12,7 +12,6 @@ from dpo_jax.data.sources.base import (
     RawExample,
     Stream,
     open_stream,
-    or_error,
     source_names,
     unknown_choice,
 )
@@ -66,10 +65,18 @@ def open_source(
     if module in MAPPED:
         rows = importlib.import_module(f"dpo_jax.data.sources.{module}").rows
         return _of_rows(rows, name, path, split, responses, columns, text_prompts, beside)
+    if module == "mixture" and not columns:
+        read = importlib.import_module("dpo_jax.data.sources.mixture").read
+        return _checked(Stream(lambda: read(path, split, responses, text_prompts, beside)), name, path, split)
     if columns or text_prompts != "auto":
         key = "columns" if columns else "text_prompts"
         raise UserError(f"data.{key}: the source {name!r} knows its own columns; remove it, or set data.name: files")
     return open_stream(module, path, split, responses)
+
+
+def takes_columns(name: str) -> bool:
+    """Returns whether the examples of a source may have any columns: files, a known data set, or one's own."""
+    return ":" in name or name in MAPPED or hub_of(name) is not None
 
 
 def _chosen(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -102,14 +109,21 @@ def _of_rows(
     def chat() -> bool | None:
         if text_prompts != "auto":
             return text_prompts == "turns"
-        kinds = (or_error(turns_of, *one) for one in [(path, split), *beside])
-        return True if any(kind is True for kind in kinds) else None
+        return turns_of(path, split) or any(_readable(turns_of, *one) for one in beside) or None
 
     def turns_of(path: tuple[str, ...], split: str) -> bool | None:
         return has_turns(rows(path, split), columns)
 
     stream = Stream(lambda: example_items(rows(path, split), responses, columns, chat()))
     return _checked(stream, name, path, split)
+
+
+def _readable(turns_of: Callable[..., bool | None], path: tuple[str, ...], split: str) -> bool:
+    """Returns whether data have turns; those that cannot be read have none (of one's own source any error may come)."""
+    try:
+        return bool(turns_of(path, split))
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _checked(stream: Stream, name: str, path: Sequence[str], split: str) -> Stream:

@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dpo_jax.data.sources.base import Item, prompt_key, source_names
-from dpo_jax.data.sources.functions import open_source
+from dpo_jax.data.sources.functions import Part, open_source, takes_columns
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
 
@@ -29,7 +29,9 @@ class MixturePart(NamedTuple):
     path: tuple[str, ...]
 
 
-def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
+def read(
+    path: tuple[str, ...], split: str, responses: int, text_prompts: str = "auto", beside: Sequence[Part] = ()
+) -> Iterator[Item]:
     """Yields the comparisons of every part, one part after another.
 
     Args:
@@ -39,14 +41,19 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         twice; 1 is the default.
       split: the split of every part.
       responses: responses per comparison, of every part.
+      text_prompts: `data.text_prompts`, of the parts that have it.
+      beside: (path, split) of other mixtures; a part is read as those of the same source, see `open_source`.
 
     Raises:
       UserError: a part is not written like this, or cannot be read.
     """
     if not path:
         raise UserError("data.path is empty; set it to the parts of the mixture, such as 0.5*files:pairs.jsonl")
+    others = [(parse_part(text), their_split) for texts, their_split in beside for text in texts]
     for part in [parse_part(text) for text in path]:
-        for item in open_source(part.source, part.path, split, responses):
+        same = [(other.path, their_split) for other, their_split in others if other.source == part.source]
+        options = {"text_prompts": text_prompts, "beside": same} if takes_columns(part.source) else {}
+        for item in open_source(part.source, part.path, split, responses, **options):
             times = _times(item, part.share) if isinstance(item, Comparison) else 1
             yield from (item for _ in range(times))
 
