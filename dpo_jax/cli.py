@@ -10,8 +10,10 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
 from dpo_jax import __version__, paths
 from dpo_jax.errors import UserError, closest, printable
@@ -119,6 +121,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
     logging.getLogger("dpo_jax").propagate = False  # a library may have given the root logger a handler
     _fit_terminal()
+    sys.excepthook = _shown
     try:
         if odd := next((arg for arg in sys.argv[1:] if not _is_utf8(arg)), None):
             raise UserError(f"argument {odd!r} is not UTF-8; write it in UTF-8, or rename the file")
@@ -134,6 +137,17 @@ def main() -> None:
         sys.exit(_fail(f"out of memory ({e}); lower batch_size, or the sizes of the data, or free memory"))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
+
+
+def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an exception that nothing caught, but for one of a save that failed already.
+
+    A thread of tensorstore that goes on after it finds the event loop of that save closed, and would add a traceback to
+    the line that says why it failed.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if main or kind is not RuntimeError or str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _fit_terminal() -> None:

@@ -221,8 +221,10 @@ def test_the_command_on_unpaired_and_single_responses(tmp_path, shared, monkeypa
     for loss in ("dpo", "kto", "sft"):
         cli.run_command(["data", "c.yaml", "--loss.name", loss, "--out", f"{loss}.html", "--show", "3"])
         found[loss] = capsys.readouterr().out, (tmp_path / f"{loss}.html").read_text()
-    refusal = "comparisons with an absent response (unpaired), which this loss cannot use"
-    assert {loss: f"{refusal}; set another loss or remove them\n" in said.replace(":", "\n") for loss, (said, _) in found.items()} == {
+    refusal = (
+        "comparisons with an absent response (unpaired), which this loss cannot use; set another loss or remove them"
+    )
+    assert {loss: f"{refusal}\n" in said.replace(":", "\n") for loss, (said, _) in found.items()} == {
         "dpo": True, "kto": False, "sft": False
     }  # fmt: skip
     assert refusal in found["dpo"][1]

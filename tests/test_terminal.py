@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 from launched import ROOT
 from rich.console import Console
 
+from dpo_jax import cli
 from dpo_jax.commands import common
 from dpo_jax.errors import printable
 
@@ -77,6 +79,18 @@ def test_output_that_cannot_be_written_ends_without_a_traceback(closed):
     assert b"Traceback" not in done.stderr
     assert code in {"pipe": (0, 1, 141), "full": (2,)}.get(closed, (0,))
     assert not done.stderr or (closed == "full" and done.stderr.count(b"\n") == 1)
+
+
+def test_a_thread_that_outlives_a_failed_save_says_nothing(capsys):
+    """tensorstore's threads report to sys.excepthook. Other errors, and those of the main thread, are shown."""
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("bad news")
+    for error, quiet in ((closed, True), (other, False)):
+        thread = threading.Thread(target=cli._shown, args=(RuntimeError, error, None))
+        thread.start()
+        thread.join()
+        assert (capsys.readouterr().err == "") == quiet
+    cli._shown(RuntimeError, closed, None)
+    assert "Event loop is closed" in capsys.readouterr().err
 
 
 HEAD = ("method", "true reward (95%)", "KL to the reference (95%)", "accuracy", "length", "gap to the optimum")
