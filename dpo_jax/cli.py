@@ -121,7 +121,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
     logging.getLogger("dpo_jax").propagate = False  # a library may have given the root logger a handler
     _fit_terminal()
-    sys.excepthook = _shown
+    sys.excepthook = show_uncaught
     try:
         if odd := next((arg for arg in sys.argv[1:] if not _is_utf8(arg)), None):
             raise UserError(f"argument {odd!r} is not UTF-8; write it in UTF-8, or rename the file")
@@ -139,7 +139,7 @@ def main() -> None:
         sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
 
 
-def _shown(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Shows an exception that nothing caught, but for one of a save that failed already.
 
     A thread of tensorstore that goes on after it finds the event loop of that save closed, and would add a traceback to

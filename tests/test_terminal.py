@@ -85,11 +85,11 @@ def test_a_thread_that_outlives_a_failed_save_says_nothing(capsys):
     """tensorstore's threads report to sys.excepthook. Other errors, and those of the main thread, are shown."""
     closed, other = RuntimeError("Event loop is closed"), RuntimeError("bad news")
     for error, quiet in ((closed, True), (other, False)):
-        thread = threading.Thread(target=cli._shown, args=(RuntimeError, error, None))
+        thread = threading.Thread(target=cli.show_uncaught, args=(RuntimeError, error, None))
         thread.start()
         thread.join()
         assert (capsys.readouterr().err == "") == quiet
-    cli._shown(RuntimeError, closed, None)
+    cli.show_uncaught(RuntimeError, closed, None)
     assert "Event loop is closed" in capsys.readouterr().err
 
 
