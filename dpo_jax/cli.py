@@ -140,10 +140,10 @@ def main() -> None:
 
 
 def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Shows an exception that nothing caught, but for one of a save that failed already.
+    """Prints the traceback of an uncaught exception, except one of a thread after a failed save.
 
-    A thread of tensorstore that goes on after it finds the event loop of that save closed, and would add a traceback to
-    the line that says why it failed.
+    A thread of tensorstore that outlives a failed save finds its event loop closed. Its traceback would follow the line
+    that says why the save failed.
     """
     main = threading.current_thread() is threading.main_thread()
     if main or kind is not RuntimeError or str(error) != "Event loop is closed":

@@ -131,11 +131,20 @@ def state_shardings_like(mesh: jax.sharding.Mesh, params: Any, state: Any) -> An
         # The path of a leaf that mirrors a parameter ends in that parameter's path.
         for i in range(len(path)):
             sharding = where.get(jax.tree_util.keystr(path[i:]))
-            if sharding is not None and len(sharding.spec) == len(leaf.shape):
+            if sharding is not None and len(sharding.spec) == len(leaf.shape) and _divides(sharding, leaf.shape):
                 return sharding
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Returns whether a shape can be sharded so: optimizers such as Adafactor have smaller arrays for a parameter."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 class Collectives(NamedTuple):

@@ -157,7 +157,9 @@ def test_a_recipe_is_its_source(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (model, *_) in RECIPES.items() if model])
 def test_a_recipe_traces_to_the_first_step_at_its_size(name):
-    traced(read(f"recipes/{name}"), RECIPES[name][0])
+    laid = traced(read(f"recipes/{name}"), RECIPES[name][0])
+    assert any(any(s.spec) for s in jax.tree.leaves(laid.params))
+    assert any(any(s.spec) for s in jax.tree.leaves(laid.opt_state))
 
 
 def test_every_recipe_is_traced_and_names_its_source():

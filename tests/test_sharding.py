@@ -6,7 +6,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import losses, sharding
+from dpo_jax import losses, optim, sharding
 from dpo_jax.errors import UserError
 from dpo_jax.step import init_state
 
@@ -37,6 +37,20 @@ def test_optimizer_arrays_lie_as_their_parameters():
         assert tuple(tree["w"].spec) == ("fsdp", None)
         assert tuple(tree["b"].spec) == (None,)
     assert (where.step.spec, adam.count.spec) == (P(), P())
+
+
+@pytest.mark.parametrize("name", [*optim.OPTIMIZERS, *optim.OPTAX])
+def test_the_state_of_every_optimizer_can_be_sharded(name):
+    """Adafactor's state has arrays of one number for a vector of four, which four devices share."""
+    mesh = sharding.make_mesh(1, 4, 1)
+    shapes = {"w": (256, 256), "b": (4,)}
+    params = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
+    laid = sharding.param_shardings(mesh, {"w": ("embed", None), "b": ("embed",)}, params)
+    assert tuple(laid["b"].spec) == ("fsdp",)
+    state = jax.eval_shape(optim.build(name).init, params)
+    where = sharding.state_shardings_like(mesh, laid, state)
+    for leaf, s in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert np.prod(s.shard_shape(leaf.shape)) in (np.prod(leaf.shape), np.prod(leaf.shape) / 4)
 
 
 def test_rows_are_split_over_data_and_fsdp():

@@ -11,7 +11,7 @@ import optax.contrib
 from dpo_jax.optim.optimizers import decayed, register_optimizer
 from dpo_jax.optim.schedules import Schedule
 
-# Of optax by their names: those that need gradients and parameters alone, and train the parameters that are evaluated.
+# Optimizers of optax that need only gradients and parameters, and update the parameters that are evaluated.
 OPTAX = (
     "adabelief",
     "adadelta",
@@ -71,7 +71,7 @@ def _matrices(params: Any) -> Any:
 
 
 def from_optax(name: str) -> Callable[..., Any]:
-    """Returns one of optax's optimizers as ours are: its options are those that a config can express."""
+    """Returns an optimizer of optax as `(rate, *, options)`; its options are those that a config can express."""
     function = getattr(optax, name, None) or getattr(optax.contrib, name)
     every = list(inspect.signature(function).parameters.values())[1:]
     masks = {p.name: decayed for p in every if p.name in ("mask", "weight_decay_mask")}

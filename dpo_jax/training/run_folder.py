@@ -83,7 +83,7 @@ def with_schedule(config: Config, examples: int) -> Config:
 
 
 def _as_begun(config: Config, folder: Path) -> Config:
-    """Returns a config with the defaults of the version that began the run: before 0.2 other ones held."""
+    """Returns a config with the recorded values where a run of an earlier version had other defaults."""
     if not is_run(folder) or "text_prompts" in read_yaml(str(folder / "config.yaml")).get("data", {}):
         return config
     before, data, section = run_config(folder), config.data, dict(config.optim)

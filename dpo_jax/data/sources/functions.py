@@ -48,8 +48,7 @@ def open_source(
       options: `data.options`, texts name=value for the keyword-only parameters of one's own function.
       columns: `data.columns`, see `mapping`; for files, examples in memory and one's own function.
       text_prompts: `data.text_prompts`; likewise.
-      beside: (path, split) of other data of the config, which get the same form of prompts; those that cannot be read
-        have no say.
+      beside: (path, split) of the config's other data, whose text prompts are read alike; unreadable data are ignored.
 
     Raises:
       UserError: an unknown source or option; data that cannot be read; no comparison.
@@ -84,7 +83,7 @@ def _chosen(name: str, options: Sequence[str]) -> dict[str, Any]:
 
 
 def _built_in(name: str, path: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Returns the module that reads a source of this package or a known data set (`schemas`), and what it reads."""
+    """Returns the module and the path of a source of this package, or of a known data set (`schemas`)."""
     hub = hub_of(name)
     if hub is None and name not in source_names():
         raise unknown_choice("data source (data.name)", name, [*source_names(), *(known for known, *_ in listed())])
@@ -119,7 +118,7 @@ def _of_rows(
 
 
 def _readable(turns_of: Callable[..., bool | None], path: tuple[str, ...], split: str) -> bool:
-    """Returns whether data have turns; those that cannot be read have none (of one's own source any error may come)."""
+    """Returns whether text prompts of data are turns; False for unreadable data. A user's source may raise anything."""
     try:
         return bool(turns_of(path, split))
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
