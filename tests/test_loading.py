@@ -1,6 +1,7 @@
 """A model and its tokenizer: ids without an embedding, texts longer than the model, folders of another kind."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,3 +125,23 @@ def test_adapters_are_found_in_the_folder_of_a_run(tmp_path):
     assert adapter_folder(str(tmp_path)) == tmp_path
     (tmp_path / "config.yaml").write_text("")
     assert adapter_folder(str(tmp_path)) == tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("model_type", ["", "llama", "gpt2", "qwen2"])
+def test_a_tokenizer_is_that_of_transformers_whatever_the_model(shared, tmp_path, model_type):
+    """transformers chooses a tokenizer's class by the model's type too; we give it the type without its config."""
+    text = "Hello  world, it's 12345 o'clock.\n\tÄ 日本"
+    for source in sorted((shared / "tokenizers").iterdir()):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+        try:
+            expected = AutoTokenizer.from_pretrained(folder)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            with pytest.raises(UserError, match="no tokenizer could be read"):
+                load_tokenizer(folder)
+            continue
+        found = load_tokenizer(folder)
+        assert type(found) is type(expected)
+        assert found(text)["input_ids"] == expected(text)["input_ids"]
+        assert found.special_tokens_map == expected.special_tokens_map

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.safetensors import read_json
 
 
 def read_tokenizer(name: str, where: Path | str, revision: str, source: str) -> Any:
@@ -22,7 +23,8 @@ def read_tokenizer(name: str, where: Path | str, revision: str, source: str) -> 
     from transformers import AutoTokenizer  # imported late: it takes seconds to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main", trust_remote_code=False)
+        options = {"revision": revision or "main", "trust_remote_code": False, "config": _config_to_read(Path(where))}
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
         tokenizer("a word", add_special_tokens=False)
         tokenizer.eos_token_id  # noqa: B018 (it fails if the configuration is damaged)
         return tokenizer
@@ -33,6 +35,26 @@ def read_tokenizer(name: str, where: Path | str, revision: str, source: str) -> 
         if _needs_sentencepiece(Path(where)):
             reason = "tokenizer.model is of sentencepiece, which is not installed; pip install sentencepiece protobuf"
         raise UserError(f"{name}: no tokenizer could be read from {source}: {reason}") from error
+
+
+def _config_to_read(folder: Path) -> Any:
+    """Returns the config by which transformers chooses the tokenizer's class, or None to let it read config.json.
+
+    Where tokenizer_config.json names the class, of the model's config no more than its type and names is looked at. Its
+    own class, which transformers would import, takes 1.5 s where torch is installed.
+    """
+    from transformers import PreTrainedConfig
+
+    files = [folder / "tokenizer_config.json", folder / "config.json"]
+    if not all(file.is_file() for file in files):
+        return None
+    named, read = (read_json(file) for file in files)
+    if not named.get("tokenizer_class") or "auto_map" in named:
+        return None
+    config = PreTrainedConfig(name_or_path=str(folder))
+    for key in {"model_type", "model_name", "tokenizer_class"} & set(read):
+        setattr(config, key, read[key])
+    return config
 
 
 def _needs_sentencepiece(folder: Path) -> bool:
