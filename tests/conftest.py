@@ -1,7 +1,9 @@
 """Four pretend devices, so that layouts over devices are tested everywhere; programs that are compiled quickly."""
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing folder is an error at 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and starve each other beside other tests
 
+if jax := sys.modules.get("jax"):  # of a process that was forked after the import
+    jax.config.update("jax_compilation_cache_dir", COMPILED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Libraries make millions of objects that live as long as the process. To look through them takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
+
 SHARED = Path(os.environ.get("DPO_JAX_SHARED", Path(__file__).parent.parent.parent / "shared"))
 
 
@@ -35,6 +43,12 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is imported by now to itself in later collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

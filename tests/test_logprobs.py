@@ -95,6 +95,16 @@ def test_confidence_is_nan_unless_asked_for(pair, table):
     assert np.isnan(lp.confidence).all()
 
 
+def test_the_rounding_of_log_probs_is_four_units_in_the_last_place_of_what_is_summed(pair, table):
+    _, model, params = pair
+    batch, _, _ = pack.build_batch(table, np.arange(COUNT), pack.choose_layout(table, max_length=192, batch_size=COUNT))
+    batch = jax.tree.map(lambda x: x[0], batch)
+    lp = batch_logps(model, params, batch._replace(ref_logps=np.full_like(batch.ref_logps, -50.0)))
+    there = np.asarray(lp.present)
+    assert (np.asarray(lp.policy)[there] < -10).all()
+    np.testing.assert_allclose(lp.rounding, 2.0**-21 * (abs(lp.policy) + np.where(there, 50.0, 0.0)), rtol=1e-6)
+
+
 def test_an_absent_response_changes_nothing_for_the_others(pair, table):
     _, model, params = pair
     whole = [table[i] for i in range(COUNT)]

@@ -192,12 +192,13 @@ def parse_config(
     """
     written = flatten(read_yaml(source) if isinstance(source, str) else source or {})
     given = flatten(overrides) if isinstance(overrides, Mapping) else arguments(overrides)
-    if written:
-        where = f"{source}: " if isinstance(source, str) else ""
-        _parse(_with_sections(kind, written), written, where, prog)
-    written = _as_lists(written, given)
-    full = _with_sections(kind, [*written, *given])
-    parsed = _parse(full, list(_applied(written, given, full).items()), "", prog)
+    where = f"{source}: " if isinstance(source, str) else ""
+    if written or not given:
+        parsed = _parse(_with_sections(kind, written), written, where, prog)
+    if given:
+        written = _as_lists(written, given)
+        full = _with_sections(kind, [*written, *given])
+        parsed = _parse(full, list(_applied(written, given, full).items()), "", prog)
     _check_values(dataclasses.asdict(parsed), "")  # type: ignore[call-overload]
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: _plain(v) if k in SECTIONS else v for k, v in values.items()})

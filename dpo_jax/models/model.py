@@ -1,7 +1,7 @@
 """Decoder-only language models as pure functions of their parameters: the interface that the package uses."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +59,7 @@ class Model(NamedTuple):
     end_ids: tuple[int, ...] = ()
 
 
+@lru_cache(maxsize=8)  # equal functions are traced once in a process, by all of its runs
 def build_model(architecture: Architecture, *, compute: str = "float32", remat: str = "none") -> Model:
     """Returns the pure functions of an architecture. Allocates no parameters.
 
