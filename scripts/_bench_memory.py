@@ -79,9 +79,9 @@ def train(argv: list[str]) -> dict[str, float]:
 
 def planned(argv: list[str]) -> dict[str, float]:
     """Returns what the plan of the same run says."""
-    from dpo_jax.commands.plan import plan_run
     from dpo_jax.config.parse import parse_config
     from dpo_jax.config.schema import Config
+    from dpo_jax.training.plan import plan_run
 
     made = plan_run(parse_config(Config, argv[0], argv[1:], prog="bench"))
     return {"planned_mb": made.memory.total / 2**20, **{k: v / 2**20 for k, v in made.memory._asdict().items()}}

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_jax
 from dpo_jax import cli
-from dpo_jax.commands.plan import plan_run
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, ModelConfig
 from dpo_jax.data.sources import memory, synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import adapter_folder, load_tokenizer, open_folder
 from dpo_jax.training.load import load_policy
+from dpo_jax.training.plan import plan_run
 
 WORDS = len(synthetic.synthetic_tokenizer())
 

@@ -6,12 +6,17 @@ import jax
 import pytest
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import Memory, Plan, abstract_batch, abstract_run, plan_advice, plan_layout, plan_run
+from dpo_jax.commands.plan import plan_advice
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
+from dpo_jax.config.yaml import dump
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
+from dpo_jax.training import plan
+from dpo_jax.training.checks import with_compute
 from dpo_jax.training.compile import compiled_step, hparams
+from dpo_jax.training.load import recomputed
+from dpo_jax.training.plan import Memory, Plan, abstract_batch, abstract_run, plan_layout, plan_run, with_remat
 from dpo_jax.training.shard import policy_shardings, state_shardings
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -84,6 +89,49 @@ def test_advice_for_a_run_that_does_not_fit(config_of):
     assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
     assert plan_advice(bare, 50) == ["data.max_length: lower it, or use devices with more memory"]
+
+
+@pytest.mark.parametrize(("memory", "remat"), [(100, "none"), (99, "dots"), (70, "dots"), (60, "full"), (1, "full")])
+def test_an_accelerator_takes_bfloat16_and_the_fastest_remat_that_fits(config_of, monkeypatch, memory, remat):
+    """Plans of 90, 63 and 10 bytes must fit in nine tenths of a device's memory."""
+    totals = {"none": 90, "dots": 63, "full": 10}
+
+    def planned(config):
+        assert config.model.compute == "bfloat16"  # which the plan depends on
+        return Plan(config, 1, 1, pack.Layout(1, 1, 1, 1, 1), Memory(totals[config.model.remat], *[0] * 6))
+
+    monkeypatch.setattr(plan, "plan_run", planned)
+    chosen = with_remat(config_of(), "gpu", memory).model
+    assert (chosen.compute, chosen.remat) == ("bfloat16", remat)
+    fixed = with_remat(config_of("--model.compute", "float32", "--model.remat", "none"), "tpu", 1).model
+    assert (fixed.compute, fixed.remat) == ("float32", "none")
+
+
+def test_a_cpu_takes_float32_and_recomputes_nothing(config_of):
+    assert with_compute(config_of()).model.compute == "float32"
+    assert recomputed(with_remat(config_of()).model) == "none"  # a CPU does not say how much memory it has
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_dtype(config_of, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(config_of("--run", str(run), "--model.compute", "bfloat16")))
+    assert with_compute(config_of("--run", str(run))).model.compute == "bfloat16"
+    assert with_compute(config_of("--run", str(tmp_path / "new"))).model.compute == "float32"
+    assert with_compute(config_of("--run", str(tmp_path / "new")), "tpu").model.compute == "bfloat16"
+
+
+def test_the_command_plans_emulated_devices_as_accelerators(config_of, tmp_path, monkeypatch, capsys):
+    tried = []
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # these tests emulate four devices already
+    monkeypatch.setattr(plan, "plan_run", lambda config: tried.append(config.model.remat) or plan_run(config))
+    options = ["--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8"]
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    cli.run_command(["plan", str(tmp_path / "my.yaml"), *options, "--devices", "4", "--memory", "1e-6"])
+    assert "model.compute: bfloat16, model.remat: full" in capsys.readouterr().out
+    assert tried == ["none", "dots", "full"]
+    cli.run_command(["plan", str(tmp_path / "my.yaml"), *options])
+    assert "model.compute: float32, model.remat: none" in capsys.readouterr().out
 
 
 def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch, capsys):

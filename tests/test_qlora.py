@@ -13,7 +13,6 @@ from scipy.stats import norm
 from tiny import largest_difference, logits_of, tokens_of, torch_model
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import abstract_run, bytes_per_device, sharded_shapes
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
@@ -31,6 +30,7 @@ from dpo_jax.records import Tokens
 from dpo_jax.step import init_state
 from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import load_policy
+from dpo_jax.training.plan import abstract_run, bytes_per_device, sharded_shapes
 from dpo_jax.training.shard import policy_shardings, state_shardings
 
 WORDS = len(synthetic.synthetic_tokenizer())

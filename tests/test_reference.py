@@ -9,6 +9,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.records import Sync, Tokens
 from dpo_jax.training import setup
+from dpo_jax.training.checks import make_sync
 
 
 def table(token=3, weight=1.0):
@@ -76,4 +77,4 @@ def test_a_reference_follows_by_its_options():
     """Soft updates every 512 steps as TR-DPO, hard updates, and an exponential moving average."""
     for every, alpha in ((512, 0.6), (64, 1.0), (1, 0.01)):
         settings = Config(reference=ReferenceConfig(mode="online", sync_every=every, sync_alpha=alpha))
-        assert setup.make_sync(settings, losses.build(settings.loss)) == Sync(every, alpha)
+        assert make_sync(settings, losses.build(settings.loss)) == Sync(every, alpha)

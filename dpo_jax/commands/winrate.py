@@ -29,7 +29,7 @@ from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wi
 from dpo_jax.rewards.words import Reward
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
-from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
+from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
 from dpo_jax.training.run_folder import check_secrets, run_config
 from dpo_jax.training.tables import decode_texts, held_out_comparisons, prompt_ids, prompt_texts
 
@@ -125,7 +125,7 @@ def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfi
     """Returns the policy of a run or model folder. A run's prompts are tokenized by the run's config."""
     own = run_config(path) if is_run(path) else settings
     folder = str(model_folder(path))
-    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=settings.model.compute)
+    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=compute_dtype(settings.model))
     tokenizer = load_run_tokenizer(model)
     loaded = load_policy(model, tokenizer, settings.seed)
     ids = prompt_ids(prompts, tokenizer, own.data)

@@ -124,10 +124,12 @@ class ModelConfig:
     """A Hugging Face config.json (or a folder with one): random initialization."""
     tokenizer: str = ""
     """Tokenizer folder or hub id, or `synthetic`; by default that of `path`."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """dtype of activations and matmuls; trained parameters are always float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """Activations to recompute in the backward pass: none, all except projections and attention (dots), all (full)."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of activations and matmuls; auto is bfloat16 on a GPU or TPU, float32 on a CPU. Trained parameters are
+    always float32."""
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    """Activations to recompute in the backward pass: none, all except projections and attention (dots), all (full).
+    auto is none on a CPU, and on a GPU or TPU the first of them whose plan (`dpo-jax plan`) fits in its memory."""
     attention: Literal["auto", "chunks", "cudnn", "splash"] = "auto"
     """Attention backend of packed rows: chunks of queries (ours, on any device), cudnn (GPU) or splash (TPU). A kernel
     is used only if it matches chunks in a test on this device; auto takes the device's kernel, else chunks."""

@@ -23,7 +23,8 @@ from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
-from dpo_jax.training.load import LoadedModel, load_policy, load_run_tokenizer
+from dpo_jax.training.checks import check_length
+from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_models, restore_state
 from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
@@ -96,7 +97,7 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     if is_run(path):
         warn_of_changes(Path(path), settings)
     loaded, tokenizer = _load(settings, loss)
-    setup.check_length(settings, loaded.model)
+    check_length(settings, loaded.model)
     rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
     table = load_table(settings, loss, tokenizer, rows, "held-out")
     judge = _eval_model(path, settings, loaded, loss)
@@ -188,7 +189,7 @@ def _eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: Loss
     """Returns the policy and its reference, ready to evaluate."""
     state = restore_state(path, settings, loaded, loss)
     models = restore_models(path, settings, loaded, state)
-    model, note = with_attention(loaded.model, settings.model.attention, settings.model.compute)
+    model, note = with_attention(loaded.model, settings.model.attention, compute_dtype(settings.model))
     if note:
         log.info(note)
     return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)

@@ -17,6 +17,7 @@ from dpo_jax.runs.train import Result, checked_callbacks, finish_run, with_base_
 from dpo_jax.training import setup
 from dpo_jax.training.compile import prepare_run, traced_floats, with_hparams
 from dpo_jax.training.loop import Callback, train_run
+from dpo_jax.training.plan import with_remat
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def train_all(
         for one in group:
             log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
             try:
-                run = setup.setup_run(one) if run is None else setup.sweep_member(run, one)
+                run = setup.setup_run(with_remat(one)) if run is None else setup.sweep_member(run, one)
                 # A run that goes on has the schedule of its start, and so may need a program of its own.
                 same = program == (program := dump(_without_floats(run.config)))
                 prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)

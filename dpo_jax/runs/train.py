@@ -15,6 +15,7 @@ from dpo_jax.paths import load_json
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.training import setup
 from dpo_jax.training.loop import Callback, train_run
+from dpo_jax.training.plan import with_remat
 
 log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Any)  # a config with a section `model`
@@ -85,7 +86,7 @@ def checked_callbacks(callbacks: Any) -> list[Callback]:
 
 def train_settings(settings: Config, callbacks: Sequence[Callback] = ()) -> Result:
     """Trains a run from its config; `settings.model.path` must be a model, not a YAML."""
-    run = setup.setup_run(settings)
+    run = setup.setup_run(with_remat(settings))
     return finish_run(run.folder, train_run(run, callbacks=callbacks))
 
 

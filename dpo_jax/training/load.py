@@ -113,6 +113,17 @@ def load_run_tokenizer(options: ModelConfig) -> Any:
     return load_tokenizer(model_folder(name or options.path) if local else name)
 
 
+def compute_dtype(options: ModelConfig, platform: str = "") -> str:
+    """Returns the dtype of activations and matmuls: by default bfloat16 on a GPU or TPU, float32 on a CPU."""
+    by_device = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return by_device if options.compute == "auto" else options.compute
+
+
+def recomputed(options: ModelConfig) -> str:
+    """Returns what the backward pass recomputes: nothing if that is left to the device, which a run asks before."""
+    return "none" if options.remat == "auto" else options.remat
+
+
 def load_policy(
     options: ModelConfig,
     tokenizer: Any,
@@ -160,7 +171,7 @@ def load_policy(
         note = "; ".join(filter(None, (note, new)))
         if lora_options and (lora_options.rank or lora_options.path):
             raise UserError("lora: adapters cannot train the head of a reward model; remove lora.rank and lora.path")
-    model = build_model(architecture, compute=options.compute, remat=options.remat)
+    model = build_model(architecture, compute=compute_dtype(options), remat=recomputed(options))
     if params is None:
         params = init_params(model, seed)
     adapters, kind = initial_adapters(lora_options or LoraConfig(), architecture, seed, params)

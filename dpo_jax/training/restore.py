@@ -15,6 +15,7 @@ from dpo_jax.records import TrainState
 from dpo_jax.step import init_state
 from dpo_jax.training import setup
 from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.checks import make_sync
 from dpo_jax.training.load import LoadedModel
 from dpo_jax.training.run_folder import run_config
 
@@ -34,7 +35,7 @@ def restore_state(
     Raises:
       UserError: the run has no such checkpoint.
     """
-    moving = setup.make_sync(settings, loss) is not None
+    moving = make_sync(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
     if not is_run(path):
         return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())

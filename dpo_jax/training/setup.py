@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import distributed, losses, optim, sharding
-from dpo_jax.config.schema import Config, ReferenceConfig
+from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import dump
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
-from dpo_jax.models.model import Model
 from dpo_jax.models.vocabulary import grow_vocabulary
 from dpo_jax.paths import cache_folder, written
-from dpo_jax.records import Sync
 from dpo_jax.sampling import generate
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
+from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
 from dpo_jax.training.load import LoadedModel, check_unmerged, export_notes, load_policy, load_run_tokenizer
 from dpo_jax.training.run import Run, eval_interval
 from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
@@ -43,32 +42,7 @@ from dpo_jax.training.tables import (
     with_prompts,
 )
 
-LONG_RUN = 10**6  # updates, where those of the run are not known yet
 log = logging.getLogger(__name__)
-
-
-def make_sync(config: Config, loss: Loss) -> Sync | None:
-    """Returns how the reference follows the policy; None for a fixed reference.
-
-    Raises:
-      UserError: the reference of this run cannot follow the policy, or the options have no effect.
-    """
-    every, alpha = config.reference.sync_every, config.reference.sync_alpha
-    if not every and alpha != ReferenceConfig.sync_alpha:
-        raise UserError("reference.sync_alpha has no effect without reference.sync_every; set that too")
-    if not every:
-        return None
-    if every < 0 or not 0 < alpha <= 1:
-        raise UserError(f"reference: sync_every must be >= 0 and sync_alpha in (0, 1], got {every} and {alpha}")
-    if not loss.uses_reference:
-        raise UserError("reference.sync_every: this loss has no reference; remove it")
-    if config.lora.rank or config.lora.path:
-        raise UserError(
-            "reference.sync_every: with lora the reference is the model without adapters, which is fixed; remove it"
-        )
-    if config.reference.mode == "cache":
-        raise UserError("reference.sync_every: a moving reference cannot be cached; set reference.mode: online")
-    return Sync(every, alpha)
 
 
 def make_completer(
@@ -120,13 +94,6 @@ def check_config(config: Config) -> None:
     optim.build(**optim.with_total_steps(config.optim, LONG_RUN))
 
 
-def check_length(config: Config, model: Model) -> None:
-    """Refuses a maximum length beyond the positions of the model."""
-    limit = model.architecture.max_positions
-    if config.data.max_length > limit:
-        raise UserError(f"data.max_length: {config.data.max_length} exceeds the model's {limit} positions; lower it")
-
-
 def setup_run(config: Config) -> Run:
     """Returns a run: its model loaded, its data tokenized, its folder locked.
 
@@ -134,6 +101,7 @@ def setup_run(config: Config) -> Run:
       UserError: invalid options, or a model, data or folder that cannot be used.
     """
     check_config(config)
+    config = with_compute(config)
     loss, notes = losses.build(config.loss), list[str]()
     sync, tokenizer = make_sync(config, loss), load_run_tokenizer(config.model)
     loaded = load_policy(config.model, tokenizer, config.seed, config.lora, reward_encoding(config, loss))
@@ -229,7 +197,7 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
 def sweep_member(run: Run, config: Config) -> Run:
     """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
     data = dataclasses.replace(config.data, text_prompts=run.config.data.text_prompts)
-    config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=data, model=run.config.model)
     loss, config = losses.build(config.loss), with_schedule(config, len(run.train_table))
     folder, lock = claim_folder(config, run.inputs)
     if distributed.is_primary():
