@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -60,7 +61,7 @@ def with_compute(config: Config, platform: str = "") -> Config:
     if config.model.compute != "auto":
         return config
     platform, begun = platform or jax.default_backend(), is_run(Path(config.run))
-    compute = run_config(Path(config.run)).model.compute if begun else compute_dtype(config.model, platform)
+    compute: Any = run_config(Path(config.run)).model.compute if begun else compute_dtype(config.model, platform)
     if platform != "cpu":
         log.info(f"model.compute: {compute}, " + ("as this run began" if begun else f"the default on a {platform}"))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))

@@ -124,12 +124,16 @@ def fitting_plan(config: Config, memory: float) -> Plan:
     Raises:
       UserError: invalid options.
     """
-    fastest_first = ("none", "dots", "full") if config.model.remat == "auto" else (config.model.remat,)
-    for remat in fastest_first:
-        plan = plan_run(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)))
+    *faster, last = ("none", "dots", "full") if config.model.remat == "auto" else (config.model.remat,)
+    for remat in faster:
+        plan = plan_run(_with_model(config, remat=remat))
         if plan.memory.total <= memory:
-            break
-    return plan
+            return plan
+    return plan_run(_with_model(config, remat=last))
+
+
+def _with_model(config: Config, **values: Any) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
 
 
 def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:

@@ -51,7 +51,8 @@ def _config_to_read(folder: Path) -> Any:
     named, read = (read_json(file) for file in files)
     if not named.get("tokenizer_class") or "auto_map" in named:
         return None
-    config = PreTrainedConfig(name_or_path=str(folder))
+    config = PreTrainedConfig()
+    config.name_or_path = str(folder)
     for key in {"model_type", "model_name", "tokenizer_class"} & set(read):
         setattr(config, key, read[key])
     return config
