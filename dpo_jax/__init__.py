@@ -3,7 +3,8 @@
 Three levels, each usable without the ones above:
 
 - losses: `dpo_jax.losses.dpo(Logps.of(policy, reference), beta=0.1)`, pure functions of log-probs;
-- functions: `load_model`, `tokenize`, `collate`, `sequence_logps`, `make_train_step`, `generate`, `save_model`;
+- functions: `load_model`, `init_model`, `tokenize`, `collate`, `sequence_logps`, `make_train_step`, `generate`,
+  `save_model`;
 - runs: `train`, `evaluate`, `sample`, `sweep`, as the commands of `dpo-jax`.
 
 Names are imported when they are first used, so that `import dpo_jax` is fast and touches no device.
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from dpo_jax.errors import UserError
     from dpo_jax.logprobs import sequence_logps
     from dpo_jax.losses.objective import Loss
-    from dpo_jax.models.huggingface.load import load_model, save_model
+    from dpo_jax.models.huggingface.load import init_model, load_model, save_model
     from dpo_jax.models.model import Model
     from dpo_jax.records import Batch, Logps, TrainState
     from dpo_jax.reference import with_reference
@@ -41,7 +42,7 @@ _HOME = {
     "errors": ("UserError",),
     "logprobs": ("sequence_logps",),
     "losses": ("Logps", "Loss"),  # which lets jit and grad pass missing fields
-    "models.huggingface.load": ("load_model", "save_model"),
+    "models.huggingface.load": ("init_model", "load_model", "save_model"),
     "models.model": ("Model",),
     "records": ("Batch", "TrainState"),
     "reference": ("with_reference",),
@@ -66,6 +67,7 @@ __all__ = [
     "collate",
     "evaluate",
     "generate",
+    "init_model",
     "init_state",
     "load_model",
     "losses",

@@ -97,12 +97,12 @@ def _converted(where: str, option: Option, value: Any) -> Any:
         if str(value) not in ("True", "False", "true", "false"):
             raise UserError(f"{where}{option.name}: {value!r} is not True or False")
         return str(value) in ("True", "true")
-    if isinstance(value, bool | str | int | float):
+    if isinstance(value, str if option.kind is str else bool | str | int | float):
         try:
             return option.kind(str(value) if not isinstance(value, option.kind) else value)
         except ValueError:
             pass
-    elif not isinstance(value, list | dict | tuple):
+    elif option.kind is not str and not isinstance(value, list | dict | tuple):
         return value  # a traced number
     raise UserError(f"{where}{option.name}: {value!r} is not of type {option.kind.__name__}")
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from launched import make_world
+from transformers import AutoModelForCausalLM
 
 import dpo_jax
 from dpo_jax import Logps, UserError, cli, losses
@@ -307,8 +308,26 @@ def test_a_saved_model_is_the_loaded_one_and_generates_alike(world):
     ]
     assert texts[0] == texts[1]
     assert model.end_ids == (tokenizer.eos_token_id,)
-    with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model"):
+    with pytest.raises(UserError, match=r"the model has no config.json; load it with load_model or init_model"):
         dpo_jax.save_model(world / "other", model._replace(hf_config=None), params)
+
+
+def test_a_new_model_has_random_weights_of_a_seed_and_can_be_saved(world, tmp_path):
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (model, params), (_, same), (_, other) = (
+        dpo_jax.init_model(config), dpo_jax.init_model(tmp_path / "config.json"), dpo_jax.init_model(config, seed=1)
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert params["embedding"].shape == (64, 16)
+    assert np.std(params["embedding"]) == pytest.approx(0.02, rel=0.1)  # transformers' initializer_range
+    assert not np.array_equal(params["embedding"], other["embedding"])
+    assert model.end_ids == (3,)
+    found = AutoModelForCausalLM.from_pretrained(dpo_jax.save_model(tmp_path / "saved", model, params))
+    np.testing.assert_array_equal(found.get_input_embeddings().weight.detach(), params["embedding"])
+    with pytest.raises(UserError, match="init_model: model_type is missing; give the family"):
+        dpo_jax.init_model({"hidden_size": 16})
 
 
 def test_functions_name_what_they_were_given_instead(world):

@@ -117,6 +117,12 @@ def test_wrong_values_are_one_line(given, message):
         with_defaults("o.", options_of(own), given)
 
 
+@pytest.mark.parametrize("value", [3, 0.5, True])
+def test_a_number_is_no_text(value):
+    with pytest.raises(UserError, match=f"o.s: {value} is not of type str"):
+        with_defaults("o.", [Option("s", str, "", "")], {"s": value})
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """A module in the working directory, which is on no path."""

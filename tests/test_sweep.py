@@ -126,8 +126,8 @@ def test_only_numbers_of_loss_and_optimizer_share_a_program(world):
     ("argv", "message"),
     [
         (["--loss.beta", "0.1"], "several values"),
-        (["--loss.beta", "0.1,"], "different values that are not empty"),
-        (["--loss.beta", "0.1,0.1"], "different values that are not empty"),
+        (["--loss.beta", "0.1,"], "different values, none of them empty"),
+        (["--loss.beta", "0.1,0.1"], "different values, none of them empty"),
         (["--loss.bta", "0.1,0.2"], "did you mean"),
         (["--batch_size", "1,0", "--model.path", "stage.yaml"], "batch_size must be at least 1, got 0"),
         (["--model.tokenizer", "a/b,a_b"], "give the same folder"),

@@ -40,7 +40,9 @@ def sweep(
     Raises:
       UserError: as `train`. A run that fails raises after the others have trained.
     """
-    for key, some in (over or {}).items():
+    if not over:
+        raise UserError("sweep: nothing to vary; give keys and their values, as in over={'loss.beta': [0.05, 0.1, 1]}")
+    for key, some in over.items():
         if isinstance(some, str) or not isinstance(some, Iterable):
             raise UserError(f"sweep: {key}: {some!r}; give a list of values, as in over={{'{key}': [{some!r}, ...]}}")
         if own := [value for value in some if callable(value)]:
@@ -48,7 +50,7 @@ def sweep(
     callbacks = checked_callbacks(keys.pop("callbacks", ()))
     given = {name: keys.pop(name, None) for name in ("data", "eval_data", "loss", "optimizer")}
     settings, name = call_settings(config, **given, keys=keys)
-    values = {key: [str(value) for value in some] for key, some in (over or {}).items()}
+    values = {key: [str(value) for value in some] for key, some in over.items()}
     results, failed = train_all(sweep_configs(plain_config(settings), name, values), name, callbacks)
     if failed:
         raise UserError("; ".join(failed))
@@ -70,10 +72,10 @@ def sweep_configs(
       UserError: no key has several values, or a value twice; values that cannot train.
     """
     if not over:
-        raise UserError("dpo-jax sweep: give an option several values, as in --loss.beta 0.05,0.1,1,5")
+        raise UserError("sweep: no option has several values; give some, as in --loss.beta 0.05,0.1,1,5")
     for key, texts in over.items():
         if not all(texts) or len(set(texts)) < len(texts):
-            raise UserError(f"--{key} {','.join(texts)}: give different values that are not empty, separated by commas")
+            raise UserError(f"sweep: {key} {','.join(texts)}: give different values, none of them empty")
     found = []
     for chosen in itertools.product(*over.values()):
         pairs = list(zip(over, chosen, strict=True))

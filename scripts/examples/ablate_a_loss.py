@@ -68,9 +68,10 @@ pairs = [
     {"prompt": pair.prompt, "chosen": pair.responses[0], "rejected": pair.responses[1]}
     for pair in itertools.islice(synthetic.read(responses=2), 1200)
 ]
-small = json.loads((Path(dpo_jax.__file__).parents[1] / "configs/models/synthetic.json").read_text())
+small = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
+small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
 work.mkdir(parents=True, exist_ok=True)
-(work / "config.json").write_text(json.dumps(small | {"hidden_size": 32, "intermediate_size": 64}))
+(work / "config.json").write_text(json.dumps(small))
 settings = {
     "model": {"config": work / "config.json", "tokenizer": "synthetic"},
     "data": {"max_length": 96, "max_prompt_length": 32, "eval_fraction": 0.3, "eval_examples": None},

@@ -18,8 +18,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 # %%
 import itertools
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,8 +27,6 @@ import dpo_jax
 from dpo_jax import losses, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.sources import synthetic
-from dpo_jax.models.families.registry import architecture_of
-from dpo_jax.models.model import build_model
 
 DEVICES = jax.device_count()
 print(f"{DEVICES} devices: {jax.devices()}")
@@ -41,9 +37,9 @@ print(f"{DEVICES} devices: {jax.devices()}")
 # multiple of their number.
 
 # %%
-config = json.loads((Path(dpo_jax.__file__).parents[1] / "configs/models/synthetic.json").read_text())
-model = build_model(architecture_of(config | {"hidden_size": 32, "intermediate_size": 64}))
-params = jax.jit(model.init)(jax.random.key(0))
+config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
+config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+model, params = dpo_jax.init_model(config)
 rows = [
     {"prompt": pair.prompt, "chosen": pair.responses[0], "rejected": pair.responses[1]}
     for pair in itertools.islice(synthetic.read(responses=2), 64)

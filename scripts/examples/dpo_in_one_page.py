@@ -13,7 +13,6 @@ film reviews of a few sentences, whose true reward is the sum of the scores of t
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +22,6 @@ import optax
 import dpo_jax
 from dpo_jax import losses
 from dpo_jax.data.sources import synthetic
-from dpo_jax.models.families.registry import architecture_of
-from dpo_jax.models.model import build_model
 
 # %% [markdown]
 # ## A model
@@ -32,9 +29,9 @@ from dpo_jax.models.model import build_model
 # two layers with random weights: `model` holds pure functions, `params` is a nested dict of arrays.
 
 # %%
-config = json.loads((Path(dpo_jax.__file__).parents[1] / "configs/models/synthetic.json").read_text())
-model = build_model(architecture_of(config | {"hidden_size": 64, "intermediate_size": 128}))
-params = jax.jit(model.init)(jax.random.key(0))
+config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
+config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+model, params = dpo_jax.init_model(config)
 tokenizer: Any = synthetic.synthetic_tokenizer()
 print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 

@@ -28,8 +28,9 @@ work.mkdir(parents=True, exist_ok=True)
 # and evaluation.
 
 # %%
-small = json.loads((Path(dpo_jax.__file__).parents[1] / "configs/models/synthetic.json").read_text())
-(work / "config.json").write_text(json.dumps(small | {"hidden_size": 64, "intermediate_size": 128}))
+small = {"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128}
+small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True}
+(work / "config.json").write_text(json.dumps(small))
 pairs = [
     {"prompt": pair.prompt, "chosen": pair.responses[0], "rejected": pair.responses[1]}
     for pair in itertools.islice(synthetic.read(responses=2), 1800)

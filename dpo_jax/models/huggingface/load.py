@@ -1,20 +1,24 @@
 """A model with its weights and tokenizer, from and to a Hugging Face folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.huggingface.folder import (
     end_ids,
     load_tokenizer,
     model_folder,
     open_folder,
+    read_config,
     read_generation,
     save_folder,
 )
 from dpo_jax.models.huggingface.lazy import load_into_memory
+from dpo_jax.models.init import init_params
 from dpo_jax.models.model import Model, build_model
 
 
@@ -40,6 +44,28 @@ def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none
     return model, jax.device_put(load_into_memory(params)), tokenizer
 
 
+def init_model(
+    config: str | Path | Mapping[str, Any], seed: int = 0, *, compute: str = "float32", remat: str = "none"
+) -> tuple[Model, Any]:
+    """Returns (model, params) of a Hugging Face config, with random weights as transformers initializes them.
+
+    Args:
+      config: the values of a config.json, such as {"model_type": "llama", "hidden_size": 64, ...}, or its path.
+      seed: of the weights.
+      compute: dtype of activations and matmuls, "float32" or "bfloat16"; parameters are float32.
+      remat: what the backward pass recomputes: "none", "dots" (all but projections and attention) or "full".
+
+    Raises:
+      UserError: no such file, or a family or setting that is not supported.
+    """
+    hf_config = dict(config) if isinstance(config, Mapping) else read_config(config)
+    if "model_type" not in hf_config:
+        raise UserError("init_model: model_type is missing; give the family, as in {'model_type': 'llama', ...}")
+    model = build_model(architecture_of(hf_config), compute=compute, remat=remat)
+    params = jax.device_put(init_params(model, seed))
+    return model._replace(hf_config=hf_config, end_ids=end_ids(None, {}, hf_config)), params
+
+
 def save_model(
     folder: str | Path, model: Model, params: Any, tokenizer: Any = None, *, dtype: str | None = None
 ) -> Path:
@@ -47,7 +73,7 @@ def save_model(
 
     Args:
       folder: the folder; an earlier export there is replaced.
-      model: from `load_model`.
+      model: from `load_model` or `init_model`.
       params: the parameters, on devices or on the host.
       tokenizer: a transformers tokenizer to write beside them.
       dtype: of the tensors: "float32", "bfloat16" or "float16"; by default that of the loaded model.
@@ -56,6 +82,6 @@ def save_model(
       UserError: a model that was not loaded from a folder, an unknown dtype, or a folder that holds other files.
     """
     if model.hf_config is None:
-        raise UserError("save_model: the model has no config.json; load it with load_model")
+        raise UserError("save_model: the model has no config.json; load it with load_model or init_model")
     save_folder(folder, params, model.hf_config, tokenizer, dtype)
     return Path(folder)
