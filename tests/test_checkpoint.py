@@ -186,11 +186,15 @@ def test_if_all_checkpoints_are_of_another_model_none_is_moved(saved, like):
 LOSSES = {3: 0.9, 6: 0.5, 9: 0.7, 12: 0.8, 15: 0.95}
 
 
-@pytest.mark.parametrize(("metric", "best"), [("eval_loss", 6), ("eval_rewards/accuracies", 15), ("", None)])
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("eval_loss", 6), ("eval_kl", 6), ("eval_logratio", 15), ("eval_rewards/accuracies", 15), ("", None)],
+)
 def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     checkpoints = Checkpoints(tmp_path / "c", keep=2, best=metric)
     for step, loss in LOSSES.items():
-        checkpoints.save(state(step), step, {"eval_loss": loss, "eval_rewards/accuracies": loss})
+        names = ("eval_loss", "eval_kl", "eval_logratio", "eval_rewards/accuracies")
+        checkpoints.save(state(step), step, dict.fromkeys(names, loss))
     checkpoints.save(state(16), 16)  # no evaluation at this step
     checkpoints.wait()
     assert set(checkpoint.steps_in(tmp_path / "c")) == {15, 16} | ({best} if best else set())

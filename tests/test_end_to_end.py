@@ -118,7 +118,7 @@ def test_a_run_folder_holds_what_it_says(world):
     kinds = ("rewards", "logps", "logratios", "lengths")
     pairs = {f"{kind}/{which}" for kind in kinds for which in ("chosen", "rejected")}
     others = {"rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate", "examples_per_second"}
-    others |= {"gradient_weight", "kl", "length_bias", "nll"}
+    others |= {"gradient_weight", "length_bias", "logratio", "nll"}
     assert pairs | others <= set(read_metrics(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
     files |= {"inputs.json"}

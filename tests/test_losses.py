@@ -63,7 +63,7 @@ def test_reward_metrics_are_trls_with_ties_half_right():
         "logratios/chosen": [2.0, -1.0, 0.0],
         "logratios/rejected": [0.0, 1.0, 0.0],
         "gradient_weight": [1 / (1 + math.e), 1 / (1 + 1 / math.e), 0.5],
-        "kl": [-1.0, 0.0, 0.0],
+        "logratio": [1.0, 0.0, 0.0],
         "lengths/chosen": [5.0, 5.0, 5.0],
         "lengths/rejected": [5.0, 5.0, 5.0],
         "nll": [1.6, 2.2, 2.0],

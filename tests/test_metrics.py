@@ -10,7 +10,7 @@ import rich.console
 
 from dpo_jax.errors import UserError
 from dpo_jax.intervals import fisher, mean_interval, wilson
-from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
+from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics, with_current_names
 from dpo_jax.training.progress import Progress
 
 
@@ -50,6 +50,19 @@ def test_truncate_keeps_lines_of_the_step_and_their_nulls(tmp_path):
     assert [row.get("eval_loss") for row in read_metrics(path)] == [None, 1.0]
     truncate_metrics(path, 1)
     assert path.read_text() == ""
+
+
+def test_metrics_of_older_runs_have_todays_names():
+    """Their `kl` is minus the log-ratio; the interval of a negative is turned round."""
+    old = {"step": 3, "loss": 0.5, "kl": 2.5, "logratios/chosen": -1.0}
+    assert with_current_names(old) == {"step": 3, "loss": 0.5, "logratio": -2.5, "logratios/chosen": -1.0}
+    assert with_current_names({"eval_kl": None}) == {"eval_logratio": None}
+    of_eval = {"eval_kl": {"mean": 1.0, "low": 0.5, "high": 2.0, "n": 9}, "kl(policy || reference)": {"mean": 5.0}}
+    assert with_current_names(of_eval) == {
+        "eval_logratio": {"mean": -1.0, "low": -2.0, "high": -0.5, "n": 9}, "eval_kl": {"mean": 5.0},
+    }  # fmt: skip
+    for new in ({"logratio": 1.0}, {"eval_logratio": -2.5, "eval_kl": 12.0}, {"eval_kl": 12.0, "eval_logratio": 1.0}):
+        assert with_current_names(new) == new
 
 
 def test_truncate_of_no_file_makes_none(tmp_path):

@@ -27,7 +27,7 @@ from dpo_jax.rewards.winrate import WinTally, win_share
 TEMPLATES = Path(figure.__file__).parent / "templates"
 HOSTILE = "<script>alert('x')</script> & $\\frac{1}{2}$"
 DPO = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen")
-DPO += ("logps/rejected", "grad_norm", "learning_rate")
+DPO += ("logps/rejected", "logratio", "kl", "grad_norm", "learning_rate")
 
 
 def run(folder, metrics=DPO, steps=5, beta=0.1, **files):
@@ -86,7 +86,7 @@ def page(tmp_path, *runs):
 def test_a_dpo_run_has_every_figure(tmp_path):
     shown = page(tmp_path, run(tmp_path / "a"))
     assert shown.titles == [plot.title for plot in PLOTS]
-    assert shown.tags.count("svg") == len(PLOTS) == 8
+    assert shown.tags.count("svg") == len(PLOTS) == 9
     assert {metric for plot in PLOTS for metric in plot.series.values()} == set(DPO)
     assert "It may well fall" in shown.text
     assert ["loss", "name dpo, beta 0.1"] in shown.rows
@@ -200,9 +200,20 @@ def test_eval_json_gives_the_final_numbers(tmp_path):
     text = metrics_json({"eval_loss": 0.61312, "kl(policy || reference)": 2.5, "gone": None})
     shown = page(tmp_path, run(tmp_path / "a", eval_json=text))
     assert ["eval_loss", "0.6131  [0.25, 0.75]  n 7"] in shown.rows
-    assert ["kl(policy || reference)", "2.5  [0.25, 0.75]  n 7"] in shown.rows
+    assert ["eval_kl", "2.5  [0.25, 0.75]  n 7"] in shown.rows
     assert ["gone", "nan  [0.25, 0.75]  n 7"] in shown.rows
     assert "in brackets 95%" in shown.text
+
+
+def test_an_older_run_is_shown_under_todays_names(tmp_path):
+    """Its `kl` is of the data's responses: no curve of the KL, whose name it has."""
+    metrics = [name for name in DPO if name != "logratio"]
+    old = run(tmp_path / "old", metrics=metrics, eval_json=metrics_json({"eval_kl": 2.0}))
+    shown = page(tmp_path, old)
+    assert ["eval_logratio", "-2  [-0.75, -0.25]  n 7"] in shown.rows
+    assert [line.get("logratio") for line in read_run(old).lines][:2] == [-0.5, -1 / 3]
+    titles = [page(tmp_path, folder).titles for folder in (old, run(tmp_path / "new"))]
+    assert ["KL(policy || reference)" in found for found in titles] == [False, True]
 
 
 def test_without_eval_json_the_last_evaluation_counts(tmp_path):
@@ -220,7 +231,7 @@ def test_two_runs_are_overlaid_and_their_differences_named(tmp_path):
     assert ["eval_loss", "0.1667", "0.25"] in shown.rows
     assert ["loss.beta", "0.1", "0.5"] in shown.rows
     assert not [row for row in shown.rows if row[0] in ("seed", "loss.name")]
-    assert shown.tags.count("svg") == 8
+    assert shown.tags.count("svg") == 9
     for colour in figure.COLOURS[:2]:
         assert text.count(colour) >= 8 + 1  # in every figure and in the legend
 

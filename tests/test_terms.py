@@ -157,7 +157,7 @@ def test_absent_responses_have_no_metrics():
         "logps/chosen": [-8.0, nan, -5.0],
         "logps/rejected": [nan, -9.0, -6.0],
         "nll": [2.0, nan, 2.5],
-        "kl": [-2.0, 1.0, 0.5],
+        "logratio": [2.0, -1.0, -0.5],
         "lengths/chosen": [4.0, nan, 2.0],
     }
     for name, value in expected.items():

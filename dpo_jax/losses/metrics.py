@@ -52,14 +52,14 @@ def reward_metrics(lp: Logps, beta: Array | float) -> dict[str, Array]:
     """Returns `margin_metrics` of rewards beta * (log pi - log ref) (paper, eq. 5 without its partition function), and:
 
     - logratios/*: log pi - log ref, float32[B].
-    - kl: the mean over responses of log ref - log pi, float32[B]. Its mean over responses written by the reference
-      estimates KL(reference || policy) of whole sequences.
+    - logratio: the mean over responses of log pi - log ref, float32[B]. Over responses that the reference wrote, its
+      mean estimates -KL(reference || policy) of whole sequences.
     """
     ratios = jnp.where(lp.present, lp.policy - lp.reference, jnp.nan)
     return margin_metrics(beta * ratios, beta * lp.rounding, lp) | {
         "logratios/chosen": ratios[:, 0],
         "logratios/rejected": ratios[:, -1],
-        "kl": -jnp.nanmean(ratios, axis=1),
+        "logratio": jnp.nanmean(ratios, axis=1),
     }
 
 

@@ -13,7 +13,7 @@ from dpo_jax.pages import figure
 from dpo_jax.pages.figure import COLOURS, INK
 from dpo_jax.pages.output import render_page
 from dpo_jax.paths import load_json, written
-from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.metrics_file import read_metrics, with_current_names
 
 POINTS = 80  # a longer curve is drawn as the means of this many bins, with a band from minimum to maximum
 SAMPLES = 12
@@ -68,6 +68,7 @@ PLOTS = (
         "SFT term.",
     ),
     Plot("Log-probability of rejected responses", {"rejected": "logps/rejected"}),
+    Plot("KL(policy || reference)", {"KL": "kl"}, "In nats per response, on responses that the policy has sampled."),
     Plot("Gradient norm", {"norm": "grad_norm"}, "Before clipping."),
     Plot("Learning rate", {"rate": "learning_rate"}),
 )
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> ReportedRun:
     """Reads a run folder; only `metrics.jsonl` is required."""
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no run folder (it has no metrics.jsonl); give a folder made by `dpo-jax train`")
-    lines = _checked_lines(folder / "metrics.jsonl", (int, float, type(None)))
+    lines = [with_current_names(line) for line in _checked_lines(folder / "metrics.jsonl", (int, float, type(None)))]
     settings = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
     samples, file = [], folder / "samples.jsonl"
     if file.exists():
@@ -126,7 +127,7 @@ def _interval_texts(path: Path) -> dict[str, str]:
     try:
         return {
             name: f"{_text(m['mean'])}  [{_text(m['low'])}, {_text(m['high'])}]  n {_text(m['n'])}"
-            for name, m in load_json(path, dict).get("metrics", {}).items()
+            for name, m in with_current_names(load_json(path, dict).get("metrics", {})).items()
         }
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: metrics must hold mean, low, high and n; remove the file or write it again") from e

@@ -15,6 +15,7 @@ from dpo_jax.paths import load_json
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.training import setup
 from dpo_jax.training.loop import Callback, train_run
+from dpo_jax.training.metrics_file import with_current_names
 from dpo_jax.training.plan import with_remat
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def finish_run(folder: Path, params: Any) -> Result:
     """Writes the report of a run; returns its result."""
     if distributed.is_primary():
         write_report([folder], folder / "report.html")
-    found = load_json(folder / "eval.json", dict).get("metrics", {})
+    found = with_current_names(load_json(folder / "eval.json", dict).get("metrics", {}))
     return Result(folder, {name: entry["mean"] for name, entry in found.items()}, params)
 
 

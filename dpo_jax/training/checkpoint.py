@@ -25,6 +25,7 @@ from dpo_jax import distributed
 from dpo_jax.errors import UserError
 from dpo_jax.paths import written
 from dpo_jax.records import Array, TrainState
+from dpo_jax.training.metrics_file import with_current_names
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -137,7 +138,7 @@ def best_checkpoint(folder: Path, metric: str) -> int | None:
     sign, found = -1 if any(word in metric for word in LOWER) else 1, []
     for step in steps_in(folder):
         try:
-            metrics = read_manifest(folder / str(step))["metrics"]
+            metrics = with_current_names(read_manifest(folder / str(step))["metrics"])
         except FileNotFoundError:
             continue
         except ValueError as e:

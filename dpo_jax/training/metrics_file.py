@@ -14,6 +14,8 @@ from typing import Any
 from dpo_jax.errors import UserError
 from dpo_jax.paths import written
 
+SAMPLED_KL = "kl(policy || reference)"  # `eval_kl` in the eval.json of older runs
+
 
 def append_metrics(path: str | os.PathLike, step: int, examples: int, metrics: Mapping[str, Any]) -> None:
     """Appends one line to a JSONL file and flushes it, so that a kill tears at most the last line.
@@ -61,6 +63,31 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
     return rows
+
+
+def with_current_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metrics under the names of this version; those of older runs differ in two.
+
+    `kl` was the mean of log ref - log pi over the data's responses, now `logratio` with the other sign, and is the KL
+    of samples now, which was `kl(policy || reference)`. Only a line with a `logratio` has a new `kl`.
+
+    Args:
+      metrics: name -> number, of a line of `metrics.jsonl`; or mean, low, high and n, of `eval.json`.
+    """
+    found = {}
+    for name, value in metrics.items():
+        split = "eval_" if name.startswith("eval_") else ""
+        if name == f"{split}kl" and f"{split}logratio" not in metrics:
+            name, value = f"{split}logratio", _negative(value)
+        found["eval_kl" if name == SAMPLED_KL else name] = value
+    return found
+
+
+def _negative(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        ends = {"mean": "mean", "low": "high", "high": "low"}
+        return dict(value) | {name: _negative(value[other]) for name, other in ends.items()}
+    return -value if isinstance(value, float | int) else value
 
 
 def truncate_metrics(path: str | os.PathLike, step: int) -> None:
