@@ -20,6 +20,8 @@ from dpo_jax.sampling import generate
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 from dpo_jax.step import make_eval_step, only_trained
 
+PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}  # samples of the model's own distribution
+
 
 class Evaluator(NamedTuple):
     """Evaluates one table.
@@ -187,8 +189,9 @@ def complete_prompts(models: EvalModel, prompts: list[Array], **options: Any) ->
 def policy_kl(models: EvalModel, prompts: list[Array], completions: list[Array]) -> np.ndarray:
     """Returns log pi(y | x) - log pi_ref(y | x) of the policy's completions, float32[n], in nats.
 
-    The mean estimates the sequence-level KL(policy || reference) (paper, section 6.1). Truncated completions count up
-    to their last token.
+    Of completions sampled with `PLAIN`, the mean is an unbiased estimate of the KL(policy || reference) of whole
+    responses (paper, section 6.1), or of their first `max_new_tokens` tokens. Prompts are distinct, so that an interval
+    of the values is one over prompts.
     """
     table = Table.of(Tokens(p, (c,)) for p, c in zip(prompts, completions, strict=True))
     models = models._replace(max_length=max(models.max_length, int(table.lengths().max()) + 1))

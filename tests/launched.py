@@ -30,7 +30,7 @@ def make_world(folder: Path) -> Path:
     (folder / "tiny.json").write_text(json.dumps(config | {"hidden_size": 32, "intermediate_size": 64}))
     dpo = {
         "data": {"path": ["pairs.jsonl"], "max_length": 96, "max_prompt_length": 32, "eval_fraction": 0.2},
-        "samples": {"prompts": 2, "max_new_tokens": 8},
+        "samples": {"prompts": 2, "max_new_tokens": 8, "kl_prompts": 0},
         "model": {"config": "tiny.json", "tokenizer": "synthetic"},
         "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
         **{"batch_size": 16, "max_steps": STEPS, "epochs": 3, "save_every": 5, "eval_every": 80},

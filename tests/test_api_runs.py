@@ -372,7 +372,7 @@ def test_own_code_by_name_in_every_command(world):
     first = read_metrics(world / "runs/own/metrics.jsonl")[0]
     assert first["eval_loss"] == pytest.approx(4.0, abs=1e-4)  # of a margin of 0, (0 - 2)^2
     assert "resuming at step 2 of 3" in run(world, "train", "own.yaml", *OWN_OPTIONS, "--max-steps", "3")
-    assert "kl(policy || reference)" in run(world, "eval", "runs/own", "--prompts", "4")
+    assert "│ kl " in run(world, "eval", "runs/own", "--prompts", "4")
     assert "policy" in run(world, "sample", "runs/own", "--prompt", "I saw")
     run(world, "sweep", "own.yaml", *OWN_OPTIONS, "--loss.target", "1,2")
     assert (world / "runs/own-sweep/loss.target=1/model").is_dir()

@@ -101,7 +101,7 @@ def test_pairs_winrate_and_eval_stop_there_too(model, tmp_path, monkeypatch):
     dpo_jax.train(model=folder, data=rows, eval_data=rows, run="r", optim={"learning_rate": 0.0}, **options)
     assert {row["policy"] for row in read_metrics(tmp_path / "r/samples.jsonl")} == {text}
     found = dpo_jax.evaluate("r", prompts=1)
-    assert found["kl(policy || reference)"]["n"] == 1
+    assert found["eval_kl"]["n"] == 1
 
 
 def test_experiments_stop_there_too(model):

@@ -1,18 +1,24 @@
 """Evaluation: the KL of a policy from its reference against the sum over all responses, and intervals."""
 
-import itertools
+import logging
 import math
+from types import SimpleNamespace
 
+import enumerable
 import jax
 import numpy as np
 import pytest
 
 from dpo_jax import evaluation, losses
+from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
 from dpo_jax.intervals import wilson
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
+from dpo_jax.sampling import generate
+from dpo_jax.training import completions, setup
 
 VOCAB, EOS = 5, 4
 
@@ -31,21 +37,91 @@ def judge():
     )
 
 
-@pytest.mark.slow
-def test_kl_of_samples_estimates_the_exact_one(judge):
-    """Responses of at most two tokens can be counted out: KL is a sum over all of them."""
-    prompt = np.array([1, 2], np.int32)
-    ends = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if r[0] != EOS]
-    table = Table.of(Tokens(prompt, (np.array(r, np.int32),)) for r in ends)
-    policy, reference = (evaluation.table_logps(judge, who, table)[:, 0, 0] for who in ("policy", "reference"))
-    assert np.exp(policy).sum() == pytest.approx(1, abs=1e-5)
-    exact = float((np.exp(policy) * (policy - reference)).sum())
-    prompts = [prompt] * 1500
-    drawn = evaluation.complete_prompts(judge, prompts, max_new_tokens=2, eos_id=EOS, seed=0)["policy"]
-    estimate = evaluation.mean_with_interval(evaluation.policy_kl(judge, prompts, drawn))
-    assert exact > 0.3
-    assert estimate["low"] - 0.02 < exact < estimate["high"] + 0.02
-    assert estimate["high"] - estimate["low"] < 0.5 * exact
+@pytest.fixture(scope="module")
+def far():
+    """A policy that has moved from its reference, samples of it, and the exact KL, averaged over the prompts."""
+    model, ref = enumerable.world()
+    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(ref))))
+    policy = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), ref)
+    models = evaluation.EvalModel(
+        model, losses.build({"name": "dpo"}), {"policy": policy, "reference": ref}, np.zeros(1), 512, 16
+    )
+    prompts = enumerable.PROMPTS * 2000
+    drawn = generate(model, policy, prompts, max_new_tokens=enumerable.LONGEST, eos_id=enumerable.EOS, batch_size=512)
+    ratios = evaluation.policy_kl(models, prompts, drawn)
+    exact = enumerable.exact(policy), enumerable.exact(ref)
+    return ratios, enumerable.kl(*exact), enumerable.kl(*exact[::-1])
+
+
+def test_kl_of_samples_is_unbiased(far):
+    ratios, exact, reverse = far
+    error = ratios.std(ddof=1) / math.sqrt(len(ratios))
+    assert abs(ratios.mean() - exact) < 3 * error
+    assert exact > 20 * error  # so that a bias would be seen
+    assert abs(exact - reverse) > 10 * error  # and the KL in the other direction
+
+
+def test_the_interval_of_kl_covers_it_as_often_as_it_says(far):
+    """Of 100 intervals, each of 40 prompts, 95 are expected to; fewer than 88 have a probability of 0.002."""
+    ratios, exact, _ = far
+    found = [evaluation.mean_with_interval(part) for part in ratios.reshape(100, 40)]
+    assert 88 <= sum(one["low"] < exact < one["high"] for one in found) <= 99
+    assert {one["n"] for one in found} == {40}
+
+
+@pytest.mark.parametrize(
+    ("loss", "samples", "count"),
+    [
+        ("dpo", {}, 64),
+        ("dpo", {"prompts": 0}, 0),
+        ("dpo", {"prompts": 0, "kl_prompts": 5}, 5),
+        ("dpo", {"kl_prompts": 0}, 0),
+        ("sft", {}, 0),
+        ("simpo", {"kl_prompts": 0}, 0),
+        ("bradley_terry", {}, 0),
+        ("simpo", {"kl_prompts": 5}, "this loss has no reference"),
+        ("dpo", {"kl_prompts": -1}, "kl_prompts must be >= 0"),
+    ],
+)
+def test_runs_with_a_reference_sample_for_kl(loss, samples, count):
+    config = Config(loss={"name": loss}, samples=SamplesConfig(**samples))
+    if isinstance(count, int):
+        assert completions.kl_prompt_count(config, losses.build(config.loss)) == count
+    else:
+        with pytest.raises(UserError, match=count):
+            setup.check_config(config)
+
+
+def test_prompts_without_room_for_a_completion_are_left_out_and_counted(caplog):
+    caplog.set_level(logging.INFO, "dpo_jax")
+    model, _ = enumerable.world()
+    prompts = [np.arange(1, n, dtype=np.int32) for n in (4, 12, 9)]
+    table = Table.of(Tokens(p, (np.array([1], np.int32),)) for p in (*prompts, prompts[0]))
+    config = Config(samples=SamplesConfig(prompts=2, max_new_tokens=8))  # of 16 positions
+    shown, own = completions.prompts_to_sample(config, SimpleNamespace(model=model), losses.build("dpo"), table)
+    assert [len(p) for p in shown] == [3, 11]
+    assert [len(p) for p in own] == [3, 8]
+    assert "KL: 1 of 3 prompts are left out" in caplog.text
+
+
+@pytest.mark.parametrize(("options", "calls"), [({}, 1), ({"temperature": 0.5}, 2), ({"top_k": 3}, 2)])
+def test_samples_to_show_are_drawn_anew_if_they_are_not_of_the_policy_itself(monkeypatch, options, calls):
+    seen = []
+
+    def generate(model, params, *, prompts, **given):
+        seen.append({k: given[k] for k in ("temperature", "top_k", "top_p")} | {"n": len(prompts)})
+        return [np.array([len(seen), i]) for i in range(len(prompts))]
+
+    monkeypatch.setattr(completions, "generate", generate)
+    monkeypatch.setattr(completions, "decode_texts", lambda tokenizer, ids, ends: [row.tolist() for row in ids])
+    loaded = SimpleNamespace(model=None, end_ids=lambda tokenizer: (EOS,))
+    config = Config(samples=SamplesConfig(**options))
+    prompts = [np.array([i]) for i in range(5)]
+    found = completions.make_run_completer(config, loaded, None, prompts[:2], prompts)(None)
+    assert seen[0] == {"temperature": 1.0, "top_k": None, "top_p": None, "n": 5}
+    assert seen[1:] == [seen[0] | options | {"n": 2}] * (calls - 1)
+    assert [row.tolist() for row in found.ids] == [[1, i] for i in range(5)]
+    assert found.texts == [[calls, 0], [calls, 1]]
 
 
 def test_metrics_of_held_out_data_are_those_of_the_loss(judge):

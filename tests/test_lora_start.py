@@ -70,16 +70,22 @@ def test_the_reference_is_the_model_with_the_adapters(start, tmp_path, caplog, m
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert before["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert before["eval_kl"] == pytest.approx(0, abs=1e-5)
     assert f"the reference is the model with the adapters of {adapter['path']}; reference.path " in caplog.text
     assert any("the reference is the model with" in line for line in json.loads((run / "data.json").read_text()))
     if not more:
         shown = [row for row in read_metrics(run / "samples.jsonl") if row["step"] == 0]
         assert shown
         assert all(row["policy"] == row["reference"] for row in shown), shown
-        again = dpo_jax.evaluate(run, prompts=0)["eval_rewards/margins"]["mean"]
+        found = dpo_jax.evaluate(run, prompts=64)
+        again = found["eval_rewards/margins"]["mean"]
         last = [m for m in read_metrics(run / "metrics.jsonl") if "eval_loss" in m][-1]
         assert again == pytest.approx(last["eval_rewards/margins"], abs=1e-3)
         assert again != 0
+        # Of samples at temperature 1, though those to show are greedy.
+        assert found["eval_kl"]["mean"] == pytest.approx(last["eval_kl"], rel=1e-3)
+        assert found["eval_kl"]["mean"] > 0.01
+        assert found["eval_kl"]["n"] == json.loads((run / "eval.json").read_text())["metrics"]["eval_kl"]["n"] > 4
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A sweep gives what its runs give one by one, whatever trains together, and goes on where it was."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ from launched import TIMES, make_world
 from safetensors.numpy import load_file
 
 from dpo_jax import cli
+from dpo_jax.commands import sweep as sweep_of
 from dpo_jax.commands.sweep import split_values
 from dpo_jax.errors import UserError
 from dpo_jax.runs.sweep import group_runs, sweep_configs
@@ -96,6 +98,35 @@ def test_a_run_that_fails_leaves_the_others_whole_and_a_longer_sweep_them_as_the
     assert (good / "metrics.jsonl").read_text() == before
     name = f"optim.learning_rate={RATES[1]}"
     assert_same(world / "runs/sick" / name, swept / f"loss.beta={BETAS[0]},{name}")
+
+
+def made_run(folder, **metrics):
+    """Makes a run folder with an eval.json: metric -> (mean, low, high)."""
+    folder.mkdir(parents=True)
+    entries = {k: dict(zip(("mean", "low", "high", "n"), (*values, 9), strict=True)) for k, values in metrics.items()}
+    (folder / "eval.json").write_text(json.dumps({"step": 8, "metrics": entries}))
+    return folder
+
+
+def test_the_table_compares_what_losses_and_betas_have_in_common(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = (*sweep_of.SHOWN, "eval_loss")
+    both = {"eval_rewards/accuracies": (0.712, 0.65, 0.8), "eval_kl": (2.25, 1.5, 3.0), "eval_logratio": (-4, -5, -3)}
+    margins = {"eval_rewards/margins": (7.5, 7, 8), "eval_loss": (0.6, 0.5, 0.7)}
+    rewarded = {"true reward of the policy": (6.72, 5.62, 7.82)}
+    runs = [made_run(tmp_path / "loss.beta=0.1", **both, **margins, **rewarded)]
+    runs += [made_run(tmp_path / "loss.beta=1,seed=2", **both, **margins), made_run(tmp_path / "loss.beta=9")]
+    sweep_of._print(runs, shown, {"loss.beta=9"})  # noqa: SLF001 (a sweep takes a minute)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line[0] in "│┃"]
+    lines = [[cell.strip() for cell in row.strip("│┃").split(row[0])] for row in rows]
+    names = ("rewards/accuracies", "kl", "true reward of the policy", "loss")
+    accuracy, kl, loss = "0.712 (0.650 .. 0.800)", "2.250 (1.500 .. 3.000)", "0.600 (0.500 .. 0.700)"
+    assert lines == [
+        ["on held-out data", *(f"{name} (95%)" for name in names)],
+        ["loss.beta=0.1", accuracy, kl, "6.720 (5.620 .. 7.820)", loss],
+        ["loss.beta=1 seed=2", accuracy, kl, "-", loss],
+        ["loss.beta=9 (failed)", "-", "-", "-", "-"],
+    ]
 
 
 @pytest.mark.slow

@@ -1,22 +1,20 @@
 """`dpo-jax sweep`: a run for every combination of some options' values."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Column
-from rich.table import Table as Grid
-
 from dpo_jax import distributed
-from dpo_jax.commands.common import leading_arguments, log_line
+from dpo_jax.commands.common import leading_arguments, log_line, print_table
 from dpo_jax.commands.train import initialize_from_argv
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.pages.run import write_report
+from dpo_jax.paths import load_json
 from dpo_jax.runs.sweep import sweep_configs, train_all
-from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.metrics_file import with_current_names
 
-SHOWN = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen")
+# What runs of different losses and betas can be compared by; rewards and margins are in units of beta.
+SHOWN = ("eval_rewards/accuracies", "eval_kl", "true reward of the policy", "eval_nll")
 
 
 def sweep_command(argv: list[str]) -> None:
@@ -26,9 +24,10 @@ def sweep_command(argv: list[str]) -> None:
     configs = sweep_configs(file or None, file, over, rest)
     log_line(f"{len(configs)} runs: {'; '.join(Path(c.run).name for c in configs)}")
     _, failed = train_all(configs, file)
-    runs = [Path(c.run) for c in configs if (Path(c.run) / "metrics.jsonl").is_file()]
+    runs = [Path(c.run) for c in configs if (Path(c.run) / "eval.json").is_file()]
     if distributed.is_primary() and runs:
-        _print(runs)
+        shown = SHOWN if any(c.loss != configs[0].loss for c in configs) else (*SHOWN, "eval_loss")
+        _print(runs, shown, {message.split(":")[0] for message in failed})
         log_line(f"comparison of the runs: {write_report(runs, runs[0].parent / 'report.html')}")
     if failed:
         raise UserError("; ".join(failed))
@@ -41,12 +40,16 @@ def split_values(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     return over, [text for key, texts in pairs if key not in over for text in (f"--{key}", *texts)]
 
 
-def _print(runs: Sequence[Path]) -> None:
-    # A line for each value, so that a narrow terminal cuts none of them.
-    names = [name.removeprefix("eval_") for name in SHOWN]
-    grid = Grid(Column("run", no_wrap=True), *(Column(name, overflow="fold") for name in names))
-    for run in runs:
-        last = read_metrics(run / "metrics.jsonl")[-1]
-        values = [f"{last[name]:.4f}" if last.get(name) is not None else "-" for name in SHOWN]
-        grid.add_row(run.name.replace(",", "\n"), *values)
-    Console().print(grid)
+def _print(runs: Sequence[Path], shown: Sequence[str], failed: Collection[str]) -> None:
+    """Prints a row for each run: the metrics of `shown` that any run has, with their 95% intervals."""
+    found = [with_current_names(load_json(run / "eval.json", dict).get("metrics", {})) for run in runs]
+    names = [name for name in shown if any(name in metrics for metrics in found)]
+    rows = []
+    for run, metrics in zip(runs, found, strict=True):
+        note = " (failed)" if run.name in failed else ""
+        rows.append([run.name.replace(",", " ") + note, *(_interval_text(metrics.get(name)) for name in names)])
+    print_table(("on held-out data", *(f"{name.removeprefix('eval_')} (95%)" for name in names)), rows)
+
+
+def _interval_text(entry: Mapping[str, float] | None) -> str:
+    return "-" if entry is None else f"{entry['mean']:.3f} ({entry['low']:.3f} .. {entry['high']:.3f})"

@@ -49,7 +49,8 @@ def offline_program(world: World, config: Config, table: Table, ref_logps: Array
     loss = losses.build(config.loss)
     run = Run(
         config=config, folder=none, lock=none, cache=none, model=world.model, loss=loss, sync=None, params=world.start,
-        load_reference=None, train_table=table, eval_table=none, complete=None, prompts=[], export=none,
+        load_reference=None, train_table=table, eval_table=none, complete=None, prompts=[],
+        kl_prompts=[], export=none,
     )  # fmt: skip
     trained, abstract_state = state_shardings(run, optim.build(**config.optim), world.mesh)
     step = compiled_step(run, policy_shardings(run, world.mesh, trained), abstract_state)

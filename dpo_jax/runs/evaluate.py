@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from dpo_jax.paths import is_run, written
 from dpo_jax.records import Chat, Comparison
 from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
-from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checks import check_length
+from dpo_jax.training.completions import make_completer
 from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
 from dpo_jax.training.restore import restore_models, restore_state
 from dpo_jax.training.run_folder import run_config, warn_of_changes
@@ -147,7 +148,7 @@ def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> di
     loaded, tokenizer = _load(settings, loss)
     prompts = _as_turns(path, prompts, tokenizer, settings)
     models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
-    complete = setup.make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
+    complete = make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
     return {name: complete(params) for name, params in models.items()}
 
 
@@ -215,13 +216,15 @@ def _generated(
 ) -> tuple[Intervals, list]:
     """Returns KL and rewards of completions of held-out prompts by both models, and some of the completions."""
     options = dataclasses.asdict(settings.samples)
-    del options["prompts"]
-    ids = evaluation.complete_prompts(judge, prompts, eos_id=ends, seed=settings.seed, **options)
+    del options["prompts"], options["kl_prompts"]
+    sample = partial(evaluation.complete_prompts, prompts=prompts, eos_id=ends, seed=settings.seed)
+    ids = sample(judge, **options)
     completions = {k: decode_texts(tokenizer, c, ends) for k, c in ids.items()}
     found = {}
     if "reference" in ids:
-        kl = evaluation.policy_kl(judge, prompts, ids["policy"])
-        found["kl(policy || reference)"] = evaluation.mean_with_interval(kl)
+        plain, policy = options | evaluation.PLAIN, judge._replace(params={"policy": judge.params["policy"]})
+        own = ids["policy"] if plain == options else sample(policy, **plain)["policy"]
+        found["eval_kl"] = evaluation.mean_with_interval(evaluation.policy_kl(judge, prompts, own))
     if settings.reward:
         score = get_reward(settings.reward)
         for name, answers in completions.items():

@@ -1,5 +1,6 @@
 """A run -> the same on devices: everything done once before the first step."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
 from dpo_jax.records import Batch, TrainState
 from dpo_jax.step import make_train_step
+from dpo_jax.training.completions import completion_logps, longest_completions
 from dpo_jax.training.run import PolicyShardings, Run, total_steps
 from dpo_jax.training.shard import gather_on_use, policy_shardings, state_shardings
 
@@ -35,6 +37,7 @@ class FrozenReference(NamedTuple):
       moving: the parameters at the start of a reference that moves; () for a frozen one.
       recompute: state -> `eval_ref_logps` of a reference that has moved.
       samples: the reference's completions of the sample prompts.
+      log_ratios: (state, completions of the KL prompts) -> log pi - log ref of each, float32[n].
     """
 
     ref_logps: np.ndarray | None = None
@@ -43,6 +46,7 @@ class FrozenReference(NamedTuple):
     moving: Any = ()
     recompute: Callable[[TrainState], np.ndarray] | None = None
     samples: list[str] | None = None
+    log_ratios: Callable[[TrainState, Sequence[np.ndarray]], np.ndarray] | None = None
 
 
 class PreparedRun(NamedTuple):
@@ -160,14 +164,17 @@ def prepare_run(run: Run) -> PreparedRun:
     return PreparedRun(shardings, layout, put, step, base, abstract, frozen, evaluator, own, steps, rows)
 
 
-def _layout(config: Config, mesh: Any, table: Table) -> pack.Layout:
-    """Returns the layout of a table's batches, with the rows that this process builds."""
+def _layout(config: Config, mesh: Any, table: Table, own_sizes: bool = True) -> pack.Layout:
+    """Returns the layout of a table's batches, with the rows that this process builds.
+
+    Its sizes may be those of the config; without `own_sizes` they are chosen for the table.
+    """
     layout = pack.choose_layout(
         table,
         max_length=config.data.max_length,
         batch_size=config.batch_size,
-        length=config.data.row_length,
-        rows=config.data.rows,
+        length=config.data.row_length if own_sizes else None,
+        rows=config.data.rows if own_sizes else None,
         multiple_of=sharding.row_devices(mesh),
     )
     blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
@@ -206,8 +213,29 @@ def _reference(
         fill=None if cached else fill,
         moving=weights if run.sync else (),
         recompute=recompute if run.sync else None,
-        samples=run.complete(params) if run.complete else None,
+        samples=run.complete(params).texts if run.complete and run.prompts else None,
+        log_ratios=_log_ratios(run, shardings, base, ref_logps, weights, put) if run.kl_prompts else None,
     )
+
+
+def _log_ratios(
+    run: Run, shardings: PolicyShardings, base: Any, ref_logps: Callable, weights: Any, put: Callable
+) -> Callable[[TrainState, Sequence[np.ndarray]], np.ndarray]:
+    """Returns `FrozenReference.log_ratios`; its layout fits all completions, so that it compiles once."""
+    config = dataclasses.replace(run.config, batch_size=len(run.kl_prompts))
+    longest = longest_completions(run.kl_prompts, config.samples.max_new_tokens)
+    layout = _layout(config, shardings.mesh, longest, own_sizes=False)
+    logps = partial(completion_logps, prompts=run.kl_prompts, layout=layout, put=put)
+    policy_logps = ref_logps
+    if base is not None and not isinstance(weights, tuple):  # the reference has no adapters
+        policy_logps = reference.make_ref_logps_fn(partial(_adapted_logps, shardings), shardings.collectives)
+
+    def log_ratios(state: TrainState, completions: Sequence[np.ndarray]) -> np.ndarray:
+        policy = state.params if base is None else (state.params, base)
+        ours = logps(policy_logps, policy, completions=completions)
+        return ours - logps(ref_logps, state.reference or weights, completions=completions)
+
+    return log_ratios
 
 
 def _adapted_logps(shardings: PolicyShardings, pair: tuple[Any, Any], batch: Batch) -> Any:

@@ -176,13 +176,16 @@ class _Loop:
             evaluator = evaluator._replace(ref_logps=prepared.reference.recompute(state))
         found = evaluation.evaluate_table(evaluator, params, state.running)
         summary = evaluation.summarize(found, evaluator.table.weights)
+        completions = run.complete(prepared.shardings.policy(*params)) if run.complete else None
+        if completions and prepared.reference.log_ratios is not None:
+            summary["eval_kl"] = evaluation.mean_with_interval(prepared.reference.log_ratios(state, completions.ids))
         means = {name: entry["mean"] for name, entry in summary.items()}
         self.write(step, examples, means)
         if distributed.is_primary():
             with written(run.folder / "eval.json") as file:
                 json.dump({"step": step, "metrics": summary}, file, indent=1)
-        if run.complete is not None:
-            self._write_samples(step, examples, run.complete(prepared.shardings.policy(*params)))
+        if completions:
+            self._write_samples(step, examples, completions.texts)
         return means
 
     def _write_samples(self, step: int, examples: int, completions: Sequence[str]) -> None:

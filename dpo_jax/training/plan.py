@@ -186,7 +186,7 @@ def abstract_run(config: Config, narrow: bool = True) -> Run:
     return Run(
         config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=make_sync(config, loss),
         params=params if kind is None else adapters, load_reference=None, train_table=none, eval_table=none,
-        complete=None, prompts=[], export=none, base=None if kind is None else params, lora=kind,
+        complete=None, prompts=[], kl_prompts=[], export=none, base=None if kind is None else params, lora=kind,
     )  # fmt: skip
 
 

@@ -13,8 +13,20 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model
-from dpo_jax.records import Sync
+from dpo_jax.records import Array, Sync
 from dpo_jax.sharding import Collectives
+
+
+class Completions(NamedTuple):
+    """Completions of a policy at one evaluation.
+
+    Attributes:
+      texts: of the sample prompts.
+      ids: of the KL prompts, token ids, each sampled from the policy's own distribution.
+    """
+
+    texts: list[str]
+    ids: list[Array]
 
 
 class Run(NamedTuple):
@@ -32,8 +44,9 @@ class Run(NamedTuple):
       load_reference: returns (host or lazy arrays of the reference, their hash); None for a loss without a reference.
       train_table: comparisons to train on.
       eval_table: held-out comparisons.
-      complete: params -> completions of the sample prompts, as text; None without sample prompts.
+      complete: params -> completions of the sample prompts and the KL prompts; None if there are neither.
       prompts: the sample prompts, as text.
+      kl_prompts: the prompts whose completions estimate KL(policy || reference), as token ids.
       export: (params, folder) -> None, writes the model.
       base: host or lazy arrays of the model below the adapters; None if the whole policy is trained.
       lora: the kind of adapters; None likewise.
@@ -51,8 +64,9 @@ class Run(NamedTuple):
     load_reference: Callable[[], tuple[Any, str]] | None
     train_table: Table
     eval_table: Table
-    complete: Callable[[Any], list[str]] | None
+    complete: Callable[[Any], Completions] | None
     prompts: list[str]
+    kl_prompts: list[Array]
     export: Callable[[Any, Path], None]
     base: Any = None
     lora: Lora | None = None

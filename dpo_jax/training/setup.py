@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.models.vocabulary import grow_vocabulary
 from dpo_jax.paths import cache_folder, written
-from dpo_jax.sampling import generate
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
+from dpo_jax.training.completions import kl_prompt_count, make_run_completer, prompts_to_sample
 from dpo_jax.training.load import LoadedModel, check_unmerged, export_notes, load_policy, load_run_tokenizer
 from dpo_jax.training.run import Run, eval_interval
 from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
@@ -45,23 +45,6 @@ from dpo_jax.training.tables import (
 log = logging.getLogger(__name__)
 
 
-def make_completer(
-    config: Config, loaded: LoadedModel, tokenizer: Any, prompts: list[Any]
-) -> Callable[[Any], list[str]]:
-    """Returns `params -> completions as text` for tokenized prompts, sampled with the options of `config.samples`."""
-    options, ends = config.samples, loaded.end_ids(tokenizer)
-    sample = partial(
-        generate,
-        loaded.model,
-        prompts=prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_id=ends,
-        seed=config.seed,
-    )
-    return lambda params: decode_texts(tokenizer, sample(params), ends)
 
 
 def check_config(config: Config) -> None:
@@ -91,6 +74,7 @@ def check_config(config: Config) -> None:
     loss = losses.build(config.loss)
     make_sync(config, loss)
     responses_per_prompt(config, loss)
+    kl_prompt_count(config, loss)
     optim.build(**optim.with_total_steps(config.optim, LONG_RUN))
 
 
@@ -126,8 +110,7 @@ def setup_run(config: Config) -> Run:
     if distributed.is_primary():
         with written(folder / "data.json") as file:
             json.dump(notes, file, indent=1)
-    count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
-    prompts = [eval_table[i].prompt for i in range(min(count, len(eval_table)))]
+    prompts, kl_prompts = prompts_to_sample(config, loaded, loss, eval_table)
     return Run(
         config=config,
         folder=folder,
@@ -140,8 +123,9 @@ def setup_run(config: Config) -> Run:
         load_reference=load_reference,
         train_table=train_table,
         eval_table=eval_table,
-        complete=make_completer(config, loaded, tokenizer, prompts) if prompts else None,
+        complete=make_run_completer(config, loaded, tokenizer, prompts, kl_prompts),
         prompts=decode_texts(tokenizer, prompts),
+        kl_prompts=kl_prompts,
         export=partial(loaded.export, tokenizer=tokenizer, template=template_file_text(config.data)),
         base=None if loaded.lora is None else loaded.params,
         lora=loaded.lora,

@@ -1,0 +1,107 @@
+"""Completions that training samples at every evaluation: some to show, more to estimate KL(policy || reference)."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.config.schema import Config
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
+from dpo_jax.evaluation import PLAIN, distinct_prompts
+from dpo_jax.losses import Loss
+from dpo_jax.records import Array, Tokens
+from dpo_jax.reference import table_ref_logps
+from dpo_jax.sampling import generate
+from dpo_jax.training.load import LoadedModel
+from dpo_jax.training.run import Completions
+from dpo_jax.training.tables import decode_texts
+
+KL_PROMPTS = 64  # sampling from them takes less time than evaluating the 256 comparisons of data.eval_examples
+log = logging.getLogger(__name__)
+
+
+def make_completer(
+    config: Config, loaded: LoadedModel, tokenizer: Any, prompts: list[Any]
+) -> Callable[[Any], list[str]]:
+    """Returns `params -> completions as text` for tokenized prompts, sampled with the options of `config.samples`."""
+    sample, ends = _sampler(config, loaded, tokenizer), loaded.end_ids(tokenizer)
+    return lambda params: decode_texts(tokenizer, sample(params, prompts=prompts, **_options(config)), ends)
+
+
+def make_run_completer(
+    config: Config, loaded: LoadedModel, tokenizer: Any, shown: list[Array], kl_prompts: list[Array]
+) -> Callable[[Any], Completions] | None:
+    """Returns `params -> completions` of the sample prompts and the KL prompts; None if there are neither.
+
+    KL is an expectation over the policy's own distribution, so its prompts are sampled without temperature, top_k and
+    top_p. If the samples are too, and are of the same prompts, they are sampled once.
+    """
+    sample, options, ends = _sampler(config, loaded, tokenizer), _options(config), loaded.end_ids(tokenizer)
+    alike = len(shown) <= len(kl_prompts) and all(map(np.array_equal, shown, kl_prompts))
+    same = not shown or (alike and options == options | PLAIN)
+
+    def complete(params: Any) -> Completions:
+        ids = sample(params, prompts=kl_prompts, **(options | PLAIN)) if kl_prompts else []
+        ours = ids[: len(shown)] if same else sample(params, prompts=shown, **options)
+        return Completions(decode_texts(tokenizer, ours, ends), ids)
+
+    return complete if shown or kl_prompts else None
+
+
+def _sampler(config: Config, loaded: LoadedModel, tokenizer: Any) -> Callable[..., list[np.ndarray]]:
+    return partial(generate, loaded.model, eos_id=loaded.end_ids(tokenizer), seed=config.seed)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {name: getattr(config.samples, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
+
+def kl_prompt_count(config: Config, loss: Loss) -> int:
+    """Returns the number of held-out prompts whose completions estimate KL(policy || reference) in training.
+
+    Raises:
+      UserError: the number is negative, or the loss has no reference.
+    """
+    given = config.samples.kl_prompts
+    if given is None:
+        return KL_PROMPTS if loss.uses_reference and config.samples.prompts else 0
+    if given < 0:
+        raise UserError(f"samples.kl_prompts must be >= 0 (0: none), got {given}")
+    if given and not loss.uses_reference:
+        raise UserError("samples.kl_prompts: this loss has no reference, and so no KL to it; remove it")
+    return given
+
+
+def prompts_to_sample(config: Config, loaded: LoadedModel, loss: Loss, table: Table) -> tuple[list[Array], list[Array]]:
+    """Returns the sample prompts and the KL prompts of a run: the first distinct ones of the held-out data."""
+    count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
+    found = distinct_prompts(table, kl_prompt_count(config, loss))
+    room = loaded.model.architecture.max_positions - config.samples.max_new_tokens
+    fit = [prompt for prompt in found if len(prompt) <= room]
+    if len(fit) < len(found):
+        log.info(
+            f"KL: {len(found) - len(fit)} of {len(found)} prompts are left out; they leave no room for "
+            f"samples.max_new_tokens ({config.samples.max_new_tokens})"
+        )
+    return distinct_prompts(table, count), fit
+
+
+def longest_completions(prompts: list[Array], tokens: int) -> Table:
+    """Returns prompts with completions of the most tokens, for a layout that all completions fit."""
+    return _table(prompts, [np.zeros(tokens, np.int32)] * len(prompts))
+
+
+def _table(prompts: list[Array], completions: list[Array]) -> Table:
+    return Table.of(Tokens(prompt, (ids,)) for prompt, ids in zip(prompts, completions, strict=True))
+
+
+def completion_logps(
+    logps: Callable, params: Any, prompts: list[Array], completions: list[Array], layout: pack.Layout, put: Callable
+) -> np.ndarray:
+    """Returns the log-prob of each completion, float32[n]; `logps` is from `reference.make_ref_logps_fn`."""
+    table = _table(prompts, completions)
+    return table_ref_logps(logps, params, table, layout, len(table), put)[:, 0, 0]
