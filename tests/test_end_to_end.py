@@ -14,6 +14,7 @@ import pytest
 import yaml
 from launched import own_environment
 from safetensors.numpy import load_file
+from test_track import events
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_jax import cli
@@ -76,6 +77,7 @@ def world(tmp_path_factory):
     fast = {"learning_rate": 1e-3, "warmup_steps": 2}
     sft = shared | start | {"loss": {"name": "sft"}, "optim": {"name": "adamw", **fast}, "max_steps": 3}
     dpo = shared | {"model": {"path": "sft.yaml"}, "optim": fast, "max_steps": 12, "save_every": 3, "eval_every": 40}
+    dpo["track"] = "tensorboard"
     (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
     (folder / "dpo.yaml").write_text(yaml.safe_dump(dpo))
     code, _, err = finish(command("train", "dpo.yaml", cwd=folder, cache=folder / "cache"))
@@ -121,11 +123,16 @@ def test_a_run_folder_holds_what_it_says(world):
     others |= {"gradient_weight", "length_bias", "logratio", "nll"}
     assert pairs | others <= set(read_metrics(run / "metrics.jsonl")[3])
     files = {"config.yaml", "metrics.jsonl", "samples.jsonl", "data.json", "eval.json", "report.html"}
-    files |= {"inputs.json"}
+    files |= {"inputs.json", "tensorboard"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model", ".lock"}
     assert "<svg" in (run / "report.html").read_text()
     samples = read_metrics(run / "samples.jsonl")
     assert samples[0]["policy"] == samples[0]["reference"]  # same parameters, same seed
+    logged = events(run / "tensorboard")
+    assert "| model.path | sft.yaml |" not in logged[0, "config/text_summary"]  # as resolved
+    last = [row.strip("| ").split(" | ") for row in logged[12, "evaluation/text_summary"].splitlines()[2:]]
+    assert {name: float(mean) for name, mean, *_ in last} == {k: v for k, v in evaluated[-1].items() if "eval" in k}
+    assert evaluated[0]["eval_kl"] == 0 < evaluated[-1]["eval_kl"]
 
 
 def test_transformers_loads_the_export(world):

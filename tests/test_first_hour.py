@@ -22,7 +22,7 @@ MISTAKES = {
     "--dataset_name trl-lib/x": "set data.path",
     "--loss_type ipo": "set loss.name",
     "--bf16 true": "set model.compute: bfloat16",
-    "--report_to wandb": "set track",
+    "--report_to wandb": "set track: tensorboard, wandb, mlflow or trackio",
     "--lr_scheduler_type cosine": "set optim.schedule",
     "--warmup_ratio 0.1": "set optim.warmup_ratio",
     "--use_peft true": "set lora.rank: 16; 0 trains all parameters",

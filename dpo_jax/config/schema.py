@@ -233,8 +233,9 @@ class Config:
     """Metric such as eval_loss: save at every evaluation, and keep the checkpoint with the best value too."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
-    track: Literal["", "tensorboard", "wandb"] = ""
-    """Tracker to log to besides metrics.jsonl (needs the extra `track`). tensorboard writes into the run folder."""
+    track: Literal["", "tensorboard", "wandb", "mlflow", "trackio"] = ""
+    """Tracker to log to besides metrics.jsonl (needs the extra `track`). tensorboard writes into the run folder; the
+    others read their environment variables."""
     max_nonfinite: int = 3
     """Consecutive steps with a non-finite loss or gradient before failing; their updates are skipped."""
     hang_seconds: float = 3600.0

@@ -18,9 +18,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.evaluation import Evaluator
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.losses import Loss
-from dpo_jax.records import Batch, TrainState
+from dpo_jax.records import Batch, Tokens, TrainState
 from dpo_jax.step import make_train_step
-from dpo_jax.training.completions import completion_logps, longest_completions
 from dpo_jax.training.run import PolicyShardings, Run, total_steps
 from dpo_jax.training.shard import gather_on_use, policy_shardings, state_shardings
 
@@ -223,19 +222,22 @@ def _log_ratios(
 ) -> Callable[[TrainState, Sequence[np.ndarray]], np.ndarray]:
     """Returns `FrozenReference.log_ratios`; its layout fits all completions, so that it compiles once."""
     config = dataclasses.replace(run.config, batch_size=len(run.kl_prompts))
-    longest = longest_completions(run.kl_prompts, config.samples.max_new_tokens)
-    layout = _layout(config, shardings.mesh, longest, own_sizes=False)
-    logps = partial(completion_logps, prompts=run.kl_prompts, layout=layout, put=put)
+    longest = [np.zeros(config.samples.max_new_tokens, np.int32)] * len(run.kl_prompts)
+    layout = _layout(config, shardings.mesh, _completed(run.kl_prompts, longest), own_sizes=False)
     policy_logps = ref_logps
     if base is not None and not isinstance(weights, tuple):  # the reference has no adapters
         policy_logps = reference.make_ref_logps_fn(partial(_adapted_logps, shardings), shardings.collectives)
 
     def log_ratios(state: TrainState, completions: Sequence[np.ndarray]) -> np.ndarray:
-        policy = state.params if base is None else (state.params, base)
-        ours = logps(policy_logps, policy, completions=completions)
-        return ours - logps(ref_logps, state.reference or weights, completions=completions)
+        table, policy = _completed(run.kl_prompts, completions), state.params if base is None else (state.params, base)
+        logps = partial(reference.table_ref_logps, table=table, layout=layout, batch_size=len(table), put=put)
+        return (logps(policy_logps, policy) - logps(ref_logps, state.reference or weights))[:, 0, 0]
 
     return log_ratios
+
+
+def _completed(prompts: Sequence[np.ndarray], completions: Sequence[np.ndarray]) -> Table:
+    return Table.of(Tokens(prompt, (ids,)) for prompt, ids in zip(prompts, completions, strict=True))
 
 
 def _adapted_logps(shardings: PolicyShardings, pair: tuple[Any, Any], batch: Batch) -> Any:

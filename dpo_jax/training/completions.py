@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config.schema import Config
-from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import PLAIN, distinct_prompts
 from dpo_jax.losses import Loss
-from dpo_jax.records import Array, Tokens
-from dpo_jax.reference import table_ref_logps
+from dpo_jax.records import Array
 from dpo_jax.sampling import generate
 from dpo_jax.training.load import LoadedModel
 from dpo_jax.training.run import Completions
@@ -88,20 +86,3 @@ def prompts_to_sample(config: Config, loaded: LoadedModel, loss: Loss, table: Ta
             f"samples.max_new_tokens ({config.samples.max_new_tokens})"
         )
     return distinct_prompts(table, count), fit
-
-
-def longest_completions(prompts: list[Array], tokens: int) -> Table:
-    """Returns prompts with completions of the most tokens, for a layout that all completions fit."""
-    return _table(prompts, [np.zeros(tokens, np.int32)] * len(prompts))
-
-
-def _table(prompts: list[Array], completions: list[Array]) -> Table:
-    return Table.of(Tokens(prompt, (ids,)) for prompt, ids in zip(prompts, completions, strict=True))
-
-
-def completion_logps(
-    logps: Callable, params: Any, prompts: list[Array], completions: list[Array], layout: pack.Layout, put: Callable
-) -> np.ndarray:
-    """Returns the log-prob of each completion, float32[n]; `logps` is from `reference.make_ref_logps_fn`."""
-    table = _table(prompts, completions)
-    return table_ref_logps(logps, params, table, layout, len(table), put)[:, 0, 0]

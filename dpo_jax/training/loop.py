@@ -83,6 +83,7 @@ def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence
             if int(state.step):
                 log.info(f"resuming at step {int(state.step)} of {prepared.total_steps}")
             state = loop.steps(state)
+            loop.finish()
         _export(run, state)
     return prepared.shardings.policy(state.params, prepared.base)
 
@@ -114,6 +115,7 @@ class _Loop:
         self.write = logger.metrics_writer(run.folder, self.tracker)
         learning_rate = optim.build(**config.optim).learning_rate
         examples = partial(step_examples, run, prepared)
+        self.evaluated: tuple[int, Any] | None = None  # the step of the last evaluation, and its intervals
         self.logger = logger.StepLogger(run, self.write, progress, examples, self.checkpoints.taken, learning_rate)
 
     def start(self) -> TrainState:
@@ -160,6 +162,11 @@ class _Loop:
                 _exit_again(why, step)
         return state
 
+    def finish(self) -> None:
+        """Sends the last evaluation to the tracker, with its intervals."""
+        if self.evaluated and distributed.is_primary():
+            self.tracker.final(*self.evaluated)
+
     def call(self, step: int, metrics: Any, state: TrainState) -> bool:
         """Calls the callbacks; returns whether one of process 0 stops the run."""
         if not self.callbacks:
@@ -180,6 +187,7 @@ class _Loop:
         if completions and prepared.reference.log_ratios is not None:
             summary["eval_kl"] = evaluation.mean_with_interval(prepared.reference.log_ratios(state, completions.ids))
         means = {name: entry["mean"] for name, entry in summary.items()}
+        self.evaluated = (step, summary)
         self.write(step, examples, means)
         if distributed.is_primary():
             with written(run.folder / "eval.json") as file:
