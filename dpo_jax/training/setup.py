@@ -45,8 +45,6 @@ from dpo_jax.training.tables import (
 log = logging.getLogger(__name__)
 
 
-
-
 def check_config(config: Config) -> None:
     """Refuses invalid values, by key. Reads no data and loads no model."""
     check_secrets(config)
