@@ -5,6 +5,7 @@ import math
 import shutil
 from concurrent.futures import CancelledError
 
+import numpy as np
 import pytest
 from test_frontier_world import CONFIG, TOKENIZER, params
 
@@ -16,6 +17,7 @@ from dpo_jax.experiments.frontier import BestOf, FrontierJob, FrontierResult
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
 from dpo_jax.models.huggingface.folder import save_folder
+from dpo_jax.pages import figure
 from dpo_jax.pages.frontier import (
     budgets,
     frontier_curve,
@@ -27,6 +29,7 @@ from dpo_jax.pages.frontier import (
     render_frontier,
     standalone_figure,
 )
+from dpo_jax.rewards.winrate import kl_bound
 from dpo_jax.training.metrics_file import read_metrics
 
 
@@ -104,6 +107,74 @@ def test_the_page_and_its_figures():
     assert alone.index("<style>") < alone.index("<defs")
     none = FOUND._replace(points=FOUND.points[:1], best_of=[], curve=FOUND.curve[:1])
     assert list(frontier_figures(none)) == ["frontier"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns a function that draws the frontier of a result and returns the axes, instead of SVG."""
+    monkeypatch.setattr(figure, "figure_svg", lambda _, axes, *labels: (axes, labels))
+    return frontier_curve
+
+
+def test_the_runs_of_a_method_are_joined_in_the_order_of_their_strengths(drawn):
+    """The runs of DPO end at (1.5, 3), beta 0.1, and (6, 2.9), beta 1; their other points are small and not joined."""
+    axes, labels = drawn(FOUND)
+    assert labels == ("KL(policy || reference), nats (square-root scale)", "true reward")
+    bars = {c.get_label(): c for c in axes.containers}
+    assert list(bars) == ["SFT", "DPO, by beta", "Unlikelihood, by alpha", "Best of N (KL: bound)"]
+    line = bars["DPO, by beta"].lines[0]
+    assert line.get_xydata().tolist() == [[1.5, 3.0], [6.0, 2.9]]
+    assert line.get_linestyle() == "-"
+    assert bars["SFT"].lines[0].get_linestyle() == "None"
+    (small,) = [one for one in axes.lines if one.get_marker() == "." and one.get_color() == line.get_color()]
+    assert small.get_xydata().tolist() == [[0.25, 2.5], [0.4, 2.0]]
+    assert small.get_linestyle() == "None"
+    texts = [(text.get_text(), text.xy) for text in axes.texts]
+    best = [(str(n), (kl_bound(n), float(n))) for n in (1, 2)]
+    assert texts == [("0.1", (1.5, 3.0)), ("1", (6.0, 2.9)), ("0.5", (0.1, 0.5)), *best]
+
+
+def test_every_run_has_intervals_in_both_directions(drawn):
+    axes, _ = drawn(FOUND._replace(points=[point("dpo", 0.1, 10, 2.5, 1.0, 0.25), point("dpo", 1, 10, 2.0, 4.0, 0.5)]))
+    bars = {c.get_label(): c for c in axes.containers}
+    across, up = (bars["DPO, by beta"].lines[2][i].get_segments() for i in (0, 1))
+    assert [one.tolist() for one in across] == [[[0.75, 2.5], [1.25, 2.5]], [[3.5, 2.0], [4.5, 2.0]]]
+    assert [one.tolist() for one in up] == [[[1.0, 2.25], [1.0, 2.75]], [[4.0, 1.5], [4.0, 2.5]]]
+    (best,) = bars["Best of N (KL: bound)"].lines[2]
+    assert best.get_segments()[1].tolist() == [[kl_bound(2), 1.9], [kl_bound(2), 2.1]]
+
+
+def test_runs_that_differ_in_their_seed_are_neither_joined_nor_labeled(drawn):
+    axes, _ = drawn(FOUND._replace(points=[point("preferred_ft", seed, 10, seed, 1.0) for seed in (0, 1)], best_of=[]))
+    (bars,) = axes.containers
+    assert bars.get_label() == "Preferred-FT, each seed"
+    assert bars.lines[0].get_linestyle() == "None"
+    assert not axes.texts
+
+
+def test_labels_at_one_place_are_joined(drawn):
+    points = [point("ppo", strength, 20, 2.0, kl) for strength, kl in ((3, 1.0), (6, 4.0), (9, 4.0))]
+    axes, _ = drawn(FOUND._replace(points=points, best_of=[]))
+    assert {text.get_text(): text.xy for text in axes.texts} == {"3": (1.0, 2.0), "6, 9": (4.0, 2.0)}
+
+
+def test_the_optimum_is_straight_between_its_points_and_its_bound_beyond_them(drawn):
+    axes, _ = drawn(FOUND._replace(best_of=[BestOf(64, 4.5, 0.1)]))
+    lines = {line.get_label(): line.get_xydata().T for line in axes.lines}
+    x, y = lines["optimum"]
+    assert (x[0], y[0], x[-1], y[-1]) == (0.0, 1.0, 1.5, 4.0)
+    assert np.allclose(y, np.interp(x, [0.0, 0.5, 1.5], [1.0, 3.0, 4.0]))
+    x, y = lines["upper bound"]
+    assert (x[0], x[-1]) == (1.5, 2.0)  # up to the highest measured reward
+    assert np.allclose(y, 4.0 + x - 1.5)  # the slope is the last beta, 1
+
+
+def test_the_kl_has_the_scale_of_its_square_root(drawn):
+    axes, _ = drawn(FOUND)
+    transform = axes.xaxis.get_transform()
+    assert transform.transform([0.0, 0.25, 4.0, 16.0, -4.0]).tolist() == [0.0, 0.5, 2.0, 4.0, -2.0]
+    assert transform.inverted().transform([2.0, -2.0]).tolist() == [4.0, -4.0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "0.5", "1", "2", "4"]
 
 
 @pytest.fixture(scope="module")

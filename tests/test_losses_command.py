@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 
 from dpo_jax import cli, losses
-from dpo_jax.commands.losses import MARGINS, NOTATION, describe_loss, loss_curves
+from dpo_jax.commands.losses import (
+    MARGINS,
+    NOTATION,
+    LossCurve,
+    describe_loss,
+    loss_curves,
+    panel_rows,
+    write_plot,
+)
 from dpo_jax.errors import UserError
 from dpo_jax.losses import objective
+from dpo_jax.pages import figure
 
 
 def said(capsys, *argv):
@@ -112,13 +121,41 @@ def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
         "d loss / d margin",
         "hinge",
         "discopop",
-        "dpo, sigmoid_norm, r_dpo, plackett_luce",
+        "dpo, sigmoid_norm, r_dpo,",
+        "plackett_luce, bradley_terry",
         "kto",
         "at c = -r",
     ):
         assert part in text
     assert said(capsys, "hinge", "--plot", str(out))
     assert not [part for part in ("discopop", "at c = -r") if part in out.read_text()]
+
+
+def test_a_panel_has_at_most_six_losses_of_one_kind(curves):
+    rows = panel_rows(curves)
+    assert {label: curve for row in rows for label, curve in row.items()} == curves
+    counts = [sum(len(label.split(", ")) for label in row) for row in rows]
+    assert sum(counts) == len(losses.REGISTRY)
+    assert max(counts) <= 6
+    kinds = [{curve.margin_only for curve in row.values()} for row in rows]
+    assert kinds == sorted(kinds, key=lambda kind: kind != {True})
+    assert all(len(kind) == 1 for kind in kinds)
+    long = {f"{', '.join('abcdefg')}": LossCurve(0, 0, True), "h": LossCurve(0, 0, True)}
+    assert panel_rows(long) == [{", ".join("abcdefg"): LossCurve(0, 0, True)}, {"h": LossCurve(0, 0, True)}]
+
+
+def test_every_panel_has_a_readable_legend(curves, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figure, "set_svg_id", lambda fig: drawn.append(fig) or "")
+    write_plot(tmp_path / "losses.svg", list(losses.REGISTRY))
+    axes, rows = drawn[0].axes, panel_rows(curves)
+    assert len(axes) == 2 * len(rows)
+    for value, gradient, row in zip(axes[::2], axes[1::2], rows, strict=True):
+        texts = [text.get_text().replace("\n", " ") for text in gradient.get_legend().get_texts()]
+        assert texts == [*row]
+        assert len(value.lines) == len(gradient.lines) == len(row)
+        assert len({line.get_color() for line in value.lines}) == len(row)
+        assert all(text.get_fontsize() >= 9 for text in gradient.get_legend().get_texts())
 
 
 def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):

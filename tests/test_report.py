@@ -18,16 +18,17 @@ from dpo_jax.experiments.frontier import FrontierResult
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
 from dpo_jax.pages import figure
+from dpo_jax.pages.curves import PLOTS, polyline_points
 from dpo_jax.pages.data import DataPage, render_data
 from dpo_jax.pages.frontier import render_frontier
-from dpo_jax.pages.run import PLOTS, polyline_points, read_run, write_report
+from dpo_jax.pages.run import read_run, write_report
 from dpo_jax.pages.winrate import WinrateRow, render_winrate
 from dpo_jax.rewards.winrate import WinTally, win_share
 
 TEMPLATES = Path(figure.__file__).parent / "templates"
 HOSTILE = "<script>alert('x')</script> & $\\frac{1}{2}$"
 DPO = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen")
-DPO += ("logps/rejected", "logratio", "kl", "grad_norm", "learning_rate")
+DPO += ("logps/rejected", "logratio", "grad_norm", "learning_rate")
 
 
 def run(folder, metrics=DPO, steps=5, beta=0.1, **files):
@@ -85,10 +86,12 @@ def page(tmp_path, *runs):
 
 def test_a_dpo_run_has_every_figure(tmp_path):
     shown = page(tmp_path, run(tmp_path / "a"))
-    assert shown.titles == [plot.title for plot in PLOTS]
-    assert shown.tags.count("svg") == len(PLOTS) == 9
-    assert {metric for plot in PLOTS for metric in plot.series.values()} == {*DPO} - {"logratio"}
-    assert "It may well fall" in shown.text
+    titles = ["Loss", "Accuracy", "Margin, nats", "Rewards, nats", "Log-probabilities, nats", "Log-ratio, nats"]
+    assert shown.titles == [*titles, "Gradient norm", "Learning rate"]
+    assert shown.tags.count("svg") == 8
+    others = {"kl", "examples_per_second", "minutes"}
+    assert {metric for plot in PLOTS for metric in plot.series.values()} == set(DPO) | others
+    assert "Both may well fall" in shown.text
     assert ["loss", "name dpo, beta 0.1"] in shown.rows
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
 
@@ -96,6 +99,7 @@ def test_a_dpo_run_has_every_figure(tmp_path):
 def test_an_sft_run_has_only_its_own_figures(tmp_path):
     shown = page(tmp_path, run(tmp_path / "a", metrics=("loss", "grad_norm", "learning_rate")))
     assert shown.titles == ["Loss", "Gradient norm", "Learning rate"]
+    assert "Dotted horizontal line" not in shown.text
 
 
 def test_text_from_data_is_escaped(tmp_path):
@@ -149,9 +153,9 @@ def hostile_frontier(_):
 
 @pytest.mark.parametrize(
     ("render", "shown"),
-    # runs: 6 samples, 2 reports on data, a metric. data: title and heading, a line, a classifier and its feature, two
-    # pieces. win rates: title and heading, a line, a label, two rows, four cells of a judgement.
-    [(hostile_runs, 9), (hostile_data, 7), (hostile_winrate, 10), (hostile_frontier, 1)],
+    # runs: a row of samples in 4 columns, 2 reports on data, a metric. data: title and heading, a line, a classifier
+    # and its feature, two pieces. win rates: title and heading, a line, a label, two rows, four cells of a judgement.
+    [(hostile_runs, 7), (hostile_data, 7), (hostile_winrate, 10), (hostile_frontier, 1)],
 )
 def test_text_of_users_is_escaped_in_every_kind_of_page(tmp_path, render, shown):
     text = render(tmp_path)
@@ -202,18 +206,7 @@ def test_eval_json_gives_the_final_numbers(tmp_path):
     assert ["eval_loss", "0.6131  [0.25, 0.75]  n 7"] in shown.rows
     assert ["eval_kl", "2.5  [0.25, 0.75]  n 7"] in shown.rows
     assert ["gone", "nan  [0.25, 0.75]  n 7"] in shown.rows
-    assert "in brackets 95%" in shown.text
-
-
-def test_an_older_run_is_shown_under_todays_names(tmp_path):
-    """Its `kl` is of the data's responses: no curve of the KL, whose name it has."""
-    metrics = [name for name in DPO if name != "logratio"]
-    old = run(tmp_path / "old", metrics=metrics, eval_json=metrics_json({"eval_kl": 2.0}))
-    shown = page(tmp_path, old)
-    assert ["eval_logratio", "-2  [-0.75, -0.25]  n 7"] in shown.rows
-    assert [line.get("logratio") for line in read_run(old).lines][:2] == [-0.5, -1 / 3]
-    titles = [page(tmp_path, folder).titles for folder in (old, run(tmp_path / "new"))]
-    assert ["KL(policy || reference)" in found for found in titles] == [False, True]
+    assert "in brackets the 95% interval" in shown.text
 
 
 def test_without_eval_json_the_last_evaluation_counts(tmp_path):
@@ -231,14 +224,15 @@ def test_two_runs_are_overlaid_and_their_differences_named(tmp_path):
     assert ["eval_loss", "0.1667", "0.25"] in shown.rows
     assert ["loss.beta", "0.1", "0.5"] in shown.rows
     assert not [row for row in shown.rows if row[0] in ("seed", "loss.name")]
-    assert shown.tags.count("svg") == 9
+    assert shown.tags.count("svg") == 8
     for colour in figure.COLOURS[:2]:
         assert text.count(colour) >= 8 + 1  # in every figure and in the legend
 
 
 def test_curves_pass_through_the_data(tmp_path):
     folder = run(tmp_path / "a")
-    x, y = polyline_points(read_run(folder).lines, "eval_loss")
+    x, y, half = polyline_points(read_run(folder).lines, "eval_loss")
+    assert np.isnan(half).all()
     assert x.tolist() == [0.0, 40.0]
     assert y.tolist() == [1.0, pytest.approx(1 / 6)]
 
@@ -261,8 +255,8 @@ def test_values_that_are_not_finite_are_counted(tmp_path):
 def test_only_the_last_samples_are_shown(tmp_path):
     samples = [{"step": s, "prompt": f"p{s}", "policy": "y", "reference": "z"} for s in (0, 5, 5)]
     shown = page(tmp_path, run(tmp_path / "a", samples_jsonl="".join(json.dumps(s) + "\n" for s in samples)))
-    assert "Samples of a, step 5" in shown.text
-    assert [row for row in shown.rows if row[0] in ("p0", "p5")] == [["p5", "y", "z"]] * 2
+    assert "after step 5 of a" in shown.text
+    assert [row for row in shown.rows if row[0] in ("p0", "p5")] == [["p5", "z", "y"]]
 
 
 def test_samples_without_a_reference_have_no_column_for_it(tmp_path):

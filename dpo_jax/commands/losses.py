@@ -6,7 +6,8 @@ Everything is read from the functions: their docstrings, signatures and values.
 import inspect
 import itertools
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ NOTATION = (
 WIDTH = 145  # of the table, if the output is no terminal
 MARGINS = np.linspace(-6.0, 6.0, 241)
 REF_LOGP = -4.0  # log pi_ref of a response in the plot
-DASHES = ("-", "--", ":", "-.")
+PANEL = 6  # losses in a panel of the plot
+LEGEND_WIDTH = 30  # characters
+DASHES = ("-", "--", "-.")  # for readers who do not see the colors
 AXES = {
     True: "margin c - r, on which alone these depend\n(beta 1, one token per response, scores 3 and 1)",
     False: f"margin c - r, at c = -r\n(beta 1, one token per response, log ref {REF_LOGP:g}, one pair per step)",
@@ -150,32 +153,48 @@ class LossCurve(NamedTuple):
 def write_plot(out: Path, names: Sequence[str]) -> Path:
     """Plots losses and gradients against the margin to an SVG file, and returns its path.
 
-    Losses that depend on the margin only are in the upper row.
+    A row of two panels, value and gradient, has at most `PANEL` losses; a third column is its legend. Losses that
+    depend on the margin only come first.
 
     Raises:
       UserError: the file name does not end in .svg.
     """
     if out.suffix != ".svg":
         raise UserError(f"--plot {out}: not an .svg file; name one")
-    curves = loss_curves(names)
-    rows = [kind for kind in (True, False) if any(curve.margin_only == kind for curve in curves.values())]
-    fig = figure.new_figure(12, 4.5 * len(rows))
-    for row, margin_only in enumerate(rows):
-        axes = [fig.add_subplot(len(rows), 2, 2 * row + column) for column in (1, 2)]
-        for i, (label, curve) in enumerate((k, v) for k, v in curves.items() if v.margin_only == margin_only):
-            dash, colour = DASHES[i // len(figure.COLOURS)], figure.COLOURS[i % len(figure.COLOURS)]
-            for one, values in zip(axes, curve[:2], strict=True):
-                one.plot(MARGINS, values, dash, color=colour, lw=1.6, label=label)
-        for one, title, limits in zip(axes, ("loss", "d loss / d margin"), ((-1.5, 6.0), (-4.0, 2.0)), strict=True):
-            one.set_ylim(limits)
-            one.set_title(title, color=figure.INK, fontsize=10)
-            figure.style_axes(one, AXES[margin_only])
-        # Next to the axes, because there are too many curves for a legend inside.
-        legend = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "frameon": False, "fontsize": 8}
-        axes[1].legend(labelcolor=figure.INK, **legend)
+    rows = panel_rows(loss_curves(names))
+    fig = figure.new_figure(11, 3.3 * len(rows))
+    for row, curves in enumerate(rows):
+        _draw_row(fig, (len(rows), 2, 2 * row + 1), curves)
     with written(out) as file:
         file.write(figure.set_svg_id(fig))
     return out
+
+
+def panel_rows(curves: Mapping[str, "LossCurve"]) -> list[dict[str, "LossCurve"]]:
+    """Returns the curves of each row: of one kind, with at most `PANEL` losses by name, or a single curve."""
+    rows: list[dict[str, LossCurve]] = []
+    kinds: list[bool] = []
+    for label, curve in sorted(curves.items(), key=lambda item: not item[1].margin_only):
+        count = sum(name.count(",") + 1 for name in (*rows[-1], label)) if rows else 0
+        if not rows or kinds[-1] != curve.margin_only or count > PANEL:
+            rows.append({})
+            kinds.append(curve.margin_only)
+        rows[-1][label] = curve
+    return rows
+
+
+def _draw_row(fig: "figure.Figure", place: tuple[int, int, int], curves: Mapping[str, "LossCurve"]) -> None:
+    """Draws value and gradient of curves into two panels of a figure, from `place` on, with a legend beside them."""
+    value, gradient = (fig.add_subplot(*place[:2], place[2] + column) for column in (0, 1))
+    for i, (label, curve) in enumerate(curves.items()):
+        style = {"color": figure.COLOURS[i], "lw": 1.6, "ls": DASHES[i % len(DASHES)]}
+        value.plot(MARGINS, curve.value, **style)
+        gradient.plot(MARGINS, curve.gradient, **style, label="\n".join(textwrap.wrap(label, LEGEND_WIDTH)))
+    for axes, title, limits in ((value, "loss", (-1.5, 6.0)), (gradient, "d loss / d margin", (-4.0, 2.0))):
+        axes.set_ylim(limits)
+        axes.set_title(title, color=figure.INK, fontsize=10)
+        figure.style_axes(axes, AXES[next(iter(curves.values())).margin_only])
+    figure.add_legend(gradient, beside=True)
 
 
 def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:

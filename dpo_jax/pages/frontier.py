@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpo_jax.experiments.frontier import BestOf, FrontierResult
 from dpo_jax.experiments.optimum import RewardLimit, reward_limit
 from dpo_jax.experiments.world import Point
@@ -19,10 +21,14 @@ STRENGTHS = {
     "dpo": "beta {:g}", "ppo": "target KL {:g}", "ppo_gt": "target KL {:g}",
     "online_dpo": "beta {:g}", "unlikelihood": "alpha {:g}", "preferred_ft": "seed {:g}",
 }  # fmt: skip
+UNORDERED = ("sft", "preferred_ft")  # without a strength: one run, and runs that differ in their seed
+ERROR_BARS: dict[str, Any] = {"ms": 5, "elinewidth": 0.8, "capsize": 2, "alpha": 0.9}
+CURVE_POINTS = 200
 BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 STYLE = "<style>svg { color: #222 } @media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
 CAPTIONS = {
-    "frontier": "The paper's figure 2, left: every measurement of every run, with 95% intervals.",
+    "frontier": "The paper's figure 2, left: each run at its last step with 95% intervals, labeled with its strength. "
+    "Small points: earlier steps.",
     "paths": "The runs of DPO step by step, from the reference at the left. Where a path goes right but not up, the "
     "policy moves away from the reference without more reward; where it goes down, the policy is over-optimized.",
     "likelihoods": "Log-probabilities of held-out pairs. DPO raises the margin between chosen and rejected responses. "
@@ -152,19 +158,43 @@ def optima(found: FrontierResult) -> list[list[str]]:
 
 
 def frontier_curve(found: FrontierResult) -> str:
-    """Returns figure 2 (left) of the paper as SVG: all points of all methods, the best of N and the optimum."""
+    """Returns figure 2 (left) of the paper as SVG: the runs of each method, the best of N and the optimum.
+
+    The last points of a method's runs are joined in the order of their strengths, and labeled with them; runs that
+    differ in their seed only are not. Points of earlier steps are small.
+    """
     fig, axes = _new_axes()
     _draw_optimum(axes, found, max((p.kl for p in found.points), default=1.0))
     for i, method in enumerate(m for m in NAMES if any(p.method == m for p in found.points)):
-        points = [p for p in found.points if p.method == method]
-        x, y = [p.kl for p in points], [p.reward for p in points]
-        errors = {"xerr": [p.kl_half for p in points], "yerr": [p.reward_half for p in points]}
-        style = {"fmt": "s" if method == "sft" else "o", "ms": 4, "lw": 0, "elinewidth": 0.6, "alpha": 0.85}
-        axes.errorbar(x, y, **errors, color=figure.COLOURS[i], label=NAMES[method], **style)
+        _draw_method(axes, found, method, i)
     if found.best_of:
         x, y = [kl_bound(b.n) for b in found.best_of], [b.reward for b in found.best_of]
-        axes.plot(x, y, "^--", color=figure.COLOURS[7], ms=4, lw=1, label="Best of N (KL: bound)")
-    return _finish(fig, axes, "KL(policy || reference), nats", "true reward")
+        style: dict[str, Any] = {"color": figure.COLOURS[7], "label": "Best of N (KL: bound)"} | ERROR_BARS
+        axes.errorbar(x, y, [b.reward_half for b in found.best_of], fmt="^--", lw=1, **style)
+        figure.label_points(axes, x, y, [str(b.n) for b in found.best_of], figure.COLOURS[7], 2)
+    return _finish_reward(fig, axes)
+
+
+def _draw_method(axes: "figure.Axes", found: FrontierResult, method: str, i: int) -> None:
+    """Draws the last points of a method's runs with their intervals, and the earlier ones without, in color `i`."""
+    color = figure.COLOURS[i]
+    runs = sorted(run for run in frontier_runs(found.points).items() if run[0][0] == method)
+    last = [path[-1] for _, path in runs]
+    earlier = [p for _, path in runs for p in path[:-1]]
+    axes.plot([p.kl for p in earlier], [p.reward for p in earlier], ".", color=color, ms=3, alpha=0.5)
+    x, y = [p.kl for p in last], [p.reward for p in last]
+    kind, joined = _strength_name(method), method not in UNORDERED
+    errors = {"xerr": [p.kl_half for p in last], "yerr": [p.reward_half for p in last]}
+    label = NAMES[method] + (f", by {kind}" if joined else f", each {kind}" if kind else "")
+    marker = "o-" if joined else "s" if method == "sft" else "o"
+    axes.errorbar(x, y, **errors, fmt=marker, lw=1.2, color=color, label=label, **ERROR_BARS)
+    if joined:
+        figure.label_points(axes, x, y, [f"{p.strength:g}" for p in last], color, i)
+
+
+def _strength_name(method: str) -> str:
+    """Returns what the strength of a method is: beta, target KL, ..."""
+    return STRENGTHS.get(method, "").partition(" {")[0]
 
 
 def frontier_paths(found: FrontierResult, method: str = "dpo") -> str:
@@ -177,7 +207,7 @@ def frontier_paths(found: FrontierResult, method: str = "dpo") -> str:
     for i, (label, path) in enumerate(paths):
         x, y = [p.kl for p in path], [p.reward for p in path]
         axes.plot(x, y, "o-", color=figure.COLOURS[i % 10], ms=4, lw=1.4, label=label)
-    return _finish(fig, axes, "KL(policy || reference), nats", "true reward")
+    return _finish_reward(fig, axes)
 
 
 def likelihoods(found: FrontierResult, method: str = "dpo") -> str:
@@ -201,26 +231,34 @@ def _method_paths(found: FrontierResult, method: str) -> list[tuple[str, list[Po
 
 
 def _new_axes() -> "tuple[figure.Figure, figure.Axes]":
-    fig = figure.new_figure(7.5, 4.6)
+    fig = figure.new_figure(7.5, 4.4)
     return fig, fig.add_subplot()
 
 
 def _draw_optimum(axes: "figure.Axes", found: FrontierResult, largest_kl: float) -> None:
     """Draws the optimum with its interval and, beyond the last known optimum, its tangent: an upper bound."""
     x, y = [o.kl for o in found.curve], [o.reward for o in found.curve]
-    axes.plot(x, y, color=figure.INK, lw=1.6, label="optimum")
-    low, high = ([o.reward + sign * o.reward_half for o in found.curve] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=figure.INK, alpha=0.12, lw=0)
+    fine = np.linspace(x[0], x[-1], CURVE_POINTS)  # straight between the optima on a linear scale only
+    axes.plot(fine, np.interp(fine, x, y), color=figure.INK, lw=1.8, label="optimum")
+    low, high = (np.interp(fine, x, [o.reward + sign * o.reward_half for o in found.curve]) for sign in (-1, 1))
+    axes.fill_between(fine, low, high, color=figure.INK, alpha=0.12, lw=0)
     highest = max(r.reward for r in (*found.points, *found.best_of))
     if largest_kl > x[-1] and highest > y[-1] and len(x) > 1:
         # The tangent ends at the highest measured reward: a longer one would stretch the axis over empty space.
         end = min(largest_kl, x[-1] + (highest - y[-1]) / found.curve[-1].beta)
-        tangent = [y[-1], reward_limit(found.curve, end).reward]
-        axes.plot([x[-1], end], tangent, ls=":", color=figure.INK, lw=1.2, label="upper bound")
+        beyond = np.linspace(x[-1], end, CURVE_POINTS)
+        bound = [reward_limit(found.curve, float(kl)).reward for kl in beyond]
+        axes.plot(beyond, bound, ls=":", color=figure.INK, lw=1.4, label="upper bound")
+
+
+def _finish_reward(fig: "figure.Figure", axes: "figure.Axes") -> str:
+    """Returns a figure of reward against KL as SVG; the scale of the KL is that of its square root."""
+    figure.set_square_root_scale(axes, BUDGETS)
+    return _finish(fig, axes, "KL(policy || reference), nats (square-root scale)", "true reward")
 
 
 def _finish(fig: "figure.Figure", axes: "figure.Axes", x_label: str, y_label: str) -> str:
-    figure.add_legend(axes, size=8)
+    figure.add_legend(axes, beside=True)
     return figure.figure_svg(fig, axes, x_label, y_label)
 
 
