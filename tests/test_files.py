@@ -266,12 +266,22 @@ def world(tmp_path_factory):
         yield folder
 
 
-def claimed(*overrides):
+def claimed(*overrides, run="runs/x"):
     """Sets up a run that starts from `m`, and gives its folder back."""
-    settings = parse_config(Config, "dpo.yaml", [*overrides, "--run", "runs/x"], prog="x")
+    settings = parse_config(Config, "dpo.yaml", [*overrides, "--run", run], prog="x")
     run = setup.setup_run(replace(settings, model=replace(settings.model, path="m", config="", tokenizer="")))
     run.lock.__exit__(None, None, None)
     return run
+
+
+def test_the_samples_of_a_run_are_of_distinct_prompts(world):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    first, second = list({row["prompt"]: row for row in rows}.values())[:2]
+    repeated = [first, first | {"chosen": second["chosen"]}, first | {"rejected": second["rejected"]}, second]
+    (world / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in repeated))
+    run = claimed("--data.eval_path", "held_out.jsonl", "--data.eval_fraction", "0", run="runs/distinct")
+    assert len(run.eval_table) == 4
+    assert run.prompts == [first["prompt"], second["prompt"]]
 
 
 def scale(file, factor):

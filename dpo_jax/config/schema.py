@@ -172,7 +172,7 @@ class SamplesConfig:
     """Completions of held-out prompts, sampled at every evaluation."""
 
     prompts: int = 4
-    """Number of prompts to show (0: none)."""
+    """Number of distinct prompts to show (0: none)."""
     kl_prompts: int | None = None
     """Number of prompts for the metric `eval_kl`, KL(policy || reference), whose completions are sampled at temperature
     1 (0: none; None: 64 if the loss has a reference and `prompts` is not 0)."""
