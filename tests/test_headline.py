@@ -208,3 +208,11 @@ def test_what_is_not_finite_has_no_interval(tmp_path):
     found = read_intervals(tmp_path / "eval.json")
     assert found["a"] == Measured(1.0, None, None, 1)
     assert math.isnan(found["b"].mean)
+
+
+def test_runs_on_the_same_data_have_one_report_on_it(tmp_path):
+    same = [run(tmp_path / name, data_json='["5 pairs"]') for name in "ab"]
+    assert page(tmp_path, *same).text.count("5 pairs") == 1
+    shown = page(tmp_path, *same, run(tmp_path / "c", data_json='["6 pairs"]')).text
+    assert (shown.count("5 pairs"), shown.count("6 pairs")) == (2, 1)
+    assert "Data of c" in shown

@@ -153,9 +153,9 @@ def hostile_frontier(_):
 
 @pytest.mark.parametrize(
     ("render", "shown"),
-    # runs: a row of samples in 4 columns, 2 reports on data, a metric. data: title and heading, a line, a classifier
+    # runs: a row of samples in 4 columns, a report on data, a metric. data: title and heading, a line, a classifier
     # and its feature, two pieces. win rates: title and heading, a line, a label, two rows, four cells of a judgement.
-    [(hostile_runs, 7), (hostile_data, 7), (hostile_winrate, 10), (hostile_frontier, 1)],
+    [(hostile_runs, 6), (hostile_data, 7), (hostile_winrate, 10), (hostile_frontier, 1)],
 )
 def test_text_of_users_is_escaped_in_every_kind_of_page(tmp_path, render, shown):
     text = render(tmp_path)

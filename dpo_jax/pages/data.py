@@ -51,7 +51,7 @@ def render_data(page: DataPage) -> str:
 
 def length_histogram(lengths: Mapping[str, Any]) -> str:
     """Returns histograms of lengths in tokens, one for each name, as SVG."""
-    fig = figure.new_figure(7, 3.3)
+    fig = figure.new_figure(5.5, 3.2)
     axes = fig.add_subplot()
     longest = max(int(np.max(values)) for values in lengths.values() if len(values))
     edges = np.linspace(0, longest + 1, min(BINS, longest + 1) + 1).tolist()

@@ -128,11 +128,19 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
         config=config if len(runs) == 1 else [row for row in config if len(set(row[1:])) > 1],
         panels=curve_panels([run.lines for run in runs]),
         compared=any(LOGRATIO in line for run in runs for line in run.lines),
+        data=_data(runs),
         sample_head=sample_head,
         sample_rows=sample_rows,
         sample_steps=", ".join(f"step {run.samples[0]['step']} of {run.name}" for run in runs if run.samples),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
     )
+
+
+def _data(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+    """Returns heading -> data report of each run that has one; a single one if they are the same."""
+    if all(run.data == runs[0].data for run in runs):
+        return {"Data": runs[0].data} if runs[0].data else {}
+    return {f"Data of {run.name}": run.data for run in runs if run.data}
 
 
 def _measured_text(value: Measured) -> str:

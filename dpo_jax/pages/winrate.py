@@ -101,7 +101,7 @@ def winrate_figure(rows: Sequence[WinrateRow], axis: str) -> str:
     """
     if len({getattr(row, axis) for row in rows}) < 2:
         return ""
-    fig = figure.new_figure(6, 3.6)
+    fig = figure.new_figure(5.2, 3.4)
     axes = fig.add_subplot()
     entries = {}
     for i, (label, group) in enumerate(_curves(rows, axis)):
