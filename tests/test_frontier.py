@@ -2,8 +2,10 @@
 
 import json
 import math
+import runpy
 import shutil
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,9 @@ from dpo_jax.pages.frontier import (
 )
 from dpo_jax.rewards.winrate import kl_bound
 from dpo_jax.training.metrics_file import read_metrics
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PICTURES = runpy.run_path(str(CONFIGS.parent / "scripts" / "pictures"))
 
 
 def test_the_runs_of_the_paper():
@@ -132,6 +137,15 @@ def test_the_runs_of_a_method_are_joined_in_the_order_of_their_strengths(drawn):
     texts = [(text.get_text(), text.xy) for text in axes.texts]
     best = [(str(n), (kl_bound(n), float(n))) for n in (1, 2)]
     assert texts == [("0.1", (1.5, 3.0)), ("1", (6.0, 2.9)), ("0.5", (0.1, 0.5)), *best]
+
+
+@pytest.mark.parametrize(("name", "columns"), [("frontier", 6), ("frontier_imdb", 4)])
+def test_the_stored_measurements_are_those_of_the_published_tables(name, columns):
+    found = PICTURES["read_frontier"](CONFIGS / f"{name}.json")
+    published = (CONFIGS / "README.md").read_text().splitlines()
+    rows = [f"| {' | '.join(row[: columns + 1])} |" for row in budgets(found) if row[0] != "Best of N"]
+    assert len(rows) == 7
+    assert not [row for row in rows if row not in published]
 
 
 def test_every_run_has_intervals_in_both_directions(drawn):
