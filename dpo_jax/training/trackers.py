@@ -163,15 +163,16 @@ def _markdown(rows: SampleRows) -> str:
 def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
     """Returns a tracker of a wandb run.
 
-    WANDB_PROJECT and WANDB_NAME replace `PROJECT` and the name of the folder; wandb reads its other variables, such as
-    WANDB_MODE. It keeps the first value of a step.
+    WANDB_PROJECT and WANDB_NAME replace `PROJECT` and the name of the folder; wandb reads its other variables, but
+    WANDB_MODE only once in a process. It keeps the first value of a step.
     """
     import wandb
 
+    mode: Any = os.environ.get("WANDB_MODE") or None
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or PROJECT, name=os.environ.get("WANDB_NAME") or folder.name,
         id=_run_id(folder, "wandb", lambda: secrets.token_hex(8))[0], resume="allow", dir=str(folder),
-        config=dict(settings), reinit="create_new",
+        config=dict(settings), reinit="create_new", mode=mode,
     )  # fmt: skip
 
     def log_table(name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
