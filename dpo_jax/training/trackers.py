@@ -199,6 +199,8 @@ def _mlflow(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
     import mlflow
     from mlflow.entities import Metric, Param
 
+    # By default mlflow asks a server that does not answer for four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     local = None if mlflow.is_tracking_uri_set() else (folder / "mlflow").resolve()
     if local:
         local.mkdir(exist_ok=True)
