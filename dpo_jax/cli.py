@@ -21,7 +21,10 @@ from dpo_jax.errors import UserError, closest, printable
 COMMANDS = {
     "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
     "sweep": ("CONFIG.yaml --key VALUE,VALUE,...", "a run for every combination of values"),
-    "eval": ("RUN_OR_MODEL [--data.path ...] [--reward ...]", "accuracy, margins, KL with confidence intervals"),
+    "eval": (
+        "RUN_OR_MODEL [--data.path ...] [--reward ...] [--suite NAME,...]",
+        "accuracy, margins, KL with confidence intervals; standard evaluations",
+    ),
     "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
     "data": (
         "CONFIG.yaml [--out FILE.html]",

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import distributed, reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.intervals import fisher, mean_interval, wilson
-from dpo_jax.logprobs import batch_logps, map_microbatches, token_logps_of_batch
+from dpo_jax.logprobs import CHUNK, batch_logps, map_microbatches, token_logps_of_batch, token_states_of_batch
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch, Tokens
@@ -159,6 +160,42 @@ def token_logps_per_example(models: EvalModel, table: Table) -> Iterator[tuple[T
         for index, (m, r, g) in zip(indices, places, strict=True):
             slots = [batch.slot[m, r] == g * table.responses + p for p in range(table.responses)]
             yield table[int(index)], {who: [logps[m, r][slot] for slot in slots] for who, logps in found.items()}
+
+
+def greedy_per_example(models: EvalModel, table: Table) -> Iterator[tuple[Array, Array]]:
+    """Yields the policy's log-probs of the tokens of each response, float32[n], and whether each is the most likely.
+
+    The comparisons of the table have one response each.
+    """
+    layout = pack.choose_layout(table, max_length=models.max_length, batch_size=models.batch_size)
+
+    def score(params: Any, micro: Batch) -> tuple[Array, Array]:
+        logps, hidden = token_states_of_batch(models.model, params, micro)
+        return logps, most_likely(hidden, models.model.head(params)) == micro.target
+
+    step = jax.jit(lambda params, batch, count: map_microbatches(partial(score, params), batch, count))
+    params = jax.device_put(models.params["policy"])
+    for start in range(0, len(table), models.batch_size):
+        indices = np.arange(start, min(start + models.batch_size, len(table)))
+        batch, count, places = pack.build_batch(table, indices, layout)
+        logps, greedy = (np.asarray(found) for found in step(params, jax.device_put(batch), count))
+        for m, r, g in places:
+            yield logps[m, r][batch.slot[m, r] == g], greedy[m, r][batch.slot[m, r] == g]
+
+
+def most_likely(hidden: Array, head: Array, chunk: int = CHUNK) -> Array:
+    """Returns the most likely token int32[R, S] of hidden states [R, S, D], the logits of `chunk` at a time.
+
+    A soft cap keeps the order of logits, so it is left out.
+    """
+    rows, scored, width = hidden.shape
+    size, weight = max(1, min(chunk // rows, scored)), head.astype(hidden.dtype)
+    parts = jnp.pad(hidden, ((0, 0), (0, -scored % size), (0, 0))).reshape(rows, -1, size, width)
+
+    def best(part: Array) -> Array:
+        return jnp.argmax(jnp.einsum("rsd,vd->rsv", part, weight, preferred_element_type=jnp.float32), axis=-1)
+
+    return jax.lax.map(best, parts.swapaxes(0, 1)).swapaxes(0, 1).reshape(rows, -1)[:, :scored].astype(jnp.int32)
 
 
 def evaluate_model(models: EvalModel, table: Table) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from dpo_jax.models.huggingface.folder import load_tokenizer
 from dpo_jax.records import Chat
 from dpo_jax.runs import evaluate as runs
 from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.restore import as_user_turns
 
 # Two templates: the policy's and the reward model's.
 POLICY = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -115,7 +116,7 @@ def test_eval_and_winrate_score_them_so_too(chats, tmp_path, monkeypatch):
 
 def turns(folder, prompts, *options):
     settings = parse_config(SampleConfig, None, ["--model.path", str(folder), *options], prog="x")
-    return runs._as_turns(str(folder), prompts, load_tokenizer(folder), settings)  # noqa: SLF001 (no weights needed)
+    return as_user_turns(str(folder), prompts, load_tokenizer(folder), settings)
 
 
 def test_a_bare_prompt_is_a_turn_of_the_user(chats):
@@ -137,7 +138,7 @@ def test_a_run_on_texts_is_asked_by_texts(chats, tmp_path):
         (run / "config.yaml").write_text("")
         path = ["--data.path", str(tmp_path / file), "--data.eval-path", str(tmp_path / file)]
         settings = parse_config(SampleConfig, None, path, prog="x")
-        assert runs._as_turns(str(run), ["Where?"], load_tokenizer(chats / "policy"), settings) == [wanted]  # noqa: SLF001
+        assert as_user_turns(str(run), ["Where?"], load_tokenizer(chats / "policy"), settings) == [wanted]
 
 
 def test_sample_from_the_command_line_says_so(chats, capsys):

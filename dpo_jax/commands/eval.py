@@ -9,14 +9,21 @@ from dpo_jax.pages.run import write_report
 from dpo_jax.paths import is_run, refuse_links, written
 from dpo_jax.runs.evaluate import Intervals, evaluate_path
 from dpo_jax.runs.settings import config_of_path
+from dpo_jax.runs.suites.registry import SuiteResult
+from dpo_jax.runs.suites.run import evaluate_suites, result_file, suite_folder
 
 
 def eval_command(argv: list[str]) -> None:
-    """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...]`."""
+    """`dpo-jax eval RUN_OR_MODEL [--reward NAME] [--data.path ...] [--reference.path ...] [--suite NAME,...]`."""
     (path,), rest = leading_arguments(argv, "eval", "RUN_OR_MODEL")
     if is_run(path):
         refuse_links(path)
-    found = evaluate_path(path, config_of_path(path, rest, EvalConfig, "dpo-jax eval RUN_OR_MODEL"))
+    settings = config_of_path(path, rest, EvalConfig, "dpo-jax eval RUN_OR_MODEL")
+    if settings.suite:
+        for name, result in evaluate_suites(path, settings):
+            _print_suite(name, result, suite_folder(path, settings) / result_file(name))
+        return
+    found = evaluate_path(path, settings)
     _print_metrics(found.metrics)
     print_samples(found.completions, found.models)
     if is_run(path):
@@ -32,3 +39,14 @@ def _print_metrics(found: Intervals) -> None:
         interval = f"{entry['low']:.4f} .. {entry['high']:.4f}"
         rows.append([name.removeprefix("eval_"), f"{entry['mean']:.4f}", interval, str(entry["n"])])
     print_table(("on held-out data", "mean", "95% interval", "n"), rows)
+
+
+def _print_suite(name: str, result: SuiteResult, file: Path) -> None:
+    rows = []
+    for metric, entry in result.metrics.items():
+        interval = f"{entry['low']:.4f} .. {entry['high']:.4f}" if "low" in entry else ""
+        rows.append([metric, f"{entry['mean']:.4f}", interval, str(entry.get("n", ""))])
+    print_table((name, "mean", "95% interval", "n"), rows)
+    for note in result.notes:
+        log_line(f"{name}: {note}")
+    log_line(f"{name}: {result.examples} examples; {file}")

@@ -125,7 +125,8 @@ def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfi
     """Returns the policy of a run or model folder. A run's prompts are tokenized by the run's config."""
     own = run_config(path) if is_run(path) else settings
     folder = str(model_folder(path))
-    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=compute_dtype(settings.model))
+    compute: Any = compute_dtype(settings.model)
+    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=compute)
     tokenizer = load_run_tokenizer(model)
     loaded = load_policy(model, tokenizer, settings.seed)
     ids = prompt_ids(prompts, tokenizer, own.data)

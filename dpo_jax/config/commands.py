@@ -20,6 +20,24 @@ class EvalConfig(Config):
     """Prompts to print with the completions of both models."""
     per_token: str = ""
     """A .jsonl file to write: log-probs of every token of the held-out responses, by position."""
+    suite: str = ""
+    """Standard evaluations in place of the held-out data: ifeval, rewardbench, rewardbench2, alpaca_eval, arena_hard,
+    lm_eval:TASK, several with commas (lm_eval:TASK,TASK takes tasks up to the next suite)."""
+    suite_data: tuple[str, ...] = ()
+    """Files or folders of a suite's data, as SUITE=PATH for one of several suites; by default the hub's. For lm_eval a
+    folder of task YAMLs."""
+    suite_limit: int | None = None
+    """First examples of each suite (of each task of lm_eval) to use (None: all)."""
+    suite_max_new_tokens: int | None = None
+    """Maximum length of a suite's answers, in tokens (None: that of the suite: ifeval 1280, alpaca_eval 2048,
+    arena_hard 4096)."""
+    suite_num_fewshot: int | None = None
+    """Examples in a prompt of lm_eval (None: the task's own number)."""
+    suite_out: str = ""
+    """Folder of the suites' results; by default the run, or runs/<name>.eval for a model folder."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Whether a suite's prompts are turns of a user, written by the chat template: yes, no (texts), or yes for a model
+    with a template and for a run on conversations (auto). Tasks of lm_eval are texts unless this is yes."""
 
 
 @dataclass(frozen=True)

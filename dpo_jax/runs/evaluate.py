@@ -17,16 +17,14 @@ from dpo_jax.data.sources.base import Item, prompt_key
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import EvalModel
-from dpo_jax.losses import Loss
 from dpo_jax.paths import is_run, written
 from dpo_jax.records import Chat, Comparison
 from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
-from dpo_jax.training.attention_check import with_attention
+from dpo_jax.runs.suites.run import check_suite_keys, evaluate_suites, merged_metrics
 from dpo_jax.training.checks import check_length
 from dpo_jax.training.completions import make_completer
-from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
-from dpo_jax.training.restore import restore_models, restore_state
+from dpo_jax.training.restore import as_user_turns, eval_model, load_evaluated, restore_models, restore_state
 from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
     decode_texts,
@@ -34,7 +32,6 @@ from dpo_jax.training.tables import (
     load_table,
     prompt_ids,
     responses_per_prompt,
-    reward_encoding,
 )
 
 log = logging.getLogger(__name__)
@@ -67,10 +64,12 @@ def evaluate(
       path: a run folder, a model folder or a hub id.
       data: held-out examples in memory, the path of a file, or keys of the section `data`, in place of the run's.
       **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`. The
-        reward may be a function `(prompts, completions) -> one number each`.
+        reward may be a function `(prompts, completions) -> one number each`. `suite="ifeval"` runs standard evaluations
+        in place of the held-out data.
 
     Returns:
-      Metric -> {mean, low, high, n}: accuracy, margins, loss, KL and reward with 95% intervals.
+      Metric -> {mean, low, high, n}: accuracy, margins, loss, KL and reward with 95% intervals. Of suites
+      `SUITE/METRIC` -> the same, without low and high where the suite has no interval.
 
     Raises:
       UserError: no checkpoint, no reference, or data that the loss cannot use.
@@ -83,11 +82,15 @@ def evaluate(
     if data is not None:
         given["data"] = data_section(data, default=run_config(path).data.name if is_run(path) else "files")
         given["data"].setdefault("eval_path", given["data"].get("path", []))
-    return evaluate_path(str(path), config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")).metrics
+    settings = config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")
+    if settings.suite:
+        return merged_metrics(dict(evaluate_suites(str(path), settings)))
+    return evaluate_path(str(path), settings).metrics
 
 
 def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     """Evaluates a run or a model folder as `dpo-jax eval` does."""
+    check_suite_keys(settings)
     loss = losses.build(settings.loss)
     if loss.uses_reference and not is_run(path) and not settings.reference.path:
         raise UserError(f"{path}: a model folder has no reference; set --reference.path, or give a run folder")
@@ -97,11 +100,11 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         )
     if is_run(path):
         warn_of_changes(Path(path), settings)
-    loaded, tokenizer = _load(settings, loss)
+    loaded, tokenizer = load_evaluated(settings, loss)
     check_length(settings, loaded.model)
     rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
     table = load_table(settings, loss, tokenizer, rows, "held-out")
-    judge = _eval_model(path, settings, loaded, loss)
+    judge = eval_model(path, settings, loaded, loss)
     found = evaluation.summarize(evaluation.evaluate_model(judge, table), table.weights)
     if settings.per_token:
         _write_per_token(settings.per_token, judge, table, tokenizer)
@@ -145,55 +148,11 @@ def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> di
     loss = losses.build(settings.loss)
     if loss.rewards:
         raise UserError(f"{path}: a reward model, which generates no text; name a language model")
-    loaded, tokenizer = _load(settings, loss)
-    prompts = _as_turns(path, prompts, tokenizer, settings)
+    loaded, tokenizer = load_evaluated(settings, loss)
+    prompts = as_user_turns(path, prompts, tokenizer, settings)
     models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
     complete = make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
     return {name: complete(params) for name, params in models.items()}
-
-
-def _as_turns(path: str, prompts: Sequence[Any], tokenizer: Any, settings: SampleConfig) -> list[Any]:
-    """Returns prompts with each text as a turn of a user, if `settings.chat` says so; "auto" judges by the model.
-
-    A model chats if it has a chat template; a run, if its data are conversations too. A text that spells a special
-    token has been through a template and stays as it is.
-    """
-    templated = bool(settings.data.chat_template or tokenizer.chat_template)
-    if settings.chat == "no" or not (settings.chat == "yes" or (templated and _chats(path, settings))):
-        return list(prompts)
-    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    bare = [isinstance(prompt, str) and not any(mark in prompt for mark in marks) for prompt in prompts]
-    if any(bare):
-        log.info("the prompts are turns of a user, written by the chat template; --chat no takes them as text")
-    turns = zip(prompts, bare, strict=True)
-    return [Chat(({"role": "user", "content": prompt},)) if is_bare else prompt for prompt, is_bare in turns]
-
-
-def _chats(path: str, settings: SampleConfig) -> bool:
-    """Returns whether a run was trained on conversations; True for a model folder, or if the data are not at hand."""
-    if not is_run(path):
-        return True
-    try:
-        rows = held_out_comparisons(settings.data, responses_per_prompt(settings, losses.build(settings.loss)))
-        return isinstance(next(row for row in rows if isinstance(row, Comparison)).prompt, Chat)
-    except (UserError, StopIteration):
-        return True
-
-
-def _load(settings: Any, loss: Loss) -> tuple[LoadedModel, Any]:
-    tokenizer = load_run_tokenizer(settings.model)
-    encoding = reward_encoding(settings, loss)
-    return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
-
-
-def _eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: Loss) -> EvalModel:
-    """Returns the policy and its reference, ready to evaluate."""
-    state = restore_state(path, settings, loaded, loss)
-    models = restore_models(path, settings, loaded, state)
-    model, note = with_attention(loaded.model, settings.model.attention, compute_dtype(settings.model))
-    if note:
-        log.info(note)
-    return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
 
 
 def _with_conversations(texts: list[str], prompts: list[Any], table: Table, rows: Iterable[Item]) -> list[str]:

@@ -1,5 +1,7 @@
-"""Restores policy and reference from a checkpoint of a run, or from a model folder."""
+"""Restores policy and reference from a checkpoint of a run, or from a model folder, to evaluate them."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +9,23 @@ import jax
 import numpy as np
 
 from dpo_jax import losses, optim
+from dpo_jax.config.commands import EvalConfig, SampleConfig
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
+from dpo_jax.evaluation import EvalModel
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.paths import is_run
-from dpo_jax.records import TrainState
+from dpo_jax.records import Chat, Comparison, TrainState
 from dpo_jax.step import init_state
 from dpo_jax.training import setup
+from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.checks import make_sync
-from dpo_jax.training.load import LoadedModel
+from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
 from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.tables import held_out_comparisons, responses_per_prompt, reward_encoding
+
+log = logging.getLogger(__name__)
 
 
 def restore_state(
@@ -67,3 +75,55 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
         params, _ = setup.reference_weights(settings, loaded)
         models["reference"] = load_into_memory(loaded.attached(params) if params is loaded.adapters else params)
     return models
+
+
+def load_evaluated(settings: Any, loss: losses.Loss) -> tuple[LoadedModel, Any]:
+    """Returns the initial policy of a config and its tokenizer; a reward model for a loss of one."""
+    tokenizer = load_run_tokenizer(settings.model)
+    encoding = reward_encoding(settings, loss)
+    return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
+
+
+def eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss) -> EvalModel:
+    """Returns the policy and its reference, ready to evaluate."""
+    state = restore_state(path, settings, loaded, loss)
+    models = restore_models(path, settings, loaded, state)
+    model, note = with_attention(loaded.model, settings.model.attention, compute_dtype(settings.model))
+    if note:
+        log.info(note)
+    return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
+
+
+def as_user_turns(path: str, prompts: Sequence[Any], tokenizer: Any, settings: SampleConfig) -> list[Any]:
+    """Returns prompts with each text as a turn of a user, if `asks_in_turns`.
+
+    A text that spells a special token has been through a template and stays as it is.
+    """
+    if not asks_in_turns(path, tokenizer, settings):
+        return list(prompts)
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    bare = [isinstance(prompt, str) and not any(mark in prompt for mark in marks) for prompt in prompts]
+    if any(bare):
+        log.info("the prompts are turns of a user, written by the chat template; --chat no takes them as text")
+    turns = zip(prompts, bare, strict=True)
+    return [Chat(({"role": "user", "content": prompt},)) if is_bare else prompt for prompt, is_bare in turns]
+
+
+def asks_in_turns(path: str, tokenizer: Any, settings: SampleConfig | EvalConfig) -> bool:
+    """Returns whether a text prompt is a turn of a user: as `settings.chat` says; "auto" judges by the model.
+
+    A model chats if it has a chat template; a run, if its data are conversations too.
+    """
+    templated = bool(settings.data.chat_template or tokenizer.chat_template)
+    return settings.chat == "yes" or (settings.chat == "auto" and templated and _chats(path, settings))
+
+
+def _chats(path: str, settings: SampleConfig | EvalConfig) -> bool:
+    """Returns whether a run was trained on conversations; True for a model folder, or if the data are not at hand."""
+    if not is_run(path):
+        return True
+    try:
+        rows = held_out_comparisons(settings.data, responses_per_prompt(settings, losses.build(settings.loss)))
+        return isinstance(next(row for row in rows if isinstance(row, Comparison)).prompt, Chat)
+    except (UserError, StopIteration):
+        return True

@@ -1,0 +1,1 @@
+"""Standard evaluations: one file per suite, which registers itself by name in `registry`."""

@@ -1,0 +1,88 @@
+"""Examples of a suite: files and folders, or the data set on the hub."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.data.sources.base import RawExample
+from dpo_jax.data.sources.files import resolve_files, rows
+from dpo_jax.data.sources.formats import examples_in_file
+from dpo_jax.errors import UserError
+from dpo_jax.runs.suites.registry import HARNESS, SuiteTask
+
+KINDS = {str: "a text", list: "a list", int: "a whole number"}
+
+
+def suite_examples(task: SuiteTask) -> list[tuple[str, RawExample]]:
+    """Returns (name of the file or hub id, (`file:line`, values by column)) of the examples, `suite_limit` at most.
+
+    Raises:
+      UserError: the data cannot be read or fetched, an example cannot be read, or there are none.
+    """
+    try:
+        found = list(islice(_read(task), task.settings.suite_limit))
+    except UserError as error:
+        where = "" if task.given else "; give its file or folder as --suite_data PATH"
+        raise UserError(f"{task.name}: {str(error).replace('data.path', 'suite_data')}{where}") from error
+    if not found:
+        raise UserError(f"{task.name}: {' '.join(task.data)}: no examples; set suite_data to a file that has some")
+    return found
+
+
+def check_suite_data(task: SuiteTask) -> None:
+    """Refuses paths of a suite's data where nothing is, and for lm_eval anything but folders of task YAMLs."""
+    if task.name == HARNESS:
+        if absent := next((path for path in task.data if not Path(path).is_dir()), None):
+            raise UserError(f"{HARNESS}: {absent}: no such folder; set suite_data to a folder of task YAMLs")
+    elif task.given:
+        try:
+            resolve_files(task.data, task.split)
+        except UserError as error:
+            raise UserError(f"{task.name}: {str(error).replace('data.path', 'suite_data')}") from error
+
+
+def _read(task: SuiteTask) -> Iterator[tuple[str, RawExample]]:
+    names = task.data if task.given else tuple(map(_fetched, task.data))
+    for entry in resolve_files(names, task.split):
+        found = examples_in_file(entry, task.split) if isinstance(entry, Path) else rows([entry], task.split)
+        for example in found:
+            if isinstance(example, UserError):
+                raise example
+            yield Path(entry).name, example
+
+
+def _fetched(name: str) -> str:
+    """Returns a hub id as it is, and `owner/name/file` as the file in the hub's cache."""
+    if name.count("/") < 2:
+        return name
+    from huggingface_hub import hf_hub_download  # imported late: it is slow to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    owner, repository, file = name.split("/", 2)
+    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # the bases include all errors of the HTTP client
+    try:
+        return hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset")
+    except failures as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be fetched from the hub ({reason})") from error
+
+
+def column(where: str, example: dict[str, Any], name: str, kind: type) -> Any:
+    """Returns a value of an example.
+
+    Raises:
+      UserError: it is absent, or not of that type.
+    """
+    value = example.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: {name} must be {KINDS[kind]}, got {type(value).__name__}; correct the example")
+    return value
+
+
+def texts_of(where: str, example: dict[str, Any], name: str) -> list[str]:
+    """Returns a column that is a list of one or more texts."""
+    found = column(where, example, name, list)
+    if not found or not all(isinstance(text, str) for text in found):
+        raise UserError(f"{where}: {name} must be a list of one or more texts; correct the example")
+    return found
