@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,8 @@ def drive(name, folder):
         if step == 3:
             tracker.final(step, FINAL)
         tracker.close()
+        if name == "wandb":
+            time.sleep(1.1)  # its folder is named by the second, and a second process would write over the first's
 
 
 def wandb_records(path):
