@@ -63,15 +63,15 @@ def generate(
     Raises:
       UserError: an empty prompt, an option out of range, or more tokens than the model has positions.
     """
-    _check_options(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
+    check_sampling(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
-    options = _StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
-    functions, ends = (model.prefill, model.unstack, model.decode, model.head), _ends(model, eos_id)
+    options = StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
+    functions, ends = (model.prefill, model.unstack, model.decode, model.head), ids_of_ends(model, eos_id)
     static, traced = (mesh, functions, max_new_tokens, options, ends), (jax.random.key(seed), temperature, top_p)
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
 
     def write(chosen: np.ndarray, indices: np.ndarray) -> None:
-        rows = (*_pad_prompts([np.asarray(prompts[i]) for i in chosen], len(indices)), indices)
+        rows = (*pad_prompts([np.asarray(prompts[i]) for i in chosen], len(indices)), indices)
         new, lengths = distributed.fetch(_generate(*static, params, rows, traced))
         for row, index in enumerate(indices.ravel()):
             if index >= 0:
@@ -82,7 +82,8 @@ def generate(
     return out
 
 
-def _ends(model: Model, eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def ids_of_ends(model: Model, eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns the ids that end a text: those given, else those of the model's folder; without any, a UserError."""
     if eos_id is None and not model.end_ids:
         raise UserError("eos_id: the model was not loaded from a folder that names it; give tokenizer.eos_token_id")
     return tuple(np.atleast_1d(model.end_ids if eos_id is None else eos_id).tolist())
@@ -114,7 +115,7 @@ def _prompt_batches(
         yield chosen, indices
 
 
-class _StaticOptions(NamedTuple):
+class StaticOptions(NamedTuple):
     """Sampling options that are compiled into the program.
 
     Attributes:
@@ -128,7 +129,7 @@ class _StaticOptions(NamedTuple):
     cap: float | None = None
 
 
-class _State(NamedTuple):
+class SamplingState(NamedTuple):
     """The state between two tokens.
 
     Attributes:
@@ -148,6 +149,30 @@ class _State(NamedTuple):
     cache: Any
 
 
+class FixedParts(NamedTuple):
+    """What is the same for all tokens of a batch.
+
+    Attributes:
+      layers: decode-time parameters.
+      weight: the head, padded and divided by the temperature.
+      vocab: V, the tokens before the padding.
+      cap: soft cap of the logits; None for none.
+      prompt_lengths: int32[B].
+      mask: int32[P, T] of the left-padded prompts.
+      row_keys: random keys [B].
+      top_p: as for `generate`.
+    """
+
+    layers: Any
+    weight: Array
+    vocab: Array | int
+    cap: Any
+    prompt_lengths: Array
+    mask: Array
+    row_keys: Array
+    top_p: Array | None
+
+
 def filter_logits(logits: Array, top_k: int | None, top_p: Array | float | None) -> Array:
     """Returns float32 logits [B, V] with -inf for excluded tokens; top_k is applied before top_p.
 
@@ -164,7 +189,7 @@ def filter_logits(logits: Array, top_k: int | None, top_p: Array | float | None)
     return logits
 
 
-def choose_tokens(logits: Array, keys: Array, options: _StaticOptions, top_p: Array | None) -> Array:
+def choose_tokens(logits: Array, keys: Array, options: StaticOptions, top_p: Array | None) -> Array:
     """Returns the next token int32[B] of each row of logits float32[B, V]; keys [B] are of the rows."""
     if not options.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -200,7 +225,7 @@ def _generate(
     mesh: Any,
     functions: tuple[Callable[..., Any], ...],
     new_tokens: int,
-    options: _StaticOptions,
+    options: StaticOptions,
     ends: tuple[int, ...],
     params: Any,
     rows: tuple[Array, Array, Array],
@@ -215,7 +240,7 @@ def _generate(
 def _continue_rows(
     functions: tuple[Callable[..., Any], ...],
     new_tokens: int,
-    options: _StaticOptions,
+    options: StaticOptions,
     ends: tuple[int, ...],
     params: Any,
     rows: tuple[Array, Array, Array],
@@ -232,41 +257,70 @@ def _continue_rows(
       rows: tokens and mask of left-padded prompts int32[P, T], and indices int32[P, C] of their continuations, P C = B.
       traced: random key, temperature and top_p.
     """
-    prefill, unstack, decode, head = functions
-    (tokens, mask, indices), (key, temperature, top_p) = rows, traced
-    copies, indices = indices.shape[1], indices.ravel()
-    prompt_lengths = jnp.repeat(mask.sum(-1), copies)
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
-
-    def pick(state: _State, hidden: Array, cache: Any) -> _State:
-        logits = jnp.einsum("bd,vd->bv", hidden, weight, preferred_element_type=jnp.float32)
-        logits = capped(logits, cap).at[:, vocab:].set(-jnp.inf)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.made)
-        token = choose_tokens(logits, keys, options, top_p)
-        ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
-        out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
-        return _State(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
-
-    def step(state: _State) -> _State:
-        before = state.made - 1  # the newest token is not yet in the cache
-        hidden, cache = decode(layers, state.last, prompt_lengths + before, state.cache, mask > 0, before)
-        return pick(state, hidden, cache)
-
-    positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
     cache_sizes = _cache_sizes(max(1, new_tokens - 1))  # the last token is never put into the cache
-    hidden, cache = prefill(params, tokens, positions, mask, copies, cache_sizes[0])
-    layers, (weight, vocab), cap = unstack(params), _pad_vocab(head(params)), options.cap
-    if options.random:  # divide the head once instead of the logits of every token
-        weight, cap = weight / temperature, None if cap is None else cap / temperature
-    weight = weight.astype(hidden.dtype)
-    zeros = jnp.zeros_like(indices)
-    first = _State(jnp.int32(0), jnp.zeros((len(indices), new_tokens), jnp.int32), zeros, indices >= 0, zeros, None)
-    state = pick(first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
+    fixed, state = first_token(functions, (new_tokens, cache_sizes[0]), options, ends, params, rows, traced)
+    step = partial(next_token, functions, options, ends, fixed)
     for size in cache_sizes:
         state = state._replace(cache=extend_cache(state.cache, size))
         limit = min(size + 1, new_tokens)
         state = jax.lax.while_loop(lambda s, limit=limit: (s.made < limit) & s.alive.any(), step, state)
     return state.out, state.lengths
+
+
+def first_token(
+    functions: tuple[Callable[..., Any], ...],
+    sizes: tuple[int, int],
+    options: StaticOptions,
+    ends: tuple[int, ...],
+    params: Any,
+    rows: tuple[Array, Array, Array],
+    traced: tuple[Array, Array, Array | None],
+) -> tuple[FixedParts, SamplingState]:
+    """Returns what is the same for all tokens of a batch, and the state after the first one.
+
+    `sizes` are the maximum length and the size of the cache; the other arguments are those of `_continue_rows`.
+    """
+    prefill, unstack, _, head = functions
+    (tokens, mask, indices), (key, temperature, top_p) = rows, traced
+    copies, indices = indices.shape[1], indices.ravel()
+    positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+    hidden, cache = prefill(params, tokens, positions, mask, copies, sizes[1])
+    layers, (weight, vocab), cap = unstack(params), _pad_vocab(head(params)), options.cap
+    if options.random:  # divide the head once instead of the logits of every token
+        weight, cap = weight / temperature, None if cap is None else cap / temperature
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(indices)
+    lengths = jnp.repeat(mask.sum(-1), copies)
+    fixed = FixedParts(layers, weight.astype(hidden.dtype), vocab, cap, lengths, mask, row_keys, top_p)
+    zeros, out = jnp.zeros_like(indices), jnp.zeros((len(indices), sizes[0]), jnp.int32)
+    first = SamplingState(jnp.int32(0), out, zeros, indices >= 0, zeros, None)
+    return fixed, _pick_token(options, ends, fixed, first, jnp.repeat(hidden[:, -1], copies, axis=0), cache)
+
+
+def next_token(
+    functions: tuple[Callable[..., Any], ...],
+    options: StaticOptions,
+    ends: tuple[int, ...],
+    fixed: FixedParts,
+    state: SamplingState,
+) -> SamplingState:
+    """Returns the state after one more token of each row."""
+    before = state.made - 1  # the newest token is not yet in the cache
+    places = fixed.prompt_lengths + before
+    hidden, cache = functions[2](fixed.layers, state.last, places, state.cache, fixed.mask > 0, before)
+    return _pick_token(options, ends, fixed, state, hidden, cache)
+
+
+def _pick_token(
+    options: StaticOptions, ends: tuple[int, ...], fixed: FixedParts, state: SamplingState, hidden: Array, cache: Any
+) -> SamplingState:
+    """Returns the state with a token chosen by the hidden states [B, D] of the newest tokens."""
+    logits = jnp.einsum("bd,vd->bv", hidden, fixed.weight, preferred_element_type=jnp.float32)
+    logits = jnp.where(jnp.arange(logits.shape[1]) < fixed.vocab, capped(logits, fixed.cap), -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(fixed.row_keys, state.made)
+    token = choose_tokens(logits, keys, options, fixed.top_p)
+    ended = (token[:, None] == jnp.asarray(ends, jnp.int32)).any(-1)
+    out = jax.lax.dynamic_update_slice_in_dim(state.out, token[:, None], state.made, axis=1)
+    return SamplingState(state.made + 1, out, state.lengths + state.alive, state.alive & ~ended, token, cache)
 
 
 def _cache_sizes(tokens: int) -> list[int]:
@@ -283,9 +337,12 @@ def _pad_vocab(weight: Array) -> tuple[Array, int]:
     return jnp.pad(weight, ((0, -vocab % BLOCK), (0, 0))), vocab
 
 
-def _pad_prompts(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and mask int32[rows, T] of left-padded prompts; the mask is 0 for padding and unused rows."""
-    length = -(-max(len(p) for p in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+def pad_prompts(prompts: list[np.ndarray], rows: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and mask int32[rows, T] of left-padded prompts; the mask is 0 for padding and unused rows.
+
+    T is `length`, by default a multiple of `PROMPT_MULTIPLE`.
+    """
+    length = length or -(-max(len(p) for p in prompts) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
@@ -293,7 +350,7 @@ def _pad_prompts(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.n
     return tokens, mask
 
 
-def _check_options(
+def check_sampling(
     model: Model,
     prompts: Sequence[Array],
     copies: int,

@@ -21,7 +21,7 @@ LAYERS = (
     {"logprobs"},
     {"step", "reference"},
     {"sampling"},
-    {"evaluation", "rewards"},
+    {"evaluation", "rewards", "streaming"},
     {"config"},
     {"training"},
     {"experiments"},
@@ -54,6 +54,7 @@ MAY_JIT = {
     "evaluation.py",
     "reference.py",
     "sampling.py",
+    "streaming.py",
     "training",
     "experiments",
 }

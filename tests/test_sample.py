@@ -188,7 +188,7 @@ def test_filters_equal_transformers(settings):
 def test_tokens_are_sampled_with_their_probability(temperature, top_k):
     count = 20_000
     keys = jax.random.split(jax.random.key(0), count)
-    options = sampling._StaticOptions(True, top_k)  # noqa: SLF001
+    options = sampling.StaticOptions(True, top_k)
     tokens = choose_tokens(jnp.repeat(LOGITS / temperature, count, axis=0), keys, options, None)
     p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
     if top_k:
