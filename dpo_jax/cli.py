@@ -6,6 +6,7 @@ The command NAME is the function NAME_command of dpo_jax/commands/NAME.py, impor
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import shutil
@@ -14,46 +15,114 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from dpo_jax import __version__, paths
-from dpo_jax.errors import UserError, closest, printable
+from dpo_jax.errors import UserError, closest, is_utf8, printable
+
+DISTRIBUTED = ("--distributed auto|HOST:PORT,PROCESSES,INDEX", "Join the other processes of the run.")
+
+
+class Command(NamedTuple):
+    """A command, as its help shows it.
+
+    Attributes:
+      arguments: how they are written.
+      what: what the command does, as a sentence.
+      example: the arguments of an example.
+      options: (how it is written, what it means) of options that are in no config.
+    """
+
+    arguments: str
+    what: str
+    example: str
+    options: tuple[tuple[str, str], ...] = ()
+
 
 COMMANDS = {
-    "train": ("CONFIG.yaml [--key.path value ...] [--distributed auto]", "SFT, DPO or any loss; resumes by itself"),
-    "sweep": ("CONFIG.yaml --key VALUE,VALUE,...", "a run for every combination of values"),
-    "eval": (
+    "train": Command(
+        "CONFIG.yaml [--key.path value ...] [--distributed auto]",
+        "Trains a model by SFT, DPO or any other loss; the same command resumes.",
+        "configs/synthetic_dpo.yaml --loss.beta 0.3 --run runs/b",
+        (("--KEY VALUE", "Any key of the YAML, such as --loss.beta 0.3; see --help-all."), DISTRIBUTED),
+    ),
+    "sweep": Command(
+        "CONFIG.yaml --key VALUE,VALUE,...",
+        "Trains a run for every combination of values.",
+        "configs/synthetic_dpo.yaml --loss.beta 0.05,0.1,1",
+        (("--KEY VALUE,VALUE,...", "Any key of the YAML with the values to try; see --help-all."), DISTRIBUTED),
+    ),
+    "eval": Command(
         "RUN_OR_MODEL [--data.path ...] [--reward ...] [--suite NAME,...]",
-        "accuracy, margins, KL with confidence intervals; standard evaluations",
+        "Measures accuracy, margins and KL on held-out data, or standard evaluations.",
+        "runs/my --suite rewardbench,ifeval",
     ),
-    "sample": ("RUN_OR_MODEL --prompt TEXT ...", "completions, policy beside reference"),
-    "data": (
+    "sample": Command(
+        "RUN_OR_MODEL --prompt TEXT ... | --chat",
+        "Completes prompts, policy beside reference, or holds a conversation.",
+        'runs/my --prompt "Once upon a time" --temperature 0.7',
+    ),
+    "data": Command(
         "CONFIG.yaml [--out FILE.html]",
-        "report on the data: counts, lengths, shortcuts, examples",
+        "Reports on the data: counts, lengths, shortcuts, examples.",
+        "configs/synthetic_dpo.yaml --show 8",
+        (("--list", "List the data sources and their columns; takes no CONFIG.yaml."),),
     ),
-    "losses": ("[NAME ...] [--plot [FILE.svg]]", "every loss: formula, options, paper; curves against the margin"),
-    "pairs": (
+    "losses": Command(
+        "[NAME ...] [--plot [FILE.svg]]",
+        "Lists every loss: formula, options, paper; plots them against the margin.",
+        "dpo ipo --plot losses.svg",
+        (("--plot [FILE.svg]", "Draw the losses against the margin (default losses.svg)."),),
+    ),
+    "pairs": Command(
         "[RUN_OR_MODEL] OUT.jsonl [--by WAY] ...",
-        "preference pairs from a model's answers or from other data",
+        "Builds preference pairs from a model's answers or from other data.",
+        "runs/my pairs.jsonl --reward happy --data.path prompts.jsonl",
     ),
-    "winrate": ("RUN_OR_MODEL ... --judge NAME [--against ...]", "how often a judge prefers its responses"),
-    "frontier": ("CONFIG.yaml [--run DIR]", "the paper's figure 2: reward against KL of each method, and the optimum"),
-    "export": ("RUN OUT [--checkpoint best]", "a checkpoint, the newest by default, as a Hugging Face folder"),
-    "models": ("", "the supported model families"),
-    "plan": ("CONFIG.yaml [--devices N] [--memory GB]", "memory per device of a run, compiled but not started"),
-    "report": ("RUN ... [--out FILE.html]", "runs on one page: curves, samples, differences"),
+    "winrate": Command(
+        "RUN_OR_MODEL ... --judge NAME [--against ...]",
+        "Measures how often a judge prefers a model's responses.",
+        "runs/my --judge happy --temperatures 0 1",
+    ),
+    "frontier": Command(
+        "CONFIG.yaml [--run DIR]",
+        "Measures each method's reward against KL, and the optimum (figure 2).",
+        "configs/frontier_quick.yaml",
+    ),
+    "export": Command(
+        "RUN OUT [--checkpoint best]",
+        "Writes a checkpoint, the newest by default, as a Hugging Face folder.",
+        "runs/my folder --checkpoint best",
+        (("--checkpoint newest|best|STEP", "Which to write; best is by the run's keep_best (default newest)."),),
+    ),
+    "models": Command("", "Lists the supported model families.", ""),
+    "plan": Command(
+        "CONFIG.yaml [--devices N] [--memory GB]",
+        "Computes a run's memory per device; compiles it, but does not start it.",
+        "configs/paper/hh_dpo.yaml --devices 8 --memory 80",
+    ),
+    "report": Command(
+        "RUN ... [--out FILE.html]",
+        "Shows runs on one page: curves, samples, differences.",
+        "runs/my runs/b",
+        (("--out FILE.html", "The page (default RUN/report.html; comparison.html for several runs)."),),
+    ),
 }
 NARROWEST = 40  # columns; in fewer a table has no place
-PLAIN = ("export", "losses", "models", "report")  # commands without config keys
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+WRITES = ("export", "pairs")  # commands whose last argument is what they write
 
 
 def usage() -> str:
     """Returns the overview of commands."""
-    lines = [f"{f'  dpo-jax {name} {what[0]}'.rstrip()}\n      {what[1]}" for name, what in COMMANDS.items()]
+    lines = [f"{f'  dpo-jax {name} {c.arguments}'.rstrip()}\n      {c.what}" for name, c in COMMANDS.items()]
     return "\n".join(
         [
-            "Direct Preference Optimization in JAX: a model folder and a preference file in, a trained model out.\n",
+            "Direct Preference Optimization in JAX: a model folder and a preference file in,",
+            "a trained model out.\n",
             *lines,
-            "\nEvery command takes --help; every key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3",
+            "\nEvery command takes --help. Every key of a YAML is an option:",
+            "  dpo-jax train CONFIG.yaml --loss.beta 0.3",
         ]
     )
 
@@ -69,14 +138,24 @@ def run_command(argv: Sequence[str]) -> None:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; {closest(argv[0], list(COMMANDS))}")
     name, rest = argv[0], list(argv[1:])
-    if "--help" in rest or "-h" in rest:
-        _help(name, [a for a in rest if a not in ("-h", "--help")])
+    if {*HELP, HELP_ALL} & {*rest}:
+        _help(name, [a for a in rest if a not in (*HELP, HELP_ALL)], every=HELP_ALL in rest)
         return
+    _print_first_line(name, rest)
     module = importlib.import_module(f"dpo_jax.commands.{name}")
     if "jax" in sys.modules:
         paths.keep_compiled()
     _print_log()
     getattr(module, f"{name}_command")(rest)
+
+
+def _print_first_line(name: str, rest: Sequence[str]) -> None:
+    """Prints what is read, before imports that take seconds; of several processes none knows yet whether it prints."""
+    if "jax" in sys.modules or any(a.partition("=")[0] == "--distributed" for a in rest):
+        return
+    paths = rest[: next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))]
+    found = [path for path in paths[: -1 if name in WRITES else None] if os.path.exists(path)]
+    print(printable(f"reading {', '.join(found)}" if found else "loading JAX"), flush=True)
 
 
 class _Printer(logging.Handler):
@@ -97,18 +176,27 @@ def _print_log() -> None:
         log.addHandler(_Printer())
 
 
-def _help(name: str, rest: Sequence[str]) -> None:
-    """Prints the options of a command; imports JAX only for the options of a loss or an optimizer that is named."""
-    arguments, what = COMMANDS[name]
-    if name in PLAIN:
-        print(f"usage: dpo-jax {name} {arguments}".rstrip() + f"\n\n{what}")
-        return
+def _help(name: str, rest: Sequence[str], *, every: bool) -> None:
+    """Prints the help of a command, with every key of a run's config or without them; imports no JAX."""
+    from dpo_jax.config import help as page  # here: it takes time to import
     from dpo_jax.config.commands import COMMAND_CONFIGS
-    from dpo_jax.config.parse import show_help  # tyro takes time to import
 
+    command, kind = COMMANDS[name], COMMAND_CONFIGS.get(name)
+    lines = [*page.wrapped(f"usage: dpo-jax {name} {command.arguments}", "", "    "), "", *page.wrapped(command.what)]
+    if command.example:
+        lines += ["", *page.wrapped(f"example: dpo-jax {name} {command.example}", "", "    ")]
+    print("\n".join(lines))
     first = next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))
-    prog = f"dpo-jax {name} " + arguments.partition(" [--")[0]
-    show_help(COMMAND_CONFIGS[name], _chosen_in(rest[:first]), rest[first:], prog=prog)
+    own = page.OptionGroup("options:", [page.OptionLine(*option) for option in command.options])
+    if kind is None:
+        groups = [own] if own.lines else []
+    else:
+        plain, *sections = page.own_options(kind)
+        hint = page.OptionLine(HELP_ALL, "List the keys of the run's config too, by section.")
+        groups = [own._replace(lines=[*own.lines, *plain.lines, *([] if every else [hint])]), *sections]
+        groups += page.config_options(kind, _chosen_in(rest[:first]), rest[first:]) if every else []
+    if groups:
+        print(page.rendered(groups))
 
 
 def _chosen_in(paths: Sequence[str]) -> str | None:
@@ -126,7 +214,7 @@ def main() -> None:
     _fit_terminal()
     sys.excepthook = show_uncaught
     try:
-        if odd := next((arg for arg in sys.argv[1:] if not _is_utf8(arg)), None):
+        if odd := next((arg for arg in sys.argv[1:] if not is_utf8(arg)), None):
             raise UserError(f"argument {odd!r} is not UTF-8; write it in UTF-8, or rename the file")
         run_command(sys.argv[1:])
         sys.stdout.flush()  # here, where an error of it is caught
@@ -154,17 +242,17 @@ def show_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
 
 
 def _fit_terminal() -> None:
-    """Lets output of any characters be written in any encoding, to a terminal of any width or to none."""
+    """Lets any characters be read and written in any encoding, on a terminal of any width or on none."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="backslashreplace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _os_error(error: OSError) -> str:

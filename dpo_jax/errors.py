@@ -23,3 +23,8 @@ _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800
 def printable(text: str) -> str:
     """Returns a text with the characters escaped that a terminal would obey and not show."""
     return _UNSAFE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text has no half of a surrogate pair, which Python reads bytes as that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,11 +1,13 @@
 """Configs: files and command lines are parsed alike, and every mistake is one line."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from dpo_jax.config.commands import FrontierConfig
-from dpo_jax.config.parse import parse_config, show_help
+from dpo_jax.config.commands import EvalConfig, FrontierConfig, PairsConfig, SampleConfig, WinrateConfig
+from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.errors import UserError
@@ -178,11 +180,31 @@ def test_every_frontier_reads(file):
     assert c.max_steps >= c.eval_every
 
 
-def test_help_names_every_key(capsys):
-    with pytest.raises(SystemExit) as ended:
-        show_help(Config, None, ["--loss.name", "dpo"], prog="dpo-jax train")
-    text = capsys.readouterr().out
-    assert ended.value.code == 0
-    for key in ("--loss.beta", "--optim.warmup_steps", "--data.max_prompt_length", "--max_steps", "--mesh.fsdp"):
-        assert key in text
-    assert "Strength of the KL constraint" in text
+def test_a_flag_stands_alone_or_takes_true_or_false(tmp_path):
+    for argv, on in (([], True), (["false"], False), (["True"], True)):
+        assert parse(tmp_path, "", "--data.draw_labels", *argv, "--batch_size", "4").data.draw_labels is on
+    assert parse(tmp_path, "data: {draw_labels: true}").data.draw_labels is True
+    for argv, said in ((["x"], "'x'"), (["True", "False"], "'True False'"), (["None"], "")):
+        with pytest.raises(UserError, match=rf"data\.draw_labels.*{said}"):
+            parse(tmp_path, "", "--data.draw_labels", *argv)
+
+
+def test_options_have_one_name_in_all_commands_that_sample():
+    for kind in (SampleConfig, EvalConfig):
+        argv = ["--temperature", "0", "--max_new_tokens", "9", "--top-k", "3", "--top_p", "0.5"]
+        short = parse_config(kind, None, argv)
+        assert dataclasses.astuple(short.samples) == (4, 9, 0.0, 3, 0.5)
+        assert parse_config(kind, {"samples": {"temperature": 0.0}}, {"temperature": 0.5}).samples.temperature == 0.5
+    assert parse_config(PairsConfig, None, ["--temperature", "0", "--max_new_tokens", "9"]).max_new_tokens == 9
+    assert parse_config(WinrateConfig, None, ["--max_new_tokens", "9"]).samples.max_new_tokens == 9
+    for kind, old, new in (
+        (WinrateConfig, "temperature", "temperatures"),
+        (PairsConfig, "tokenizer", "model.tokenizer"),
+        (FrontierConfig, "optimum.samples", "optimum.completions"),
+        (PairsConfig, "samples.top_k", "top_k"),
+        (PairsConfig, "max_tokens", "max_new_tokens"),
+    ):
+        with pytest.raises(UserError, match=f"^unknown key '{re.escape(old)}'; did you mean '{re.escape(new)}'"):
+            parse_config(kind, None, [f"--{old}", "1"])
+    with pytest.raises(UserError, match=r"^unknown key 'max_tokens'; set samples\.max_new_tokens$"):
+        parse_config(Config, None, ["--max_tokens", "1"])

@@ -47,7 +47,7 @@ MISTAKES = {
     "--data.eval_file e.jsonl": "set data.eval_path",
     "--optim.weight_decay 0.1": "it is an option of optim.name: adamw",
     "--gamma_beta_ratio 0.3": "set loss.name: simpo, and loss.gamma to the ratio times loss.beta",
-    "--zzz 1": "dpo-jax COMMAND --help lists the keys",
+    "--zzz 1": "dpo-jax COMMAND --help-all lists the keys",
 }
 
 

@@ -200,7 +200,7 @@ def folder(tmp_path_factory):
         "data: {name: synthetic, eval_split: test, max_prompt_length: 16}\nmodel: {path: model}\nreward: synthetic\n"
         "optim: {name: rmsprop, learning_rate: 1.0e-3, warmup_steps: 0}\nprompts: 40\nmax_new_tokens: 6\n"
         "dpo: [0.1, 1.0]\nppo: []\nppo_gt: []\nunlikelihood: []\npreferred_ft: [0, 1]\nbest_of: [1, 4]\n"
-        "optimum: {samples: 64}\n"
+        "optimum: {completions: 64}\n"
         "batch_size: 8\nmax_steps: 4\neval_every: 2\neval_prompts: 33\n"
     )
     return folder
@@ -286,7 +286,7 @@ MISTAKES = [
         r"must be a multiple of completions \(4\), got 30",
     ),
     (("--completions", "1"), "completions must be at least 2 to make pairs, got 1"),
-    (("--best_of", "65"), r"best_of must be within 1 and optimum.samples \(64\)"),
+    (("--best_of", "65"), r"best_of must be within 1 and optimum.completions \(64\)"),
     (("--dpo", "1", "0"), "dpo must be above 0, got 0"),
     (("--data.flip_labels", "0.1"), "data.flip_labels has no effect on pairs of .*; remove it"),
     (("--reward", "sinthetic"), "unknown reward 'sinthetic'; did you mean 'synthetic'"),
@@ -341,7 +341,7 @@ def test_the_papers_findings_at_this_size(tmp_path, monkeypatch):
     cli.run_command(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
     runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
     sizes = {"eval_prompts": 128, "prompts": 900, "max_steps": 96, "eval_every": 48, "optim.learning_rate": 1e-4}
-    sizes |= {"optimum.samples": 512}  # enough to know the optimum up to a KL of about 1.4
+    sizes |= {"optimum.completions": 512}  # enough to know the optimum up to a KL of about 1.4
     options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
     cli.run_command(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
     found = json.loads((tmp_path / "found/frontier.json").read_text())

@@ -162,7 +162,7 @@ def test_a_models_own_answers(at, shared):
         [{"prompt": "Once upon a time", "completion": " all was well."}, {"prompt": "One day", "completion": " x"}],
     )
     Path("who.yaml").write_text("'[Tt]he': 'that'\n")
-    how = ("--tokenizer", tokenizer, "--data.path", "stories.jsonl", "--data.add_bos", "True", "--max-new-tokens", "24")
+    how = ("--model.tokenizer", tokenizer, "--data.path", "stories.jsonl", "--data.add_bos", "--max-new-tokens", "24")
     fixed = pairs(model, "out.jsonl", "--by", "correction", "--corrections", "who.yaml", *how)
     assert fixed
     for row in fixed:

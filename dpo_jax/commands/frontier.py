@@ -55,7 +55,7 @@ def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
     ]
     if found.enumerated:
         return [*lines, "optimum: exact sum over all possible responses"]
-    lines.append(f"optimum: self-normalized importance weights, {settings.optimum.samples} samples per prompt")
+    lines.append(f"optimum: self-normalized importance weights, {settings.optimum.completions} samples per prompt")
     if found.left_out:
         betas = ", ".join(f"{o.beta:g}" for o in found.left_out)
         lines.append(f"left out (fewer than {optimum.MIN_EFFECTIVE} effective samples): beta {betas}")

@@ -142,7 +142,7 @@ class AnsweredPrompt(NamedTuple):
 
 def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> list[AnsweredPrompt]:
     """Returns a model's answers to each prompt. Leaves out answers that spell EOS: their text has other tokens."""
-    options = ModelConfig(path=str(model_folder(model)), tokenizer=settings.tokenizer)
+    options = ModelConfig(path=str(model_folder(model)), tokenizer=settings.model.tokenizer)
     tokenizer = load_run_tokenizer(options)
     loaded = load_policy(options, tokenizer, settings.seed)
     prompts = [example.prompt for example in examples]

@@ -1,16 +1,20 @@
 """Configs of the commands. Some extend the config of a run with keys of the command, others have only their own."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dpo_jax.config.schema import Config, DataConfig, ModelConfig
 from dpo_jax.rewards.endpoint import EndpointConfig
+
+DRAWN = {name: f"samples.{name}" for name in ("temperature", "max_new_tokens", "top_k", "top_p")} | {"seed": "seed"}
+"""Options of the commands that sample, and the key of a run's config that each of them sets."""
 
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
     """A run's config, and the metrics to compute besides those of its loss."""
 
+    SHORT: ClassVar = DRAWN
     reward: str = ""
     """Reward of completions: synthetic, happy, vader, words:FILE, logistic:FILE, model:FOLDER, classifier:FOLDER#LABEL
     or module:function."""
@@ -44,6 +48,7 @@ class EvalConfig(Config):
 class SampleConfig(Config):
     """A run's config, and the prompts to complete."""
 
+    SHORT: ClassVar = DRAWN
     prompt: tuple[str, ...] = ()
     """Prompts to complete."""
     chat: Literal["auto", "yes", "no"] = "auto"
@@ -72,6 +77,14 @@ class PlanConfig(Config):
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    """The model that answers."""
+
+    tokenizer: str = ""
+    """Tokenizer folder or hub id; by default the model's."""
+
+
+@dataclass(frozen=True)
 class PairsConfig:
     """Preference pairs built from a model's own answers, or from other data."""
 
@@ -86,8 +99,7 @@ class PairsConfig:
     corrections: str = ""
     """A YAML of patterns and replacements, as for Python's re.sub."""
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: str = ""
-    """Tokenizer folder or hub id; by default the model's."""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompts: int | None = None
     """Number of distinct prompts of the data (None: all)."""
     completions: int = 4
@@ -112,6 +124,7 @@ class PairsConfig:
 class WinrateConfig(Config):
     """A run's config, the texts to compare and the judge."""
 
+    SHORT: ClassVar = {key: to for key, to in DRAWN.items() if key != "temperature"}  # the policy has several
     judge: str = ""
     """A reward (happy, synthetic, vader, words:FILE, logistic:FILE, model:FOLDER, classifier:FOLDER#LABEL,
     module:function), or endpoint (asks a language model)."""
@@ -138,7 +151,7 @@ class WinrateConfig(Config):
 class OptimumConfig:
     """The exact optimum, estimated from completions of the reference."""
 
-    samples: int = 256
+    completions: int = 256
     """Completions per held-out prompt; used for best-of-N too."""
     betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2)
     """Betas to compute it for."""

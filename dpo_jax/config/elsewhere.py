@@ -98,7 +98,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("random_seed full_determinism", "set seed; a run is deterministic"),
     ("sample_during_eval n_eval_model_samples", "set samples.prompts"),
     ("temperature", "set samples.temperature"),
-    ("max_new_tokens", "set samples.max_new_tokens"),
+    ("do_sample greedy", "set samples.temperature: 0 is greedy"),
+    ("max_new_tokens max_tokens n_predict num_predict", "set samples.max_new_tokens"),
     ("fsdp fsdp_config deepspeed accelerator_config parallelism_config ddp_backend ddp_timeout ddp_bucket_cap_mb "
      "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph local_rank tensor_parallel_size",
      "set mesh.data, mesh.fsdp and mesh.tensor"),
@@ -140,7 +141,7 @@ def key_hint(key: str, known: Sequence[str], texts: Sequence[str] = ()) -> str:
         return f"did you mean {_either(same)}?"
     if match := difflib.get_close_matches(key, known, n=1) or _close_last(last, known):
         return f"did you mean {match[0]!r}?"
-    return "dpo-jax COMMAND --help lists the keys"
+    return "dpo-jax COMMAND --help-all lists the keys"
 
 
 def _applies(hint: str, key: str, known: Sequence[str]) -> bool:

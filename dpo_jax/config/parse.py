@@ -12,14 +12,14 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
 from dpo_jax.config.elsewhere import key_hint
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
 from dpo_jax.errors import UserError
-from dpo_jax.named import import_function, options_of
+from dpo_jax.named import Option, options_of
 
 T = TypeVar("T")
 LARGEST = 2**31  # of whole numbers
@@ -33,16 +33,19 @@ def _functions(section: str, name: str, key: str) -> Sequence[Callable]:
     return losses.option_functions(name, key) if section == "loss" else optim.optimizer_options(name, key)
 
 
-def _options(section: str, name: str, key: str) -> type:
-    """Returns a dataclass of `name` and its options, with their help texts."""
+def named_options(section: str, name: str, key: str) -> tuple[str, list[Option]]:
+    """Returns the first line about a loss or an optimizer, and its options; imports it, and JAX."""
     functions = _functions(section, name, key)
+    title = (functions[0 if section == "loss" else -1].__doc__ or "").partition("\n")[0]
+    return title, options_of(*functions)
+
+
+def _options(section: str, name: str, key: str) -> type:
+    """Returns a dataclass of `name` and its options."""
     fields: list[Any] = [("name", str, field(default=name))]
-    for option in options_of(*functions):
-        annotated = Annotated[option.kind, tyro.conf.arg(help=option.help)]
-        fields.append((option.name, annotated, field(default=option.default)))
-    new = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
-    new.__doc__ = f"{name}: {(functions[0 if section == 'loss' else -1].__doc__ or '').partition(chr(10))[0]}"
-    return new
+    for option in named_options(section, name, key)[1]:
+        fields.append((option.name, option.kind, field(default=option.default)))
+    return dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
 
 
 def _chosen(pairs: KeyTexts, section: str, default: str) -> dict[str, str]:
@@ -91,17 +94,22 @@ def _plain(section: Any) -> Any:
     return tuple(values.values()) if "element_0" in values else values
 
 
-def _keys(kind: type, prefix: str = "") -> list[str]:
+def _keys(kind: type) -> list[str]:
     """Returns the dotted names of all options of a dataclass."""
-    keys = []
+    return list(option_kinds(kind))
+
+
+def option_kinds(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Returns the type of each option of a dataclass, by dotted name."""
+    kinds: dict[str, Any] = {}
     for f in dataclasses.fields(kind):
         name = prefix + f.metadata.get("name", f.name)
-        inner = get_args(f.type)[0] if f.metadata else f.type
+        inner = get_args(f.type)[0] if get_origin(f.type) is Annotated else f.type
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            keys += _keys(inner, f"{name}.")
+            kinds |= option_kinds(inner, f"{name}.")
         else:
-            keys.append(name)
-    return keys
+            kinds[name] = inner
+    return kinds
 
 
 def _first_sentence(box: str) -> str:
@@ -114,12 +122,13 @@ def _first_sentence(box: str) -> str:
 
 def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
     """Returns a dataclass from (key, texts) pairs, with every error one line that names its origin."""
-    known = _keys(kind)
+    kinds = option_kinds(kind)
     for key, texts in pairs:
-        if key not in known:
-            raise UserError(f"{where}unknown key {key!r}; {key_hint(key, known, texts)}")
+        if key not in kinds:
+            raise UserError(f"{where}unknown key {key!r}; {key_hint(key, list(kinds), texts)}")
     args = []
-    for key, values in pairs:
+    for key, texts in pairs:
+        values = _flag(where + key, texts) if kinds[key] in (bool, bool | None) else texts
         single = len(values) == 1 and values[0].startswith("-")  # else taken for an option
         args += [f"--{key}={values[0]}"] if single else [f"--{key}", *values]
     box = io.StringIO()
@@ -130,46 +139,18 @@ def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
         raise UserError(f"{where}{_first_sentence(box.getvalue())}") from e
 
 
+def _flag(key: str, texts: Sequence[str]) -> list[str]:
+    """Returns the value of a flag, which may stand alone."""
+    values = [text.capitalize() for text in texts or ["True"]]
+    if len(values) > 1 or values[0] not in ("True", "False", "None"):
+        raise UserError(f"{key}: {' '.join(texts)!r} is not True or False; a flag may stand alone")
+    return values
+
+
 def _cli(kind: type[T], args: Sequence[str], prog: str) -> T:
-    # Help texts are docstrings of fields. To look for comments, tyro would parse the source at every call.
+    # To look for help texts in comments, tyro would parse the source at every call.
     config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
     return tyro.cli(kind, args=args, prog=prog, config=config, use_underscores=True)
-
-
-def show_help(kind: type, file: str | None, argv: Sequence[str], *, prog: str) -> None:
-    """Prints all options of a dataclass, and those of the loss and the optimizer that a file or argv names.
-
-    Where none is named, the commands that list them are printed instead, and JAX is not imported.
-
-    Raises:
-      SystemExit: always, with code 0.
-      UserError: no loss or optimizer of that name.
-    """
-    given = [
-        (key, texts[0].split(",")[:1] if key.endswith("name") and texts else texts) for key, texts in arguments(argv)
-    ]
-    chosen = [*(flatten(read_yaml(file)) if file else []), *given]  # of several names, as a sweep has, the first
-    kind = _with_source_options(kind, chosen)
-    if any(key.split(".")[0] in SECTIONS for key, _ in chosen):
-        _cli(_with_sections(kind, chosen), ["--help"], prog)
-    hidden = [f for f in dataclasses.fields(kind) if f.name in SECTIONS]  # type: ignore[arg-type]
-    fields: list[Any] = [(f.name, Annotated[dict, tyro.conf.Suppress], f) for f in hidden]
-    without = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True)
-    names = " and ".join(f"{SECTIONS[f.name]} (--{f.name}.name NAME)" for f in hidden)
-    if hidden:
-        without.__doc__ = f"{kind.__doc__} Options of {names} are listed if one is named; see also dpo-jax losses."
-    _cli(without, ["--help"], prog)
-
-
-def _with_source_options(kind: type, chosen: KeyTexts) -> type:
-    """Returns `kind`, whose description lists the options of a data source of the user if one is named."""
-    name = dict(chosen).get("data.name", [""])[0]
-    if ":" not in name:
-        return kind
-    options = [f"{o.name}={o.default} {o.help}".strip() for o in options_of(import_function(name, "data.name"))]
-    new = dataclasses.make_dataclass(kind.__name__, [], bases=(kind,), frozen=True)
-    new.__doc__ = f"{kind.__doc__} Options of {name} (--data.options NAME=VALUE): {'; '.join(options) or 'none'}"
-    return new
 
 
 def parse_config(
@@ -192,6 +173,7 @@ def parse_config(
     """
     written = flatten(read_yaml(source) if isinstance(source, str) else source or {})
     given = flatten(overrides) if isinstance(overrides, Mapping) else arguments(overrides)
+    given = [(_long_name(kind, key, texts), texts) for key, texts in given]
     where = f"{source}: " if isinstance(source, str) else ""
     if written or not given:
         parsed = _parse(_with_sections(kind, written), written, where, prog)
@@ -202,6 +184,12 @@ def parse_config(
     _check_values(dataclasses.asdict(parsed), "")  # type: ignore[call-overload]
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: _plain(v) if k in SECTIONS else v for k, v in values.items()})
+
+
+def _long_name(kind: type, key: str, texts: Sequence[str]) -> str:
+    """Returns the key that a short name stands for. That of a section is a flag, and takes no value."""
+    sections = [f.name for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)]
+    return key if texts and key in sections else getattr(kind, "SHORT", {}).get(key, key)
 
 
 def _check_values(value: Any, key: str) -> None:

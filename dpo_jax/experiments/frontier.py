@@ -278,7 +278,7 @@ def frontier_points(path: Path) -> list[Point]:
 def _result(shared: SharedSetup, folder: Path, points: list[Point]) -> FrontierResult:
     """Returns the points with the optimum and the best of N."""
     settings, world, held_out = shared.settings, shared.world, shared.held_out
-    samples = sample_rewards(folder / "reference.npy", world, held_out, settings.optimum.samples)
+    samples = sample_rewards(folder / "reference.npy", world, held_out, settings.optimum.completions)
     every = enumerate_rewards(world, held_out, shared.table_logps)
     if every is not None:
         curve, left_out = optimum.optimum_from_enumeration(*every, settings.optimum.betas), []

@@ -83,15 +83,15 @@ def check_frontier(settings: FrontierConfig) -> None:
 def _check_ranges(settings: FrontierConfig) -> None:
     """Rejects numbers out of range."""
     sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts")}
-    sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.samples": settings.optimum.samples}
+    sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.completions": settings.optimum.completions}
     sizes |= {f"online.{key}": getattr(settings.online, key) for key in ("rollouts", "max_steps", "eval_every")}
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
     if settings.completions < 2:
         raise UserError(f"completions must be at least 2 to make pairs, got {settings.completions}")
-    if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.samples:
-        raise UserError(f"best_of must be within 1 and optimum.samples ({settings.optimum.samples})")
+    if settings.best_of and not 1 <= min(settings.best_of) <= max(settings.best_of) <= settings.optimum.completions:
+        raise UserError(f"best_of must be within 1 and optimum.completions ({settings.optimum.completions})")
     strengths = {key: getattr(settings, key) for key in ("dpo", "ppo", "ppo_gt", "online_dpo")}
     for key, values in {"optimum.betas": settings.optimum.betas, **strengths}.items():
         if min(values, default=1.0) <= 0:
