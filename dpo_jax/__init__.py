@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from dpo_jax.models.model import Model
     from dpo_jax.records import Batch, Logps, TrainState
     from dpo_jax.reference import with_reference
-    from dpo_jax.runs.evaluate import evaluate, sample
+    from dpo_jax.runs.evaluate import evaluate
+    from dpo_jax.runs.sample import sample
     from dpo_jax.runs.sweep import sweep
     from dpo_jax.runs.train import Result, train
     from dpo_jax.sampling import generate
@@ -46,7 +47,8 @@ _HOME = {
     "models.model": ("Model",),
     "records": ("Batch", "TrainState"),
     "reference": ("with_reference",),
-    "runs.evaluate": ("evaluate", "sample"),
+    "runs.evaluate": ("evaluate",),
+    "runs.sample": ("sample",),
     "runs.sweep": ("sweep",),
     "runs.train": ("Result", "train"),
     "sampling": ("generate",),

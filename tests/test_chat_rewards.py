@@ -17,8 +17,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import load_tokenizer
 from dpo_jax.records import Chat
 from dpo_jax.runs import evaluate as runs
+from dpo_jax.runs import sample as samples
 from dpo_jax.training.metrics_file import read_metrics
-from dpo_jax.training.restore import as_user_turns
 
 # Two templates: the policy's and the reward model's.
 POLICY = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -115,19 +115,25 @@ def test_eval_and_winrate_score_them_so_too(chats, tmp_path, monkeypatch):
 
 
 def turns(folder, prompts, *options):
+    """Returns what prompts become, and the line that says so; no weights are needed."""
     settings = parse_config(SampleConfig, None, ["--model.path", str(folder), *options], prog="x")
-    return as_user_turns(str(folder), prompts, load_tokenizer(folder), settings)
+    return samples.prompts_as_turns(str(folder), prompts, load_tokenizer(folder), settings)
 
 
 def test_a_bare_prompt_is_a_turn_of_the_user(chats):
     asked = Chat((user("Where?"),))
-    assert turns(chats / "policy", ["Where?"]) == [asked]
-    assert turns(chats / "policy", ["Where?"], "--chat", "no") == ["Where?"]
+    found, how = turns(chats / "policy", ["Where?"])
+    assert found == [asked]
+    assert how == "each prompt: a turn of a user, by the chat template; --raw leaves the text as it is"
+    assert turns(chats / "policy", ["Where?"], "--raw") == (["Where?"], "each prompt: text as it is (raw)")
     written = "[user] Where?</s>[assistant] "
-    assert turns(chats / "policy", [written, asked, "Where?"]) == [written, asked, asked]
+    found, how = turns(chats / "policy", [written, asked, "Where?"])
+    assert found == [written, asked, asked]
+    assert how.endswith("; 1 with special tokens as they are")
     plain = shared_model("stories260k")
-    assert turns(plain, ["Where?"]) == ["Where?"]
-    assert turns(plain, ["Where?"], "--chat", "yes") == [asked]
+    how = "each prompt: text as it is: the tokenizer has no chat template"
+    assert turns(plain, ["Where?"]) == (["Where?"], how)
+    assert turns(plain, ["Where?"], "--raw", "False")[0] == [asked]
 
 
 def test_a_run_on_texts_is_asked_by_texts(chats, tmp_path):
@@ -138,12 +144,23 @@ def test_a_run_on_texts_is_asked_by_texts(chats, tmp_path):
         (run / "config.yaml").write_text("")
         path = ["--data.path", str(tmp_path / file), "--data.eval-path", str(tmp_path / file)]
         settings = parse_config(SampleConfig, None, path, prog="x")
-        assert as_user_turns(str(run), ["Where?"], load_tokenizer(chats / "policy"), settings) == [wanted]
+        found, how = samples.prompts_as_turns(str(run), ["Where?"], load_tokenizer(chats / "policy"), settings)
+        assert found == [wanted]
+        assert ("as in the data of the run; --raw False" in how) == (wanted == "Where?")
 
 
-def test_sample_from_the_command_line_says_so(chats, capsys):
-    options = ["--samples.max-new-tokens", "4"]
-    cli.run_command(["sample", str(chats / "policy"), "--prompt", "Where?", *options])
-    assert "the prompts are turns of a user, written by the chat template; --chat no" in capsys.readouterr().out
+def test_texts_and_conversations_have_one_rule_in_the_command_and_in_python(chats, capsys):
+    options = {"max_new_tokens": 4, "temperature": 0}
+    texts = dpo_jax.sample(chats / "policy", ["Where?", [user("Where?")]], **options)["policy"]
+    assert texts[0] == texts[1]
+    (raw,) = dpo_jax.sample(chats / "policy", ["Where?"], raw=True, **options)["policy"]
+    assert raw != texts[0]
+    capsys.readouterr()
+    for flags, wanted in (([], texts[0]), (["--raw"], raw)):
+        argv = ["--prompt", "Where?", "--max_new_tokens", "4", "--temperature", "0", *flags]
+        cli.run_command(["sample", str(chats / "policy"), *argv])
+        said = capsys.readouterr().out
+        assert said.count("each prompt: ") == 1
+        assert wanted.split()[0] in said
     with pytest.raises(UserError, match=r"the tokenizer has no chat template; set data\.chat_template"):
-        cli.run_command(["sample", str(shared_model("stories260k")), "--prompt", "A", "--chat", "yes", *options])
+        cli.run_command(["sample", str(shared_model("stories260k")), "--prompt", "A", "--raw", "False"])

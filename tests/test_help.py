@@ -85,8 +85,8 @@ def test_every_example_parses():
 def test_fixed_sets_of_values_are_those_of_the_code():
     assert set(get_args(Name)) == set(SCHEDULES)
     fields = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-    assert get_args(fields["compute"]) == model.COMPUTE
-    assert set(get_args(fields["remat"])) == set(POLICIES)
+    assert get_args(fields["compute"]) == ("auto", *model.COMPUTE)
+    assert set(get_args(fields["remat"])) == {"auto", *POLICIES}
     named = page._field_texts(DataConfig)["name"]  # noqa: SLF001
     assert set(source_names()) <= {*re.findall(r"\w+", named)}
 

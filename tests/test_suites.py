@@ -129,7 +129,7 @@ def test_rewards_are_those_of_transformers_and_the_table_counts_them(inside, cap
 def test_another_reward_needs_no_policy(inside):
     keys = {"suite": "rewardbench,rewardbench2", "reward": lambda prompts, completions: [len(c) for c in completions]}
     data = ["rewardbench=rb.jsonl", "rewardbench=anthropic_hhh.jsonl", "rewardbench2=rb2.jsonl"]
-    found = dpo_jax.evaluate("policy", suite_data=data, suite_out="by-length", chat="no", **keys)
+    found = dpo_jax.evaluate("policy", suite_data=data, suite_out="by-length", raw=True, **keys)
     means = {name: entry["mean"] for name, entry in found.items()}
     wins = {row["subset"]: float(len(row["chosen"]) > len(row["rejected"])) for row in PAIRS} | {"anthropic_hhh": 1.0}
     assert {name: means[f"rewardbench/{name}"] for name in wins} == wins
@@ -255,8 +255,8 @@ def test_prompts_are_turns_of_a_user_if_the_model_has_a_template(inside, tmp_pat
     dpo_jax.evaluate(tmp_path / "chat", suite_out=str(tmp_path), **keys)
     (row,) = json.loads((tmp_path / "alpaca_eval/model_outputs.json").read_text())
     options = {"temperature": 0.0, "max_new_tokens": 6}
-    prompts = [[{"role": "user", "content": "Once"}], "Once"]
-    in_turns, as_text = dpo_jax.sample(tmp_path / "chat", prompts, samples=options)["policy"]
+    (in_turns,) = dpo_jax.sample(tmp_path / "chat", [[{"role": "user", "content": "Once"}]], **options)["policy"]
+    (as_text,) = dpo_jax.sample(tmp_path / "chat", ["Once"], raw=True, **options)["policy"]
     assert row["output"] == in_turns != as_text
 
 

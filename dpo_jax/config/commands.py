@@ -39,21 +39,28 @@ class EvalConfig(Config):
     """Examples in a prompt of lm_eval (None: the task's own number)."""
     suite_out: str = ""
     """Folder of the suites' results; by default the run, or runs/<name>.eval for a model folder."""
-    chat: Literal["auto", "yes", "no"] = "auto"
-    """Whether a suite's prompts are turns of a user, written by the chat template: yes, no (texts), or yes for a model
-    with a template and for a run on conversations (auto). Tasks of lm_eval are texts unless this is yes."""
+    raw: bool | None = None
+    """Leave a suite's prompt as it is. By default (None) it is a turn of a user, written by the chat template, if the
+    tokenizer or the run has one and the run was not trained on texts; False makes it one in any case. Tasks of lm_eval
+    are texts unless this is False."""
 
 
 @dataclass(frozen=True)
 class SampleConfig(Config):
     """A run's config, and the prompts to complete."""
 
-    SHORT: ClassVar = DRAWN
+    SHORT: ClassVar = DRAWN | {"reference": "show_reference"}
     prompt: tuple[str, ...] = ()
     """Prompts to complete."""
-    chat: Literal["auto", "yes", "no"] = "auto"
-    """Whether a prompt is a turn of a user, written by the chat template: yes, no (a text), or yes for a model with a
-    template and for a run on conversations (auto). A text with the template's special tokens stays as it is."""
+    raw: bool | None = None
+    """Leave a prompt as it is. By default (None) it is a turn of a user, written by the chat template, if the tokenizer
+    or the run has one and the run was not trained on texts; False makes it one in any case."""
+    system: str = ""
+    """Message of the system before a prompt that is a turn of a user."""
+    chat: bool = False
+    """Keep a conversation going: turns are read from standard input, answers are shown while they are sampled."""
+    show_reference: bool = False
+    """With --chat: show the reference's answer too; only the policy's goes into the conversation."""
 
 
 @dataclass(frozen=True)

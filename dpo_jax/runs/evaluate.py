@@ -1,9 +1,9 @@
-"""`evaluate` and `sample`: a run or a model folder, from Python."""
+"""`evaluate`: a run or a model folder, from Python."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import evaluation, losses
-from dpo_jax.config.commands import EvalConfig, SampleConfig
+from dpo_jax.config.commands import EvalConfig
 from dpo_jax.data.prompt_text import PromptText
 from dpo_jax.data.sources.base import Item, prompt_key
 from dpo_jax.data.table import Table
@@ -23,14 +23,12 @@ from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.runs.suites.run import check_suite_keys, evaluate_suites, merged_metrics
 from dpo_jax.training.checks import check_length
-from dpo_jax.training.completions import make_completer
-from dpo_jax.training.restore import as_user_turns, eval_model, load_evaluated, restore_models, restore_state
+from dpo_jax.training.restore import eval_model, load_initial
 from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
     decode_texts,
     held_out_comparisons,
     load_table,
-    prompt_ids,
     responses_per_prompt,
 )
 
@@ -100,7 +98,7 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
         )
     if is_run(path):
         warn_of_changes(Path(path), settings)
-    loaded, tokenizer = load_evaluated(settings, loss)
+    loaded, tokenizer = load_initial(settings, loss)
     check_length(settings, loaded.model)
     rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
     table = load_table(settings, loss, tokenizer, rows, "held-out")
@@ -119,40 +117,6 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     return Evaluation(found, completions, list(judge.params))
 
 
-def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, list[str]]:
-    """Generates completions with the policy of a run and its reference, or with a model folder.
-
-    Args:
-      path: a run folder, a model folder or a hub id.
-      prompts: texts to complete, or conversations: lists of messages with `role` and `content`.
-      **keys: keys of `dpo-jax sample`, such as `samples={"temperature": 0.7, "max_new_tokens": 64}`, `seed=1`.
-
-    Returns:
-      "policy", and "reference" if there is one -> a completion for each prompt.
-
-    Raises:
-      UserError: no checkpoint, an empty prompt, or options without a meaning.
-    """
-    if not isinstance(path, str | Path):
-        raise UserError(f"sample: {type(path).__name__}: give the folder of a run or a model, as in result.folder")
-    given = [] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise UserError("prompts: give a list of one or more texts, as in [text]")
-    chats = [str(p) if isinstance(p, str) else p if isinstance(p, Chat) else Chat(tuple(p)) for p in given]
-    options = {"chat": "no"} | section(keys)  # a text is a text here; a conversation is given as one
-    return sample_path(str(path), config_of_path(str(path), options, SampleConfig, "dpo_jax.sample"), chats)
-
-
-def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> dict[str, list[str]]:
-    """Generates completions as `dpo-jax sample` does: model -> a text for each prompt."""
-    loss = losses.build(settings.loss)
-    if loss.rewards:
-        raise UserError(f"{path}: a reward model, which generates no text; name a language model")
-    loaded, tokenizer = load_evaluated(settings, loss)
-    prompts = as_user_turns(path, prompts, tokenizer, settings)
-    models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
-    complete = make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
-    return {name: complete(params) for name, params in models.items()}
 
 
 def _with_conversations(texts: list[str], prompts: list[Any], table: Table, rows: Iterable[Item]) -> list[str]:

@@ -1,7 +1,6 @@
 """Restores policy and reference from a checkpoint of a run, or from a model folder, to evaluate them."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,13 @@ from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.tables import held_out_comparisons, responses_per_prompt, reward_encoding
 
 log = logging.getLogger(__name__)
+
+
+def load_initial(settings: Config, loss: losses.Loss) -> tuple[LoadedModel, Any]:
+    """Returns the initial policy of a config, and its tokenizer; a reward model for a loss of one."""
+    tokenizer = load_run_tokenizer(settings.model)
+    encoding = reward_encoding(settings, loss)
+    return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
 
 
 def restore_state(
@@ -77,13 +83,6 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
     return models
 
 
-def load_evaluated(settings: Any, loss: losses.Loss) -> tuple[LoadedModel, Any]:
-    """Returns the initial policy of a config and its tokenizer; a reward model for a loss of one."""
-    tokenizer = load_run_tokenizer(settings.model)
-    encoding = reward_encoding(settings, loss)
-    return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
-
-
 def eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss) -> EvalModel:
     """Returns the policy and its reference, ready to evaluate."""
     state = restore_state(path, settings, loaded, loss)
@@ -94,31 +93,22 @@ def eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: losse
     return EvalModel(model, loss, models, state.running, settings.batch_size, settings.data.max_length)
 
 
-def as_user_turns(path: str, prompts: Sequence[Any], tokenizer: Any, settings: SampleConfig) -> list[Any]:
-    """Returns prompts with each text as a turn of a user, if `asks_in_turns`.
-
-    A text that spells a special token has been through a template and stays as it is.
-    """
-    if not asks_in_turns(path, tokenizer, settings):
-        return list(prompts)
-    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    bare = [isinstance(prompt, str) and not any(mark in prompt for mark in marks) for prompt in prompts]
-    if any(bare):
-        log.info("the prompts are turns of a user, written by the chat template; --chat no takes them as text")
-    turns = zip(prompts, bare, strict=True)
-    return [Chat(({"role": "user", "content": prompt},)) if is_bare else prompt for prompt, is_bare in turns]
-
-
 def asks_in_turns(path: str, tokenizer: Any, settings: SampleConfig | EvalConfig) -> bool:
-    """Returns whether a text prompt is a turn of a user: as `settings.chat` says; "auto" judges by the model.
+    """Returns whether a text prompt is a turn of a user: as `settings.raw` says; None judges by the model.
 
     A model chats if it has a chat template; a run, if its data are conversations too.
     """
-    templated = bool(settings.data.chat_template or tokenizer.chat_template)
-    return settings.chat == "yes" or (settings.chat == "auto" and templated and _chats(path, settings))
+    if settings.raw is not None:
+        return not settings.raw
+    return has_template(tokenizer, settings) and trained_on_chats(path, settings)
 
 
-def _chats(path: str, settings: SampleConfig | EvalConfig) -> bool:
+def has_template(tokenizer: Any, settings: Config) -> bool:
+    """Returns whether there is a chat template: the run's or the tokenizer's."""
+    return bool(settings.data.chat_template or tokenizer.chat_template)
+
+
+def trained_on_chats(path: str, settings: Config) -> bool:
     """Returns whether a run was trained on conversations; True for a model folder, or if the data are not at hand."""
     if not is_run(path):
         return True

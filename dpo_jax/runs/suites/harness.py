@@ -32,7 +32,7 @@ def measure_harness(task: SuiteTask) -> SuiteResult:
     """Returns the metrics of tasks of lm_eval, with its standard errors as 95% intervals."""
     evaluator = _harness_module("evaluator")
     manager = _task_manager(task)
-    settings, chat = task.settings, task.settings.chat == "yes"
+    settings, chat = task.settings, task.settings.raw is False
     model = harness_lm(task.subject())
     try:
         loaded = manager.load(list(task.tasks))

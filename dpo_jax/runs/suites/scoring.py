@@ -50,7 +50,7 @@ def _prompts_for(task: SuiteTask, reward: str, prompts: Sequence[Any]) -> list[s
         return prompt_texts([as_prompt(prompt, chats) for prompt in prompts], tokenizer, settings.data)
     own, tokenizer = folder == task.path, load_tokenizer(model_folder(folder))
     auto = asks_in_turns(folder, tokenizer, settings) if own else bool(tokenizer.chat_template)
-    chats = settings.chat == "yes" or (settings.chat == "auto" and auto)
+    chats = auto if settings.raw is None else not settings.raw
     return [PromptText(p if isinstance(p, str) else "", as_prompt(p, chats)) for p in prompts]
 
 
