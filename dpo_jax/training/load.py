@@ -25,7 +25,7 @@ from dpo_jax.models.huggingface.folder import (
     save_folder,
 )
 from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
-from dpo_jax.models.huggingface.safetensors import read_json
+from dpo_jax.models.huggingface.safetensors import read_json, weights_hash
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
@@ -281,3 +281,26 @@ def export_notes(config: Config, loaded: LoadedModel) -> list[str]:
         base = f"the {config.lora.base} base, dequantized"
         lines.append(f"the policy is exported with its adapters merged into {base}; adapter/ holds the adapters alone")
     return lines
+
+
+def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
+    """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy.
+
+    The reference of new adapters is their base, which is the initial policy too. That of adapters that are trained
+    already (`lora.path`) is the model with them: the adapters are returned, to be attached to the base.
+
+    Raises:
+      UserError: the architecture of the reference differs from that of the policy.
+    """
+    params, architecture = policy.params, policy.model.architecture
+    if config.lora.path and not config.reference.path:
+        return policy.adapters, weights_hash(policy.attached(policy.adapters), architecture)
+    if config.reference.path not in ("", config.model.path):
+        architecture, _, params = open_folder(model_folder(config.reference.path))
+        if architecture.vocab < (rows := policy.model.architecture.vocab):  # it has grown, for tokens that were added
+            architecture, params = grow_vocabulary(architecture, params, rows)
+        if architecture != policy.model.architecture:
+            raise UserError(
+                f"reference.path: {config.reference.path} is of another architecture than the policy; change it"
+            )
+    return params, weights_hash(params, architecture)

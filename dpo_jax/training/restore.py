@@ -16,11 +16,10 @@ from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.paths import is_run
 from dpo_jax.records import Chat, Comparison, TrainState
 from dpo_jax.step import init_state
-from dpo_jax.training import setup
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.checks import make_sync
-from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
+from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer, reference_weights
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.tables import held_out_comparisons, responses_per_prompt, reward_encoding
 
@@ -78,7 +77,7 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
     if state.reference:
         models["reference"] = state.reference
     elif settings.reference.path or uses:
-        params, _ = setup.reference_weights(settings, loaded)
+        params, _ = reference_weights(settings, loaded)
         models["reference"] = load_into_memory(loaded.attached(params) if params is loaded.adapters else params)
     return models
 

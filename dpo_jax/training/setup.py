@@ -20,13 +20,19 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.models.huggingface.folder import model_folder, open_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
-from dpo_jax.models.vocabulary import grow_vocabulary
 from dpo_jax.paths import cache_folder, written
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
 from dpo_jax.training.completions import kl_prompt_count, make_run_completer, prompts_to_sample
-from dpo_jax.training.load import LoadedModel, check_unmerged, export_notes, load_policy, load_run_tokenizer
+from dpo_jax.training.load import (
+    LoadedModel,
+    check_unmerged,
+    export_notes,
+    load_policy,
+    load_run_tokenizer,
+    reference_weights,
+)
 from dpo_jax.training.run import Run, eval_interval
 from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
 from dpo_jax.training.tables import (
@@ -186,29 +192,6 @@ def sweep_member(run: Run, config: Config) -> Run:
         with written(folder / "data.json") as file:
             file.write((run.folder / "data.json").read_text(encoding="utf-8"))
     return run._replace(config=config, folder=folder, lock=lock, loss=loss)
-
-
-def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
-    """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy.
-
-    The reference of new adapters is their base, which is the initial policy too. That of adapters that are trained
-    already (`lora.path`) is the model with them: the adapters are returned, to be attached to the base.
-
-    Raises:
-      UserError: the architecture of the reference differs from that of the policy.
-    """
-    params, architecture = policy.params, policy.model.architecture
-    if config.lora.path and not config.reference.path:
-        return policy.adapters, weights_hash(policy.attached(policy.adapters), architecture)
-    if config.reference.path not in ("", config.model.path):
-        architecture, _, params = open_folder(model_folder(config.reference.path))
-        if architecture.vocab < (rows := policy.model.architecture.vocab):  # it has grown, for tokens that were added
-            architecture, params = grow_vocabulary(architecture, params, rows)
-        if architecture != policy.model.architecture:
-            raise UserError(
-                f"reference.path: {config.reference.path} is of another architecture than the policy; change it"
-            )
-    return params, weights_hash(params, architecture)
 
 
 def with_run_folder(config: Config, file: str) -> Config:
