@@ -4,9 +4,6 @@ Everything is read from the functions: their docstrings, signatures and values.
 """
 
 import inspect
-import itertools
-import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +20,13 @@ from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.losses import term_options
 from dpo_jax.losses.objective import OPTIONS
-from dpo_jax.losses.registry import Entry, find_entry
+from dpo_jax.losses.registry import find_entry
 from dpo_jax.named import options_of
 from dpo_jax.pages import figure
 from dpo_jax.paths import written
 from dpo_jax.records import Array, Logps
+from dpo_jax.training.loss_text import NOTATION, describe_loss
 
-NOTATION = (
-    "c, r       log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens",
-    "p_c, p_r   log pi(y | x) of both;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
-    "r_c, r_r   their rewards by the trained reward model",
-    "z_k        beta (log pi - log ref) of the response of rank k;  s  scores of the data",
-)
 WIDTH = 145  # of the table, if the output is no terminal
 MARGINS = np.linspace(-6.0, 6.0, 241)
 REF_LOGP = -4.0  # log pi_ref of a response in the plot
@@ -45,24 +37,6 @@ AXES = {
     True: "margin c - r, on which alone these depend\n(beta 1, one token per response, scores 3 and 1)",
     False: f"margin c - r, at c = -r\n(beta 1, one token per response, log ref {REF_LOGP:g}, one pair per step)",
 }
-
-
-class Description(NamedTuple):
-    """The description of a loss.
-
-    Attributes:
-      title: name in words.
-      paper: authors, year, arXiv number and equation.
-      formula: lines of the formula.
-      hyper: hyper-parameter -> default.
-      takes: the data that it takes, and options of a term that it supports.
-    """
-
-    title: str
-    paper: str
-    formula: tuple[str, ...]
-    hyper: dict[str, object]
-    takes: str
 
 
 def losses_command(argv: Sequence[str]) -> None:
@@ -87,39 +61,6 @@ def _shared_options() -> list[str]:
     """Returns the options that all losses have, as lines."""
     options = [(f"{o.name} {o.default}", o.help) for o in options_of(*OPTIONS)]
     return ["every loss also has", *(f"  {option:<24} {text}" for option, text in options)]
-
-
-def describe_loss(name: str) -> Description:
-    """Returns the description of a loss, from its docstring and signature.
-
-    The first line is its title and (paper), as of all built-in losses; a user's may name no paper. Indented lines
-    before `Args:` are the formula.
-    """
-    entry = find_entry(name)
-    lines = (inspect.getdoc(entry.function) or "No description.").splitlines()
-    found = re.fullmatch(r"(.*?) \(([^()]* \d{4}, arXiv [^()]*)\)(.*)", lines[0])
-    before, paper, after = found.groups() if found else (lines[0], "", "")
-    described = itertools.takewhile(lambda line: line != "Args:", lines)
-    formula = tuple(line[4:] for line in described if line.startswith("    "))
-    parameters = inspect.signature(entry.function).parameters.values()
-    hyper = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return Description((before + after).rstrip("."), paper, formula, hyper, _takes(entry))
-
-
-def _takes(entry: Entry) -> str:
-    """Returns the data that a loss takes, and the options of a term that it supports."""
-    responses = {1: "responses", 2: "pairs", 3: "pairs, and responses to other prompts", None: "rankings"}
-    features = {
-        responses[entry.responses]: True,
-        "or single responses": entry.unpaired,
-        "no reference": not entry.uses_reference,
-        "a reward model": entry.rewards,
-        "soft labels": entry.soft_labels,
-        "f-divergences": entry.divergences,
-        "scores": entry.scores,
-        "whole batches": entry.whole_batch,
-    }
-    return ", ".join(text for text, holds in features.items() if holds)
 
 
 def losses_table(names: Sequence[str]) -> Grid:
