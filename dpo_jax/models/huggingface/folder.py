@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dpo_jax.models.families.hf_config import HfConfig
 from dpo_jax.models.families.registry import architecture_of, family, language_model_config
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
+from dpo_jax.models.huggingface.older import with_older_keys
 from dpo_jax.models.huggingface.replace import check_replaceable, replace_folder, write_listing
 from dpo_jax.models.huggingface.safetensors import (
     DTYPES,
@@ -175,6 +177,7 @@ def save_folder(
     fetch: Fetch = np.asarray,
     writes: bool = True,
     template: str = "",
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder that transformers loads.
 
@@ -192,21 +195,21 @@ def save_folder(
       max_shard_bytes: size above which the weights are split into several files with an index.
       fetch: copies an array to this host's memory; called for one tensor after another.
       template: a chat template to write in place of the tokenizer's; "" for that.
+      files: name -> text of further files: the model card, licenses.
       writes: whether this process writes the files. Other processes only call `fetch`, which may communicate.
 
     Raises:
       UserError: the dtype is unknown, or the folder holds other files.
     """
     folder = Path(folder).absolute()
-    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    dtype = _file_dtype(dtype, hf_config)
     module, architecture = family(hf_config["model_type"]), architecture_of(hf_config)
     tensors = tensors_of(params, module, architecture, dtype, fetch)
     if not writes:
-        for _ in tensors:
-            pass
+        deque(tensors, maxlen=0)
         return
+    name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
+    config = {**hf_config, "architectures": [name], "dtype": dtype}
     check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -215,13 +218,21 @@ def save_folder(
         write_params(temporary, tensors, module, architecture, dtype, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(temporary, tokenizer, template)
-        name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
-        config = {**hf_config, "architectures": [name], "dtype": dtype}
         _write_configs(temporary, config, tokenizer, dict(generation or {}))
+        for file, text in (files or {}).items():
+            (temporary / file).write_text(text, encoding="utf-8")
         write_listing(temporary)
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _file_dtype(dtype: str | None, hf_config: HfConfig) -> str:
+    """Returns the dtype of a folder's weights: the given one, or that of `hf_config`."""
+    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -261,7 +272,7 @@ def _tokenizer_file(file: Path) -> Any:
 def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any]) -> None:
     """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
     dropped = ("torch_dtype", "transformers_version", "_name_or_path")
-    config = {key: value for key, value in hf_config.items() if key not in dropped}
+    config = with_older_keys({key: value for key, value in hf_config.items() if key not in dropped})
     ends = list(end_ids(tokenizer, generation, hf_config))
     ids = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
     generation = {**ids, **generation}

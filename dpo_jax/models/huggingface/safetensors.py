@@ -136,12 +136,18 @@ def tensors_of(
       architecture: the architecture of the parameters.
       dtype: a key of `DTYPES`.
       fetch: copies an array to this host's memory.
+
+    Raises:
+      UserError: a value is beyond the range of float16.
     """
     flat = dict(_flatten(params))
-    for _, layer, tensor in checkpoint_tensors(module, architecture):
+    for name, layer, tensor in checkpoint_tensors(module, architecture):
         values = (flat[part.path] for part in tensor.parts)
         pieces = (value[:] if layer is None else value[layer] for value in values)
-        parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
+        with np.errstate(over="ignore"):
+            parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
+        if dtype == "float16" and not all(np.isfinite(part).all() for part in parts):
+            raise UserError(f"{name}: has values beyond float16's 65,504; choose bfloat16 or float32")
         yield np.ascontiguousarray(pack_tensor(tensor, parts))
 
 

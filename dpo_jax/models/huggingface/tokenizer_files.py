@@ -13,6 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.safetensors import read_json
 from dpo_jax.models.huggingface.tokenizer import read_tokenizer
 
+NEW_CLASS = "TokenizersBackend"  # PreTrainedTokenizerFast before transformers 5
 CONFIG, TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 FILES += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", TEMPLATE, "chat_template.json")
@@ -31,6 +32,7 @@ def save_tokenizer(folder: Path, tokenizer: Any, template: str = "") -> None:
         _copy(source, folder)
     else:
         tokenizer.save_pretrained(folder)
+    _name_class(folder)
     if template:
         _write_template(folder, template)
 
@@ -78,11 +80,20 @@ def _state(tokenizer: Any) -> list[Any]:
     return [type(tokenizer).__name__, usage, added, special, flags, tokenizer.chat_template]
 
 
+def _name_class(folder: Path) -> None:
+    """Names the class of a tokenizer as transformers 4 does too, where version 5 has renamed it."""
+    if (folder / CONFIG).is_file() and (config := read_json(folder / CONFIG)).get("tokenizer_class") == NEW_CLASS:
+        _write_config(folder, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _write_template(folder: Path, template: str) -> None:
     """Makes a template the only one: as its own file, and in tokenizer_config.json for programs that read it there."""
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
     (folder / "chat_template.json").unlink(missing_ok=True)
     if (folder / CONFIG).is_file():
-        config = {**read_json(folder / CONFIG), "chat_template": template}
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_config(folder, {**read_json(folder / CONFIG), "chat_template": template})
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
