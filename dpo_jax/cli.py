@@ -90,10 +90,9 @@ COMMANDS = {
         "configs/frontier_quick.yaml",
     ),
     "export": Command(
-        "RUN OUT [--checkpoint best]",
-        "Writes a checkpoint, the newest by default, as a Hugging Face folder.",
+        "RUN OUT [--checkpoint best] [--dtype ...] [--push owner/name]",
+        "Writes a checkpoint as a Hugging Face folder with a model card; uploads it.",
         "runs/my folder --checkpoint best",
-        (("--checkpoint newest|best|STEP", "Which to write; best is by the run's keep_best (default newest)."),),
     ),
     "models": Command("", "Lists the supported model families.", ""),
     "plan": Command(

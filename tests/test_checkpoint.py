@@ -12,6 +12,7 @@ from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.records import TrainState
 from dpo_jax.training import checkpoint
+from dpo_jax.training.best import checkpoint_evaluation, evaluations_since_best
 from dpo_jax.training.checkpoint import Checkpoints
 
 
@@ -194,7 +195,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     checkpoints = Checkpoints(tmp_path / "c", keep=2, best=metric)
     for step, loss in LOSSES.items():
         names = ("eval_loss", "eval_kl", "eval_logratio", "eval_rewards/accuracies")
-        checkpoints.save(state(step), step, dict.fromkeys(names, loss))
+        checkpoints.save(state(step), step, dict.fromkeys(names, interval(loss)))
     checkpoints.save(state(16), 16)  # no evaluation at this step
     checkpoints.wait()
     assert set(checkpoint.steps_in(tmp_path / "c")) == {15, 16} | ({best} if best else set())
@@ -203,11 +204,44 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, metric, best):
     else:
         with pytest.raises(UserError, match="keep_best of the run names no metric"):
             checkpoints.step_of("best")
-    assert checkpoints.step_of("newest") is None
+    assert checkpoints.step_of("last") is None
+    assert checkpoints.step_of("") == best  # None is the last
     assert checkpoints.step_of("16") == 16
-    with pytest.raises(UserError, match=r"checkpoint 4: not found; name one of \[16, 15"):
+    kept = r"best, last or one of the steps 6, 15, 16" if best == 6 else r"last or one of the steps 15, 16"
+    with pytest.raises(UserError, match=rf"checkpoint 4: not found; name .*{kept}$"):
         checkpoints.step_of("4")
     checkpoints.close()
+    assert checkpoint_evaluation(tmp_path / "c/15")["eval_loss"] == interval(0.95)
+    assert checkpoint_evaluation(tmp_path / "c/16") == {}
+
+
+def interval(mean):
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 8}
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "since"),
+    [
+        ("eval_loss", [], 0),
+        ("eval_loss", [0.7], 0),
+        ("eval_loss", [0.7, 0.6, 0.65, 0.61], 2),
+        ("eval_loss", [0.7, 0.6, 0.6], 1),  # equal is not better
+        ("eval_loss", [0.7, None, float("nan"), 0.5], 0),
+        ("eval_loss", [0.7, None, float("nan")], 2),
+        ("eval_rewards/accuracies", [0.7, 0.6, 0.65], 2),
+        ("eval_rewards/accuracies", [0.5, 0.6, 0.65], 0),
+    ],
+)
+def test_evaluations_since_the_best_one(metric, values, since):
+    assert evaluations_since_best(metric, values) == since
+
+
+def test_a_value_that_is_no_number_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=9, best="eval_loss")
+    for step, loss in ((1, float("nan")), (2, 0.5), (3, float("nan"))):
+        checkpoints.save(state(step), step, {"eval_loss": interval(loss)})
+    checkpoints.close()
+    assert checkpoint.best_checkpoint(tmp_path / "c", "eval_loss") == 2
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):

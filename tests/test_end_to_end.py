@@ -336,7 +336,7 @@ MISTAKES = [
     ),
     (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"set --reference.path"),
     (["export", "runs", "x"], r"runs: not the folder of a run"),
-    (["export", "runs/dpo", "x", "--checkpoint", "7"], r"checkpoint 7: not found; name one of \[12, 9\]"),
+    (["export", "runs/dpo", "x", "--checkpoint", "7"], r"7: not found; name last or one of the steps 9, 12$"),
     (["export", "runs/dpo", "x", "--checkpoint", "best"], r"checkpoint best: keep_best of the run names no metric"),
     (["train", "dpo.yaml", "--distributed", "here"], r"--distributed here: set auto .* or HOST:PORT"),
     (["report", "cache"], r"cache"),

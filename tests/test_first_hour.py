@@ -41,7 +41,7 @@ MISTAKES = {
     "--batch_sizes 8": "did you mean 'batch_size'?",
     "--eval_steps 100": "set eval_every: training comparisons between evaluations",
     "--save_total_limit 2": "set keep",
-    "--push_to_hub true": "remove it: the run's folder model/ is what others load and upload",
+    "--push_to_hub true": "remove it: dpo-jax export RUN OUT --push owner/name uploads the model",
     "--deepspeed ds.json": "set mesh.data, mesh.fsdp and mesh.tensor",
     "--max_seq_length 1024": "set data.max_length",
     "--data.eval_file e.jsonl": "set data.eval_path",

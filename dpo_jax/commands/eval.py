@@ -11,6 +11,7 @@ from dpo_jax.runs.evaluate import Intervals, evaluate_path
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.runs.suites.registry import SuiteResult
 from dpo_jax.runs.suites.run import evaluate_suites, result_file, suite_folder
+from dpo_jax.training.run_folder import run_config
 
 
 def eval_command(argv: list[str]) -> None:
@@ -28,9 +29,15 @@ def eval_command(argv: list[str]) -> None:
     print_samples(found.completions, found.models)
     if is_run(path):
         with written(Path(path) / "eval.json") as file:
-            json.dump({"metrics": found.metrics}, file, indent=1)
+            json.dump({"step": found.step, **_other_data(path, settings), "metrics": found.metrics}, file, indent=1)
         write_report([Path(path)], Path(path) / "report.html")
         log_line(f"the model: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
+
+
+def _other_data(path: str, settings: EvalConfig) -> dict[str, list[str]]:
+    """Returns the held-out data of an evaluation if they are not the run's own; {} if they are."""
+    same = settings.data == run_config(path).data
+    return {} if same else {"data": list(settings.data.eval_path or settings.data.path)}
 
 
 def _print_metrics(found: Intervals) -> None:

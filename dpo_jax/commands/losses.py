@@ -4,6 +4,7 @@ Everything is read from the functions: their docstrings, signatures and values.
 """
 
 import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -17,14 +17,13 @@ from dpo_jax.data import build_pairs
 from dpo_jax.data.sources.base import Note, prompt_key
 from dpo_jax.data.turns import as_turns
 from dpo_jax.errors import UserError
-from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.paths import written
 from dpo_jax.records import Comparison
 from dpo_jax.rewards import labels
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.sampling import generate
-from dpo_jax.training.load import load_policy, load_run_tokenizer
+from dpo_jax.training.restore import load_sampled
 from dpo_jax.training.tables import decode_texts, open_part, prompt_ids, prompt_texts
 
 PairRows = Iterator[dict[str, Any] | Note]
@@ -142,9 +141,8 @@ class AnsweredPrompt(NamedTuple):
 
 def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> list[AnsweredPrompt]:
     """Returns a model's answers to each prompt. Leaves out answers that spell EOS: their text has other tokens."""
-    options = ModelConfig(path=str(model_folder(model)), tokenizer=settings.model.tokenizer)
-    tokenizer = load_run_tokenizer(options)
-    loaded = load_policy(options, tokenizer, settings.seed)
+    options = ModelConfig(tokenizer=settings.model.tokenizer)
+    loaded, tokenizer = load_sampled(model, options, settings.seed, settings.checkpoint)
     prompts = [example.prompt for example in examples]
     ids = prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(SamplesConfig)} - {"prompts", "kl_prompts"} | {"seed", "batch_size"}
@@ -164,10 +162,11 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
 def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
     """Yields pairs built from a model's answers, with their provenance."""
     score = get_reward(settings.reward) if settings.reward else None
-    path = settings.corrections
+    path, which = settings.corrections, settings.checkpoint
     rules = build_pairs.correction_rules(path, read_yaml(path)) if path else []
     drawing = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
-    made_by = {"by": settings.by, "model": model} | {name: getattr(settings, name) for name in drawing}
+    made_by = {"by": settings.by, "model": model} | ({"checkpoint": which} if which else {})
+    made_by |= {name: getattr(settings, name) for name in drawing}
     made_by |= {"reward": settings.reward, "label": settings.label} if score else {"corrections": settings.corrections}
     for example, prompt, answers in _sample_answers(model, examples, settings):
         scores: dict[Any, float] = {}

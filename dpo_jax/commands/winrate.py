@@ -16,7 +16,6 @@ from dpo_jax.data import chat
 from dpo_jax.data.sources.base import only_comparisons, prompt_key
 from dpo_jax.errors import UserError
 from dpo_jax.intervals import mean_interval
-from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.pages.winrate import WinrateRow, render_winrate, winrate_json, winrate_table
@@ -29,7 +28,8 @@ from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wi
 from dpo_jax.rewards.words import Reward
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
-from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer
+from dpo_jax.training.load import LoadedModel, compute_dtype
+from dpo_jax.training.restore import load_sampled
 from dpo_jax.training.run_folder import check_secrets, run_config
 from dpo_jax.training.tables import decode_texts, held_out_comparisons, prompt_ids, prompt_texts
 
@@ -67,6 +67,8 @@ def winrate_command(argv: list[str]) -> None:
     check_secrets(settings)
     if is_run(paths[0]):
         refuse_links(paths[0])
+    if settings.checkpoint and not any(map(is_run, paths)):
+        raise UserError("--checkpoint: no run folder is named, and a model folder has no checkpoints; remove it")
     judge, client, best = _judge(settings)
     policies, question = _load_policies(paths, settings)
     rows, judged = [], []
@@ -109,7 +111,8 @@ def _load_policies(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[
     raw = [c.prompt for c in comparisons]
     names = [Path(path).resolve().name for path in paths]
     names = names if len(set(names)) == len(names) else list(paths)
-    policies = [_policy(name, path, raw, settings) for name, path in zip(names, paths, strict=True)]
+    which = settings.checkpoint
+    policies = [_policy(name, path, raw, settings, which) for name, path in zip(names, paths, strict=True)]
     texts = prompt_texts(raw, policies[0].tokenizer, settings.data)
     if from_data:
         return policies, WinrateQuestion(
@@ -121,14 +124,15 @@ def _load_policies(paths: Sequence[str], settings: WinrateConfig) -> tuple[list[
     return policies, WinrateQuestion(texts, [c for (c,) in drawn], f"{settings.against} at {temperature:g}")
 
 
-def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfig) -> SampledPolicy:
-    """Returns the policy of a run or model folder. A run's prompts are tokenized by the run's config."""
+def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfig, which: str = "") -> SampledPolicy:
+    """Returns the policy of a run, at the checkpoint `which`, or of a model folder.
+
+    A run's prompts are tokenized by the run's config.
+    """
     own = run_config(path) if is_run(path) else settings
-    folder = str(model_folder(path))
     compute: Any = compute_dtype(settings.model)
-    model = ModelConfig(path=folder, tokenizer=own.model.tokenizer, compute=compute)
-    tokenizer = load_run_tokenizer(model)
-    loaded = load_policy(model, tokenizer, settings.seed)
+    model = ModelConfig(tokenizer=own.model.tokenizer, compute=compute)
+    loaded, tokenizer = load_sampled(path, model, settings.seed, which if is_run(path) else "")
     ids = prompt_ids(prompts, tokenizer, own.data)
     hashed = weights_hash(loaded.params, loaded.model.architecture)
     key = json.dumps([hashed, model.compute, loaded.end_ids(tokenizer), ids])

@@ -11,7 +11,16 @@ DRAWN = {name: f"samples.{name}" for name in ("temperature", "max_new_tokens", "
 
 
 @dataclass(frozen=True)
-class EvalConfig(Config):
+class CheckpointConfig:
+    """The choice of a checkpoint of a run."""
+
+    checkpoint: str = ""
+    """Checkpoint of the run: best (by its keep_best), last, or a step; by default that of model/, which is the best if
+    the run has keep_best, else the last."""
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config, CheckpointConfig):
     """A run's config, and the metrics to compute besides those of its loss."""
 
     SHORT: ClassVar = DRAWN
@@ -46,7 +55,7 @@ class EvalConfig(Config):
 
 
 @dataclass(frozen=True)
-class SampleConfig(Config):
+class SampleConfig(Config, CheckpointConfig):
     """A run's config, and the prompts to complete."""
 
     SHORT: ClassVar = DRAWN | {"reference": "show_reference"}
@@ -92,7 +101,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class PairsConfig:
+class PairsConfig(CheckpointConfig):
     """Preference pairs built from a model's own answers, or from other data."""
 
     by: Literal["reward", "correction", "self", "others", "corrupted", "paired", "single"] = "reward"
@@ -128,7 +137,7 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
-class WinrateConfig(Config):
+class WinrateConfig(Config, CheckpointConfig):
     """A run's config, the texts to compare and the judge."""
 
     SHORT: ClassVar = {key: to for key, to in DRAWN.items() if key != "temperature"}  # the policy has several
@@ -152,6 +161,18 @@ class WinrateConfig(Config):
     """Distinct held-out prompts to use, from the first on."""
     out: str = ""
     """Folder of the results; by default RUN/winrate, or runs/<name>.winrate for a model folder."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(CheckpointConfig):
+    """A Hugging Face folder of a checkpoint, with a model card."""
+
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """dtype of the weights; by default that of the initial model."""
+    push: str = ""
+    """Repository of the hub, owner/name, to upload the folder to; needs a token: HF_TOKEN, or hf auth login."""
+    public: bool = False
+    """Whether a repository that --push creates is public; one that exists keeps its visibility."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +270,7 @@ COMMAND_CONFIGS: dict[str, type] = {
     "data": LookConfig,
     "pairs": PairsConfig,
     "winrate": WinrateConfig,
+    "export": ExportConfig,
     "frontier": FrontierConfig,
     "plan": PlanConfig,
 }

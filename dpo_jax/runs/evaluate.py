@@ -23,7 +23,7 @@ from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.runs.suites.run import check_suite_keys, evaluate_suites, merged_metrics
 from dpo_jax.training.checks import check_length
-from dpo_jax.training.restore import eval_model, load_initial
+from dpo_jax.training.restore import eval_model, load_initial, restore_state
 from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
     decode_texts,
@@ -43,11 +43,13 @@ class Evaluation(NamedTuple):
       metrics: name -> mean, low and high (95% interval) and n.
       completions: (prompt, then a completion of each model).
       models: the names of the models, policy first.
+      step: updates of the policy; 0 for a model folder.
     """
 
     metrics: Intervals
     completions: list[tuple[str, ...]]
     models: list[str]
+    step: int
 
 
 def evaluate(
@@ -61,9 +63,9 @@ def evaluate(
     Args:
       path: a run folder, a model folder or a hub id.
       data: held-out examples in memory, the path of a file, or keys of the section `data`, in place of the run's.
-      **keys: keys of `dpo-jax eval` (`reward="happy"`, `prompts=64`, `reference={"path": ...}`), as for `train`. The
-        reward may be a function `(prompts, completions) -> one number each`. `suite="ifeval"` runs standard evaluations
-        in place of the held-out data.
+      **keys: keys of `dpo-jax eval` (`checkpoint="best"`, `reward="happy"`, `prompts=64`, `reference={"path": ...}`),
+        as for `train`. The reward may be a function `(prompts, completions) -> one number each`. `suite="ifeval"` runs
+        standard evaluations in place of the held-out data.
 
     Returns:
       Metric -> {mean, low, high, n}: accuracy, margins, loss, KL and reward with 95% intervals. Of suites
@@ -102,7 +104,8 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     check_length(settings, loaded.model)
     rows = held_out_comparisons(settings.data, responses_per_prompt(settings, loss))
     table = load_table(settings, loss, tokenizer, rows, "held-out")
-    judge = eval_model(path, settings, loaded, loss)
+    state = restore_state(path, settings, loaded, loss, settings.checkpoint)
+    judge = eval_model(path, settings, loaded, loss, state)
     found = evaluation.summarize(evaluation.evaluate_model(judge, table), table.weights)
     if settings.per_token:
         _write_per_token(settings.per_token, judge, table, tokenizer)
@@ -114,7 +117,7 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
             texts = _with_conversations(texts, prompts, table, rows)
         more, completions = _generated(settings, judge, tokenizer, prompts, texts, loaded.end_ids(tokenizer))
         found |= more
-    return Evaluation(found, completions, list(judge.params))
+    return Evaluation(found, completions, list(judge.params), int(state.step))
 
 
 

@@ -41,7 +41,7 @@ def sample(path: str | Path, prompts: Sequence[Any], **keys: Any) -> dict[str, l
       path: a run folder, a model folder or a hub id.
       prompts: texts, or conversations: lists of messages with `role` and `content`.
       **keys: keys of `dpo-jax sample`, such as `raw=True`, `system="Be brief."`, `temperature=0.7`,
-        `max_new_tokens=64`, `seed=1`.
+        `max_new_tokens=64`, `seed=1`, `checkpoint="best"`.
 
     Returns:
       "policy", and "reference" if there is one -> a completion for each prompt.
@@ -65,7 +65,7 @@ def sample_path(path: str, settings: SampleConfig, prompts: Sequence[Any]) -> di
     loss, loaded, tokenizer = load_for_sampling(path, settings)
     prompts, how = prompts_as_turns(path, prompts, tokenizer, settings)
     log.info(how)
-    models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss))
+    models = restore_models(path, settings, loaded, restore_state(path, settings, loaded, loss, settings.checkpoint))
     complete = make_completer(settings, loaded, tokenizer, prompt_ids(prompts, tokenizer, settings.data))
     return {name: complete(params) for name, params in models.items()}
 
@@ -172,7 +172,7 @@ def open_chat(path: str, settings: SampleConfig) -> ChatModels:
     if not has_template(tokenizer, settings):
         raise UserError("--chat: the tokenizer has no chat template; set data.chat_template, or give --prompt")
     check_system(tokenizer, settings)
-    state = restore_state(path, settings, loaded, loss)
+    state = restore_state(path, settings, loaded, loss, settings.checkpoint)
     both = settings.show_reference
     models = restore_models(path, settings, loaded, state) if both else {"policy": loaded.policy(state.params)}
     if both and "reference" not in models:

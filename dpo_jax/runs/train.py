@@ -27,8 +27,8 @@ class Result(NamedTuple):
 
     Attributes:
       folder: the run folder; `folder / "model"` is the exported model.
-      metrics: means of the last evaluation, named `eval_NAME`.
-      params: the policy's parameters, with adapters attached.
+      metrics: means of the evaluation of that model, named `eval_NAME`.
+      params: its parameters, with adapters attached: those of the best checkpoint with `keep_best`, else the last ones.
     """
 
     folder: Path

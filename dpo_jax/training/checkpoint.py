@@ -7,6 +7,7 @@ its sharding, so it is checked after the array is restored to the devices, with 
 
 import json
 import logging
+import math
 import re
 import shutil
 import time
@@ -29,6 +30,7 @@ from dpo_jax.training.metrics_file import with_current_names
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+EVALUATION = "eval.json"  # in the folder of a checkpoint, if the state was evaluated
 FORMAT = 1  # of the manifest
 LOWER = ("loss", "nll", "kl")  # lower is better for metrics with one of these in their name
 ROOM = 1.1  # free disk space to require, as a multiple of the state's bytes
@@ -69,6 +71,12 @@ def _write_manifest(folder: Path, leaves: Mapping[str, list], metrics: Mapping[s
     content |= {"files": digests, "leaves": dict(leaves), "metrics": dict(metrics)}
     with written(folder / MANIFEST) as f:
         json.dump(content, f)
+
+
+def write_evaluation(path: Path, step: int, found: Mapping[str, Any]) -> None:
+    """Writes an evaluation, metric -> mean, low, high and n, with its step."""
+    with written(path) as file:
+        json.dump({"step": step, "metrics": found}, file, indent=1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -130,12 +138,19 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(p.name) for p in found), reverse=True)
 
 
+def goodness(metric: str, value: float | None) -> float:
+    """Returns a number that is higher for better values of a metric; minus infinity for NaN and for no value."""
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return -value if any(word in metric for word in LOWER) else value
+
+
 def best_checkpoint(folder: Path, metric: str) -> int | None:
     """Returns the step of the complete checkpoint with the best value of a metric; ties go to the later step.
 
     A checkpoint with a damaged manifest is skipped, with a message.
     """
-    sign, found = -1 if any(word in metric for word in LOWER) else 1, []
+    found = []
     for step in steps_in(folder):
         try:
             metrics = with_current_names(read_manifest(folder / str(step))["metrics"])
@@ -145,7 +160,7 @@ def best_checkpoint(folder: Path, metric: str) -> int | None:
             log.warning(f"checkpoint {step}: its manifest is damaged ({e}); it cannot be the best one")
             continue
         if metrics.get(metric) is not None:
-            found.append((sign * metrics[metric], step))
+            found.append((goodness(metric, metrics[metric]), step))
     return max(found)[1] if found else None
 
 
@@ -173,13 +188,13 @@ class Checkpoints:
                 shutil.rmtree(torn, ignore_errors=True)
         distributed.barrier("checkpoints")
 
-    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, state: TrainState, step: int, found: Mapping[str, Mapping[str, float]] | None = None) -> None:
         """Saves a state without waiting for the disk.
 
         Args:
           state: the state; it may be donated as soon as this returns.
           step: updates done.
-          metrics: means of the evaluation at that step, if any.
+          found: the evaluation at that step, if any: metric -> mean, low, high and n.
 
         Raises:
           UserError: the disk has too little space, or the save before this one failed.
@@ -190,13 +205,15 @@ class Checkpoints:
         sums = _checksums(state)
         self.orbax.save(self.folder / str(step), state, force=True)
         self.times["save_stall_seconds"] = time.perf_counter() - start
-        self.pending = self.worker.submit(self._finish, step, state_shapes(state), sums, metrics or {}, start)
+        self.pending = self.worker.submit(self._finish, step, state_shapes(state), sums, found or {}, start)
 
-    def _finish(self, step: int, shapes: dict[str, list], sums: dict[str, Array], metrics: Any, start: float) -> None:
+    def _finish(self, step: int, shapes: dict[str, list], sums: dict[str, Array], found: Any, start: float) -> None:
         self.orbax.wait_until_finished()
         if distributed.is_primary():
             leaves = {name: [*shapes[name], int(value)] for name, value in sums.items()}
-            _write_manifest(self.folder / str(step), leaves, metrics)
+            if found:
+                write_evaluation(self.folder / str(step) / EVALUATION, step, found)
+            _write_manifest(self.folder / str(step), leaves, {name: entry["mean"] for name, entry in found.items()})
             self._prune()
         self.times["save_seconds"] = time.perf_counter() - start
 
@@ -237,18 +254,23 @@ class Checkpoints:
             raise UserError(f"{self.folder}: a checkpoint could not be saved ({why}); fix this, then run again") from e
 
     def step_of(self, which: str) -> int | None:
-        """Returns the step of `newest` (None, see `restore`), of `best`, or of a number as text.
+        """Returns the step of `best`, of `last` (None, see `restore`), or of a number as text.
+
+        "" is the best one if the run keeps it, else the last.
 
         Raises:
           UserError: there is no such checkpoint.
         """
-        if which == "newest":
+        step = best_checkpoint(self.folder, self.best) if self.best and which in ("", "best") else None
+        if which == "last" or (which == "" and step is None):
             return None
-        step = (best_checkpoint(self.folder, self.best) if self.best else None) if which == "best" else which
-        if str(step) not in map(str, steps_in(self.folder)):
+        steps, step = steps_in(self.folder), which if step is None else step
+        if str(step) not in map(str, steps):
             why = "keep_best of the run names no metric" if which == "best" and not self.best else "not found"
-            raise UserError(f"{self.folder}: checkpoint {which}: {why}; name one of {steps_in(self.folder)}")
-        return int(step or 0)
+            known = ", ".join(map(str, reversed(steps))) or "none yet"
+            names = "best, last" if self.best else "last"
+            raise UserError(f"{self.folder}: checkpoint {which}: {why}; name {names} or one of the steps {known}")
+        return int(step)
 
     def restore(self, like: TrainState, step: int | None = None, optimizer: bool = True) -> TrainState | None:
         """Returns the newest checkpoint that is intact and fits; None if there is none.

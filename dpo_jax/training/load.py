@@ -72,13 +72,18 @@ class LoadedModel(NamedTuple):
             return trained
         return lora.attach_adapters(self.model.architecture, self.params, trained, self.lora)
 
-    def save(self, trained: Any, out: Path, tokenizer: Any, template: str = "") -> None:
+    def save(self, trained: Any, out: Path, tokenizer: Any, **options: Any) -> None:
         """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes.
 
-        `template` is the chat template that the policy was trained with, if it is not the tokenizer's.
+        Args:
+          trained: the trained parameters: all, or adapters.
+          out: the folder.
+          tokenizer: of the policy.
+          **options: `dtype`, `template` and `files` of `save_folder`.
         """
-        files = {"tokenizer": tokenizer, "template": template, "generation": self.generation}
-        write = partial(save_folder, out, hf_config=self.hf_config, **files)
+        write = partial(
+            save_folder, out, hf_config=self.hf_config, tokenizer=tokenizer, generation=self.generation, **options
+        )
         if self.lora is None:
             write(trained, fetch=distributed.fetch, writes=distributed.is_primary())
             return
@@ -86,9 +91,8 @@ class LoadedModel(NamedTuple):
         if distributed.is_primary():
             write(lora.merge_adapters(self.model.architecture, qlora.as_floats(self.params), adapters, self.lora))
 
-    def export(self, trained: Any, out: Path, tokenizer: Any, template: str = "") -> None:
-        """Writes the policy as `save` does, and trained adapters to `adapter` beside it, in PEFT's format."""
-        self.save(trained, out, tokenizer, template)
+    def save_adapters(self, trained: Any, out: Path) -> None:
+        """Writes trained adapters, if any, to `adapter` beside the folder `out`, in PEFT's format."""
         adapters = None if self.lora is None else distributed.fetch(trained)
         if self.lora is not None and distributed.is_primary():
             # PEFT loads the base from a model folder, which is a part of a run's.
@@ -272,11 +276,11 @@ def check_unmerged(adapters: str, model: str) -> None:
         )
 
 
-def export_notes(config: Config, loaded: LoadedModel) -> list[str]:
-    """Returns log messages about rounding in the exported policy."""
-    lines, dtype = [], loaded.hf_config.get("dtype", "float32")
-    if dtype != "float32":
-        lines.append(f"the policy is exported in {dtype}, the dtype of the initial model: trained weights are rounded")
+def export_notes(config: Config, loaded: LoadedModel, dtype: str = "") -> list[str]:
+    """Returns log messages about rounding in the exported policy. `dtype` is "" for that of the initial model."""
+    lines, whose = [], "" if dtype else ", the dtype of the initial model"
+    if (dtype := dtype or loaded.hf_config.get("dtype", "float32")) != "float32":
+        lines.append(f"the policy is exported in {dtype}{whose}: trained weights are rounded")
     if config.lora.base:
         base = f"the {config.lora.base} base, dequantized"
         lines.append(f"the policy is exported with its adapters merged into {base}; adapter/ holds the adapters alone")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,11 @@ import numpy as np
 from dpo_jax import distributed, evaluation, optim, sharding
 from dpo_jax.data import order, pack
 from dpo_jax.errors import UserError
-from dpo_jax.paths import written
 from dpo_jax.records import Batch, TrainState
 from dpo_jax.step import init_state
 from dpo_jax.training import interrupts, logger, trackers
-from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.best import evaluated_values, evaluations_since_best, keep_evaluation, means, run_evaluation
+from dpo_jax.training.checkpoint import EVALUATION, Checkpoints, best_checkpoint, write_evaluation
 from dpo_jax.training.compile import PreparedRun, prepare_run
 from dpo_jax.training.metrics_file import truncate_metrics
 from dpo_jax.training.progress import Progress
@@ -69,7 +68,8 @@ def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence
       callbacks: called after every step and evaluation; they make each step wait for its metrics.
 
     Returns:
-      The policy's parameters, with adapters attached.
+      The parameters of the exported policy, with adapters attached: those of the best checkpoint with `keep_best`, else
+      the last ones.
 
     Raises:
       UserError: the loss is not finite; a checkpoint folder that cannot be used; the disk is full.
@@ -82,8 +82,8 @@ def train_run(run: Run, prepared: PreparedRun | None = None, callbacks: Sequence
             state = loop.start()
             if int(state.step):
                 log.info(f"resuming at step {int(state.step)} of {prepared.total_steps}")
-            state = loop.steps(state)
-            loop.finish()
+            state = loop.best(loop.steps(state)._replace(opt_state=()))
+            loop.finish(int(state.step))
         _export(run, state)
     return prepared.shardings.policy(state.params, prepared.base)
 
@@ -93,7 +93,9 @@ def _export(run: Run, state: TrainState) -> None:
     if distributed.is_primary():
         for torn in run.folder.glob(".model.*"):  # left by a process that was killed while it wrote
             shutil.rmtree(torn)
-    run.export(state.params, run.folder / "model")
+    run.export(run.config, state.params, run.folder / "model", int(state.step))
+    if distributed.is_primary():
+        keep_evaluation(run.folder, int(state.step))
     distributed.barrier("exported")
 
 
@@ -103,6 +105,7 @@ class _Loop:
     def __init__(self, run: Run, prepared: PreparedRun, stack: contextlib.ExitStack, callbacks: Sequence[Callback]):
         config = run.config
         self.run, self.prepared, self.callbacks = run, prepared, callbacks
+        self.values: list[float | None] = []  # of keep_best, an evaluation each, in process 0
         self.stop_requested = stack.enter_context(interrupts.stop_requests())
         self.alive = stack.enter_context(interrupts.hang_watchdog(config.hang_seconds))
         self.tracker = trackers.make_tracker(config.track, run.folder, dataclasses.asdict(config))
@@ -115,7 +118,6 @@ class _Loop:
         self.write = logger.metrics_writer(run.folder, self.tracker)
         learning_rate = optim.build(**config.optim).learning_rate
         examples = partial(step_examples, run, prepared)
-        self.evaluated: tuple[int, Any] | None = None  # the step of the last evaluation, and its intervals
         self.logger = logger.StepLogger(run, self.write, progress, examples, self.checkpoints.taken, learning_rate)
 
     def start(self) -> TrainState:
@@ -132,6 +134,8 @@ class _Loop:
                 raise UserError(
                     f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}"
                 )
+        elif distributed.is_primary():
+            self.values = evaluated_values(run.folder, run.config.keep_best)
         return state
 
     def steps(self, state: TrainState) -> TrainState:
@@ -139,6 +143,8 @@ class _Loop:
         prepared, total, config, start = self.prepared, self.prepared.total_steps, self.run.config, int(state.step)
         eval_steps = eval_interval(config, len(self.run.train_table)) or total
         self.alive()
+        if start < total and self.out_of_patience(start):
+            return state
         for step, (batch, count) in enumerate(batches(self.run, prepared, start), start + 1):
             if prepared.reference.fill is not None:
                 batch = prepared.reference.fill(state, batch, count)
@@ -150,22 +156,25 @@ class _Loop:
                 self.logger.flush()
                 found = self.evaluate(state)
                 self.alive()
-                stop = self.call(step, found, state) or stop
+                stop = self.call(step, means(found), state) or stop
+                self.values.append(found.get(config.keep_best, {}).get("mean"))
             if step == total or stop or why or step % config.save_every == 0 or (found and config.keep_best):
                 self.logger.flush()
                 self.checkpoints.save(state, step, found)
             if stop and step < total:
                 log.info(f"stopped by a callback at step {step} of {total}")
                 return state
+            if found and step < total and self.out_of_patience(step):
+                return state
             if why and step < total:
                 self.checkpoints.wait()
                 _exit_again(why, step)
         return state
 
-    def finish(self) -> None:
-        """Sends the last evaluation to the tracker, with its intervals."""
-        if self.evaluated and distributed.is_primary():
-            self.tracker.final(*self.evaluated)
+    def finish(self, step: int) -> None:
+        """Sends the evaluation of the exported policy to the tracker, with its intervals."""
+        if distributed.is_primary() and (found := run_evaluation(self.run.folder, step)):
+            self.tracker.final(step, found)
 
     def call(self, step: int, metrics: Any, state: TrainState) -> bool:
         """Calls the callbacks; returns whether one of process 0 stops the run."""
@@ -175,8 +184,40 @@ class _Loop:
         answers = [callback(step, values, state) for callback in self.callbacks]  # all are called, whatever one says
         return bool(distributed.broadcast_from_primary(int(any(map(_is_true, answers)))))
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Evaluates the policy on the held-out data and writes its samples; returns the means of the metrics."""
+    def out_of_patience(self, step: int) -> bool:
+        """Returns whether the run ends early: `patience` evaluations had no better value than the one before them."""
+        config = self.run.config
+        if not config.patience:
+            return False
+        worse = evaluations_since_best(config.keep_best, self.values)
+        if not (stop := bool(distributed.broadcast_from_primary(int(worse >= config.patience)))):
+            return False
+        why = f"{config.keep_best} was no better in the last {worse} evaluations (patience {config.patience})"
+        log.info(f"stopped at step {step} of {self.prepared.total_steps}: {why}")
+        return stop
+
+    def best(self, state: TrainState) -> TrainState:
+        """Returns the state to export: that of the best checkpoint if the run keeps it, else the last one, as given."""
+        metric, like = self.run.config.keep_best, self.prepared.abstract_state._replace(opt_state=())
+        self.checkpoints.wait()
+        while metric:
+            found = best_checkpoint(self.checkpoints.folder, metric) if distributed.is_primary() else None
+            step = distributed.broadcast_from_primary(-1 if found is None else found)
+            if step < 0:
+                log.warning(f"keep_best: no checkpoint has {metric}; model/ is the policy of step {int(state.step)}")
+                return state
+            best = state if step == int(state.step) else self.checkpoints.restore(like, step, optimizer=False)
+            if best is not None:  # else it was damaged and has been moved; the next best one follows
+                log.info(f"model/ is the policy of step {step}, the best by {metric}")
+                return best
+        return state
+
+    def evaluate(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """Evaluates the policy on the held-out data and writes its samples.
+
+        Returns:
+          Metric -> mean, low and high (95% interval) and n.
+        """
         run, prepared, step = self.run, self.prepared, int(state.step)
         evaluator, examples, params = prepared.evaluator, step * run.config.batch_size, (state.params, prepared.base)
         if prepared.reference.recompute is not None:
@@ -186,15 +227,12 @@ class _Loop:
         completions = run.complete(prepared.shardings.policy(*params)) if run.complete else None
         if completions and prepared.reference.log_ratios is not None:
             summary["eval_kl"] = evaluation.mean_with_interval(prepared.reference.log_ratios(state, completions.ids))
-        means = {name: entry["mean"] for name, entry in summary.items()}
-        self.evaluated = (step, summary)
-        self.write(step, examples, means)
+        self.write(step, examples, means(summary))
         if distributed.is_primary():
-            with written(run.folder / "eval.json") as file:
-                json.dump({"step": step, "metrics": summary}, file, indent=1)
+            write_evaluation(run.folder / EVALUATION, step, summary)
         if completions:
             self._write_samples(step, examples, completions.texts)
-        return means
+        return summary
 
     def _write_samples(self, step: int, examples: int, completions: Sequence[str]) -> None:
         reference = self.prepared.reference.samples or [None] * len(completions)

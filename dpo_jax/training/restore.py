@@ -1,5 +1,6 @@
 """Restores policy and reference from a checkpoint of a run, or from a model folder, to evaluate them."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 
 from dpo_jax import losses, optim
 from dpo_jax.config.commands import EvalConfig, SampleConfig
-from dpo_jax.config.schema import Config
+from dpo_jax.config.schema import Config, ModelConfig
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation import EvalModel
+from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.paths import is_run
 from dpo_jax.records import Chat, Comparison, TrainState
@@ -32,9 +34,11 @@ def load_initial(settings: Config, loss: losses.Loss) -> tuple[LoadedModel, Any]
     encoding = reward_encoding(settings, loss)
     return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
 
+log = logging.getLogger(__name__)
+
 
 def restore_state(
-    path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "newest"
+    path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = ""
 ) -> TrainState:
     """Returns the state in a checkpoint of a run, without that of the optimizer; for a model folder, step 0.
 
@@ -43,11 +47,13 @@ def restore_state(
       settings: the run's config.
       loaded: from `load_policy`.
       loss: the run's loss.
-      which: newest, best (by the run's keep_best), or a step.
+      which: best (by the run's keep_best), last, or a step; "" is best if the run has keep_best, else last.
 
     Raises:
-      UserError: the run has no such checkpoint.
+      UserError: the run has no such checkpoint, or one is named for a model folder.
     """
+    if which and not is_run(path):
+        raise UserError(f"checkpoint: {path} is a model folder, which has none; remove it, or name a run folder")
     moving = make_sync(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
     if not is_run(path):
@@ -60,14 +66,48 @@ def _restore_checkpoint(run: Path, like: TrainState, which: str) -> TrainState:
     """Returns the state in a checkpoint as host arrays, given its shapes and dtypes; writes nothing."""
     one, folder = jax.sharding.SingleDeviceSharding(jax.devices()[0]), run / "checkpoints"
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), like)
-    state = None
+    state, step = None, None
     if folder.is_dir():
         checkpoints = Checkpoints(folder, best=run_config(run).keep_best, read_only=True)
-        state = checkpoints.restore(like, checkpoints.step_of(which), optimizer=False)
+        step = checkpoints.step_of(which)
+        state = checkpoints.restore(like, step, optimizer=False)
         checkpoints.close()
+    if state is None and step is not None:
+        raise UserError(f"{run}: checkpoint {step} is damaged; name another: --checkpoint last, or a step")
     if state is None:
         raise UserError(f"{run}: no intact checkpoint; run dpo-jax train first")
+    log.info(f"{run}: the checkpoint of step {int(state.step)}")
     return jax.device_get(state)
+
+
+def load_sampled(path: str, options: ModelConfig, seed: int, which: str = "") -> tuple[LoadedModel, Any]:
+    """Returns a language model to sample from, and its tokenizer.
+
+    Args:
+      path: a model folder or hub id, or a run folder.
+      options: `model.tokenizer` and `model.compute`.
+      seed: of `load_policy`.
+      which: the checkpoint of the run, see `restore_state`; "" for its exported model.
+
+    Raises:
+      UserError: there is no such model or checkpoint, or it generates no text.
+    """
+    if not which:
+        options = dataclasses.replace(options, path=str(model_folder(path)))
+        tokenizer = load_run_tokenizer(options)
+        return load_policy(options, tokenizer, seed), tokenizer
+    if not is_run(path):
+        raise UserError(f"checkpoint: {path} is a model folder, which has none; remove it, or name a run folder")
+    config = run_config(path)
+    if (loss := losses.build(config.loss)).rewards:
+        raise UserError(f"{path}: a reward model, which generates no text; name a language model")
+    model = dataclasses.replace(
+        config.model, compute=options.compute, tokenizer=options.tokenizer or config.model.tokenizer
+    )
+    tokenizer = load_run_tokenizer(model)
+    loaded = load_policy(model, tokenizer, config.seed, config.lora)
+    policy = loaded.policy(restore_state(path, config, loaded, loss, which).params)
+    return loaded._replace(params=policy, adapters=None, lora=None), tokenizer
 
 
 def restore_models(path: str, settings: Config, loaded: LoadedModel, state: TrainState) -> dict[str, Any]:
@@ -82,9 +122,10 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
     return models
 
 
-def eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss) -> EvalModel:
+def eval_model(
+    path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss, state: TrainState
+) -> EvalModel:
     """Returns the policy and its reference, ready to evaluate."""
-    state = restore_state(path, settings, loaded, loss)
     models = restore_models(path, settings, loaded, state)
     model, note = with_attention(loaded.model, settings.model.attention, compute_dtype(settings.model))
     if note:

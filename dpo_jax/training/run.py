@@ -47,7 +47,7 @@ class Run(NamedTuple):
       complete: params -> completions of the sample prompts and the KL prompts; None if there are neither.
       prompts: the sample prompts, as text.
       kl_prompts: the prompts whose completions estimate KL(policy || reference), as token ids.
-      export: (params, folder) -> None, writes the model.
+      export: (config, params, folder, step) -> None, writes the model with its card.
       base: host or lazy arrays of the model below the adapters; None if the whole policy is trained.
       lora: the kind of adapters; None likewise.
       inputs: what the run is made of -> a hash of it, as in inputs.json.
@@ -67,7 +67,7 @@ class Run(NamedTuple):
     complete: Callable[[Any], Completions] | None
     prompts: list[str]
     kl_prompts: list[Array]
-    export: Callable[[Any, Path], None]
+    export: Callable[[Config, Any, Path, int], None]
     base: Any = None
     lora: Lora | None = None
     inputs: Mapping[str, str] = {}

@@ -25,7 +25,7 @@ from dpo_jax.training.run import total_steps
 # Keys that may change on resuming, because they change results by rounding at most.
 log = logging.getLogger(__name__)
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
-FREE += ("keep_best", "hang_seconds", "data.rows", "data.row_length", "track")
+FREE += ("keep_best", "patience", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 INPUTS = "inputs.json"
 # Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS; fields that are named as one.

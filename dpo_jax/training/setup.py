@@ -25,6 +25,7 @@ from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
 from dpo_jax.training.completions import kl_prompt_count, make_run_completer, prompts_to_sample
+from dpo_jax.training.export import export_run
 from dpo_jax.training.load import (
     LoadedModel,
     check_unmerged,
@@ -60,6 +61,10 @@ def check_config(config: Config) -> None:
             raise UserError(f"{key} must be at least 1, got {getattr(config, key)}")
     if config.keep < 2:
         raise UserError(f"keep must be at least 2 (one is left if the newest is damaged), got {config.keep}")
+    if config.patience < 0:
+        raise UserError(f"patience must be at least 0 (0: never stop early), got {config.patience}")
+    if config.patience and not config.keep_best:
+        raise UserError("patience: needs the metric of keep_best; set keep_best: eval_loss")
     if not config.hang_seconds >= 0:
         raise UserError(f"hang_seconds must be >= 0 (0: never), got {config.hang_seconds}")
     if config.seed < 0:
@@ -73,7 +78,8 @@ def check_config(config: Config) -> None:
     if config.lora.base and config.reference.path not in ("", config.model.path):
         kinds = f"with lora.base {config.lora.base} only model.path, for that base, is supported"
         raise UserError(f"reference.path: {kinds}; remove it")
-    eval_interval(config, config.batch_size)
+    if not eval_interval(config, config.batch_size) and config.patience:
+        raise UserError("patience: has no effect without evaluations during training; set eval_every too")
     check_unmerged(config.lora.path, config.model.path)
     loss = losses.build(config.loss)
     make_sync(config, loss)
@@ -130,7 +136,7 @@ def setup_run(config: Config) -> Run:
         complete=make_run_completer(config, loaded, tokenizer, prompts, kl_prompts),
         prompts=decode_texts(tokenizer, prompts),
         kl_prompts=kl_prompts,
-        export=partial(loaded.export, tokenizer=tokenizer, template=template_file_text(config.data)),
+        export=partial(export_run, loaded, tokenizer, template_file_text(config.data)),
         base=None if loaded.lora is None else loaded.params,
         lora=loaded.lora,
         inputs=inputs,

@@ -6,14 +6,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dpo_jax import __version__
 from dpo_jax.errors import UserError, closest
 from dpo_jax.paths import expand_home
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-# The only files that are fetched: weights as safetensors, settings and tokenizers, from the top of the repository.
+# The only files that are fetched: weights as safetensors, settings, tokenizers, card and license, from the repository's
+# top.
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
+WANTED += ("README.md", "LICENSE*", "NOTICE*")  # for the card of what is trained from it
 UNWANTED = ("*/*", "consolidated*", "training_args*", "optimizer*")
 
 
@@ -46,6 +49,54 @@ def fetch_model(path: str) -> Path:
 def hub_config_file(path: str) -> Path:
     """Returns config.json of a model of the hub, without its weights; arguments and errors as for `fetch_model`."""
     return _snapshot(path, ("config.json",)) / "config.json"
+
+
+def hub_repository(path: str) -> str:
+    """Returns `owner/name` of a model of the hub, without its revision."""
+    return _name_and_revision(path)[0]
+
+
+def check_push(repository: str) -> None:
+    """Refuses what cannot be uploaded to: a name without owner, or the hub without a token or a network.
+
+    Raises:
+      UserError: the message says what to set.
+    """
+    from huggingface_hub import constants, get_token
+
+    if NAME.fullmatch(repository) is None or "@" in repository:
+        raise UserError(f"--push {repository}: no repository of the hub; write owner/name")
+    if constants.is_offline_mode():
+        raise UserError("--push: HF_HUB_OFFLINE is set, which forbids the network; unset it")
+    if get_token() is None:
+        raise UserError("--push: no token of the hub; log in with hf auth login, or set HF_TOKEN to one that may write")
+
+
+def push_folder(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Uploads an exported folder to a model repository of the hub, which is created if need be; returns its address.
+
+    Args:
+      folder: the folder; all of its files are uploaded in one commit.
+      repository: `owner/name`.
+      public: whether a new repository is public. One that exists keeps its visibility.
+
+    Raises:
+      UserError: no network, no permission, or the hub refuses the files; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures: Any = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+    api = HfApi(library_name="dpo_jax", library_version=__version__)
+    try:
+        address = str(api.create_repo(repository, private=not public, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model of dpo_jax")
+    except failures as error:
+        why = filter(None, (error, error.__cause__))
+        reason = ": ".join(" ".join(str(e).split()) or type(e).__name__ for e in why)
+        again = f"{folder} is complete, upload it with hf upload {repository} {folder}"
+        raise UserError(f"--push {repository}: {reason}; {again}") from error
+    return address
 
 
 def _name_and_revision(path: str) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ import jax
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.huggingface.card import CARD, card_source, model_card
 from dpo_jax.models.huggingface.folder import (
     end_ids,
     load_tokenizer,
@@ -17,6 +18,7 @@ from dpo_jax.models.huggingface.folder import (
     read_generation,
     save_folder,
 )
+from dpo_jax.models.huggingface.hub import is_hub_name
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.init import init_params
 from dpo_jax.models.model import Model, build_model
@@ -40,6 +42,8 @@ def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none
     architecture, hf_config, params = open_folder(folder)
     tokenizer = load_tokenizer(folder)
     ends = end_ids(tokenizer, read_generation(folder), hf_config)
+    name = str(path) if is_hub_name(str(path)) else str(Path(path).resolve())
+    hf_config["_name_or_path"] = name  # for the card of what is trained from it
     model = build_model(architecture, compute=compute, remat=remat)._replace(hf_config=hf_config, end_ids=ends)
     return model, jax.device_put(load_into_memory(params)), tokenizer
 
@@ -61,6 +65,7 @@ def init_model(
     hf_config = dict(config) if isinstance(config, Mapping) else read_config(config)
     if "model_type" not in hf_config:
         raise UserError("init_model: model_type is missing; give the family, as in {'model_type': 'llama', ...}")
+    hf_config.pop("_name_or_path", None)  # random weights are made from no model
     model = build_model(architecture_of(hf_config), compute=compute, remat=remat)
     params = jax.device_put(init_params(model, seed))
     return model._replace(hf_config=hf_config, end_ids=end_ids(None, {}, hf_config)), params
@@ -69,7 +74,9 @@ def init_model(
 def save_model(
     folder: str | Path, model: Model, params: Any, tokenizer: Any = None, *, dtype: str | None = None
 ) -> Path:
-    """Writes a Hugging Face folder that transformers and vLLM load; returns it.
+    """Writes a Hugging Face folder that transformers and vLLM load, with a model card; returns it.
+
+    The card names the model that was loaded and its license. What it was trained on is yours to add.
 
     Args:
       folder: the folder; an earlier export there is replaced.
@@ -83,5 +90,7 @@ def save_model(
     """
     if model.hf_config is None:
         raise UserError("save_model: the model has no config.json; load it with load_model or init_model")
-    save_folder(folder, params, model.hf_config, tokenizer, dtype)
+    source = card_source(model.hf_config.get("_name_or_path", ""))
+    card = model_card(Path(folder).resolve().name, source, model.hf_config)
+    save_folder(folder, params, model.hf_config, tokenizer, dtype, files={**source.files, CARD: card})
     return Path(folder)

@@ -13,7 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.paths import is_run, written
 from dpo_jax.runs.suites.examples import check_suite_data
 from dpo_jax.runs.suites.registry import HARNESS, SUITES, Subject, SuiteResult, SuiteTask, named_suites
-from dpo_jax.training.restore import asks_in_turns, eval_model, load_initial
+from dpo_jax.training.restore import asks_in_turns, eval_model, load_initial, restore_state
 
 log = logging.getLogger(__name__)
 HELD_OUT_KEYS = ("prompts", "show", "per_token")  # of `dpo-jax eval`, which suites do not read
@@ -75,7 +75,7 @@ def load_subject(path: str, settings: EvalConfig) -> Subject:
     if loss.rewards:
         raise UserError(f"{path}: a reward model, which writes no answers; evaluate it by rewardbench or rewardbench2")
     loaded, tokenizer = load_initial(settings, loss)
-    judge = eval_model(path, settings, loaded, loss)
+    judge = eval_model(path, settings, loaded, loss, restore_state(path, settings, loaded, loss, settings.checkpoint))
     chats = asks_in_turns(path, tokenizer, settings)
     return Subject(path, settings, judge, tokenizer, loaded.end_ids(tokenizer), chats)
 
