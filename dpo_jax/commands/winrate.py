@@ -130,12 +130,11 @@ def _policy(name: str, path: str, prompts: Sequence[Any], settings: WinrateConfi
     A run's prompts are tokenized by the run's config.
     """
     own = run_config(path) if is_run(path) else settings
-    compute: Any = compute_dtype(settings.model)
-    model = ModelConfig(tokenizer=own.model.tokenizer, compute=compute)
+    model = ModelConfig(tokenizer=own.model.tokenizer, compute=settings.model.compute)
     loaded, tokenizer = load_sampled(path, model, settings.seed, which if is_run(path) else "")
     ids = prompt_ids(prompts, tokenizer, own.data)
     hashed = weights_hash(loaded.params, loaded.model.architecture)
-    key = json.dumps([hashed, model.compute, loaded.end_ids(tokenizer), ids])
+    key = json.dumps([hashed, compute_dtype(model), loaded.end_ids(tokenizer), ids])
     return SampledPolicy(name, loaded, tokenizer, ids, key)
 
 
