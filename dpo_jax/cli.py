@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "RUN_OR_MODEL [--data.path ...] [--reward ...] [--suite NAME,...]",
-        "Measures accuracy, margins and KL on held-out data, or standard evaluations.",
+        "Measures accuracy, margins and KL on held-out data; runs standard suites.",
         "runs/my --suite rewardbench,ifeval",
     ),
     "sample": Command(
@@ -91,7 +91,7 @@ COMMANDS = {
     ),
     "export": Command(
         "RUN OUT [--checkpoint best] [--dtype ...] [--push owner/name]",
-        "Writes a checkpoint as a Hugging Face folder with a model card; uploads it.",
+        "Writes a checkpoint as a Hugging Face folder with a card; uploads it.",
         "runs/my folder --checkpoint best",
     ),
     "models": Command("", "Lists the supported model families.", ""),

@@ -1,6 +1,5 @@
 """Configs: files and command lines are parsed alike, and every mistake is one line."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from dpo_jax.config.commands import EvalConfig, FrontierConfig, PairsConfig, SampleConfig, WinrateConfig
 from dpo_jax.config.parse import parse_config
-from dpo_jax.config.schema import Config
+from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.errors import UserError
 
@@ -193,7 +192,7 @@ def test_options_have_one_name_in_all_commands_that_sample():
     for kind in (SampleConfig, EvalConfig):
         argv = ["--temperature", "0", "--max_new_tokens", "9", "--top-k", "3", "--top_p", "0.5"]
         short = parse_config(kind, None, argv)
-        assert dataclasses.astuple(short.samples) == (4, 9, 0.0, 3, 0.5)
+        assert short.samples == SamplesConfig(max_new_tokens=9, temperature=0.0, top_k=3, top_p=0.5)
         assert parse_config(kind, {"samples": {"temperature": 0.0}}, {"temperature": 0.5}).samples.temperature == 0.5
     assert parse_config(PairsConfig, None, ["--temperature", "0", "--max_new_tokens", "9"]).max_new_tokens == 9
     assert parse_config(WinrateConfig, None, ["--max_new_tokens", "9"]).samples.max_new_tokens == 9
