@@ -377,7 +377,7 @@ def test_own_code_by_name_in_every_command(world):
     run(world, "sweep", "own.yaml", *OWN_OPTIONS, "--loss.target", "1,2")
     assert (world / "runs/own-sweep/loss.target=1/model").is_dir()
     assert "comparison.html" in run(world, "report", *(f"runs/own-sweep/loss.target={t}" for t in (1, 2)))
-    helped = run(world, "train", "own.yaml", "--help")
+    helped = run(world, "train", "own.yaml", "--help-all")
     assert "--loss.target" in helped
     assert "The margin to reach." in helped
     message = run(world, "train", "own.yaml", "--loss.tarset", "1", code=2)

@@ -19,6 +19,7 @@ from dpo_jax.models.reward_head import as_reward_architecture
 from dpo_jax.records import Batch
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
+from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.setup import check_config
 
 ROOT = Path(__file__).parent.parent
@@ -119,7 +120,7 @@ def traced(c, name):
     architecture = family(hf_config["model_type"]).architecture(hf_config)
     if loss.rewards:
         architecture, size = as_reward_architecture(architecture), size + architecture.width
-    model = build_model(architecture, compute=c.model.compute, remat=c.model.remat)
+    model = build_model(architecture, compute=compute_dtype(c.model), remat=recomputed(c.model))
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     assert sum(x.size for x in jax.tree.leaves(params)) == size
     state = jax.eval_shape(partial(init_state, tx=tx, loss=loss), params)
