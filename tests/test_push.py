@@ -47,6 +47,8 @@ class UploadHub:
             value = line["value"]
             if line["key"] == "header":
                 self.commits.append(value["summary"])
+            elif line["key"] == "deletedFile":
+                del self.files[name][value["path"]]
             else:
                 lfs = line["key"] == "lfsFile"
                 content = self.blobs[value["oid"]] if lfs else base64.b64decode(value["content"])
@@ -84,6 +86,13 @@ def hub(monkeypatch):
             if failure := next((why for part, why in found.fails.items() if part in path), None):
                 return self.reply(403, {"error": failure})
             return self.reply(*found.answer(path, body, address))
+
+        def do_GET(self):
+            name, _, rest = self.path.removeprefix("/api/models/").partition("/tree/main")
+            if not rest:
+                return self.reply(404, {"error": "Repository not found"})
+            files = [{"type": "file", "path": p, "size": 1, "oid": "0" * 40} for p in found.files.get(name, {})]
+            return self.reply(200, files)
 
         def do_PUT(self):
             body = self.body()
@@ -124,9 +133,12 @@ def test_every_file_is_uploaded_to_a_private_repository(hub, folder):
 
 def test_a_repository_that_exists_keeps_its_visibility(hub, folder):
     push_folder(folder, "me/stories", public=True)
+    stale = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.txt": b"mine"}
+    hub.files["me/stories"] |= stale  # weights of an earlier upload, which readers would prefer
     push_folder(folder, "me/stories")
     assert hub.visibility == {"me/stories": "public"}
     assert len(hub.commits) == 2
+    assert hub.files["me/stories"].keys() == {f.name for f in folder.iterdir()} | {"notes.txt"}
 
 
 def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(hub, folder, monkeypatch):

@@ -89,7 +89,8 @@ FINAL = {
     "eval_loss": {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 9},
     "eval_kl": {"mean": 2.25, "low": 1.5, "high": 3.0, "n": 9},
 }
-ENDS = {"eval_loss_low": 0.5, "eval_loss_high": 0.7, "eval_kl_low": 1.5, "eval_kl_high": 3.0}
+ENDS = {"final/eval_loss": 0.6, "final/eval_loss_low": 0.5, "final/eval_loss_high": 0.7}
+ENDS |= {"final/eval_kl": 2.25, "final/eval_kl_low": 1.5, "final/eval_kl_high": 3.0}
 LOGGED = {  # step -> metrics
     0: {"eval_loss": 0.7, "eval_kl": 0.0},
     2: {"loss": 0.25, "rewards/chosen": 1.5},
@@ -154,7 +155,8 @@ def test_wandb_keeps_config_metrics_and_tables_without_a_network(tmp_path, monke
     tables = {path.name.split(".")[0]: json.loads(path.read_text()) for path in tmp_path.rglob("*.table.json")}
     named = {name.rsplit("_", 1)[0]: (table["columns"], table["data"]) for name, table in tables.items()}
     assert named["samples_3"] == (["prompt", "policy"], [["p", "at 3"], ["q", None]])
-    assert named["evaluation_3"][1] == [["eval_loss", 0.6, 0.5, 0.7, 9], ["eval_kl", 2.25, 1.5, 3.0, 9]]
+    (final,) = (table[1] for name, table in named.items() if name.startswith("evaluation_"))
+    assert final == [["eval_loss", 0.6, 0.5, 0.7, 9], ["eval_kl", 2.25, 1.5, 3.0, 9]]
 
 
 def test_wandb_can_be_switched_off(tmp_path, monkeypatch, caplog):

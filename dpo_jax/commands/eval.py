@@ -1,7 +1,9 @@
 """`dpo-jax eval`: metrics of a policy on held-out data, with confidence intervals."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.commands.common import leading_arguments, log_line, print_samples, print_table
 from dpo_jax.config.commands import EvalConfig
@@ -29,15 +31,21 @@ def eval_command(argv: list[str]) -> None:
     print_samples(found.completions, found.models)
     if is_run(path):
         with written(Path(path) / "eval.json") as file:
-            json.dump({"step": found.step, **_other_data(path, settings), "metrics": found.metrics}, file, indent=1)
+            json.dump({"step": found.step, **_other_keys(path, settings), "metrics": found.metrics}, file, indent=1)
         write_report([Path(path)], Path(path) / "report.html")
         log_line(f"the model: {Path(path) / 'model'}   the report: {Path(path) / 'report.html'}")
 
 
-def _other_data(path: str, settings: EvalConfig) -> dict[str, list[str]]:
-    """Returns the held-out data of an evaluation if they are not the run's own; {} if they are."""
-    same = settings.data == run_config(path).data
-    return {} if same else {"data": list(settings.data.eval_path or settings.data.path)}
+def _other_keys(path: str, settings: EvalConfig) -> dict[str, Any]:
+    """Returns what an evaluation takes in place of the run's own held-out data, loss and reference; {} for none."""
+    own, found = run_config(path), dict[str, Any]()
+    if settings.data != own.data:
+        found["data"] = list(settings.data.eval_path or settings.data.path)
+    if settings.loss != own.loss:
+        found["loss"] = settings.loss
+    if settings.reference != own.reference:
+        found["reference"] = dataclasses.asdict(settings.reference)
+    return found
 
 
 def _print_metrics(found: Intervals) -> None:

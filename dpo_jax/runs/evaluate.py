@@ -120,8 +120,6 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     return Evaluation(found, completions, list(judge.params), int(state.step))
 
 
-
-
 def _with_conversations(texts: list[str], prompts: list[Any], table: Table, rows: Iterable[Item]) -> list[str]:
     """Returns the texts of prompts, each with the conversation it came from if it did, for a reward model."""
     keys: dict[bytes, int] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_jax.paths import load_json
 from dpo_jax.training.checkpoint import EVALUATION, MANIFEST, goodness, read_manifest, write_evaluation
-from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.metrics_file import read_metrics, with_current_names
 
 Evaluated = dict[str, dict[str, float]]  # metric -> mean, low, high (95%), n
 
@@ -18,7 +18,7 @@ def means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def evaluated_values(run: Path, metric: str) -> list[Any]:
     """Returns the values of a metric in metrics.jsonl, one for each evaluation after the first update."""
-    lines = read_metrics(run / "metrics.jsonl") if metric else []
+    lines = [with_current_names(line) for line in read_metrics(run / "metrics.jsonl")] if metric else []
     return [line[metric] for line in lines if metric in line and line["step"] > 0]
 
 
@@ -34,26 +34,32 @@ def checkpoint_evaluation(checkpoint: Path) -> Evaluated:
     A checkpoint of an earlier version holds the means alone: `low`, `high` and `n` are missing.
     """
     if (checkpoint / EVALUATION).is_file():
-        return load_json(checkpoint / EVALUATION, dict).get("metrics", {})
+        return with_current_names(load_json(checkpoint / EVALUATION, dict).get("metrics", {}))
     found = read_manifest(checkpoint)["metrics"] if (checkpoint / MANIFEST).is_file() else {}
-    return {name: {"mean": value} for name, value in found.items()}
+    return {name: {"mean": value} for name, value in with_current_names(found).items()}
 
 
 def keep_evaluation(run: Path, step: int) -> None:
-    """Makes eval.json of a run that of a step, the exported one, if it is of another step."""
+    """Makes eval.json of a run that of a step, the exported one, if it is another evaluation."""
     path, found = run / EVALUATION, checkpoint_evaluation(run / "checkpoints" / str(step))
-    known = load_json(path, dict).get("step") if path.is_file() else None
-    if known != step and found and all("low" in entry for entry in found.values()):
+    known = load_json(path, dict) if path.is_file() else {}
+    foreign = known.get("step") != step or _is_foreign(known)
+    if foreign and found and all("low" in entry for entry in found.values()):
         write_evaluation(path, step, found)
 
 
 def run_evaluation(run: Path, step: int) -> Evaluated:
     """Returns the evaluation of a step of a run on its held-out data: that of eval.json, else that of its checkpoint.
 
-    An evaluation on other data, by `dpo-jax eval RUN --data...`, does not count.
+    An evaluation on other data, or with another loss or reference, by `dpo-jax eval RUN --data...`, does not count.
     """
     path = run / EVALUATION
     found = load_json(path, dict) if path.is_file() else {}
-    if found.get("step") == step and "data" not in found:
-        return found.get("metrics", {})
+    if found.get("step") == step and not _is_foreign(found):
+        return with_current_names(found.get("metrics", {}))
     return checkpoint_evaluation(run / "checkpoints" / str(step))
+
+
+def _is_foreign(stored: Mapping[str, Any]) -> bool:
+    """Returns whether an eval.json is an evaluation with other data, loss or reference than the run has."""
+    return bool({"data", "loss", "reference"} & set(stored))

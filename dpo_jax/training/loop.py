@@ -27,6 +27,7 @@ from dpo_jax.training.run import Run, eval_interval
 
 log = logging.getLogger(__name__)
 
+KL = "eval_kl"  # of samples; its interval is drawn along the run
 Callback = Callable[[int, dict[str, float], TrainState], Any]
 """(updates done, metrics, state) -> True to stop the run, which is then saved and exported. Called after every step and
 after every evaluation, whose metrics have names in `eval_`. The next step donates the state: copy what you keep."""
@@ -129,11 +130,7 @@ class _Loop:
         if state is None:
             state = _first_state(run, self.prepared)
             self.checkpoints.check_room(state)
-            known = self.evaluate(state)
-            if run.config.keep_best not in ("", *known):
-                raise UserError(
-                    f"keep_best: no evaluation has {run.config.keep_best!r}; known: {', '.join(sorted(known))}"
-                )
+            self.evaluate(state)
         elif distributed.is_primary():
             self.values = evaluated_values(run.folder, run.config.keep_best)
         return state
@@ -226,8 +223,12 @@ class _Loop:
         summary = evaluation.summarize(found, evaluator.table.weights)
         completions = run.complete(prepared.shardings.policy(*params)) if run.complete else None
         if completions and prepared.reference.log_ratios is not None:
-            summary["eval_kl"] = evaluation.mean_with_interval(prepared.reference.log_ratios(state, completions.ids))
-        self.write(step, examples, means(summary))
+            summary[KL] = evaluation.mean_with_interval(prepared.reference.log_ratios(state, completions.ids))
+        if run.config.keep_best not in ("", *summary):
+            known = ", ".join(sorted(summary))
+            raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {known}")
+        halves = {f"{name}/half": (entry["high"] - entry["low"]) / 2 for name, entry in summary.items() if name == KL}
+        self.write(step, examples, means(summary) | halves)
         if distributed.is_primary():
             write_evaluation(run.folder / EVALUATION, step, summary)
         if completions:

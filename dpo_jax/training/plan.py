@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,13 @@ from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.huggingface.folder import model_folder, read_config
 from dpo_jax.models.huggingface.hub import hub_config_file, is_hub_name
 from dpo_jax.models.model import build_model
+from dpo_jax.paths import is_run
 from dpo_jax.records import Batch
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
 from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
 from dpo_jax.training.run import Run
+from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.shard import policy_shardings, state_shardings
 from dpo_jax.training.tables import responses_per_prompt
 
@@ -126,7 +129,12 @@ def fitting_plan(config: Config, memory: float) -> Plan:
     """
     *faster, last = ("none", "dots", "full") if config.model.remat == "auto" else (config.model.remat,)
     for remat in faster:
-        plan = plan_run(_with_model(config, remat=remat))
+        try:
+            plan = plan_run(_with_model(config, remat=remat))
+        except jax.errors.JaxRuntimeError as e:  # a TPU's compiler refuses what does not fit
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            continue
         if plan.memory.total <= memory:
             return plan
     return plan_run(_with_model(config, remat=last))
@@ -139,13 +147,22 @@ def _with_model(config: Config, **values: Any) -> Config:
 def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:
     """Returns the config of a run with `model.remat` set: on a GPU or TPU the fastest whose plan fits in its memory.
 
+    A run that goes on keeps that of its start.
+
     Args:
       config: the run's config; what it sets stays as it is.
       platform: "cpu", "gpu" or "tpu"; by default that of JAX.
       memory: bytes on each device; by default what JAX may take.
     """
+    if config.model.remat != "auto":
+        return config
+    folder = Path(config.run)
+    if is_run(folder) and (begun := run_config(folder).model.remat) != "auto":
+        return _with_model(config, remat=begun)
     memory = memory or _device_memory()
-    if config.model.remat != "auto" or not memory:
+    if not memory:
+        if (platform or jax.default_backend()) != "cpu":
+            log.info("model.remat: none; the device does not say how much memory it has, so set dots or full if needed")
         return config
     plan = fitting_plan(with_compute(config, platform), SHARE * memory)
     log.info(

@@ -34,8 +34,6 @@ def load_initial(settings: Config, loss: losses.Loss) -> tuple[LoadedModel, Any]
     encoding = reward_encoding(settings, loss)
     return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
 
-log = logging.getLogger(__name__)
-
 
 def restore_state(
     path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = ""

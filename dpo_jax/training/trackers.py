@@ -111,10 +111,14 @@ def _rows(found: Intervals) -> list[dict[str, Any]]:
     return [{"metric": name, **entry} for name, entry in found.items()]
 
 
-def _ends(found: Intervals) -> dict[str, float]:
-    """Returns the ends of the intervals as metrics, without those that are not finite."""
-    ends = {f"{name}_{end}": entry[end] for name, entry in found.items() for end in ("low", "high")}
-    return {name: value for name, value in ends.items() if math.isfinite(value)}
+def _final_values(found: Intervals) -> dict[str, float]:
+    """Returns means and ends of the intervals as metrics `final/NAME`, without those that are not finite.
+
+    They have names of their own, since the exported policy may be of an earlier step than the last values.
+    """
+    ends = {"": "mean", "_low": "low", "_high": "high"}
+    values = {f"final/{name}{end}": entry.get(key) for name, entry in found.items() for end, key in ends.items()}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
@@ -175,13 +179,13 @@ def _wandb(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
         config=dict(settings), reinit="create_new", mode=mode,
     )  # fmt: skip
 
-    def log_table(name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_table(name: str, step: int | None, rows: Sequence[Mapping[str, Any]]) -> None:
         shown = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         run.log({name: shown}, step=step)
 
     def final(step: int, found: Intervals) -> None:
-        log_table("evaluation", step, _rows(found))
-        run.summary.update(_ends(found))  # the means are there already: the last value of each metric
+        log_table("evaluation", None, _rows(found))  # wandb refuses a step before the last one
+        run.summary.update(_final_values(found))
 
     return Tracker(
         lambda step, metrics: run.log(_with_originals(metrics), step=step),
@@ -224,7 +228,7 @@ def _mlflow(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
         client.log_batch(run, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()])
 
     def final(step: int, found: Intervals) -> None:
-        log(step, _ends(found))
+        log(step, _final_values(found))
         client.log_dict(run, as_lists(dict(found)), "evaluation.json")
 
     return Tracker(
@@ -249,7 +253,7 @@ def _trackio(folder: Path, settings: Mapping[str, Any], step: int) -> Tracker:
         run.log({name: trackio.Table(data=[list(r.values()) for r in rows], columns=list(rows[0]))}, step=step)
 
     def final(step: int, found: Intervals) -> None:
-        run.log(_ends(found), step=step)
+        run.log(_final_values(found), step=step)
         log_table("evaluation", step, _rows(found))
 
     return Tracker(

@@ -17,6 +17,7 @@ NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # top.
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
 WANTED += ("README.md", "LICENSE*", "NOTICE*")  # for the card of what is trained from it
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]  # those of an earlier upload would be loaded too
 UNWANTED = ("*/*", "consolidated*", "training_args*", "optimizer*")
 
 
@@ -90,7 +91,8 @@ def push_folder(folder: Path, repository: str, *, public: bool = False) -> str:
     api = HfApi(library_name="dpo_jax", library_version=__version__)
     try:
         address = str(api.create_repo(repository, private=not public, exist_ok=True))
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model of dpo_jax")
+        message = "Upload a model of dpo_jax"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=WEIGHTS)
     except failures as error:
         why = filter(None, (error, error.__cause__))
         reason = ": ".join(" ".join(str(e).split()) or type(e).__name__ for e in why)
