@@ -131,7 +131,10 @@ def test_a_run_folder_holds_what_it_says(world):
     logged = events(run / "tensorboard")
     assert "| model.path | sft.yaml |" not in logged[0, "config/text_summary"]  # as resolved
     last = [row.strip("| ").split(" | ") for row in logged[12, "evaluation/text_summary"].splitlines()[2:]]
+    half = evaluated[-1].pop("eval_kl/half")  # of the interval, which the report draws
     assert {name: float(mean) for name, mean, *_ in last} == {k: v for k, v in evaluated[-1].items() if "eval" in k}
+    stored = json.loads((run / "eval.json").read_text())["metrics"]["eval_kl"]
+    assert half == pytest.approx((stored["high"] - stored["low"]) / 2)
     assert evaluated[0]["eval_kl"] == 0 < evaluated[-1]["eval_kl"]
 
 
