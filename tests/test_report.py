@@ -84,6 +84,18 @@ def page(tmp_path, *runs):
     return Page(write_report(list(runs), tmp_path / "out" / "report.html").read_text())
 
 
+def test_the_page_says_what_its_numbers_were_measured_on(tmp_path):
+    """The step of the policy, and data, loss or reference that are not the run's own."""
+    stored = json.loads(metrics_json({"eval_loss": 0.5})) | {"step": 3}
+    best = run(tmp_path / "best", eval_json=json.dumps(stored))
+    assert "Measured: the policy of step 3, on held-out data, with 95% intervals." in page(tmp_path, best).text
+    other = stored | {"data": ["<swapped>.jsonl"], "loss": {"name": "ipo"}}
+    swapped = run(tmp_path / "swapped", eval_json=json.dumps(other))
+    told = "the policy of step 3, on other data than the run's (<swapped>.jsonl), with another loss than the run's"
+    assert f"Measured: {told}, with" in page(tmp_path, swapped).text
+    assert f"measured: {told}" in page(tmp_path, best, swapped).text
+
+
 def test_a_dpo_run_has_every_figure(tmp_path):
     shown = page(tmp_path, run(tmp_path / "a"))
     titles = ["Loss", "Accuracy", "Margin, nats", "Rewards, nats", "Log-probabilities, nats", "Log-ratio, nats"]

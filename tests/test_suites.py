@@ -107,7 +107,8 @@ def test_a_run_is_compared_with_its_own_reference(inside):
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in PAIRS]
     dpo_jax.train(config, data=pairs, eval_data=pairs, loss={"name": "dpo", "beta": 0.5}, run="run")
     dpo_jax.evaluate("run", suite="rewardbench", suite_data="rb.jsonl")
-    wins_by_transformers(inside / "run/eval_rewardbench.jsonl", "run/model", "policy", 0.5)
+    wins = wins_by_transformers(inside / "run/eval_rewardbench.jsonl", "run/model", "policy", 0.5)
+    assert wins.keys() == {row["subset"] for row in PAIRS}
 
 
 def test_rewards_are_those_of_transformers_and_the_table_counts_them(inside, capsys):
@@ -242,7 +243,33 @@ def test_answers_are_greedy_and_in_the_formats_of_the_judges(inside):
     assert list(answers.values()) == list(outputs.output)
     assert found["arena_hard/answer_tokens"]["mean"] == pytest.approx(8.0)  # 12, 12 and 0
     notes = json.loads((folder / "eval_arena_hard.json").read_text())["notes"]
-    assert any("1 prompts leave less room in 512 positions of the model, 1 none" in note for note in notes)
+    less = "long prompts leave less of the model's 512 positions: answers of at most 0 tokens (1)"
+    assert less in notes
+    assert any("copy runs/policy.eval/arena_hard/model_answer/policy.jsonl to " in note for note in notes)
+    judged = json.loads((folder / "eval_alpaca_eval.json").read_text())
+    assert "judge them: alpaca_eval --model_outputs runs/policy.eval/alpaca_eval/model_outputs.json" in judged["notes"]
+    assert (judged["max_new_tokens"], judged["raw"], judged["checkpoint"]) == (12, None, "")
+
+
+def test_a_single_answer_has_a_mean_without_an_interval(inside, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps([{"instruction": "Once"}]))
+    keys = {"suite_data": str(tmp_path / "one.json"), "suite_max_new_tokens": 4, "suite_out": str(tmp_path)}
+    found = dpo_jax.evaluate("policy", suite="alpaca_eval", **keys)
+    assert found["alpaca_eval/answer_tokens"] == {"mean": 4.0, "n": 1}
+    assert "Infinity" not in (tmp_path / "eval_alpaca_eval.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"samples": {"temperature": 0.7}}, "samples.temperature: has no effect with suite, whose answers are greedy"),
+        ({"samples": {"max_new_tokens": 9}}, "samples.max_new_tokens: .*; suite_max_new_tokens sets their length"),
+        ({"suite": "rewardbench", "checkpoint": "3", "reward": "happy"}, "checkpoint: has no effect on a reward"),
+    ],
+)
+def test_keys_that_no_suite_reads_are_refused_before_any_runs(inside, keys, message):
+    with pytest.raises(UserError, match=message):
+        dpo_jax.evaluate("policy", **{"suite": "alpaca_eval", "suite_data": "ae.json"} | keys)
 
 
 def test_prompts_are_turns_of_a_user_if_the_model_has_a_template(inside, tmp_path):

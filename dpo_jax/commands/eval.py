@@ -11,8 +11,8 @@ from dpo_jax.pages.run import write_report
 from dpo_jax.paths import is_run, refuse_links, written
 from dpo_jax.runs.evaluate import Intervals, evaluate_path
 from dpo_jax.runs.settings import config_of_path
-from dpo_jax.runs.suites.registry import SuiteResult
-from dpo_jax.runs.suites.run import evaluate_suites, result_file, suite_folder
+from dpo_jax.runs.suites.registry import SuiteResult, suite_folder
+from dpo_jax.runs.suites.run import evaluate_suites, result_file
 from dpo_jax.training.run_folder import run_config
 
 

@@ -38,6 +38,7 @@ from dpo_jax.rewards.words import Reward
 from dpo_jax.training import interrupts, loop
 from dpo_jax.training import setup as run_setup
 from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
+from dpo_jax.training.plan import with_remat
 from dpo_jax.training.run_folder import run_config
 
 log = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ def _reward_model(shared: SharedSetup, folder: Path) -> Path:
         samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
         run=str(run), seed=settings.seed,
     )  # fmt: skip
-    loop.train_run(run_setup.setup_run(config))
+    loop.train_run(run_setup.setup_run(with_remat(config)))
     return run
 
 

@@ -36,6 +36,7 @@ class ReportedRun(NamedTuple):
       config: dotted key -> text.
       lines: lines of metrics.jsonl, under present names and with `minutes`.
       final: name -> metric on held-out data at the end; without an evaluation, of the last training step.
+      measured: what `final` was measured on: the step, and other data, loss or reference than the run's; "" if unknown.
       data: the data report.
       samples: samples of the last step with samples, one for each prompt: step, prompt, policy, reference.
     """
@@ -44,6 +45,7 @@ class ReportedRun(NamedTuple):
     config: dict[str, str]
     lines: list[dict[str, Any]]
     final: dict[str, Measured]
+    measured: str
     data: list[str]
     samples: list[dict[str, Any]]
 
@@ -81,9 +83,19 @@ def read_run(folder: Path) -> ReportedRun:
         config={key: " ".join(values) for key, values in flatten(settings)},
         lines=lines,
         final=(final.exists() and read_intervals(final)) or last_values(lines),
+        measured=_measured_on(load_json(final, dict)) if final.exists() else "",
         data=[str(line) for line in load_json(data, list)] if data.exists() else [],
         samples=_distinct_samples(s for s in samples if s["step"] == last),
     )
+
+
+def _measured_on(stored: Mapping[str, Any]) -> str:
+    """Returns what an eval.json was measured on: the step of the policy, and what is not the run's own."""
+    if "step" not in stored:
+        return ""
+    data = [f"on other data than the run's ({', '.join(map(str, stored['data']))})"] if "data" in stored else []
+    other = [f"with another {key} than the run's" for key in ("loss", "reference") if key in stored]
+    return ", ".join([f"the policy of step {stored['step']}", *(data or ["on held-out data"]), *other])
 
 
 def _distinct_samples(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

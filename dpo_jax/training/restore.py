@@ -154,4 +154,5 @@ def trained_on_chats(path: str, settings: Config) -> bool:
         rows = held_out_comparisons(settings.data, responses_per_prompt(settings, losses.build(settings.loss)))
         return isinstance(next(row for row in rows if isinstance(row, Comparison)).prompt, Chat)
     except (UserError, StopIteration):
+        log.info(f"{path}: its data are not at hand, so it counts as trained on conversations; raw decides otherwise")
         return True

@@ -6,7 +6,7 @@ Its `evaluate` takes a list of objects with `instruction`, `output` and `generat
 import json
 
 from dpo_jax.runs.suites.examples import column, suite_examples
-from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite
+from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite, suite_folder
 from dpo_jax.runs.suites.subject import answer, answer_metrics, generator_name
 
 MAX_NEW_TOKENS = 2048
@@ -24,6 +24,6 @@ def write_alpaca_eval(task: SuiteTask) -> SuiteResult:
         {"dataset": example.get("dataset", ""), "instruction": prompt, "output": text, "generator": name}
         for (_, example), prompt, text in zip(found, prompts, answers.texts, strict=True)
     ]
-    notes = (*answers.notes, f"judge them: alpaca_eval --model_outputs {FILE}")
+    notes = (*answers.notes, f"judge them: alpaca_eval --model_outputs {suite_folder(task.path, task.settings) / FILE}")
     files = {FILE: json.dumps(outputs, indent=1, ensure_ascii=False)}
     return SuiteResult(answer_metrics(answers), len(found), notes, files=files)

@@ -13,9 +13,10 @@ from typing import Any
 
 from dpo_jax.errors import UserError
 from dpo_jax.runs.suites.examples import column, suite_examples
-from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite
+from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite, suite_folder
 from dpo_jax.runs.suites.subject import answer, answer_metrics, generator_name
 
+PLACE = "arena-hard-auto/data/arena-hard-v2.0/model_answer"  # in a checkout of Arena-Hard
 MAX_NEW_TOKENS = 4096
 CODE = re.compile("```[^`]*```")
 
@@ -35,7 +36,7 @@ def write_arena_hard(task: SuiteTask) -> SuiteResult:
         for (uid, prompt), text, tokens in zip(found, answers.texts, answers.lengths, strict=True)
     ]
     file = f"arena_hard/model_answer/{name}.jsonl"
-    notes = (*answers.notes, f"judge them: copy {file} to arena-hard-auto/data/arena-hard-v2.0/model_answer")
+    notes = (*answers.notes, f"judge them: copy {suite_folder(task.path, task.settings) / file} to {PLACE}")
     notes += ("metadata.token_len counts this tokenizer's tokens; utils/add_markdown_info.py counts the judge's",)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     return SuiteResult(answer_metrics(answers), len(found), notes, files={file: text})

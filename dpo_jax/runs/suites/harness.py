@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from dpo_jax.data.table import Table
@@ -40,8 +41,8 @@ def measure_harness(task: SuiteTask) -> SuiteResult:
             _set_fewshot(one, settings.suite_num_fewshot)
         options = {"limit": settings.suite_limit, "bootstrap_iters": BOOTSTRAP, "apply_chat_template": chat}
         found = evaluator.evaluate(lm=model, task_dict=loaded, log_samples=True, **options)
-    except (OSError, ValueError, ImportError) as e:
-        why = " ".join(str(e).split()) or type(e).__name__
+    except (OSError, ValueError, ImportError, KeyError, jinja2.TemplateError) as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())
         raise UserError(f"lm_eval: {', '.join(task.tasks)}: {why}; give tasks whose data are at hand") from e
     version = importlib.import_module("importlib.metadata").version("lm_eval")
     notes = (f"lm_eval {version}, prompts {'by the chat template' if chat else 'as texts'}",)

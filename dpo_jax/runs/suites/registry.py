@@ -7,12 +7,14 @@ suite is looked up, so that a new one is a file and nothing else; heavy librarie
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dpo_jax.config.commands import EvalConfig
 from dpo_jax.errors import UserError, closest
 from dpo_jax.evaluation import EvalModel
+from dpo_jax.paths import is_run
 from dpo_jax.runs import suites
 
 HARNESS = "lm_eval"
@@ -28,6 +30,7 @@ class Subject(NamedTuple):
       tokenizer: the policy's.
       ends: ids at which sampling stops.
       chats: whether a text prompt is a turn of a user.
+      step: updates of the policy, 0 for a model folder.
     """
 
     path: str
@@ -36,6 +39,7 @@ class Subject(NamedTuple):
     tokenizer: Any
     ends: tuple[int, ...]
     chats: bool
+    step: int = 0
 
 
 class SuiteTask(NamedTuple):
@@ -78,6 +82,13 @@ class SuiteResult(NamedTuple):
     notes: tuple[str, ...] = ()
     rows: tuple[Mapping[str, Any], ...] = ()
     files: Mapping[str, str] = MappingProxyType({})
+
+
+def suite_folder(path: str, settings: EvalConfig) -> Path:
+    """Returns the folder of the results: `suite_out`, the run, or runs/<name>.eval for a model folder."""
+    if settings.suite_out:
+        return Path(settings.suite_out)
+    return Path(path) if is_run(path) else Path("runs") / f"{Path(path).resolve().name}.eval"
 
 
 class Suite(NamedTuple):

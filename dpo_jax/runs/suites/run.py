@@ -3,17 +3,21 @@
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dpo_jax import losses
 from dpo_jax.config.commands import EvalConfig
+from dpo_jax.config.schema import SamplesConfig
 from dpo_jax.errors import UserError
 from dpo_jax.paths import is_run, written
 from dpo_jax.runs.suites.examples import check_suite_data
-from dpo_jax.runs.suites.registry import HARNESS, SUITES, Subject, SuiteResult, SuiteTask, named_suites
+from dpo_jax.runs.suites.registry import HARNESS, SUITES, Subject, SuiteResult, SuiteTask, named_suites, suite_folder
 from dpo_jax.training.restore import asks_in_turns, eval_model, load_initial, restore_state
+from dpo_jax.training.run_folder import run_config
 
 log = logging.getLogger(__name__)
 HELD_OUT_KEYS = ("prompts", "show", "per_token")  # of `dpo-jax eval`, which suites do not read
@@ -35,6 +39,26 @@ def check_suite_keys(settings: EvalConfig) -> None:
         raise UserError(f"suite_num_fewshot: must be at least 0, got {settings.suite_num_fewshot}")
 
 
+def _check_run_keys(path: str, settings: EvalConfig) -> None:
+    """Refuses keys of a run's config that a suite does not read, where they are not the run's own."""
+    own = run_config(path).samples if is_run(path) else SamplesConfig()
+    changed = [f.name for f in fields(own) if getattr(settings.samples, f.name) != getattr(own, f.name)]
+    if changed:
+        fix = "suite_max_new_tokens sets their length" if "max_new_tokens" in changed else "remove it"
+        raise UserError(f"samples.{changed[0]}: has no effect with suite, whose answers are greedy; {fix}")
+    if settings.checkpoint and (settings.reward or losses.build(settings.loss).rewards):
+        raise UserError("checkpoint: has no effect on a reward, which is of a model folder; remove one of them")
+
+
+def _with_known_ends(result: SuiteResult) -> SuiteResult:
+    """Returns a result without the ends of intervals that are infinite, those of a single value."""
+
+    def known(entry: Mapping[str, float]) -> dict[str, float]:
+        return {key: value for key, value in entry.items() if key not in ("low", "high") or math.isfinite(value)}
+
+    return result._replace(metrics={name: known(entry) for name, entry in result.metrics.items()})
+
+
 def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, SuiteResult]]:
     """Runs the suites in `settings.suite`; writes and yields what each has found before the next one starts.
 
@@ -45,6 +69,7 @@ def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, Suit
         read or fetch.
     """
     check_suite_keys(settings)
+    _check_run_keys(path, settings)
     names = named_suites(settings.suite)
     for key in ("reward", "suite_max_new_tokens", "suite_num_fewshot"):
         if getattr(settings, key) not in (None, "") and not any(key in SUITES[name].keys for name in names):
@@ -60,7 +85,7 @@ def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, Suit
     for task in todo:
         check_suite_data(task)
     for task in todo:
-        result = SUITES[task.name].measure(task)
+        result = _with_known_ends(SUITES[task.name].measure(task))
         _write(suite_folder(path, settings), task, result)
         yield task.name, result
 
@@ -75,16 +100,10 @@ def load_subject(path: str, settings: EvalConfig) -> Subject:
     if loss.rewards:
         raise UserError(f"{path}: a reward model, which writes no answers; evaluate it by rewardbench or rewardbench2")
     loaded, tokenizer = load_initial(settings, loss)
-    judge = eval_model(path, settings, loaded, loss, restore_state(path, settings, loaded, loss, settings.checkpoint))
+    state = restore_state(path, settings, loaded, loss, settings.checkpoint)
+    judge = eval_model(path, settings, loaded, loss, state)
     chats = asks_in_turns(path, tokenizer, settings)
-    return Subject(path, settings, judge, tokenizer, loaded.end_ids(tokenizer), chats)
-
-
-def suite_folder(path: str, settings: EvalConfig) -> Path:
-    """Returns the folder of the results: `suite_out`, the run, or runs/<name>.eval for a model folder."""
-    if settings.suite_out:
-        return Path(settings.suite_out)
-    return Path(path) if is_run(path) else Path("runs") / f"{Path(path).resolve().name}.eval"
+    return Subject(path, settings, judge, tokenizer, loaded.end_ids(tokenizer), chats, int(state.step))
 
 
 def result_file(name: str) -> str:
@@ -117,6 +136,11 @@ def _write(folder: Path, task: SuiteTask, result: SuiteResult) -> None:
         "model": task.path,
         "data": list(task.data),
         "examples": result.examples,
+        "checkpoint": settings.checkpoint,
+        "reward": settings.reward,
+        "raw": settings.raw,
+        "max_new_tokens": settings.suite_max_new_tokens,
+        "num_fewshot": settings.suite_num_fewshot,
         "limit": settings.suite_limit,
         "notes": list(result.notes),
         "metrics": result.metrics,

@@ -51,9 +51,10 @@ def as_prompt(prompt: str | Sequence[Mapping[str, Any]], chats: bool) -> str | C
 
 def template_note(subject: Subject) -> str:
     """Returns a line on how prompts became text."""
+    policy = f"the policy of step {subject.step}; " if is_run(subject.path) else ""
     if subject.chats:
-        return "prompts are turns of a user, written by the chat template"
-    return "prompts are texts, without a chat template: the answer continues the prompt as it is"
+        return f"{policy}prompts are turns of a user, written by the chat template"
+    return f"{policy}prompts are texts, without a chat template: the answer continues the prompt as it is"
 
 
 def answer(subject: Subject, prompts: Sequence[str], default: int) -> Answers:
@@ -78,9 +79,10 @@ def answer(subject: Subject, prompts: Sequence[str], default: int) -> Answers:
             for i, tokens in zip(members, new, strict=True):
                 found[i], cut[i] = tokens, len(tokens) == room and tokens[-1] not in subject.ends
     notes = [template_note(subject), f"greedy answers of at most {max_new_tokens} tokens; {sum(cut)} reached the limit"]
-    less = sum(len(members) for room, members in groups.items() if room < max_new_tokens)
-    if less:
-        notes.append(f"{less} prompts leave less room in {positions} positions of the model, {len(groups[0])} none")
+    short = {room: len(members) for room, members in sorted(groups.items()) if room < max_new_tokens and members}
+    if short:
+        limits = ", ".join(f"{room} tokens ({count})" for room, count in short.items())
+        notes.append(f"long prompts leave less of the model's {positions} positions: answers of at most {limits}")
     return Answers(decode_texts(subject.tokenizer, found, subject.ends), [len(f) for f in found], cut, tuple(notes))
 
 
