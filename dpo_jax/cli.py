@@ -30,7 +30,7 @@ class Command(NamedTuple):
       arguments: how they are written.
       what: what the command does, as a sentence.
       example: the arguments of an example.
-      options: (how it is written, what it means) of options that are in no config.
+      options: (syntax, meaning) of the options beside the config's.
     """
 
     arguments: str
@@ -149,7 +149,7 @@ def run_command(argv: Sequence[str]) -> None:
 
 
 def _print_first_line(name: str, rest: Sequence[str]) -> None:
-    """Prints what is read, before imports that take seconds; of several processes none knows yet whether it prints."""
+    """Prints the file that is read, before slow imports; not in a distributed run, whose process 0 is not known yet."""
     if "jax" in sys.modules or any(a.partition("=")[0] == "--distributed" for a in rest):
         return
     paths = rest[: next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))]

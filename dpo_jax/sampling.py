@@ -276,7 +276,7 @@ def first_token(
     rows: tuple[Array, Array, Array],
     traced: tuple[Array, Array, Array | None],
 ) -> tuple[FixedParts, SamplingState]:
-    """Returns what is the same for all tokens of a batch, and the state after the first one.
+    """Returns the constants of a batch, and the state after its first token.
 
     `sizes` are the maximum length and the size of the cache; the other arguments are those of `_continue_rows`.
     """

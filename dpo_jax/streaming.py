@@ -1,4 +1,4 @@
-"""Sampling of one continuation token by token, so that it can be shown while it is made."""
+"""Samples one continuation token by token, for streaming."""
 
 from collections.abc import Iterator
 from functools import partial

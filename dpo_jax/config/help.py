@@ -24,7 +24,7 @@ KINDS: dict[Any, str] = {bool: "True|False", int: "INT", float: "FLOAT", str: "T
 
 
 class OptionLine(NamedTuple):
-    """An option as help shows it: how it is written, and what it means."""
+    """An option in the help: its syntax and its meaning."""
 
     usage: str
     text: str
@@ -38,7 +38,7 @@ class OptionGroup(NamedTuple):
 
 
 def own_options(kind: type) -> list[OptionGroup]:
-    """Returns the options of a command that are no keys of a run's config, and the short names of those that are."""
+    """Returns a command's options beside the keys of a run's config, and the short names of such keys."""
     of_run = {f.name for f in dataclasses.fields(Config)}
     short: Mapping[str, str] = getattr(kind, "SHORT", {})
     renamed = {key: name for name, key in short.items() if "." not in key}

@@ -20,14 +20,14 @@ class Card(NamedTuple):
 
 
 class RunVerdict(NamedTuple):
-    """A verdict: "better", "worse", "undecided" or "" (none possible), and a sentence that says what it rests on."""
+    """A verdict: "better", "worse", "undecided" or "" (none possible), and a sentence with its reason."""
 
     word: str
     sentence: str
 
 
 class Headline(NamedTuple):
-    """The headline of a run: its verdicts, of which the first is on the held-out comparisons, and its cards."""
+    """The headline of a run: its verdicts, the one on held-out comparisons first, and its cards."""
 
     verdicts: list[RunVerdict]
     cards: list[Card]

@@ -36,7 +36,7 @@ class ReportedRun(NamedTuple):
       config: dotted key -> text.
       lines: lines of metrics.jsonl, under present names and with `minutes`.
       final: name -> metric on held-out data at the end; without an evaluation, of the last training step.
-      measured: what `final` was measured on: the step, and other data, loss or reference than the run's; "" if unknown.
+      measured: step of the policy, and data, loss or reference of `final` if not the run's; "" if unknown.
       data: the data report.
       samples: samples of the last step with samples, one for each prompt: step, prompt, policy, reference.
     """
@@ -90,7 +90,7 @@ def read_run(folder: Path) -> ReportedRun:
 
 
 def _measured_on(stored: Mapping[str, Any]) -> str:
-    """Returns what an eval.json was measured on: the step of the policy, and what is not the run's own."""
+    """Returns the step, data, loss and reference of an eval.json in words; the last three if they are not the run's."""
     if "step" not in stored:
         return ""
     data = [f"on other data than the run's ({', '.join(map(str, stored['data']))})"] if "data" in stored else []

@@ -27,7 +27,7 @@ from dpo_jax.training.tables import (
 )
 
 log = logging.getLogger(__name__)
-INCOMPLETE = "\ufffd"  # what bytes decode to that are no whole character
+INCOMPLETE = "\ufffd"  # the text of bytes that are an incomplete character
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of some vocabularies, for characters that have none
 
 

@@ -1,4 +1,4 @@
-"""The model card of an exported folder (README.md), and what it carries over from the model it was made from."""
+"""The model card of an exported folder (README.md), and the license and tags of the base model."""
 
 import logging
 import re

@@ -16,7 +16,7 @@ NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # The only files that are fetched: weights as safetensors, settings, tokenizers, card and license, from the repository's
 # top.
 WANTED = ("*.safetensors", "*.json", "*.model", "merges.txt", "vocab.txt", "*.jinja")
-WANTED += ("README.md", "LICENSE*", "NOTICE*")  # for the card of what is trained from it
+WANTED += ("README.md", "LICENSE*", "NOTICE*")  # for the card of a model trained from it
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]  # those of an earlier upload would be loaded too
 UNWANTED = ("*/*", "consolidated*", "training_args*", "optimizer*")
 

@@ -43,7 +43,7 @@ def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none
     tokenizer = load_tokenizer(folder)
     ends = end_ids(tokenizer, read_generation(folder), hf_config)
     name = str(path) if is_hub_name(str(path)) else str(Path(path).resolve())
-    hf_config["_name_or_path"] = name  # for the card of what is trained from it
+    hf_config["_name_or_path"] = name  # for the card of a model trained from it
     model = build_model(architecture, compute=compute, remat=remat)._replace(hf_config=hf_config, end_ids=ends)
     return model, jax.device_put(load_into_memory(params)), tokenizer
 

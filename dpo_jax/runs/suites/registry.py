@@ -1,4 +1,4 @@
-"""Suites by name: what a suite is given, what it returns, and the functions that register themselves.
+"""The registry of suites, and the records that a suite takes and returns.
 
 A suite is a module of this package with a function under `@register_suite(NAME, ...)`. All modules are imported when a
 suite is looked up, so that a new one is a file and nothing else; heavy libraries are imported inside of functions.

@@ -78,7 +78,7 @@ def rewardbench_scores(wins: dict[str, list[float]]) -> tuple[dict[str, dict[str
         if there and (absent := [subset for subset in sizes if subset not in wins]):
             notes.append(f"{section}: no examples of {', '.join(absent)}; the section is the mean of the others")
     if absent := [section for section in SECTIONS if section not in sections]:
-        notes.append(f"score: without {', '.join(absent)}, of which there are no examples")
+        notes.append(f"score: without {', '.join(absent)}, which have no examples")
     return subsets | sections | {"score": averaged(sections, WEIGHTS)}, tuple(notes)
 
 

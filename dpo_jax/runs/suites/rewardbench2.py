@@ -62,7 +62,7 @@ def measure_rewardbench2(task: SuiteTask) -> SuiteResult:
         metrics[TIES], more = ties_metric(tied)
         notes += more
     if absent := [name for name in SUBSETS if name not in metrics]:
-        notes += (f"score: without {', '.join(absent)}, of which there are no examples",)
+        notes += (f"score: without {', '.join(absent)}, which have no examples",)
     metrics["score"] = averaged(metrics, dict.fromkeys(metrics, 1.0))
     rows = tuple(
         {"id": one.id, "subset": one.subset, "num_correct": one.correct, "rewards": r.tolist()}
