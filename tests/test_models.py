@@ -144,8 +144,11 @@ def differences_from_torch(folder, length):
 
 def assert_equals_torch(folder, length):
     logits, gradients = differences_from_torch(folder, length)
-    assert logits < 1e-5
-    assert max(gradients.values()) < 1e-5, max(gradients, key=gradients.get)
+    # torch's powers in float32, and so its rotary frequencies, differ in the last bit between processors. An angle is a
+    # frequency times a position.
+    largest = 1e-5 + length * 2**-23
+    assert logits < largest
+    assert max(gradients.values()) < largest, max(gradients, key=gradients.get)
 
 
 @pytest.mark.parametrize("case", CASES)
