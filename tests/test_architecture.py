@@ -36,7 +36,7 @@ ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units} | {"__in
 CORE = ("records.py", "losses/", "logprobs.py", "step.py", "reference.py")
 CORE += ("optim/optimizers.py", "optim/schedules.py")
 CORE += tuple(
-    f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "cache", "order", "pack", "collate")
+    f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "order", "pack", "collate")
 )
 CORE += tuple(f"models/{name}.py" for name in ("model", "architecture", "decoder", "layers", "attention"))
 LONGEST_CHAIN = 14

@@ -21,7 +21,9 @@ from dpo_jax.pages.metrics import (
 from dpo_jax.pages.run import ReportedRun, sample_table
 
 ACCURACY, MARGIN, LOGP = "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen"
-OF_A_POLICY = {LOGP: Measured(-40.0, -41.0, -39.0, 200)}
+LOGRATIO = "eval_logratio"
+LIKELIHOOD = {LOGP: Measured(-40.0, -41.0, -39.0, 200)}  # all that a loss without a reference has
+OF_A_POLICY = LIKELIHOOD | {LOGRATIO: Measured(-1.0, -1.5, -0.5, 200)}
 
 
 def right_in(count, n):
@@ -54,9 +56,10 @@ def test_no_bound_is_rounded_across_half():
     assert percent_texts(Measured(0.5, 0.45, 0.55)) == ["50", "45", "55"]
 
 
-def test_a_reward_model_is_compared_with_chance():
-    found = preference_verdict({ACCURACY: right_in(142, 200), MARGIN: Measured(1.0, 0.5, 1.5, 200)})
-    assert found == ("better", "The reward model ranks the chosen response first in 71% of 200 held-out comparisons "
+@pytest.mark.parametrize(("who", "others"), [("The reward model", {}), ("The policy", LIKELIHOOD)])
+def test_without_a_reference_chance_is_what_one_is_compared_with(who, others):
+    found = preference_verdict(others | {ACCURACY: right_in(142, 200), MARGIN: Measured(1.0, 0.5, 1.5, 200)})
+    assert found == ("better", f"{who} ranks the chosen response first in 71% of 200 held-out comparisons "
                      "(64 to 77%): better than chance at the 95% level.")  # fmt: skip
 
 
@@ -179,15 +182,15 @@ def test_samples_of_several_runs_share_a_table():
 
 
 def test_the_page_answers_first(tmp_path):
-    means = {ACCURACY: 0.5, MARGIN: 0.5, LOGP: -4.0}
+    means = {ACCURACY: 0.5, MARGIN: 0.5, LOGP: -4.0, LOGRATIO: 0.5}
     folder = run(tmp_path / "a", eval_json=metrics_json(means))  # every interval is 0.25 to 0.75
     shown = page(tmp_path, folder)
     verdict = "The policy prefers the chosen response in 50% of 7 held-out comparisons (25 to 75%): undecided"
     assert shown.text.index(verdict) < shown.text.index("Curves") < shown.text.index("Metrics")
-    assert "The reference has 50%." in shown.text[: shown.text.index("Curves")]
+    assert "Chance has 50%, and so has a policy equal to its reference." in shown.text[: shown.text.index("Curves")]
     both = page(tmp_path, folder, run(tmp_path / "b", eval_json=metrics_json(means | {"eval_kl": 1.0})))
     assert both.text.count(verdict) == 2
-    assert ["run", "verdict", "Accuracy", "Margin", "Log-ratio"] in both.rows
+    assert ["run", "verdict", "Accuracy", "Margin", "Log-ratio", "KL from the reference"] in both.rows
 
 
 @pytest.mark.parametrize("name", [*losses.REGISTRY])

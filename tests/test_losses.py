@@ -93,6 +93,42 @@ def test_margins_within_the_rounding_of_their_log_probs_are_ties():
         np.testing.assert_allclose(metrics["rewards/margins"], 0.01 * beta, rtol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("loss", "rewards"),
+    [  # log-probs -6 and -9 over 3 and 6 tokens: means -2 and -1.5
+        ({"name": "simpo", "beta": 2.0}, (-4.0, -3.0)),
+        ({"name": "orpo", "beta": 0.1}, (-0.2, -0.15)),
+        ({"name": "alphapo", "beta": 2.0, "alpha": 0.25}, (8 * (1 - math.exp(0.5)), 8 * (1 - math.exp(0.375)))),
+        ({"name": "cpo", "beta": 0.1}, (-0.6, -0.9)),
+        ({"name": "slic"}, (-6.0, -9.0)),
+        ({"name": "unlikelihood"}, (-6.0, -9.0)),
+        ([{"name": "sft"}, {"name": "simpo", "beta": 1.0}], (-2.0, -1.5)),
+        ([{"name": "cpo"}, {"name": "dpo", "beta": 1.0}], (2.0, -2.0)),  # rewards from a reference come first
+    ],
+)
+def test_a_loss_without_a_reference_has_the_rewards_that_it_compares(loss, rewards):
+    loss = losses.build(loss)
+    lp = Logps.of(np.array([[-6.0, -9.0]]), np.array([[-8.0, -7.0]]), lengths=np.array([[3, 6]]))
+    metrics = loss.metrics(lp)
+    np.testing.assert_allclose((metrics["rewards/chosen"][0], metrics["rewards/rejected"][0]), rewards, rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/margins"], rewards[0] - rewards[1], rtol=1e-5)
+    np.testing.assert_array_equal(metrics["rewards/accuracies"], float(rewards[0] > rewards[1]))
+    # Rounding moves log-probs of 6 and 9 nats by 2^-21 of their size; means over tokens by less.
+    same = np.array([[-6.0, -6.0 * (1 + 2**-23)]], np.float32)
+    tied = loss.metrics(Logps.of(same, same, lengths=np.ones((1, 2))))
+    np.testing.assert_array_equal(tied["rewards/margins"], 0.0)
+
+
+def test_a_loss_of_ones_own_has_the_rewards_that_it_names():
+    def doubled(lp: Logps, *, scale: float = 2.0):
+        return -scale * lp.policy[:, 0]
+
+    lp = logps((-6.0, -9.0))
+    assert "rewards/margins" not in losses.of(doubled, uses_reference=False).metrics(lp)
+    loss = losses.of(doubled, uses_reference=False, implicit_reward=lambda lp, *, scale: scale * lp.policy)
+    np.testing.assert_allclose(loss.metrics(lp)["rewards/margins"], 6.0)
+
+
 def test_a_tie_of_rewards_of_a_reward_model_is_within_their_rounding():
     rewards = np.array([[3.0, 3.0 + 2**-22], [3.0, 3.001]], np.float32)
     metrics = losses.build({"name": "bradley_terry"}).metrics(Logps.of(rewards, lengths=np.ones((2, 2))))

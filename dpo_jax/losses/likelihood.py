@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from dpo_jax.losses.parts import logistic, margin, pair, per_token, require
+from dpo_jax.losses.reference_free import summed_rewards
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -27,7 +28,7 @@ def sft(lp: Logps, *, reduction: Literal["sum", "mean"] = "sum") -> Array:
     return -(lp.policy.astype(jnp.float32) if reduction == "sum" else per_token(lp.policy, lp))[:, 0]
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=summed_rewards)
 def unlikelihood(lp: Logps, *, alpha: float = 0.5) -> Array:
     """Unlikelihood, a baseline of the DPO paper (Rafailov et al. 2023, arXiv 2305.18290, appendix C.3).
 

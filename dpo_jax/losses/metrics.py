@@ -1,9 +1,14 @@
 """Metrics of log-probs, under TRL's names where it has them; NaN for comparisons without a value."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax.nn import sigmoid
 
 from dpo_jax.records import Array, Logps
+
+Rewards = Callable[[Logps], Array]
 
 
 def likelihood_metrics(lp: Logps) -> dict[str, Array]:
@@ -61,6 +66,12 @@ def reward_metrics(lp: Logps, beta: Array | float) -> dict[str, Array]:
         "logratios/rejected": ratios[:, -1],
         "logratio": jnp.nanmean(ratios, axis=1),
     }
+
+
+def implicit_reward_metrics(lp: Logps, rewards: Rewards) -> dict[str, Array]:
+    """Returns `margin_metrics` of rewards, float32[B, P], that follow from the log-probs of the policy alone."""
+    values, noise = jax.jvp(lambda policy: rewards(lp._replace(policy=policy)), (lp.policy,), (lp.rounding,))
+    return margin_metrics(values, jnp.abs(noise), lp)
 
 
 def weighted_means(metrics: dict[str, Array], weights: Array) -> dict[str, Array]:

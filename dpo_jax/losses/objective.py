@@ -262,7 +262,10 @@ def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, 
 
 
 def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
-    """Returns every metric, float32[B]: the loss, the losses of its terms, and rewards with the first term's beta."""
+    """Returns every metric, float32[B]: the loss, the losses of its terms, and the rewards of the first that has some.
+
+    Rewards from a reference come first.
+    """
     values = _each(bound, lp, BoundTerm.value)
     answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
     values = jnp.where(jnp.any(lp.present, axis=1), values, jnp.nan)  # none for absent comparisons
@@ -278,5 +281,6 @@ def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
         metrics |= {f"loss/{b.name}": value / b.weigh["weight"] for b, value in zip(bound, values, strict=True)}
     with_reference = [b for b in bound if b.entry.uses_reference]
     if with_reference:
-        metrics |= measures.reward_metrics(answers, with_reference[0].hyper.get("beta", 1.0))
-    return metrics
+        return metrics | measures.reward_metrics(answers, with_reference[0].hyper.get("beta", 1.0))
+    rewards = [partial(b.entry.implicit_reward, **b.hyper) for b in bound if b.entry.implicit_reward]
+    return metrics | (measures.implicit_reward_metrics(answers, rewards[0]) if rewards else {})

@@ -12,7 +12,22 @@ from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+def summed_rewards(lp: Logps, *, beta: float = 1.0, **_: float) -> Array:
+    """Returns beta p, float32[B, P]."""
+    return beta * lp.policy.astype(jnp.float32)
+
+
+def mean_rewards(lp: Logps, *, beta: float, **_: float) -> Array:
+    """Returns beta m, float32[B, P]."""
+    return beta * per_token(lp.policy, lp)
+
+
+def bent_rewards(lp: Logps, *, beta: float, alpha: float, **_: float) -> Array:
+    """Returns the rewards of alphapo, float32[B, P]."""
+    return beta * power(per_token(lp.policy, lp), -alpha)
+
+
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=mean_rewards)
 def simpo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> Array:
     """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
 
@@ -27,10 +42,10 @@ def simpo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: 
     Returns:
       float32[B].
     """
-    return logistic(beta * margin(per_token(lp.policy, lp)) - gamma, label_smoothing)
+    return logistic(margin(mean_rewards(lp, beta=beta)) - gamma, label_smoothing)
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=bent_rewards)
 def alphapo(
     lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.25, label_smoothing: float = 0.0
 ) -> Array:
@@ -51,10 +66,10 @@ def alphapo(
     Returns:
       float32[B].
     """
-    return logistic(beta * margin(power(per_token(lp.policy, lp), -alpha)) - gamma, label_smoothing)
+    return logistic(margin(bent_rewards(lp, beta=beta, alpha=alpha)) - gamma, label_smoothing)
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=summed_rewards)
 def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weight: float = 1.0) -> Array:
     """Contrastive preference optimization with its likelihood term (Xu et al. 2024, arXiv 2401.08417, eq. 3).
 
@@ -71,15 +86,17 @@ def cpo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0, nll_weigh
     """
     require("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     nll = -per_token(lp.policy, lp)[:, 0]
-    return logistic(beta * margin(lp.policy), label_smoothing) + nll_weight * nll
+    return logistic(margin(summed_rewards(lp, beta=beta)), label_smoothing) + nll_weight * nll
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=mean_rewards)
 def orpo(lp: Logps, *, beta: float = 0.1) -> Array:
     """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eqs. 6 and 7).
 
         odds(m) = e^m / (1 - e^m)
         loss = -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r))
+
+    The rewards of its metrics are beta m, as in TRL; they order responses as their odds do.
 
     Args:
       lp: log-probabilities of B pairs.
@@ -94,7 +111,7 @@ def orpo(lp: Logps, *, beta: float = 0.1) -> Array:
     return -means[:, 0] + beta * logistic(margin(log_odds))
 
 
-@register(responses=2, uses_reference=False, soft_labels=True)
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=summed_rewards)
 def slic(lp: Logps, *, delta: float = 1.0, nll_weight: float = 0.1) -> Array:
     """Sequence likelihood calibration from human feedback (Zhao et al. 2023, arXiv 2305.10425).
 

@@ -43,6 +43,8 @@ class Entry(NamedTuple):
       mismatched: whether the last response must be one to another prompt.
       scores: whether it needs ratings of the responses, the first one's above the last one's.
       rewards: whether `Logps.policy` must hold the rewards of a reward model.
+      implicit_reward: `(Logps, *, the same hyper-parameters) -> float32[B, P]`, for a loss without a reference: the
+        rewards that it compares. Accuracy and margins are theirs; None: it has none.
     """
 
     function: Callable[..., Array]
@@ -56,6 +58,7 @@ class Entry(NamedTuple):
     mismatched: bool = False
     scores: bool = False
     rewards: bool = False
+    implicit_reward: Callable[..., Array] | None = None
 
 
 REGISTRY: dict[str, Entry] = {}

@@ -70,8 +70,8 @@ def _card(name: str, value: Measured) -> Card:
 def preference_verdict(final: Mapping[str, Measured]) -> RunVerdict | None:
     """Returns whether a policy prefers chosen responses more than its reference does; None without such metrics.
 
-    The reference has an accuracy of 50% and a margin of 0, since both follow from log pi - log ref. A reward model is
-    compared with chance.
+    The reference has an accuracy of 50% and a margin of 0, since both follow from log pi - log ref. A reward model, and
+    a policy without a reference, is compared with chance.
     """
     accuracy, margin = held_out(final, metrics.ACCURACY), held_out(final, metrics.MARGIN)
     found = accuracy or margin
@@ -81,6 +81,8 @@ def preference_verdict(final: Mapping[str, Measured]) -> RunVerdict | None:
         return RunVerdict("", "No verdict: there is no evaluation on held-out data. These are values of the last step.")
     if is_reward_model(final):
         who, does, other = "The reward model", "ranks the chosen response first", "chance"
+    elif held_out(final, metrics.LOGP) and not held_out(final, metrics.LOGRATIO):  # a loss without a reference
+        who, does, other = "The policy", "ranks the chosen response first", "chance"
     else:
         who, does, other = "The policy", "prefers the chosen response", "the reference"
     if accuracy:

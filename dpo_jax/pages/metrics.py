@@ -25,14 +25,19 @@ WORDS = {
     ACCURACY: (
         "Accuracy",
         "%",
-        "How often the chosen response has the higher reward; a tie counts as half. The reference has 50%.",
+        "How often the chosen response has the higher reward; a tie counts as half. Chance has 50%, and so has a "
+        "policy equal to its reference.",
     ),
-    MARGIN: ("Margin", "nats", "Reward of the chosen response minus reward of the rejected one. The reference has 0."),
+    MARGIN: (
+        "Margin",
+        "nats",
+        "Reward of the chosen response minus reward of the rejected one. A policy equal to its reference has 0.",
+    ),
     "rewards/chosen": (
         "Reward of the chosen response",
         "nats",
-        "beta (log pi - log ref), how far the policy has moved from the reference on a response; a reward model's own "
-        "reward.",
+        "beta (log pi - log ref), how far the policy has moved from the reference on a response; for a loss without a "
+        "reference beta log pi or its mean over tokens; a reward model's own reward.",
     ),
     "rewards/rejected": ("Reward of the rejected response", "nats", "The same for the rejected response."),
     LOGP: ("Log-probability of the chosen response", "nats", "log pi of the policy, summed over a response's tokens."),
@@ -117,9 +122,9 @@ def read_intervals(path: Path) -> dict[str, Measured]:
     """
     try:
         stored = with_current_names(load_json(path, dict).get("metrics", {}))
-        return {name: _measured(*(m[key] for key in Measured._fields)) for name, m in stored.items()}
+        return {name: _measured(m["mean"], m.get("low"), m.get("high"), m["n"]) for name, m in stored.items()}
     except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: metrics must hold mean, low, high and n; remove the file or write it again") from e
+        raise UserError(f"{path}: metrics must hold mean and n; remove the file or write it again") from e
 
 
 def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Measured]:
