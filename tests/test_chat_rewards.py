@@ -62,6 +62,10 @@ def chats(tmp_path_factory):
     return folder
 
 
+def test_a_run_on_conversations_says_so(chats):
+    assert json.loads((chats / "rm/inputs.json").read_text())["the kind of prompts"] == "conversations"
+
+
 def rewards(folder, prompt, answers):
     """Returns transformers' rewards of answers to a conversation."""
     model = AutoModelForSequenceClassification.from_pretrained(folder / "rm/model")

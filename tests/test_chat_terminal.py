@@ -1,6 +1,7 @@
 """A conversation in the terminal: streams join to the batch's text, turns keep the history and compile once."""
 
 import io
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from dpo_jax.records import Chat
 from dpo_jax.runs import sample as chats
 from dpo_jax.sampling import generate
 from dpo_jax.streaming import padded_length, stream_tokens
+from dpo_jax.training.restore import asks_in_turns
 from dpo_jax.training.tables import decode_texts, prompt_texts
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
@@ -224,6 +226,15 @@ def test_options_without_effect_are_refused(folders, name, argv, said):
     with pytest.raises(UserError) as caught:
         cli.run_command(["sample", str(folder), *argv])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "turns"), [("conversations", True), ("texts", False)])
+def test_a_run_records_whether_its_data_are_conversations(folders, tmp_path, kind, turns):
+    """Its data may be gone: they are not read again."""
+    (tmp_path / "config.yaml").write_text("data: {name: files, path: [gone.jsonl], eval_path: [gone.jsonl]}\n")
+    (tmp_path / "inputs.json").write_text(json.dumps({"the kind of prompts": kind}))
+    settings, tokenizer = settings_of(folders / "chat"), load_tokenizer(folders / "chat")
+    assert asks_in_turns(str(tmp_path), tokenizer, settings) is turns
 
 
 def test_a_system_message_stands_before_a_prompt(folders):

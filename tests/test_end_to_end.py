@@ -126,6 +126,7 @@ def test_a_run_folder_holds_what_it_says(world):
     files |= {"inputs.json", "tensorboard"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model", ".lock"}
     assert "<svg" in (run / "report.html").read_text()
+    assert json.loads((run / "inputs.json").read_text())["the kind of prompts"] == "texts"
     samples = read_metrics(run / "samples.jsonl")
     assert samples[0]["policy"] == samples[0]["reference"]  # same parameters, same seed
     logged = events(run / "tensorboard")

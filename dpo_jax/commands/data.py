@@ -29,10 +29,17 @@ from dpo_jax.intervals import wilson
 from dpo_jax.losses import Loss
 from dpo_jax.pages.data import DataPage, render_data
 from dpo_jax.paths import cache_folder, written
-from dpo_jax.records import Chat, Comparison
+from dpo_jax.records import Comparison
 from dpo_jax.training import setup
 from dpo_jax.training.load import load_run_tokenizer
-from dpo_jax.training.tables import comparison_streams, encode_options, label_faults, responses_per_prompt, with_noise
+from dpo_jax.training.tables import (
+    are_chats,
+    comparison_streams,
+    encode_options,
+    label_faults,
+    responses_per_prompt,
+    with_noise,
+)
 
 # For the page alone, if the tokenizer has no chat template.
 PLAIN = (
@@ -79,7 +86,7 @@ def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings:
     lines, tables = {}, {}
     for side, items in sides.items():
         tables[side], report = cache.cached_encode(items, tokenizer, cache_folder() / "tokens", **options)
-        faults = [*label_faults(tables[side], loss), *(refused_by_train if _has_chats(items) else [])]
+        faults = [*label_faults(tables[side], loss), *(refused_by_train if are_chats(items) else [])]
         refused = [f"`train` will refuse this data: {fault}" for fault in faults]
         lines[side] = [*counts[side].lines(), *report.lines(), *refused]
     if shared := audit.shared_prompts(*counts.values()):
@@ -92,12 +99,6 @@ def _page(name: str, sides: dict[str, Iterable[Item]], tokenizer: Any, settings:
     found = find_shortcuts(comparisons) if table.responses > 1 else None
     shown = [_named(audit.pieces(table, i, tokenizer)) for i in range(min(settings.show, len(table)))]
     return DataPage(name, lines, found, shown, _lengths(table), settings.data.max_length)
-
-
-def _has_chats(items: Iterable[Item]) -> bool:
-    """Returns whether the first comparison is a conversation; all are of one kind."""
-    first = next((item for item in items if isinstance(item, Comparison)), None)
-    return first is not None and isinstance(first.prompt, Chat)
 
 
 def _refuse_bad(sides: Mapping[str, Iterable[Item]], tokenizer: Any, data: DataConfig) -> None:

@@ -16,14 +16,14 @@ from dpo_jax.evaluation import EvalModel
 from dpo_jax.models.huggingface.folder import model_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.paths import is_run
-from dpo_jax.records import Chat, Comparison, TrainState
+from dpo_jax.records import TrainState
 from dpo_jax.step import init_state
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.checks import make_sync
 from dpo_jax.training.load import LoadedModel, compute_dtype, load_policy, load_run_tokenizer, reference_weights
-from dpo_jax.training.run_folder import run_config
-from dpo_jax.training.tables import held_out_comparisons, responses_per_prompt, reward_encoding
+from dpo_jax.training.run_folder import CHATS, recorded_prompts, run_config
+from dpo_jax.training.tables import are_chats, held_out_comparisons, responses_per_prompt, reward_encoding
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,7 @@ def load_initial(settings: Config, loss: losses.Loss) -> tuple[LoadedModel, Any]
     return load_policy(settings.model, tokenizer, settings.seed, settings.lora, encoding), tokenizer
 
 
-def restore_state(
-    path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = ""
-) -> TrainState:
+def restore_state(path: str, settings: Config, loaded: LoadedModel, loss: losses.Loss, which: str = "") -> TrainState:
     """Returns the state in a checkpoint of a run, without that of the optimizer; for a model folder, step 0.
 
     Args:
@@ -120,9 +118,7 @@ def restore_models(path: str, settings: Config, loaded: LoadedModel, state: Trai
     return models
 
 
-def eval_model(
-    path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss, state: TrainState
-) -> EvalModel:
+def eval_model(path: str, settings: EvalConfig, loaded: LoadedModel, loss: losses.Loss, state: TrainState) -> EvalModel:
     """Returns the policy and its reference, ready to evaluate."""
     models = restore_models(path, settings, loaded, state)
     model, note = with_attention(loaded.model, settings.model.attention, compute_dtype(settings.model))
@@ -147,12 +143,17 @@ def has_template(tokenizer: Any, settings: Config) -> bool:
 
 
 def trained_on_chats(path: str, settings: Config) -> bool:
-    """Returns whether a run was trained on conversations; True for a model folder, or if the data are not at hand."""
+    """Returns whether a run was trained on conversations; True for a model folder.
+
+    A run of an earlier version did not record it: then its data tell, or it counts as True if they are not at hand.
+    """
     if not is_run(path):
         return True
+    if recorded := recorded_prompts(Path(path)):
+        return recorded == CHATS
     try:
-        rows = held_out_comparisons(settings.data, responses_per_prompt(settings, losses.build(settings.loss)))
-        return isinstance(next(row for row in rows if isinstance(row, Comparison)).prompt, Chat)
-    except (UserError, StopIteration):
+        responses = responses_per_prompt(settings, losses.build(settings.loss))
+        return are_chats(held_out_comparisons(settings.data, responses))
+    except UserError:
         log.info(f"{path}: its data are not at hand, so it counts as trained on conversations; raw decides otherwise")
         return True

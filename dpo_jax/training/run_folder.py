@@ -28,6 +28,7 @@ FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_no
 FREE += ("keep_best", "patience", "hang_seconds", "data.rows", "data.row_length", "track")
 FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 INPUTS = "inputs.json"
+PROMPTS, CHATS, TEXTS = "the kind of prompts", "conversations", "texts"  # an entry of inputs.json and its values
 # Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS; fields that are named as one.
 SECRET = re.compile(
     r"://[^/@\s]*:[^/@\s]*@|\bhf_\w{20}|\bgh[pousr]_\w{30}|\bgithub_pat_|\bsk-[\w-]{20}|\bAKIA[A-Z0-9]{16}\b|\bwandb_v1_"
@@ -116,6 +117,12 @@ def warn_of_changes(folder: Path, config: Config) -> None:
     hashes = {name: fingerprint(f) for name, f in _functions(config).items() if name.startswith("loss ")}
     for name in (name for name, value in hashes.items() if before.get(name, value) != value):
         log.warning(f"{folder}: {name} changed since this run began; its values are those of the new version")
+
+
+def recorded_prompts(folder: Path) -> str:
+    """Returns `CHATS` or `TEXTS`, what a run was trained on; "" for a run of an earlier version."""
+    path = folder / INPUTS
+    return load_json(path, dict).get(PROMPTS, "") if path.exists() else ""
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

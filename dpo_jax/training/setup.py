@@ -35,8 +35,17 @@ from dpo_jax.training.load import (
     reference_weights,
 )
 from dpo_jax.training.run import Run, eval_interval
-from dpo_jax.training.run_folder import check_secrets, claim_folder, tokenizer_hash, with_schedule
+from dpo_jax.training.run_folder import (
+    CHATS,
+    PROMPTS,
+    TEXTS,
+    check_secrets,
+    claim_folder,
+    tokenizer_hash,
+    with_schedule,
+)
 from dpo_jax.training.tables import (
+    are_chats,
     check_ids,
     comparison_streams,
     decode_texts,
@@ -109,11 +118,12 @@ def setup_run(config: Config) -> Run:
         log.info(line)
     streams = comparison_streams(config.data, responses_per_prompt(config, loss))
     train_table, eval_table = _tables(config, streams, loss, tokenizer, loaded, notes)
-    config = dataclasses.replace(config, data=with_prompts(config.data, streams[0]))
+    chats = are_chats(streams[0])
+    config = dataclasses.replace(config, data=with_prompts(config.data, chats))
     config = with_schedule(config, len(train_table))
     load_reference = functools.cache(partial(reference_weights, config, loaded)) if loss.uses_reference else None
     inputs = _data_hashes(train_table, eval_table) | start_hashes(config, loaded)
-    inputs["the tokenizer"] = tokenizer_hash(tokenizer)
+    inputs |= {"the tokenizer": tokenizer_hash(tokenizer), PROMPTS: CHATS if chats else TEXTS}
     if config.reference.path and load_reference:
         inputs["the reference"] = load_reference()[1]
     folder, lock = claim_folder(config, inputs)

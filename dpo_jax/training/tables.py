@@ -84,13 +84,17 @@ def open_part(options: DataConfig, part: Part, responses: int, beside: Sequence[
     return open_source(options.name, *part, responses, options.options, columns, options.text_prompts, beside)
 
 
-def with_prompts(options: DataConfig, train: Iterable[Item]) -> DataConfig:
+def are_chats(items: Iterable[Item]) -> bool:
+    """Returns whether comparisons are conversations, as the first one is; all are of one kind."""
+    first = next((item for item in items if isinstance(item, Comparison)), None)
+    return first is not None and isinstance(first.prompt, Chat)
+
+
+def with_prompts(options: DataConfig, chats: bool) -> DataConfig:
     """Returns the data section with `text_prompts` as it was decided, so that an evaluation needs no training data."""
     if options.text_prompts != "auto" or not takes_columns(options.name):
         return options
-    first = next((item for item in train if isinstance(item, Comparison)), None)
-    kind = "turns" if first is not None and isinstance(first.prompt, Chat) else "texts"
-    return dataclasses.replace(options, text_prompts=kind)
+    return dataclasses.replace(options, text_prompts="turns" if chats else "texts")
 
 
 def with_noise(config: Config, examples: Iterable[Item]) -> Iterable[Item]:
