@@ -120,8 +120,9 @@ def usage() -> str:
             "Direct Preference Optimization in JAX: a model folder and a preference file in,",
             "a trained model out.\n",
             *lines,
-            "\nEvery command takes --help. Every key of a YAML is an option:",
-            "  dpo-jax train CONFIG.yaml --loss.beta 0.3",
+            "\nEvery command takes --help, for its own options, and --help-all, for all of them. Every",
+            "key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3. dpo-jax --version",
+            "prints the version.",
         ]
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax import distributed, reference
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.intervals import fisher, mean_interval, wilson
+from dpo_jax.intervals import fisher, mean_interval, measured, wilson
 from dpo_jax.logprobs import CHUNK, batch_logps, map_microbatches, token_logps_of_batch, token_states_of_batch
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.models.model import Model
@@ -86,9 +86,12 @@ def evaluate_table(evaluator: Evaluator, params: tuple[Any, Any], running: Any) 
 
 
 def mean_with_interval(value: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Returns the (weighted) mean, the low and high end of its 95% interval, and the number of values."""
+    """Returns the (weighted) mean, the low and high end of its 95% interval, and the number of values.
+
+    A single value has no interval, so that low and high are left out.
+    """
     mean, half = mean_interval(value, weights)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(value)}
+    return measured(mean, mean - half, mean + half, len(value))
 
 
 def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, dict[str, float]]:
@@ -107,15 +110,15 @@ def summarize(metrics: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, 
     if "eval_rewards/margins" in out:
         accuracy, known = out["eval_rewards/accuracies"], weights[valid["rewards/accuracies"]].astype(np.float64)
         effective = known.sum() ** 2 / (known**2).sum()
-        accuracy["low"], accuracy["high"] = wilson(accuracy["mean"] * effective, effective)
+        ends = wilson(accuracy["mean"] * effective, effective)
+        out["eval_rewards/accuracies"] = measured(accuracy["mean"], *ends, accuracy["n"])
         bias = float(length_bias(metrics, weights))
-        low, high = fisher(bias, effective)
-        out["eval_length_bias"] = {"mean": bias, "low": low, "high": high, "n": len(known)}
+        out["eval_length_bias"] = measured(bias, *fisher(bias, effective), len(known))
     elif {"eval_rewards/chosen", "eval_rewards/rejected"} <= out.keys():
         chosen, rejected = out["eval_rewards/chosen"], out["eval_rewards/rejected"]
-        mean, half = chosen["mean"] - rejected["mean"], math.hypot(*(e["high"] - e["mean"] for e in (chosen, rejected)))
-        out["eval_rewards/margins"] = {"mean": mean, "low": mean - half, "high": mean + half}
-        out["eval_rewards/margins"]["n"] = chosen["n"] + rejected["n"]
+        mean = chosen["mean"] - rejected["mean"]
+        half = math.hypot(*(entry.get("high", math.inf) - entry["mean"] for entry in (chosen, rejected)))
+        out["eval_rewards/margins"] = measured(mean, mean - half, mean + half, chosen["n"] + rejected["n"])
     return out
 
 

@@ -1,6 +1,7 @@
 """Means, proportions and correlations with 95% confidence intervals."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -28,6 +29,17 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
         return mean, math.inf
     spread = math.fsum((w * (x - mean)) ** 2 for x, w in pairs) * len(pairs) / (len(pairs) - 1)
     return mean, Z95 * math.sqrt(spread) / total
+
+
+def measured(mean: float, low: float, high: float, n: float) -> dict[str, float]:
+    """Returns an entry of metrics: mean, low, high and n; low and high are left out where they are not finite."""
+    ends = {"low": low, "high": high} if math.isfinite(high - low) else {}
+    return {"mean": mean, **ends, "n": n}
+
+
+def interval_text(entry: Mapping[str, float], digits: int = 4) -> str:
+    """Returns the ends of an entry's interval; "unknown" if it has none."""
+    return f"{entry['low']:.{digits}f} .. {entry['high']:.{digits}f}" if "low" in entry else "unknown"
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Evaluation: the KL of a policy from its reference against the sum over all responses, and intervals."""
 
+import json
 import logging
 import math
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from dpo_jax import evaluation, losses
 from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
-from dpo_jax.intervals import wilson
+from dpo_jax.intervals import interval_text, wilson
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
@@ -176,6 +177,18 @@ def test_the_margin_of_single_responses_is_that_of_their_means():
     found = evaluation.summarize(metrics, np.ones(4, np.float32))["eval_rewards/margins"]
     half = 1.959964 * math.sqrt(2 / 2 + 2 / 2)  # both have a variance of 2 and two values
     assert found == pytest.approx({"mean": 3.0, "low": 3 - half, "high": 3 + half, "n": 4}, rel=1e-5)
+
+
+def test_a_single_value_has_no_interval():
+    one = {"loss": np.array([2.0]), "rewards/chosen": np.array([1.0]), "rewards/rejected": np.array([-0.5])}
+    found = evaluation.summarize(one, np.ones(1, np.float32))
+    assert found["eval_loss"] == {"mean": 2.0, "n": 1}
+    assert found["eval_rewards/margins"] == {"mean": 1.5, "n": 2}
+    assert "Infinity" not in json.dumps(found)
+    assert [interval_text(found["eval_loss"]), interval_text({"mean": 0.5, "low": 0.25, "high": 0.75, "n": 9}, 2)] == [
+        "unknown",
+        "0.25 .. 0.75",
+    ]
 
 
 def test_distinct_prompts():

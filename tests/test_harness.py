@@ -10,7 +10,8 @@ import dpo_jax
 from dpo_jax.config.commands import EvalConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
-from dpo_jax.runs.suites.harness import harness_lm
+from dpo_jax.intervals import wilson
+from dpo_jax.runs.suites.harness import harness_lm, share_or_normal_interval
 from dpo_jax.runs.suites.run import load_subject
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -145,11 +146,24 @@ def test_tasks_have_the_metrics_of_lm_eval(folder, theirs, tmp_path, monkeypatch
         entry = found[f"lm_eval/tiny_{task}/{metric}"]
         assert entry["mean"] == pytest.approx(wanted[f"tiny_{task}"][f"{metric},none"], abs=1e-5)
         assert entry["n"] == 3
-    acc, error = found["lm_eval/tiny_choice/acc"], wanted["tiny_choice"]["acc_stderr,none"]
-    assert acc["high"] - acc["mean"] == pytest.approx(1.959963984540054 * error)
+    acc = found["lm_eval/tiny_choice/acc"]
+    assert (acc["low"], acc["high"]) == pytest.approx(wilson(acc["mean"] * 3, 3))  # right or wrong
     assert len((tmp_path / "out/eval_lm_eval.jsonl").read_text().splitlines()) == 9
     result = json.loads((tmp_path / "out/eval_lm_eval.json").read_text())
     assert (result["examples"], result["tasks"]) == (9, names)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "n", "low", "high"),
+    [
+        (0.0, 0.0, 8, 0.0, 0.324408),  # none of 8: z^2 / (8 + z^2)
+        (0.5, 0.1, 26, 0.320606, 0.679394),  # sqrt(.5 * .5 / 25): 13 of 26; .5 +- 1.959964 * .5 / sqrt(26 + z^2)
+        (0.5, 0.2, 26, 0.108007, 0.891993),  # no share
+        (7.0, 0.5, 26, 6.020018, 7.979982),
+    ],
+)
+def test_shares_have_wilsons_interval_and_other_metrics_the_normal_one(value, error, n, low, high):
+    assert share_or_normal_interval(value, error, n) == pytest.approx((low, high), abs=1e-6)
 
 
 @pytest.mark.slow  # lm_eval reads all its tasks

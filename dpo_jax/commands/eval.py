@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_jax.commands.common import leading_arguments, log_line, print_samples, print_table
 from dpo_jax.config.commands import EvalConfig
+from dpo_jax.intervals import interval_text
 from dpo_jax.pages.run import write_report
 from dpo_jax.paths import is_run, refuse_links, written
 from dpo_jax.runs.evaluate import Intervals, evaluate_path
@@ -51,16 +52,14 @@ def _other_keys(path: str, settings: EvalConfig) -> dict[str, Any]:
 def _print_metrics(found: Intervals) -> None:
     rows = []
     for name, entry in found.items():
-        interval = f"{entry['low']:.4f} .. {entry['high']:.4f}"
-        rows.append([name.removeprefix("eval_"), f"{entry['mean']:.4f}", interval, str(entry["n"])])
+        rows.append([name.removeprefix("eval_"), f"{entry['mean']:.4f}", interval_text(entry), str(entry["n"])])
     print_table(("on held-out data", "mean", "95% interval", "n"), rows)
 
 
 def _print_suite(name: str, result: SuiteResult, file: Path) -> None:
     rows = []
     for metric, entry in result.metrics.items():
-        interval = f"{entry['low']:.4f} .. {entry['high']:.4f}" if "low" in entry else ""
-        rows.append([metric, f"{entry['mean']:.4f}", interval, str(entry.get("n", ""))])
+        rows.append([metric, f"{entry['mean']:.4f}", interval_text(entry), str(entry.get("n", ""))])
     print_table((name, "mean", "95% interval", "n"), rows)
     for note in result.notes:
         log_line(f"{name}: {note}")

@@ -8,6 +8,7 @@ from dpo_jax.commands.common import leading_arguments, log_line, print_table
 from dpo_jax.commands.train import initialize_from_argv
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
+from dpo_jax.intervals import interval_text
 from dpo_jax.pages.run import write_report
 from dpo_jax.paths import load_json
 from dpo_jax.runs.sweep import sweep_configs, train_all
@@ -52,4 +53,4 @@ def _print(runs: Sequence[Path], shown: Sequence[str], failed: Collection[str]) 
 
 
 def _interval_text(entry: Mapping[str, float] | None) -> str:
-    return "-" if entry is None else f"{entry['mean']:.3f} ({entry['low']:.3f} .. {entry['high']:.3f})"
+    return "-" if entry is None else f"{entry['mean']:.3f} ({interval_text(entry, 3)})"

@@ -23,6 +23,7 @@ from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.runs.suites.run import check_suite_keys, evaluate_suites, merged_metrics
 from dpo_jax.training.checks import check_length
+from dpo_jax.training.completions import prompts_with_room
 from dpo_jax.training.restore import eval_model, load_initial, restore_state
 from dpo_jax.training.run_folder import run_config, warn_of_changes
 from dpo_jax.training.tables import (
@@ -112,6 +113,9 @@ def evaluate_path(path: str, settings: EvalConfig) -> Evaluation:
     completions: list[tuple[str, ...]] = []
     if settings.prompts and not loss.rewards:
         prompts = evaluation.distinct_prompts(table, settings.prompts)
+        prompts = prompts_with_room(prompts, loaded, settings.samples.max_new_tokens, "samples")
+        if not prompts:
+            raise UserError("samples.max_new_tokens: no prompt leaves room for so many; lower it, or set --prompts 0")
         texts = decode_texts(tokenizer, prompts)
         if settings.reward.startswith("model:"):
             texts = _with_conversations(texts, prompts, table, rows)

@@ -44,7 +44,7 @@ def keep_evaluation(run: Path, step: int) -> None:
     path, found = run / EVALUATION, checkpoint_evaluation(run / "checkpoints" / str(step))
     known = load_json(path, dict) if path.is_file() else {}
     foreign = known.get("step") != step or _is_foreign(known)
-    if foreign and found and all("low" in entry for entry in found.values()):
+    if foreign and found and all("n" in entry for entry in found.values()):
         write_evaluation(path, step, found)
 
 

@@ -78,11 +78,16 @@ def prompts_to_sample(config: Config, loaded: LoadedModel, loss: Loss, table: Ta
     """Returns the sample prompts and the KL prompts of a run: the first distinct ones of the held-out data."""
     count = 0 if loss.rewards else config.samples.prompts  # reward models generate nothing
     found = distinct_prompts(table, kl_prompt_count(config, loss))
-    room = loaded.model.architecture.max_positions - config.samples.max_new_tokens
-    fit = [prompt for prompt in found if len(prompt) <= room]
-    if len(fit) < len(found):
+    return distinct_prompts(table, count), prompts_with_room(found, loaded, config.samples.max_new_tokens, "KL")
+
+
+def prompts_with_room(prompts: list[Array], loaded: LoadedModel, max_new_tokens: int, what: str) -> list[Array]:
+    """Returns the prompts that leave room for a completion in the model's positions; says how many do not."""
+    room = loaded.model.architecture.max_positions - max_new_tokens
+    fit = [prompt for prompt in prompts if len(prompt) <= room]
+    if fewer := len(prompts) - len(fit):
         log.info(
-            f"KL: {len(found) - len(fit)} of {len(found)} prompts are left out; they leave no room for "
-            f"samples.max_new_tokens ({config.samples.max_new_tokens})"
+            f"{what}: {fewer} of {len(prompts)} prompts are left out; they leave no room for samples.max_new_tokens "
+            f"({max_new_tokens})"
         )
-    return distinct_prompts(table, count), fit
+    return fit

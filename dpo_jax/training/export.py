@@ -12,6 +12,7 @@ from dpo_jax import distributed
 from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import as_lists, dump, flatten
 from dpo_jax.data.sources.names import data_names
+from dpo_jax.intervals import interval_text
 from dpo_jax.models.huggingface.card import CARD, card_source, code, markdown_table, model_card, one_line
 from dpo_jax.training.best import Evaluated, run_evaluation
 from dpo_jax.training.checkpoint import best_checkpoint
@@ -147,8 +148,7 @@ def _results(found: Evaluated, step: int) -> str:
         return f"The run holds no evaluation of step {step}."
     rows = []
     for name, entry in found.items():
-        interval = f"{entry['low']:.4f} .. {entry['high']:.4f}" if "low" in entry else "not kept"
-        rows.append([code(name), f"{entry['mean']:.4f}", interval, str(entry.get("n", ""))])
+        rows.append([code(name), f"{entry['mean']:.4f}", interval_text(entry), str(entry.get("n", ""))])
     return markdown_table(("metric", "mean", "95% interval", "comparisons"), rows)
 
 

@@ -227,8 +227,8 @@ class _Loop:
         if run.config.keep_best not in ("", *summary):
             known = ", ".join(sorted(summary))
             raise UserError(f"keep_best: no evaluation has {run.config.keep_best!r}; known: {known}")
-        halves = {f"{name}/half": (entry["high"] - entry["low"]) / 2 for name, entry in summary.items() if name == KL}
-        self.write(step, examples, means(summary) | halves)
+        ends = [summary[KL][end] for end in ("low", "high")] if "low" in summary.get(KL, {}) else []
+        self.write(step, examples, means(summary) | ({f"{KL}/half": (ends[1] - ends[0]) / 2} if ends else {}))
         if distributed.is_primary():
             write_evaluation(run.folder / EVALUATION, step, summary)
         if completions:

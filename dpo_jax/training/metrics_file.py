@@ -88,7 +88,7 @@ def with_current_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _negative(value: Any) -> Any:
     if isinstance(value, Mapping):
         ends = {"mean": "mean", "low": "high", "high": "low"}
-        return dict(value) | {name: _negative(value[other]) for name, other in ends.items()}
+        return dict(value) | {name: _negative(value[other]) for name, other in ends.items() if other in value}
     return -value if isinstance(value, float | int) else value
 
 

@@ -6,6 +6,7 @@ The prompts, metrics and standard errors are lm_eval's. Log-likelihoods are thos
 
 import importlib
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.data.template import chat_template
 from dpo_jax.errors import UserError, closest
 from dpo_jax.evaluation import greedy_per_example
-from dpo_jax.intervals import Z95
+from dpo_jax.intervals import Z95, wilson
 from dpo_jax.records import Tokens
 from dpo_jax.runs.suites.registry import HARNESS, Subject, SuiteResult, SuiteTask, register_suite
 from dpo_jax.sampling import generate
@@ -99,9 +100,20 @@ def _metrics(found: Any) -> dict[str, dict[str, float]]:
             error = values.get(f"{metric}_stderr,{rule}")
             entry = {"mean": float(value)} | ({"n": size} if size is not None else {})
             if isinstance(error, int | float):
-                entry |= {"low": value - Z95 * error, "high": value + Z95 * error}
+                low, high = share_or_normal_interval(float(value), error, size or 0)
+                entry |= {"low": low, "high": high}
             metrics[f"{task}/{metric}" + ("" if rule == "none" else f",{rule}")] = entry
     return metrics
+
+
+def share_or_normal_interval(value: float, error: float, n: float) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of a share of n examples, else the normal one from lm_eval's standard error.
+
+    The standard error of a share p is sqrt(p (1 - p) / (n - 1)); that of 0 or n of n is 0, and would be its interval.
+    """
+    if n > 1 and 0 <= value <= 1 and math.isclose(error, math.sqrt(value * (1 - value) / (n - 1)), abs_tol=1e-9):
+        return wilson(value * n, n)
+    return value - Z95 * error, value + Z95 * error
 
 
 def _rows(found: Any) -> list[dict[str, Any]]:

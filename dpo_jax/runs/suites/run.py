@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -50,15 +49,6 @@ def _check_run_keys(path: str, settings: EvalConfig) -> None:
         raise UserError("checkpoint: has no effect on a reward, which is of a model folder; remove one of them")
 
 
-def _with_known_ends(result: SuiteResult) -> SuiteResult:
-    """Returns a result without the ends of intervals that are infinite, those of a single value."""
-
-    def known(entry: Mapping[str, float]) -> dict[str, float]:
-        return {key: value for key, value in entry.items() if key not in ("low", "high") or math.isfinite(value)}
-
-    return result._replace(metrics={name: known(entry) for name, entry in result.metrics.items()})
-
-
 def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, SuiteResult]]:
     """Runs the suites in `settings.suite`; writes and yields what each has found before the next one starts.
 
@@ -85,7 +75,7 @@ def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, Suit
     for task in todo:
         check_suite_data(task)
     for task in todo:
-        result = _with_known_ends(SUITES[task.name].measure(task))
+        result = SUITES[task.name].measure(task)
         _write(suite_folder(path, settings), task, result)
         yield task.name, result
 
