@@ -70,7 +70,9 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, float]:
         state, metrics = compiled(state, batch, np.int32(count))
         float(metrics["loss"])
         seconds.append(time.perf_counter() - start)
-    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    temporary = analysis.temp_size_in_bytes / 2**20
     milliseconds = 1e3 * statistics.median(seconds[1:])
     return {"tokens": float(table.lengths().sum()), "milliseconds": milliseconds, "temporary_mb": temporary}
 

@@ -54,7 +54,7 @@ def logps_of(lever: str, model: Any) -> Any:
     from dpo_jax.models.attention import packed_attention
 
     if lever == "causal chunks":  # the size of a chunk is no option of a model, since no other is faster
-        packed_attention.__kwdefaults__["chunk"] = 1 << 20
+        packed_attention.__kwdefaults__ = {"chunk": 1 << 20}
     return partial(batch_logps, model, chunk=1 << 20) if lever == "chunked head" else partial(batch_logps, model)
 
 

@@ -36,6 +36,7 @@ def memory(folder: Path, batch_size: int) -> list[dict[str, Any]]:
     found = []
     for name, options in WAYS.items():
         command = [*our_command(folder, batch_size, "float32")[4:], *SHAPE, *options]
+        measured = {}
         for _ in range(2):  # the second finds the compiled program, whose making takes memory too
             command[command.index("--run") + 1] = str(folder / f"run-{os.urandom(4).hex()}")
             measured = _child(folder, "train", *command)

@@ -44,20 +44,21 @@ class System(NamedTuple):
         return self.name.split()[0]
 
 
+IN_FLOAT32 = (
+    System("dpo_jax", "float32"),
+    System("dpo_jax cached", "float32", precomputed=True),
+    System("TRL", "float32"),
+    System("TRL defaults", "float32", checkpointing=True),
+    System("TRL cached", "float32", precomputed=True),
+    System("TRL best", "float32", precomputed=True, grouped=True),
+    System("original", "float32"),
+)
 SYSTEMS = tuple(
-    System(dtype=dtype, **system)
+    system._replace(dtype=dtype)
     for dtype in ("float32", "bfloat16")
-    for system in (
-        {"name": "dpo_jax"},
-        {"name": "dpo_jax cached", "precomputed": True},
-        {"name": "TRL"},
-        {"name": "TRL defaults", "checkpointing": True},
-        {"name": "TRL cached", "precomputed": True},
-        {"name": "TRL best", "precomputed": True, "grouped": True},
-        {"name": "original"},
-    )
+    for system in IN_FLOAT32
     # TRL's defaults are bfloat16, the original has float32 only.
-    if (dtype, system["name"]) not in (("float32", "TRL defaults"), ("bfloat16", "original"))
+    if (dtype, system.name) not in (("float32", "TRL defaults"), ("bfloat16", "original"))
 )
 LEVERED = tuple(System(f"dpo_jax without {name}", "float32", without=name) for name in levers.LEVERS)
 
@@ -125,25 +126,26 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     architecture, _, params = load_folder(folder / "model")
     remat = "full" if system.without == "kept activations" else "none"
     model = build_model(architecture, compute=system.dtype, remat=remat)
-    loss = losses.build({"name": "dpo", "beta": BETA})
+    objective = losses.build({"name": "dpo", "beta": BETA})
     logps = levers.logps_of(system.without, model)
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
-    step = jax.jit(make_train_step(model, loss, tx, logps=logps), donate_argnums=0)
+    step = jax.jit(make_train_step(model, objective, tx, logps=logps), donate_argnums=0)
     column, frozen = reference.make_ref_logps_fn(logps), jax.device_put(params)
-    state = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx, loss))(frozen)  # owns what it donates
+    own = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx, objective))  # a state owns what it donates
+    state = own(frozen)
     table = Table.open(folder)
     shape = levers.shape_of(system.without, table, MAX_LENGTH, batch_size)
     del params
 
-    def build(rows: np.ndarray) -> tuple[Any, int]:
+    def batch_of(rows: np.ndarray) -> tuple[Any, int]:
         batch, count = levers.build(system.without, table, rows, shape)
         return jax.device_put(batch), count
 
     batches = order(table, steps, batch_size)
-    known = [np.asarray(column(frozen, *build_model(rows))) for rows in batches] if system.precomputed else []
+    known = [np.asarray(column(frozen, *batch_of(rows))) for rows in batches] if system.precomputed else []
     for index, rows in enumerate(batches):
         pace.wait()
-        batch, count = build_model(rows)
+        batch, count = batch_of(rows)
         batch = batch._replace(ref_logps=known[index] if known else column(frozen, batch, count))
         state, metrics = step(state, batch, np.int32(count))
         loss = float(metrics["loss"])
@@ -208,9 +210,10 @@ def measure_original(folder: Path, system: System, steps: int, batch_size: int, 
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, frozen = (
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device) for _ in range(2)
-    )
+    models: list[torch.nn.Module] = [
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2)
+    ]
+    policy, frozen = (model.to(device) for model in models)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     table = Table.open(folder)
 

@@ -42,8 +42,10 @@ class Browser:
         reads, self._commands = os.pipe()
         self._answers, writes = os.pipe()
         command = ["bash", "-c", f'exec "$0" "$@" 3<&{reads} 4>&{writes}', program, *FLAGS, f"--user-data-dir={folder}"]
-        silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen([*command, "about:blank"], pass_fds=(reads, writes), **silent)
+        none = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            [*command, "about:blank"], pass_fds=(reads, writes), stdin=none, stdout=none, stderr=none
+        )
         for end in (reads, writes):
             os.close(end)
         self._buffer, self._count, self._session = b"", 0, ""
