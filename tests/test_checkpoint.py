@@ -263,3 +263,12 @@ def test_the_seconds_of_a_save_are_returned_once(tmp_path):
     assert 0 < taken["save_stall_seconds"] <= taken["save_seconds"] < 60
     assert checkpoints.taken() == {}
     checkpoints.close()
+
+
+def test_orbax_v1_reads_our_checkpoints(saved, like):
+    """They are written through orbax v0; the move to its v1 keeps them readable."""
+    from orbax.checkpoint.experimental import v1
+
+    newest = max(saved.iterdir(), key=lambda folder: int(folder.name))
+    assert v1.is_orbax_checkpoint(newest)
+    assert_is(v1.load(newest, like), int(newest.name))

@@ -1,5 +1,6 @@
 """Launchers for clusters; stand-ins for the commands of the clusters run everything on this machine."""
 
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import launched
 import pytest
+import yaml
 
 from dpo_jax.training import interrupts
 
@@ -116,6 +118,23 @@ def test_a_tpu_pod_without_arguments_prints_its_usage():
     done = subprocess.run([SCRIPTS / "launch_tpu_pod"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "scripts/launch_tpu_pod NAME ZONE DIRECTORY train x.yaml" in done.stderr
+
+
+def test_the_jobset_trains_on_all_hosts_and_stops_on_errors_of_the_user():
+    """A rule of Kubernetes: what a failed job of the set does follows from the reason that its policy gives."""
+    found = yaml.safe_load((SCRIPTS / "launching/gke.yaml").read_text())
+    (rule,), (slices,) = found["spec"]["failurePolicy"]["rules"], found["spec"]["replicatedJobs"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    job, pod = slices["template"]["spec"], slices["template"]["spec"]["template"]["spec"]
+    (container,), (on,) = pod["containers"], job["podFailurePolicy"]["rules"]
+    exits = on["onExitCodes"]
+    assert (on["action"], exits["operator"], exits["values"]) == ("FailJob", "In", [2])
+    assert (exits["containerName"], pod["restartPolicy"], job["backoffLimit"]) == (container["name"], "Never", 0)
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert job["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
+    assert job["completions"] == job["parallelism"]
+    assert container["command"][-2:] == ["--distributed", "auto"]
+    assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
 
 
 WHO = """
