@@ -122,10 +122,11 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     from dpo_jax.models.huggingface.folder import load_folder
     from dpo_jax.models.model import build_model
     from dpo_jax.step import init_state, make_train_step
+    from dpo_jax.training.attention_check import with_attention
 
     architecture, _, params = load_folder(folder / "model")
     remat = "full" if system.without == "kept activations" else "none"
-    model = build_model(architecture, compute=system.dtype, remat=remat)
+    model, _ = with_attention(build_model(architecture, compute=system.dtype, remat=remat), "auto", system.dtype)
     objective = losses.build({"name": "dpo", "beta": BETA})
     logps = levers.logps_of(system.without, model)
     tx = optim.build("adamw", learning_rate=LEARNING_RATE, warmup_steps=0, max_grad_norm=CLIP)
