@@ -208,6 +208,7 @@ def rows(world, count=None):
     return [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()][:count]
 
 
+@pytest.mark.slow
 def test_twelve_lines_train_with_an_own_loss(world):
     """The example of the README; the step compiles once, and the loss falls."""
     model, params, tokenizer = dpo_jax.load_model("runs/start")

@@ -131,6 +131,7 @@ def export(*argv):
     cli.run_command(["export", *map(str, argv)])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_at_the_same_step_with_the_same_model(inside):
     train(inside, "runs/cut", max_steps=2)
     again = train(inside, "runs/cut")

@@ -254,6 +254,7 @@ def test_the_command_resumes_and_the_same_seed_gives_the_same_figure(run, folder
     assert (made / "frontier.json").read_text() == numbers
 
 
+@pytest.mark.slow
 def test_short_responses_are_enumerated(run, folder):
     options = ("--dpo", "1", "--preferred_ft", "--max_new_tokens", "1", "--eval_every", "4")
     assert "optimum: exact sum over all possible responses" in run("--run", "runs/enumerated", *options)

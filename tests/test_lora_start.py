@@ -113,6 +113,7 @@ def test_a_quantized_base_may_be_named_but_no_other_model(start, tmp_path):
         trained(start, tmp_path / "other", lora=adapter, reference=str(folder / "merged"))
 
 
+@pytest.mark.slow
 def test_adapters_that_the_model_has_merged_already_are_refused(start, tmp_path):
     folder, _ = start
     run = trained(start, tmp_path, lora={"rank": 2})[2]

@@ -72,6 +72,7 @@ def test_a_run_of_an_earlier_version_goes_on(world):
     assert rates(folder) == pytest.approx([1e-3 / 151, 2e-3 / 151])
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_with_other_schedules_have_programs_of_their_own(world):
     """The first run began with 4 updates, and keeps the schedule of 4; the others have one of 3."""
     options = {"samples": {"prompts": 0}, "eval_every": 0, "save_every": 1, "batch_size": 8, "run": "runs/sweep"}
