@@ -182,8 +182,8 @@ def test_a_line_without_a_step_is_named(tmp_path, step):
     ("name", "content", "message"),
     [
         ("eval.json", "[]", r"eval\.json: must hold an object"),
-        ("eval.json", '{"metrics": {"a": 1}}', r"eval\.json: metrics must hold mean, low, high and n"),
-        ("eval.json", '{"metrics": [1]}', r"eval\.json: metrics must hold mean, low, high and n"),
+        ("eval.json", '{"metrics": {"a": 1}}', r"eval\.json: metrics must hold a mean each"),
+        ("eval.json", '{"metrics": [1]}', r"eval\.json: metrics must hold a mean each"),
         ("data.json", "{}", r"data\.json: must hold a list"),
         ("metrics.jsonl", '{"step":1,"examples":1,"loss":"x"}\n', r"metrics\.jsonl: step 1: loss is 'x'; remove"),
         ("metrics.jsonl", '{"step":"x","examples":1}\n', r"metrics\.jsonl: the step 'x' is no number"),
@@ -293,6 +293,7 @@ def test_a_resumed_run_notices_another_model_reference_and_tokenizer(world):
     begun = claimed("--reference.path", "n")
     assert set(begun.inputs) == {
         "training data", "held-out data", "the model at the start", "the reference", "the tokenizer",
+        "the kind of prompts",
     }  # fmt: skip
     assert json.loads((world / "runs/x/inputs.json").read_text()) == begun.inputs
     assert begun.load_reference

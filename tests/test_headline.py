@@ -164,7 +164,7 @@ def test_the_time_is_that_of_the_steps():
 
 def sampled(name, *samples):
     rows = [dict(zip(("step", "prompt", "policy", "reference"), (5, *sample), strict=True)) for sample in samples]
-    return ReportedRun(name, {}, [], {}, "", [], rows)
+    return ReportedRun(name, {}, [], {}, "", {}, [], rows)
 
 
 def test_samples_of_several_runs_share_a_table():

@@ -50,6 +50,18 @@ def metrics_json(means):
     )
 
 
+def test_results_of_suites_in_the_folder_are_shown(tmp_path):
+    share = {"mean": 0.75, "low": 0.5, "high": 0.875, "n": 12}
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    (first / "eval_ifeval.json").write_text(json.dumps({"suite": "ifeval", "metrics": {"prompt": share}}))
+    (first / "eval_lm_eval.json").write_text(json.dumps({"metrics": {"arc/acc": {"mean": 0.25}}}))
+    shown = page(tmp_path, first)
+    assert ["ifeval/prompt", "0.75  [0.5, 0.875]  n 12"] in shown.rows
+    assert ["lm_eval/arc/acc", "0.25"] in shown.rows
+    assert ["ifeval/prompt", "0.75  [0.5, 0.875]  n 12", "–"] in page(tmp_path, first, second).rows
+    assert "Standard evaluations" not in page(tmp_path, second).text
+
+
 class Page(html.parser.HTMLParser):
     """Tags, attributes, table rows and figure titles of a page."""
 

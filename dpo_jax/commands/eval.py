@@ -26,6 +26,8 @@ def eval_command(argv: list[str]) -> None:
     if settings.suite:
         for name, result in evaluate_suites(path, settings):
             _print_suite(name, result, suite_folder(path, settings) / result_file(name))
+        if is_run(path):
+            write_report([Path(path)], Path(path) / "report.html")
         return
     found = evaluate_path(path, settings)
     _print_metrics(found.metrics)

@@ -122,9 +122,9 @@ def read_intervals(path: Path) -> dict[str, Measured]:
     """
     try:
         stored = with_current_names(load_json(path, dict).get("metrics", {}))
-        return {name: _measured(m["mean"], m.get("low"), m.get("high"), m["n"]) for name, m in stored.items()}
+        return {name: _measured(m["mean"], m.get("low"), m.get("high"), m.get("n")) for name, m in stored.items()}
     except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: metrics must hold mean and n; remove the file or write it again") from e
+        raise UserError(f"{path}: metrics must hold a mean each; remove the file or write it again") from e
 
 
 def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Measured]:

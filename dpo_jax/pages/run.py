@@ -37,6 +37,7 @@ class ReportedRun(NamedTuple):
       lines: lines of metrics.jsonl, under present names and with `minutes`.
       final: name -> metric on held-out data at the end; without an evaluation, of the last training step.
       measured: step of the policy, and data, loss or reference of `final` if not the run's; "" if unknown.
+      suites: SUITE/METRIC -> result of a standard evaluation in the folder.
       data: the data report.
       samples: samples of the last step with samples, one for each prompt: step, prompt, policy, reference.
     """
@@ -46,6 +47,7 @@ class ReportedRun(NamedTuple):
     lines: list[dict[str, Any]]
     final: dict[str, Measured]
     measured: str
+    suites: dict[str, Measured]
     data: list[str]
     samples: list[dict[str, Any]]
 
@@ -84,9 +86,16 @@ def read_run(folder: Path) -> ReportedRun:
         lines=lines,
         final=(final.exists() and read_intervals(final)) or last_values(lines),
         measured=_measured_on(load_json(final, dict)) if final.exists() else "",
+        suites=_suite_results(folder),
         data=[str(line) for line in load_json(data, list)] if data.exists() else [],
         samples=_distinct_samples(s for s in samples if s["step"] == last),
     )
+
+
+def _suite_results(folder: Path) -> dict[str, Measured]:
+    """Returns SUITE/METRIC -> result of every `eval_SUITE.json` in a run folder."""
+    files = {file.stem.removeprefix("eval_"): read_intervals(file) for file in sorted(folder.glob("eval_*.json"))}
+    return {f"{suite}/{name}": value for suite, found in files.items() for name, value in found.items()}
 
 
 def _measured_on(stored: Mapping[str, Any]) -> str:
@@ -121,7 +130,10 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
     """Returns the page as HTML; several runs show the keys in which their configs differ instead of the config."""
     names = [run.name for run in runs]
     config = _aligned([run.config for run in runs])
-    metrics = _aligned([{name: _measured_text(value) for name, value in run.final.items()} for run in runs])
+    metrics, suites = (
+        _aligned([{name: _measured_text(value) for name, value in found.items()} for found in columns])
+        for columns in ([run.final for run in runs], [run.suites for run in runs])
+    )
     tops = headlines([run.final for run in runs])
     sample_head, sample_rows = sample_table(runs)
     return render_page(
@@ -135,6 +147,7 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
         trained=[_trained(run) for run in runs],
         summary=_summary(runs[0]),
         metrics=metrics,
+        suites=suites,
         meanings={row[0]: metric_wording(row[0]).meaning for row in metrics},
         intervals=any(value.interval for run in runs for value in run.final.values()),
         config=config if len(runs) == 1 else [row for row in config if len(set(row[1:])) > 1],
