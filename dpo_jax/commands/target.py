@@ -74,7 +74,7 @@ def print_compiled(compiled: Compiled) -> None:
         f"the head on each scored token, forward and backward), {work.executed:.3g} with what is computed again"
     )
     log_line(
-        f"on each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
+        f"each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
         f"at {chip.bandwidth / 1e12:.2f} TB/s, links {bound.overlapped:.3g} s beside them and {bound.exposed:.3g} s alone"
     )
     log_line(
