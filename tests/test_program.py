@@ -3,7 +3,7 @@
 
 import pytest
 
-from dpo_jax.training.program import Collective, axes_of, collectives
+from dpo_jax.training.program import Collective, axes_of, collectives, custom_calls
 
 TPU = """
 HloModule jit_step, is_scheduled=true
@@ -117,3 +117,11 @@ def test_a_cuda_program_starts_and_ends_its_collectives():
 def test_axes_are_those_in_which_the_devices_of_a_group_differ(groups, axes):
     one = Collective("all-reduce", (("f32", ()),), groups, 1, 0, False, "")
     assert axes_of(one, {"data": 2, "fsdp": 2, "tensor": 2}) == axes
+
+
+def test_kernels_are_counted_by_name():
+    line = '  %k = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config="..."'
+    assert custom_calls(f"{line}\n{line.replace('tpu_', 'other_')}\n{line}") == {
+        "tpu_custom_call": 2,
+        "other_custom_call": 1,
+    }

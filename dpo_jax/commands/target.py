@@ -5,7 +5,7 @@ from typing import Any
 from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Compiled, Plan
-from dpo_jax.training.program import axes_of
+from dpo_jax.training.program import axes_of, custom_calls
 from dpo_jax.training.roofline import leaves
 
 NOTE = "bounds at the rates of data sheets, not measurements"
@@ -45,6 +45,7 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
         "fits": not advice,
         "advice": advice,
         "collectives": collective_rows(compiled),
+        "custom_calls": custom_calls(compiled.text),
         "work": compiled.work._asdict(),
         "roofline": None if bound is None else bound._asdict() | {"seconds": bound.seconds},
     }
@@ -75,7 +76,7 @@ def print_compiled(compiled: Compiled) -> None:
     )
     log_line(
         f"each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
-        f"at {chip.bandwidth / 1e12:.2f} TB/s, links {bound.overlapped:.3g} s beside them and {bound.exposed:.3g} s alone"
+        f"at {chip.bandwidth / 1e12:.2f} TB/s, links {bound.overlapped:.3g} s beside, {bound.exposed:.3g} s alone"
     )
     log_line(
         f"at most {bound.tokens_per_second:,.0f} tokens/s ({bound.tokens_per_second / devices:,.0f} a device), MFU "

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,11 @@ def collectives(text: str, trips: Sequence[int] = ()) -> list[Collective]:
     bodies = {name: lines for name, (_, lines) in computations.items()}
     found = _walk(bodies, entry, tuple(trips), times=1, loops=0, overlapped=False, seen=set())
     return [c for c in found if c.devices != 1]
+
+
+def custom_calls(text: str) -> dict[str, int]:
+    """Returns the operations that are kernels of a library or of Pallas, and how many of each the program has."""
+    return dict(Counter(re.findall(r'custom_call_target="([^"]+)"', text)).most_common())
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
