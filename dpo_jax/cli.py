@@ -96,9 +96,9 @@ COMMANDS = {
     ),
     "models": Command("", "Lists the supported model families.", ""),
     "plan": Command(
-        "CONFIG.yaml [--devices N] [--memory GB]",
-        "Computes a run's memory per device; compiles it, but does not start it.",
-        "configs/paper/hh_dpo.yaml --devices 8 --memory 80",
+        "CONFIG.yaml [--target tpu:v5p:4x4x4] [--devices N] [--memory GB]",
+        "Computes a run's memory per device and its speed; compiles, but does not start.",
+        "configs/paper/hh_dpo.yaml --target gpu:h100:1x8",
     ),
     "report": Command(
         "RUN ... [--out FILE.html]",

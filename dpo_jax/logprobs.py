@@ -298,8 +298,12 @@ def sum_over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], b
         stack = jax.tree.map(lambda all_, new: all_.at[m].set(new), so_far[1], stacked)
         return jax.tree.map(jnp.add, so_far[0], summed), stack
 
-    summed, stacked = jax.eval_shape(one, jnp.zeros((), jnp.int32))
     many = batch.tokens.shape[0]
+    if many == 1:
+        # In a loop over one index the body does not change, so that XLA moves it in front of the loop and keeps it too.
+        summed, stacked = one(jnp.zeros((), jnp.int32))
+        return summed, jax.tree.map(lambda x: x[None], stacked)
+    summed, stacked = jax.eval_shape(one, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed)
     return jax.lax.fori_loop(
         0, count, body, (zeros, jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), stacked))

@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 COMPILED = tempfile.mkdtemp(prefix="dpo_jax-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed, and is loud where it finds no TPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing folder is an error at once, not after retries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin, and starve each other beside other tests

@@ -11,7 +11,7 @@ from dpo_jax import cli
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of, families, family
 from dpo_jax.models.model import build_model
-from dpo_jax.training.plan import count_parameters
+from dpo_jax.training.abstract import count_parameters
 
 
 def test_an_unknown_family_is_answered_with_the_closest():

@@ -46,10 +46,10 @@ def test_fsdp_gathers_a_layer_at_a_time_and_nothing_else(compiled):
     found, params, _ = compiled(1, 4, 1)
     layer = {x.shape[1:] for x in jax.tree.leaves(params["layers"])}
     top = {v.shape for k, v in params.items() if k in ("embedding", "head")} | {(32,)}
-    (logps,) = [c for c in found if c.kind == "all-gather" and c.loops == 0]
+    (logps,) = [c for c in found if c.kind == "all-gather" and "while" not in c.path]
     gathers = [c for c in found if c.kind == "all-gather" and c is not logps]
     assert {c.shapes[0][1] for c in gathers if c.loops == 2} == layer
-    assert {c.shapes[0][1] for c in gathers if c.loops == 1} == top
+    assert {c.shapes[0][1] for c in gathers if c.loops < 2} == top
     assert {len(c.shapes) for c in gathers} == {1}
     scatters = [c for c in found if c.kind == "reduce-scatter"]
     assert elements_of(scatters, 2) == elements(params["layers"]) // 3 // 4
@@ -106,8 +106,8 @@ def test_whole_parameters_are_not_kept_for_the_backward_pass(compiled):
 def test_what_a_step_sends_is_what_the_plan_for_pods_reckons_with(compiled, sizes):
     found, params, _ = compiled(*sizes)
     layers = 4 * elements(params["layers"])
-    wanted = scaling["expected"](sizes, layers, 4 * elements(params) - layers)
-    counted = scaling["sent"](found, 3)
+    wanted = scaling["expected"](sizes, layers, 4 * elements(params) - layers, 3)
+    counted = scaling["sent"](found)
     # Beside scalars; the backward pass needs the scales of two norms in a layer no second time.
     assert {kind: counted[kind] for kind in wanted} == pytest.approx(wanted, rel=0.004, abs=300)
     assert sum(counted.values()) == pytest.approx(sum(wanted.values()), rel=0.004, abs=300)

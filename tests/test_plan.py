@@ -13,10 +13,11 @@ from dpo_jax.config.yaml import dump
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
 from dpo_jax.training import plan
+from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
 from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import recomputed
-from dpo_jax.training.plan import Memory, Plan, abstract_batch, abstract_run, plan_layout, plan_run, with_remat
+from dpo_jax.training.plan import Memory, Plan, plan_run, with_remat
 from dpo_jax.training.shard import policy_shardings, state_shardings
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -96,7 +97,7 @@ def test_an_accelerator_takes_bfloat16_and_the_fastest_remat_that_fits(config_of
     """Plans of 90, 63 and 10 bytes must fit in nine tenths of a device's memory."""
     totals = {"none": 90, "dots": 63, "full": 10}
 
-    def planned(config):
+    def planned(config, target):
         assert config.model.compute == "bfloat16"  # which the plan depends on
         return Plan(config, 1, 1, pack.Layout(1, 1, 1, 1, 1), Memory(totals[config.model.remat], *[0] * 6))
 
@@ -124,7 +125,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_dtype(config_of, tmp_path):
 def test_the_command_plans_emulated_devices_as_accelerators(config_of, tmp_path, monkeypatch, capsys):
     tried = []
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # these tests emulate four devices already
-    monkeypatch.setattr(plan, "plan_run", lambda config: tried.append(config.model.remat) or plan_run(config))
+    monkeypatch.setattr(plan, "plan_run", lambda config, *_: tried.append(config.model.remat) or plan_run(config))
     options = ["--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8"]
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     cli.run_command(["plan", str(tmp_path / "my.yaml"), *options, "--devices", "4", "--memory", "1e-6"])

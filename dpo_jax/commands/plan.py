@@ -1,12 +1,14 @@
-"""`dpo-jax plan`: the memory that a run needs on each device."""
+"""`dpo-jax plan`: the memory that a run needs on each device, and what a target's compiler makes of it."""
 
 import dataclasses
+import json
 import math
 
 import jax
 
 from dpo_jax import optim
 from dpo_jax.commands.common import leading_arguments, log_line, print_table
+from dpo_jax.commands.target import plan_record, print_compiled, speed_advice
 from dpo_jax.config.commands import PlanConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
@@ -14,6 +16,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run
+from dpo_jax.training.targets import parse_target
 
 
 def plan_advice(plan: Plan, memory: int) -> list[str]:
@@ -39,7 +42,8 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     stronger = {"none": "dots", "dots": "full"}.get(recomputed(config.model))
     if stronger and need.activations > 0.1 * memory:
         lines.append(f"model.remat {stronger}: recomputes more activations in the backward pass and keeps fewer")
-    local_rows = plan.shape.rows // max(1, jax.device_count() // config.mesh.tensor)
+    devices = jax.device_count() if plan.compiled is None else len(plan.compiled.groups)
+    local_rows = plan.shape.rows // max(1, devices // config.mesh.tensor)
     if local_rows > 1 and need.activations > 0.1 * memory:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
     return lines or ["data.max_length: lower it, or use devices with more memory"]
@@ -62,33 +66,51 @@ def resolve_base_model(config: Config) -> Config:
 
 
 def plan_command(argv: list[str]) -> None:
-    """Runs `dpo-jax plan CONFIG.yaml [--devices N] [--memory GB] [--key.path value ...]`."""
+    """Runs `dpo-jax plan CONFIG.yaml [--target T | --devices N] [--memory GB] [--json] [--key.path value ...]`."""
     (file,), rest = leading_arguments(argv, "plan", "CONFIG.yaml")
     settings = parse_config(PlanConfig, file or None, rest, prog="dpo-jax plan CONFIG.yaml")
-    if not 0 < settings.memory < math.inf or settings.devices < 0:
+    if not 0 < (settings.memory or 80.0) < math.inf or settings.memory == 0 or settings.devices < 0:
         raise UserError("--memory must be a finite number of GB above 0, --devices at least 0; change them")
-    if settings.devices:  # the compiler needs only their number, so CPUs emulate them
+    if settings.target and settings.devices:
+        raise UserError("--devices: the target says how many there are; remove it")
+    if settings.json and not settings.target:
+        raise UserError("--json: is for a plan with --target; set that too")
+    target = parse_target(settings.target) if settings.target else None
+    if settings.devices or target:  # the compiler needs no device
         jax.config.update("jax_platforms", "cpu")
+    if settings.devices:
         jax.config.update("jax_num_cpu_devices", settings.devices)
-    config, memory = resolve_base_model(settings), settings.memory * GB
-    accelerator = bool(settings.devices) or jax.default_backend() != "cpu"
+    config = resolve_base_model(settings)
+    device = target.chip.memory if target else 80 * GB
+    memory = device if settings.memory is None else settings.memory * GB
+    accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"
     if accelerator:  # emulated devices stand for accelerators
         compute = compute_dtype(config.model, "gpu")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
-    plan = fitting_plan(config, memory) if accelerator else plan_run(config)
-    parts = (*plan.memory._asdict().items(), ("total", plan.memory.total))
-    print_table(("on each device", "GB"), [(name, f"{value / GB:.2f}") for name, value in parts])
-    log_line(
-        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {jax.device_count()} device(s); at most "
-        f"{plan.shape.microbatches} microbatches of {plan.shape.rows} rows x {plan.shape.length} tokens"
-    )
+    plan = fitting_plan(config, memory, target) if accelerator else plan_run(config)
+    lines = plan_advice(plan, int(memory))
+    if settings.json:
+        log_line(json.dumps(plan_record(plan, memory, lines)))
+        return
+    _print_memory(plan)
     if settings.max_steps and (note := optim.warmup_note(plan.config.optim, settings.max_steps)):
         log_line(note)
-    if settings.model.attention not in ("auto", CHUNKS):
+    if plan.compiled is not None:
+        print_compiled(plan.compiled)
+    elif settings.model.attention not in ("auto", CHUNKS):
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     log_line(f"model.compute: {compute_dtype(plan.config.model)}, model.remat: {recomputed(plan.config.model)}")
-    lines = plan_advice(plan, int(memory))
-    share = plan.memory.total / memory
-    log_line(f"{share:.0%} of {settings.memory:g} GB" + (": does not fit; set one or more of:" if lines else ": fits"))
-    for line in lines:
+    share = f"{plan.memory.total / memory:.0%} of {memory / GB:.3g} GB"
+    log_line(share + (": does not fit; set one or more of:" if lines else ": fits"))
+    for line in lines or ([] if plan.compiled is None else speed_advice(plan.compiled)):
         log_line(f"  {line}")
+
+
+def _print_memory(plan: Plan) -> None:
+    parts = (*plan.memory._asdict().items(), ("total", plan.memory.total))
+    print_table(("on each device", "GB"), [(name, f"{value / GB:.2f}") for name, value in parts])
+    devices = jax.device_count() if plan.compiled is None else len(plan.compiled.groups)
+    log_line(
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {devices} device(s); at most "
+        f"{plan.shape.microbatches} microbatches of {plan.shape.rows} rows x {plan.shape.length} tokens"
+    )

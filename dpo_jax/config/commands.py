@@ -86,10 +86,15 @@ class LookConfig(Config):
 class PlanConfig(Config):
     """A run's config, and the devices to plan it for."""
 
+    target: str = ""
+    """Accelerators to compile for, which need not exist: tpu:v5p:4x4x4, tpu:2xv5p:4x4x4 (two slices), gpu:h100:1x8
+    (hosts x GPUs); v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200. Needs dpo_jax[aot-tpu] or dpo_jax[aot-gpu]."""
     devices: int = 0
-    """Number of devices (0: the devices of this machine)."""
-    memory: float = 80.0
-    """Memory of each device, in GB."""
+    """Number of devices (0: the devices of this machine), emulated on the CPU; a target says more."""
+    memory: float | None = None
+    """Memory of each device, in GB (None: that of the target, else 80)."""
+    json: bool = False
+    """Print the plan of a target as JSON."""
 
 
 @dataclass(frozen=True)

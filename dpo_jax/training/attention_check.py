@@ -44,9 +44,7 @@ def with_attention(
     Raises:
       UserError: the named kernel is not available on this device, or does not match chunks.
     """
-    name, platform = attention, jax.default_backend()
-    if name == "auto":
-        name = next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
+    name = kernel_of(attention, jax.default_backend())
     if name == CHUNKS:
         return model, ""
     devices = 1 if mesh is None else sharding.head_devices(mesh)
@@ -56,22 +54,64 @@ def with_attention(
         if attention == "auto":
             return model, f"attention: {CHUNKS}, because {name} {problem}"
         raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
-    attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
-    with_kernel = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
     notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
-    return with_kernel, "; ".join(filter(None, notes))
+    return _with_kernel(model, name, mesh), "; ".join(filter(None, notes))
 
 
-def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
-    """Returns why a kernel cannot be used for a model on this device; "" if it can."""
-    kernel, here = KERNELS[name], jax.default_backend()
-    if kernel.platform != here:
-        return f"runs on a {kernel.platform}, this device is a {here}"
+def planned_attention(
+    model: Model, attention: str, compute: str, mesh: jax.sharding.Mesh, platform: str
+) -> tuple[Model, str]:
+    """Returns what `with_attention` would on a device that is not here, if the kernel passes its test there.
+
+    Args:
+      model, attention, compute, mesh: as there.
+      platform: of the device, "tpu" or "gpu".
+
+    Raises:
+      UserError: the named kernel cannot be used there.
+    """
+    name = kernel_of(attention, platform)
+    if name == CHUNKS:
+        return model, f"attention: {CHUNKS}"
+    problem = _unsupported(name, model.architecture, compute, sharding.head_devices(mesh), platform)
+    if problem and attention == "auto":
+        return model, f"attention: {CHUNKS}, because {name} {problem}"
+    if problem:
+        raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
+    return _with_kernel(
+        model, name, mesh
+    ), f"attention: {name}, if it passes its test on the device when the run starts"
+
+
+def kernel_of(attention: str, platform: str) -> str:
+    """Returns the attention backend that `model.attention` names; auto is that of the platform."""
+    if attention != "auto":
+        return attention
+    return next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
+
+
+def _with_kernel(model: Model, name: str, mesh: jax.sharding.Mesh | None) -> Model:
+    attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
+    return model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
+
+
+def _unsupported(name: str, a: Architecture, compute: str, devices: int, platform: str) -> str:
+    """Returns why a kernel cannot be used for a model on a platform, without trying; "" if that is not known."""
+    kernel = KERNELS[name]
+    if kernel.platform != platform:
+        return f"runs on a {kernel.platform}, this device is a {platform}"
     if compute not in kernel.dtypes:
         return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
     if a.kv_heads % devices:
         return f"cannot shard {a.kv_heads} key-value heads evenly over {devices} devices (mesh.tensor)"
-    scoring = scoring_of(a)
+    return ""
+
+
+def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
+    """Returns why a kernel cannot be used for a model on this device; "" if it can."""
+    kernel, scoring = KERNELS[name], scoring_of(a)
+    if problem := _unsupported(name, a, compute, devices, jax.default_backend()):
+        return problem
     for window in (None, WINDOW) if any(a.windows) else (None,):
         try:
             found = np.asarray(

@@ -1,37 +1,40 @@
-"""The memory that a run needs on each device: compiles its step for shapes and allocates no arrays."""
+"""What a run needs on each device: compiles its step for shapes and allocates no arrays."""
 
 import dataclasses
 import logging
 import math
-from functools import partial
+import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import losses, optim, sharding
+from dpo_jax import optim, sharding
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
-from dpo_jax.models import qlora, reward_head
-from dpo_jax.models.families.registry import architecture_of
-from dpo_jax.models.huggingface.folder import model_folder, read_config
-from dpo_jax.models.huggingface.hub import hub_config_file, is_hub_name
-from dpo_jax.models.model import build_model
 from dpo_jax.paths import is_run
-from dpo_jax.records import Batch
-from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
-from dpo_jax.training.compile import compiled_step, hparams
-from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
-from dpo_jax.training.run import Run
+from dpo_jax.training.abstract import (
+    Lowered,
+    abstract_run,
+    bytes_per_device,
+    count_parameters,
+    lower_step,
+    plan_layout,
+    planned_mesh,
+    sharded_shapes,
+)
+from dpo_jax.training.checks import LONG_RUN, with_compute
+from dpo_jax.training.load import compute_dtype, recomputed
+from dpo_jax.training.program import Collective, collectives
+from dpo_jax.training.roofline import Passes, Roofline, Work, roofline, step_work
 from dpo_jax.training.run_folder import run_config
-from dpo_jax.training.shard import policy_shardings, state_shardings
-from dpo_jax.training.tables import responses_per_prompt
+from dpo_jax.training.targets import Target
 
 GB = 2**30
 SHARE = 0.9  # of a device's memory that a plan may take: the batches of a run differ from the plan's
-TOKENS = 4096  # per device and microbatch, if data.rows is not set
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ class Memory(NamedTuple):
       logits: one chunk of logits, and its gradient.
       activations: all other temporary memory of the compiled step: activations, casts, workspace.
       batch: the batch of a step.
+      other: the program itself, results that replace no argument, and padding of arguments.
     """
 
     trained: int
@@ -55,6 +59,7 @@ class Memory(NamedTuple):
     logits: int
     activations: int
     batch: int
+    other: int = 0
 
     @property
     def total(self) -> int:
@@ -62,8 +67,34 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class Compiled(NamedTuple):
+    """What is known of a step that a target's compiler has compiled.
+
+    Attributes:
+      target: the devices.
+      mesh: their axes.
+      groups: of fast links, for each device in the order of the program.
+      attention: a message about the attention backend.
+      seconds: that compiling took.
+      text: of the program; "" if the compiler refused it because it does not fit.
+      collectives: of the program.
+      work: of a step.
+      roofline: the bound of a step; None without a program.
+    """
+
+    target: Target
+    mesh: dict[str, int]
+    groups: list[int]
+    attention: str
+    seconds: float
+    text: str
+    collectives: list[Collective]
+    work: Work
+    roofline: Roofline | None
+
+
 class Plan(NamedTuple):
-    """The memory plan of a run.
+    """The plan of a run.
 
     Attributes:
       config: the run's config.
@@ -71,6 +102,7 @@ class Plan(NamedTuple):
       trained: number of trained parameters: of the model, or of its adapters.
       shape: layout of a batch.
       memory: bytes on each device.
+      compiled: by a target's compiler; None for a plan on JAX's own devices.
     """
 
     config: Config
@@ -78,66 +110,125 @@ class Plan(NamedTuple):
     trained: int
     shape: pack.Layout
     memory: Memory
+    compiled: Compiled | None = None
 
 
-def plan_run(config: Config) -> Plan:
-    """Returns the memory plan of a run on JAX's devices. Reads a config.json, no weights and no data.
+def plan_run(config: Config, target: Target | None = None) -> Plan:
+    """Returns the plan of a run on JAX's devices, or on a target's. Reads a config.json, no weights and no data.
 
     Raises:
-      UserError: invalid options.
+      UserError: invalid options, or a compiler that is not installed.
     """
     config = dataclasses.replace(config, optim=optim.with_total_steps(config.optim, config.max_steps or LONG_RUN))
-    # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
-    run, loss = abstract_run(config, narrow=False), losses.build(config.loss)
-    check_length(config, run.model)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
-    trained, abstract = state_shardings(run, tx, mesh)
-    shardings = policy_shardings(run, mesh, trained)
-    base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
-    batch = jax.tree.map(
-        partial(_sharded_shape, where=sharding.batch_sharding(mesh)),
-        abstract_batch(shape, planned_responses(config, loss)),
-    )
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = compiled_step(run, shardings, abstract).lower(abstract, batch, count, base, hparams(config)).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    gradients = bytes_per_device(sharded_shapes(run.params, trained))
-    outputs = 1 if loss.rewards else run.model.architecture.vocab
-    logits = 2 * 4 * min(CHUNK, shape.rows * shape.scored) * outputs // sharding.row_devices(mesh)
-    frozen = None if shardings.base is None else sharded_shapes(abstract_run(config).base, shardings.base)
-    if base is None and loss.uses_reference and config.reference.mode == "online":
-        frozen = abstract.params
-    memory = Memory(
-        bytes_per_device(abstract.params),
-        bytes_per_device(frozen),
-        bytes_per_device(abstract.opt_state),
-        min(gradients, temporary),
-        min(logits, max(0, temporary - gradients)),
-        max(0, temporary - gradients - logits),
-        bytes_per_device(batch),
-    )
+    lowered, start = lower_step(config, target), time.perf_counter()
+    program = compile_step(lowered.step, target)
+    seconds = time.perf_counter() - start
+    run, state, base = lowered.run, lowered.state, lowered.base
+    online = lowered.loss.uses_reference and config.reference.mode == "online"
+    frozen = state.params if base is None and online else None
+    if base is not None:  # in the dtype of its files
+        frozen = sharded_shapes(abstract_run(config).base, jax.tree.map(lambda x: x.sharding, base))
+    permanent = tuple(map(bytes_per_device, (state.params, frozen, state.opt_state)))
+    gradients = bytes_per_device(sharded_shapes(run.params, lowered.trained))
+    outputs, rows = 1 if lowered.loss.rewards else run.model.architecture.vocab, sharding.row_devices(lowered.mesh)
+    logits = 2 * 4 * min(CHUNK, lowered.shape.rows * lowered.shape.scored) * outputs // rows
+    memory = _memory(permanent, gradients, logits, bytes_per_device(lowered.batch), program, base is None)
+    compiled = None
+    if target is not None:
+        passes = Passes(base is not None, recomputed(config.model), int(online) + int(lowered.loss.whole_batch))
+        compiled = _compiled(config, target, lowered, program, passes, memory)._replace(seconds=seconds)
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
-    return Plan(config, count_parameters(full), count_parameters(run.params), shape, memory)
+    return Plan(config, count_parameters(full), count_parameters(run.params), lowered.shape, memory, compiled)
 
 
-def fitting_plan(config: Config, memory: float) -> Plan:
-    """Returns the plan of a run; with `model.remat: auto`, the fastest that fits in `memory` bytes, or that of full.
+def compile_step(lowered: Any, target: Target | None) -> Any:
+    """Returns the compiled program, or the bytes that it would need if a target's compiler refuses it for that."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        need = re.search(r"Used ([\d.]+)([KMGT]) of", str(e))
+        if target is None or "RESOURCE_EXHAUSTED" not in str(e) or need is None:
+            raise
+        return int(float(need[1]) * 1024 ** (1 + "KMGT".index(need[2])))
+
+
+def _memory(permanent: tuple[int, ...], gradients: int, logits: int, batch: int, program: Any, own: bool) -> Memory:
+    """Returns the memory by kind, of a program or of the bytes that it would need.
+
+    Args:
+      permanent: bytes of what is trained, what is frozen, and the optimizer's state.
+      gradients, logits, batch: bytes.
+      program: from `compile_step`.
+      own: whether what is frozen, if anything, is no argument of the step.
+    """
+    trained, frozen, optimizer = permanent
+    arguments = trained + optimizer + batch + (0 if own else frozen)
+    if isinstance(program, int):
+        temporary, other = max(0, program - arguments), 0
+    else:
+        found = program.memory_analysis()
+        temporary, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
+        padding = max(0, found.argument_size_in_bytes - arguments)
+        other = padding + code + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+    return Memory(
+        trained, frozen, optimizer, min(gradients, temporary), min(logits, max(0, temporary - gradients)),
+        max(0, temporary - gradients - logits), batch, other,
+    )  # fmt: skip
+
+
+def _compiled(
+    config: Config, target: Target, lowered: Lowered, program: Any, passes: Passes, memory: Memory
+) -> Compiled:
+    """Returns what the plan of a target has beside memory; its `seconds` are to be filled in."""
+    mesh, shape = lowered.mesh, lowered.shape
+    work = step_work(
+        lowered.run.model.architecture, shape, passes, state=memory.trained + memory.optimizer,
+        gradients=memory.gradients, itemsize=jnp.dtype(compute_dtype(config.model)).itemsize, devices=mesh.size,
+        split=sharding.head_devices(mesh),
+    )  # fmt: skip
+    text = "" if isinstance(program, int) else program.as_text()
+    rows = shape.rows // sharding.row_devices(mesh)
+    chunks = math.ceil(shape.scored / max(1, min(CHUNK // max(1, rows), shape.scored)))
+    # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
+    trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
+    found = collectives(text, trips) if text else []
+    bound = roofline(work, found, target.chip, lowered.groups) if text else None
+    return Compiled(target, dict(mesh.shape), lowered.groups, lowered.note, 0.0, text, found, work, bound)
+
+
+def fitting_plan(config: Config, memory: float, target: Target | None = None) -> Plan:
+    """Returns the plan of a run on JAX's devices or a target's.
+
+    With `model.remat: auto` it is that of the fastest that fits in `memory` bytes, or of full.
 
     Raises:
       UserError: invalid options.
     """
     *faster, last = ("none", "dots", "full") if config.model.remat == "auto" else (config.model.remat,)
     for remat in faster:
+        if target is not None and least_activations(config, target) > memory:
+            continue  # compiling takes minutes
         try:
-            plan = plan_run(_with_model(config, remat=remat))
+            plan = plan_run(_with_model(config, remat=remat), target)
         except jax.errors.JaxRuntimeError as e:  # a TPU's compiler refuses what does not fit
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             continue
         if plan.memory.total <= memory:
             return plan
-    return plan_run(_with_model(config, remat=last))
+    return plan_run(_with_model(config, remat=last), target)
+
+
+def least_activations(config: Config, target: Target) -> int:
+    """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
+
+    They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer.
+    """
+    a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
+    shape, itemsize = plan_layout(config, sharding.row_devices(mesh)), jnp.dtype(compute_dtype(config.model)).itemsize
+    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (2 if a.gated else 1) * a.mlp
+    tokens = shape.rows * shape.length // sharding.row_devices(mesh)
+    return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))
 
 
 def _with_model(config: Config, **values: Any) -> Config:
@@ -175,76 +266,3 @@ def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:
 def _device_memory() -> int:
     """Returns the bytes that JAX may take on each device of this process, 0 if it does not say (on a CPU)."""
     return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
-
-
-def abstract_run(config: Config, narrow: bool = True) -> Run:
-    """Returns a run with shapes (`jax.ShapeDtypeStruct`) in place of parameters, and without data and folder.
-
-    Args:
-      config: the run's config.
-      narrow: give the base of adapters the dtype of its files; else float32.
-    """
-    path = config.model.path
-    source = config.model.config or (hub_config_file(path) if is_hub_name(path) else model_folder(path))
-    hf_config, loss = read_config(source), losses.build(config.loss)
-    architecture = architecture_of(hf_config)
-    architecture = reward_head.as_reward_architecture(architecture) if loss.rewards else architecture
-    model = build_model(architecture, compute=compute_dtype(config.model), remat=recomputed(config.model))
-    params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    adapters, kind = initial_adapters(config.lora, architecture, 0)
-    if kind is not None and narrow and config.model.path:
-        dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
-    if config.lora.base:
-        params = qlora.quantize_base(
-            params, architecture, config.lora.base, lambda f, x: jax.eval_shape(jax.vmap(f), x)
-        )
-    none: Any = None
-    return Run(
-        config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=make_sync(config, loss),
-        params=params if kind is None else adapters, load_reference=None, train_table=none, eval_table=none,
-        complete=None, prompts=[], kl_prompts=[], export=none, base=None if kind is None else params, lora=kind,
-    )  # fmt: skip
-
-
-def plan_layout(config: Config, devices: int) -> pack.Layout:
-    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device."""
-    length = config.data.row_length or 2 * config.data.max_length
-    rows = config.data.rows or devices * max(1, TOKENS // length)
-    segments = min(config.batch_size, max(1, length // 64))
-    return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
-
-
-def planned_responses(config: Config, loss: losses.Loss) -> int:
-    """Returns P, the number of responses per comparison in a batch."""
-    return responses_per_prompt(config, loss) + loss.mismatched
-
-
-def abstract_batch(shape: pack.Layout, responses: int) -> Batch:
-    """Returns the shapes and dtypes of a batch."""
-    lead = (shape.microbatches, shape.rows)
-    ints, floats = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
-    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.segments)
-    answers = (*places, responses)
-    fields = [ints(row)] * 4 + [ints(scored)] * 3 + [floats(places)] * 2 + [floats(answers), floats((*answers, 2))]
-    return Batch(*fields)
-
-
-def _sharded_shape(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
-def sharded_shapes(tree: Any, shardings: Any) -> Any:
-    """Returns a tree of shapes with the given tree of shardings."""
-    return jax.tree.map(_sharded_shape, tree, shardings)
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes on each device of a tree of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
-def count_parameters(tree: Any) -> int:
-    """Returns the number of elements in a tree of arrays or shapes."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

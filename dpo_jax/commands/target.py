@@ -1,0 +1,98 @@
+"""What `dpo-jax plan --target` prints beside memory: collectives, work, the bound on speed, advice."""
+
+from typing import Any
+
+from dpo_jax.commands.common import log_line, print_table
+from dpo_jax.training.load import recomputed
+from dpo_jax.training.plan import Compiled, Plan
+from dpo_jax.training.program import axes_of, custom_calls
+from dpo_jax.training.roofline import leaves
+
+NOTE = "bounds at the rates of data sheets, not measurements"
+
+
+def collective_rows(compiled: Compiled) -> list[dict[str, Any]]:
+    """Returns a step's collectives by mesh axis, kind and whether computation runs beside them, largest first."""
+    rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
+    for c in compiled.collectives:
+        key = axes_of(c, compiled.mesh), c.kind, c.overlapped
+        row = rows.setdefault(key, {"count": 0, "bytes": 0, "sent": 0.0, "network": False, "dtypes": set()})
+        row["count"] += c.times
+        row["bytes"] += c.bytes * c.times
+        row["sent"] += c.sent * c.times
+        row["network"] |= leaves(c, compiled.groups)
+        row["dtypes"] |= {dtype for dtype, _ in c.shapes}
+    named = ({"axis": axis, "kind": kind, "asynchronous": beside, **row} for (axis, kind, beside), row in rows.items())
+    return sorted(({**row, "dtypes": sorted(row["dtypes"])} for row in named), key=lambda row: -row["sent"])
+
+
+def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
+    """Returns the plan of a target as what JSON can hold. Bytes are on each device, times are in seconds."""
+    compiled = plan.compiled
+    assert compiled is not None
+    bound = compiled.roofline
+    return {
+        "target": compiled.target._asdict() | {"devices": len(compiled.groups)},
+        "mesh": compiled.mesh,
+        "parameters": plan.parameters,
+        "trained": plan.trained,
+        "batch": {k: v for k, v in plan.shape._asdict().items() if k != "own"},
+        "compute": plan.config.model.compute,
+        "remat": recomputed(plan.config.model),
+        "attention": compiled.attention,
+        "compile_seconds": round(compiled.seconds, 1),
+        "memory": plan.memory._asdict() | {"total": plan.memory.total, "device": int(memory)},
+        "fits": not advice,
+        "advice": advice,
+        "collectives": collective_rows(compiled),
+        "custom_calls": custom_calls(compiled.text),
+        "work": compiled.work._asdict(),
+        "roofline": None if bound is None else bound._asdict() | {"seconds": bound.seconds},
+    }
+
+
+def print_compiled(compiled: Compiled) -> None:
+    """Prints the collectives, the work and the bound on the speed of a step."""
+    chip, bound = compiled.target.chip, compiled.roofline
+    mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
+    log_line(f"{len(compiled.groups)} devices ({mesh}), compiled in {compiled.seconds:.0f} s; {compiled.attention}")
+    if bound is None:
+        log_line("the compiler refuses a program of that size, so that its collectives and its speed are not known")
+        return
+    rows = [
+        (
+            row["axis"], row["kind"], f"{row['count']:,}", " ".join(row["dtypes"]), f"{row['sent'] / 1e9:.3g}",
+            "yes" if row["asynchronous"] else "no", "network" if row["network"] else "fast",
+        )
+        for row in collective_rows(compiled)
+        if row["sent"] >= 1e6
+    ]  # fmt: skip
+    if rows:
+        print_table(("axis", "collective", "a step", "dtypes", "GB sent", "asynchronous", "links"), rows)
+    work, devices = compiled.work, len(compiled.groups)
+    log_line(
+        f"a step of {work.tokens:,} tokens needs {work.useful:.3g} FLOPs (matmuls and causal attention of full rows, "
+        f"the head on each scored token, forward and backward), {work.executed:.3g} with what is computed again"
+    )
+    log_line(
+        f"each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
+        f"at {chip.bandwidth / 1e12:.2f} TB/s, links {bound.overlapped:.3g} s beside, {bound.exposed:.3g} s alone"
+    )
+    log_line(
+        f"at most {bound.tokens_per_second:,.0f} tokens/s ({bound.tokens_per_second / devices:,.0f} a device), MFU "
+        f"{bound.mfu:.0%}: {NOTE}"
+    )
+
+
+def speed_advice(compiled: Compiled) -> list[str]:
+    """Returns what would make a step faster, by its bound; [] if its matmuls are what takes longest."""
+    bound, lines = compiled.roofline, []
+    if bound is None:
+        return []
+    if bound.exposed + max(bound.overlapped - bound.matmul, 0) > 0.2 * bound.seconds:
+        slow = [row["axis"] for row in collective_rows(compiled) if row["network"] and row["sent"] > 1e6]
+        where = f" {' and '.join(dict.fromkeys(slow))} cross the network;" if slow else ""
+        lines.append(f"links take long:{where} more tokens a microbatch (data.rows) spread the parameters' collectives")
+    if bound.memory > bound.matmul:
+        lines.append("memory takes longer than matmuls: more tokens a microbatch (data.rows) spread the weights")
+    return lines

@@ -1,0 +1,161 @@
+"""A run with shapes in place of arrays: its batch, its state, and its train step, ready to be compiled."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import losses, optim, sharding
+from dpo_jax.config.schema import Config
+from dpo_jax.data import pack
+from dpo_jax.models import qlora, reward_head
+from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.huggingface.folder import model_folder, read_config
+from dpo_jax.models.huggingface.hub import hub_config_file, is_hub_name
+from dpo_jax.models.model import build_model
+from dpo_jax.records import Batch
+from dpo_jax.training.attention_check import planned_attention
+from dpo_jax.training.checks import check_length, make_sync
+from dpo_jax.training.compile import compiled_step, hparams
+from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
+from dpo_jax.training.run import Run
+from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.tables import responses_per_prompt
+from dpo_jax.training.targets import Target, target_devices
+
+TOKENS = 4096  # per device and microbatch, if data.rows is not set
+
+
+class Lowered(NamedTuple):
+    """A step that is ready to be compiled.
+
+    Attributes:
+      run: with shapes in place of parameters, and the attention backend of the devices.
+      loss: its objective.
+      mesh: of JAX's devices or of a target's.
+      groups: of fast links, for each device of the mesh.
+      note: a message about the attention backend.
+      shape: layout of a batch.
+      trained: shardings of the trained parameters.
+      state, batch, base: arguments of the step, as shapes with shardings; the base of adapters is None without them.
+      step: from `jit(...).lower`.
+    """
+
+    run: Run
+    loss: losses.Loss
+    mesh: Any
+    groups: list[int]
+    note: str
+    shape: pack.Layout
+    trained: Any
+    state: Any
+    batch: Any
+    base: Any
+    step: Any
+
+
+def lower_step(config: Config, target: Target | None) -> Lowered:
+    """Returns the train step of a run for JAX's devices or a target's."""
+    # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
+    run, loss, note = abstract_run(config, narrow=target is not None), losses.build(config.loss), ""
+    check_length(config, run.model)
+    mesh, groups = planned_mesh(config, target)
+    if target is not None:
+        compute = compute_dtype(config.model)
+        model, note = planned_attention(run.model, config.model.attention, compute, mesh, target.platform)
+        run = run._replace(model=model)
+    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
+    trained, abstract = state_shardings(run, tx, mesh)
+    shardings = policy_shardings(run, mesh, trained)
+    base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
+    batch = jax.tree.map(
+        partial(_sharded_shape, where=sharding.batch_sharding(mesh)),
+        abstract_batch(shape, planned_responses(config, loss)),
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    step = compiled_step(run, shardings, abstract).lower(abstract, batch, count, base, hparams(config))
+    return Lowered(run, loss, mesh, groups, note, shape, trained, abstract, batch, base, step)
+
+
+def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Mesh, list[int]]:
+    """Returns the config's mesh over JAX's devices or a target's, and each device's group of fast links."""
+    devices = jax.devices() if target is None else target_devices(target)
+    groups = sharding.link_groups(devices) if target is None else target.groups
+    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    mesh, where = sharding.make_mesh(*sizes, devices=devices, groups=groups), dict(zip(devices, groups, strict=True))
+    return mesh, [where[device] for device in mesh.devices.flat]
+
+
+def abstract_run(config: Config, narrow: bool = True) -> Run:
+    """Returns a run with shapes (`jax.ShapeDtypeStruct`) in place of parameters, and without data and folder.
+
+    Args:
+      config: the run's config.
+      narrow: give the base of adapters the dtype of its files; else float32.
+    """
+    path = config.model.path
+    source = config.model.config or (hub_config_file(path) if is_hub_name(path) else model_folder(path))
+    hf_config, loss = read_config(source), losses.build(config.loss)
+    architecture = architecture_of(hf_config)
+    architecture = reward_head.as_reward_architecture(architecture) if loss.rewards else architecture
+    model = build_model(architecture, compute=compute_dtype(config.model), remat=recomputed(config.model))
+    params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
+    adapters, kind = initial_adapters(config.lora, architecture, 0)
+    if kind is not None and narrow and config.model.path:
+        dtype = jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    if config.lora.base:
+        params = qlora.quantize_base(
+            params, architecture, config.lora.base, lambda f, x: jax.eval_shape(jax.vmap(f), x)
+        )
+    none: Any = None
+    return Run(
+        config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=make_sync(config, loss),
+        params=params if kind is None else adapters, load_reference=None, train_table=none, eval_table=none,
+        complete=None, prompts=[], kl_prompts=[], export=none, base=None if kind is None else params, lora=kind,
+    )  # fmt: skip
+
+
+def plan_layout(config: Config, devices: int) -> pack.Layout:
+    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device."""
+    length = config.data.row_length or 2 * config.data.max_length
+    rows = config.data.rows or devices * max(1, TOKENS // length)
+    segments = min(config.batch_size, max(1, length // 64))
+    return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
+
+
+def planned_responses(config: Config, loss: losses.Loss) -> int:
+    """Returns P, the number of responses per comparison in a batch."""
+    return responses_per_prompt(config, loss) + loss.mismatched
+
+
+def abstract_batch(shape: pack.Layout, responses: int) -> Batch:
+    """Returns the shapes and dtypes of a batch."""
+    lead = (shape.microbatches, shape.rows)
+    ints, floats = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    row, scored, places = (*lead, shape.length), (*lead, shape.scored), (*lead, shape.segments)
+    answers = (*places, responses)
+    fields = [ints(row)] * 4 + [ints(scored)] * 3 + [floats(places)] * 2 + [floats(answers), floats((*answers, 2))]
+    return Batch(*fields)
+
+
+def _sharded_shape(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def sharded_shapes(tree: Any, shardings: Any) -> Any:
+    """Returns a tree of shapes with the given tree of shardings."""
+    return jax.tree.map(_sharded_shape, tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes on each device of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def count_parameters(tree: Any) -> int:
+    """Returns the number of elements in a tree of arrays or shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -1,0 +1,136 @@
+"""A bound on the speed of a step: its matmuls, its memory traffic and its links, at the rates of data sheets."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from dpo_jax.data.pack import Layout
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.training.program import Collective
+from dpo_jax.training.targets import Chip
+
+
+class Work(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+      tokens: of its packed rows.
+      useful: floating-point operations that the gradient needs, over all devices: two for each weight of a matmul and
+        token, causal attention over full rows, the head on every scored token; the backward pass costs two forward.
+      executed: the useful ones, and those of what the backward pass computes again.
+      traffic: bytes that pass between memory and chip on each device, at the least: state, gradients and weights, and
+        each matmul's input and output.
+    """
+
+    tokens: int
+    useful: float
+    executed: float
+    traffic: float
+
+
+class Roofline(NamedTuple):
+    """Seconds of a step on each device, at the least.
+
+    Attributes:
+      matmul: of the executed operations at the peak of bfloat16.
+      memory: of the traffic.
+      overlapped: of links, by collectives that run beside computation.
+      exposed: of links, by collectives that the computation waits for.
+      tokens_per_second: of all devices, if these bounds were reached.
+      mfu: useful operations over what the devices could do in that time.
+    """
+
+    matmul: float
+    memory: float
+    overlapped: float
+    exposed: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the longest of what runs at once, then what does not."""
+        return max(self.matmul, self.memory, self.overlapped) + self.exposed
+
+
+def matmul_weights(a: Architecture) -> int:
+    """Returns how many weights of the layers multiply every token."""
+    attention = a.width * (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim * a.width
+    return a.layers * (attention + (3 if a.gated else 2) * a.width * a.mlp)
+
+
+class Passes(NamedTuple):
+    """How often a step runs the model.
+
+    Attributes:
+      adapters: the weights of the matmuls are frozen, and need no gradient.
+      remat: what the backward pass computes again: none, dots or full.
+      extra: forward passes beside that of the gradient: an online reference, a loss across comparisons.
+    """
+
+    adapters: bool
+    remat: str
+    extra: int
+
+
+def step_work(
+    a: Architecture,
+    shape: Layout,
+    passes: Passes,
+    *,
+    state: int,
+    gradients: int,
+    itemsize: int,
+    devices: int,
+    split: int,
+) -> Work:
+    """Returns the work of a train step.
+
+    Args:
+      a: the model.
+      shape: of a batch; its rows are counted as full.
+      passes: of the model.
+      state: bytes of parameters and optimizer state on a device.
+      gradients: bytes of the gradients on a device.
+      itemsize: bytes of a number in the compute dtype.
+      devices: that share the work.
+      split: that share the heads, the MLP and the vocabulary of a row.
+    """
+    rows = shape.microbatches * shape.rows
+    tokens, scored = rows * shape.length, rows * shape.scored
+    layers = 2 * matmul_weights(a) * tokens
+    attention = 4 * a.layers * a.heads * a.head_dim * rows * shape.length * (shape.length + 1) / 2
+    head = 2 * a.width * (1 if a.score else a.vocab) * scored
+    backward = 1 if passes.adapters else 2
+    useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
+    full = passes.remat == "full"
+    again = head + attention / 2 + full * (layers + attention)  # logits by chunks, scores, the layers
+    many = 1 + backward + passes.extra + full
+    weights = itemsize * (matmul_weights(a) + 2 * a.vocab * a.width) * shape.microbatches * many / split
+    through = 4 * a.width + (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (4 if a.gated else 2) * a.mlp
+    activations = itemsize * through * a.layers * tokens * many / devices
+    own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
+    return Work(tokens, useful, useful + again, own + weights + activations)
+
+
+def roofline(work: Work, found: Iterable[Collective], chip: Chip, groups: Sequence[int]) -> Roofline:
+    """Returns the bound of a step.
+
+    Args:
+      work: of the step.
+      found: collectives of its program.
+      chip: the share of one device.
+      groups: of fast links, for each device in the order of the program.
+    """
+    links = {True: 0.0, False: 0.0}
+    for c in found:
+        links[c.overlapped] += c.sent * c.times / (chip.network if leaves(c, groups) else chip.link)
+    matmul, memory = work.executed / len(groups) / chip.peak, work.traffic / chip.bandwidth
+    seconds = max(matmul, memory, links[True]) + links[False]
+    mfu = work.useful / len(groups) / chip.peak / seconds
+    return Roofline(matmul, memory, links[True], links[False], work.tokens / seconds, mfu)
+
+
+def leaves(collective: Collective, groups: Sequence[int]) -> bool:
+    """Returns whether a collective goes over the network, that is between groups of fast links."""
+    members = collective.groups or (tuple(range(len(groups))),)
+    return any(len({groups[device] for device in group}) > 1 for group in members)

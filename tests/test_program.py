@@ -1,0 +1,127 @@
+"""Reading compiled programs: short texts whose collectives, bytes and repetitions are known."""
+# ruff: noqa: E501 (lines of programs are as XLA writes them)
+
+import pytest
+
+from dpo_jax.training.program import Collective, axes_of, collectives, custom_calls
+
+TPU = """
+HloModule jit_step, is_scheduled=true
+
+%layer_condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%fused_start (x: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %all-gather.1 = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %t = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) tuple(%x, %all-gather.1)
+}
+
+%fused_done (x: bf16[2,8]) -> bf16[8,8] {
+  ROOT %all-gather.2 = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%layer (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %async-collective-start = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%a), kind=kCustom, calls=%fused_start
+  %async-collective-done = bf16[8,8]{1,0} fusion(%b), kind=kCustom, calls=%fused_done
+  %reduce-scatter.1 = f32[2,8]{1,0:T(8,128)S(1)} reduce-scatter(%c), channel_id=8, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add, metadata={op_name="jit(step)/while/body/while/body/reduce_scatter"}
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i, %d)
+}
+
+%step_condition (p: (s32[], s32[])) -> pred[] {
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%microbatch (p: (s32[], s32[])) -> (s32[], s32[]) {
+  %while.1 = (s32[]{:T(128)}, bf16[4,8]{1,0}) while(%t), condition=%layer_condition, body=%layer
+  ROOT %t = (s32[], s32[]) tuple(%i, %n)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %while.2 = (s32[]{:T(128)}, s32[]{:T(128)}) while(%t), condition=%step_condition, body=%microbatch, metadata={op_name="jit(step)/while"}
+  %all-reduce.1 = (f32[2,8]{1,0:T(8,128)}, /*index=1*/f32[5]{0:T(256)}) all-reduce(%a, %b), channel_id=9, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %all-reduce.2 = f32[]{:T(128)} all-reduce(%c), channel_id=10, replica_groups={}, to_apply=%add
+  %all-reduce.3 = f32[]{:T(128)} all-reduce(%c), channel_id=10, replica_groups={{0},{1}}, to_apply=%add
+  ROOT %r = f32[]{:T(128)} add(%all-reduce.2, %all-reduce.2)
+}
+"""
+
+GPU = """
+HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %all-gather-start = ((f32[128]{0}, bf16[1,4]{1,0}), (f32[512]{0}, bf16[4,4]{0,1})) all-gather-start(%a, %b), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, backend_config={"collective_backend_config":{"is_sync":false}}
+  %all-gather-done = (f32[512]{0}, bf16[4,4]{0,1}) all-gather-done(%all-gather-start)
+  %reduce-scatter-start = ((f32[512]{0}), f32[128]{0}) reduce-scatter-start(%c), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add, backend_config={"collective_backend_config":{"is_sync":true}}
+  ROOT %t = (s32[], bf16[4,8]{1,0}) tuple(%i, %d)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %all-reduce-start = f32[64]{0} all-reduce-start(%a), channel_id=3, replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}, to_apply=%add
+  %send = (f32[3]{0}, f32[3]{0}, u32[], u32[]) collective-permute-start(%a), channel_id=4, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %r = f32[] add(%x, %x)
+}
+"""
+SIZES = {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_a_tpu_program_is_counted_as_often_as_it_runs():
+    found = collectives(TPU, (4,))
+    assert [(c.kind, c.times, c.loops, c.overlapped) for c in found] == [
+        ("all-gather", 12, 2, True),  # in three layers of four microbatches; its two parts are one
+        ("reduce-scatter", 12, 2, False),
+        ("all-reduce", 1, 0, False),
+        ("all-reduce", 1, 0, False),
+    ]
+    assert [c.shapes for c in found][:3] == [
+        (("bf16", (8, 8)),), (("f32", (2, 8)),), (("f32", (2, 8)), ("f32", (5,)))
+    ]  # fmt: skip
+    assert [c.bytes for c in found] == [128, 64, 84, 4]
+    assert [c.sent for c in found][:3] == [128 * 3 / 4, 64 * 3, 84]  # a ring: (n - 1) / n of the whole, twice for a sum
+    assert [axes_of(c, SIZES) for c in found] == ["fsdp", "fsdp", "data", "data x fsdp"]
+    assert found[1].path.endswith("while/body/reduce_scatter")
+
+
+def test_a_loop_of_unknown_length_runs_once_unless_told():
+    assert [c.times for c in collectives(TPU)][:2] == [3, 3]
+
+
+def test_a_cuda_program_starts_and_ends_its_collectives():
+    found = collectives(GPU)
+    assert [(c.kind, c.times, c.overlapped, c.bytes) for c in found] == [
+        ("all-gather", 5, True, 4 * 512 + 2 * 16),  # of two arrays, their operands left out
+        ("reduce-scatter", 5, False, 4 * 128),
+        ("all-reduce", 1, True, 4 * 64),
+        ("collective-permute", 1, True, 12),
+    ]
+    assert found[2].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert axes_of(found[2], SIZES) == "data"
+    assert found[3].sent == 12
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        (((0, 1), (2, 3), (4, 5), (6, 7)), "tensor"),
+        (((0, 2), (1, 3), (4, 6), (5, 7)), "fsdp"),
+        (((0, 4), (1, 5), (2, 6), (3, 7)), "data"),
+        (((0, 2, 4, 6), (1, 3, 5, 7)), "data x fsdp"),
+        ((), "data x fsdp x tensor"),
+    ],
+)
+def test_axes_are_those_in_which_the_devices_of_a_group_differ(groups, axes):
+    one = Collective("all-reduce", (("f32", ()),), groups, 1, 0, False, "")
+    assert axes_of(one, {"data": 2, "fsdp": 2, "tensor": 2}) == axes
+
+
+def test_kernels_are_counted_by_name():
+    line = '  %k = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config="..."'
+    assert custom_calls(f"{line}\n{line.replace('tpu_', 'other_')}\n{line}") == {
+        "tpu_custom_call": 2,
+        "other_custom_call": 1,
+    }

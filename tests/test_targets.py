@@ -1,0 +1,330 @@
+"""Targets: their names and numbers, meshes over slices, the bound on speed, and what TPUs' compiler makes of a step."""
+
+import importlib.util
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dpo_jax import cli, sharding
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
+from dpo_jax.data.pack import Layout
+from dpo_jax.errors import UserError
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.training import abstract, attention_check, plan, targets
+from dpo_jax.training.program import Collective, axes_of
+from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, step_work
+from dpo_jax.training.targets import CHIPS, Chip, Target, gpu_text, parse_target
+
+LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
+LLAMA |= {"intermediate_size": 384, "max_position_embeddings": 512, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "devices"),
+    [
+        ("tpu:v5p:4x4x4", Target("v5p", 1, (4, 4, 4)), 64),
+        ("tpu:2xv5p:4x4x4", Target("v5p", 2, (4, 4, 4)), 128),
+        ("tpu:tpu7x:2x2x2", Target("tpu7x", 1, (2, 2, 2)), 16),  # two of a chip
+        ("gpu:h100:1x8", Target("h100", 1, (1, 8)), 8),
+        ("gpu:h100:4x8", Target("h100", 4, (1, 8)), 32),  # a host is a slice of its own
+        ("gpu:2xb200:9x4", Target("b200", 2, (9, 4)), 72),
+    ],
+)
+def test_a_text_names_a_target(text, target, devices):
+    found = parse_target(text)
+    assert found == target
+    assert len(found.groups) == devices
+    assert len(set(found.groups)) == target.slices
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5p:4x4x4", "write tpu:v5p:4x4x4"),
+        ("tpu:v5p", "write tpu:v5p:4x4x4"),
+        ("gpu:h100:8", "write tpu:v5p:4x4x4"),
+        ("gpu:h100:0x8", "write tpu:v5p:4x4x4"),
+        ("tpu:h100:1x8", "h100 is not known; choose one of v4, v5e, v5p, v6e, tpu7x"),
+        ("gpu:v100:1x8", "v100 is not known; choose one of a100, h100, h200, b200"),
+    ],
+)
+def test_other_texts_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_target(text)
+
+
+def test_data_sheets_have_sources_and_plausible_ratios():
+    """Every chip multiplies some hundred numbers for each byte of memory, and its links are slower than its memory."""
+    for name, chip in CHIPS.items():
+        assert chip.source
+        assert 100 < chip.peak / chip.bandwidth < 600, name
+        assert chip.network < chip.link < chip.bandwidth
+        assert 2**34 <= chip.memory < 2**38
+    assert CHIPS["tpu7x"].device().peak == 2307e12 / 2  # JAX sees two devices in a chip
+    assert set(targets.GPUS) == {name for name, chip in CHIPS.items() if chip.platform == "gpu"}
+
+
+def test_cuda_gets_a_gpus_numbers_as_text():
+    text = gpu_text("h200")
+    assert "major: 9 " in text
+    assert f"device_memory_size: {143_771 * 2**20}" in text
+    assert "memory_bandwidth: 4800000000000\n" in text
+    assert text.count("{") == text.count("}") == 4
+    assert "core_count: 108 " in gpu_text("a100")
+
+
+@pytest.mark.parametrize(("target", "extra"), [("tpu:v5e:2x4", "aot-tpu"), ("gpu:h100:1x8", "aot-gpu")])
+def test_a_compiler_that_is_not_installed_is_one_line(monkeypatch, target, extra):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"not installed; run: pip install 'dpo_jax\[{extra}\]'"):
+        targets.target_devices(parse_target(target))
+
+
+def fake(platform, slices, hosts, chips, told=True):
+    """Devices in the order of their ids; those of a slice are told apart by `slice_index` if `told`."""
+    where = [(s, s * hosts + h) for s in range(slices) for h in range(hosts) for _ in range(chips)]
+    return [
+        SimpleNamespace(
+            platform=platform, device_kind="fake", id=i, process_index=process, slice_index=s if told else 0
+        )
+        for i, (s, process) in enumerate(where)
+    ]  # fmt: skip
+
+
+def test_only_data_leaves_a_slice():
+    devices = fake("gpu", slices=4, hosts=1, chips=8)
+    for sizes in ((4, 8, 1), (4, 4, 2), (8, 2, 2), (32, 1, 1)):
+        laid = sharding.device_layout(sizes, devices, sharding.link_groups(devices))
+        assert sorted(d.id for d in laid.flat) == list(range(32))
+        inner = laid.reshape(sizes[0], -1)
+        assert all(len({d.slice_index for d in row}) == 1 for row in inner)
+        # Neighbours along data, other than at the edge of a slice, are in one slice.
+        assert [d.slice_index for d in inner[:, 0]] == sorted(d.slice_index for d in inner[:, 0])
+
+
+def test_an_axis_that_must_leave_a_slice_is_told(caplog):
+    devices = fake("gpu", slices=4, hosts=1, chips=8)
+    caplog.set_level("INFO")
+    laid = sharding.device_layout((2, 16, 1), devices, sharding.link_groups(devices))
+    assert [len({d.slice_index for d in row}) for row in laid.reshape(2, -1)] == [2, 2]
+    assert "mesh.fsdp spans 2 slices or machines; make mesh.data a multiple of 4" in caplog.text
+    assert sharding.axes_across((6, 4), 8) == [2, 4]
+    with pytest.raises(UserError, match=r"slices or machines have \[8, 4\] devices; use equal ones"):
+        sharding.device_layout((12, 1, 1), devices[:12], [0] * 8 + [1] * 4)
+
+
+def test_groups_of_gpus_are_machines():
+    assert sharding.link_groups(fake("gpu", 2, 2, 4, told=False)) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert sharding.link_groups(fake("gpu", 2, 2, 4)) == [0] * 8 + [1] * 8  # slices of two machines
+    assert sharding.link_groups(fake("gpu", 1, 8, 1, told=False)) == [0] * 8  # a process a GPU says nothing
+    assert sharding.link_groups(fake("cpu", 1, 4, 2, told=False)) == [0] * 8
+    assert sharding.link_groups(fake("tpu", 1, 4, 4)) == [0] * 16
+
+
+TINY = Architecture(
+    family="llama", vocab=100, width=8, layers=3, heads=2, kv_heads=1, head_dim=4, mlp=16, norm="rms", eps=1e-5,
+    activation="silu", gated=True, rope=None, parallel=False, qkv_bias=False, out_bias=False, mlp_bias=False,
+    tied=False, max_positions=64,
+)  # fmt: skip
+SHAPE = Layout(microbatches=2, rows=4, length=10, segments=2, scored=5)
+
+
+def work(adapters=False, remat="none", extra=0):
+    numbers = {"state": 1000, "gradients": 100, "itemsize": 2, "devices": 4, "split": 2}
+    return step_work(TINY, SHAPE, Passes(adapters, remat, extra), **numbers)
+
+
+def test_work_in_closed_form():
+    weights = 3 * (8 * (2 + 2) * 4 + 2 * 4 * 8 + 3 * 8 * 16)
+    assert matmul_weights(TINY) == weights
+    layers, attention, head = 2 * weights * 80, 4 * 3 * 2 * 4 * 8 * 55, 2 * 8 * 100 * 40
+    forward = layers + attention + head
+    one = work()
+    assert (one.tokens, one.useful) == (80, 3 * forward)
+    assert one.executed == 3 * forward + head + attention / 2
+    assert work(remat="full").executed == one.executed + layers + attention
+    assert work(adapters=True).useful == 2 * (layers + head) + 3 * attention
+    assert work(extra=1).useful == 4 * forward
+    own = 2 * 1100 + 2 * 100 * 2
+    through = 4 * 8 + (2 * 2 + 2) * 4 + 4 * 16
+    assert one.traffic == own + 2 * (weights + 1600) * 2 * 3 / 2 + 2 * through * 3 * 80 * 3 / 4
+
+
+def collective(kind, elements, groups, times, overlapped):
+    return Collective(kind, (("f32", (elements,)),), groups, times, 0, overlapped, "")
+
+
+def test_the_bound_is_the_longest_of_what_runs_at_once():
+    chip = Chip("gpu", peak=1e6, memory=0, bandwidth=1e9, link=1000, network=100, source="")
+    within, across = ((0, 1), (2, 3)), ((0, 2), (1, 3))
+    groups = [0, 0, 1, 1]
+    found = [
+        collective("all-gather", 500, within, 2, True),  # 2,000 bytes, half of them sent, twice
+        collective("all-reduce", 100, across, 1, False),  # 400 bytes over the network
+    ]
+    assert [leaves(c, groups) for c in found] == [False, True]
+    bound = roofline(work(), found, chip, groups)
+    assert bound.matmul == work().executed / 4 / 1e6
+    assert (bound.overlapped, bound.exposed) == (2.0, 4.0)
+    assert bound.seconds == max(bound.matmul, 2.0) + 4.0
+    assert bound.tokens_per_second == 80 / bound.seconds
+    assert bound.mfu == work().useful / 4 / 1e6 / bound.seconds
+
+
+def test_auto_attention_is_what_the_target_would_use():
+    model = SimpleNamespace(architecture=SimpleNamespace(kv_heads=2), hidden=lambda **_: None)
+    model._replace = lambda **new: SimpleNamespace(**{**vars(model), **new})
+    planned = attention_check.planned_attention
+    mesh = sharding.make_mesh(4, 1, 1)
+    for platform, name in (("tpu", "splash"), ("gpu", "cudnn")):
+        found, note = planned(model, "auto", "bfloat16", mesh, platform)
+        assert found.attention == name
+        assert "if it passes its test on the device" in note
+    assert planned(model, "chunks", "bfloat16", mesh, "tpu")[0] is model
+    assert "because cudnn needs model.compute bfloat16" in planned(model, "auto", "float32", mesh, "gpu")[1]
+    with pytest.raises(UserError, match="splash runs on a tpu, this device is a gpu"):
+        planned(model, "splash", "bfloat16", mesh, "gpu")
+    with pytest.raises(UserError, match="cannot shard 2 key-value heads evenly over 4 devices"):
+        planned(model, "splash", "bfloat16", sharding.make_mesh(1, 1, 4), "tpu")
+
+
+def test_a_program_that_is_refused_says_what_it_needs():
+    class Refused:
+        def compile(self):
+            raise abstract.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded")
+
+    target = parse_target("tpu:v5e:2x4")
+    need = plan.compile_step(Refused(), target)
+    assert need == int(20.5 * 2**30)
+    memory = plan._memory((100, 0, 50), 10, 20, 5, need, own=True)  # noqa: SLF001
+    assert memory.total == need
+    assert memory.trained + memory.optimizer + memory.batch == 155
+    with pytest.raises(abstract.jax.errors.JaxRuntimeError):
+        plan.compile_step(Refused(), None)
+
+
+def test_remat_that_cannot_fit_is_not_compiled(monkeypatch):
+    tried = []
+    monkeypatch.setattr(plan, "least_activations", lambda config, target: 100)
+    monkeypatch.setattr(plan, "plan_run", lambda config, target: tried.append(config.model.remat))
+    config = parse_config(Config, None, ["--model.config", "x"], prog="x")
+    plan.fitting_plan(config, 99, parse_target("tpu:v5e:2x4"))
+    assert tried == ["full"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "tpu:v5e:2x4", "--devices", "8"], "--devices: the target says how many there are; remove it"),
+        (["--json"], "--json: is for a plan with --target"),
+        (["--target", "tpu:v9:2x4"], "v9 is not known"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    (tmp_path / "x.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=message):
+        cli.run_command(["plan", str(tmp_path / "x.yaml"), *options])
+
+
+# What TPUs' compiler makes of a step of two layers.
+
+installed = pytest.mark.skipif(
+    not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")),
+    reason="TPUs' compiler is not installed (dpo_jax[aot-tpu], or TPU_LIBRARY_PATH)",
+)
+
+
+def config_of(folder, *options):
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    fixed = ["--model.config", str(folder / "config.json"), "--model.compute", "bfloat16", "--model.remat", "full"]
+    fixed += ["--data.max_length", "128", "--data.row_length", "256", "--batch_size", "32", "--data.rows", "8"]
+    return parse_config(Config, None, [*fixed, *options], prog="x")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """The plan of a step for 8 v5e, 2 x 4 over data and fsdp, in four microbatches."""
+    config = config_of(tmp_path_factory.mktemp("tpu"), "--mesh.data", "2", "--mesh.fsdp", "4")
+    return plan.plan_run(config, parse_target("tpu:v5e:2x4"))
+
+
+LAYER = {(256, 2, 128), (2, 128, 256), (256, 384), (384, 256), (256,)}  # one layer's parameters, whole
+# Norms are gathered in float32, in which they compute.
+GATHERED_IN = {"bf16"}
+
+
+@installed
+@pytest.mark.slow
+def test_in_a_layer_parameters_are_gathered_and_gradients_scattered(eight):
+    inside = [c for c in eight.compiled.collectives if c.loops == 2]
+    assert {axes_of(c, eight.compiled.mesh) for c in inside} == {"fsdp"}
+    for c in inside:
+        for dtype, sizes in c.shapes:
+            whole = tuple(n for n in sizes if n != 1)
+            if c.kind == "all-gather":
+                assert whole in LAYER, (c, "not a parameter")
+                assert dtype in GATHERED_IN or whole == (256,), c
+            elif c.kind == "reduce-scatter":
+                assert 4 * np.prod(sizes) in {np.prod(shape) for shape in LAYER}, (c, "not a quarter of a gradient")
+            else:  # XLA sums gradients of norms whole, and takes its part
+                assert (c.kind, whole) == ("all-reduce", (256,)), c
+    times = {c.times for c in inside}
+    assert times == {4 * 2}
+    assert sum(c.kind == "all-gather" and c.shapes[0][1] != (1, 256) for c in inside) == 2 * 7  # forward, backward
+
+
+@installed
+@pytest.mark.slow
+def test_gradients_cross_data_once_a_step(eight):
+    crossing = [c for c in eight.compiled.collectives if "data" in axes_of(c, eight.compiled.mesh)]
+    assert {(c.loops, c.times) for c in crossing} == {(0, 1)}
+    gradient = max(crossing, key=lambda c: c.bytes)
+    assert gradient.kind == "all-reduce"
+    assert sum(int(np.prod(sizes)) for _, sizes in gradient.shapes) == eight.parameters / 4
+    assert sum(c.bytes for c in crossing if c is not gradient) < 0.05 * gradient.bytes
+
+
+@installed
+@pytest.mark.slow
+def test_memory_is_what_the_compiler_says(eight):
+    memory = eight.memory
+    assert memory.trained == eight.parameters  # a quarter of 4 bytes each
+    assert memory.gradients == memory.trained
+    assert memory.total > memory.trained + memory.optimizer + memory.gradients + memory.batch
+    assert memory.other > 0  # the program itself
+    assert eight.compiled.attention.startswith("attention: splash")
+    assert "tpu_custom_call" in eight.compiled.text
+    assert eight.compiled.roofline.mfu < 1
+
+
+@installed
+@pytest.mark.slow
+def test_between_slices_only_the_gradients_are_sent(tmp_path):
+    """Two slices of four v5e: what goes over the network happens once a step."""
+    found = plan.plan_run(config_of(tmp_path, "--mesh.fsdp", "4"), parse_target("tpu:2xv5e:2x2")).compiled
+    assert found.groups == [0] * 4 + [1] * 4
+    network = [c for c in found.collectives if leaves(c, found.groups)]
+    assert network
+    assert {c.loops for c in network} == {0}
+    assert all("fsdp" not in axes_of(c, found.mesh) or c.bytes < 100_000 for c in network)
+
+
+@installed
+@pytest.mark.slow
+def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
+    config_of(tmp_path)
+    options = "model: {config: config.json, remat: full, attention: chunks}\nbatch_size: 8\nmesh: {fsdp: 4}\n"
+    (tmp_path / "my.yaml").write_text(options + "data: {max_length: 64, row_length: 128, rows: 4}\n")
+    monkeypatch.chdir(tmp_path)
+    cli.run_command(["plan", "my.yaml", "--target", "tpu:v5e:2x2", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["fits"] is True
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found["memory"]["device"] == 16 * 2**30
+    assert found["attention"] == "attention: chunks"
+    assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
