@@ -1,5 +1,6 @@
-"""Selects the attention backend of a run: a library's kernel only if it matches our implementation on this device."""
+"""Selects the attention backend of a run: a kernel only if it matches chunks on this device."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,11 +11,13 @@ import numpy as np
 from dpo_jax import distributed, sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import RowMask, Scoring, packed_attention
+from dpo_jax.models.attention import CHUNKS, Attend, RowMask, Scoring, packed_attention
 from dpo_jax.models.decoder import scoring_of
-from dpo_jax.models.kernels import CHUNKS, KERNELS, Attend
+from dpo_jax.models.kernels import KERNELS
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
+
+log = logging.getLogger(__name__)
 
 # Allowed error against exact attention, relative to the largest value: MARGIN times the error of our own chunks in the
 # same dtype, or LEAST.
@@ -33,7 +36,8 @@ def with_attention(
 ) -> tuple[Model, str]:
     """Returns the model with the configured attention backend, and a log message ('' if none).
 
-    Call it from all processes; they get the same model.
+    `auto` tries the kernels of this device in the order of `KERNELS` and logs each refusal. Call it from all processes;
+    they get the same model.
 
     Args:
       model: from `build_model`.
@@ -44,29 +48,29 @@ def with_attention(
     Raises:
       UserError: the named kernel is not available on this device, or does not match chunks.
     """
-    name, platform = attention, jax.default_backend()
-    if name == "auto":
-        name = next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
-    if name == CHUNKS:
-        return model, ""
+    names, refused = [attention], False
+    if attention == "auto":
+        names = [name for name, kernel in KERNELS.items() if jax.default_backend() in kernel.platforms]
     devices = 1 if mesh is None else sharding.head_devices(mesh)
-    problem = kernel_refusal(name, model.architecture, compute, devices)
-    if not distributed.all_agree(not problem):
-        problem = problem or "failed in another process"
-        if attention == "auto":
-            return model, f"attention: {CHUNKS}, because {name} {problem}"
-        raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
-    attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
-    with_kernel = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
-    notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
-    return with_kernel, "; ".join(filter(None, notes))
+    for name in (n for n in names if n != CHUNKS):
+        problem = kernel_refusal(name, model.architecture, compute, devices)
+        if distributed.all_agree(not problem):
+            attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
+            with_kernel = model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
+            notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
+            return with_kernel, "; ".join(filter(None, notes))
+        problem, refused = problem or "failed in another process", True
+        if attention != "auto":
+            raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
+        log.info(f"attention: {name} {problem}")
+    return model, f"attention: {CHUNKS}, because no kernel matches them on this device" if refused else ""
 
 
 def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
     """Returns why a kernel cannot be used for a model on this device; "" if it can."""
     kernel, here = KERNELS[name], jax.default_backend()
-    if kernel.platform != here:
-        return f"runs on a {kernel.platform}, this device is a {here}"
+    if here not in kernel.platforms:
+        return f"runs on a {' or '.join(kernel.platforms)}, this device is a {here}"
     if compute not in kernel.dtypes:
         return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
     if a.kv_heads % devices:
@@ -104,7 +108,9 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
 
     def error(x: Array, y: Array) -> Array:
-        return jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()
+        # The maximum may skip NaN, and that of nothing but NaN be -inf.
+        far = jnp.abs(x.astype(jnp.float32) - y)
+        return jnp.where(jnp.isnan(far), jnp.inf, far).max() / jnp.abs(y).max()
 
     return jnp.array([(error(x, z), error(y, z)) for x, y, z in zip(found, chunks, exact, strict=True)])
 
