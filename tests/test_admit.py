@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +21,7 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import setup
 from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.kernels import KERNELS
 from dpo_jax.models.model import build_model
 from dpo_jax.training import attention_check
@@ -31,7 +34,7 @@ MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
 
 def has(monkeypatch, attend, name="splash"):
     """Makes the kernel available on this device."""
-    monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platform=jax.default_backend(), attend=attend))
+    monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platforms=(jax.default_backend(),), attend=attend))
 
 
 # Attention that is wrong in one way each.
@@ -69,6 +72,10 @@ def _nan(q, k, v, rows, scoring):
     return packed_attention(q, k, v, rows, scoring) * jnp.nan  # and all gradients
 
 
+def _nan_output(q, k, v, rows, scoring):
+    return packed_attention(q, k, v, rows, scoring) + jnp.nan  # its gradients are right
+
+
 class MosaicError(Exception):
     """As Pallas raises: derived from Exception only."""
 
@@ -77,7 +84,7 @@ def _fails(*_):
     raise MosaicError("no layout\nmore of it")
 
 
-WRONG = [_blind, _neighbours, _wide, _hot, _uncapped, _other_heads, _untaught, _nan]
+WRONG = [_blind, _neighbours, _wide, _hot, _uncapped, _other_heads, _untaught, _nan, _nan_output]
 
 
 @pytest.mark.parametrize(("wrong", "compute"), [*((wrong, "bfloat16") for wrong in WRONG), (_wide, "float32")])
@@ -97,6 +104,14 @@ def test_a_right_kernel_is_admitted(model, compute, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize(("model", "compute"), [(MODEL, "float32"), (MODEL, "bfloat16")])
+def test_our_own_kernel_is_admitted(model, compute, platform, monkeypatch):
+    has(monkeypatch, partial(flash_attention, platform=platform, interpret=True), "flash")
+    assert kernel_refusal("flash", model, compute) == ""
+
+
+@pytest.mark.slow
 def test_the_error_of_chunks_is_that_of_bfloat16():
     """Exact attention and chunks differ by the rounding of bfloat16."""
     found = np.asarray(kernel_errors(packed_attention, PLAIN, *attention_case(PLAIN_MODEL, "bfloat16")))
@@ -108,7 +123,7 @@ def test_the_error_of_chunks_is_that_of_bfloat16():
 def test_a_kernel_of_another_platform_is_refused():
     here = jax.default_backend()
     other = "splash" if here == "gpu" else "cudnn"
-    platform = KERNELS[other].platform
+    platform = " or ".join(KERNELS[other].platforms)
     assert kernel_refusal(other, PLAIN_MODEL, "bfloat16") == f"runs on a {platform}, this device is a {here}"
 
 
@@ -164,13 +179,26 @@ def test_auto_uses_the_devices_kernel_and_reports_it(monkeypatch):
     assert (model.attention, said, ran) == ("chunks", "", [])
 
 
-def test_auto_falls_back_with_a_reason_and_a_named_kernel_is_an_error(monkeypatch):
+def test_auto_logs_each_refusal_and_a_named_kernel_is_an_error(monkeypatch, caplog):
     has(monkeypatch, _fails)
-    model, said = choose("auto")
     why = "splash fails on this device (MosaicError: no layout)"
-    assert (model.attention, said) == ("chunks", f"attention: chunks, because {why}")
+    with caplog.at_level(logging.INFO):
+        model, said = choose("auto")
+    assert (model.attention, said) == ("chunks", "attention: chunks, because no kernel matches them on this device")
+    assert [record.getMessage() for record in caplog.records] == [f"attention: {why}"]
     with pytest.raises(UserError, match=f"^{re.escape(f'model.attention: {why}; set chunks or auto')}$"):
         choose("splash")
+
+
+def test_auto_tries_our_own_kernel_first_then_the_librarys(monkeypatch, caplog):
+    for name in ("flash", "splash", "cudnn"):
+        has(monkeypatch, packed_attention, name)
+    assert choose("auto")[0].attention == "flash"
+    has(monkeypatch, _nan, "flash")
+    with caplog.at_level(logging.INFO):
+        assert choose("auto")[0].attention == "splash"
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("attention: flash differs from chunks on this device (relative error of the output inf, ")
 
 
 def test_the_note_of_a_kernel_is_reported(monkeypatch):
@@ -180,11 +208,13 @@ def test_the_note_of_a_kernel_is_reported(monkeypatch):
     assert choose("auto")[1] == f"attention: cudnn, matches chunks on this device; {KERNELS['cudnn'].note}"
 
 
-def test_all_processes_fall_back_if_one_must(monkeypatch):
+def test_all_processes_fall_back_if_one_must(monkeypatch, caplog):
     has(monkeypatch, packed_attention)
     monkeypatch.setattr(attention_check, "kernel_refusal", lambda *_: "")
     monkeypatch.setattr(attention_check.distributed, "all_agree", lambda flag: False)
-    assert choose("auto")[1] == "attention: chunks, because splash failed in another process"
+    with caplog.at_level(logging.INFO):
+        assert choose("auto")[0].attention == "chunks"
+    assert [record.getMessage() for record in caplog.records] == ["attention: splash failed in another process"]
 
 
 def test_experiments_refuse_a_kernel():
@@ -207,11 +237,11 @@ def test_cached_ref_logps_depend_on_the_kernel():
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernel_of_this_device(name, compute):
     kernel = KERNELS[name]
-    if jax.default_backend() != kernel.platform:
-        pytest.skip(f"no {kernel.platform} here, on which {name} would be compared with chunks")
+    if jax.default_backend() not in kernel.platforms:
+        pytest.skip(f"no {' or '.join(kernel.platforms)} here, on which {name} would be compared with chunks")
     if compute not in kernel.dtypes:
         pytest.skip(f"{name} does not take {compute}")
-    model = MODEL if name == "splash" else dataclasses.replace(MODEL, score_cap=None, head_dim=64)
+    model = MODEL if name != "cudnn" else dataclasses.replace(MODEL, score_cap=None, head_dim=64)
     assert kernel_refusal(name, model, compute) == ""
 
 

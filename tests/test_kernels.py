@@ -14,6 +14,7 @@ from test_attention import PLAIN, D, H, K, R, dense, inputs, layout, visible, wi
 from dpo_jax import sharding
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention
 from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.kernels import cudnn, splash
 from dpo_jax.models.model import build_model
 from dpo_jax.training.attention_check import attention_case
@@ -23,7 +24,7 @@ LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 PLAIN_MODEL = architecture_of(LLAMA)
 INTERPRETED = partial(splash, interpret=True)  # the TPU kernel, run on the CPU
 BY_XLA = partial(cudnn, implementation="xla")  # the call to cuDNN, executed by XLA
-CALLS = {"cuda": r"__cudnn\$\w+", "tpu": "@tpu_custom_call"}
+CALLS = {"cuda": r"__cudnn\$\w+|__gpu\$xla.gpu.triton", "tpu": "@tpu_custom_call"}
 
 
 def long_case(window):
@@ -78,11 +79,11 @@ def some_cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16)):
+def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16), length=200):
     """Returns the gradient function of a model's hidden states, and its abstract arguments."""
     model = build_model(dataclasses.replace(PLAIN_MODEL, windows=windows), compute=compute, remat=remat)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
-    row = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+    row = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def loss(params, *fields):
         return model.hidden(params, *fields, attend=attend).astype(jnp.float32).sum()
@@ -90,7 +91,15 @@ def gradient_of(attend, remat, compute="bfloat16", windows=(0, 16)):
     return jax.jit(jax.grad(loss)), (params, row, row, row, row)
 
 
-@pytest.mark.parametrize(("platform", "attend", "passes"), [("cuda", cudnn, (1, 1)), ("tpu", splash, (1, 2))])
+@pytest.mark.parametrize(
+    ("platform", "attend", "passes"),
+    [
+        ("cuda", cudnn, (1, 1)),
+        ("cuda", flash_attention, (1, 2)),
+        ("tpu", splash, (1, 2)),
+        ("tpu", flash_attention, (1, 2)),
+    ],
+)
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_models_compile_for_a_device_and_recompute_attention_only_with_full_remat(
     platform, attend, passes, remat, some_cudnn
@@ -130,12 +139,14 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (2, 2, 1)])
-@pytest.mark.parametrize(("platform", "attend"), [("cuda", cudnn), ("tpu", splash)])
+@pytest.mark.parametrize(
+    ("platform", "attend"), [("cuda", cudnn), ("tpu", splash), ("cuda", flash_attention), ("tpu", flash_attention)]
+)
 def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudnn):
     """XLA cannot partition a kernel: JAX refuses it unless every axis of the mesh is manual."""
     mesh = sharding.make_mesh(*sizes)
     rows = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
-    attend = sharding.shard_heads(mesh, attend)
+    calls, attend = (2 if attend is cudnn else 3), sharding.shard_heads(mesh, attend)
 
     def run(params, batch, count):
         q, kv, group = batch
@@ -150,4 +161,4 @@ def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudn
     where = sharding.batch_sharding(mesh)
     batch = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
     lowered = jax.jit(rows.map_rows(run)).trace({"w": jnp.ones(())}, batch, 0).lower(lowering_platforms=(platform,))
-    assert len(re.findall(CALLS[platform], lowered.as_text())) == (2 if platform == "cuda" else 3)
+    assert len(re.findall(CALLS[platform], lowered.as_text())) == calls

@@ -13,7 +13,7 @@ from dpo_jax.config.commands import PlanConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
-from dpo_jax.models.kernels import CHUNKS
+from dpo_jax.models.attention import CHUNKS
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run
 from dpo_jax.training.targets import parse_target

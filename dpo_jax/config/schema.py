@@ -130,9 +130,10 @@ class ModelConfig:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """Activations to recompute in the backward pass: none, all except projections and attention (dots), all (full).
     auto is none on a CPU, and on a GPU or TPU the first of them whose plan (`dpo-jax plan`) fits in its memory."""
-    attention: Literal["auto", "chunks", "cudnn", "splash"] = "auto"
-    """Attention backend of packed rows: chunks of queries (ours, on any device), cudnn (GPU) or splash (TPU). A kernel
-    is used only if it matches chunks in a test on this device; auto takes the device's kernel, else chunks."""
+    attention: Literal["auto", "chunks", "flash", "cudnn", "splash"] = "auto"
+    """Attention backend of packed rows: chunks of queries (on any device), or a kernel: flash (TPU and GPU, memory
+    linear in the row's length), splash (TPU) or cudnn (GPU). A kernel is used only if it matches chunks in a test on
+    this device; auto takes the first of them that does, else chunks."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from dpo_jax.experiments.world import (
     sample_pairs,
     table_layout,
 )
+from dpo_jax.models.attention import CHUNKS
 from dpo_jax.models.huggingface.lazy import load_into_memory
-from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.training.load import load_policy, load_run_tokenizer

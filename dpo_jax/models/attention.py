@@ -4,6 +4,7 @@ Axis letters: R rows, T tokens, H query heads, K key-value heads, N = H / K quer
 in a chunk, S keys that a chunk can see, d head dimension, B sequences, P prompts, C capacity of a cache.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from dpo_jax.records import Array
 
+CHUNKS = "chunks"  # name of `packed_attention`, which runs on every device
 CHUNK = 128  # queries per chunk: smaller matmuls are inefficient, larger chunks save less above the diagonal
 MAX_CHUNKS = 32  # chunks are unrolled in the program, so very long rows get larger ones
 MASKED = -1e30  # score of a masked key; finite, because -inf - -inf is NaN
@@ -47,6 +49,16 @@ class Scoring(NamedTuple):
 
     scale: float
     cap: float | None = None
+
+
+Attend = Callable[[Array, Array, Array, RowMask, Scoring], Array]  # signature of `packed_attention`
+_NAMED = jax.checkpoint_policies.save_only_these_names("attention")
+
+
+def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Remat policy: saves what the backward pass of attention needs, so that its forward pass is not run again."""
+    # cuDNN's log-sum-exp is not visible here and cannot be named, so its forward call is recognized by primitive.
+    return primitive.name == "dot_product_attention_fwd_wrapper" or bool(_NAMED(primitive, *_, **params))
 
 
 def capped(x: Array, cap: float | None) -> Array:

@@ -14,8 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import CacheMask, LayerCache, RowMask, Scoring, cached_attention, packed_attention
-from dpo_jax.models.kernels import Attend, keeps_attention
+from dpo_jax.models.attention import (
+    Attend,
+    CacheMask,
+    LayerCache,
+    RowMask,
+    Scoring,
+    cached_attention,
+    keeps_attention,
+    packed_attention,
+)
 from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
 from dpo_jax.records import Array
 

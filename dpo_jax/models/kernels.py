@@ -1,7 +1,7 @@
-"""Attention over packed rows by library kernels, for devices that have one.
+"""Attention over packed rows by kernels, for devices that have one: our own (`flash`), and those of libraries.
 
-Each kernel takes and returns what `packed_attention` does. It gets `visible_keys` as an explicit mask, so that packing,
-shared prompts and windows are one rule, written once.
+Each kernel takes and returns what `packed_attention` does. Those of libraries get `visible_keys` as an explicit mask,
+an entry for each pair of tokens; `flash` needs none.
 """
 
 from collections.abc import Callable
@@ -11,32 +11,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import RowMask, Scoring, visible_keys
+from dpo_jax.models.attention import Attend, RowMask, Scoring, keeps_attention, visible_keys
+from dpo_jax.models.flash import PLATFORMS, flash_attention
 from dpo_jax.records import Array
 
-Attend = Callable[[Array, Array, Array, RowMask, Scoring], Array]  # signature of `packed_attention`
-CHUNKS = "chunks"  # name of `packed_attention`, which runs on every device
 BLOCK = 128  # queries and keys per block: splash attention's default
-_NAMED = jax.checkpoint_policies.save_only_these_names("attention")
-
-
-def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Remat policy: saves what the backward pass of attention needs, so that its forward pass is not run again."""
-    # cuDNN's log-sum-exp is not visible here and cannot be named, so its forward call is recognized by primitive.
-    return primitive.name == "dot_product_attention_fwd_wrapper" or bool(_NAMED(primitive, *_, **params))
 
 
 class Kernel(NamedTuple):
-    """An attention kernel of a library.
+    """An attention kernel.
 
     Attributes:
-      platform: JAX's name of the devices that run it.
+      platforms: JAX's names of the devices that run it.
       attend: the kernel, with the signature of `packed_attention`.
       dtypes: supported compute dtypes.
       note: a remark for users, logged when the kernel is used; may be empty.
     """
 
-    platform: str
+    platforms: tuple[str, ...]
     attend: Attend
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     note: str = ""
@@ -85,7 +77,12 @@ def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, impl
 
 # Only under this flag does XLA ask cuDNN to sum in a fixed order.
 _ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
-KERNELS = {"cudnn": Kernel("gpu", cudnn, ("bfloat16",), _ORDER), "splash": Kernel("tpu", splash)}
+# In the order in which `model.attention: auto` tries them.
+KERNELS = {
+    "flash": Kernel(PLATFORMS, flash_attention),
+    "splash": Kernel(("tpu",), splash),
+    "cudnn": Kernel(("gpu",), cudnn, ("bfloat16",), _ORDER),
+}
 
 
 def _run_on_blocks(

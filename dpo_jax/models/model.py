@@ -10,9 +10,8 @@ from flax import linen as nn
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.attention import CHUNKS, packed_attention
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
-from dpo_jax.models.kernels import CHUNKS
 from dpo_jax.records import Array
 
 COMPUTE = ("float32", "bfloat16")

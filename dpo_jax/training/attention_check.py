@@ -1,5 +1,6 @@
-"""Selects the attention backend of a run: a library's kernel only if it matches our implementation on this device."""
+"""Selects the attention backend of a run: a kernel only if it matches chunks on this device."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,11 +11,13 @@ import numpy as np
 from dpo_jax import distributed, sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import RowMask, Scoring, packed_attention
+from dpo_jax.models.attention import CHUNKS, Attend, RowMask, Scoring, packed_attention
 from dpo_jax.models.decoder import scoring_of
-from dpo_jax.models.kernels import CHUNKS, KERNELS, Attend
+from dpo_jax.models.kernels import KERNELS
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
+
+log = logging.getLogger(__name__)
 
 # Allowed error against exact attention, relative to the largest value: MARGIN times the error of our own chunks in the
 # same dtype, or LEAST.
@@ -33,7 +36,8 @@ def with_attention(
 ) -> tuple[Model, str]:
     """Returns the model with the configured attention backend, and a log message ('' if none).
 
-    Call it from all processes; they get the same model.
+    `auto` tries the kernels of this device in the order of `KERNELS` and logs each refusal. Call it from all processes;
+    they get the same model.
 
     Args:
       model: from `build_model`.
@@ -44,18 +48,17 @@ def with_attention(
     Raises:
       UserError: the named kernel is not available on this device, or does not match chunks.
     """
-    name = kernel_of(attention, jax.default_backend())
-    if name == CHUNKS:
-        return model, ""
-    devices = 1 if mesh is None else sharding.head_devices(mesh)
-    problem = kernel_refusal(name, model.architecture, compute, devices)
-    if not distributed.all_agree(not problem):
+    devices, names = 1 if mesh is None else sharding.head_devices(mesh), _candidates(attention, jax.default_backend())
+    for name in names:
+        problem = kernel_refusal(name, model.architecture, compute, devices)
+        if distributed.all_agree(not problem):
+            notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
+            return _with_kernel(model, name, mesh), "; ".join(filter(None, notes))
         problem = problem or "failed in another process"
-        if attention == "auto":
-            return model, f"attention: {CHUNKS}, because {name} {problem}"
-        raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
-    notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
-    return _with_kernel(model, name, mesh), "; ".join(filter(None, notes))
+        if attention != "auto":
+            raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
+        log.info(f"attention: {name} {problem}")
+    return model, f"attention: {CHUNKS}, because no kernel matches them on this device" if names else ""
 
 
 def planned_attention(
@@ -70,24 +73,21 @@ def planned_attention(
     Raises:
       UserError: the named kernel cannot be used there.
     """
-    name = kernel_of(attention, platform)
-    if name == CHUNKS:
-        return model, f"attention: {CHUNKS}"
-    problem = _unsupported(name, model.architecture, compute, sharding.head_devices(mesh), platform)
-    if problem and attention == "auto":
-        return model, f"attention: {CHUNKS}, because {name} {problem}"
-    if problem:
-        raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
-    return _with_kernel(
-        model, name, mesh
-    ), f"attention: {name}, if it passes its test on the device when the run starts"
+    for name in _candidates(attention, platform):
+        problem = _unsupported(name, model.architecture, compute, sharding.head_devices(mesh), platform)
+        if not problem:
+            note = f"attention: {name}, if it passes its test on the device when the run starts"
+            return _with_kernel(model, name, mesh), note
+        if attention != "auto":
+            raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
+    return model, f"attention: {CHUNKS}"
 
 
-def kernel_of(attention: str, platform: str) -> str:
-    """Returns the attention backend that `model.attention` names; auto is that of the platform."""
-    if attention != "auto":
-        return attention
-    return next((known for known, kernel in KERNELS.items() if kernel.platform == platform), CHUNKS)
+def _candidates(attention: str, platform: str) -> list[str]:
+    """Returns the kernels to try, in order: the named one, or with auto those of the platform; none for chunks."""
+    if attention == "auto":
+        return [name for name, kernel in KERNELS.items() if platform in kernel.platforms]
+    return [] if attention == CHUNKS else [attention]
 
 
 def _with_kernel(model: Model, name: str, mesh: jax.sharding.Mesh | None) -> Model:
@@ -98,8 +98,8 @@ def _with_kernel(model: Model, name: str, mesh: jax.sharding.Mesh | None) -> Mod
 def _unsupported(name: str, a: Architecture, compute: str, devices: int, platform: str) -> str:
     """Returns why a kernel cannot be used for a model on a platform, without trying; "" if that is not known."""
     kernel = KERNELS[name]
-    if kernel.platform != platform:
-        return f"runs on a {kernel.platform}, this device is a {platform}"
+    if platform not in kernel.platforms:
+        return f"runs on a {' or '.join(kernel.platforms)}, this device is a {platform}"
     if compute not in kernel.dtypes:
         return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
     if a.kv_heads % devices:
@@ -144,7 +144,9 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
 
     def error(x: Array, y: Array) -> Array:
-        return jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()
+        # The maximum may skip NaN, and that of nothing but NaN be -inf.
+        far = jnp.abs(x.astype(jnp.float32) - y)
+        return jnp.where(jnp.isnan(far), jnp.inf, far).max() / jnp.abs(y).max()
 
     return jnp.array([(error(x, z), error(y, z)) for x, y, z in zip(found, chunks, exact, strict=True)])
 
