@@ -250,7 +250,8 @@ def _compiled(
     chunks = math.ceil(shape.scored / max(1, min(CHUNK // max(1, rows), shape.scored)))
     # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
     trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
-    found = collectives(text, trips) if text else []
+    slices = target.slices if target.platform == "tpu" else 1  # a program for GPUs is that of all of them
+    found = collectives(text, trips, slices, mesh.size) if text else []
     bound = roofline(work, found, target.chip, lowered.groups) if text else None
     return Compiled(target, dict(mesh.shape), lowered.groups, lowered.note, 0.0, text, found, work, bound)
 
