@@ -96,8 +96,8 @@ COMMANDS = {
     ),
     "models": Command("", "Lists the supported model families.", ""),
     "plan": Command(
-        "CONFIG.yaml [--target tpu:v5p:4x4x4] [--devices N] [--memory GB]",
-        "Computes a run's memory per device and its speed; compiles, but does not start.",
+        "CONFIG.yaml [--target NAME] [--devices N] [--memory GB]",
+        "Computes a run's memory per device and speed; compiles it, but does not start it.",
         "configs/paper/hh_dpo.yaml --target gpu:h100:1x8",
     ),
     "report": Command(

@@ -103,28 +103,37 @@ def test_whole_parameters_are_not_kept_for_the_backward_pass(compiled):
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), pytest.param((2, 2, 1), marks=pytest.mark.slow)])
-def test_what_a_step_sends_is_what_the_plan_for_pods_reckons_with(compiled, sizes):
+def test_what_a_step_sends_is_what_the_page_says(compiled, sizes):
+    """But for what losses see of each comparison, and scalars."""
     found, params, _ = compiled(*sizes)
-    layers = 4 * elements(params["layers"])
-    wanted = scaling["expected"](sizes, layers, 4 * elements(params) - layers, 3)
-    counted = scaling["sent"](found)
-    # Beside scalars; the backward pass needs the scales of two norms in a layer no second time.
-    assert {kind: counted[kind] for kind in wanted} == pytest.approx(wanted, rel=0.004, abs=300)
-    assert sum(counted.values()) == pytest.approx(sum(wanted.values()), rel=0.004, abs=300)
+    data, fsdp, _ = sizes
+    layers, microbatches = 4 * elements(params["layers"]), 3
+    ends = 4 * elements(params) - layers  # embedding, head and last norm, which a CPU's compiler gathers once a step
+    wanted = {
+        "all-gather": (fsdp > 1) * (2 * layers * microbatches + ends),
+        "reduce-scatter": (fsdp > 1) * (layers + ends) / fsdp * microbatches,
+        "all-reduce": (data > 1) * (layers + ends) / fsdp,
+    }
+    counted = dict.fromkeys(wanted, 0)
+    for c in found:
+        if c.kind != "all-gather" or "while" in c.path:
+            counted[c.kind] += c.bytes * c.times
+    # The backward pass needs the scales of two norms in a layer no second time.
+    assert counted == pytest.approx(wanted, rel=0.004, abs=300)
 
 
 def test_a_plan_by_hand():
     """7B on 8 H100 with 4,096 tokens each: times and memory as on paper."""
-    net, chip = scaling["NETS"][0], scaling["CHIPS"][0]
+    net, chip = scaling["NETS"][0], scaling["chips"]()[0]
     plan = scaling["plan"](net, chip, 8, 4096)
-    assert plan.compute == pytest.approx(8 * 6.74e9 * 4096 / 494.5e12)
+    assert plan.compute == pytest.approx(8 * 6.74e9 * 4096 / 494.7e12)
     if plan.fsdp == 8:
         assert plan.gather == pytest.approx(12 * 6.74e9 * 7 / 8 / 450e9)
         assert plan.reduce == 0
     # 10.1 of state, 1.6 of two whole layers, 1.0 of the ends, 1.1 kept, 1.1 inside of a layer, 0.2 of logits
     assert scaling["memory"](net, 8, 4096, 3) == pytest.approx(15.2e9, rel=0.02)
     assert scaling["plan"](scaling["NETS"][1], chip, 8, 4096) is None
-    assert scaling["enough"](chip, chip.fast) == pytest.approx(12 * 494.5e12 / 8 / 450e9, abs=1)
+    assert scaling["enough"](chip, chip.fast) == pytest.approx(12 * 494.7e12 / 8 / 450e9, abs=1)
 
 
 def test_pmap_is_for_whole_parameters():

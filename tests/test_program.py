@@ -91,6 +91,24 @@ def test_a_loop_of_unknown_length_runs_once_unless_told():
     assert [c.times for c in collectives(TPU)][:2] == [3, 3]
 
 
+SLICED = """
+ENTRY %main (p: f32[]) -> f32[] {
+  %all-reduce.1 = f32[16]{0:T(256)} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.2 = f32[]{:T(128)} all-reduce(%a), channel_id=4, replica_groups={}, to_apply=%add
+  %send = (f32[49,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%b, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[49,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %r = f32[] add(%x, %x)
+}
+"""
+
+
+def test_what_a_slice_sends_to_the_others_is_a_collective():
+    within, all_of_it, across = collectives(SLICED, slices=2, devices=8)
+    assert [axes_of(c, SIZES) for c in (within, all_of_it, across)] == ["fsdp", "fsdp", "data"]
+    assert across[:3] == ("all-reduce", (("f32", (49, 8, 128)),), ((0, 4), (1, 5), (2, 6), (3, 7)))
+    assert across.sent == 4 * 49 * 8 * 128
+
+
 def test_a_cuda_program_starts_and_ends_its_collectives():
     found = collectives(GPU)
     assert [(c.kind, c.times, c.overlapped, c.bytes) for c in found] == [

@@ -90,9 +90,11 @@ def speed_advice(compiled: Compiled) -> list[str]:
     if bound is None:
         return []
     if bound.exposed + max(bound.overlapped - bound.matmul, 0) > 0.2 * bound.seconds:
-        slow = [row["axis"] for row in collective_rows(compiled) if row["network"] and row["sent"] > 1e6]
-        where = f" {' and '.join(dict.fromkeys(slow))} cross the network;" if slow else ""
-        lines.append(f"links take long:{where} more tokens a microbatch (data.rows) spread the parameters' collectives")
+        chip = compiled.target.chip
+        rows = collective_rows(compiled)
+        worst = max(rows, key=lambda row: row["sent"] / (chip.network if row["network"] else chip.link))
+        where = f"{worst['kind']} over {worst['axis']}" + (" through the network" if worst["network"] else "")
+        lines.append(f"links take long, {where} above all; more tokens a microbatch (data.rows) spread what is sent")
     if bound.memory > bound.matmul:
         lines.append("memory takes longer than matmuls: more tokens a microbatch (data.rows) spread the weights")
     return lines

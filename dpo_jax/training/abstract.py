@@ -1,13 +1,13 @@
-"""A run with shapes in place of arrays: its batch, its state, and its train step, ready to be compiled."""
+"""A run with shapes in place of arrays: its parameters, its batch and its mesh, to be compiled and not run."""
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import losses, optim, sharding
+from dpo_jax import losses, sharding
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.models import qlora, reward_head
@@ -15,68 +15,13 @@ from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.huggingface.folder import model_folder, read_config
 from dpo_jax.models.huggingface.hub import hub_config_file, is_hub_name
 from dpo_jax.models.model import build_model
-from dpo_jax.records import Batch
-from dpo_jax.training.attention_check import planned_attention
-from dpo_jax.training.checks import check_length, make_sync
-from dpo_jax.training.compile import compiled_step, hparams
+from dpo_jax.records import Batch, Sync
 from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
 from dpo_jax.training.run import Run
-from dpo_jax.training.shard import policy_shardings, state_shardings
 from dpo_jax.training.tables import responses_per_prompt
 from dpo_jax.training.targets import Target, target_devices
 
 TOKENS = 4096  # per device and microbatch, if data.rows is not set
-
-
-class Lowered(NamedTuple):
-    """A step that is ready to be compiled.
-
-    Attributes:
-      run: with shapes in place of parameters, and the attention backend of the devices.
-      loss: its objective.
-      mesh: of JAX's devices or of a target's.
-      groups: of fast links, for each device of the mesh.
-      note: a message about the attention backend.
-      shape: layout of a batch.
-      trained: shardings of the trained parameters.
-      state, batch, base: arguments of the step, as shapes with shardings; the base of adapters is None without them.
-      step: from `jit(...).lower`.
-    """
-
-    run: Run
-    loss: losses.Loss
-    mesh: Any
-    groups: list[int]
-    note: str
-    shape: pack.Layout
-    trained: Any
-    state: Any
-    batch: Any
-    base: Any
-    step: Any
-
-
-def lower_step(config: Config, target: Target | None) -> Lowered:
-    """Returns the train step of a run for JAX's devices or a target's."""
-    # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
-    run, loss, note = abstract_run(config, narrow=target is not None), losses.build(config.loss), ""
-    check_length(config, run.model)
-    mesh, groups = planned_mesh(config, target)
-    if target is not None:
-        compute = compute_dtype(config.model)
-        model, note = planned_attention(run.model, config.model.attention, compute, mesh, target.platform)
-        run = run._replace(model=model)
-    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
-    trained, abstract = state_shardings(run, tx, mesh)
-    shardings = policy_shardings(run, mesh, trained)
-    base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
-    batch = jax.tree.map(
-        partial(_sharded_shape, where=sharding.batch_sharding(mesh)),
-        abstract_batch(shape, planned_responses(config, loss)),
-    )
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    step = compiled_step(run, shardings, abstract).lower(abstract, batch, count, base, hparams(config))
-    return Lowered(run, loss, mesh, groups, note, shape, trained, abstract, batch, base, step)
 
 
 def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Mesh, list[int]]:
@@ -88,12 +33,13 @@ def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Me
     return mesh, [where[device] for device in mesh.devices.flat]
 
 
-def abstract_run(config: Config, narrow: bool = True) -> Run:
+def abstract_run(config: Config, narrow: bool = True, sync: Sync | None = None) -> Run:
     """Returns a run with shapes (`jax.ShapeDtypeStruct`) in place of parameters, and without data and folder.
 
     Args:
       config: the run's config.
       narrow: give the base of adapters the dtype of its files; else float32.
+      sync: how the reference follows the policy.
     """
     path = config.model.path
     source = config.model.config or (hub_config_file(path) if is_hub_name(path) else model_folder(path))
@@ -112,7 +58,7 @@ def abstract_run(config: Config, narrow: bool = True) -> Run:
         )
     none: Any = None
     return Run(
-        config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=make_sync(config, loss),
+        config=config, folder=none, lock=none, cache=none, model=model, loss=loss, sync=sync,
         params=params if kind is None else adapters, load_reference=None, train_table=none, eval_table=none,
         complete=None, prompts=[], kl_prompts=[], export=none, base=None if kind is None else params, lora=kind,
     )  # fmt: skip
@@ -141,13 +87,14 @@ def abstract_batch(shape: pack.Layout, responses: int) -> Batch:
     return Batch(*fields)
 
 
-def _sharded_shape(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+def sharded_shape(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array with a sharding."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def sharded_shapes(tree: Any, shardings: Any) -> Any:
     """Returns a tree of shapes with the given tree of shardings."""
-    return jax.tree.map(_sharded_shape, tree, shardings)
+    return jax.tree.map(sharded_shape, tree, shardings)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -5,32 +5,39 @@ import logging
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import optim, sharding
+from dpo_jax import losses, optim, sharding
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
 from dpo_jax.paths import is_run
+from dpo_jax.records import Sync
 from dpo_jax.training.abstract import (
-    Lowered,
+    abstract_batch,
     abstract_run,
     bytes_per_device,
     count_parameters,
-    lower_step,
     plan_layout,
     planned_mesh,
+    planned_responses,
+    sharded_shape,
     sharded_shapes,
 )
-from dpo_jax.training.checks import LONG_RUN, with_compute
+from dpo_jax.training.attention_check import planned_attention
+from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
+from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.program import Collective, collectives
 from dpo_jax.training.roofline import Passes, Roofline, Work, roofline, step_work
+from dpo_jax.training.run import Run
 from dpo_jax.training.run_folder import run_config
+from dpo_jax.training.shard import policy_shardings, state_shardings
 from dpo_jax.training.targets import Target
 
 GB = 2**30
@@ -113,6 +120,56 @@ class Plan(NamedTuple):
     compiled: Compiled | None = None
 
 
+class Lowered(NamedTuple):
+    """A step that is ready to be compiled.
+
+    Attributes:
+      run: with shapes in place of parameters, and the attention backend of the devices.
+      loss: its objective.
+      mesh: of JAX's devices or of a target's.
+      groups: of fast links, for each device of the mesh.
+      note: a message about the attention backend.
+      shape: layout of a batch.
+      trained: shardings of the trained parameters.
+      state, batch, base: arguments of the step, as shapes with shardings; the base of adapters is None without them.
+      step: from `jit(...).lower`.
+    """
+
+    run: Run
+    loss: losses.Loss
+    mesh: Any
+    groups: list[int]
+    note: str
+    shape: pack.Layout
+    trained: Any
+    state: Any
+    batch: Any
+    base: Any
+    step: Any
+
+
+def lower_step(config: Config, target: Target | None, sync: Sync | None = None) -> Lowered:
+    """Returns the train step of a run for JAX's devices or a target's; `sync` is how its reference follows it."""
+    # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
+    run, loss, note = abstract_run(config, narrow=target is not None, sync=sync), losses.build(config.loss), ""
+    mesh, groups = planned_mesh(config, target)
+    if target is not None:
+        compute = compute_dtype(config.model)
+        model, note = planned_attention(run.model, config.model.attention, compute, mesh, target.platform)
+        run = run._replace(model=model)
+    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
+    trained, abstract = state_shardings(run, tx, mesh)
+    shardings = policy_shardings(run, mesh, trained)
+    base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
+    batch = jax.tree.map(
+        partial(sharded_shape, where=sharding.batch_sharding(mesh)),
+        abstract_batch(shape, planned_responses(config, loss)),
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    step = compiled_step(run, shardings, abstract).lower(abstract, batch, count, base, hparams(config))
+    return Lowered(run, loss, mesh, groups, note, shape, trained, abstract, batch, base, step)
+
+
 def plan_run(config: Config, target: Target | None = None) -> Plan:
     """Returns the plan of a run on JAX's devices, or on a target's. Reads a config.json, no weights and no data.
 
@@ -120,7 +177,9 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
       UserError: invalid options, or a compiler that is not installed.
     """
     config = dataclasses.replace(config, optim=optim.with_total_steps(config.optim, config.max_steps or LONG_RUN))
-    lowered, start = lower_step(config, target), time.perf_counter()
+    lowered = lower_step(config, target, make_sync(config, losses.build(config.loss)))
+    check_length(config, lowered.run.model)
+    start = time.perf_counter()
     program = compile_step(lowered.step, target)
     seconds = time.perf_counter() - start
     run, state, base = lowered.run, lowered.state, lowered.base
@@ -191,7 +250,8 @@ def _compiled(
     chunks = math.ceil(shape.scored / max(1, min(CHUNK // max(1, rows), shape.scored)))
     # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
     trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
-    found = collectives(text, trips) if text else []
+    slices = target.slices if target.platform == "tpu" else 1  # a program for GPUs is that of all of them
+    found = collectives(text, trips, slices, mesh.size) if text else []
     bound = roofline(work, found, target.chip, lowered.groups) if text else None
     return Compiled(target, dict(mesh.shape), lowered.groups, lowered.note, 0.0, text, found, work, bound)
 

@@ -11,6 +11,8 @@ import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+NETWORK = ((-1, -1),)  # in place of the groups of what goes between slices
+_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -69,19 +71,26 @@ class Collective(NamedTuple):
         return self.bytes * share.get(self.kind, 1.0 if self.kind == "collective-permute" else (n - 1) / n)
 
 
-def collectives(text: str, trips: Sequence[int] = ()) -> list[Collective]:
+def collectives(text: str, trips: Sequence[int] = (), slices: int = 1, devices: int = 0) -> list[Collective]:
     """Returns the collectives of a program in which more than one device takes part, in the order in which they run.
 
     Args:
       text: `compiled.as_text()`.
       trips: of loops whose number of passes is a run-time value: of one in no such loop, of one in one of them, ...;
         1 where it is not given.
+      slices: of TPUs. The program is that of one of them; what it sends to the others is a collective too.
+      devices: of all slices, in the order of the slices; needed only for several.
     """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     bodies = {name: lines for name, (_, lines) in computations.items()}
     found = _walk(bodies, entry, tuple(trips), times=1, loops=0, overlapped=False, seen=set())
-    return [c for c in found if c.devices != 1]
+    if slices == 1:
+        return [c for c in found if c.devices != 1]
+    own, each = range(devices // slices), devices // slices
+    across = tuple(tuple(i + each * n for n in range(slices)) for i in own)
+    groups = {NETWORK: across, (): (tuple(own),)}
+    return [c for c in (c._replace(groups=groups.get(c.groups, c.groups)) for c in found) if c.devices != 1]
 
 
 def custom_calls(text: str) -> dict[str, int]:
@@ -122,6 +131,11 @@ def _walk(
                 seen |= {chain[1]} if chain else set()
                 starts = one.operation.endswith("-start") and '"is_sync":true' not in one.rest
                 yield _collective(one, kind, times, loops, overlapped or starts or chain is not None)
+        elif one.operation == "send" and (sent := _SENT.search(one.rest)):
+            found = _collective(
+                one._replace(type=_parts(one.type)[0]), sent[1].lower().replace("_", "-"), times, loops, True
+            )
+            yield found._replace(groups=NETWORK)
         elif one.operation == "while":
             passes, left = _passes(bodies, one), trips
             if passes is None:
