@@ -50,7 +50,8 @@ def with_attention(
     if name == CHUNKS:
         return model, ""
     devices = 1 if mesh is None else sharding.head_devices(mesh)
-    problem = kernel_refusal(name, model.architecture, compute, devices)
+    split = mesh is not None and sharding.token_devices(mesh) > 1 and KERNELS[name].whole_rows
+    problem = kernel_refusal(name, model.architecture, compute, devices) if not split else "needs whole rows (mesh.sequence 1)"
     if not distributed.all_agree(not problem):
         problem = problem or "failed in another process"
         if attention == "auto":
@@ -98,7 +99,7 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
       inputs: q, k, v and a cotangent of the output.
       rows: mask of the packed rows.
     """
-    unchunked: Attend = partial(packed_attention, chunk=rows.segment_ids.shape[1])
+    unchunked: Attend = partial(packed_attention, chunk=rows.queries.index.shape[1])
     with jax.default_matmul_precision("highest"):
         exact = _with_gradients(unchunked, scoring, [x.astype(jnp.float32) for x in inputs], rows)
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
@@ -135,8 +136,8 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
     q, *rest = (rng.standard_normal((*segment_ids.shape, n, a.head_dim), np.float32) for n in heads)
     q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * a.head_dim**0.5)
     rows = (
-        RowMask(segment_ids, branch_ids)
+        RowMask.of(segment_ids, branch_ids)
         if window is None
-        else RowMask(segment_ids, branch_ids, positions, np.int32(window))
+        else RowMask.of(segment_ids, branch_ids, positions, np.int32(window))
     )
     return [jnp.asarray(x, compute) for x in (q, *rest)], rows

@@ -90,8 +90,8 @@ def plan_run(config: Config) -> Plan:
     # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
     run, loss = abstract_run(config, narrow=False), losses.build(config.loss)
     check_length(config, run.model)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
+    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     trained, abstract = state_shardings(run, tx, mesh)
     shardings = policy_shardings(run, mesh, trained)
     base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
@@ -207,10 +207,18 @@ def abstract_run(config: Config, narrow: bool = True) -> Run:
     )  # fmt: skip
 
 
-def plan_layout(config: Config, devices: int) -> pack.Layout:
-    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device."""
-    length = config.data.row_length or 2 * config.data.max_length
-    rows = config.data.rows or devices * max(1, TOKENS // length)
+def plan_layout(config: Config, devices: int, parts: int = 1) -> pack.Layout:
+    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device.
+
+    Args:
+      config: the run's config.
+      devices: that share the rows of a microbatch.
+      parts: devices that share the tokens of a row.
+    """
+    pack.check_parts(config.data.row_length, parts)
+    unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
+    length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit
+    rows = config.data.rows or devices * max(1, TOKENS * parts // length)
     segments = min(config.batch_size, max(1, length // 64))
     return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
 
