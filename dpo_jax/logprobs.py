@@ -109,14 +109,14 @@ def _chunked(columns: _Columns, size: int) -> _Columns:
     return _Columns(*map(pad, columns))._replace(slot=pad(columns.slot, constant_values=-1))
 
 
-def _own_columns(split: RowSplit, columns: _Columns, length: int, prompts: int) -> _Columns:
+def _own_columns(split: RowSplit, columns: _Columns, length: int, more: int) -> _Columns:
     """Returns the scored tokens whose source is on this device, first, of rows of `length` tokens.
 
-    A token predicts one scored token, but the last one of a prompt one of each response: `prompts` more, at most.
+    A token predicts one scored token, but the last one of a prompt one of each response: `more`, at most.
     """
     mine, source = split.locate(columns.source, length)
     mine &= columns.slot >= 0
-    kept = jnp.argsort(~mine, axis=1, stable=True)[:, : length // split.parts + prompts]
+    kept = jnp.argsort(~mine, axis=1, stable=True)[:, : length // split.parts + more]
     columns = columns._replace(source=source, slot=jnp.where(mine, columns.slot, -1))
     return jax.tree.map(partial(jnp.take_along_axis, indices=kept, axis=1), columns)
 
@@ -273,7 +273,8 @@ def _scored(model: Model, params: Any, batch: Batch, chunk: int, shared: Array) 
     chunks that hold any, and the chunk size in columns; S' is a multiple of it."""
     columns = _Columns(batch.source, batch.target, batch.slot, shared)
     if model.split:
-        columns = _own_columns(model.split, columns, batch.tokens.shape[1], batch.scores[0].size)
+        _, segments, responses = batch.scores.shape
+        columns = _own_columns(model.split, columns, batch.tokens.shape[1], segments * (responses - 1))
     size = max(1, min(chunk // len(columns.slot), columns.slot.shape[1]))
     columns = _chunked(columns, size)
     chunks = (-(-jnp.max(jnp.sum(columns.slot >= 0, axis=1)) // size)).astype(jnp.int32)

@@ -206,7 +206,7 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
     manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
     specs = jax.tree.map(lambda s: PartitionSpec(*(a if _names(a) & set(axes) else None for a in s.spec)), params)
     row_axes, everywhere = _present(mesh, ROWS), PartitionSpec()
-    rows = PartitionSpec(None, row_axes)
+    rows, tokens = PartitionSpec(None, row_axes), token_devices(mesh)
 
     def run(function: Callable, out: Any, *more: PartitionSpec) -> Callable:
         where = (specs, rows, everywhere, *more)
@@ -216,7 +216,7 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         def body(*args: Any) -> Any:
             tree, values = function(*args)
             # all_gather's transpose has reduce-scattered the sharded gradients already; the rest is summed here.
-            rest = jax.tree.map(lambda x, spec: _sum_over(x, set(axes).difference(*map(_names, spec))), tree, specs[0])
+            rest = jax.tree.map(partial(_sum_over, axes), tree, specs[0])
             return rest, _gather_row_values(values, row_axes)
 
         return run(body, (specs[0], everywhere), everywhere)
@@ -228,7 +228,7 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         map_rows=lambda function: run(function, rows),
         own_rows=partial(_own_rows, row_axes),
         gather=partial(_gather_params, mesh) if _present(mesh, _SHARDS) else None,
-        split=RowSplit("sequence", token_devices(mesh), "tensor", head_devices(mesh)) if token_devices(mesh) > 1 else None,
+        split=RowSplit("sequence", tokens, "tensor", head_devices(mesh)) if tokens > 1 else None,
     )
 
 
@@ -305,7 +305,9 @@ def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
-        raise UserError("mesh.mode pmap: parameters and rows are whole; set mesh.fsdp, mesh.tensor and mesh.sequence to 1")
+        raise UserError(
+            "mesh.mode pmap: parameters and rows are whole; set mesh.fsdp, mesh.tensor and mesh.sequence to 1"
+        )
 
     def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:
@@ -342,8 +344,10 @@ def _own_rows(axes: Any, values: Any) -> Any:
     return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index(axes) * size, size, axis=1)
 
 
-def _sum_over(x: Any, axes: set[str]) -> Any:
-    return jax.lax.psum(x, tuple(a for a in AXES if a in axes)) if axes else x
+def _sum_over(axes: tuple[str, ...], x: Any, spec: PartitionSpec) -> Any:
+    """Returns an array psum-ed over those axes that do not shard it."""
+    rest = tuple(a for a in axes if not any(a in _names(entry) for entry in spec))
+    return jax.lax.psum(x, rest) if rest else x
 
 
 def _gather_params(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:

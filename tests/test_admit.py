@@ -46,7 +46,8 @@ def _blind(q, k, v, rows, scoring):
 
 
 def _neighbours(q, k, v, rows, scoring):
-    return packed_attention(q, k, v, with_ids(rows, lambda ids: ids._replace(segment_ids=jnp.minimum(ids.segment_ids, 1))), scoring)
+    rows = with_ids(rows, lambda ids: ids._replace(segment_ids=jnp.minimum(ids.segment_ids, 1)))
+    return packed_attention(q, k, v, rows, scoring)
 
 
 def _wide(q, k, v, rows, scoring):

@@ -252,7 +252,9 @@ def test_samples_of_a_model_follow_its_softmax_at_a_temperature(tmp_path, kind, 
 
 def mesh_of(data, fsdp=1, tensor=1, sequence=1):
     devices = jax.devices()[: data * fsdp * tensor * sequence]
-    return jax.make_mesh((data, fsdp, sequence, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    return jax.make_mesh(
+        (data, fsdp, sequence, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    )
 
 
 @pytest.fixture

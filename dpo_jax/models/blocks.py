@@ -3,6 +3,7 @@
 Axis letters as in `attention`, with Q queries and S keys in a block.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -69,13 +70,14 @@ def blocks_seen(mask: RowMask, sizes: Sizes) -> tuple[Array, Array]:
       sizes: queries and keys in a block.
 
     Returns:
-      int32[blocks of queries, blocks of keys], those to compute first, and how many those are, int32[blocks of queries].
+      int32[blocks of queries, blocks of keys], those to compute first; int32[blocks of queries], how many those are.
     """
 
     def ends(ids: TokenIds, size: int, axis: int) -> tuple[TokenIds, TokenIds]:
-        blocks = jax.tree.map(lambda x: x.reshape(len(x), -1, size), ids)
-        low, high = (jax.tree.map(lambda x: jnp.expand_dims(f(x, -1), axis), blocks) for f in (jnp.min, jnp.max))
-        return low, high
+        def each(least: Callable[..., Array]) -> TokenIds:
+            return jax.tree.map(lambda x: jnp.expand_dims(least(x.reshape(len(x), -1, size), -1), axis), ids)
+
+        return each(jnp.min), each(jnp.max)
 
     (q_low, q_high), (k_low, k_high) = ends(mask.queries, sizes[0], 2), ends(mask.keys, sizes[1], 1)
     seen = k_low.index <= q_high.index
@@ -106,7 +108,7 @@ def _attend_fwd(q, k, v, mask, scoring, sizes):
             visible = visible_keys(_block_mask(mask, i, order[i, n], sizes))[:, None, None]
             scores = jnp.where(visible, scores_of(part, key, scoring), MASKED)
             new = jnp.maximum(top, scores.max(-1, keepdims=True))
-            # Until a query has seen a key, its p are 1 and mean nothing; `kept` is then 0 at the first key that it sees.
+            # Until a query has seen a key, its p are 1 and mean nothing; at the first key that it sees `kept` is 0.
             p, kept = jnp.exp(scores - new), jnp.exp(top - new)
             mixed = dot("rknqs,rksd->rknqd", p.astype(value.dtype), value)
             return new, total * kept + p.sum(-1, keepdims=True), out * kept + mixed

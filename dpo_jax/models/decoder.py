@@ -216,7 +216,8 @@ class Decoder(nn.Module):
         x = self._embed(tokens, positions)
         angles = tuple(angles_at(rope, positions) for rope in (a.rope, a.window_rope) if rope is not None)
         windows = _windows(a, _length(context.rows, cache))
-        context = context._replace(angles=angles, rows=context.rows if windows is not None else _unmeasured(context.rows))
+        rows = _unmeasured(context.rows) if windows is None else context.rows
+        context = context._replace(angles=angles, rows=rows)
         own = windows, 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
         if cache is None:
             x, kept = self._scan_layers()(x, None, own, context)

@@ -51,7 +51,8 @@ def with_attention(
         return model, ""
     devices = 1 if mesh is None else sharding.head_devices(mesh)
     split = mesh is not None and sharding.token_devices(mesh) > 1 and KERNELS[name].whole_rows
-    problem = kernel_refusal(name, model.architecture, compute, devices) if not split else "needs whole rows (mesh.sequence 1)"
+    problem = "needs whole rows (mesh.sequence 1)" if split else ""
+    problem = problem or kernel_refusal(name, model.architecture, compute, devices)
     if not distributed.all_agree(not problem):
         problem = problem or "failed in another process"
         if attention == "auto":
