@@ -256,7 +256,7 @@ def two_steps(name, sizes, remat="none"):
 def test_one_trajectory(name, sizes, remat):
     """Reference, evaluation, metrics and parameters are those of one device; with windows and caps for Gemma 2."""
     (out, state), (expected, alone) = two_steps(name, sizes, remat), two_steps(name, (1, 1, 1, 1))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=5e-5), out, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), out, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, alone.params)
     np.testing.assert_allclose(state.running, alone.running, atol=1e-6)
     assert all(metrics["grad_norm"] > 0.1 for metrics in out[2::3])

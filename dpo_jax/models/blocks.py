@@ -131,18 +131,17 @@ def _attend_bwd(scoring, sizes, residuals, g):
     order, count = blocks_seen(mask, sizes)
 
     def one(sums: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        part = [_cut(x, i, sizes[0], 3) for x in by_query]
+        query, d_out, total, delta = (_cut(x, i, sizes[0], 3) for x in by_query)
 
         def add(n: Array, so_far: tuple) -> tuple:
-            dq, *sums = so_far
             j = order[i, n]
             key, value = (_cut(x, j, sizes[1], 2) for x in (keys, values))
             visible = visible_keys(_block_mask(mask, i, j, sizes))
-            more, *d_block = slopes_of(*part, key, value, visible, scoring)
-            return dq + more, *(_add_at(x, d, j) for x, d in zip(sums, d_block, strict=True))
+            dq, dk, dv = slopes_of(query, d_out, total, delta, key, value, visible, scoring)
+            return so_far[0] + dq, _add_at(so_far[1], dk, j), _add_at(so_far[2], dv, j)
 
-        dq, *sums = jax.lax.fori_loop(0, count[i], add, (jnp.zeros(part[0].shape), *sums))
-        return tuple(sums), dq.astype(q.dtype)
+        dq, dk, dv = jax.lax.fori_loop(0, count[i], add, (jnp.zeros(query.shape), *sums))
+        return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape), jnp.zeros(values.shape)
     (dk, dv), dq = jax.lax.scan(one, zeros, jnp.arange(len(count)))

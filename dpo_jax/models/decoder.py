@@ -162,7 +162,10 @@ def _lookup(table: Array, index: Array, dtype: Any) -> Array:
 
 def _length(rows: RowMask | None, cache: Cache | None) -> int:
     """Returns the most keys that a query may see."""
-    return rows.keys.index.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2]
+    if cache is not None:
+        return cache[0][0].shape[2] + cache[0][2].shape[2]
+    assert rows is not None
+    return rows.keys.index.shape[1]
 
 
 def _unmeasured(rows: RowMask | None) -> RowMask | None:

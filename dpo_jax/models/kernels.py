@@ -96,6 +96,7 @@ def _run_on_blocks(
     """Runs a kernel on rows padded to a multiple of `BLOCK`; the backward pass recomputes the mask."""
     length = q.shape[1]
     pad = partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, -length % BLOCK)) + ((0, 0),) * (x.ndim - 2)))
-    mask = RowMask.of(*pad(mask.queries[1:]), mask.window)
+    segment_ids, branch_ids, positions = pad(mask.queries[1:])
+    mask = RowMask.of(segment_ids, branch_ids, positions, mask.window)
     recomputed: Any = jax.checkpoint(run, policy=keeps_attention, prevent_cse=False)
     return recomputed(pad(q), pad(k), pad(v), mask)[:, :length]
