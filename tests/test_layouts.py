@@ -168,7 +168,7 @@ def test_one_trajectory(world, layout):
 @pytest.mark.slow
 def test_adapters_and_the_divergence_are_the_same_with_split_rows(world):
     """LoRA's reference is its base, of other parameters than the policy; `eval_kl` reads completions of the policy."""
-    options = ["--lora.rank", "4", "--samples.kl_prompts", "8", "--optim.learning_rate", "1e-2", "--max_steps", "6"]
+    options = ["--lora.rank", "4", "--samples.kl_prompts", "8", "--max_steps", "6"]
     split = ["--mesh.fsdp", "2", "--mesh.sequence", "2"]
     launched.finish(launched.start(world, "lora", *options))
     launched.finish(launched.start(world, "lora split", *options, *split, devices=4))
@@ -176,7 +176,7 @@ def test_adapters_and_the_divergence_are_the_same_with_split_rows(world):
         assert a.keys() == b.keys()
         for key in {"loss", "eval_loss", "eval_kl", "logps/chosen", "grad_norm"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
-    assert b["eval_kl"] > 0
+    assert b["eval_kl"] != 0
 
 
 @pytest.mark.slow
