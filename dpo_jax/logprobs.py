@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,6 +13,7 @@ from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
+from dpo_jax.row_split import RowSplit
 
 LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 CHUNK = 512  # tokens whose logits are in memory at a time
@@ -91,11 +92,33 @@ def _token_logps_bwd(size, cap, residuals, g):
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
 
 
-def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Array, Array, Array]:
+class _Columns(NamedTuple):
+    """Scored tokens, of all of a row or of this device's part: `Batch.source` (among the device's tokens), `target` and
+    `slot`, and whether a token is in the shared part of its response."""
+
+    source: Array
+    target: Array
+    slot: Array
+    shared: Array
+
+
+def _chunked(columns: _Columns, size: int) -> _Columns:
     """Returns the scored-token columns padded to a multiple of a chunk."""
-    extra = -slot.shape[1] % size
+    extra = -columns.slot.shape[1] % size
     pad = partial(jnp.pad, pad_width=((0, 0), (0, extra)))
-    return pad(source), pad(target), pad(slot, constant_values=-1)
+    return _Columns(*map(pad, columns))._replace(slot=pad(columns.slot, constant_values=-1))
+
+
+def _own_columns(split: RowSplit, columns: _Columns, length: int, more: int) -> _Columns:
+    """Returns the scored tokens whose source is on this device, first, of rows of `length` tokens.
+
+    A token predicts one scored token, but the last one of a prompt one of each response: `more`, at most.
+    """
+    mine, source = split.locate(columns.source, length)
+    mine &= columns.slot >= 0
+    kept = jnp.argsort(~mine, axis=1, stable=True)[:, : length // split.parts + more]
+    columns = columns._replace(source=source, slot=jnp.where(mine, columns.slot, -1))
+    return jax.tree.map(partial(jnp.take_along_axis, indices=kept, axis=1), columns)
 
 
 def log_collisions(hidden: Array, head: Array, chunks: Array, size: int, cap: float | None = None) -> Array:
@@ -126,26 +149,24 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     Returns:
       Logps of B = R * G comparisons, in the order of the rows.
     """
-    rows, segments, responses, _ = batch.ref_logps.shape
-    scored, slot, target, chunks, size = _scored(model, params, batch, chunk)
-    head, cap = model.head(params), model.architecture.logit_cap
-    logps: Array = token_logps(scored, head, target, chunks, size, cap)
-    add = _adder(slot, (rows, segments, responses))
-    lengths = add(jnp.ones_like(logps))
+    shape = batch.ref_logps.shape[:3]
+    lengths = _adder(batch.slot, shape)(jnp.ones(batch.slot.shape))
     present = lengths > 0
-    shared = _is_shared(slot, lengths)
-    mean = jnp.full_like(lengths, jnp.nan)
+    scored, columns, chunks, size = _scored(model, params, batch, chunk, _is_shared(batch.slot, lengths))
+    head, cap = model.head(params), model.architecture.logit_cap
+    logps: Array = token_logps(scored, head, columns.target, chunks, size, cap)
+    add = _adder(columns.slot, shape)
+    sums = [add(logps), add(jnp.where(columns.shared, logps, 0.0))]
     if confidence:
-        mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap)) / jnp.maximum(
-            lengths, 1
-        )
+        sums += [add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap))]
+    policy, policy_shared, *sure = model.split.sum(sums) if model.split else sums
+    mean = sure[0] / jnp.maximum(lengths, 1) if confidence else jnp.full_like(lengths, jnp.nan)
     # A present response whose reference is not filled in stays NaN, so that the loss is NaN and not wrong.
     reference, reference_shared = jnp.moveaxis(jnp.where(present[..., None], batch.ref_logps, 0.0), -1, 0)
-    policy = add(logps)
     each = {
         "policy": policy,
         "reference": reference,
-        "policy_shared": add(jnp.where(shared, logps, 0.0)),
+        "policy_shared": policy_shared,
         "reference_shared": reference_shared,
         "lengths": lengths,
         "present": present,
@@ -191,9 +212,12 @@ def batch_rewards(model: Model, params: Any, batch: Batch) -> Logps:
     # Tokens of a response are adjacent and in slot order, so the cumulative count ends at its last token.
     last = jnp.maximum(jnp.cumsum(scored.reshape(rows, -1), axis=1).astype(jnp.int32) - 1, 0)
     place = jnp.take_along_axis(batch.source, last, axis=1)
+    mine, place = model.split.locate(place, batch.tokens.shape[1]) if model.split else (True, place)
     read = jnp.take_along_axis(hidden, place[..., None], axis=1).astype(jnp.float32)
-    rewards = jnp.einsum("rpd,d->rp", read, model.head(params)[0].astype(jnp.float32)).reshape(present.shape)
-    rewards, none = jnp.where(present, rewards, 0.0), jnp.zeros_like(rewards)
+    rewards = jnp.einsum("rpd,d->rp", read, model.head(params)[0].astype(jnp.float32))
+    rewards = jnp.where(present, jnp.where(mine, rewards, 0.0).reshape(present.shape), 0.0)
+    rewards = model.split.sum(rewards) if model.split else rewards
+    none = jnp.zeros_like(rewards)
     each = {
         "policy": rewards,
         "reference": none,
@@ -237,20 +261,25 @@ def token_logps_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int 
 
 def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
     """Returns `token_logps_of_batch` and the hidden states that predict those tokens, [R, S, D]."""
-    scored, _, target, chunks, size = _scored(model, params, batch, chunk)
+    assert model.split is None, "a device would have the scored tokens of its part of a row only"
+    scored, columns, chunks, size = _scored(model, params, batch, chunk, batch.slot < 0)
     cap = model.architecture.logit_cap
-    logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
+    logps: Array = token_logps(scored, model.head(params), columns.target, chunks, size, cap)
     return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 
-def _scored(model: Model, params: Any, batch: Batch, chunk: int) -> tuple[Array, Array, Array, Array, int]:
-    """Returns the hidden states that predict scored tokens, [R, S', D], their slots and targets, the number of chunks
-    that hold any, and the chunk size in columns; S' is a multiple of it."""
-    size = max(1, min(chunk // len(batch.slot), batch.slot.shape[1]))
-    source, target, slot = _chunked(batch.source, batch.target, batch.slot, size)
-    chunks = (-(-jnp.max(jnp.sum(slot >= 0, axis=1)) // size)).astype(jnp.int32)
+def _scored(model: Model, params: Any, batch: Batch, chunk: int, shared: Array) -> tuple[Array, _Columns, Array, int]:
+    """Returns the hidden states that predict this device's scored tokens, [R, S', D], those tokens, the number of
+    chunks that hold any, and the chunk size in columns; S' is a multiple of it."""
+    columns = _Columns(batch.source, batch.target, batch.slot, shared)
+    if model.split:
+        _, segments, responses = batch.scores.shape
+        columns = _own_columns(model.split, columns, batch.tokens.shape[1], segments * (responses - 1))
+    size = max(1, min(chunk // len(columns.slot), columns.slot.shape[1]))
+    columns = _chunked(columns, size)
+    chunks = (-(-jnp.max(jnp.sum(columns.slot >= 0, axis=1)) // size)).astype(jnp.int32)
     hidden = model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
-    return jnp.take_along_axis(hidden, source[..., None], axis=1), slot, target, chunks, size
+    return jnp.take_along_axis(hidden, columns.source[..., None], axis=1), columns, chunks, size
 
 
 def as_ref_logps(lp: Logps, batch: Batch) -> Array:

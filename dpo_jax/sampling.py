@@ -77,7 +77,7 @@ def generate(
             if index >= 0:
                 out[index] = new[row, : lengths[row]]
 
-    batches = _prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.row_devices(mesh))
+    batches = _prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.independent_devices(mesh))
     _run_batches([partial(write, *batch) for batch in batches], params)
     return out
 

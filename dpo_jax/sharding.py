@@ -14,12 +14,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
+from dpo_jax.row_split import RowSplit
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours along the last ones are the closest devices
 ROWS = ("data", "fsdp")  # the rows of a microbatch are sharded over both
+SPLIT = (*ROWS, "sequence")  # over which the tokens of a microbatch are sharded: by rows, then within a row
 MAPPED = "devices"  # the one axis of pmap
-# Logical axis of a parameter -> the mesh axis that shards it; all others are replicated.
-RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+_HEADS, _SHARDS = ("tensor",), ("fsdp", "sequence")
+# Logical axis of a parameter -> the mesh axes that shard it together; all others are replicated.
+RULES = {"vocab": _HEADS, "heads": _HEADS, "kv_heads": _HEADS, "mlp": _HEADS, "embed": _SHARDS}
 log = logging.getLogger(__name__)
 
 
@@ -27,6 +30,7 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    sequence: int = 1,
     *,
     devices: Sequence[Any] | None = None,
     groups: Sequence[int] | None = None,
@@ -34,14 +38,14 @@ def make_mesh(
     """Returns a mesh over all devices; one axis may be -1, which takes the remaining devices.
 
     Args:
-      data, fsdp, tensor: devices along each axis.
+      data, fsdp, tensor, sequence: devices along each axis.
       devices: to use; by default all there are. Those of a compiler's topology need not exist.
       groups: of fast links, as `link_groups` returns, which is the default.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.devices() if devices is None else devices
+    sizes, devices = [data, fsdp, sequence, tensor], jax.devices() if devices is None else devices
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh: {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, and one may be -1")
     if -1 in sizes:
@@ -95,6 +99,11 @@ def device_layout(sizes: Sequence[int], devices: Sequence[Any], groups: Sequence
 def row_devices(mesh: jax.sharding.Mesh) -> int:
     """Returns the number of devices that share the rows of a microbatch."""
     return math.prod(mesh.shape[a] for a in ROWS)
+
+
+def token_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of devices that share the tokens of a row."""
+    return mesh.shape["sequence"]
 
 
 def head_devices(mesh: jax.sharding.Mesh) -> int:
@@ -159,15 +168,17 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def param_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any) -> Any:
     """Returns a tree of shardings for parameters with named logical axes.
 
-    An axis whose size its mesh axis does not divide is replicated.
+    An axis whose size its mesh axes do not divide is replicated.
     """
 
     def one(names: tuple[str | None, ...], shape: jax.ShapeDtypeStruct) -> NamedSharding:
-        spec: list[str | None] = []
+        spec: list[str | tuple[str, ...] | None] = []
         for name, size in zip(names, shape.shape, strict=True):
-            axis = RULES.get(name or "")
-            fits = axis and axis not in spec and size % mesh.shape[axis] == 0
-            spec.append(axis if fits else None)
+            rule = RULES.get(name or "", ())
+            axes = tuple(a for a in rule if mesh.shape[a] > 1) or rule[:1]
+            entry = axes[0] if len(axes) == 1 else axes or None
+            fits = entry not in spec and size % math.prod(mesh.shape[a] for a in axes) == 0
+            spec.append(entry if fits else None)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
@@ -204,10 +215,11 @@ def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
 
 
 class Collectives(NamedTuple):
-    """Collectives of a data-parallel step, in which each device processes its own rows.
+    """Collectives of a data-parallel step, in which each device processes its own rows, or its part of them.
 
     Gradients of replicated parameters are psum-ed once per step, gradients of FSDP-sharded parameters are
-    reduce-scattered per microbatch. A per-row value is an array [M, R * n, ...] with n entries for each row.
+    reduce-scattered per microbatch. A per-row value is an array [M, R * n, ...] with n entries for each row, the same
+    on all devices that share a row.
 
     Attributes:
       psum: a device's sum over its rows -> the sum over all rows; the identity where a step sees all rows.
@@ -217,7 +229,8 @@ class Collectives(NamedTuple):
       map_rows: runs `(params, batch, count) -> arrays [M, R, ...]` on every device; the arrays stay sharded by row.
       own_rows: per-row values of all rows -> those of this device; for use inside `reduce`.
       gather: (parameters or one layer of them, shardings) -> the same all-gathered along fsdp, for use inside the
-        functions above; None if nothing is sharded along fsdp.
+        functions above; None if nothing is sharded along fsdp. Where rows are split, `sequence` shards parameters too.
+      split: how devices share the tokens of a row; None if each has whole rows.
     """
 
     psum: Callable[[Any], Any]
@@ -226,6 +239,7 @@ class Collectives(NamedTuple):
     map_rows: Callable[[Callable], Callable]
     own_rows: Callable[[Any], Any]
     gather: Callable[[Any, Any], Any] | None
+    split: RowSplit | None = None
 
 
 def _same(x: Any) -> Any:
@@ -242,13 +256,14 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
       mesh: from `make_mesh`.
       params: tree of the parameters' shardings; a pair (trained, base) if `reduce` is used.
     """
-    axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
+    axes = _present(mesh, SPLIT)
     if not axes:
         return NO_COLLECTIVES
     # Attention kernels that XLA cannot partition need every axis to be manual, which only works if none shards heads.
     manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
-    specs = jax.tree.map(lambda s: PartitionSpec(*(a if a in axes else None for a in s.spec)), params)
-    rows, everywhere = PartitionSpec(None, axes), PartitionSpec()
+    specs = jax.tree.map(lambda s: PartitionSpec(*(a if _names(a) & set(axes) else None for a in s.spec)), params)
+    row_axes, everywhere = _present(mesh, ROWS), PartitionSpec()
+    rows, tokens = PartitionSpec(None, row_axes), token_devices(mesh)
 
     def run(function: Callable, out: Any, *more: PartitionSpec) -> Callable:
         where = (specs, rows, everywhere, *more)
@@ -258,19 +273,30 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         def body(*args: Any) -> Any:
             tree, values = function(*args)
             # all_gather's transpose has reduce-scattered the sharded gradients already; the rest is summed here.
-            rest = jax.tree.map(lambda x, spec: _sum_over(x, [a for a in axes if a not in spec]), tree, specs[0])
-            return rest, _gather_row_values(values, axes)
+            rest = jax.tree.map(partial(_sum_over, axes), tree, specs[0])
+            return rest, _gather_row_values(values, row_axes)
 
         return run(body, (specs[0], everywhere), everywhere)
 
     return Collectives(
         psum=_same,
         reduce=reduce,
-        gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), axes), everywhere),
+        gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), row_axes), everywhere),
         map_rows=lambda function: run(function, rows),
-        own_rows=partial(_own_rows, axes),
-        gather=partial(_gather_params, mesh) if mesh.shape["fsdp"] > 1 else None,
+        own_rows=partial(_own_rows, row_axes),
+        gather=partial(_gather_params, mesh) if _present(mesh, _SHARDS) else None,
+        split=RowSplit("sequence", tokens, "tensor", head_devices(mesh)) if tokens > 1 else None,
     )
+
+
+def _present(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those axes that have more than one device."""
+    return tuple(a for a in axes if mesh.shape[a] > 1)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> set[str]:
+    """Returns the mesh axes in an entry of a PartitionSpec."""
+    return {entry} if isinstance(entry, str) else set(entry or ())
 
 
 def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -284,7 +310,7 @@ def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
     """
     if head_devices(mesh) == 1:
         return attend  # every axis is manual there
-    outside = {a for a in ROWS if mesh.shape[a] > 1}
+    outside = set(_present(mesh, SPLIT))
     heads = PartitionSpec(None, None, "tensor")
 
     def run(q: Any, k: Any, v: Any, mask: Any, scoring: Any) -> jax.Array:
@@ -307,17 +333,23 @@ def mesh_and_params(params: Any) -> tuple[jax.sharding.Mesh, Any]:
         if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES:
             return where.mesh, params  # type: ignore[return-value]
     devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = jax.make_mesh((len(devices), 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     return mesh, jax.device_put(params, replicated(mesh))
+
+
+def independent_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of devices, or groups of them along `tensor`, with their own rows in `independent_rows`."""
+    return math.prod(mesh.shape[a] for a in SPLIT)
 
 
 def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
     """Returns `(params, rows, others) -> rows`, rows on axis 0, run on all devices without communication.
 
-    A device may finish before the others (a sampling loop ends when its rows have ended). Parameters are all-gathered
-    along `fsdp` once. Where `tensor` shards them, devices have to communicate, and keep step.
+    A device may finish before the others (a sampling loop ends when its rows have ended). Rows are whole, and devices
+    along `sequence` have different ones. Parameters are all-gathered along `fsdp` and `sequence` once. Where `tensor`
+    shards them, devices have to communicate, and keep step.
     """
-    axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
+    axes = _present(mesh, SPLIT)
     split, same = PartitionSpec(axes), PartitionSpec()
     if mesh.shape["tensor"] > 1:
         sharded = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, split))
@@ -330,7 +362,9 @@ def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
-        raise UserError("mesh.mode pmap: parameters are replicated; set mesh.fsdp and mesh.tensor to 1")
+        raise UserError(
+            "mesh.mode pmap: parameters and rows are whole; set mesh.fsdp, mesh.tensor and mesh.sequence to 1"
+        )
 
     def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:
@@ -349,6 +383,8 @@ def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
 
 def _gather_row_values(tree: Any, axes: Any) -> Any:
     """Returns per-row values of all devices, all-gathered as one array."""
+    if not axes:  # every device has all rows
+        return tree
     leaves, kind = jax.tree.flatten(tree)
     flat = [x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in leaves]
     together = jax.lax.all_gather(jnp.concatenate(flat, axis=2), axes, axis=1, tiled=True)
@@ -359,22 +395,28 @@ def _gather_row_values(tree: Any, axes: Any) -> Any:
 
 
 def _own_rows(axes: Any, values: Any) -> Any:
+    if not axes:
+        return values
     size = values.shape[1] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index(axes) * size, size, axis=1)
 
 
-def _sum_over(x: Any, axes: list[str]) -> Any:
-    return jax.lax.psum(x, tuple(axes)) if axes else x
+def _sum_over(axes: tuple[str, ...], x: Any, spec: PartitionSpec) -> Any:
+    """Returns an array psum-ed over those axes that do not shard it."""
+    rest = tuple(a for a in axes if not any(a in _names(entry) for entry in spec))
+    return jax.lax.psum(x, rest) if rest else x
 
 
 def _gather_params(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
-    """Returns parameters all-gathered along fsdp; one layer has one axis less than its stack in `shardings`."""
+    """Returns parameters all-gathered along fsdp (and sequence, where rows are split); one layer has one axis less than
+    its stack in `shardings`."""
 
     def one(x: Any, sharding: NamedSharding) -> Any:
         spec = sharding.spec[len(sharding.spec) - x.ndim :]
-        if "fsdp" not in spec:
+        axis = next((i for i, entry in enumerate(spec) if _names(entry) & set(_SHARDS)), None)
+        if axis is None:
             return x
-        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=spec.index("fsdp"), tiled=True)
+        gather = partial(jax.lax.all_gather, axis_name=spec[axis], axis=axis, tiled=True)
         if mesh.shape["tensor"] == 1:
             return gather(x)
         # Without this constraint XLA all-gathers along `tensor` too.

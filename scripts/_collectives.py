@@ -33,14 +33,15 @@ COMPARISONS = 32
 
 
 def compiled_step(
-    sizes: tuple[int, int, int], rows: int, compute: str = "float32"
+    sizes: tuple[int, ...], rows: int, compute: str = "float32", length: int = 128
 ) -> tuple[list[Collective], Any, Any]:
     """Returns the collectives of the train step on a mesh, the shapes of the parameters, and the program.
 
     Args:
-      sizes: data, fsdp, tensor: all devices there are.
+      sizes: data, fsdp, tensor and, if not 1, sequence: all devices there are.
       rows: of a microbatch, over all devices.
       compute: dtype of activations.
+      length: of a row, in tokens.
     """
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 1, 128, dtype=np.int32)
@@ -52,7 +53,7 @@ def compiled_step(
     params = sharding.param_shardings(mesh, model.axes, shapes.params)
     where = sharding.state_shardings_like(mesh, params, shapes)
     state = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    shape = pack.choose_layout(table, max_length=32, batch_size=COMPARISONS, rows=rows, length=128)
+    shape = pack.choose_layout(table, max_length=32, batch_size=COMPARISONS, rows=rows, length=length)
     batch = jax.eval_shape(lambda: pack.build_batch(table, np.arange(COMPARISONS), shape)[0])
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)), batch

@@ -40,12 +40,17 @@ def has(monkeypatch, attend, name="splash"):
 # Attention that is wrong in one way each.
 
 
+def with_ids(rows, change):
+    return rows._replace(queries=change(rows.queries), keys=change(rows.keys))
+
+
 def _blind(q, k, v, rows, scoring):
-    return packed_attention(q, k, v, rows._replace(branch_ids=rows.branch_ids * 0), scoring)
+    return packed_attention(q, k, v, with_ids(rows, lambda ids: ids._replace(branch_ids=ids.branch_ids * 0)), scoring)
 
 
 def _neighbours(q, k, v, rows, scoring):
-    return packed_attention(q, k, v, rows._replace(segment_ids=jnp.minimum(rows.segment_ids, 1)), scoring)
+    rows = with_ids(rows, lambda ids: ids._replace(segment_ids=jnp.minimum(ids.segment_ids, 1)))
+    return packed_attention(q, k, v, rows, scoring)
 
 
 def _wide(q, k, v, rows, scoring):

@@ -25,20 +25,21 @@ def layout(window=None):
         [i + (known[g, 0] if b else 0) for g, b, n in row for i in range(n)]
         for row, known in zip(parts, lengths, strict=True)
     ]
-    rows = RowMask(jnp.asarray(segments), jnp.asarray(branches))
-    return rows if window is None else rows._replace(positions=jnp.asarray(positions), window=jnp.int32(window))
+    rows = jnp.asarray(segments), jnp.asarray(branches)
+    return RowMask.of(*rows) if window is None else RowMask.of(*rows, jnp.asarray(positions), jnp.int32(window))
 
 
 def visible(rows):
     """The mask, entry by entry."""
-    segment, branch = np.asarray(rows.segment_ids), np.asarray(rows.branch_ids)
+    _, segment, branch, positions = rows.queries
+    segment, branch = np.asarray(segment), np.asarray(branch)
     out = np.zeros((*segment.shape, segment.shape[1]), bool)
     for r in range(segment.shape[0]):
         for i in range(segment.shape[1]):
             for j in range(i + 1):
                 out[r, i, j] = segment[r, i] == segment[r, j] and branch[r, j] in (0, branch[r, i])
                 if rows.window is not None:
-                    out[r, i, j] &= int(rows.positions[r, i]) - int(rows.positions[r, j]) < rows.window
+                    out[r, i, j] &= int(positions[r, i]) - int(positions[r, j]) < rows.window
     return out
 
 
@@ -104,7 +105,7 @@ def test_bfloat16_is_close_and_keeps_the_dtypes():
 def test_padding_is_finite_and_changes_no_other_token():
     q, k, v, _ = inputs()
     rows = layout()
-    pad = (rows.segment_ids == 0)[..., None, None]
+    pad = (rows.queries.segment_ids == 0)[..., None, None]
     changed = [jnp.where(pad, 100.0, x) for x in (q, k, v)]
     run = jax.jit(lambda *x: packed_attention(*x, rows, PLAIN))
     before, after = run(q, k, v), run(*changed)
@@ -142,7 +143,7 @@ def test_cached_attention_is_the_last_row_of_packed_attention(window):
     rows, scoring = [sequences(x) for x in (q, k, v)], Scoring(0.7, 3.0)
     repeated = jnp.repeat(segments, 2, axis=0)
     positions = None if window is None else jnp.maximum(jnp.cumsum(repeated, axis=1) - 1, 0)
-    seen = RowMask(repeated, jnp.zeros_like(repeated), positions, window)
+    seen = RowMask.of(repeated, jnp.zeros_like(repeated), positions, window)
     full = jax.jit(partial(packed_attention, scoring=scoring))(*rows, seen)
     spare = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 9), (0, 0)), constant_values=7.0)  # noqa: E731
     prompts = [x[:, :prompt].swapaxes(1, 2) for x in (k, v)]

@@ -19,7 +19,7 @@ from dpo_jax.data.sources import hh
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
 from dpo_jax.models.flash import flash, flash_attention
-from dpo_jax.models.flash_blocks import LARGEST, Blocks, TokenIds, ids_of, lists_of, padded_ids, visible_blocks
+from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
 
 PLATFORMS = ("tpu", "gpu")
 REAL = (
@@ -87,7 +87,7 @@ def test_equals_dense_attention_and_its_gradient(platform, window, scoring, long
 def test_every_head_dimension_equals_chunks(platform, dim, heads, kv_heads, dtype, tolerance, real_blocks):
     """On a row of one long segment, and one of two comparisons; more heads than one step of a TPU takes."""
     parts = [[(1, 0, 90), (1, 1, 80)], [(1, 0, 20), (1, 1, 30), (1, 2, 25), (2, 0, 40), (2, 1, 45), (0, 0, 10)]]
-    rows = RowMask(*(jnp.array([[x[i] for x in row for _ in range(x[2])] for row in parts]) for i in (0, 1)))
+    rows = RowMask.of(*(jnp.array([[x[i] for x in row for _ in range(x[2])] for row in parts]) for i in (0, 1)))
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(2, 170, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
     given = [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
@@ -103,14 +103,14 @@ def test_every_head_dimension_equals_chunks(platform, dim, heads, kv_heads, dtyp
 
 
 def part_of(ids, start, stop):
-    return TokenIds(*(x[:, start:stop] for x in ids))
+    return jax.tree.map(lambda x: x[:, start:stop], ids)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_queries_may_be_a_part_of_the_row(platform):
     """As where devices share a row: a part of the output, and its part of the gradients of all keys."""
     rows, (q, k, v, g) = layout(9), inputs()
-    ids = ids_of(rows)
+    ids = rows.queries
     start, stop = 40, 61
     part = with_gradient(
         lambda q, k, v: flash(
@@ -127,7 +127,7 @@ def test_queries_may_be_a_part_of_the_row(platform):
 def test_a_query_that_sees_nothing_gets_0_and_no_gradient(platform):
     """Here the keys are those of the last 35 tokens, of which the first 40 queries see none."""
     rows, (q, k, v, g) = layout(), inputs()
-    ids = ids_of(rows)
+    ids = rows.queries
     out, dq, dk, dv = with_gradient(
         lambda q, k, v: flash(q, k, v, ids, part_of(ids, 40, 75), CAPPED, platform=platform, interpret=True),
         *(q, k[:, 40:], v[:, 40:], g),
@@ -151,7 +151,7 @@ def test_blocks_of_which_nothing_is_seen_are_not_computed(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_sink_is_a_key_of_value_0_that_all_see(platform):
     rows, (q, k, v, g) = layout(), inputs()
-    ids, sinks, seen = ids_of(rows), jnp.linspace(-2.0, 3.0, q.shape[2]), visible(rows)
+    ids, sinks, seen = rows.queries, jnp.linspace(-2.0, 3.0, q.shape[2]), visible(rows)
 
     def ours(q, k, v, sinks):
         return flash(q, k, v, ids, ids, PLAIN, sinks=sinks, platform=platform, interpret=True)
@@ -191,17 +191,17 @@ def random_rows(seed, length):
     rows = np.array([(s, b, start + i) for s, b, start, n in parts for i in range(n)])[:length]
     rows[length - rng.integers(0, 20) :, :] = 0
     segments, branches, positions = (jnp.asarray(x[None], jnp.int32) for x in rows.T)
-    return RowMask(segments, branches, positions, jnp.int32(rng.integers(1, 120)) if seed % 2 else None)
+    return RowMask.of(segments, branches, positions, jnp.int32(rng.integers(1, 120)) if seed % 2 else None)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_all_blocks_with_a_visible_pair_are_visited_and_few_others(seed):
     rows, block = random_rows(seed, 320), Blocks(16, 32)
-    ids = ids_of(rows)
+    ids = rows.queries
     found = visible_blocks(
         padded_ids(ids, block.queries, -1), padded_ids(ids, block.keys, LARGEST), rows.window, block
     )[0]
-    needed = visible_keys(rows, 0, 320)[0].reshape(20, 16, 10, 32).any((1, 3))
+    needed = visible_keys(rows)[0].reshape(20, 16, 10, 32).any((1, 3))
     assert not (needed & ~found).any()
     assert (found & ~needed).sum() <= (0 if rows.window is None else 0.25 * needed.sum())
 
@@ -249,7 +249,7 @@ def test_the_share_of_scores_that_are_computed_on_real_rows(shared):
             jnp.asarray(np.concatenate([getattr(batch, name)[:count, 0] for batch, count, _ in batches]))
             for name in ("segment_ids", "branch_ids")
         )
-        ids = ids_of(RowMask(segments, branches))
+        ids = RowMask.of(segments, branches).queries
         for size in (64, 128, 256):
             places = padded_ids(ids, size, -1), padded_ids(ids, size, LARGEST)
             found[length, size] = round(float(visible_blocks(*places, None, Blocks(size, size)).mean()), 2)

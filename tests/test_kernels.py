@@ -30,7 +30,7 @@ CALLS = {"cuda": r"__cudnn\$\w+|__gpu\$xla.gpu.triton", "tpu": "@tpu_custom_call
 def long_case(window):
     """Rows of more than two blocks, some fully masked and some fully visible, and inputs."""
     _, rows = attention_case(PLAIN_MODEL, "float32", window)
-    keys, length = jax.random.split(jax.random.key(1), 4), rows.segment_ids.shape[1]
+    keys, length = jax.random.split(jax.random.key(1), 4), rows.queries.index.shape[1]
     return rows, [jax.random.normal(key, (R, length, n, D)) for key, n in zip(keys, (H, K, K, H), strict=True)]
 
 
@@ -116,19 +116,19 @@ def test_each_device_has_its_own_heads_and_rows(sizes):
     mesh, heads, kv_heads, seen = sharding.make_mesh(*sizes), 8, 4, []
 
     def attend(q, k, v, rows, scoring):
-        seen.append((q.shape[0], q.shape[2], k.shape[2], rows.segment_ids.shape[0]))
+        seen.append((q.shape[0], q.shape[2], k.shape[2], rows.queries.index.shape[0]))
         return packed_attention(q, k, v, rows, scoring)
 
     def run(attend, params, batch, count):
         q, k, v, g, *rows = (x[0] for x in batch)
-        out, back = jax.vjp(lambda *x: attend(*x, RowMask(*rows, jnp.int32(9)), Scoring(0.5, 2.0)), q, k, v)
+        out, back = jax.vjp(lambda *x: attend(*x, RowMask.of(*rows, jnp.int32(9)), Scoring(0.5, 2.0)), q, k, v)
         return [x[None] for x in (out, *back(g))]
 
     one, rows = layout(9), sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(1, 4, one.segment_ids.shape[1], n, D) for n in (heads, kv_heads, kv_heads, heads)]
+    shapes = [(1, 4, one.queries.index.shape[1], n, D) for n in (heads, kv_heads, kv_heads, heads)]
     given = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    batch = [*given, *(jnp.concatenate([x, x])[None] for x in one[:3])]
+    batch = [*given, *(jnp.concatenate([x, x])[None] for x in one.queries[1:])]
     split = rows.map_rows(partial(run, sharding.shard_heads(mesh, attend)))
     found = jax.jit(split)({"w": jnp.ones(())}, jax.device_put(batch, sharding.batch_sharding(mesh)), 0)
     theirs = jax.jit(partial(run, packed_attention))({}, batch, 0)
@@ -152,7 +152,7 @@ def test_kernels_compile_inside_of_split_rows(platform, attend, sizes, some_cudn
         q, kv, group = batch
 
         def one(q, kv):
-            return attend(q, kv, kv, layout()._replace(segment_ids=group[0], branch_ids=group[0] * 0), PLAIN)
+            return attend(q, kv, kv, RowMask.of(group[0], group[0] * 0), PLAIN)
 
         out, back = jax.vjp(one, q[0], kv[0])
         return [x[None] for x in (out, *back(out))]

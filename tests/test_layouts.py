@@ -149,6 +149,9 @@ LAYOUTS = {
     "8x1x1": (8, []),
     "1x8x1": (8, ["--mesh.data", "1", "--mesh.fsdp", "8"]),
     "2x2x2": (8, ["--mesh.fsdp", "2", "--mesh.tensor", "2"]),
+    "1x1x1x4": (4, ["--mesh.sequence", "4"]),
+    "2x1x1x2": (4, ["--mesh.sequence", "2"]),
+    "1x2x2x2": (8, ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.sequence", "2"]),
     "rows of a microbatch: 1": (1, ["--data.rows", "1"]),
     "rows of a microbatch: 3": (1, ["--data.rows", "3"]),
 }
@@ -172,9 +175,26 @@ def test_one_trajectory(world, layout):
 
 
 @pytest.mark.slow
+def test_adapters_and_the_divergence_are_the_same_with_split_rows(world):
+    """LoRA's reference is its base, of other parameters than the policy; `eval_kl` reads completions of the policy."""
+    options = ["--lora.rank", "4", "--samples.kl_prompts", "8", "--max_steps", "6"]
+    split = ["--mesh.fsdp", "2", "--mesh.sequence", "2"]
+    launched.finish(launched.start(world, "lora", *options))
+    launched.finish(launched.start(world, "lora split", *options, *split, devices=4))
+    for a, b in zip(launched.lines(world, "lora split"), launched.lines(world, "lora"), strict=True):
+        assert a.keys() == b.keys()
+        for key in {"loss", "eval_loss", "eval_kl", "logps/chosen", "grad_norm"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
+    assert b["eval_kl"] != 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_any_other_layout(world):
-    """Ten steps on 2x2x2, five under pmap, the rest on two processes with fsdp: the trajectory of one device."""
-    mixed, split = ["--mesh.fsdp", "2", "--mesh.tensor", "2"], ["--mesh.data", "1", "--mesh.fsdp", "4"]
+    """Ten steps on 2x2x2, five under pmap, the rest on two processes with fsdp: the trajectory of one device.
+
+    The two processes share every row: each device has a part of its tokens.
+    """
+    mixed, split = ["--mesh.fsdp", "2", "--mesh.tensor", "2"], ["--mesh.fsdp", "1", "--mesh.sequence", "4"]
     launched.finish(launched.start(world, "moved", "--max-steps", "10", *mixed, devices=8))
     launched.finish(launched.start(world, "moved", "--max-steps", "15", "--mesh.mode", "pmap", devices=4))
     out, _ = launched.finish(launched.start(world, "moved", *split, launch=launched.launch_local(2, 2)))

@@ -136,7 +136,8 @@ def config_of(folder, *options):
 def two_steps(config, table, base, adapters):
     """Returns the metrics and the adapters after two steps of the compiled step of a run over a base."""
     run = abstract_run(config)._replace(params=adapters, base=base)
-    mesh, tx = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor), optim.build(**config.optim)
+    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence
+    mesh, tx = sharding.make_mesh(*sizes), optim.build(**config.optim)
     trained, like = state_shardings(run, tx, mesh)
     parts = policy_shardings(run, mesh, trained)
     step, on_devices = compiled_step(run, parts, like), sharding.put_params(base, parts.base)
@@ -173,6 +174,7 @@ LAYOUTS = [
     pytest.param("int8", ["--mesh.fsdp", "4", "--model.remat", "dots"], marks=pytest.mark.slow),
     pytest.param("nf4", ["--mesh.mode", "pmap"], marks=pytest.mark.slow),
     pytest.param("nf4", ["--mesh.data", "1", "--mesh.tensor", "4"], marks=pytest.mark.slow),
+    pytest.param("nf4", ["--mesh.fsdp", "2", "--mesh.sequence", "2", "--model.remat", "full"], marks=pytest.mark.slow),
 ]
 
 

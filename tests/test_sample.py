@@ -250,9 +250,11 @@ def test_samples_of_a_model_follow_its_softmax_at_a_temperature(tmp_path, kind, 
     assert statistic < free + 5 * np.sqrt(2 * free)
 
 
-def mesh_of(data, fsdp=1, tensor=1):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+def mesh_of(data, fsdp=1, tensor=1, sequence=1):
+    devices = jax.devices()[: data * fsdp * tensor * sequence]
+    return jax.make_mesh(
+        (data, fsdp, sequence, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    )
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def made(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2,), (4,), (1, 4), (2, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)], ids=str)
 @pytest.mark.slow
 def test_samples_are_the_same_on_any_devices(models, made, sizes):
     """Parameters replicated on 2 and on 4 devices, sharded over four, and sharded over both halves of the devices."""
@@ -280,7 +282,7 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     made.clear()
     spread = generate(model, laid, prompts, batch_size=8, **options)
     assert [x.tolist() for x in spread] == [x.tolist() for x in alone]
-    rows = sharding.row_devices(mesh)
+    rows = sharding.independent_devices(mesh)
     assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
 
 

@@ -69,4 +69,4 @@ def test_meshes_that_cannot_be(sizes, message):
 
 
 def test_one_axis_takes_what_is_left():
-    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}

@@ -43,7 +43,7 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     if stronger and need.activations > 0.1 * memory:
         lines.append(f"model.remat {stronger}: recomputes more activations in the backward pass and keeps fewer")
     devices = jax.device_count() if plan.compiled is None else len(plan.compiled.groups)
-    local_rows = plan.shape.rows // max(1, devices // config.mesh.tensor)
+    local_rows = plan.shape.rows // max(1, devices // (config.mesh.tensor * config.mesh.sequence))
     if local_rows > 1 and need.activations > 0.1 * memory:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
     return lines or ["data.max_length: lower it, or use devices with more memory"]

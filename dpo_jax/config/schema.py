@@ -197,6 +197,9 @@ class MeshConfig:
     """FSDP: shards the batch and the parameters."""
     tensor: int = 1
     """Tensor parallelism: shards heads, MLP and vocabulary."""
+    sequence: int = 1
+    """For long rows: shards the tokens of a row, and the parameters as fsdp does. Row lengths are multiples of 128 *
+    sequence."""
     mode: Literal["jit", "pmap"] = "jit"
     """Transformation that compiles the step. pmap: data parallelism in one process."""
 

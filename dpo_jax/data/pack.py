@@ -56,6 +56,7 @@ def choose_layout(
     rows: int | None = None,
     length: int | None = None,
     multiple_of: int = 1,
+    parts: int = 1,
 ) -> Layout:
     """Returns the layout with the least expected cost per step for batches sampled from a table.
 
@@ -68,28 +69,37 @@ def choose_layout(
       batch_size: comparisons per step.
       rows, length: R and T, if the user sets them.
       multiple_of: devices that share the rows of a microbatch; R is a multiple of it.
+      parts: devices that share the tokens of a row; T is then a multiple of `LENGTH_UNIT` * parts.
 
     Raises:
-      UserError: `length` is too short for the data, or the devices cannot share `rows` evenly.
+      UserError: `length` is too short for the data, or the devices cannot share `rows` or `length` evenly.
     """
+    check_parts(length, parts)
     longest = int(table.lengths().max())
     if length is not None and length < longest:
         raise UserError(f"data.row_length {length} is shorter than the longest comparison, {longest} tokens; raise it")
     if rows is not None and (rows < 1 or rows % multiple_of):
         raise UserError(f"{rows} rows in a microbatch cannot be shared by {multiple_of} devices; give a multiple")
     best, least = None, math.inf
-    for size in [length] if length is not None else _row_lengths(longest, max_length):
+    for size in [length] if length is not None else _row_lengths(longest, max_length, LENGTH_UNIT * parts):
         draft = Layout(batch_size, 1, size, _segments(table, size, batch_size), _scored(table, size))
         needed = np.array([len(plan_rows(*step, draft)) for step in _simulated_steps(table, batch_size)])
-        for count in [rows] if rows is not None else _row_counts(size, batch_size, multiple_of):
+        for count in [rows] if rows is not None else _row_counts(size // parts, batch_size, multiple_of):
             microbatches = np.ceil(needed / count)
             row_cost = size * (1 + size * ATTENTION_COST) + draft.scored * HEAD_COST
-            cost = float(microbatches.mean()) * (count * row_cost + MICROBATCH_COST * multiple_of)
+            cost = float(microbatches.mean()) * (count * row_cost / parts + MICROBATCH_COST * multiple_of)
             if cost < least:
                 # In the worst case every comparison takes a row of its own.
                 best, least = draft._replace(microbatches=math.ceil(batch_size / count), rows=count), cost
     assert best is not None, "there is always a row length and a number of rows to try"
     return best
+
+
+def check_parts(length: int | None, parts: int) -> None:
+    """Refuses a row length set by the user that `parts` devices cannot share."""
+    if length is not None and parts > 1 and length % (LENGTH_UNIT * parts):
+        unit = LENGTH_UNIT * parts
+        raise UserError(f"data.row_length {length}: with mesh.sequence {parts} give a multiple of {unit}")
 
 
 def plan_rows(lengths: Int[np.ndarray, " B"], scored: Int[np.ndarray, " B"], layout: Layout) -> list[list[int]]:
@@ -225,12 +235,12 @@ def _empty_batch(layout: Layout, responses: int) -> Batch:
     )
 
 
-def _row_lengths(longest: int, max_length: int) -> list[int]:
-    """Returns the row lengths to try: LENGTH_UNIT times 1, 2, 3, 4, 6, 8, 12, ..., none shorter than `longest`."""
-    top = _round_up(max(2 * max_length, longest, SHORT_LENGTH), LENGTH_UNIT)
+def _row_lengths(longest: int, max_length: int, unit: int) -> list[int]:
+    """Returns the row lengths to try: `unit` times 1, 2, 3, 4, 6, 8, 12, ..., none shorter than `longest`."""
+    top = _round_up(max(2 * max_length, longest, SHORT_LENGTH), unit)
     steps = sorted({k << n for n in range(top.bit_length()) for k in (2, 3)} | {1})
-    sizes = [LENGTH_UNIT * step for step in steps if longest <= LENGTH_UNIT * step <= top]
-    return sizes or [_round_up(longest, LENGTH_UNIT)]
+    sizes = [unit * step for step in steps if longest <= unit * step <= top]
+    return sizes or [_round_up(longest, unit)]
 
 
 def _row_counts(length: int, batch_size: int, multiple_of: int) -> range:

@@ -123,7 +123,9 @@ def table_layout(world: World, table: Table, batch_size: int = LOGPS_BATCH) -> p
     """Returns the layout of a table's batches, with the rows that this process builds."""
     longest = int(table.lengths().max())
     devices = sharding.row_devices(world.mesh)
-    layout = pack.choose_layout(table, max_length=longest, batch_size=batch_size, multiple_of=devices)
+    layout = pack.choose_layout(
+        table, max_length=longest, batch_size=batch_size, multiple_of=devices, parts=sharding.token_devices(world.mesh)
+    )
     blocks, size = sharding.local_row_blocks(world.mesh), layout.rows // devices
     return layout._replace(own=(blocks.start * size, blocks.stop * size))
 

@@ -19,7 +19,7 @@ CHUNKS = "chunks"  # name of `packed_attention`, which runs on every device
 CHUNK = 128  # queries per chunk: smaller matmuls are inefficient, larger chunks save less above the diagonal
 MAX_CHUNKS = 32  # chunks are unrolled in the program, so very long rows get larger ones
 MASKED = -1e30  # score of a masked key; finite, because -inf - -inf is NaN
-_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 Queries = Float[Any, "R T H d"]
 KeyValues = Float[Any, "R T K d"]
@@ -27,21 +27,42 @@ KeyValues = Float[Any, "R T K d"]
 LayerCache = tuple[Array, ...]
 
 
-class RowMask(NamedTuple):
-    """Mask of a packed row: causal, within one segment, and only the prompt plus the token's own branch.
+class TokenIds(NamedTuple):
+    """What the mask knows of tokens in packed rows.
 
     Attributes:
+      index: int32[R, T], the token's place in its row: the causal order.
       segment_ids: int32[R, T]; 0 is padding, which attends to padding.
       branch_ids: int32[R, T]; 0 is the prompt.
       positions: int32[R, T], which measure the window: in every branch they continue from the prompt's end. None
         without a window.
-      window: int32[], keys at this distance or farther are masked; None without a window.
     """
 
+    index: Array
     segment_ids: Array
     branch_ids: Array
     positions: Array = None
+
+
+class RowMask(NamedTuple):
+    """Mask of packed rows: causal, within one segment, and only the prompt plus the token's own branch.
+
+    Attributes:
+      queries: the tokens that attend.
+      keys: the tokens that they attend to: the same ones, in order, unless devices share the tokens of a row.
+      window: int32[], keys at this distance or farther are masked; None without a window.
+    """
+
+    queries: TokenIds
+    keys: TokenIds
     window: Array = None
+
+    @classmethod
+    def of(cls, segment_ids: Array, branch_ids: Array, positions: Array = None, window: Array = None) -> "RowMask":
+        """Returns the mask of whole rows."""
+        index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+        ids = TokenIds(index, segment_ids, branch_ids, positions)
+        return cls(ids, ids, window)
 
 
 class Scoring(NamedTuple):
@@ -74,7 +95,7 @@ def capped_slope(y: Array, cap: float | None) -> Array | float:
 def packed_attention(
     q: Queries, k: KeyValues, v: KeyValues, mask: RowMask, scoring: Scoring, *, chunk: int = CHUNK
 ) -> Queries:
-    """Returns causal attention in which a response attends to its own prompt and to itself only.
+    """Returns causal attention over whole rows, in which a response attends to its own prompt and to itself only.
 
     Queries are processed in static chunks, and no chunk computes scores for keys after its last query. The backward
     pass saves only the output and the log-sum-exp of the scores, and recomputes the scores (FlashAttention, arXiv
@@ -144,16 +165,16 @@ def cached_attention(
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=mask.generated, axis=2)
     own_keys, own_values = (write(a, b.reshape(rows, kv_heads, 1, dim)) for a, b in zip(old, (k, v), strict=True))
     q = q.reshape(rows, kv_heads, -1, dim)
-    own = capped(scoring.scale * _dot("bkgd,bktd->bkgt", q, own_keys), scoring.cap)
+    own = capped(scoring.scale * dot("bkgd,bktd->bkgt", q, own_keys), scoring.cap)
     own = jnp.where(mask.own(capacity), own, MASKED)
     # One matmul for all queries of a prompt, which reads the prompt's keys once.
-    shared = capped(scoring.scale * _dot("pkqd,pktd->pkqt", _by_prompt(q, prompts), prompt_keys), scoring.cap)
+    shared = capped(scoring.scale * dot("pkqd,pktd->pkqt", _by_prompt(q, prompts), prompt_keys), scoring.cap)
     shared = jnp.where(mask.prompt()[:, None, None], shared, MASKED)
     top = jnp.maximum(_by_sequence(shared.max(-1, keepdims=True), own.shape), own.max(-1, keepdims=True))
     shared, own = jnp.exp(shared - _by_prompt(top, prompts)), jnp.exp(own - top)
     total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True)
-    mixed = _dot("bkgt,bktd->bkgd", own.astype(v.dtype), own_values)
-    mixed += _by_sequence(_dot("pkqt,pktd->pkqd", shared.astype(v.dtype), prompt_values), own.shape)
+    mixed = dot("bkgt,bktd->bkgd", own.astype(v.dtype), own_values)
+    mixed += _by_sequence(dot("pkqt,pktd->pkqd", shared.astype(v.dtype), prompt_values), own.shape)
     out = (mixed / total).reshape(rows, 1, -1, dim).astype(v.dtype)
     return out, (prompt_keys, prompt_values, own_keys, own_values)
 
@@ -171,7 +192,7 @@ def _by_sequence(x: Array, like: tuple[int, ...]) -> Array:
     return x.reshape(rows, kv_heads, shared, -1)
 
 
-def _by_head(x: Array, kv_heads: int | None = None) -> Array:
+def by_head(x: Array, kv_heads: int | None = None) -> Array:
     """[R, T, K, d] -> [R, K, T, d]; with `kv_heads`, [R, T, H, d] -> [R, K, N, T, d]."""
     if kv_heads is None:
         return x.transpose(0, 2, 1, 3)
@@ -179,38 +200,44 @@ def _by_head(x: Array, kv_heads: int | None = None) -> Array:
     return x.reshape(rows, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
 
 
-def _by_token(x: Array) -> Array:
-    """[R, K, N, T, d] -> [R, T, H, d], or [R, K, T, d] -> [R, T, K, d]: the inverse of `_by_head`."""
+def by_token(x: Array) -> Array:
+    """[R, K, N, T, d] -> [R, T, H, d], or [R, K, T, d] -> [R, T, K, d]: the inverse of `by_head`."""
     if x.ndim == 4:
         return x.transpose(0, 2, 1, 3)
     rows, kv_heads, shared, length, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * shared, dim)
 
 
-def visible_keys(mask: RowMask, start: int, stop: int) -> Bool[Any, "R Q S"]:
-    """Returns which of the first S = `stop` keys each query in [start, stop) attends to; always itself."""
-    query, key = (jax.tree.map(cut, mask._replace(window=None)) for cut in (
-        lambda x: x[:, start:stop, None], lambda x: x[:, None, :stop]
-    ))  # fmt: skip
-    causal = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+def visible_keys(mask: RowMask) -> Bool[Any, "R Q S"]:
+    """Returns which keys each query attends to; among them always itself."""
+    query = jax.tree.map(lambda x: x[:, :, None], mask.queries)
+    key = jax.tree.map(lambda x: x[:, None, :], mask.keys)
     same_segment = query.segment_ids == key.segment_ids
-    visible = causal & same_segment & ((key.branch_ids == 0) | (key.branch_ids == query.branch_ids))
+    visible = (key.index <= query.index) & same_segment
+    visible = visible & ((key.branch_ids == 0) | (key.branch_ids == query.branch_ids))
     return visible if mask.window is None else visible & (query.positions - key.positions < mask.window)
+
+
+def _chunk_mask(mask: RowMask, start: int, stop: int) -> RowMask:
+    """Returns the mask of the queries [start, stop) of whole rows and of the first `stop` keys."""
+    queries = jax.tree.map(lambda x: x[:, start:stop], mask.queries)._replace(index=jnp.arange(start, stop)[None])
+    keys = jax.tree.map(lambda x: x[:, :stop], mask.keys)._replace(index=jnp.arange(stop)[None])
+    return mask._replace(queries=queries, keys=keys)
 
 
 def _softmax(q: Array, k: Array, v: Array, visible: Array, scoring: Scoring) -> tuple[Array, Array]:
     """Returns a chunk's output [R, K, N, Q, d] and log-sum-exp [R, K, N, Q], in float32."""
-    scores = jnp.where(visible[:, None, None], _scores(q, k, scoring), MASKED)
+    scores = jnp.where(visible[:, None, None], scores_of(q, k, scoring), MASKED)
     top = scores.max(-1, keepdims=True)
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
-    out = _dot("rknqs,rksd->rknqd", p.astype(v.dtype), v) / total
+    out = dot("rknqs,rksd->rknqd", p.astype(v.dtype), v) / total
     return out, (top + jnp.log(total))[..., 0]
 
 
-def _scores(q: Array, k: Array, scoring: Scoring) -> Array:
+def scores_of(q: Array, k: Array, scoring: Scoring) -> Array:
     """Returns float32[R, K, N, Q, S], not yet masked."""
-    return capped(_dot("rknqd,rksd->rknqs", q, k) * scoring.scale, scoring.cap)
+    return capped(dot("rknqd,rksd->rknqs", q, k) * scoring.scale, scoring.cap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -223,44 +250,65 @@ def _chunks(length: int, chunk: int) -> list[tuple[int, int]]:
 
 
 def _attend_fwd(q, k, v, mask, scoring, chunk):
-    queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
+    queries, keys, values = by_head(q, k.shape[2]), by_head(k), by_head(v)
     # The causal skip: queries a..b meet keys 0..b, so about half of the T x T scores are never computed. Chunk bounds
     # are Python integers because these shapes differ, which a loop inside the program could not express.
     parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(mask, a, b), scoring)
+        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(_chunk_mask(mask, a, b)), scoring)
         for a, b in _chunks(q.shape[1], chunk)
     ]
-    out = _by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
+    out = by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
     # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
     out = checkpoint_name(out, "attention")
     lse = checkpoint_name(jnp.concatenate([lse for _, lse in parts], axis=3), "attention")
     return out, (q, k, v, mask, out, lse)
 
 
-def _attend_bwd(scoring, chunk, residuals, g):
-    """Recomputes the probabilities p = exp(score - lse), so that no [T, T] array outlives its chunk.
+def delta_of(g: Array, out: Array, kv_heads: int) -> Array:
+    """Returns g . out of each query, float32[R, K, N, T, 1], for `slopes_of`, from [R, T, H, d]."""
+    return by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
 
-    The gradient of a score is p * (g . v - delta), where delta = g . out is one number per query: it equals the sum of
-    p * (g . v) over all keys, and needs only the saved output.
+
+def slopes_of(
+    q: Array, g: Array, lse: Array, delta: Array, k: Array, v: Array, visible: Array, scoring: Scoring
+) -> tuple[Array, Array, Array]:
+    """Returns the gradients of queries [R, K, N, Q, d], and their share in those of keys and values [R, K, S, d].
+
+    The probabilities are p = exp(score - lse). The gradient of a score is p * (g . v - delta), where delta = g . out is
+    one number per query: it equals the sum of p * (g . v) over all keys, and needs only the saved output.
+
+    Args:
+      q: queries; g is the cotangent of their output, lse and delta are float32[R, K, N, Q, 1].
+      g, lse, delta: see q.
+      k: keys.
+      v: values.
+      visible: bool[R, Q, S].
+      scoring: scale and cap of the scores.
     """
+    scores = scores_of(q, k, scoring)
+    p = jnp.exp(jnp.where(visible[:, None, None], scores, MASKED) - lse)
+    dp = dot("rknqd,rksd->rknqs", g, v)
+    ds = (p * (dp - delta) * (scoring.scale * capped_slope(scores, scoring.cap))).astype(q.dtype)
+    dq = dot("rknqs,rksd->rknqd", ds, k)
+    return dq, dot("rknqs,rknqd->rksd", ds, q), dot("rknqs,rknqd->rksd", p.astype(q.dtype), g)
+
+
+def _attend_bwd(scoring, chunk, residuals, g):
+    """Recomputes the probabilities, so that no [T, T] array outlives its chunk."""
     q, k, v, mask, out, lse = residuals
     kv_heads = k.shape[2]
-    queries, keys, values, do = _by_head(q, kv_heads), _by_head(k), _by_head(v), _by_head(g, kv_heads)
-    delta = _by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
+    queries, keys, values, do = by_head(q, kv_heads), by_head(k), by_head(v), by_head(g, kv_heads)
+    delta = delta_of(g, out, kv_heads)
     dq, dk, dv = [], jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     for a, b in _chunks(q.shape[1], chunk):
-        part, d_part = queries[..., a:b, :], do[..., a:b, :]
-        scores = _scores(part, keys[:, :, :b], scoring)
-        visible = visible_keys(mask, a, b)[:, None, None]
-        p = jnp.exp(jnp.where(visible, scores, MASKED) - lse[..., a:b, None])
-        dp = _dot("rknqd,rksd->rknqs", d_part, values[:, :, :b])
-        slope = scoring.scale * capped_slope(scores, scoring.cap)
-        ds = (p * (dp - delta[..., a:b, :]) * slope).astype(q.dtype)
-        dq.append(_dot("rknqs,rksd->rknqd", ds, keys[:, :, :b]))
-        dk = dk.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", ds, part))
-        dv = dv.at[:, :, :b].add(_dot("rknqs,rknqd->rksd", p.astype(q.dtype), d_part))
-    dq = _by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
-    return dq, _by_token(dk).astype(k.dtype), _by_token(dv).astype(v.dtype), None
+        part = queries[..., a:b, :], do[..., a:b, :], lse[..., a:b, None], delta[..., a:b, :]
+        visible = visible_keys(_chunk_mask(mask, a, b))
+        d_part, d_keys, d_values = slopes_of(*part, keys[:, :, :b], values[:, :, :b], visible, scoring)
+        dq.append(d_part)
+        dk = dk.at[:, :, :b].add(d_keys)
+        dv = dv.at[:, :, :b].add(d_values)
+    dq = by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
+    return dq, by_token(dk).astype(k.dtype), by_token(dv).astype(v.dtype), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

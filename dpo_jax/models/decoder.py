@@ -60,18 +60,14 @@ class Context(NamedTuple):
     """Inputs that are the same for every layer.
 
     Attributes:
-      segment_ids: int32[R, T]; None when decoding.
-      branch_ids: int32[R, T]; None when decoding.
-      positions: int32[R, T]; set by `Decoder`.
+      rows: the mask of packed rows, without window; None when decoding.
       generated: int32[], tokens in the cache after the prompts; None without a cache.
       mask: bool[P, T], True for real prompt tokens, False for left padding; None without a cache.
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
         layers with a window; empty with learned positions.
     """
 
-    segment_ids: Array = None
-    branch_ids: Array = None
-    positions: Array = None
+    rows: RowMask | None = None
     generated: Array = None
     mask: Array = None
     angles: tuple[Angles, ...] = ()
@@ -108,8 +104,8 @@ def _attention(
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
-        positions = None if width is None else context.positions
-        mixed = attend(q, k, v, RowMask(context.segment_ids, context.branch_ids, positions, width), scoring)
+        assert context.rows is not None
+        mixed = attend(q, k, v, context.rows._replace(window=width), scoring)
         kept = k, v
     else:
         mixed, kept = cached_attention(q, k, v, cache, CacheMask(context.mask, context.generated, width), scoring)
@@ -172,6 +168,19 @@ def _lookup(table: Array, index: Array, dtype: Any) -> Array:
     return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan).astype(dtype)
 
 
+def _length(rows: RowMask | None, cache: Cache | None) -> int:
+    """Returns the most keys that a query may see."""
+    if cache is not None:
+        return cache[0][0].shape[2] + cache[0][2].shape[2]
+    assert rows is not None
+    return rows.keys.index.shape[1]
+
+
+def _unmeasured(rows: RowMask | None) -> RowMask | None:
+    """Returns a mask without positions, which no window needs."""
+    return rows and RowMask(*(ids._replace(positions=None) for ids in (rows.queries, rows.keys)))
+
+
 def _windows(a: Architecture, length: int) -> Array | None:
     """Returns int32[L], the window of each layer (0 for none); None if no layer differs within `length` tokens."""
     matter = any(0 < window < length for window in a.windows) or a.window_rope is not None
@@ -206,7 +215,7 @@ class Decoder(nn.Module):
         Args:
           tokens: int32[R, T].
           positions: int32[R, T].
-          context: masks; `positions` and `angles` are filled in here.
+          context: masks; `angles` are filled in here.
           cache: keys and values so far, to decode one token per sequence (R = B, T = 1). The parameters of the layers
             must then be a list (`Model.unstack`).
 
@@ -217,9 +226,10 @@ class Decoder(nn.Module):
         a = self.architecture
         x = self._embed(tokens, positions)
         angles = tuple(angles_at(rope, positions) for rope in (a.rope, a.window_rope) if rope is not None)
-        context = context._replace(positions=positions, angles=angles)
-        length = tokens.shape[1] if cache is None else cache[0][0].shape[2] + cache[0][2].shape[2]
-        own = _windows(a, length), 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
+        windows = _windows(a, _length(context.rows, cache))
+        rows = _unmeasured(context.rows) if windows is None else context.rows
+        context = context._replace(angles=angles, rows=rows)
+        own = windows, 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
         if cache is None:
             x, kept = self._scan_layers()(x, None, own, context)
         else:

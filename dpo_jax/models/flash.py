@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.attention import KeyValues, Queries, RowMask, Scoring
+from dpo_jax.models.attention import KeyValues, Queries, RowMask, Scoring, TokenIds
 from dpo_jax.models.flash_blocks import (
     LARGEST,
     Backend,
     Blocks,
     Sides,
-    TokenIds,
-    ids_of,
     lists_of,
     padded_ids,
     visible_blocks,
@@ -47,8 +45,7 @@ def flash_attention(
     interpret: bool = False,
 ) -> Queries:
     """Returns what `packed_attention` does, by `flash`."""
-    ids = ids_of(mask)
-    return flash(q, k, v, ids, ids, scoring, mask.window, platform=platform, interpret=interpret)
+    return flash(q, k, v, mask.queries, mask.keys, scoring, mask.window, platform=platform, interpret=interpret)
 
 
 def flash(

@@ -12,37 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
-from dpo_jax.models.attention import MASKED, RowMask, Scoring, capped, capped_slope
+from dpo_jax.models.attention import MASKED, Scoring, TokenIds, capped, capped_slope
 from dpo_jax.records import Array
 
 UNSEEN = -MASKED  # log-sum-exp of a query that sees no key: its probabilities exp(score - UNSEEN) are 0
 LARGEST = jnp.iinfo(jnp.int32).max
 
 
-class TokenIds(NamedTuple):
-    """What decides which tokens see each other.
-
-    Attributes:
-      index: int32[R, T], places in the row, from 0: a query sees no later key.
-      segment_ids: int32[R, T]; 0 is padding, which attends to padding.
-      branch_ids: int32[R, T]; 0 is the prompt.
-      positions: int32[R, T], which measure the window.
-    """
-
-    index: Array
-    segment_ids: Array
-    branch_ids: Array
-    positions: Array
-
-
-def ids_of(mask: RowMask) -> TokenIds:
-    """Returns the ids of a row that lies on one device; without a window its positions are not read."""
-    index = jnp.broadcast_to(jnp.arange(mask.segment_ids.shape[1], dtype=jnp.int32), mask.segment_ids.shape)
-    return TokenIds(index, mask.segment_ids, mask.branch_ids, index if mask.positions is None else mask.positions)
-
-
 def padded_ids(ids: TokenIds, block: int, index: int) -> Array:
-    """Returns int32[R, 4, T], T a multiple of the block; padding has the ids of the last token, but this index."""
+    """Returns int32[R, 4, T], T a multiple of the block; padding has the ids of the last token, but this index.
+
+    Without a window positions are not read, and may be None.
+    """
+    ids = ids if ids.positions is not None else ids._replace(positions=ids.index)
     pad = ((0, 0), (0, -ids.index.shape[1] % block))
     first = jnp.pad(ids.index, pad, constant_values=index)
     return jnp.stack([first, *(jnp.pad(x, pad, mode="edge") for x in ids[1:])], axis=1).astype(jnp.int32)

@@ -26,12 +26,14 @@ class Kernel(NamedTuple):
       attend: the kernel, with the signature of `packed_attention`.
       dtypes: supported compute dtypes.
       note: a remark for users, logged when the kernel is used; may be empty.
+      whole_rows: whether it needs all tokens of a row on one device (`mesh.sequence` 1).
     """
 
     platforms: tuple[str, ...]
     attend: Attend
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     note: str = ""
+    whole_rows: bool = True
 
 
 def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, interpret: bool = False) -> Array:
@@ -52,7 +54,7 @@ def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, int
         return kernel(q * jnp.asarray(scoring.scale, q.dtype), k, v)
 
     def run(q: Array, k: Array, v: Array, mask: RowMask) -> Array:
-        visible = visible_keys(mask, 0, q.shape[1])
+        visible = visible_keys(mask)
         return jax.vmap(one)(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), visible).swapaxes(1, 2)
 
     return _run_on_blocks(run, q, k, v, mask)
@@ -68,7 +70,7 @@ def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, impl
         raise NotImplementedError("cannot cap scores, which this model does")
 
     def run(q: Array, k: Array, v: Array, mask: RowMask) -> Array:
-        visible = visible_keys(mask, 0, q.shape[1])[:, None]
+        visible = visible_keys(mask)[:, None]
         options: dict[str, Any] = {"mask": visible, "is_causal": True, "scale": scoring.scale}
         return jax.nn.dot_product_attention(q, k, v, **options, implementation=implementation)
 
@@ -79,7 +81,7 @@ def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, impl
 _ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 # In the order in which `model.attention: auto` tries them.
 KERNELS = {
-    "flash": Kernel(PLATFORMS, flash_attention),
+    "flash": Kernel(PLATFORMS, flash_attention, whole_rows=False),
     "splash": Kernel(("tpu",), splash),
     "cudnn": Kernel(("gpu",), cudnn, ("bfloat16",), _ORDER),
 }
@@ -91,6 +93,7 @@ def _run_on_blocks(
     """Runs a kernel on rows padded to a multiple of `BLOCK`; the backward pass recomputes the mask."""
     length = q.shape[1]
     pad = partial(jax.tree.map, lambda x: jnp.pad(x, ((0, 0), (0, -length % BLOCK)) + ((0, 0),) * (x.ndim - 2)))
-    mask = pad(mask._replace(window=None))._replace(window=mask.window)
+    segment_ids, branch_ids, positions = pad(mask.queries[1:])
+    mask = RowMask.of(segment_ids, branch_ids, positions, mask.window)
     recomputed: Any = jax.checkpoint(run, policy=keeps_attention, prevent_cse=False)
     return recomputed(pad(q), pad(k), pad(v), mask)[:, :length]

@@ -10,9 +10,11 @@ from flax import linen as nn
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import CHUNKS, packed_attention
+from dpo_jax.models.attention import CHUNKS, RowMask, packed_attention
+from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array
+from dpo_jax.row_split import RowSplit
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -27,7 +29,7 @@ class Model(NamedTuple):
       init: key -> params, random as Hugging Face initializes them. Jit it: it traces the model on one token.
       hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> hidden states [R, T, D] after
         the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `attend`
-        replaces `packed_attention`.
+        replaces `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D].
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
@@ -41,6 +43,7 @@ class Model(NamedTuple):
         False for left padding.
       axes: tree like params; the leaves are tuples with the logical name of each axis.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
+      split: how devices share the tokens of a row in `hidden`; None if each has whole rows.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
       end_ids: ids of the tokens that end a text, by the folder it was loaded from; () if it was built.
     """
@@ -54,6 +57,7 @@ class Model(NamedTuple):
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
     attention: str = CHUNKS
+    split: RowSplit | None = None
     hf_config: Any = None
     end_ids: tuple[int, ...] = ()
 
@@ -90,12 +94,22 @@ def build_model(architecture: Architecture, *, compute: str = "float32", remat: 
 
 def _init(decoder: Decoder, key: Array) -> Any:
     one = jnp.zeros((1, 1), jnp.int32)
-    return decoder.init(key, one, one, Context(segment_ids=one, branch_ids=one))["params"]
+    return decoder.init(key, one, one, Context(RowMask.of(one, one, one)))["params"]
 
 
-def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, attend=packed_attention):
-    context = Context(segment_ids=segment_ids, branch_ids=branch_ids)
-    return decoder.clone(gather=gather, attend=attend).apply({"params": params}, tokens, positions, context)[0]
+def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, attend=None, split=None):
+    rows = RowMask.of(segment_ids, branch_ids, positions)
+    if split is None:
+        attend = attend or packed_attention
+    else:
+        tokens, positions = split.own(tokens), split.own(positions)
+        rows = RowMask(jax.tree.map(split.own, rows.queries), jax.tree.map(split.in_order, rows.keys))
+        attend = partial(_attend_all, attend or block_attention, split)
+    return decoder.clone(gather=gather, attend=attend).apply({"params": params}, tokens, positions, Context(rows))[0]
+
+
+def _attend_all(attend, split, q, k, v, mask, scoring):
+    return attend(q, split.gather(k), split.gather(v), mask, scoring)
 
 
 def _head(architecture: Architecture, params: Any) -> Array:
@@ -107,7 +121,7 @@ def _head(architecture: Architecture, params: Any) -> Array:
 
 def _prefill(decoder, params, tokens, positions, mask, copies, room):
     # A prompt is one segment on branch 0; left padding is segment 0.
-    context = Context(segment_ids=mask, branch_ids=jnp.zeros_like(mask))
+    context = Context(RowMask.of(mask, jnp.zeros_like(mask), positions))
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
     keys, values = (x.swapaxes(2, 3) for x in kept)
     layers, prompts, kv_heads, _, dim = keys.shape

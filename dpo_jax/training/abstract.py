@@ -28,7 +28,7 @@ def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Me
     """Returns the config's mesh over JAX's devices or a target's, and each device's group of fast links."""
     devices = jax.devices() if target is None else target_devices(target)
     groups = sharding.link_groups(devices) if target is None else target.groups
-    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
+    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence
     mesh, where = sharding.make_mesh(*sizes, devices=devices, groups=groups), dict(zip(devices, groups, strict=True))
     return mesh, [where[device] for device in mesh.devices.flat]
 
@@ -64,10 +64,18 @@ def abstract_run(config: Config, narrow: bool = True, sync: Sync | None = None) 
     )  # fmt: skip
 
 
-def plan_layout(config: Config, devices: int) -> pack.Layout:
-    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device."""
-    length = config.data.row_length or 2 * config.data.max_length
-    rows = config.data.rows or devices * max(1, TOKENS // length)
+def plan_layout(config: Config, devices: int, parts: int = 1) -> pack.Layout:
+    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device.
+
+    Args:
+      config: the run's config.
+      devices: that share the rows of a microbatch.
+      parts: devices that share the tokens of a row.
+    """
+    pack.check_parts(config.data.row_length, parts)
+    unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
+    length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit
+    rows = config.data.rows or devices * max(1, TOKENS * parts // length)
     segments = min(config.batch_size, max(1, length // 64))
     return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
 

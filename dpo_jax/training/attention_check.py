@@ -48,9 +48,9 @@ def with_attention(
     Raises:
       UserError: the named kernel is not available on this device, or does not match chunks.
     """
-    devices, names = 1 if mesh is None else sharding.head_devices(mesh), _candidates(attention, jax.default_backend())
+    names = _candidates(attention, jax.default_backend())
     for name in names:
-        problem = kernel_refusal(name, model.architecture, compute, devices)
+        problem = _split_refusal(name, mesh) or kernel_refusal(name, model.architecture, compute, _head_devices(mesh))
         if distributed.all_agree(not problem):
             notes = f"attention: {name}, matches {CHUNKS} on this device", KERNELS[name].note
             return _with_kernel(model, name, mesh), "; ".join(filter(None, notes))
@@ -74,7 +74,8 @@ def planned_attention(
       UserError: the named kernel cannot be used there.
     """
     for name in _candidates(attention, platform):
-        problem = _unsupported(name, model.architecture, compute, sharding.head_devices(mesh), platform)
+        problem = _unsupported(name, model.architecture, compute, _head_devices(mesh), platform)
+        problem = _split_refusal(name, mesh) or problem
         if not problem:
             note = f"attention: {name}, if it passes its test on the device when the run starts"
             return _with_kernel(model, name, mesh), note
@@ -93,6 +94,16 @@ def _candidates(attention: str, platform: str) -> list[str]:
 def _with_kernel(model: Model, name: str, mesh: jax.sharding.Mesh | None) -> Model:
     attend = KERNELS[name].attend if mesh is None else sharding.shard_heads(mesh, KERNELS[name].attend)
     return model._replace(hidden=partial(model.hidden, attend=attend), attention=name)
+
+
+def _head_devices(mesh: jax.sharding.Mesh | None) -> int:
+    return 1 if mesh is None else sharding.head_devices(mesh)
+
+
+def _split_refusal(name: str, mesh: jax.sharding.Mesh | None) -> str:
+    """Returns why a kernel cannot be used on a mesh that splits rows; "" if it can."""
+    split = mesh is not None and sharding.token_devices(mesh) > 1
+    return "needs whole rows (mesh.sequence 1)" if split and KERNELS[name].whole_rows else ""
 
 
 def _unsupported(name: str, a: Architecture, compute: str, devices: int, platform: str) -> str:
@@ -138,7 +149,7 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
       inputs: q, k, v and a cotangent of the output.
       rows: mask of the packed rows.
     """
-    unchunked: Attend = partial(packed_attention, chunk=rows.segment_ids.shape[1])
+    unchunked: Attend = partial(packed_attention, chunk=rows.queries.index.shape[1])
     with jax.default_matmul_precision("highest"):
         exact = _with_gradients(unchunked, scoring, [x.astype(jnp.float32) for x in inputs], rows)
     found, chunks = (_with_gradients(f, scoring, inputs, rows) for f in (attend, packed_attention))
@@ -177,8 +188,8 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
     q, *rest = (rng.standard_normal((*segment_ids.shape, n, a.head_dim), np.float32) for n in heads)
     q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * a.head_dim**0.5)
     rows = (
-        RowMask(segment_ids, branch_ids)
+        RowMask.of(segment_ids, branch_ids)
         if window is None
-        else RowMask(segment_ids, branch_ids, positions, np.int32(window))
+        else RowMask.of(segment_ids, branch_ids, positions, np.int32(window))
     )
     return [jnp.asarray(x, compute) for x in (q, *rest)], rows

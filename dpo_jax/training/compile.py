@@ -137,7 +137,7 @@ def compiled_step(run: Run, shardings: PolicyShardings, abstract_state: TrainSta
 def prepare_run(run: Run) -> PreparedRun:
     """Returns a run on its devices: layouts, reference log-probs, functions ready to compile."""
     config = run.config
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
     layout, eval_layout = (_layout(config, mesh, table) for table in (run.train_table, run.eval_table))
     put, tx, own = partial(sharding.put_batch, mesh), optim.build(**config.optim), hparams(config)
     trained, abstract = state_shardings(run, tx, mesh)
@@ -175,6 +175,7 @@ def _layout(config: Config, mesh: Any, table: Table, own_sizes: bool = True) -> 
         length=config.data.row_length if own_sizes else None,
         rows=config.data.rows if own_sizes else None,
         multiple_of=sharding.row_devices(mesh),
+        parts=sharding.token_devices(mesh),
     )
     blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
     return layout._replace(own=(blocks.start * size, blocks.stop * size))

@@ -157,7 +157,8 @@ def lower_step(config: Config, target: Target | None, sync: Sync | None = None) 
         compute = compute_dtype(config.model)
         model, note = planned_attention(run.model, config.model.attention, compute, mesh, target.platform)
         run = run._replace(model=model)
-    tx, shape = optim.build(**config.optim), plan_layout(config, sharding.row_devices(mesh))
+    tx = optim.build(**config.optim)
+    shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     trained, abstract = state_shardings(run, tx, mesh)
     shardings = policy_shardings(run, mesh, trained)
     base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
@@ -285,7 +286,8 @@ def least_activations(config: Config, target: Target) -> int:
     They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer.
     """
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
-    shape, itemsize = plan_layout(config, sharding.row_devices(mesh)), jnp.dtype(compute_dtype(config.model)).itemsize
+    shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
+    itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
     split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (2 if a.gated else 1) * a.mlp
     tokens = shape.rows * shape.length // sharding.row_devices(mesh)
     return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))

@@ -111,7 +111,7 @@ def setup_run(config: Config) -> Run:
     check_length(config, loaded.model)
     for line in export_notes(config, loaded):
         log.info(line)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
     model, note = with_attention(loaded.model, config.model.attention, config.model.compute, mesh)
     for line in filter(None, (loaded.note, note, _reference_note(config, loss))):
         notes.append(line)

@@ -44,7 +44,7 @@ def policy_shardings(run: Run, mesh: Any, trained: Any) -> PolicyShardings:
 
 
 def gather_on_use(model: Model, collectives: Collectives, shardings: Any) -> Model:
-    """Returns the model of sharded parameters, all-gathered just before use: one layer at a time.
+    """Returns the model of sharded parameters, all-gathered just before use: one layer at a time. Rows may be split.
 
     Args:
       model: for gathered parameters.
@@ -63,6 +63,7 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any) -> Mod
         return gather(tree, shardings["layers"])
 
     return model._replace(
-        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, gather=layer),
+        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, gather=layer, split=collectives.split),
         head=lambda tree: model.head(top(tree)),
+        split=collectives.split,
     )
