@@ -28,6 +28,7 @@ from dpo_jax.training import attention_check
 from dpo_jax.training.attention_check import attention_case, kernel_errors, kernel_refusal, with_attention
 from dpo_jax.training.metrics_file import read_metrics
 
+FLASH = partial(flash_attention, platform="tpu", interpret=True)
 SAME = re.compile("loss|logps|grad_norm|margins|step")
 MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
 
@@ -277,13 +278,16 @@ def trained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
-def test_a_run_over_devices_is_the_same_by_a_kernel(axis, tmp_path, monkeypatch, trained, capsys):
-    """Through the command line: the TPU's kernel, run on four emulated devices."""
-    has(monkeypatch, INTERPRETED)
+@pytest.mark.parametrize(
+    ("axis", "name", "attend"),
+    [("tensor", "splash", INTERPRETED), ("fsdp", "splash", INTERPRETED), ("tensor", "flash", FLASH)],
+)
+def test_a_run_over_devices_is_the_same_by_a_kernel(axis, name, attend, tmp_path, monkeypatch, trained, capsys):
+    """Through the command line: the TPU's kernels, run on four emulated devices."""
+    has(monkeypatch, attend, name)
     chunks = trained(tmp_path / "chunks", model_attention="chunks")
     assert "attention" not in capsys.readouterr().out
     by_kernel = trained(tmp_path / "kernel", **{f"mesh_{axis}": 2})
-    assert "attention: splash, matches chunks on this device" in capsys.readouterr().out
+    assert f"attention: {name}, matches chunks on this device" in capsys.readouterr().out
     for found, expected in zip(by_kernel, chunks, strict=True):
         assert found == pytest.approx(expected, rel=2e-3, abs=2e-4)

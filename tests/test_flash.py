@@ -148,6 +148,7 @@ def test_blocks_of_which_nothing_is_seen_are_not_computed(platform):
     np.testing.assert_array_equal(run(q, *broken)[0, 256:], run(q, k, v)[0, 256:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_sink_is_a_key_of_value_0_that_all_see(platform):
     rows, (q, k, v, g) = layout(), inputs()
