@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import cli, sharding
+from dpo_jax.commands.target import collective_rows, speed_advice
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data.pack import Layout
@@ -174,6 +175,26 @@ def test_the_bound_is_the_longest_of_what_runs_at_once():
     assert bound.seconds == max(bound.matmul, 2.0) + 4.0
     assert bound.tokens_per_second == 80 / bound.seconds
     assert bound.mfu == work().useful / 4 / 1e6 / bound.seconds
+
+
+def test_advice_names_what_makes_a_step_slow():
+    target, mesh = Target("h100", 2, (1, 2)), {"data": 2, "fsdp": 2, "tensor": 1}
+    gather = collective("all-gather", 10**9, ((0, 1), (2, 3)), 10, True)
+    across = collective("all-reduce", 10**9, ((0, 2), (1, 3)), 1, False)
+    whole = collective("all-reduce", 10**9, ((0, 1), (2, 3)), 10, False)
+
+    def advice(*found):
+        bound = roofline(work(), found, target.chip, target.groups)
+        made = plan.Compiled(target, mesh, target.groups, "", 0.0, "", list(found), work(), bound)
+        return speed_advice(made), collective_rows(made)
+
+    lines, rows = advice(gather, across)
+    assert "links take long, all-reduce over data through the network above all" in lines[0]  # 0.08 s, gathers 0.04
+    assert [(row["axis"], row["count"], row["sent"], row["network"]) for row in rows] == [
+        ("fsdp", 10, 2e10, False), ("data", 1, 4e9, True)
+    ]  # fmt: skip
+    assert "sums whole arrays over fsdp in place of gathering" in advice(whole, across)[0][1]
+    assert not [line for line in lines if "sums whole" in line]
 
 
 def test_auto_attention_is_what_the_target_would_use():

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dpo_jax.commands.common import log_line, print_table
+from dpo_jax.sharding import RULES
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Compiled, Plan
 from dpo_jax.training.program import axes_of, custom_calls
@@ -95,6 +96,15 @@ def speed_advice(compiled: Compiled) -> list[str]:
         worst = max(rows, key=lambda row: row["sent"] / (chip.network if row["network"] else chip.link))
         where = f"{worst['kind']} over {worst['axis']}" + (" through the network" if worst["network"] else "")
         lines.append(f"links take long, {where} above all; more tokens a microbatch (data.rows) spread what is sent")
+    sharded = RULES["embed"]
+    sums = sum(
+        row["sent"] for row in collective_rows(compiled) if (row["axis"], row["kind"]) == (sharded, "all-reduce")
+    )
+    if sums > sum(row["sent"] for row in collective_rows(compiled)) / 2:
+        lines.append(
+            f"the compiler sums whole arrays over {sharded} in place of gathering and scattering parts; a smaller "
+            f"mesh.{sharded} may avoid that"
+        )
     if bound.memory > bound.matmul:
         lines.append("memory takes longer than matmuls: more tokens a microbatch (data.rows) spread the weights")
     return lines
