@@ -363,7 +363,7 @@ def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
         raise UserError(
-            "mesh.mode pmap: parameters and rows are whole; set mesh.fsdp, mesh.tensor and mesh.sequence to 1"
+            "mesh.mode pmap: parameters are replicated; set mesh.fsdp, mesh.tensor and mesh.sequence to 1"
         )
 
     def reduce(function: Callable) -> Callable:

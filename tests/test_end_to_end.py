@@ -332,7 +332,7 @@ MISTAKES = [
     (["train", "dpo.yaml", "--hang-seconds", "-1", "--run", "r8"], r"hang_seconds must be >= 0 \(0: never\), got -1.0"),
     (
         ["train", "dpo.yaml", "--mesh.mode", "pmap", "--mesh.fsdp", "2", "--run", "r9"],
-        r"mesh.mode pmap: parameters are replicated; set mesh.fsdp and",
+        r"mesh.mode pmap: parameters are replicated; set mesh.fsdp, mesh",
     ),
     (
         ["train", "dpo.yaml", "--keep-best", "eval_los", "--run", "r10"],
