@@ -13,6 +13,7 @@ from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
+from dpo_jax.split_head import split_token_logps
 
 LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 CHUNK = 512  # tokens whose logits are in memory at a time
@@ -91,6 +92,14 @@ def _token_logps_bwd(size, cap, residuals, g):
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
 
 
+def _token_logps_by(model: Model, params: Any, scored: Array, target: Array, chunks: Array, size: int) -> Array:
+    """Returns `token_logps` by a model's head, whole or split."""
+    cap = model.architecture.logit_cap
+    if model.split_head is not None:
+        return split_token_logps(scored, model.split_head(params), target, chunks, size, cap)
+    return token_logps(scored, model.head(params), target, chunks, size, cap)
+
+
 def _chunked(source: Array, target: Array, slot: Array, size: int) -> tuple[Array, Array, Array]:
     """Returns the scored-token columns padded to a multiple of a chunk."""
     extra = -slot.shape[1] % size
@@ -128,14 +137,14 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     """
     rows, segments, responses, _ = batch.ref_logps.shape
     scored, slot, target, chunks, size = _scored(model, params, batch, chunk)
-    head, cap = model.head(params), model.architecture.logit_cap
-    logps: Array = token_logps(scored, head, target, chunks, size, cap)
+    logps = _token_logps_by(model, params, scored, target, chunks, size)
     add = _adder(slot, (rows, segments, responses))
     lengths = add(jnp.ones_like(logps))
     present = lengths > 0
     shared = _is_shared(slot, lengths)
     mean = jnp.full_like(lengths, jnp.nan)
     if confidence:
+        head, cap = model.head(params), model.architecture.logit_cap
         mean = add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap)) / jnp.maximum(
             lengths, 1
         )
@@ -238,8 +247,7 @@ def token_logps_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int 
 def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
     """Returns `token_logps_of_batch` and the hidden states that predict those tokens, [R, S, D]."""
     scored, _, target, chunks, size = _scored(model, params, batch, chunk)
-    cap = model.architecture.logit_cap
-    logps: Array = token_logps(scored, model.head(params), target, chunks, size, cap)
+    logps = _token_logps_by(model, params, scored, target, chunks, size)
     return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 

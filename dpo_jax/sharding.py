@@ -160,8 +160,11 @@ class Collectives(NamedTuple):
       gather_rows: runs `(params, batch, count) -> per-row values` on every device and all-gathers them.
       map_rows: runs `(params, batch, count) -> arrays [M, R, ...]` on every device; the arrays stay sharded by row.
       own_rows: per-row values of all rows -> those of this device; for use inside `reduce`.
-      gather: (parameters or one layer of them, shardings) -> the same all-gathered along fsdp, for use inside the
-        functions above; None if nothing is sharded along fsdp.
+      gather: (parameters or one layer of them, shardings, compute dtype) -> the same all-gathered along fsdp, for use
+        inside the functions above; None if nothing is sharded along fsdp.
+      exchange: runs `indices of all rows -> own part of the last axis` on every device along fsdp and sends each device
+        its rows' parts: (function, own indices) -> whole last axis, for use likewise; None where parameters are whole
+        or `tensor` shards them too.
     """
 
     psum: Callable[[Any], Any]
@@ -169,7 +172,8 @@ class Collectives(NamedTuple):
     gather_rows: Callable[[Callable], Callable]
     map_rows: Callable[[Callable], Callable]
     own_rows: Callable[[Any], Any]
-    gather: Callable[[Any, Any], Any] | None
+    gather: Callable[[Any, Any, str], Any] | None
+    exchange: Callable[[Callable[[Any], Any], Any], Any] | None = None
 
 
 def _same(x: Any) -> Any:
@@ -179,14 +183,20 @@ def _same(x: Any) -> Any:
 NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all rows
 
 
-def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
+def mesh_collectives(mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "float32") -> Collectives:
     """Returns the collectives of a step under jit on a mesh.
 
     Args:
       mesh: from `make_mesh`.
       params: tree of the parameters' shardings; a pair (trained, base) if `reduce` is used.
+      reduce_dtype: dtype in which gradients are summed over fsdp.
+
+    Raises:
+      UserError: bfloat16 sums on a mesh that shards along `tensor` too.
     """
     axes = tuple(a for a in ROWS if mesh.shape[a] > 1)
+    if reduce_dtype != "float32" and mesh.shape["tensor"] > 1:  # XLA's compiler for CPUs crashes there
+        raise UserError(f"mesh.reduce_dtype: {reduce_dtype} is for fsdp alone; set mesh.tensor to 1, or float32")
     if not axes:
         return NO_COLLECTIVES
     # Attention kernels that XLA cannot partition need every axis to be manual, which only works if none shards heads.
@@ -213,7 +223,8 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), axes), everywhere),
         map_rows=lambda function: run(function, rows),
         own_rows=partial(_own_rows, axes),
-        gather=partial(_gather_params, mesh) if mesh.shape["fsdp"] > 1 else None,
+        gather=partial(_gather_params, mesh, reduce_dtype) if mesh.shape["fsdp"] > 1 else None,
+        exchange=_exchange if mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1 else None,
     )
 
 
@@ -311,18 +322,59 @@ def _sum_over(x: Any, axes: list[str]) -> Any:
     return jax.lax.psum(x, tuple(axes)) if axes else x
 
 
-def _gather_params(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
-    """Returns parameters all-gathered along fsdp; one layer has one axis less than its stack in `shardings`."""
+# Parameters that layers, lookups and the head cast to the compute dtype before use; norms and biases compute in float32.
+CAST = ("kernel", "lora_a", "lora_b", "embedding", "positions", "head")
 
-    def one(x: Any, sharding: NamedSharding) -> Any:
+
+def _gather_params(mesh: jax.sharding.Mesh, reduce_dtype: str, tree: Any, shardings: Any, compute: str) -> Any:
+    """Returns parameters all-gathered along fsdp; one layer has one axis less than its stack in `shardings`.
+
+    Those that are cast to the compute dtype anyway are sent in it.
+    """
+
+    def one(path: Any, x: Any, sharding: NamedSharding) -> Any:
         spec = sharding.spec[len(sharding.spec) - x.ndim :]
         if "fsdp" not in spec:
             return x
-        gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=spec.index("fsdp"), tiled=True)
+        narrow = path[-1].key in CAST and jnp.dtype(compute).itemsize < x.dtype.itemsize
+        sent = jnp.dtype(compute) if narrow else x.dtype
+        axis = spec.index("fsdp")
+
+        def gather(x: Any) -> Any:
+            return _all_gather(x, axis, sent, jnp.dtype(reduce_dtype))
+
         if mesh.shape["tensor"] == 1:
             return gather(x)
         # Without this constraint XLA all-gathers along `tensor` too.
         kept = PartitionSpec(*(a if a == "tensor" else None for a in spec))
         return jax.shard_map(gather, in_specs=kept, out_specs=kept, axis_names={"tensor"}, check_vma=False)(x)
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree_util.tree_map_with_path(one, tree, shardings)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(x: Any, axis: int, sent: Any, reduced: Any) -> Any:
+    """Returns x all-gathered along fsdp in the dtype `sent`, in its own dtype; gradients are summed in `reduced`.
+
+    The dtype is x's own again so that the gradient, which has the dtype of the result, is not rounded. XLA leaves out
+    the cast there and the user's cast back.
+    """
+    return jax.lax.all_gather(x.astype(sent), "fsdp", axis=axis, tiled=True).astype(x.dtype)
+
+
+def _all_gather_fwd(x, axis, sent, reduced):
+    return _all_gather(x, axis, sent, reduced), None
+
+
+def _all_gather_bwd(axis, sent, reduced, _, g):
+    part = jax.lax.psum_scatter(g.astype(reduced), "fsdp", scatter_dimension=axis, tiled=True)
+    return (part.astype(g.dtype),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def _exchange(function: Callable[[Any], Any], index: Any) -> Any:
+    """Runs a function of the indices of all devices along fsdp; see `Collectives.exchange`."""
+    parts = function(jax.lax.all_gather(index, "fsdp"))
+    return jax.lax.all_to_all(parts, "fsdp", split_axis=0, concat_axis=parts.ndim - 1, tiled=True)[0]

@@ -42,10 +42,10 @@ def test_data_parallel_sums_the_gradient_once_a_step(compiled):
 
 
 def test_fsdp_gathers_a_layer_at_a_time_and_nothing_else(compiled):
-    """Every gather is of one layer's parameter or of one outside the layers; every gradient goes to its part."""
+    """Every gather is of one layer's parameter, the last norm, the head, or ids of tokens, whose embeddings are sent."""
     found, params, _ = compiled(1, 4, 1)
     layer = {x.shape[1:] for x in jax.tree.leaves(params["layers"])}
-    top = {v.shape for k, v in params.items() if k in ("embedding", "head")} | {(32,)}
+    top = {params["head"].shape, (32,), (4, ROWS // 4, 128)}
     (logps,) = [c for c in found if c.kind == "all-gather" and c.loops == 0]
     gathers = [c for c in found if c.kind == "all-gather" and c is not logps]
     assert {c.shapes[0][1] for c in gathers if c.loops == 2} == layer
@@ -53,8 +53,11 @@ def test_fsdp_gathers_a_layer_at_a_time_and_nothing_else(compiled):
     assert {len(c.shapes) for c in gathers} == {1}
     scatters = [c for c in found if c.kind == "reduce-scatter"]
     assert elements_of(scatters, 2) == elements(params["layers"]) // 3 // 4
-    assert elements_of(scatters, 1) == elements({k: v for k, v in params.items() if k != "layers"}) // 4
-    rest = [c for c in found if c.kind not in ("all-gather", "reduce-scatter")]
+    assert elements_of(scatters, 1) == elements({k: params[k] for k in ("head", "final_norm")}) // 4
+    sent = [c for c in found if c.kind == "all-to-all"]
+    assert {(c.loops, sum(int(np.prod(sizes)) for _, sizes in c.shapes)) for c in sent} == {(1, ROWS // 4 * 128 * 32)}
+    assert len(sent) == 2  # embeddings, and their gradients
+    rest = [c for c in found if c.kind not in ("all-gather", "reduce-scatter", "all-to-all")]
     assert {c.kind for c in rest} == {"all-reduce"}
     assert {sizes for c in rest for _, sizes in c.shapes} == {()}  # metrics and the gradient's norm
     assert {c.loops for c in rest} == {0}

@@ -27,8 +27,9 @@ class Model(NamedTuple):
       architecture: shapes and options of the model.
       init: key -> params, random as Hugging Face initializes them. Jit it: it traces the model on one token.
       hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> hidden states [R, T, D] after
-        the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `attend`
-        replaces `packed_attention`.
+        the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `exchange`
+        looks embeddings up in parts of the table (`Collectives.exchange`); keyword `attend` replaces
+        `packed_attention`.
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
@@ -41,6 +42,9 @@ class Model(NamedTuple):
         new tokens; `generated` tokens per sequence precede them. `valid` bool[P, T] is True for real prompt tokens,
         False for left padding.
       axes: tree like params; the leaves are tuples with the logical name of each axis.
+      compute: dtype of activations and matmuls.
+      split_head: params -> the head in parts, which `split_token_logps` takes, where no device is to hold the whole;
+        None where `head` is used.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
       end_ids: ids of the tokens that end a text, by the folder it was loaded from; () if it was built.
@@ -54,6 +58,8 @@ class Model(NamedTuple):
     unstack: Callable[[Any], Any]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
+    compute: str = "float32"
+    split_head: Callable[[Any], Any] | None = None
     attention: str = CHUNKS
     hf_config: Any = None
     end_ids: tuple[int, ...] = ()
@@ -86,6 +92,7 @@ def build_model(architecture: Architecture, *, compute: str = "float32", remat: 
         unstack=partial(_unstack, with_kv),
         decode=partial(_decode, with_kv),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
+        compute=compute,
     )
 
 
@@ -94,9 +101,12 @@ def _init(decoder: Decoder, key: Array) -> Any:
     return decoder.init(key, one, one, Context(segment_ids=one, branch_ids=one))["params"]
 
 
-def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, attend=packed_attention):
+def _hidden(
+    decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, exchange=None, attend=packed_attention
+):
     context = Context(segment_ids=segment_ids, branch_ids=branch_ids)
-    return decoder.clone(gather=gather, attend=attend).apply({"params": params}, tokens, positions, context)[0]
+    decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend)
+    return decoder.apply({"params": params}, tokens, positions, context)[0]
 
 
 def _head(architecture: Architecture, params: Any) -> Array:
