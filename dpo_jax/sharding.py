@@ -322,7 +322,7 @@ def _sum_over(x: Any, axes: list[str]) -> Any:
     return jax.lax.psum(x, tuple(axes)) if axes else x
 
 
-# Parameters that layers, lookups and the head cast to the compute dtype before use; norms and biases compute in float32.
+# Parameters that are cast to the compute dtype before use; norms, biases and rewards compute in float32.
 CAST = ("kernel", "lora_a", "lora_b", "embedding", "positions", "head")
 
 

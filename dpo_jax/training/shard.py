@@ -7,9 +7,9 @@ import jax
 from dpo_jax import sharding
 from dpo_jax.models import lora, qlora
 from dpo_jax.models.model import Model
+from dpo_jax.models.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.records import TrainState
 from dpo_jax.sharding import Collectives
-from dpo_jax.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.step import init_state, only_trained
 from dpo_jax.training.run import PolicyShardings, Run
 
@@ -69,7 +69,7 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block:
     def layer(tree: Any) -> Any:
         return gather(tree, shardings["layers"], model.compute)
 
-    split = exchange is not None and "fsdp" in shardings["embedding"].spec
+    split = exchange is not None and not shardings["embedding"].is_fully_replicated
     options = {"gather": layer, "exchange": exchange if split else None}
     kept = ("embedding",) if split else ()
     return model._replace(
