@@ -12,6 +12,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
+from dpo_jax.models.split_head import split_token_logps
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
 from dpo_jax.row_split import RowSplit
 
@@ -92,6 +93,14 @@ def _token_logps_bwd(size, cap, residuals, g):
 token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
 
 
+def _token_logps_by(model: Model, params: Any, scored: Array, target: Array, chunks: Array, size: int) -> Array:
+    """Returns `token_logps` by a model's head, whole or split."""
+    cap = model.architecture.logit_cap
+    if model.split_head is not None:
+        return split_token_logps(scored, model.split_head(params), target, chunks, size, cap)
+    return token_logps(scored, model.head(params), target, chunks, size, cap)
+
+
 class _Columns(NamedTuple):
     """Scored tokens, of all of a row or of this device's part: `Batch.source` (among the device's tokens), `target` and
     `slot`, and whether a token is in the shared part of its response."""
@@ -153,11 +162,11 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     lengths = _adder(batch.slot, shape)(jnp.ones(batch.slot.shape))
     present = lengths > 0
     scored, columns, chunks, size = _scored(model, params, batch, chunk, _is_shared(batch.slot, lengths))
-    head, cap = model.head(params), model.architecture.logit_cap
-    logps: Array = token_logps(scored, head, columns.target, chunks, size, cap)
+    logps = _token_logps_by(model, params, scored, columns.target, chunks, size)
     add = _adder(columns.slot, shape)
     sums = [add(logps), add(jnp.where(columns.shared, logps, 0.0))]
     if confidence:
+        head, cap = model.head(params), model.architecture.logit_cap
         sums += [add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap))]
     policy, policy_shared, *sure = model.split.sum(sums) if model.split else sums
     mean = sure[0] / jnp.maximum(lengths, 1) if confidence else jnp.full_like(lengths, jnp.nan)
@@ -263,8 +272,7 @@ def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int
     """Returns `token_logps_of_batch` and the hidden states that predict those tokens, [R, S, D]."""
     assert model.split is None, "a device would have the scored tokens of its part of a row only"
     scored, columns, chunks, size = _scored(model, params, batch, chunk, batch.slot < 0)
-    cap = model.architecture.logit_cap
-    logps: Array = token_logps(scored, model.head(params), columns.target, chunks, size, cap)
+    logps = _token_logps_by(model, params, scored, columns.target, chunks, size)
     return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 

@@ -228,8 +228,12 @@ class Collectives(NamedTuple):
       gather_rows: runs `(params, batch, count) -> per-row values` on every device and all-gathers them.
       map_rows: runs `(params, batch, count) -> arrays [M, R, ...]` on every device; the arrays stay sharded by row.
       own_rows: per-row values of all rows -> those of this device; for use inside `reduce`.
-      gather: (parameters or one layer of them, shardings) -> the same all-gathered along fsdp, for use inside the
-        functions above; None if nothing is sharded along fsdp. Where rows are split, `sequence` shards parameters too.
+      gather: (parameters or one layer of them, shardings, compute dtype) -> the same all-gathered along fsdp, for use
+        inside the functions above; None if nothing is sharded along fsdp. Where rows are split, `sequence` shards
+        parameters too.
+      exchange: runs `indices of all tokens -> own part of the last axis` on every device along fsdp and sends each
+        device its tokens' parts: (function, own indices) -> whole last axis, for use likewise; None where parameters
+        are whole or `tensor` shards them too.
       split: how devices share the tokens of a row; None if each has whole rows.
     """
 
@@ -238,7 +242,8 @@ class Collectives(NamedTuple):
     gather_rows: Callable[[Callable], Callable]
     map_rows: Callable[[Callable], Callable]
     own_rows: Callable[[Any], Any]
-    gather: Callable[[Any, Any], Any] | None
+    gather: Callable[[Any, Any, str], Any] | None
+    exchange: Callable[[Callable[[Any], Any], Any], Any] | None = None
     split: RowSplit | None = None
 
 
@@ -249,21 +254,27 @@ def _same(x: Any) -> Any:
 NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all rows
 
 
-def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
+def mesh_collectives(mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "float32") -> Collectives:
     """Returns the collectives of a step under jit on a mesh.
 
     Args:
       mesh: from `make_mesh`.
       params: tree of the parameters' shardings; a pair (trained, base) if `reduce` is used.
+      reduce_dtype: dtype in which gradients are summed over fsdp.
+
+    Raises:
+      UserError: bfloat16 sums on a mesh that shards along `tensor` too.
     """
     axes = _present(mesh, SPLIT)
+    if reduce_dtype != "float32" and mesh.shape["tensor"] > 1:  # XLA's compiler for CPUs crashes there
+        raise UserError(f"mesh.reduce_dtype: {reduce_dtype} is for fsdp alone; set mesh.tensor to 1, or float32")
     if not axes:
         return NO_COLLECTIVES
     # Attention kernels that XLA cannot partition need every axis to be manual, which only works if none shards heads.
     manual = set(AXES) if mesh.shape["tensor"] == 1 else set(axes)
     specs = jax.tree.map(lambda s: PartitionSpec(*(a if _names(a) & set(axes) else None for a in s.spec)), params)
     row_axes, everywhere = _present(mesh, ROWS), PartitionSpec()
-    rows, tokens = PartitionSpec(None, row_axes), token_devices(mesh)
+    rows, tokens, shards = PartitionSpec(None, row_axes), token_devices(mesh), _present(mesh, _SHARDS)
 
     def run(function: Callable, out: Any, *more: PartitionSpec) -> Callable:
         where = (specs, rows, everywhere, *more)
@@ -284,7 +295,8 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any) -> Collectives:
         gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), row_axes), everywhere),
         map_rows=lambda function: run(function, rows),
         own_rows=partial(_own_rows, row_axes),
-        gather=partial(_gather_params, mesh) if _present(mesh, _SHARDS) else None,
+        gather=partial(_gather_params, mesh, reduce_dtype) if shards else None,
+        exchange=partial(_exchange, shards) if shards and mesh.shape["tensor"] == 1 else None,
         split=RowSplit("sequence", tokens, "tensor", head_devices(mesh)) if tokens > 1 else None,
     )
 
@@ -407,20 +419,60 @@ def _sum_over(axes: tuple[str, ...], x: Any, spec: PartitionSpec) -> Any:
     return jax.lax.psum(x, rest) if rest else x
 
 
-def _gather_params(mesh: jax.sharding.Mesh, tree: Any, shardings: Any) -> Any:
-    """Returns parameters all-gathered along fsdp (and sequence, where rows are split); one layer has one axis less than
-    its stack in `shardings`."""
+# Parameters that are cast to the compute dtype before use; norms, biases and rewards compute in float32.
+CAST = ("kernel", "lora_a", "lora_b", "embedding", "positions", "head")
 
-    def one(x: Any, sharding: NamedSharding) -> Any:
+
+def _gather_params(mesh: jax.sharding.Mesh, reduce_dtype: str, tree: Any, shardings: Any, compute: str) -> Any:
+    """Returns parameters all-gathered along fsdp (and sequence, where rows are split); one layer has one axis less than
+    its stack in `shardings`.
+
+    Those that are cast to the compute dtype anyway are sent in it.
+    """
+
+    def one(path: Any, x: Any, sharding: NamedSharding) -> Any:
         spec = sharding.spec[len(sharding.spec) - x.ndim :]
         axis = next((i for i, entry in enumerate(spec) if _names(entry) & set(_SHARDS)), None)
         if axis is None:
             return x
-        gather = partial(jax.lax.all_gather, axis_name=spec[axis], axis=axis, tiled=True)
+        narrow = path[-1].key in CAST and jnp.dtype(compute).itemsize < x.dtype.itemsize
+        sent = jnp.dtype(compute) if narrow else x.dtype
+
+        def gather(x: Any) -> Any:
+            return _all_gather(x, spec[axis], axis, sent, jnp.dtype(reduce_dtype))
+
         if mesh.shape["tensor"] == 1:
             return gather(x)
         # Without this constraint XLA all-gathers along `tensor` too.
         kept = PartitionSpec(*(a if a == "tensor" else None for a in spec))
         return jax.shard_map(gather, in_specs=kept, out_specs=kept, axis_names={"tensor"}, check_vma=False)(x)
 
-    return jax.tree.map(one, tree, shardings)
+    return jax.tree_util.tree_map_with_path(one, tree, shardings)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _all_gather(x: Any, names: Any, axis: int, sent: Any, reduced: Any) -> Any:
+    """Returns x all-gathered along mesh axes in the dtype `sent`, in its own dtype; gradients are summed in `reduced`.
+
+    The dtype is x's own again so that the gradient, which has the dtype of the result, is not rounded. XLA leaves out
+    the cast there and the user's cast back.
+    """
+    return jax.lax.all_gather(x.astype(sent), names, axis=axis, tiled=True).astype(x.dtype)
+
+
+def _all_gather_fwd(x, names, axis, sent, reduced):
+    return _all_gather(x, names, axis, sent, reduced), None
+
+
+def _all_gather_bwd(names, axis, sent, reduced, _, g):
+    part = jax.lax.psum_scatter(g.astype(reduced), names, scatter_dimension=axis, tiled=True)
+    return (part.astype(g.dtype),)
+
+
+_all_gather.defvjp(_all_gather_fwd, _all_gather_bwd)
+
+
+def _exchange(names: tuple[str, ...], function: Callable[[Any], Any], index: Any) -> Any:
+    """Runs a function of the indices of all devices along mesh axes; see `Collectives.exchange`."""
+    parts = function(jax.lax.all_gather(index, names))
+    return jax.lax.all_to_all(parts, names, split_axis=0, concat_axis=parts.ndim - 1, tiled=True)[0]

@@ -202,6 +202,8 @@ class MeshConfig:
     sequence."""
     mode: Literal["jit", "pmap"] = "jit"
     """Transformation that compiles the step. pmap: data parallelism in one process."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are summed over fsdp; bfloat16 sends half the bytes, and rounds them."""
 
 
 @dataclass(frozen=True)

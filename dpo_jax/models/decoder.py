@@ -52,8 +52,8 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 
 
 def _recompute_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Remat policy: saves everything but all-gathered parameters, which the backward pass gathers again."""
-    return primitive.name not in ("all_gather", "shard_map")
+    """Remat policy: saves everything but all-gathered parameters, which the backward pass gathers again, and casts."""
+    return primitive.name not in ("all_gather", "shard_map", "convert_element_type")
 
 
 class Context(NamedTuple):
@@ -196,6 +196,7 @@ class Decoder(nn.Module):
       remat: key of `POLICIES`.
       return_kv: also return keys and values.
       gather: all-gathers the parameters of one layer; None if nothing is sharded.
+      exchange: looks embeddings up in parts of the table, `Collectives.exchange`; None if it is whole.
       attend: attention over packed rows.
     """
 
@@ -204,6 +205,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     return_kv: bool = False
     gather: Callable[[Any], Any] | None = None
+    exchange: Callable[[Callable[[Array], Array], Array], Array] | None = None
     attend: Attend = packed_attention
 
     @nn.compact
@@ -244,7 +246,12 @@ class Decoder(nn.Module):
         a = self.architecture
         normal = nn.initializers.normal(a.initializer_range)
         named = partial(nn.with_logical_partitioning, normal)
-        x = _lookup(self.param("embedding", named(("vocab", "embed")), (a.vocab, a.width)), tokens, self.compute)
+        if self.exchange is None:
+            table = self.param("embedding", named(("vocab", "embed")), (a.vocab, a.width))
+            x = _lookup(table, tokens, self.compute)
+        else:
+            part = self.get_variable("params", "embedding")  # some columns, which `param` would refuse
+            x = self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
         if a.embedding_scale != 1:
             x = x * jnp.asarray(a.embedding_scale, x.dtype)
         if a.rope is None:

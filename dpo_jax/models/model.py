@@ -28,8 +28,9 @@ class Model(NamedTuple):
       architecture: shapes and options of the model.
       init: key -> params, random as Hugging Face initializes them. Jit it: it traces the model on one token.
       hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> hidden states [R, T, D] after
-        the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `attend`
-        replaces `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D].
+        the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `exchange`
+        looks embeddings up in parts of the table (`Collectives.exchange`); keyword `attend` replaces
+        `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D].
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
@@ -42,6 +43,9 @@ class Model(NamedTuple):
         new tokens; `generated` tokens per sequence precede them. `valid` bool[P, T] is True for real prompt tokens,
         False for left padding.
       axes: tree like params; the leaves are tuples with the logical name of each axis.
+      compute: dtype of activations and matmuls.
+      split_head: params -> the head in parts, which `split_token_logps` takes, where no device is to hold the whole;
+        None where `head` is used.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
       split: how devices share the tokens of a row in `hidden`; None if each has whole rows.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
@@ -56,6 +60,8 @@ class Model(NamedTuple):
     unstack: Callable[[Any], Any]
     decode: Callable[[Any, Array, Array, Cache, Array, Array], tuple[Array, Cache]]
     axes: Any
+    compute: str = "float32"
+    split_head: Callable[[Any], Any] | None = None
     attention: str = CHUNKS
     split: RowSplit | None = None
     hf_config: Any = None
@@ -89,6 +95,7 @@ def build_model(architecture: Architecture, *, compute: str = "float32", remat: 
         unstack=partial(_unstack, with_kv),
         decode=partial(_decode, with_kv),
         axes=jax.tree.map(lambda leaf: leaf.names, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)),
+        compute=compute,
     )
 
 
@@ -97,7 +104,9 @@ def _init(decoder: Decoder, key: Array) -> Any:
     return decoder.init(key, one, one, Context(RowMask.of(one, one, one)))["params"]
 
 
-def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, attend=None, split=None):
+def _hidden(
+    decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, exchange=None, attend=None, split=None
+):
     rows = RowMask.of(segment_ids, branch_ids, positions)
     if split is None:
         attend = attend or packed_attention
@@ -105,7 +114,8 @@ def _hidden(decoder, params, tokens, positions, segment_ids, branch_ids, gather=
         tokens, positions = split.own(tokens), split.own(positions)
         rows = RowMask(jax.tree.map(split.own, rows.queries), jax.tree.map(split.in_order, rows.keys))
         attend = partial(_attend_all, attend or block_attention, split)
-    return decoder.clone(gather=gather, attend=attend).apply({"params": params}, tokens, positions, Context(rows))[0]
+    decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend)
+    return decoder.apply({"params": params}, tokens, positions, Context(rows))[0]
 
 
 def _attend_all(attend, split, q, k, v, mask, scoring):

@@ -7,6 +7,7 @@ import jax
 from dpo_jax import sharding
 from dpo_jax.models import lora, qlora
 from dpo_jax.models.model import Model
+from dpo_jax.models.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.records import TrainState
 from dpo_jax.sharding import Collectives
 from dpo_jax.step import init_state, only_trained
@@ -25,8 +26,9 @@ def state_shardings(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
 
 def policy_shardings(run: Run, mesh: Any, trained: Any) -> PolicyShardings:
     """Returns the shardings of a policy on a mesh, given those of its trained parameters."""
+    reduce_dtype = run.config.mesh.reduce_dtype
     if run.lora is None:
-        collectives = sharding.mesh_collectives(mesh, (trained, None))
+        collectives = sharding.mesh_collectives(mesh, (trained, None), reduce_dtype)
         model = gather_on_use(run.model, collectives, trained)
         return PolicyShardings(mesh, trained, None, only_trained, collectives, model)
     kind, architecture = run.lora, run.model.architecture
@@ -39,31 +41,53 @@ def policy_shardings(run: Run, mesh: Any, trained: Any) -> PolicyShardings:
     abstract_base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
     shapes = jax.eval_shape(policy, run.params, abstract_base)
     attached = sharding.param_shardings(mesh, lora.attached_axes(architecture, run.model.axes, axes, kind), shapes)
-    collectives = sharding.mesh_collectives(mesh, (trained, base))
+    collectives = sharding.mesh_collectives(mesh, (trained, base), reduce_dtype)
     return PolicyShardings(mesh, trained, base, policy, collectives, gather_on_use(run.model, collectives, attached))
 
 
-def gather_on_use(model: Model, collectives: Collectives, shardings: Any) -> Model:
+def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block: int = BLOCK) -> Model:
     """Returns the model of sharded parameters, all-gathered just before use: one layer at a time. Rows may be split.
+
+    Where `tensor` does not shard them too, embeddings are looked up in parts of the table, and a large head is gathered
+    in blocks: neither is ever whole on a device.
 
     Args:
       model: for gathered parameters.
       collectives: how devices share rows.
       shardings: tree of the parameters' shardings.
+      block: numbers in a block of the head; one that is no larger is gathered whole.
     """
-    gather = collectives.gather
+    gather, exchange = collectives.gather, collectives.exchange
     if gather is None:
         return model
 
-    def top(tree: Any) -> Any:
-        rest = {k: v for k, v in tree.items() if k != "layers"}
-        return gather(rest, {k: shardings[k] for k in rest}) | {"layers": tree["layers"]}
+    def top(tree: Any, *kept: str) -> Any:
+        """Gathers all parameters outside the layers but those that are `kept` as they are."""
+        rest = {k: v for k, v in tree.items() if k not in ("layers", *kept)}
+        return {**tree, **gather(rest, {k: shardings[k] for k in rest}, model.compute)}
 
     def layer(tree: Any) -> Any:
-        return gather(tree, shardings["layers"])
+        return gather(tree, shardings["layers"], model.compute)
 
+    split = exchange is not None and not shardings["embedding"].is_fully_replicated
+    options = {"gather": layer, "exchange": exchange if split else None, "split": collectives.split}
+    kept = ("embedding",) if split else ()
     return model._replace(
-        hidden=lambda tree, *fields: model.hidden(top(tree), *fields, gather=layer, split=collectives.split),
+        hidden=lambda tree, *fields: model.hidden(top(tree, *kept), *fields, **options),
         head=lambda tree: model.head(top(tree)),
         split=collectives.split,
+        split_head=_split_head(model, gather, shardings, block) if split else None,
     )
+
+
+def _split_head(model: Model, gather: Any, shardings: Any, block: int) -> Any:
+    """Returns `Model.split_head`; None for a head that is gathered whole."""
+    a = model.architecture
+    key, words = "embedding" if a.tied else "head", words_per_block(a.vocab, a.width, block)
+    if a.score or words == a.vocab:
+        return None
+
+    def whole(part: Any) -> Any:
+        return gather({key: part}, {key: shardings[key]}, model.compute)[key]
+
+    return lambda tree: SplitHead(tree[key], tree["head_bias"] if a.head_bias else None, whole, words)

@@ -1,0 +1,148 @@
+"""What the compiled step keeps on a device: narrow gathers, no whole embedding or head, one trajectory all the same."""
+
+import os
+import runpy
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from dpo_jax import losses, sharding
+from dpo_jax.data import pack
+from dpo_jax.data.table import Table
+from dpo_jax.errors import UserError
+from dpo_jax.models.families.registry import family
+from dpo_jax.models.model import build_model
+from dpo_jax.models.split_head import words_per_block
+from dpo_jax.records import Tokens
+from dpo_jax.step import init_state, make_train_step
+from dpo_jax.training.shard import gather_on_use
+
+SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "_collectives.py"))
+CONFIG, collectives = SCRIPT["CONFIG"], SCRIPT["collectives"]
+VOCAB = 160  # no other size of the model
+TOP = {"f32[160,32]", "bf16[160,32]"}
+# An optimizer whose state is the last gradient.
+KEPT = optax.GradientTransformation(
+    partial(jax.tree.map, jnp.zeros_like), lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads)
+)
+
+
+class Step:
+    """The train step of a small Llama on some devices, with a head in blocks of about `block` numbers."""
+
+    def __init__(self, sizes, devices, compute="float32", block=700, reduce_dtype="float32", remat="none", **config):
+        rng = np.random.default_rng(0)
+        draw = partial(rng.integers, 1, 128, dtype=np.int32)
+        table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(32))
+        architecture = family("llama").architecture({**CONFIG, "vocab_size": VOCAB, **config})
+        model = build_model(architecture, compute=compute, remat=remat)
+        loss, tx = losses.build({"name": "dpo", "beta": 0.5}), KEPT
+        mesh = Mesh(np.array(devices).reshape(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        self.start = lambda: init_state(model.init(jax.random.key(0)), tx, loss)
+        shapes = jax.eval_shape(self.start)
+        params = sharding.param_shardings(mesh, model.axes, shapes.params)
+        self.where = sharding.state_shardings_like(mesh, params, shapes)
+        rows = sharding.batch_sharding(mesh)
+        shape = pack.choose_layout(table, max_length=32, batch_size=32, rows=12, length=128)
+        batch = pack.build_batch(table, np.arange(32), shape)[0]
+        self.batch, self.count = batch._replace(ref_logps=np.nan_to_num(batch.ref_logps, nan=-60)), shape.microbatches
+        shared = sharding.mesh_collectives(mesh, (params, None), reduce_dtype)
+        step = make_train_step(gather_on_use(model, shared, params, block), loss, tx, collectives=shared)
+        self.step = jax.jit(step, out_shardings=(self.where, sharding.replicated(mesh)))
+        like = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, self.where)
+        self.like = like, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+
+    def text(self):
+        """The compiled program."""
+        return self.step.lower(*self.like, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+
+    def gradient(self):
+        """The gradient of the batch, on the host."""
+        state = jax.device_put(jax.jit(self.start)(), self.where)
+        return jax.device_get(self.step(state, self.batch, np.int32(self.count))[0].opt_state)
+
+
+@pytest.fixture(scope="module")
+def gradient():
+    """Options of a step -> its gradient, made once."""
+    return cache(lambda sizes, *options: Step(sizes, jax.devices()[: np.prod(sizes)], **dict(options)).gradient())
+
+
+def relative(ours, theirs):
+    """The largest difference of any array, relative to the array's largest value."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
+
+
+CASES = {
+    "fsdp": ((1, 4, 1), ()),
+    "data and fsdp": ((2, 2, 1), ()),
+    "one embedding and head": ((1, 4, 1), (("tie_word_embeddings", True),)),
+    "a last block with padding": ((1, 4, 1), (("vocab_size", 163),)),
+    "full remat": ((1, 4, 1), (("remat", "full"),)),
+    "a head in one block": ((1, 4, 1), (("block", 2**20),)),
+    "tensor too": ((1, 2, 2), ()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_parts_give_the_gradient_of_one_device(gradient, case):
+    sizes, options = CASES[case]
+    of_model = [option for option in options if option[0] in ("vocab_size", "tie_word_embeddings")]
+    assert relative(gradient(sizes, *options), gradient((1, 1, 1), *of_model)) < 2e-5
+
+
+@pytest.mark.slow
+def test_gradients_in_bfloat16_differ_by_its_rounding_only(gradient):
+    """Each of four devices' parts is rounded, and so are their sums: a few times 2 ** -9 of the largest."""
+    exact, rounded = gradient((1, 4, 1)), gradient((1, 4, 1), ("reduce_dtype", "bfloat16"))
+    assert 1e-4 < relative(rounded, exact) < 4 * 2.0**-8
+
+
+def test_bfloat16_sums_are_for_fsdp_alone():
+    with pytest.raises(UserError, match=r"mesh.reduce_dtype: .* set mesh.tensor to 1"):
+        sharding.mesh_collectives(sharding.make_mesh(1, 2, 2), {}, "bfloat16")
+
+
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_neither_embedding_nor_head_is_ever_whole(compute):
+    """Of 160 words a device has whole rows of 20 at a time; in one block the head would be an array of 160 x 32."""
+    found = Step((1, 4, 1), jax.devices(), compute).text()
+    assert not [name for name in TOP if name in found]
+    assert "[20,32]" in found
+    whole = Step((1, 4, 1), jax.devices(), compute, block=2**20).text()
+    assert [name for name in TOP if name in whole]
+
+
+def test_blocks_are_equal():
+    assert words_per_block(160, 32, 700) == 20
+    assert words_per_block(163, 32, 700) == 21  # eight, with five words of padding
+    assert words_per_block(32_000, 4096) == 2000
+    assert words_per_block(128, 32) == 128
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    """Eight TPU v5e that are not there, for their compiler."""
+    topologies = pytest.importorskip("jax.experimental.topologies")
+    if "TPU_LIBRARY_PATH" not in os.environ:
+        pytest.importorskip("libtpu")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+@pytest.mark.slow
+def test_a_tpu_sends_parameters_in_the_compute_dtype(v5e):
+    """Matrices go as bfloat16, each layer's once forward and once backward; gradients are summed in float32."""
+    text = Step((1, 8, 1), v5e, "bfloat16", remat="full", num_hidden_layers=2).text()
+    assert not [name for name in TOP if name in text]
+    sent = {s for c in collectives(text) if c.kind == "all-gather" and c.loops for s in c.shapes}
+    assert {dtype for dtype, sizes in sent if len([n for n in sizes if n > 1]) > 1 and dtype != "s32"} == {"bf16"}
+    summed = {dtype for c in collectives(text) if c.kind != "all-gather" and c.loops == 2 for dtype, _ in c.shapes}
+    assert "f32" in summed
