@@ -62,7 +62,7 @@ class Step:
 
     def text(self):
         """The compiled program."""
-        return self.step.lower(*self.like, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text()
+        return self.step.lower(*self.like, jax.ShapeDtypeStruct((), jnp.int32)).compile().as_text() or ""
 
     def gradient(self):
         """The gradient of the batch, on the host."""
