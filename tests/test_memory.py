@@ -4,6 +4,7 @@ import os
 import runpy
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ CONFIG, collectives = SCRIPT["CONFIG"], SCRIPT["collectives"]
 VOCAB = 160  # no other size of the model
 TOP = {"f32[160,32]", "bf16[160,32]"}
 # An optimizer whose state is the last gradient.
-KEPT = optax.GradientTransformation(
-    partial(jax.tree.map, jnp.zeros_like), lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads)
-)
+ZEROS: Any = partial(jax.tree.map, jnp.zeros_like)
+LAST: Any = lambda grads, state, params: (ZEROS(grads), grads)  # noqa: E731 - typed, as a function would not be
+KEPT = optax.GradientTransformation(ZEROS, LAST)
 
 
 class Step:
