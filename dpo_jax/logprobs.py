@@ -14,7 +14,7 @@ from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
 from dpo_jax.models.split_head import split_token_logps
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
-from dpo_jax.row_split import RowSplit
+from dpo_jax.sharding.row_split import RowSplit
 
 LogpsFn = Callable[[Any, Batch], Logps]  # (params, one microbatch) -> Logps
 CHUNK = 512  # tokens whose logits are in memory at a time

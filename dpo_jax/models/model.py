@@ -14,7 +14,7 @@ from dpo_jax.models.attention import CHUNKS, RowMask, packed_attention
 from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
 from dpo_jax.records import Array
-from dpo_jax.row_split import RowSplit
+from dpo_jax.sharding.row_split import RowSplit
 
 COMPUTE = ("float32", "bfloat16")
 

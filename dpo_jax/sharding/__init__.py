@@ -1,0 +1,61 @@
+"""Devices: the mesh, where arrays lie on it, and what devices send each other. The only folder that names mesh axes."""
+
+from dpo_jax.sharding.collectives import (
+    NO_COLLECTIVES,
+    Collectives,
+    independent_rows,
+    mesh_collectives,
+    pmap_collectives,
+    shard_heads,
+)
+from dpo_jax.sharding.mesh import (
+    AXES,
+    MAPPED,
+    axes_across,
+    device_layout,
+    head_devices,
+    independent_devices,
+    link_groups,
+    make_mesh,
+    row_devices,
+    token_devices,
+)
+from dpo_jax.sharding.placement import (
+    RULES,
+    batch_sharding,
+    local_row_blocks,
+    mesh_and_params,
+    param_shardings,
+    put_batch,
+    put_params,
+    replicated,
+    state_shardings_like,
+)
+
+__all__ = [
+    "AXES",
+    "MAPPED",
+    "NO_COLLECTIVES",
+    "RULES",
+    "Collectives",
+    "axes_across",
+    "batch_sharding",
+    "device_layout",
+    "head_devices",
+    "independent_devices",
+    "independent_rows",
+    "link_groups",
+    "local_row_blocks",
+    "make_mesh",
+    "mesh_and_params",
+    "mesh_collectives",
+    "param_shardings",
+    "pmap_collectives",
+    "put_batch",
+    "put_params",
+    "replicated",
+    "row_devices",
+    "shard_heads",
+    "state_shardings_like",
+    "token_devices",
+]
