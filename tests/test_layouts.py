@@ -138,7 +138,7 @@ def test_a_plan_by_hand():
     # 10.1 of state, 1.6 of two whole layers, 1.1 kept, 1.1 inside of a layer, 0.2 of logits
     assert scaling["memory"](net, 8, 4096, 3) == pytest.approx(14.1e9, rel=0.02)
     assert scaling["plan"](scaling["NETS"][1], chip, 8, 4096) is None
-    assert scaling["enough"](chip, chip.fast) == pytest.approx(12 * 494.7e12 / 8 / 450e9, abs=1)
+    assert scaling["enough"](chip, chip.fast) == pytest.approx(8 * 494.7e12 / 8 / 450e9, abs=1)
 
 
 def test_pmap_is_for_whole_parameters():

@@ -353,3 +353,11 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     assert found["memory"]["device"] == 16 * 2**30
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
+
+
+def test_temporary_memory_of_a_tpu_is_what_the_peak_leaves_beside_the_arguments():
+    found = SimpleNamespace(temp_size_in_bytes=50, peak_memory_in_bytes=70, argument_size_in_bytes=40)
+    assert plan.temporary_bytes(found, "tpu") == 30
+    assert plan.temporary_bytes(found, "gpu") == plan.temporary_bytes(found, "") == 50
+    found.peak_memory_in_bytes = 0  # not said
+    assert plan.temporary_bytes(found, "tpu") == 50
