@@ -97,7 +97,7 @@ COMMANDS = {
     "models": Command("", "Lists the supported model families.", ""),
     "plan": Command(
         "CONFIG.yaml [--target NAME] [--devices N] [--memory GB]",
-        "Computes a run's memory per device and speed; compiles it, but does not start it.",
+        "Computes memory and speed of a run by compiling it, without starting it.",
         "configs/paper/hh_dpo.yaml --target gpu:h100:1x8",
     ),
     "report": Command(
@@ -120,9 +120,9 @@ def usage() -> str:
             "Direct Preference Optimization in JAX: a model folder and a preference file in,",
             "a trained model out.\n",
             *lines,
-            "\nEvery command takes --help, for its own options, and --help-all, for all of them. Every",
-            "key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3. dpo-jax --version",
-            "prints the version.",
+            "\nEvery command takes --help, for its own options, and --help-all, for all. Every",
+            "key of a YAML is an option: dpo-jax train CONFIG.yaml --loss.beta 0.3",
+            "dpo-jax --version prints the version.",
         ]
     )
 

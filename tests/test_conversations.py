@@ -14,7 +14,7 @@ from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.sources.values import Cell
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
-from dpo_jax.training.tables import comparison_streams, held_out_comparisons, with_prompts
+from dpo_jax.training.tables import are_chats, comparison_streams, held_out_comparisons, with_prompts
 
 PLAIN = Comparison("p", ("c", "r"), where="f:1")
 
@@ -74,9 +74,11 @@ def test_a_run_keeps_how_its_prompts_were_read(tmp_path):
     )
     for path, kind in ((plain, "texts"), (with_system, "turns")):
         options = DataConfig(path=(path,), eval_path=(plain,))
-        assert with_prompts(options, comparison_streams(options, 2)[0]).text_prompts == kind
+        chats = are_chats(comparison_streams(options, 2)[0])
+        assert with_prompts(options, chats).text_prompts == kind
     hh = DataConfig(name="hh")
-    assert with_prompts(hh, []) == hh
+    assert with_prompts(hh, False) == hh
+    assert not are_chats([])
 
 
 def test_an_evaluation_needs_no_training_data_of_ones_own_source(tmp_path, monkeypatch):

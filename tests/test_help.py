@@ -60,8 +60,8 @@ def test_help_all_has_every_option_with_its_values_and_its_meaning(command, caps
 def test_help_of_a_command_begins_with_what_it_does_an_example_and_its_own_options(capsys):
     lines = shown(capsys, "plan", "--help").splitlines()
     assert lines[0] == "usage: dpo-jax plan CONFIG.yaml [--target NAME] [--devices N] [--memory GB]"
-    assert " ".join(lines[2:4]) == "Computes a run's memory per device and speed; compiles it, but does not start it."
-    assert lines[5] == "example: dpo-jax plan configs/paper/hh_dpo.yaml --target gpu:h100:1x8"
+    assert lines[2] == "Computes memory and speed of a run by compiling it, without starting it."
+    assert lines[4] == "example: dpo-jax plan configs/paper/hh_dpo.yaml --target gpu:h100:1x8"
     assert [line for line in lines if line.startswith("  --")] == [
         "  --target TEXT", "  --devices INT (default 0)", "  --memory FLOAT (default None)",
         "  --json [True|False] (default False)", "  --help-all",

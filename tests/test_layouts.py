@@ -112,9 +112,9 @@ def test_what_a_step_sends_is_what_the_page_says(compiled, sizes):
     data, fsdp, _ = sizes
     layers, microbatches, tokens = 4 * elements(params["layers"]), 3, ROWS // (data * fsdp) * 128
     embedding = 4 * params["embedding"].size
-    head = 4 * elements(params) - layers - embedding  # and the last norm
+    head = 4 * elements(params) - layers - embedding  # and the last norm; a CPU's compiler gathers both once a step
     wanted = {
-        "all-gather": (fsdp > 1) * (2 * layers + head + 4 * tokens * fsdp) * microbatches,
+        "all-gather": (fsdp > 1) * ((2 * layers + 4 * tokens * fsdp) * microbatches + head),
         "reduce-scatter": (fsdp > 1) * (layers + head) / fsdp * microbatches,
         "all-to-all": (fsdp > 1) * 2 * 4 * tokens * 32 * microbatches,
         "all-reduce": (data > 1) * (layers + head + embedding) / fsdp,
@@ -133,7 +133,7 @@ def test_a_plan_by_hand():
     plan = scaling["plan"](net, chip, 8, 4096)
     assert plan.compute == pytest.approx(8 * 6.74e9 * 4096 / 494.7e12)
     if plan.fsdp == 8:
-        assert plan.gather == pytest.approx(12 * 6.74e9 * 7 / 8 / 450e9)
+        assert plan.gather == pytest.approx(8 * 6.74e9 * 7 / 8 / 450e9)
         assert plan.reduce == 0
     # 10.1 of state, 1.6 of two whole layers, 1.1 kept, 1.1 inside of a layer, 0.2 of logits
     assert scaling["memory"](net, 8, 4096, 3) == pytest.approx(14.1e9, rel=0.02)

@@ -46,7 +46,9 @@ class Step:
         architecture = family("llama").architecture({**CONFIG, "vocab_size": VOCAB, **config})
         model = build_model(architecture, compute=compute, remat=remat)
         loss, tx = losses.build({"name": "dpo", "beta": 0.5}), KEPT
-        mesh = Mesh(np.array(devices).reshape(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        data, fsdp, tensor = sizes
+        devices = np.array(devices).reshape(data, fsdp, 1, tensor)
+        mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
         self.start = lambda: init_state(model.init(jax.random.key(0)), tx, loss)
         shapes = jax.eval_shape(self.start)
         params = sharding.param_shardings(mesh, model.axes, shapes.params)

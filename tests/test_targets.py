@@ -99,7 +99,7 @@ def fake(platform, slices, hosts, chips, told=True):
 
 def test_only_data_leaves_a_slice():
     devices = fake("gpu", slices=4, hosts=1, chips=8)
-    for sizes in ((4, 8, 1), (4, 4, 2), (8, 2, 2), (32, 1, 1)):
+    for sizes in ((4, 8, 1, 1), (4, 4, 1, 2), (8, 2, 2, 1), (32, 1, 1, 1)):
         laid = sharding.device_layout(sizes, devices, sharding.link_groups(devices))
         assert sorted(d.id for d in laid.flat) == list(range(32))
         inner = laid.reshape(sizes[0], -1)
@@ -111,12 +111,12 @@ def test_only_data_leaves_a_slice():
 def test_an_axis_that_must_leave_a_slice_is_told(caplog):
     devices = fake("gpu", slices=4, hosts=1, chips=8)
     caplog.set_level("INFO")
-    laid = sharding.device_layout((2, 16, 1), devices, sharding.link_groups(devices))
+    laid = sharding.device_layout((2, 16, 1, 1), devices, sharding.link_groups(devices))
     assert [len({d.slice_index for d in row}) for row in laid.reshape(2, -1)] == [2, 2]
     assert "mesh.fsdp spans 2 slices or machines; make mesh.data a multiple of 4" in caplog.text
     assert sharding.axes_across((6, 4), 8) == [2, 4]
     with pytest.raises(UserError, match=r"slices or machines have \[8, 4\] devices; use equal ones"):
-        sharding.device_layout((12, 1, 1), devices[:12], [0] * 8 + [1] * 4)
+        sharding.device_layout((12, 1, 1, 1), devices[:12], [0] * 8 + [1] * 4)
 
 
 def test_groups_of_gpus_are_machines():
@@ -178,7 +178,7 @@ def test_the_bound_is_the_longest_of_what_runs_at_once():
 
 
 def test_advice_names_what_makes_a_step_slow():
-    target, mesh = Target("h100", 2, (1, 2)), {"data": 2, "fsdp": 2, "tensor": 1}
+    target, mesh = Target("h100", 2, (1, 2)), {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
     gather = collective("all-gather", 10**9, ((0, 1), (2, 3)), 10, True)
     across = collective("all-reduce", 10**9, ((0, 2), (1, 3)), 1, False)
     whole = collective("all-reduce", 10**9, ((0, 1), (2, 3)), 10, False)
@@ -202,12 +202,16 @@ def test_auto_attention_is_what_the_target_would_use():
     model._replace = lambda **new: SimpleNamespace(**{**vars(model), **new})
     planned = attention_check.planned_attention
     mesh = sharding.make_mesh(4, 1, 1)
-    for platform, name in (("tpu", "splash"), ("gpu", "cudnn")):
+    for platform in ("tpu", "gpu"):
         found, note = planned(model, "auto", "bfloat16", mesh, platform)
-        assert found.attention == name
+        assert found.attention == "flash"
         assert "if it passes its test on the device" in note
     assert planned(model, "chunks", "bfloat16", mesh, "tpu")[0] is model
-    assert "because cudnn needs model.compute bfloat16" in planned(model, "auto", "float32", mesh, "gpu")[1]
+    assert planned(model, "auto", "bfloat16", sharding.make_mesh(1, 1, 4), "tpu")[1] == "attention: chunks"
+    with pytest.raises(UserError, match=r"cudnn needs model\.compute bfloat16, got float32"):
+        planned(model, "cudnn", "float32", mesh, "gpu")
+    with pytest.raises(UserError, match=r"splash needs whole rows \(mesh\.sequence 1\)"):
+        planned(model, "splash", "bfloat16", sharding.make_mesh(1, 1, 1, 4), "tpu")
     with pytest.raises(UserError, match="splash runs on a tpu, this device is a gpu"):
         planned(model, "splash", "bfloat16", mesh, "gpu")
     with pytest.raises(UserError, match="cannot shard 2 key-value heads evenly over 4 devices"):

@@ -96,14 +96,12 @@ def speed_advice(compiled: Compiled) -> list[str]:
         worst = max(rows, key=lambda row: row["sent"] / (chip.network if row["network"] else chip.link))
         where = f"{worst['kind']} over {worst['axis']}" + (" through the network" if worst["network"] else "")
         lines.append(f"links take long, {where} above all; more tokens a microbatch (data.rows) spread what is sent")
-    sharded = RULES["embed"]
-    sums = sum(
-        row["sent"] for row in collective_rows(compiled) if (row["axis"], row["kind"]) == (sharded, "all-reduce")
-    )
-    if sums > sum(row["sent"] for row in collective_rows(compiled)) / 2:
+    sharded, rows = [a for a in RULES["embed"] if compiled.mesh[a] > 1], collective_rows(compiled)
+    sums = [row["sent"] for row in rows if row["kind"] == "all-reduce" and row["axis"] == " x ".join(sharded)]
+    if sharded and sum(sums) > sum(row["sent"] for row in rows) / 2:
         lines.append(
-            f"the compiler sums whole arrays over {sharded} in place of gathering and scattering parts; a smaller "
-            f"mesh.{sharded} may avoid that"
+            f"the compiler sums whole arrays over {' x '.join(sharded)} in place of gathering and scattering parts; a "
+            f"smaller mesh.{sharded[0]} may avoid that"
         )
     if bound.memory > bound.matmul:
         lines.append("memory takes longer than matmuls: more tokens a microbatch (data.rows) spread the weights")
