@@ -12,7 +12,7 @@ from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import dump
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
-from dpo_jax.training import plan
+from dpo_jax.training import plan, run_folder, setup
 from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
 from dpo_jax.training.compile import compiled_step, hparams
@@ -24,6 +24,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_atten
 LLAMA |= {"intermediate_size": 128}
 # Embedding and head; four projections of attention, three of the MLP and two norms a layer; the last norm.
 COUNT = 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+MESH = {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
 ADAPTED = 2 * (4 * (64 + 64) + 3 * (64 + 128)) * 2  # rank 2
 
 
@@ -75,7 +76,7 @@ def test_remat_and_fewer_rows_need_less_memory(config_of):
 def test_advice_for_a_run_that_does_not_fit(config_of):
     config = config_of("--reference.mode", "online")
     need = Memory(trained=40, frozen=40, optimizer=40, gradients=40, logits=1, activations=99, batch=0)
-    found = Plan(config, 1, 1, pack.Layout(1, 8, 128, 2, 128), need)
+    found = Plan(config, 1, 1, pack.Layout(1, 8, 128, 2, 128), need, MESH)
     assert plan_advice(found, 260) == []
     lines = plan_advice(found, 100)
     # 160 bytes are permanent and may take 60 of 100: a quarter of them does.
@@ -90,6 +91,24 @@ def test_advice_for_a_run_that_does_not_fit(config_of):
     assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
     assert plan_advice(bare, 50) == ["data.max_length: lower it, or use devices with more memory"]
+    long = bare._replace(shape=pack.Layout(1, 4, 8192, 2, 8192), memory=need._replace(trained=1, frozen=0, optimizer=1))
+    assert "mesh.sequence 2: shards the tokens of each row over as many devices" in plan_advice(long, 100)
+
+
+def test_activations_that_must_be_kept_are_those_of_a_devices_tokens(config_of):
+    whole = config_of("--mesh.data", "4", "--data.row_length", "2048", "--data.rows", "4")
+    split = config_of("--mesh.data", "1", "--mesh.sequence", "4", "--data.row_length", "2048", "--data.rows", "4")
+    one = config_of("--mesh.data", "1", "--mesh.sequence", "4", "--data.row_length", "2048", "--data.rows", "1")
+    kept = [plan.least_activations(config, None) for config in (whole, split, one)]
+    assert kept == [kept[0], kept[0], kept[0] // 4]
+
+
+def test_a_rounded_sum_of_gradients_needs_whole_heads_and_is_no_layout(config_of):
+    config = config_of("--mesh.reduce_dtype", "bfloat16", "--mesh.tensor", "2")
+    with pytest.raises(UserError, match=r"mesh\.reduce_dtype: bfloat16 needs mesh\.tensor 1"):
+        setup.check_config(config)
+    assert "mesh.fsdp" in run_folder.FREE
+    assert "mesh.reduce_dtype" not in run_folder.FREE
 
 
 @pytest.mark.parametrize(("memory", "remat"), [(100, "none"), (99, "dots"), (70, "dots"), (60, "full"), (1, "full")])
@@ -99,7 +118,7 @@ def test_an_accelerator_takes_bfloat16_and_the_fastest_remat_that_fits(config_of
 
     def planned(config, target):
         assert config.model.compute == "bfloat16"  # which the plan depends on
-        return Plan(config, 1, 1, pack.Layout(1, 1, 1, 1, 1), Memory(totals[config.model.remat], *[0] * 6))
+        return Plan(config, 1, 1, pack.Layout(1, 1, 1, 1, 1), Memory(totals[config.model.remat], *[0] * 6), MESH)
 
     monkeypatch.setattr(plan, "plan_run", planned)
     chosen = with_remat(config_of(), "gpu", memory).model

@@ -223,14 +223,17 @@ def test_a_program_that_is_refused_says_what_it_needs():
         def compile(self):
             raise abstract.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded")
 
-    target = parse_target("tpu:v5e:2x4")
-    need = plan.compile_step(Refused(), target)
+    class Broken:
+        def compile(self):
+            raise abstract.jax.errors.JaxRuntimeError("INTERNAL: no such operation")
+
+    need = plan.compile_step(Refused())
     assert need == int(20.5 * 2**30)
     memory = plan._memory((100, 0, 50), 10, 20, 5, need, own=True)  # noqa: SLF001
     assert memory.total == need
     assert memory.trained + memory.optimizer + memory.batch == 155
     with pytest.raises(abstract.jax.errors.JaxRuntimeError):
-        plan.compile_step(Refused(), None)
+        plan.compile_step(Broken())
 
 
 def test_remat_that_cannot_fit_is_not_compiled(monkeypatch):

@@ -203,7 +203,8 @@ class MeshConfig:
     mode: Literal["jit", "pmap"] = "jit"
     """Transformation that compiles the step. pmap: data parallelism in one process."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which gradients are summed over fsdp; bfloat16 sends half the bytes, and rounds them."""
+    """Dtype in which gradients are summed over fsdp (and sequence); bfloat16 sends half the bytes, and rounds them. Not
+    with tensor."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +110,7 @@ class Plan(NamedTuple):
       trained: number of trained parameters: of the model, or of its adapters.
       shape: layout of a batch.
       memory: bytes on each device.
+      mesh: name -> size of each axis.
       compiled: by a target's compiler; None for a plan on JAX's own devices.
     """
 
@@ -117,6 +119,7 @@ class Plan(NamedTuple):
     trained: int
     shape: pack.Layout
     memory: Memory
+    mesh: Mapping[str, int]
     compiled: Compiled | None = None
 
 
@@ -148,14 +151,20 @@ class Lowered(NamedTuple):
     step: Any
 
 
+def planned_platform(target: Target | None) -> str:
+    """Returns "tpu" or "gpu", the platform of a target or of JAX's devices; "" for CPUs, which may emulate others."""
+    platform = jax.default_backend() if target is None else target.platform
+    return "" if platform == "cpu" else platform
+
+
 def lower_step(config: Config, target: Target | None, sync: Sync | None = None) -> Lowered:
     """Returns the train step of a run for JAX's devices or a target's; `sync` is how its reference follows it."""
     # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
     run, loss, note = abstract_run(config, narrow=target is not None, sync=sync), losses.build(config.loss), ""
     mesh, groups = planned_mesh(config, target)
-    if target is not None:
+    if platform := planned_platform(target):
         compute = compute_dtype(config.model)
-        model, note = planned_attention(run.model, config.model.attention, compute, mesh, target.platform)
+        model, note = planned_attention(run.model, config.model.attention, compute, mesh, platform)
         run = run._replace(model=model)
     tx = optim.build(**config.optim)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
@@ -181,7 +190,7 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
     lowered = lower_step(config, target, make_sync(config, losses.build(config.loss)))
     check_length(config, lowered.run.model)
     start = time.perf_counter()
-    program = compile_step(lowered.step, target)
+    program = compile_step(lowered.step)
     seconds = time.perf_counter() - start
     run, state, base = lowered.run, lowered.state, lowered.base
     online = lowered.loss.uses_reference and config.reference.mode == "online"
@@ -192,23 +201,24 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
     gradients = bytes_per_device(sharded_shapes(run.params, lowered.trained))
     outputs, rows = 1 if lowered.loss.rewards else run.model.architecture.vocab, sharding.row_devices(lowered.mesh)
     logits = 2 * 4 * min(CHUNK, lowered.shape.rows * lowered.shape.scored) * outputs // rows
-    batch, platform = bytes_per_device(lowered.batch), "" if target is None else target.platform
-    memory = _memory(permanent, gradients, logits, batch, program, own=base is None, platform=platform)
+    batch = bytes_per_device(lowered.batch)
+    memory = _memory(permanent, gradients, logits, batch, program, own=base is None, platform=planned_platform(target))
     compiled = None
     if target is not None:
         passes = Passes(base is not None, recomputed(config.model), int(online) + int(lowered.loss.whole_batch))
         compiled = _compiled(config, target, lowered, program, passes, memory)._replace(seconds=seconds)
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
-    return Plan(config, count_parameters(full), count_parameters(run.params), lowered.shape, memory, compiled)
+    counts, mesh = (count_parameters(full), count_parameters(run.params)), dict(lowered.mesh.shape)
+    return Plan(config, *counts, lowered.shape, memory, mesh, compiled)
 
 
-def compile_step(lowered: Any, target: Target | None) -> Any:
-    """Returns the compiled program, or the bytes that it would need if a target's compiler refuses it for that."""
+def compile_step(lowered: Any) -> Any:
+    """Returns the compiled program, or the bytes that it would need if the compiler refuses it for that."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         need = re.search(r"Used ([\d.]+)([KMGT]) of", str(e))
-        if target is None or "RESOURCE_EXHAUSTED" not in str(e) or need is None:
+        if "RESOURCE_EXHAUSTED" not in str(e) or need is None:
             raise
         return int(float(need[1]) * 1024 ** (1 + "KMGT".index(need[2])))
 
@@ -295,7 +305,7 @@ def fitting_plan(config: Config, memory: float, target: Target | None = None) ->
     return plan_run(_with_model(config, remat=last), target)
 
 
-def least_activations(config: Config, target: Target) -> int:
+def least_activations(config: Config, target: Target | None) -> int:
     """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
 
     They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer.
@@ -304,7 +314,7 @@ def least_activations(config: Config, target: Target) -> int:
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
     split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (2 if a.gated else 1) * a.mlp
-    tokens = shape.rows * shape.length // sharding.row_devices(mesh)
+    tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))
 
 

@@ -26,7 +26,7 @@ from dpo_jax.training.run import total_steps
 log = logging.getLogger(__name__)
 FREE = ("run", "max_steps", "epochs", "save_every", "keep", "log_every", "max_nonfinite", "model.remat")
 FREE += ("keep_best", "patience", "hang_seconds", "data.rows", "data.row_length", "track")
-FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
+FREE += tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig) if field.name != "reduce_dtype")
 INPUTS = "inputs.json"
 PROMPTS, CHATS, TEXTS = "the kind of prompts", "conversations", "texts"  # an entry of inputs.json and its values
 # Passwords in URLs; tokens of Hugging Face, GitHub, Weights & Biases, OpenAI, AWS; fields that are named as one.

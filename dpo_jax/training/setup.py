@@ -76,6 +76,8 @@ def check_config(config: Config) -> None:
         raise UserError("patience: needs the metric of keep_best; set keep_best: eval_loss")
     if not config.hang_seconds >= 0:
         raise UserError(f"hang_seconds must be >= 0 (0: never), got {config.hang_seconds}")
+    if config.mesh.reduce_dtype != "float32" and config.mesh.tensor != 1:
+        raise UserError(f"mesh.reduce_dtype: {config.mesh.reduce_dtype} needs mesh.tensor 1; set that, or float32")
     if config.seed < 0:
         raise UserError(f"seed must be >= 0, got {config.seed}")
     if config.data.eval_examples is not None and config.data.eval_examples < 1:
