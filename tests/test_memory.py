@@ -46,8 +46,8 @@ class Step:
         architecture = family("llama").architecture({**CONFIG, "vocab_size": VOCAB, **config})
         model = build_model(architecture, compute=compute, remat=remat)
         loss, tx = losses.build({"name": "dpo", "beta": 0.5}), KEPT
-        data, fsdp, tensor = sizes
-        devices = np.array(devices).reshape(data, fsdp, 1, tensor)
+        data, fsdp, tensor, *sequence = sizes
+        devices = np.array(devices).reshape(data, fsdp, *(sequence or [1]), tensor)
         mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
         self.start = lambda: init_state(model.init(jax.random.key(0)), tx, loss)
         shapes = jax.eval_shape(self.start)
@@ -93,6 +93,7 @@ CASES = {
     "full remat": ((1, 4, 1), (("remat", "full"),)),
     "a head in one block": ((1, 4, 1), (("block", 2**20),)),
     "tensor too": ((1, 2, 2), ()),
+    "rows split over devices": ((1, 2, 1, 2), ()),
 }
 
 
