@@ -124,7 +124,7 @@ def test_run_lora(tmp_path):
 def test_run_devices(tmp_path):
     out = run("devices", tmp_path)
     assert out.startswith("4 devices: ")
-    found = [numbers(rf"{name} +\[{NUMBER} {NUMBER} {NUMBER}\]", out) for name in ("one device", "pmap", "mesh")]
+    found = [numbers(rf"{name} +\[{NUMBER} +{NUMBER} +{NUMBER}\]", out) for name in ("one device", "pmap", "mesh")]
     assert found[0][0] == pytest.approx(math.log(2), abs=1e-6)
     assert found[0][2] < 0.6  # from step 1 on the losses depend on the updates
     np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=1e-5)

@@ -325,7 +325,7 @@ def test_memory_is_what_the_compiler_says(eight):
     assert memory.gradients == memory.trained
     assert memory.total > memory.trained + memory.optimizer + memory.gradients + memory.batch
     assert memory.other > 0  # the program itself
-    assert eight.compiled.attention.startswith("attention: splash")
+    assert eight.compiled.attention.startswith("attention: flash")
     assert "tpu_custom_call" in eight.compiled.text
     assert eight.compiled.roofline.mfu < 1
 
@@ -356,7 +356,7 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     cli.run_command(["plan", "my.yaml", "--target", "tpu:v5e:2x2", "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["fits"] is True
-    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     assert found["memory"]["device"] == 16 * 2**30
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
