@@ -8,7 +8,7 @@ import pytest
 from dpo_jax import cli, optim, sharding
 from dpo_jax.commands.plan import plan_advice
 from dpo_jax.config.parse import parse_config
-from dpo_jax.config.schema import Config
+from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import dump
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
@@ -24,7 +24,7 @@ LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_atten
 LLAMA |= {"intermediate_size": 128}
 # Embedding and head; four projections of attention, three of the MLP and two norms a layer; the last norm.
 COUNT = 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
-MESH = {"data": 4, "fsdp": 1, "sequence": 1, "tensor": 1}
+MESH = MeshConfig(data=4)
 ADAPTED = 2 * (4 * (64 + 64) + 3 * (64 + 128)) * 2  # rank 2
 
 

@@ -33,7 +33,7 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     lines = []
     if permanent > 0.6 * memory:
         times = 2 ** math.ceil(math.log2(permanent / (0.6 * memory)))
-        lines.append(f"mesh.fsdp {plan.mesh['fsdp'] * times}: shards parameters over {times} times as many devices")
+        lines.append(f"mesh.fsdp {plan.mesh.fsdp * times}: shards parameters over {times} times as many devices")
         if not config.lora.rank and not config.lora.path:
             lines.append("lora.rank 16: only adapters need gradients and optimizer state; the base is the reference")
         elif not config.lora.base:
@@ -43,12 +43,12 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     stronger = {"none": "dots", "dots": "full"}.get(recomputed(config.model))
     if stronger and need.activations > 0.1 * memory:
         lines.append(f"model.remat {stronger}: recomputes more activations in the backward pass and keeps fewer")
-    row_devices = plan.mesh["data"] * plan.mesh["fsdp"]
+    row_devices = plan.mesh.data * plan.mesh.fsdp
     local_rows = plan.shape.rows // row_devices
     if local_rows > 1 and need.activations > 0.1 * memory:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
     if local_rows <= 1 and plan.shape.length >= LONG_ROW and need.activations > 0.3 * memory:
-        lines.append(f"mesh.sequence {2 * plan.mesh['sequence']}: shards the tokens of each row over as many devices")
+        lines.append(f"mesh.sequence {2 * plan.mesh.sequence}: shards the tokens of each row over as many devices")
     return lines or ["data.max_length: lower it, or use devices with more memory"]
 
 

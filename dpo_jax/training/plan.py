@@ -5,7 +5,6 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import losses, optim, sharding
-from dpo_jax.config.schema import Config
+from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
 from dpo_jax.paths import is_run
@@ -110,7 +109,7 @@ class Plan(NamedTuple):
       trained: number of trained parameters: of the model, or of its adapters.
       shape: layout of a batch.
       memory: bytes on each device.
-      mesh: name -> size of each axis.
+      mesh: the size of each axis.
       compiled: by a target's compiler; None for a plan on JAX's own devices.
     """
 
@@ -119,7 +118,7 @@ class Plan(NamedTuple):
     trained: int
     shape: pack.Layout
     memory: Memory
-    mesh: Mapping[str, int]
+    mesh: MeshConfig
     compiled: Compiled | None = None
 
 
@@ -208,7 +207,7 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
         passes = Passes(base is not None, recomputed(config.model), int(online) + int(lowered.loss.whole_batch))
         compiled = _compiled(config, target, lowered, program, passes, memory)._replace(seconds=seconds)
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
-    counts, mesh = (count_parameters(full), count_parameters(run.params)), dict(lowered.mesh.shape)
+    counts, mesh = (count_parameters(full), count_parameters(run.params)), MeshConfig(**lowered.mesh.shape)
     return Plan(config, *counts, lowered.shape, memory, mesh, compiled)
 
 
