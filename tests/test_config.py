@@ -99,6 +99,15 @@ def test_nested_values_are_a_source_and_overrides(tmp_path):
         parse_config(Config, source, {"loss": {"betta": 0.3}})
 
 
+def test_a_lists_other_elements_keep_their_options_where_one_is_renamed(tmp_path):
+    text = "loss: [{name: dpo, beta: 0.2}, {name: sft, reduction: mean}]"
+    first, second = parse(tmp_path, text, "--loss.0.name", "simpo").loss
+    assert first["name"] == "simpo"
+    assert (second["name"], second["reduction"]) == ("sft", "mean")  # by default sum
+    with pytest.raises(UserError, match=r"loss\.1\.redction"):  # and a mistake in them is no option of the old loss
+        parse(tmp_path, text.replace("reduction", "redction"), "--loss.0.name", "simpo")
+
+
 def test_a_lists_element_may_be_renamed(tmp_path):
     c = parse(tmp_path, LIST, "--loss.0.name", "sft", "--loss.1.name", "dpo")
     assert [term["name"] for term in c.loss] == ["sft", "dpo"]
