@@ -73,7 +73,7 @@ def print_compiled(compiled: Compiled) -> None:
     work, devices = compiled.work, len(compiled.groups)
     log_line(
         f"a step of {work.tokens:,} tokens needs {work.useful:.3g} FLOPs (matmuls and causal attention of full rows, "
-        f"the head on each scored token, forward and backward), {work.executed:.3g} with what is computed again"
+        f"the head on each scored token, forward and backward), {work.executed:.3g} with recomputation"
     )
     log_line(
         f"each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
@@ -95,7 +95,8 @@ def speed_advice(compiled: Compiled) -> list[str]:
         rows = collective_rows(compiled)
         worst = max(rows, key=lambda row: row["sent"] / (chip.network if row["network"] else chip.link))
         where = f"{worst['kind']} over {worst['axis']}" + (" through the network" if worst["network"] else "")
-        lines.append(f"links take long, {where} above all; more tokens a microbatch (data.rows) spread what is sent")
+        fix = "more tokens a microbatch (data.rows) send less a token"
+        lines.append(f"communication takes long, most of all {where}; {fix}")
     sharded, rows = [a for a in RULES["embed"] if compiled.mesh[a] > 1], collective_rows(compiled)
     sums = [row["sent"] for row in rows if row["kind"] == "all-reduce" and row["axis"] == " x ".join(sharded)]
     if sharded and sum(sums) > sum(row["sent"] for row in rows) / 2:

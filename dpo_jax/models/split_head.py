@@ -57,7 +57,7 @@ def split_token_logps(
 
 
 class _Plan(NamedTuple):
-    """What is known at compile time."""
+    """Static arguments."""
 
     size: int
     cap: float | None

@@ -18,7 +18,7 @@ def gather_params(mesh: jax.sharding.Mesh, reduce_dtype: str, tree: Any, shardin
     """Returns parameters all-gathered along fsdp (and sequence, where rows are split); one layer has one axis less than
     its stack in `shardings`.
 
-    Those that are cast to the compute dtype anyway are sent in it.
+    Parameters that are cast to the compute dtype before use are all-gathered in it.
     """
 
     def one(path: Any, x: Any, sharding: NamedSharding) -> Any:

@@ -75,7 +75,7 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What is known of a step that a target's compiler has compiled.
+    """A step as a target's compiler compiled it.
 
     Attributes:
       target: the devices.
@@ -239,7 +239,7 @@ def _memory(
     """Returns the memory by kind, of a program or of the bytes that it would need.
 
     Args:
-      permanent: bytes of what is trained, what is frozen, and the optimizer's state.
+      permanent: bytes of trained parameters, frozen parameters and optimizer state.
       gradients, logits, batch: bytes.
       program: from `compile_step`.
       own: whether what is frozen, if anything, is no argument of the step.
