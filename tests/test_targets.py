@@ -189,7 +189,8 @@ def test_advice_names_what_makes_a_step_slow():
         return speed_advice(made), collective_rows(made)
 
     lines, rows = advice(gather, across)
-    assert "communication takes long, most of all all-reduce over data through the network" in lines[0]  # 0.08 s, gathers 0.04
+    # 0.08 s, gathers 0.04
+    assert "communication takes long, most of all all-reduce over data through the network" in lines[0]
     assert [(row["axis"], row["count"], row["sent"], row["network"]) for row in rows] == [
         ("fsdp", 10, 2e10, False), ("data", 1, 4e9, True)
     ]  # fmt: skip

@@ -40,7 +40,8 @@ def block_attention(
 
     Each block of queries goes through the blocks of keys of which it may see one, with a running maximum and sum
     (FlashAttention, arXiv 2205.14135). Which those are is found from the ids when the program runs, so memory grows
-    with T and compute with the number of visible blocks. The backward pass saves only the output and the log-sum-exp of the scores.
+    with T and compute with the number of visible blocks. The backward pass saves only the output and the log-sum-exp of
+    the scores.
 
     Args:
       q: queries [R, Q, H, d] in the compute dtype.
