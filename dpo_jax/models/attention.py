@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float
 
+from dpo_jax.models.remat import ATTENTION, named
 from dpo_jax.records import Array
 
 CHUNKS = "chunks"  # name of `packed_attention`, which runs on every device
@@ -73,13 +73,6 @@ class Scoring(NamedTuple):
 
 
 Attend = Callable[[Array, Array, Array, RowMask, Scoring], Array]  # signature of `packed_attention`
-_NAMED = jax.checkpoint_policies.save_only_these_names("attention")
-
-
-def keeps_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Remat policy: saves what the backward pass of attention needs, so that its forward pass is not run again."""
-    # cuDNN's log-sum-exp is not visible here and cannot be named, so its forward call is recognized by primitive.
-    return primitive.name == "dot_product_attention_fwd_wrapper" or bool(_NAMED(primitive, *_, **params))
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -259,8 +252,8 @@ def _attend_fwd(q, k, v, mask, scoring, chunk):
     ]
     out = by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
     # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
-    out = checkpoint_name(out, "attention")
-    lse = checkpoint_name(jnp.concatenate([lse for _, lse in parts], axis=3), "attention")
+    out = named(out, ATTENTION)
+    lse = named(jnp.concatenate([lse for _, lse in parts], axis=3), ATTENTION)
     return out, (q, k, v, mask, out, lse)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import (
     MASKED,
@@ -26,6 +25,7 @@ from dpo_jax.models.attention import (
     slopes_of,
     visible_keys,
 )
+from dpo_jax.models.remat import ATTENTION, named
 from dpo_jax.records import Array
 
 BLOCK = 512  # most queries and keys in a block
@@ -120,8 +120,8 @@ def _attend_fwd(q, k, v, mask, scoring, sizes):
         return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
 
     parts, lse = jax.lax.map(one, jnp.arange(len(count)))
-    out = checkpoint_name(by_token(_joined(parts)), "attention")  # see `attention`
-    lse = checkpoint_name(_joined(lse), "attention")
+    out = named(by_token(_joined(parts)), ATTENTION)  # see `attention`
+    lse = named(_joined(lse), ATTENTION)
     return out, (q, k, v, mask, out, lse)
 
 

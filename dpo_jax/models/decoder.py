@@ -21,10 +21,10 @@ from dpo_jax.models.attention import (
     RowMask,
     Scoring,
     cached_attention,
-    keeps_attention,
     packed_attention,
 )
 from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
+from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.records import Array
 
 Cache = tuple[LayerCache, ...]  # one entry per layer
@@ -39,21 +39,6 @@ def extend_cache(cache: Cache, room: int) -> Cache:
         return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
 
     return tuple((keys, values, one(own_keys), one(own_values)) for keys, values, own_keys, own_values in cache)
-
-
-# Remat policies: what the backward pass saves. Everything else is recomputed.
-POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names("projection"), keeps_attention
-    ),
-    "none": None,
-}
-
-
-def _recompute_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Remat policy: saves everything but all-gathered parameters, which the backward pass gathers again, and casts."""
-    return primitive.name not in ("all_gather", "shard_map", "convert_element_type")
 
 
 class Context(NamedTuple):
@@ -132,7 +117,7 @@ def _mlp(a: Architecture, x: Array) -> Array:
     def linear(name: str) -> Linear:
         return Linear((a.width,), (a.mlp,), ("embed", "mlp"), a.mlp_bias, a.initializer_range, name=name)
 
-    inner = activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation)
+    inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
     std = a.initializer_range * a.residual_scale
     return Linear((a.mlp,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name="down")(inner)
 
@@ -149,7 +134,7 @@ class Block(nn.Module):
         self, x: Array, cache: LayerCache | None, own: LayerInputs, context: Context
     ) -> tuple[Array, tuple[Array, ...] | None]:
         """Returns the residual [R, T, D] after the layer and, if `return_kv`, its keys and values or its cache."""
-        a = self.architecture
+        a, x = self.architecture, saved(x, ACTIVATION)
 
         def norm(x: Array, name: str, wanted: bool) -> Array:
             return Norm(a, name=name)(x) if wanted else x
@@ -279,17 +264,14 @@ class Decoder(nn.Module):
         """Returns the layers as one scan, so that the program and its compile time do not grow with L.
 
         The transforms nest as scan(remat(gather(Block))). The scan slices one layer out of the sharded stack, and only
-        that is all-gathered. Remat does not save it for the backward pass, which gathers again (even with remat
-        "none"): the saved copies would add up to the full model on every device.
+        that is all-gathered. Remat does not save it for the backward pass, which gathers again: see `POLICIES`.
         """
         block = Block
-        policy = POLICIES[self.remat]
         if self.gather is not None:
-            gather, policy = self.gather, policy or _recompute_gathers
+            gather = self.gather
             block = nn.map_variables(Block, "params", lambda v: {"params": gather(v["params"])})
-        if policy is not None:
-            # prevent_cse is for code outside a scan, where XLA could merge the recomputation with the forward pass.
-            block = nn.remat(block, policy=policy, prevent_cse=False)
+        # prevent_cse is for code outside a scan, where XLA could merge the recomputation with the forward pass.
+        block = nn.remat(block, policy=POLICIES[self.remat], prevent_cse=False)
         axes: Any = (0, 0, nn.broadcast)  # of cache (None here), inputs of the layers and context
         scan = nn.scan(
             block,

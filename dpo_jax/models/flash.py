@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.attention import KeyValues, Queries, RowMask, Scoring, TokenIds
 from dpo_jax.models.flash_blocks import (
@@ -23,6 +22,7 @@ from dpo_jax.models.flash_blocks import (
     padded_ids,
     visible_blocks,
 )
+from dpo_jax.models.remat import ATTENTION, named
 from dpo_jax.records import Array
 
 PLATFORMS = ("tpu", "gpu")
@@ -150,7 +150,7 @@ def _flash_fwd(q, k, v, sinks, q_ids, k_ids, window, static):
         out = (out * jnp.exp(lse - with_sink).swapaxes(1, 2)[..., None]).astype(out.dtype)
         lse = with_sink
     # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
-    out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+    out, lse = named(out, ATTENTION), named(lse, ATTENTION)
     return out, (q, k, v, sinks, ids, out, lse)
 
 

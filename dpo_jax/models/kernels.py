@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import Attend, RowMask, Scoring, keeps_attention, visible_keys
+from dpo_jax.models.attention import Attend, RowMask, Scoring, visible_keys
 from dpo_jax.models.flash import PLATFORMS, flash_attention
+from dpo_jax.models.remat import ATTENTION, keeps_attention
 from dpo_jax.records import Array
 
 BLOCK = 128  # queries and keys per block: splash attention's default
@@ -46,7 +47,7 @@ def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, int
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=scoring.cap,
-            residual_checkpoint_name="attention",
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         # Built inside a traced function, this flag is an array, and the library would branch on it in Python.

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Float32, Int
 
 from dpo_jax.models.architecture import Architecture, Rope
 from dpo_jax.models.quantized import Quantized, dequantize
+from dpo_jax.models.remat import ACTIVATION, PROJECTION, saved
 from dpo_jax.records import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -69,6 +69,7 @@ def _project_bwd(contract, residuals, g):
     db = None if bias is None else g.astype(jnp.float32).sum(batch).astype(bias.dtype)
     if isinstance(kernel, Quantized):
         return dx, None, db
+    x = jax.lax.optimization_barrier(x)
     return dx, _matmul(x, g, (batch, batch)).astype(kernel.dtype), db
 
 
@@ -77,7 +78,7 @@ project.defvjp(_project_fwd, _project_bwd)
 _recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-@partial(_recompute, static_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(x: Array, scale: Array, bias: Array | None, kind: str, eps: float) -> Array:
     """Returns x normalized over the axes of `scale`, computed in float32, in the dtype of x.
 
@@ -88,11 +89,36 @@ def normalize(x: Array, scale: Array, bias: Array | None, kind: str, eps: float)
       kind: "layer" for layer norm, "rms" for root-mean-square norm.
       eps: added to the variance or mean square.
     """
+    return _normalize_fwd(x, scale, bias, kind, eps)[0]
+
+
+def _normalize_fwd(x, scale, bias, kind, eps):
     y, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
     if kind == "layer":
         y = y - y.mean(axes, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(axes, keepdims=True) + eps) * scale
-    return (y if bias is None else y + bias).astype(x.dtype)
+    return (y if bias is None else y + bias).astype(x.dtype), (x, scale, bias)
+
+
+def _normalize_bwd(kind, eps, residuals, g):
+    # The sums are products with a vector: XLA's sums of products of three arrays, which autodiff makes, take a CPU ten
+    # times as long.
+    x, scale, bias = residuals
+    y, dy = (z.astype(jnp.float32).reshape(-1, scale.size) for z in (x, g))
+    if kind == "layer":
+        y = y - y.mean(1, keepdims=True)
+    inverse = jax.lax.rsqrt((y * y).mean(1, keepdims=True) + eps)
+    product, dot = dy * y, partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    slope = dot(product, scale.reshape(-1, 1)) * jnp.square(inverse) / scale.size
+    dx = inverse * (dy * scale.reshape(-1) - y * slope)
+    if kind == "layer":
+        dx = dx - dx.mean(1, keepdims=True)
+    dscale = dot(inverse.T, product).reshape(scale.shape)
+    dbias = None if bias is None else dot(jnp.ones_like(inverse).T, dy).reshape(bias.shape)
+    return dx.reshape(x.shape).astype(x.dtype), dscale, dbias
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 @partial(_recompute, static_argnums=(2,))
@@ -177,8 +203,7 @@ class Linear(nn.Module):
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             y = y + project(project(x, a, None, count), b, None, 1)
-        # Named so that remat "dots" saves the outputs of projections and recomputes the rest.
-        return checkpoint_name(y, "projection")
+        return saved(y, PROJECTION)
 
 
 class Norm(nn.Module):
@@ -197,4 +222,4 @@ class Norm(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
         scale = self.param("scale", one, shape)
         bias = self.param("bias", zeros, shape) if a.norm == "layer" else None
-        return normalize(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps)
+        return saved(normalize(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps), ACTIVATION)

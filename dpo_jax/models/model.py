@@ -12,7 +12,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import CHUNKS, RowMask, packed_attention
 from dpo_jax.models.blocks import block_attention
-from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.decoder import Cache, Context, Decoder
+from dpo_jax.models.remat import POLICIES
 from dpo_jax.records import Array
 from dpo_jax.sharding.row_split import RowSplit
 
