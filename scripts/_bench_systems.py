@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,12 +114,24 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace: Pace) -> None:
-    """Trains with dpo_jax, the pieces that its loop is made of, the reference filled in just in time."""
+class Ours(NamedTuple):
+    """dpo_jax's pieces of a step: the jitted step, its state, the jitted reference log-probs, the reference's params,
+    rows -> their batch and its number of microbatches, and the rows of every step.
+    """
+
+    step: Any
+    state: Any
+    column: Any
+    frozen: Any
+    batch_of: Callable[[np.ndarray], tuple[Any, int]]
+    batches: np.ndarray
+
+
+def build_ours(folder: Path, system: System, steps: int, batch_size: int) -> Ours:
+    """Returns the pieces that the package's loop is made of."""
     import jax
 
     from dpo_jax import losses, optim, reference
-    from dpo_jax.data.table import Table
     from dpo_jax.models.huggingface.folder import load_folder
     from dpo_jax.models.model import build_model
     from dpo_jax.step import init_state, make_train_step
@@ -133,22 +146,30 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     step = jax.jit(make_train_step(model, objective, tx, logps=logps), donate_argnums=0)
     column, frozen = reference.make_ref_logps_fn(logps), jax.device_put(params)
     own = jax.jit(lambda p: init_state(jax.tree.map(lambda x: x + 0, p), tx, objective))  # a state owns what it donates
-    state = own(frozen)
     table = Table.open(folder)
     shape = levers.shape_of(system.without, table, MAX_LENGTH, batch_size)
-    del params
 
     def batch_of(rows: np.ndarray) -> tuple[Any, int]:
         batch, count = levers.build(system.without, table, rows, shape)
         return jax.device_put(batch), count
 
-    batches = order(table, steps, batch_size)
-    known = [np.asarray(column(frozen, *batch_of(rows))) for rows in batches] if system.precomputed else []
-    for index, rows in enumerate(batches):
+    return Ours(step, own(frozen), column, frozen, batch_of, order(table, steps, batch_size))
+
+
+def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace: Pace) -> None:
+    """Trains with dpo_jax, the reference filled in just in time or before."""
+    import jax
+
+    ours = build_ours(folder, system, steps, batch_size)
+    state, frozen, known = ours.state, ours.frozen, []
+    ours = ours._replace(state=None)  # the first step donates it
+    if system.precomputed:
+        known = [np.asarray(ours.column(frozen, *ours.batch_of(rows))) for rows in ours.batches]
+    for index, rows in enumerate(ours.batches):
         pace.wait()
-        batch, count = batch_of(rows)
-        batch = batch._replace(ref_logps=known[index] if known else column(frozen, batch, count))
-        state, metrics = step(state, batch, np.int32(count))
+        batch, count = ours.batch_of(rows)
+        batch = batch._replace(ref_logps=known[index] if known else ours.column(frozen, batch, count))
+        state, metrics = ours.step(state, batch, np.int32(count))
         loss = float(metrics["loss"])
         on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**20
         pace.done(loss, on_device or peak_rss_mb())

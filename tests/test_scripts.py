@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,14 @@ def test_the_part_that_fails_is_named_and_the_others_run(tmp_path):
     assert codes == [("kernels", 0), ("llama", 1)]
     assert "bench: no data at" in done.stdout
     assert "## llama: failed (1)" in (tmp_path / "device_check.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_profile_adds_up_to_the_step(shared):
+    environment = os.environ | {"XLA_FLAGS": "", "DPO_JAX_SHARED": str(shared), "PYTHONPATH": str(SCRIPTS.parent)}
+    command = [sys.executable, SCRIPTS / "bench", "--tiny", "--profile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    tables = re.findall(r"a step on one core takes .*?\nsum +\S+ +(\S+)%", done.stdout, re.DOTALL)
+    assert len(tables) == len(re.findall("^(?:float32|bfloat16),", done.stdout, re.MULTILINE)) >= 1
+    assert all(50 < float(share) <= 102 for share in tables)
+    assert re.search(r"^products of layers +\S+ +\S+% +[1-9]\d* +[1-9]\d*$", done.stdout, re.MULTILINE)
