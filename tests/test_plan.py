@@ -15,10 +15,10 @@ from dpo_jax.errors import UserError
 from dpo_jax.training import plan, run_folder, setup
 from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
-from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Memory, Plan, plan_run, with_remat
 from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.train_step import compiled_step, hparams
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 128}

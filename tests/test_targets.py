@@ -15,7 +15,7 @@ from dpo_jax.config.schema import Config
 from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.training import abstract, attention_check, plan, targets
+from dpo_jax.training import attention_check, plan, targets
 from dpo_jax.training.program import Collective, axes_of
 from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, step_work
 from dpo_jax.training.targets import CHIPS, Chip, Target, gpu_text, parse_target
@@ -185,7 +185,7 @@ def test_advice_names_what_makes_a_step_slow():
 
     def advice(*found):
         bound = roofline(work(), found, target.chip, target.groups)
-        made = plan.Compiled(target, mesh, target.groups, "", 0.0, "", list(found), work(), bound)
+        made = plan.Compiled(target, mesh, target.groups, "", "chunks", 0.0, "", list(found), work(), bound)
         return speed_advice(made), collective_rows(made)
 
     lines, rows = advice(gather, across)
@@ -217,24 +217,6 @@ def test_auto_attention_is_what_the_target_would_use():
         planned(model, "splash", "bfloat16", mesh, "gpu")
     with pytest.raises(UserError, match="cannot shard 2 key-value heads evenly over 4 devices"):
         planned(model, "splash", "bfloat16", sharding.make_mesh(1, 1, 4), "tpu")
-
-
-def test_a_program_that_is_refused_says_what_it_needs():
-    class Refused:
-        def compile(self):
-            raise abstract.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded")
-
-    class Broken:
-        def compile(self):
-            raise abstract.jax.errors.JaxRuntimeError("INTERNAL: no such operation")
-
-    need = plan.compile_step(Refused())
-    assert need == int(20.5 * 2**30)
-    memory = plan._memory((100, 0, 50), 10, 20, 5, need, own=True)  # noqa: SLF001
-    assert memory.total == need
-    assert memory.trained + memory.optimizer + memory.batch == 155
-    with pytest.raises(abstract.jax.errors.JaxRuntimeError):
-        plan.compile_step(Broken())
 
 
 def test_remat_that_cannot_fit_is_not_compiled(monkeypatch):
@@ -361,11 +343,13 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     assert found["memory"]["device"] == 16 * 2**30
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
-
-
-def test_temporary_memory_of_a_tpu_is_what_the_peak_leaves_beside_the_arguments():
-    found = SimpleNamespace(temp_size_in_bytes=50, peak_memory_in_bytes=70, argument_size_in_bytes=40)
-    assert plan.temporary_bytes(found, "tpu") == 30
-    assert plan.temporary_bytes(found, "gpu") == plan.temporary_bytes(found, "") == 50
-    found.peak_memory_in_bytes = 0  # not said
-    assert plan.temporary_bytes(found, "tpu") == 50
+    programs = {"step": found["memory"]} | found["passes"]
+    assert found["largest"] == max(programs, key=lambda name: programs[name]["total"])
+    whole = 4 * (2 * 512 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 384))  # parameters in float32, without norms
+    assert set(found["passes"]) == {"reference", "sampling"}
+    for one in found["passes"].values():
+        assert (one["trained"], one["frozen"]) == (found["memory"]["trained"], found["memory"]["frozen"])
+        assert one["gradients"] == 0
+    assert found["memory"]["frozen"] == found["memory"]["trained"]  # the reference stays, for KL of the samples
+    assert found["passes"]["sampling"]["activations"] > whole / 2  # a whole copy in bfloat16, and the cache
+    assert found["passes"]["reference"]["activations"] < whole / 2
