@@ -16,6 +16,7 @@ from test_kernels import gradient_of, long_case
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources import hh
+from dpo_jax.libtpu import WITHOUT_TPU
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
 from dpo_jax.models.flash import flash, flash_attention
@@ -267,7 +268,6 @@ def test_the_share_of_scores_that_are_computed_on_real_rows(shared):
 # Programs compiled for devices that are not here.
 
 LENGTH = 1408  # a number that nothing else in the programs has
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
@@ -281,7 +281,7 @@ def topology(target, monkeypatch):
     """Returns a device of the target, which its compiler describes; skips without that compiler."""
     from jax.experimental import topologies
 
-    for name, value in LIBTPU.items():
+    for name, value in WITHOUT_TPU.items():
         if name not in os.environ:
             monkeypatch.setenv(name, value)
     try:

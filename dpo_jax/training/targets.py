@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dpo_jax.errors import UserError
+from dpo_jax.libtpu import WITHOUT_TPU
 
 GB, TB = 10**9, 10**12
 
@@ -82,13 +83,6 @@ runtime_version: {{ major: 13 minor: 0 patch: 0 }} platform_name: "CUDA" dnn_ver
 device_description_str: "{name}"
 """
 FORMS = "tpu:v5p:4x4x4, tpu:2xv5p:4x4x4 (two slices), gpu:h100:1x8 (hosts x GPUs) or gpu:2xb200:9x4 (two NVLink racks)"
-# libtpu asks for no metadata server, no other host, and no lock.
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 class Target(NamedTuple):
@@ -165,7 +159,7 @@ def _tpu(target: Target, topology: str) -> list[Any]:
 
     if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
         raise UserError("--target tpu: its compiler is not installed; run: pip install 'dpo_jax[aot-tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
+    for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
     if target.name == "v4":
