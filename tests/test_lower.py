@@ -156,3 +156,10 @@ def test_temporary_memory_of_a_tpu_is_what_the_peak_leaves_beside_the_arguments(
     assert lower.temporary_bytes(found, "gpu") == lower.temporary_bytes(found, "") == 50
     found.peak_memory_in_bytes = 0  # not said
     assert lower.temporary_bytes(found, "tpu") == 50
+
+
+def test_pmap_is_planned_as_jit_whose_devices_hold_the_same(tmp_path):
+    planned = lower.planned_run(config_of(tmp_path, "--mesh.mode", "pmap"), None)
+    assert planned.run.config.mesh.mode == "jit"
+    with pytest.raises(UserError, match=r"mesh\.mode pmap: parameters are replicated"):
+        lower.planned_run(config_of(tmp_path, "--mesh.mode", "pmap", "--mesh.fsdp", "4"), None)

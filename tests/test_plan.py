@@ -166,6 +166,11 @@ def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch,
     assert "  mesh.fsdp" in out
     cli.run_command(["plan", "dpo.yaml", "--lora.rank", "2"])
     assert "of 80 GB: fits" in capsys.readouterr().out
+    (tmp_path / "b.yaml").write_text("model: {path: runs/sft}\nbatch_size: 4\ndata: {max_length: 32}\n")
+    cli.run_command(["plan", "b.yaml", "--lora.rank", "2"])  # a run that has not begun
+    assert "runs/sft does not exist yet; planned with the model of sft.yaml\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.rows 3: 4 devices share the rows of a microbatch; give a multiple"):
+        cli.run_command(["plan", "dpo.yaml", "--data.rows", "3"])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         cli.run_command(["plan", "dpo.yaml", "--model.path", "nowhere"])
 

@@ -46,9 +46,10 @@ def test_a_text_names_a_target(text, target, devices):
     ("text", "message"),
     [
         ("v5p:4x4x4", "write tpu:v5p:4x4x4"),
-        ("tpu:v5p", "write tpu:v5p:4x4x4"),
-        ("gpu:h100:8", "write tpu:v5p:4x4x4"),
-        ("gpu:h100:0x8", "write tpu:v5p:4x4x4"),
+        ("tpu:v5p", "has no shape; write tpu:v5p:4x4x4"),
+        ("gpu:h100:8", "write hosts x GPUs of each, as in gpu:h100:1x8"),
+        ("gpu:h100:0x8", "has no devices; every number must be at least 1"),
+        ("tpu:0xv5e:2x2", "has no devices; every number must be at least 1"),
         ("tpu:h100:1x8", "h100 is not known; choose one of v4, v5e, v5p, v6e, tpu7x"),
         ("gpu:v100:1x8", "v100 is not known; choose one of a100, h100, h200, b200"),
     ],
@@ -84,6 +85,9 @@ def test_a_compiler_that_is_not_installed_is_one_line(monkeypatch, target, extra
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"not installed; run: pip install 'dpo_jax\[{extra}\]'"):
         targets.target_devices(parse_target(target))
+    # Before the model is looked for, which need not be there.
+    with pytest.raises(UserError, match="not installed"):
+        cli.run_command(["plan", "configs/paper/hh_dpo.yaml", "--target", target])
 
 
 def fake(platform, slices, hosts, chips, told=True):
@@ -337,7 +341,7 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     (tmp_path / "my.yaml").write_text(options + "data: {max_length: 64, row_length: 128, rows: 4}\n")
     monkeypatch.chdir(tmp_path)
     cli.run_command(["plan", "my.yaml", "--target", "tpu:v5e:2x2", "--json"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True
     assert found["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     assert found["memory"]["device"] == 16 * 2**30

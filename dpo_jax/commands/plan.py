@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import math
+from pathlib import Path
 
 import jax
 
@@ -14,10 +16,12 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import CHUNKS
+from dpo_jax.paths import expand_home
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run, with_passes
-from dpo_jax.training.targets import Target, parse_target
+from dpo_jax.training.targets import Target, check_compiler, parse_target
 
+log = logging.getLogger(__name__)
 LONG_ROW = 4096  # tokens; shorter ones are not worth to be shared by devices
 NAMES = {"step": "the step", "reference": "the reference's pass", "sampling": "sampling"}
 
@@ -70,20 +74,26 @@ def _pass_advice(plan: Plan, memory: int) -> list[str]:
     return lines
 
 
-def resolve_base_model(config: Config) -> Config:
+def resolve_base_model(config: Config, file: str = "") -> Config:
     """Returns the config with the model of the first run, if model.path is the YAML of a run.
+
+    So it is if model.path is a run folder that does not exist yet, and its YAML stands beside `file`, the config's own.
 
     Raises:
       UserError: that YAML names no model.
     """
     path = config.model.path
+    stage = Path(file).with_name(f"{Path(path).name}.yaml") if file and path else None
+    if stage is not None and stage.is_file() and not (config.model.config or expand_home(path).exists()):
+        log.info(f"{path} does not exist yet; planned with the model of {stage}")
+        path = str(stage)
     if not path.endswith((".yaml", ".yml")):
         return config
     base = parse_config(Config, path, [], prog="dpo-jax plan")
     if not base.model.path and not base.model.config:
         raise UserError(f"{path}: names no model; set model.path or model.config")
     model = dataclasses.replace(config.model, path=base.model.path, config=base.model.config)
-    return resolve_base_model(dataclasses.replace(config, model=model))
+    return resolve_base_model(dataclasses.replace(config, model=model), path)
 
 
 def plan_command(argv: list[str]) -> None:
@@ -98,11 +108,13 @@ def plan_command(argv: list[str]) -> None:
         key = "--json" if settings.json else "--step_only"
         raise UserError(f"{key}: is for a plan with --target; set that too")
     target = parse_target(settings.target) if settings.target else None
+    if target is not None:
+        check_compiler(target)
     if settings.devices or target:  # the compiler needs no device
         jax.config.update("jax_platforms", "cpu")
     if settings.devices:
         jax.config.update("jax_num_cpu_devices", settings.devices)
-    config = resolve_base_model(settings)
+    config = resolve_base_model(settings, file)
     device = target.chip.memory if target else 80 * GB
     memory = device if settings.memory is None else settings.memory * GB
     accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"

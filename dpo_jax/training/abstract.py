@@ -71,6 +71,7 @@ def plan_layout(config: Config, devices: int, parts: int = 1) -> pack.Layout:
       devices: that share the rows of a microbatch.
       parts: devices that share the tokens of a row.
     """
+    pack.check_rows(config.data.rows, devices)
     pack.check_parts(config.data.row_length, parts)
     unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
     length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit

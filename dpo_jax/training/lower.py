@@ -1,5 +1,6 @@
 """The programs of a run, lowered for shapes and compiled: its step, the reference's pass, and sampling."""
 
+import dataclasses
 import re
 from functools import partial
 from typing import Any, NamedTuple
@@ -87,9 +88,12 @@ def planned_run(
       sync: how the reference follows the policy.
       refused: attention kernels with which its step does not compile, and why.
     """
+    mesh, groups = planned_mesh(config, target)
+    if config.mesh.mode == "pmap":  # planned as jit, under which devices hold the same
+        sharding.pmap_collectives(mesh)
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, mode="jit"))
     # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
     run, loss, note = abstract_run(config, narrow=target is not None, sync=sync), losses.build(config.loss), ""
-    mesh, groups = planned_mesh(config, target)
     if platform := planned_platform(target):
         compute = compute_dtype(config.model)
         model, note = planned_attention(run.model, config.model.attention, compute, mesh, platform, refused or {})

@@ -123,16 +123,20 @@ def parse_target(text: str) -> Target:
     Raises:
       UserError: the text has another form, or names an unknown chip.
     """
-    match = re.fullmatch(r"(tpu|gpu):(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)", text)
+    match = re.fullmatch(r"(tpu|gpu):(?:(\d+)x)?([a-z]\w*)(?::(\d+(?:x\d+)*))?", text)
     if match is None:
         raise UserError(f"--target {text}: write {FORMS}")
     platform, slices, name = match[1], int(match[2] or 1), match[3]
-    shape = tuple(map(int, match[4].split("x")))
     known = [key for key, chip in CHIPS.items() if chip.platform == platform]
     if name not in known:
         raise UserError(f"--target {text}: {name} is not known; choose one of {', '.join(known)}")
-    if 0 in (slices, *shape) or (platform == "gpu" and len(shape) != 2):
-        raise UserError(f"--target {text}: write {FORMS}")
+    shape = tuple(map(int, match[4].split("x"))) if match[4] else ()
+    if not shape:
+        raise UserError(f"--target {text}: has no shape; write {FORMS}")
+    if 0 in (slices, *shape):
+        raise UserError(f"--target {text}: has no devices; every number must be at least 1")
+    if platform == "gpu" and len(shape) != 2:
+        raise UserError(f"--target {text}: write hosts x GPUs of each, as in gpu:{name}:1x8")
     if platform == "gpu" and not match[2]:
         slices, shape = shape[0], (1, shape[1])
     return Target(name, slices, shape)
@@ -146,6 +150,7 @@ def target_devices(target: Target) -> list[Any]:
     Raises:
       UserError: the compiler is not installed, or knows no such topology.
     """
+    check_compiler(target)
     topology = "x".join(map(str, target.shape))
     try:
         return _tpu(target, topology) if target.platform == "tpu" else _gpu(target, topology)
@@ -154,11 +159,20 @@ def target_devices(target: Target) -> list[Any]:
         raise UserError(f"--target: the compiler refuses {target.name}:{topology} ({reason}); change the shape") from e
 
 
+def check_compiler(target: Target) -> None:
+    """Refuses a target whose compiler is not installed."""
+    if target.platform == "tpu":
+        there = bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
+    else:
+        there = _is_installed("jax_plugins.xla_cuda13")
+    if not there:
+        extra = f"pip install 'dpo_jax[aot-{target.platform}]'"
+        raise UserError(f"--target {target.platform}: its compiler is not installed; run: {extra}")
+
+
 def _tpu(target: Target, topology: str) -> list[Any]:
     from jax.experimental import topologies  # imported late: few commands need it
 
-    if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
-        raise UserError("--target tpu: its compiler is not installed; run: pip install 'dpo_jax[aot-tpu]'")
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
@@ -170,8 +184,6 @@ def _tpu(target: Target, topology: str) -> list[Any]:
 def _gpu(target: Target, topology: str) -> list[Any]:
     from jax.experimental import topologies
 
-    if not _is_installed("jax_plugins.xla_cuda13"):
-        raise UserError("--target gpu: its compiler is not installed; run: pip install 'dpo_jax[aot-gpu]'")
     options: dict[str, Any] = {"target_config": gpu_text(target.name), "topology": f"{target.slices}x{topology}"}
     return list(topologies.get_topology_desc(target.name, "cuda", **options).devices)
 
