@@ -13,6 +13,7 @@ import pytest
 from test_attention import PLAIN, dense, inputs, layout, visible, with_gradient
 from test_kernels import gradient_of, long_case
 
+from dpo_jax import sharding
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources import hh
@@ -21,6 +22,7 @@ from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
 from dpo_jax.models.flash import flash, flash_attention
 from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
+from dpo_jax.models.model import _attend_all as attend_all
 
 PLATFORMS = ("tpu", "gpu")
 REAL = (
@@ -122,6 +124,29 @@ def test_queries_may_be_a_part_of_the_row(platform):
     only = jnp.zeros_like(g).at[:, start:stop].set(g[:, start:stop])
     whole = with_gradient(lambda *x: packed_attention(*x, rows, CAPPED), q, k, v, only)
     assert_close(part, [whole[0][:, start:stop], whole[1][:, start:stop], *whole[2:]])
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_devices_that_share_rows_have_the_attention_of_whole_rows(platform):
+    """Four devices with two of eight blocks each: the output and its gradients, keys and values all-gathered."""
+    mesh = sharding.make_mesh(1, 1, 1, 4)
+    shared = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
+    split, given = shared.split, [x[:, :72] for x in inputs()]
+    ids, window = part_of(layout(9).queries, 0, 72), jnp.int32(9)
+
+    def body(params, batch, count):
+        ids, *whole = (jax.tree.map(lambda x: x[0], field) for field in batch)
+        own, order = split.own(ids.index)[0], split.in_order(ids.index)[0]
+        mask = RowMask(jax.tree.map(split.own, ids), jax.tree.map(split.in_order, ids), window)
+        q, k, v, g = (x[:, own] for x in whole)
+        found = with_gradient(lambda *x: attend_all(interpreted(platform), split, *x, mask, CAPPED), q, k, v, g)
+        every = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in found)
+        return tuple(jnp.zeros_like(x).at[:, order].set(x)[None] for x in every)
+
+    batch = jax.tree.map(lambda x: x[None], (ids, *given))
+    found = jax.jit(shared.map_rows(body))({"w": jnp.ones(())}, batch, 0)
+    rows = RowMask(ids, ids, window)
+    assert_close([x[0] for x in found], with_gradient(lambda *x: packed_attention(*x, rows, CAPPED), *given))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
