@@ -13,6 +13,9 @@ Names are imported when they are first used, so that `import dpo_jax` is fast an
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dpo_jax.libtpu import quiet_libtpu
+
+quiet_libtpu()  # before JAX looks for devices
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

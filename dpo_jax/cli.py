@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from dpo_jax import __version__, paths
 from dpo_jax.errors import UserError, closest, is_utf8, printable
@@ -98,7 +98,7 @@ COMMANDS = {
     "plan": Command(
         "CONFIG.yaml [--target NAME] [--devices N] [--memory GB]",
         "Computes memory and speed of a run by compiling it, without starting it.",
-        "configs/paper/hh_dpo.yaml --target gpu:h100:1x8",
+        "configs/hh_tiny_sft.yaml --target tpu:v5e:2x4",
     ),
     "report": Command(
         "RUN ... [--out FILE.html]",
@@ -141,39 +141,44 @@ def run_command(argv: Sequence[str]) -> None:
     if {*HELP, HELP_ALL} & {*rest}:
         _help(name, [a for a in rest if a not in (*HELP, HELP_ALL)], every=HELP_ALL in rest)
         return
-    _print_first_line(name, rest)
+    # With --json standard output has that alone.
+    messages = sys.stderr if any(a.partition("=")[0] == "--json" for a in rest) else None
+    _print_first_line(name, rest, messages)
     module = importlib.import_module(f"dpo_jax.commands.{name}")
     if "jax" in sys.modules:
         paths.keep_compiled()
-    _print_log()
+    _print_log(messages)
     getattr(module, f"{name}_command")(rest)
 
 
-def _print_first_line(name: str, rest: Sequence[str]) -> None:
+def _print_first_line(name: str, rest: Sequence[str], file: TextIO | None) -> None:
     """Prints the file that is read, before slow imports; not in a distributed run, whose process 0 is not known yet."""
     if "jax" in sys.modules or any(a.partition("=")[0] == "--distributed" for a in rest):
         return
     paths = rest[: next((i for i, a in enumerate(rest) if a.startswith("-")), len(rest))]
     found = [path for path in paths[: -1 if name in WRITES else None] if os.path.exists(path)]
-    print(printable(f"reading {', '.join(found)}" if found else "loading JAX"), flush=True)
+    print(printable(f"reading {', '.join(found)}" if found else "loading JAX"), file=file, flush=True)
 
 
 class _Printer(logging.Handler):
     """Prints log records as plain lines, from process 0 only."""
 
+    file: TextIO | None = None  # standard output
+
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one record."""
         jax = sys.modules.get("jax")
         if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
-            print(printable(self.format(record)), flush=True)
+            print(printable(self.format(record)), file=self.file, flush=True)
 
 
-def _print_log() -> None:
-    """Prints the package's progress messages on standard output."""
+def _print_log(file: TextIO | None) -> None:
+    """Prints the package's progress messages, by default on standard output."""
     log = logging.getLogger("dpo_jax")
     log.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Printer) for handler in log.handlers):
-        log.addHandler(_Printer())
+    printers = [handler for handler in log.handlers if isinstance(handler, _Printer)] or [_Printer()]
+    printers[0].file = file
+    log.addHandler(printers[0])
 
 
 def _help(name: str, rest: Sequence[str], *, every: bool) -> None:

@@ -21,8 +21,6 @@ from dpo_jax.sampling import generate
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 from dpo_jax.step import make_eval_step, only_trained
 
-PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}  # samples of the model's own distribution
-
 
 class Evaluator(NamedTuple):
     """Evaluates one table.

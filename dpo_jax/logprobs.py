@@ -12,7 +12,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
-from dpo_jax.models.split_head import split_token_logps
+from dpo_jax.models.split_head import split_log_collisions, split_token_logps
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
 from dpo_jax.sharding.row_split import RowSplit
 
@@ -101,6 +101,14 @@ def _token_logps_by(model: Model, params: Any, scored: Array, target: Array, chu
     return token_logps(scored, model.head(params), target, chunks, size, cap)
 
 
+def _log_collisions_by(model: Model, params: Any, scored: Array, chunks: Array, size: int) -> Array:
+    """Returns `log_collisions` by a model's head, whole or split."""
+    cap = model.architecture.logit_cap
+    if model.split_head is not None:
+        return split_log_collisions(scored, model.split_head(params), chunks, size, cap)
+    return log_collisions(scored, model.head(params), chunks, size, cap)
+
+
 class _Columns(NamedTuple):
     """Scored tokens, of all of a row or of this device's part: `Batch.source` (among the device's tokens), `target` and
     `slot`, and whether a token is in the shared part of its response."""
@@ -166,8 +174,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     add = _adder(columns.slot, shape)
     sums = [add(logps), add(jnp.where(columns.shared, logps, 0.0))]
     if confidence:
-        head, cap = model.head(params), model.architecture.logit_cap
-        sums += [add(jax.lax.stop_gradient(logps) - log_collisions(scored, head, chunks, size, cap))]
+        sums += [add(jax.lax.stop_gradient(logps) - _log_collisions_by(model, params, scored, chunks, size))]
     policy, policy_shared, *sure = model.split.sum(sums) if model.split else sums
     mean = sure[0] / jnp.maximum(lengths, 1) if confidence else jnp.full_like(lengths, jnp.nan)
     # A present response whose reference is not filled in stays NaN, so that the loss is NaN and not wrong.

@@ -19,6 +19,7 @@ PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few leng
 CACHE_TOKENS = 32  # initial size of the cache; it grows fourfold, because attention also reads its unused part
 SMALL_MODEL = 2**28  # bytes of parameters up to which batches run concurrently; each of them copies the parameters
 BLOCK = 128  # tokens of the vocabulary per block, see `sample_tokens`
+PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None}  # samples of the model's own distribution
 
 
 def generate(
@@ -65,9 +66,8 @@ def generate(
     """
     check_sampling(model, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
-    options = StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
-    functions, ends = (model.prefill, model.unstack, model.decode, model.head), ids_of_ends(model, eos_id)
-    static, traced = (mesh, functions, max_new_tokens, options, ends), (jax.random.key(seed), temperature, top_p)
+    static = _static(mesh, model, max_new_tokens, temperature, top_k, eos_id)
+    traced = jax.random.key(seed), temperature, top_p
     out: list[np.ndarray] = [np.zeros(0, np.int32)] * (len(prompts) * copies)
 
     def write(chosen: np.ndarray, indices: np.ndarray) -> None:
@@ -80,6 +80,25 @@ def generate(
     batches = _prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.independent_devices(mesh))
     _run_batches([partial(write, *batch) for batch in batches], params)
     return out
+
+
+def lower_generate(
+    model: Model, params: Any, lengths: list[int], *, max_new_tokens: int, temperature: float,
+    top_k: int | None, top_p: float | None, eos_id: int, batch_size: int = 32,
+) -> Any:  # fmt: skip
+    """Returns the lowered program of `generate` for prompts of these lengths; `params` are shapes with shardings."""
+    mesh, params = sharding.mesh_and_params(params)
+    chosen, indices = next(_prompt_batches(lengths, 1, batch_size, sharding.independent_devices(mesh)))
+    rows = (*pad_prompts([np.zeros(max(lengths), np.int32) for _ in chosen], len(indices)), indices)
+    static = _static(mesh, model, max_new_tokens, temperature, top_k, eos_id)
+    return _generate.lower(*static, params, rows, (jax.eval_shape(jax.random.key, 0), temperature, top_p))
+
+
+def _static(mesh: Any, model: Model, new_tokens: int, temperature: float, top_k: int | None, eos_id: Any) -> tuple:
+    """Returns the static arguments of `_generate`."""
+    options = StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
+    functions = model.prefill, model.unstack, model.decode, model.head
+    return mesh, functions, new_tokens, options, ids_of_ends(model, eos_id)
 
 
 def ids_of_ends(model: Model, eos_id: int | tuple[int, ...] | None) -> tuple[int, ...]:
@@ -351,14 +370,9 @@ def pad_prompts(prompts: list[np.ndarray], rows: int, length: int = 0) -> tuple[
 
 
 def check_sampling(
-    model: Model,
-    prompts: Sequence[Array],
-    copies: int,
-    new: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+    model: Model, prompts: Sequence[Array], copies: int, new: int, temperature: float,
+    top_k: int | None, top_p: float | None,
+) -> None:  # fmt: skip
     """Refuses empty prompts, options out of range, and more tokens than the model has positions."""
     if copies < 1:
         raise UserError(f"copies must be at least 1, got {copies}")

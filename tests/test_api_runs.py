@@ -21,8 +21,8 @@ from dpo_jax import UserError, cli, losses, optim
 from dpo_jax.data.sources import memory
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.runs.sweep import group_runs
-from dpo_jax.training.compile import hparams
 from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.train_step import hparams
 
 
 def squared(lp, *, beta: float = 0.1, target: float = 1.0):

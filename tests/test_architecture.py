@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dpo_jax"
 
 # A unit is a file of the package or a folder. It imports only from units in earlier rows.
 LAYERS = (
-    {"errors"},
+    {"errors", "libtpu"},
     {"records", "named", "paths", "distributed", "sharding"},
     {"intervals"},
     {"optim", "losses", "models", "data"},

@@ -19,7 +19,7 @@ from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.sampling import generate
-from dpo_jax.training import completions, setup
+from dpo_jax.training import completions, run, setup
 
 VOCAB, EOS = 5, 4
 
@@ -87,7 +87,7 @@ def test_the_interval_of_kl_covers_it_as_often_as_it_says(far):
 def test_runs_with_a_reference_sample_for_kl(loss, samples, count):
     config = Config(loss={"name": loss}, samples=SamplesConfig(**samples))
     if isinstance(count, int):
-        assert completions.kl_prompt_count(config, losses.build(config.loss)) == count
+        assert run.kl_prompt_count(config, losses.build(config.loss)) == count
     else:
         with pytest.raises(UserError, match=count):
             setup.check_config(config)

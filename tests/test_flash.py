@@ -13,13 +13,16 @@ import pytest
 from test_attention import PLAIN, dense, inputs, layout, visible, with_gradient
 from test_kernels import gradient_of, long_case
 
+from dpo_jax import sharding
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources import hh
+from dpo_jax.libtpu import WITHOUT_TPU
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
 from dpo_jax.models.flash import flash, flash_attention
 from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
+from dpo_jax.models.model import _attend_all as attend_all
 
 PLATFORMS = ("tpu", "gpu")
 REAL = (
@@ -121,6 +124,29 @@ def test_queries_may_be_a_part_of_the_row(platform):
     only = jnp.zeros_like(g).at[:, start:stop].set(g[:, start:stop])
     whole = with_gradient(lambda *x: packed_attention(*x, rows, CAPPED), q, k, v, only)
     assert_close(part, [whole[0][:, start:stop], whole[1][:, start:stop], *whole[2:]])
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_devices_that_share_rows_have_the_attention_of_whole_rows(platform):
+    """Four devices with two of eight blocks each: the output and its gradients, keys and values all-gathered."""
+    mesh = sharding.make_mesh(1, 1, 1, 4)
+    shared = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
+    split, given = shared.split, [x[:, :72] for x in inputs()]
+    ids, window = part_of(layout(9).queries, 0, 72), jnp.int32(9)
+
+    def body(params, batch, count):
+        ids, *whole = (jax.tree.map(lambda x: x[0], field) for field in batch)
+        own, order = split.own(ids.index)[0], split.in_order(ids.index)[0]
+        mask = RowMask(jax.tree.map(split.own, ids), jax.tree.map(split.in_order, ids), window)
+        q, k, v, g = (x[:, own] for x in whole)
+        found = with_gradient(lambda *x: attend_all(interpreted(platform), split, *x, mask, CAPPED), q, k, v, g)
+        every = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in found)
+        return tuple(jnp.zeros_like(x).at[:, order].set(x)[None] for x in every)
+
+    batch = jax.tree.map(lambda x: x[None], (ids, *given))
+    found = jax.jit(shared.map_rows(body))({"w": jnp.ones(())}, batch, 0)
+    rows = RowMask(ids, ids, window)
+    assert_close([x[0] for x in found], with_gradient(lambda *x: packed_attention(*x, rows, CAPPED), *given))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -267,7 +293,6 @@ def test_the_share_of_scores_that_are_computed_on_real_rows(shared):
 # Programs compiled for devices that are not here.
 
 LENGTH = 1408  # a number that nothing else in the programs has
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
@@ -281,7 +306,7 @@ def topology(target, monkeypatch):
     """Returns a device of the target, which its compiler describes; skips without that compiler."""
     from jax.experimental import topologies
 
-    for name, value in LIBTPU.items():
+    for name, value in WITHOUT_TPU.items():
         if name not in os.environ:
             monkeypatch.setenv(name, value)
     try:

@@ -61,10 +61,10 @@ def test_help_of_a_command_begins_with_what_it_does_an_example_and_its_own_optio
     lines = shown(capsys, "plan", "--help").splitlines()
     assert lines[0] == "usage: dpo-jax plan CONFIG.yaml [--target NAME] [--devices N] [--memory GB]"
     assert lines[2] == "Computes memory and speed of a run by compiling it, without starting it."
-    assert lines[4] == "example: dpo-jax plan configs/paper/hh_dpo.yaml --target gpu:h100:1x8"
+    assert lines[4] == "example: dpo-jax plan configs/hh_tiny_sft.yaml --target tpu:v5e:2x4"
     assert [line for line in lines if line.startswith("  --")] == [
         "  --target TEXT", "  --devices INT (default 0)", "  --memory FLOAT (default None)",
-        "  --json [True|False] (default False)", "  --help-all",
+        "  --json [True|False] (default False)", "  --step_only [True|False] (default False)", "  --help-all",
     ]  # fmt: skip
     every = shown(capsys, "plan", "--help-all").splitlines()
     titles = [line.partition(":")[0] for line in every if line and not line.startswith(" ")]

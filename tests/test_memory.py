@@ -17,9 +17,11 @@ from dpo_jax import losses, sharding
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
+from dpo_jax.logprobs import log_collisions
+from dpo_jax.models.attention import capped
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
-from dpo_jax.models.split_head import words_per_block
+from dpo_jax.models.split_head import SplitHead, split_log_collisions, words_per_block
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.shard import gather_on_use
@@ -38,14 +40,15 @@ class Step:
     """The train step of a small Llama: microbatches of `size` rows, a head in blocks of `block` numbers."""
 
     def __init__(
-        self, sizes, devices, compute="float32", block=700, reduce_dtype="float32", remat="none", size=12, **config
-    ):
+        self, sizes, devices, compute="float32", block=700, reduce_dtype="float32", remat="none", size=12, wpo=False,
+        **config,
+    ):  # fmt: skip
         rng = np.random.default_rng(0)
         draw = partial(rng.integers, 1, 128, dtype=np.int32)
         table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(32))
         architecture = family("llama").architecture({**CONFIG, "vocab_size": VOCAB, **config})
         model = build_model(architecture, compute=compute, remat=remat)
-        loss, tx = losses.build({"name": "dpo", "beta": 0.5}), KEPT
+        loss, tx = losses.build({"name": "dpo", "beta": 0.5, "wpo": wpo}), KEPT
         data, fsdp, tensor, *sequence = sizes
         devices = np.array(devices).reshape(data, fsdp, *(sequence or [1]), tensor)
         mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
@@ -91,6 +94,7 @@ CASES = {
     "one embedding and head": ((1, 4, 1), (("tie_word_embeddings", True),)),
     "a last block with padding": ((1, 4, 1), (("vocab_size", 163),)),
     "full remat": ((1, 4, 1), (("remat", "full"),)),
+    "pairs weighted by their probability": ((1, 4, 1), (("wpo", True),)),
     "a head in one block": ((1, 4, 1), (("block", 2**20),)),
     "tensor too": ((1, 2, 2), ()),
     "rows split over devices": ((1, 2, 1, 2), ()),
@@ -101,7 +105,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_parts_give_the_gradient_of_one_device(gradient, case):
     sizes, options = CASES[case]
-    of_model = [option for option in options if option[0] in ("vocab_size", "tie_word_embeddings")]
+    of_model = [option for option in options if option[0] in ("vocab_size", "tie_word_embeddings", "wpo")]
     assert relative(gradient(sizes, *options), gradient((1, 1, 1), *of_model)) < 2e-5
 
 
@@ -120,11 +124,28 @@ def test_bfloat16_sums_are_for_fsdp_alone():
 @pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_neither_embedding_nor_head_is_ever_whole(compute):
     """Of 160 words a device has whole rows of 20 at a time; in one block the head would be an array of 160 x 32."""
-    found = Step((1, 4, 1), jax.devices(), compute).text()
+    found = Step((1, 4, 1), jax.devices(), compute, wpo=True).text()
     assert not [name for name in TOP if name in found]
     assert "[20,32]" in found
     whole = Step((1, 4, 1), jax.devices(), compute, block=2**20).text()
     assert [name for name in TOP if name in whole]
+
+
+@pytest.mark.parametrize(("cap", "bias"), [(None, False), (3.0, True)])
+def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
+    """Blocks of 21 words, the last one padded; of four chunks of columns one is not computed and stays 0."""
+    rng = np.random.default_rng(0)
+    hidden, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 12, 8), (163, 8)))
+    column = jnp.asarray(rng.standard_normal(163), jnp.float32) if bias else None
+    hidden = jnp.concatenate([hidden, jnp.ones((2, 12, 1))], -1) if bias else hidden
+    whole = weight if column is None else jnp.concatenate([weight, column[:, None]], axis=1)
+    head = SplitHead(weight, column, lambda part: part, 21)
+    found = jax.jit(lambda h: split_log_collisions(h, head, jnp.int32(3), 3, cap))(hidden)
+    expected = log_collisions(hidden, whole, jnp.int32(3), 3, cap)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+    p = jax.nn.softmax(capped(hidden @ whole.T, cap), axis=-1)
+    np.testing.assert_allclose(found[:, :9], jnp.log(jnp.square(p).sum(-1))[:, :9], atol=3e-6)
+    assert not found[:, 9:].any()
 
 
 def test_blocks_are_equal():

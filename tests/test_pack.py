@@ -185,7 +185,7 @@ def test_choose_layout_shares_rows_among_devices():
         assert layout.rows % devices == 0
         assert layout.microbatches * layout.rows >= 64
     assert pack.choose_layout(table, max_length=64, batch_size=64, rows=6, multiple_of=2)[:2] == (11, 6)
-    with pytest.raises(UserError, match="5 rows in a microbatch cannot be shared by 2 devices"):
+    with pytest.raises(UserError, match=r"data\.rows 5: 2 devices share the rows of a microbatch; give a multiple"):
         pack.choose_layout(table, max_length=64, batch_size=64, rows=5, multiple_of=2)
 
 

@@ -15,10 +15,10 @@ from dpo_jax.errors import UserError
 from dpo_jax.training import plan, run_folder, setup
 from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
-from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Memory, Plan, plan_run, with_remat
 from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.train_step import compiled_step, hparams
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 128}
@@ -166,6 +166,11 @@ def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch,
     assert "  mesh.fsdp" in out
     cli.run_command(["plan", "dpo.yaml", "--lora.rank", "2"])
     assert "of 80 GB: fits" in capsys.readouterr().out
+    (tmp_path / "b.yaml").write_text("model: {path: runs/sft}\nbatch_size: 4\ndata: {max_length: 32}\n")
+    cli.run_command(["plan", "b.yaml", "--lora.rank", "2"])  # a run that has not begun
+    assert "runs/sft does not exist yet; planned with the model of sft.yaml\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.rows 3: 4 devices share the rows of a microbatch; give a multiple"):
+        cli.run_command(["plan", "dpo.yaml", "--data.rows", "3"])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         cli.run_command(["plan", "dpo.yaml", "--model.path", "nowhere"])
 

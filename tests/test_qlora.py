@@ -29,9 +29,9 @@ from dpo_jax.models.quantized import Quantized, dequantize, quantize
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state
 from dpo_jax.training.abstract import abstract_run, bytes_per_device, sharded_shapes
-from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import load_policy
 from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.train_step import compiled_step, hparams
 
 WORDS = len(synthetic.synthetic_tokenizer())
 

@@ -40,6 +40,8 @@ def test_the_part_that_fails_is_named_and_the_others_run(tmp_path):
     assert done.returncode == 1
     codes = [(one["part"], one["exit"]) for one in json.loads((tmp_path / "device_check.json").read_text())["parts"]]
     assert codes == [("kernels", 0), ("llama", 1)]
+    kernels = json.loads((tmp_path / "kernels.json").read_text())
+    assert [(one["interpreted"], one["refused"]) for one in kernels] == [("tpu", ""), ("gpu", "")]
     assert "bench: no data at" in done.stdout
     assert "## llama: failed (1)" in (tmp_path / "device_check.md").read_text()
 

@@ -1,5 +1,7 @@
 """What a command imports before it does anything: nothing that it does not use. Counted, since times are noise."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import dpo_jax
-from dpo_jax import cli
+from dpo_jax import cli, libtpu
 from dpo_jax.config.commands import COMMAND_CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,3 +114,32 @@ def test_importing_the_package_imports_nothing_and_each_name_its_own_module():
 @pytest.mark.parametrize("command", USED)
 def test_a_command_imports_what_it_uses(command):
     assert imported(START, command)[1] == USED[command]
+
+
+def test_libtpu_is_told_what_a_machine_without_a_tpu_lacks(tmp_path, monkeypatch):
+    for name in libtpu.WITHOUT_TPU:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(libtpu, "DEVICES", tmp_path)
+    monkeypatch.setattr(libtpu.importlib.util, "find_spec", lambda name: None)
+    libtpu.quiet_libtpu()
+    assert "TPU_WORKER_HOSTNAMES" not in os.environ  # it is not installed
+    monkeypatch.setattr(libtpu.importlib.util, "find_spec", lambda name: name)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "vendor").write_text("0x1ae0\n")
+    libtpu.quiet_libtpu()
+    assert "TPU_WORKER_HOSTNAMES" not in os.environ  # there may be a TPU
+    (tmp_path / "0" / "vendor").write_text("0x10de\n")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+    libtpu.quiet_libtpu()
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
+    assert os.environ["TPU_ACCELERATOR_TYPE"] == "v5p-8"  # what a user has set stays
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or libtpu.has_google_device(), reason="no libtpu here, or a TPU"
+)
+def test_jax_finds_its_devices_without_a_word_of_libtpu():
+    plain = {name: value for name, value in os.environ.items() if name[:4] not in ("TPU_", "JAX_")}
+    code = "import dpo_jax, jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=plain)
+    assert done.stderr == ""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import math
+from pathlib import Path
 
 import jax
 
@@ -14,11 +16,15 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import CHUNKS
+from dpo_jax.paths import expand_home
 from dpo_jax.training.load import compute_dtype, recomputed
-from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run
-from dpo_jax.training.targets import parse_target
+from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run, with_passes
+from dpo_jax.training.targets import Target, check_compiler, parse_target
 
+log = logging.getLogger(__name__)
 LONG_ROW = 4096  # tokens; shorter ones are not worth to be shared by devices
+NAMES = {"step": "the step", "reference": "the reference's pass", "sampling": "sampling"}
+
 
 def plan_advice(plan: Plan, memory: int) -> list[str]:
     """Returns changes that help a run fit into `memory` bytes per device, most effective first; [] if it fits.
@@ -27,8 +33,9 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     rows per microbatch.
     """
     config, need = plan.config, plan.memory
+    passes = _pass_advice(plan, memory)
     if need.total <= memory:
-        return []
+        return passes
     permanent = need.trained + need.frozen + need.optimizer + need.gradients
     lines = []
     if permanent > 0.6 * memory:
@@ -40,6 +47,8 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
             lines.append("lora.base nf4: stores the base's projections in 4 bits per number, plus a scale per 64")
     if config.reference.mode == "online" and need.frozen:
         lines.append("reference.mode cache: keeps no second model in memory during training")
+    elif need.frozen and not (config.lora.rank or config.lora.path):
+        lines.append("samples.kl_prompts 0: keeps no reference in memory during training; there is then no eval_kl")
     stronger = {"none": "dots", "dots": "full"}.get(recomputed(config.model))
     if stronger and need.activations > 0.1 * memory:
         lines.append(f"model.remat {stronger}: recomputes more activations in the backward pass and keeps fewer")
@@ -49,23 +58,42 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
     if local_rows <= 1 and plan.shape.length >= LONG_ROW and need.activations > 0.3 * memory:
         lines.append(f"mesh.sequence {2 * plan.mesh.sequence}: shards the tokens of each row over as many devices")
-    return lines or ["data.max_length: lower it, or use devices with more memory"]
+    return [*(lines or ["data.max_length: lower it, or use devices with more memory"]), *passes]
 
 
-def resolve_base_model(config: Config) -> Config:
+def _pass_advice(plan: Plan, memory: int) -> list[str]:
+    """Returns changes that help the programs beside the step fit into `memory` bytes per device."""
+    large, lines = {one.name for one in plan.passes if one.memory.total > memory}, []
+    if "sampling" in large:
+        keys = "samples.prompts 0" + (" and samples.kl_prompts 0" if plan.config.samples.kl_prompts else "")
+        lines.append(f"{keys}: samples nothing in training, which takes a whole copy of the parameters on a device")
+        lines.append(f"mesh.tensor {2 * plan.mesh.tensor}: shards the parameters that sampling gathers over mesh.fsdp")
+    if "reference" in large and plan.memory.total <= memory:
+        rows = plan.mesh.data * plan.mesh.fsdp
+        lines.append(f"data.rows {rows}: one row per device at a time, in the pass of the reference too")
+    return lines
+
+
+def resolve_base_model(config: Config, file: str = "") -> Config:
     """Returns the config with the model of the first run, if model.path is the YAML of a run.
+
+    So it is if model.path is a run folder that does not exist yet, and its YAML stands beside `file`, the config's own.
 
     Raises:
       UserError: that YAML names no model.
     """
     path = config.model.path
+    stage = Path(file).with_name(f"{Path(path).name}.yaml") if file and path else None
+    if stage is not None and stage.is_file() and not (config.model.config or expand_home(path).exists()):
+        log.info(f"{path} does not exist yet; planned with the model of {stage}")
+        path = str(stage)
     if not path.endswith((".yaml", ".yml")):
         return config
     base = parse_config(Config, path, [], prog="dpo-jax plan")
     if not base.model.path and not base.model.config:
         raise UserError(f"{path}: names no model; set model.path or model.config")
     model = dataclasses.replace(config.model, path=base.model.path, config=base.model.config)
-    return resolve_base_model(dataclasses.replace(config, model=model))
+    return resolve_base_model(dataclasses.replace(config, model=model), path)
 
 
 def plan_command(argv: list[str]) -> None:
@@ -76,21 +104,24 @@ def plan_command(argv: list[str]) -> None:
         raise UserError("--memory must be a finite number of GB above 0, --devices at least 0; change them")
     if settings.target and settings.devices:
         raise UserError("--devices: the target says how many there are; remove it")
-    if settings.json and not settings.target:
-        raise UserError("--json: is for a plan with --target; set that too")
+    if (settings.json or settings.step_only) and not settings.target:
+        key = "--json" if settings.json else "--step_only"
+        raise UserError(f"{key}: is for a plan with --target; set that too")
     target = parse_target(settings.target) if settings.target else None
+    if target is not None:
+        check_compiler(target)
     if settings.devices or target:  # the compiler needs no device
         jax.config.update("jax_platforms", "cpu")
     if settings.devices:
         jax.config.update("jax_num_cpu_devices", settings.devices)
-    config = resolve_base_model(settings)
+    config = resolve_base_model(settings, file)
     device = target.chip.memory if target else 80 * GB
     memory = device if settings.memory is None else settings.memory * GB
     accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"
     if accelerator:  # emulated devices stand for accelerators
         compute = compute_dtype(config.model, "gpu")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
-    plan = fitting_plan(config, memory, target) if accelerator else plan_run(config)
+    plan = _planned(config, memory, target, settings) if accelerator else plan_run(config)
     lines = plan_advice(plan, int(memory))
     if settings.json:
         log_line(json.dumps(plan_record(plan, memory, lines)))
@@ -99,19 +130,33 @@ def plan_command(argv: list[str]) -> None:
     if settings.max_steps and (note := optim.warmup_note(plan.config.optim, settings.max_steps)):
         log_line(note)
     if plan.compiled is not None:
-        print_compiled(plan.compiled)
+        print_compiled(plan.compiled, plan.passes)
     elif settings.model.attention not in ("auto", CHUNKS):
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     log_line(f"model.compute: {compute_dtype(plan.config.model)}, model.remat: {recomputed(plan.config.model)}")
-    share = f"{plan.memory.total / memory:.0%} of {memory / GB:.3g} GB"
+    name, need = plan.largest
+    share = f"{need.total / memory:.0%} of {memory / GB:.3g} GB" + (f", in {NAMES[name]}" if plan.passes else "")
     log_line(share + (": does not fit; set one or more of:" if lines else ": fits"))
     for line in lines or ([] if plan.compiled is None else speed_advice(plan.compiled)):
         log_line(f"  {line}")
 
 
+def _planned(config: Config, memory: float, target: Target | None, settings: PlanConfig) -> Plan:
+    """Returns the plan of an accelerator; of a target with all programs of the run, or the step alone."""
+    try:
+        plan = fitting_plan(config, memory, target)
+        return plan if target is None or settings.step_only else with_passes(plan, target)
+    except jax.errors.JaxRuntimeError as e:
+        where = settings.target or "this device"
+        raise UserError(f"the compiler for {where} refuses the program: {str(e).splitlines()[0]}") from e
+
+
 def _print_memory(plan: Plan) -> None:
-    parts = (*plan.memory._asdict().items(), ("total", plan.memory.total))
-    print_table(("on each device", "GB"), [(name, f"{value / GB:.2f}") for name, value in parts])
+    programs = [plan.memory, *(one.memory for one in plan.passes)]
+    parts = [(*one._asdict().items(), ("total", one.total)) for one in programs]
+    rows = [(kinds[0][0], *(f"{value / GB:.2f}" for _, value in kinds)) for kinds in zip(*parts, strict=True)]
+    names = [f"{NAMES[one.name]}, GB" for one in plan.passes]
+    print_table(("on each device", *(["the step, GB", *names] if names else ["GB"])), rows)
     devices = jax.device_count() if plan.compiled is None else len(plan.compiled.groups)
     log_line(
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; {devices} device(s); at most "

@@ -1,11 +1,12 @@
 """What `dpo-jax plan --target` prints beside memory: collectives, work, the bound on speed, advice."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.sharding import RULES
 from dpo_jax.training.load import recomputed
-from dpo_jax.training.plan import Compiled, Plan
+from dpo_jax.training.plan import Compiled, Pass, Plan
 from dpo_jax.training.program import axes_of, custom_calls
 from dpo_jax.training.roofline import leaves
 
@@ -43,6 +44,11 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
         "attention": compiled.attention,
         "compile_seconds": round(compiled.seconds, 1),
         "memory": plan.memory._asdict() | {"total": plan.memory.total, "device": int(memory)},
+        "passes": {
+            one.name: one.memory._asdict() | {"total": one.memory.total, "compile_seconds": round(one.seconds, 1)}
+            for one in plan.passes
+        },
+        "largest": plan.largest[0],
         "fits": not advice,
         "advice": advice,
         "collectives": collective_rows(compiled),
@@ -52,11 +58,13 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
     }
 
 
-def print_compiled(compiled: Compiled) -> None:
+def print_compiled(compiled: Compiled, passes: Sequence[Pass] = ()) -> None:
     """Prints the collectives, the work and the bound on the speed of a step."""
     chip, bound = compiled.target.chip, compiled.roofline
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
-    log_line(f"{len(compiled.groups)} devices ({mesh}), compiled in {compiled.seconds:.0f} s; {compiled.attention}")
+    seconds = "".join(f", {one.name} in {one.seconds:.0f} s" for one in passes)
+    log_line(f"{len(compiled.groups)} devices ({mesh}), compiled in {compiled.seconds:.0f} s{seconds}")
+    log_line(compiled.attention)
     if bound is None:
         log_line("the compiler refuses a program of that size, so that its collectives and its speed are not known")
         return

@@ -95,6 +95,8 @@ class PlanConfig(Config):
     """Memory of each device, in GB (None: that of the target, else 80)."""
     json: bool = False
     """Print the plan of a target as JSON."""
+    step_only: bool = False
+    """Compile a target's step alone, which is faster: not the reference's pass, nor sampling."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,7 @@ def choose_layout(
     longest = int(table.lengths().max())
     if length is not None and length < longest:
         raise UserError(f"data.row_length {length} is shorter than the longest comparison, {longest} tokens; raise it")
-    if rows is not None and (rows < 1 or rows % multiple_of):
-        raise UserError(f"{rows} rows in a microbatch cannot be shared by {multiple_of} devices; give a multiple")
+    check_rows(rows, multiple_of)
     best, least = None, math.inf
     for size in [length] if length is not None else _row_lengths(longest, max_length, LENGTH_UNIT * parts):
         draft = Layout(batch_size, 1, size, _segments(table, size, batch_size), _scored(table, size))
@@ -93,6 +92,12 @@ def choose_layout(
                 best, least = draft._replace(microbatches=math.ceil(batch_size / count), rows=count), cost
     assert best is not None, "there is always a row length and a number of rows to try"
     return best
+
+
+def check_rows(rows: int | None, devices: int) -> None:
+    """Refuses a number of rows set by the user that `devices` cannot share."""
+    if rows is not None and (rows < 1 or rows % devices):
+        raise UserError(f"data.rows {rows}: {devices} devices share the rows of a microbatch; give a multiple")
 
 
 def check_parts(length: int | None, parts: int) -> None:

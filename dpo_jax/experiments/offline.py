@@ -16,9 +16,9 @@ from dpo_jax.errors import UserError
 from dpo_jax.experiments.world import World, table_layout
 from dpo_jax.records import Array, TrainState
 from dpo_jax.step import init_state
-from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.run import Run
 from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.train_step import compiled_step, hparams
 
 
 class OfflineProgram(NamedTuple):

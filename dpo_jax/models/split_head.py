@@ -97,9 +97,15 @@ def _logps(hidden: Array, head: Any, target: Array, chunks: Array, plan: _Plan) 
     return _logps_fwd(hidden, head, target, chunks, plan)[0]
 
 
-def _logps_fwd(hidden, head, target, chunks, plan):
-    vocab = len(head[0])
-    put = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+def _fold(plan: _Plan, hidden: Array, head: Any, chunks: Array, start: tuple[Array, ...], add: Callable) -> Any:
+    """Returns float32[R, S] arrays after every chunk of every block of words.
+
+    Args:
+      plan, hidden, head, chunks: as for the functions above, with the head as a pair.
+      start: the arrays before.
+      add: (arrays so far, logits, words, cut) of a chunk -> the arrays; `cut` cuts the chunk out of another array.
+    """
+    put, vocab = partial(jax.lax.dynamic_update_slice_in_dim, axis=1), len(head[0])
 
     def one(so_far, given):
         first, block = given
@@ -108,18 +114,43 @@ def _logps_fwd(hidden, head, target, chunks, plan):
         def body(j, so_far):
             _, logits, words = _chunk(plan, hidden, weight, first, vocab, j)
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=j * plan.size, slice_size=plan.size, axis=1)
-            picked, top, total = (cut(x) for x in so_far)
-            higher = jnp.maximum(top, logits.max(-1))
-            total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
-            picked += jnp.where(cut(target)[..., None] == words, logits, 0.0).sum(-1)
-            news = picked, higher, total
+            news = add(tuple(map(cut, so_far)), logits, words, cut)
             return tuple(put(x, new, j * plan.size) for x, new in zip(so_far, news, strict=True))
 
         return jax.lax.fori_loop(0, chunks, body, so_far), None
 
+    return jax.lax.scan(one, start, _blocks(head, plan.words))[0]
+
+
+def split_log_collisions(
+    hidden: Array, head: SplitHead, chunks: Array, size: int, cap: float | None = None
+) -> Array:
+    """Returns what `logprobs.log_collisions` does, up to rounding. Args as for `split_token_logps`."""
+    hidden, parts = jax.lax.stop_gradient((hidden, (head.weight, head.bias)))
+
+    def add(so_far, logits, words, cut):
+        top, total, squares = so_far
+        higher = jnp.maximum(top, logits.max(-1))
+        p, kept = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
+        return higher, kept * total + p.sum(-1), kept**2 * squares + jnp.square(p).sum(-1)
+
+    zeros = jnp.zeros(hidden.shape[:2], jnp.float32)
+    plan, start = _Plan(size, cap, head.gather, head.words), (jnp.full_like(zeros, MASKED), zeros, zeros)
+    _, total, squares = _fold(plan, hidden, parts, chunks, start, add)
+    computed = total > 0
+    return jnp.where(computed, jnp.log(squares + ~computed) - 2 * jnp.log(total + ~computed), 0.0)
+
+
+def _logps_fwd(hidden, head, target, chunks, plan):
+    def add(so_far, logits, words, cut):
+        picked, top, total = so_far
+        higher = jnp.maximum(top, logits.max(-1))
+        total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
+        return picked + jnp.where(cut(target)[..., None] == words, logits, 0.0).sum(-1), higher, total
+
     zeros = jnp.zeros(target.shape, jnp.float32)
     start = zeros, jnp.full_like(zeros, MASKED), zeros
-    (picked, top, total), _ = jax.lax.scan(one, start, _blocks(head, plan.words))
+    picked, top, total = _fold(plan, hidden, head, chunks, start, add)
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), 0.0)
     return picked - lse, (hidden, head, target, chunks, lse)
 

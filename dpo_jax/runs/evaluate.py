@@ -22,6 +22,7 @@ from dpo_jax.records import Chat, Comparison
 from dpo_jax.rewards.registry import get_reward, keep_reward
 from dpo_jax.runs.settings import config_of_path, data_section, section
 from dpo_jax.runs.suites.run import check_suite_keys, evaluate_suites, merged_metrics
+from dpo_jax.sampling import PLAIN
 from dpo_jax.training.checks import check_length
 from dpo_jax.training.completions import prompts_with_room
 from dpo_jax.training.restore import eval_model, load_initial, restore_state
@@ -150,7 +151,7 @@ def _generated(
     completions = {k: decode_texts(tokenizer, c, ends) for k, c in ids.items()}
     found = {}
     if "reference" in ids:
-        plain, policy = options | evaluation.PLAIN, judge._replace(params={"policy": judge.params["policy"]})
+        plain, policy = options | PLAIN, judge._replace(params={"policy": judge.params["policy"]})
         own = ids["policy"] if plain == options else sample(policy, **plain)["policy"]
         found["eval_kl"] = evaluation.mean_with_interval(evaluation.policy_kl(judge, prompts, own))
     if settings.reward:

@@ -15,9 +15,10 @@ from dpo_jax.errors import UserError
 from dpo_jax.runs.settings import call_settings, plain_config
 from dpo_jax.runs.train import Result, checked_callbacks, finish_run, with_base_model
 from dpo_jax.training import setup
-from dpo_jax.training.compile import prepare_run, traced_floats, with_hparams
+from dpo_jax.training.compile import prepare_run, with_hparams
 from dpo_jax.training.loop import Callback, train_run
 from dpo_jax.training.plan import with_remat
+from dpo_jax.training.train_step import traced_floats
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def train_all(
 
 
 def group_runs(configs: Iterable[Config]) -> list[list[Config]]:
-    """Returns runs in groups that differ only in arguments of their compiled step (`compile.hparams`)."""
+    """Returns runs in groups that differ only in arguments of their compiled step (`train_step.hparams`)."""
     found: dict[str, list[Config]] = {}
     for one in configs:
         found.setdefault(dump(_without_floats(one)), []).append(one)

@@ -18,7 +18,6 @@ from dpo_jax.models.model import build_model
 from dpo_jax.records import Batch, Sync
 from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
 from dpo_jax.training.run import Run
-from dpo_jax.training.tables import responses_per_prompt
 from dpo_jax.training.targets import Target, target_devices
 
 TOKENS = 4096  # per device and microbatch, if data.rows is not set
@@ -72,17 +71,13 @@ def plan_layout(config: Config, devices: int, parts: int = 1) -> pack.Layout:
       devices: that share the rows of a microbatch.
       parts: devices that share the tokens of a row.
     """
+    pack.check_rows(config.data.rows, devices)
     pack.check_parts(config.data.row_length, parts)
     unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
     length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit
     rows = config.data.rows or devices * max(1, TOKENS * parts // length)
     segments = min(config.batch_size, max(1, length // 64))
     return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
-
-
-def planned_responses(config: Config, loss: losses.Loss) -> int:
-    """Returns P, the number of responses per comparison in a batch."""
-    return responses_per_prompt(config, loss) + loss.mismatched
 
 
 def abstract_batch(shape: pack.Layout, responses: int) -> Batch:

@@ -1,8 +1,9 @@
 """Selects the attention backend of a run: a kernel only if it matches chunks on this device."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,26 +63,46 @@ def with_attention(
 
 
 def planned_attention(
-    model: Model, attention: str, compute: str, mesh: jax.sharding.Mesh, platform: str
+    model: Model,
+    attention: str,
+    compute: str,
+    mesh: jax.sharding.Mesh,
+    platform: str,
+    refused: Mapping[str, str] | None = None,
 ) -> tuple[Model, str]:
     """Returns what `with_attention` would on a device that is not here, if the kernel passes its test there.
 
     Args:
       model, attention, compute, mesh: as there.
       platform: of the device, "tpu" or "gpu".
+      refused: kernels that the device's compiler refuses, and why.
 
     Raises:
       UserError: the named kernel cannot be used there.
     """
+    refused = refused or {}
     for name in _candidates(attention, platform):
         problem = _unsupported(name, model.architecture, compute, _head_devices(mesh), platform)
-        problem = _split_refusal(name, mesh) or problem
+        problem = _split_refusal(name, mesh) or problem or refused.get(name, "")
         if not problem:
             note = f"attention: {name}, if it passes its test on the device when the run starts"
-            return _with_kernel(model, name, mesh), note
+            return _with_kernel(model, name, mesh), "; ".join((note, *(f"{n} {why}" for n, why in refused.items())))
         if attention != "auto":
             raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
-    return model, f"attention: {CHUNKS}"
+    return model, "; ".join((f"attention: {CHUNKS}", *(f"{n} {why}" for n, why in refused.items())))
+
+
+def attempt(use: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Returns what a function that uses a kernel returns, or why it fails: a kernel may raise anything."""
+    try:
+        return use(), None
+    except Exception as e:
+        return None, e
+
+
+def in_short(error: Exception) -> str:
+    """Returns the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
 
 
 def _candidates(attention: str, platform: str) -> list[str]:
@@ -120,16 +141,17 @@ def _unsupported(name: str, a: Architecture, compute: str, devices: int, platfor
 
 def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -> str:
     """Returns why a kernel cannot be used for a model on this device; "" if it can."""
-    kernel, scoring = KERNELS[name], scoring_of(a)
-    if problem := _unsupported(name, a, compute, devices, jax.default_backend()):
-        return problem
+    problem = _unsupported(name, a, compute, devices, jax.default_backend())
+    return problem or kernel_mismatch(KERNELS[name].attend, a, compute)
+
+
+def kernel_mismatch(attend: Attend, a: Architecture, compute: str) -> str:
+    """Returns why attention does not match chunks on this device for a model's heads; "" if it does."""
     for window in (None, WINDOW) if any(a.windows) else (None,):
-        try:
-            found = np.asarray(
-                jax.jit(partial(kernel_errors, kernel.attend, scoring))(*attention_case(a, compute, window))
-            )
-        except Exception as e:  # a kernel may raise anything; the run then goes on without it
-            return f"fails on this device ({type(e).__name__}: {(str(e).strip() or 'no reason').splitlines()[0]})"
+        case, errors = attention_case(a, compute, window), jax.jit(partial(kernel_errors, attend, scoring_of(a)))
+        found, error = attempt(lambda case=case, errors=errors: np.asarray(errors(*case)))
+        if error is not None:
+            return f"fails on this device ({in_short(error)})"
         for what, (far, near) in zip(OUTPUTS, found, strict=True):
             limit = max(MARGIN * near, LEAST)
             if not far <= limit:  # true for NaN too

@@ -9,16 +9,14 @@ import numpy as np
 
 from dpo_jax.config.schema import Config
 from dpo_jax.data.table import Table
-from dpo_jax.errors import UserError
-from dpo_jax.evaluation import PLAIN, distinct_prompts
+from dpo_jax.evaluation import distinct_prompts
 from dpo_jax.losses import Loss
 from dpo_jax.records import Array
-from dpo_jax.sampling import generate
+from dpo_jax.sampling import PLAIN, generate
 from dpo_jax.training.load import LoadedModel
-from dpo_jax.training.run import Completions
+from dpo_jax.training.run import Completions, kl_prompt_count
 from dpo_jax.training.tables import decode_texts
 
-KL_PROMPTS = 64  # sampling from them takes less time than evaluating the 256 comparisons of data.eval_examples
 log = logging.getLogger(__name__)
 
 
@@ -56,22 +54,6 @@ def _sampler(config: Config, loaded: LoadedModel, tokenizer: Any) -> Callable[..
 
 def _options(config: Config) -> dict[str, Any]:
     return {name: getattr(config.samples, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-
-
-def kl_prompt_count(config: Config, loss: Loss) -> int:
-    """Returns the number of held-out prompts whose completions estimate KL(policy || reference) in training.
-
-    Raises:
-      UserError: the number is negative, or the loss has no reference.
-    """
-    given = config.samples.kl_prompts
-    if given is None:
-        return KL_PROMPTS if loss.uses_reference and config.samples.prompts else 0
-    if given < 0:
-        raise UserError(f"samples.kl_prompts must be >= 0 (0: none), got {given}")
-    if given and not loss.uses_reference:
-        raise UserError("samples.kl_prompts: this loss has no reference, and so no KL to it; remove it")
-    return given
 
 
 def prompts_to_sample(config: Config, loaded: LoadedModel, loss: Loss, table: Table) -> tuple[list[Array], list[Array]]:

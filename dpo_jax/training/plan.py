@@ -1,11 +1,9 @@
-"""What a run needs on each device: compiles its step for shapes and allocates no arrays."""
+"""What a run needs on each device: compiles its programs for shapes and allocates no arrays."""
 
 import dataclasses
 import logging
 import math
-import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,28 +14,35 @@ from dpo_jax import losses, optim, sharding
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.data import pack
 from dpo_jax.logprobs import CHUNK
+from dpo_jax.models.split_head import words_per_block
 from dpo_jax.paths import is_run
-from dpo_jax.records import Sync
 from dpo_jax.training.abstract import (
-    abstract_batch,
     abstract_run,
     bytes_per_device,
     count_parameters,
     plan_layout,
     planned_mesh,
-    planned_responses,
-    sharded_shape,
     sharded_shapes,
 )
-from dpo_jax.training.attention_check import planned_attention
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
-from dpo_jax.training.compile import compiled_step, hparams
 from dpo_jax.training.load import compute_dtype, recomputed
+from dpo_jax.training.lower import (
+    Planned,
+    TooLarge,
+    compile_program,
+    compiled_run,
+    keeps_reference,
+    lower_reference,
+    lower_sampling,
+    planned_platform,
+    planned_run,
+    reference_shapes,
+    temporary_bytes,
+)
 from dpo_jax.training.program import Collective, collectives
 from dpo_jax.training.roofline import Passes, Roofline, Work, roofline, step_work
-from dpo_jax.training.run import Run
 from dpo_jax.training.run_folder import run_config
-from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.shard import policy_shapes
 from dpo_jax.training.targets import Target
 
 GB = 2**30
@@ -46,15 +51,15 @@ log = logging.getLogger(__name__)
 
 
 class Memory(NamedTuple):
-    """Bytes on each device during a step.
+    """Bytes on each device during a step or another program.
 
     Attributes:
       trained: the trained parameters, float32.
-      frozen: the base of adapters, or an online reference.
+      frozen: the base of adapters, or a reference that stays on the devices: an online one, or one for KL of samples.
       optimizer: the optimizer's state.
       gradients: float32 gradients, summed over microbatches.
       logits: one chunk of logits, and its gradient.
-      activations: all other temporary memory of the compiled step: activations, casts, workspace.
+      activations: all other temporary memory of the compiled program: activations, casts, workspace.
       batch: the batch of a step.
       other: the program itself, results that replace no argument, and padding of arguments.
     """
@@ -82,6 +87,7 @@ class Compiled(NamedTuple):
       mesh: their axes.
       groups: of fast links, for each device in the order of the program.
       attention: a message about the attention backend.
+      kernel: its name.
       seconds: that compiling took.
       text: of the program; "" if the compiler refused it because it does not fit.
       collectives: of the program.
@@ -93,11 +99,26 @@ class Compiled(NamedTuple):
     mesh: dict[str, int]
     groups: list[int]
     attention: str
+    kernel: str
     seconds: float
     text: str
     collectives: list[Collective]
     work: Work
     roofline: Roofline | None
+
+
+class Pass(NamedTuple):
+    """A program that a run has beside its step.
+
+    Attributes:
+      name: what it is for, "reference" or "sampling".
+      memory: bytes on each device while it runs.
+      seconds: that compiling took.
+    """
+
+    name: str
+    memory: Memory
+    seconds: float
 
 
 class Plan(NamedTuple):
@@ -111,6 +132,7 @@ class Plan(NamedTuple):
       memory: bytes on each device.
       mesh: the size of each axis.
       compiled: by a target's compiler; None for a plan on JAX's own devices.
+      passes: the programs that the run has beside its step.
     """
 
     config: Config
@@ -120,165 +142,121 @@ class Plan(NamedTuple):
     memory: Memory
     mesh: MeshConfig
     compiled: Compiled | None = None
+    passes: tuple[Pass, ...] = ()
 
-
-class Lowered(NamedTuple):
-    """A step that is ready to be compiled.
-
-    Attributes:
-      run: with shapes in place of parameters, and the attention backend of the devices.
-      loss: its objective.
-      mesh: of JAX's devices or of a target's.
-      groups: of fast links, for each device of the mesh.
-      note: a message about the attention backend.
-      shape: layout of a batch.
-      trained: shardings of the trained parameters.
-      state, batch, base: arguments of the step, as shapes with shardings; the base of adapters is None without them.
-      step: from `jit(...).lower`.
-    """
-
-    run: Run
-    loss: losses.Loss
-    mesh: Any
-    groups: list[int]
-    note: str
-    shape: pack.Layout
-    trained: Any
-    state: Any
-    batch: Any
-    base: Any
-    step: Any
-
-
-def planned_platform(target: Target | None) -> str:
-    """Returns "tpu" or "gpu", the platform of a target or of JAX's devices; "" for CPUs, which may emulate others."""
-    platform = jax.default_backend() if target is None else target.platform
-    return "" if platform == "cpu" else platform
-
-
-def lower_step(config: Config, target: Target | None, sync: Sync | None = None) -> Lowered:
-    """Returns the train step of a run for JAX's devices or a target's; `sync` is how its reference follows it."""
-    # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
-    run, loss, note = abstract_run(config, narrow=target is not None, sync=sync), losses.build(config.loss), ""
-    mesh, groups = planned_mesh(config, target)
-    if platform := planned_platform(target):
-        compute = compute_dtype(config.model)
-        model, note = planned_attention(run.model, config.model.attention, compute, mesh, platform)
-        run = run._replace(model=model)
-    tx = optim.build(**config.optim)
-    shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
-    trained, abstract = state_shardings(run, tx, mesh)
-    shardings = policy_shardings(run, mesh, trained)
-    base = None if shardings.base is None else sharded_shapes(run.base, shardings.base)
-    batch = jax.tree.map(
-        partial(sharded_shape, where=sharding.batch_sharding(mesh)),
-        abstract_batch(shape, planned_responses(config, loss)),
-    )
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    step = compiled_step(run, shardings, abstract).lower(abstract, batch, count, base, hparams(config))
-    return Lowered(run, loss, mesh, groups, note, shape, trained, abstract, batch, base, step)
+    @property
+    def largest(self) -> tuple[str, Memory]:
+        """The program that needs the most memory: "step", or the name of a pass; and that memory."""
+        programs = [("step", self.memory), *((one.name, one.memory) for one in self.passes)]
+        return max(programs, key=lambda one: one[1].total)
 
 
 def plan_run(config: Config, target: Target | None = None) -> Plan:
-    """Returns the plan of a run on JAX's devices, or on a target's. Reads a config.json, no weights and no data.
+    """Returns the plan of a run's step on JAX's devices, or on a target's. Reads a config.json, no weights and no data.
 
     Raises:
       UserError: invalid options, or a compiler that is not installed.
     """
     config = dataclasses.replace(config, optim=optim.with_total_steps(config.optim, config.max_steps or LONG_RUN))
-    lowered = lower_step(config, target, make_sync(config, losses.build(config.loss)))
-    check_length(config, lowered.run.model)
-    start = time.perf_counter()
-    program = compile_step(lowered.step)
+    start, sync = time.perf_counter(), make_sync(config, losses.build(config.loss))
+    check_length(config, abstract_run(config).model)
+    planned, program = compiled_run(config, target, sync)
     seconds = time.perf_counter() - start
-    run, state, base = lowered.run, lowered.state, lowered.base
-    online = lowered.loss.uses_reference and config.reference.mode == "online"
-    frozen = state.params if base is None and online else None
+    run, state, base = planned.run, planned.state, planned.base
+    frozen = state.params if base is None and keeps_reference(config, planned.loss) else None
     if base is not None:  # in the dtype of its files
         frozen = sharded_shapes(abstract_run(config).base, jax.tree.map(lambda x: x.sharding, base))
-    permanent = tuple(map(bytes_per_device, (state.params, frozen, state.opt_state)))
-    gradients = bytes_per_device(sharded_shapes(run.params, lowered.trained))
-    outputs, rows = 1 if lowered.loss.rewards else run.model.architecture.vocab, sharding.row_devices(lowered.mesh)
-    logits = 2 * 4 * min(CHUNK, lowered.shape.rows * lowered.shape.scored) * outputs // rows
-    batch = bytes_per_device(lowered.batch)
-    memory = _memory(permanent, gradients, logits, batch, program, own=base is None, platform=planned_platform(target))
-    compiled = None
-    if target is not None:
-        passes = Passes(base is not None, recomputed(config.model), int(online) + int(lowered.loss.whole_batch))
-        compiled = _compiled(config, target, lowered, program, passes, memory)._replace(seconds=seconds)
+    known = Memory(
+        *map(bytes_per_device, (state.params, frozen, state.opt_state)),
+        gradients=bytes_per_device(sharded_shapes(run.params, planned.shardings.trained)),
+        logits=_logits_bytes(planned), activations=0, batch=bytes_per_device(planned.batch),
+    )  # fmt: skip
+    arguments = known.trained + known.optimizer + known.batch + (0 if base is None else known.frozen)
+    memory = _with_temporary(known, *_needs(program, arguments, planned_platform(target)))
+    compiled = None if target is None else _compiled(target, planned, program, memory)._replace(seconds=seconds)
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
-    counts, mesh = (count_parameters(full), count_parameters(run.params)), MeshConfig(**lowered.mesh.shape)
-    return Plan(config, *counts, lowered.shape, memory, mesh, compiled)
+    counts, mesh = (count_parameters(full), count_parameters(run.params)), MeshConfig(**planned.mesh.shape)
+    return Plan(config, *counts, planned.shape, memory, mesh, compiled)
 
 
-def compile_step(lowered: Any) -> Any:
-    """Returns the compiled program, or the bytes that it would need if the compiler refuses it for that."""
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        need = re.search(r"Used ([\d.]+)([KMGT]) of", str(e))
-        if "RESOURCE_EXHAUSTED" not in str(e) or need is None:
-            raise
-        return int(float(need[1]) * 1024 ** (1 + "KMGT".index(need[2])))
+def _logits_bytes(planned: Planned) -> int:
+    """Returns the bytes of a chunk of logits on a device, and of its gradient: of a block of words if it is split."""
+    a, mesh, shape = planned.run.model.architecture, planned.mesh, planned.shape
+    rows, scored = shape.rows // sharding.row_devices(mesh), shape.scored // sharding.token_devices(mesh)
+    split = planned.shardings.model.split_head is not None
+    words = words_per_block(a.vocab, a.width) if split else a.vocab // math.gcd(a.vocab, sharding.head_devices(mesh))
+    return 2 * 4 * rows * max(1, min(CHUNK // rows, scored)) * (1 if planned.loss.rewards else words)
 
 
-def temporary_bytes(found: Any, platform: str) -> int:
-    """Returns the temporary memory of a compiled step, from its `memory_analysis`.
-
-    Of a TPU's program it is what the peak leaves beside the arguments: `temp_size_in_bytes` was up to 4 GiB above the
-    heap in the compiler's own report, the peak within 0.05 GiB of it (scripts/README.md, Memory of the compiled step).
-    """
-    if platform != "tpu" or found.peak_memory_in_bytes <= 0:
-        return found.temp_size_in_bytes
-    return min(found.temp_size_in_bytes, max(0, found.peak_memory_in_bytes - found.argument_size_in_bytes))
-
-
-def _memory(
-    permanent: tuple[int, ...], gradients: int, logits: int, batch: int, program: Any, *, own: bool, platform: str = ""
-) -> Memory:
-    """Returns the memory by kind, of a program or of the bytes that it would need.
+def _needs(program: Any, arguments: int, platform: str) -> tuple[int, int]:
+    """Returns the temporary memory of a program in bytes, and the other memory beside its arguments.
 
     Args:
-      permanent: bytes of trained parameters, frozen parameters and optimizer state.
-      gradients, logits, batch: bytes.
-      program: from `compile_step`.
-      own: whether what is frozen, if anything, is no argument of the step.
+      program: from `compile_program`.
+      arguments: bytes of its arguments without padding.
       platform: of the target; "" for JAX's devices.
     """
-    trained, frozen, optimizer = permanent
-    arguments = trained + optimizer + batch + (0 if own else frozen)
-    if isinstance(program, int):
-        temporary, other = max(0, program - arguments), 0
-    else:
-        found = program.memory_analysis()
-        temporary, code = temporary_bytes(found, platform), found.generated_code_size_in_bytes
-        padding = max(0, found.argument_size_in_bytes - arguments)
-        other = padding + code + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
-    return Memory(
-        trained, frozen, optimizer, min(gradients, temporary), min(logits, max(0, temporary - gradients)),
-        max(0, temporary - gradients - logits), batch, other,
-    )  # fmt: skip
+    if isinstance(program, TooLarge):
+        return max(0, program.bytes - arguments * program.arguments), 0
+    found = program.memory_analysis()
+    padding, results = found.argument_size_in_bytes - arguments, found.output_size_in_bytes - found.alias_size_in_bytes
+    return temporary_bytes(found, platform), max(0, padding) + max(0, results) + found.generated_code_size_in_bytes
 
 
-def _compiled(
-    config: Config, target: Target, lowered: Lowered, program: Any, passes: Passes, memory: Memory
-) -> Compiled:
+def _with_temporary(known: Memory, temporary: int, other: int) -> Memory:
+    """Returns the memory of a step: what is temporary has gradients, then logits; the rest are activations."""
+    gradients = min(known.gradients, temporary)
+    logits = min(known.logits, temporary - gradients)
+    activations = temporary - gradients - logits
+    return known._replace(gradients=gradients, logits=logits, activations=activations, other=other)
+
+
+def with_passes(plan: Plan, target: Target) -> Plan:
+    """Returns a target's plan with the programs that the run has beside its step: the reference's pass, and sampling.
+
+    The reference's log-probs of the data are computed before there is a training state, unless they are online.
+    """
+    assert plan.compiled is not None
+    config, step = _with_model(plan.config, attention=plan.compiled.kernel), plan.memory
+    planned = planned_run(config, target, make_sync(config, losses.build(config.loss)))
+    training = Memory(step.trained, step.frozen, step.optimizer, 0, 0, 0, 0, bytes_per_device(planned.state.reference))
+    found = []
+
+    def add(name: str, lowered: Any, resident: Memory, arguments: int) -> None:
+        start = time.perf_counter()
+        temporary, other = _needs(compile_program(lowered), arguments, target.platform)
+        memory = resident._replace(activations=temporary, other=resident.other + other)
+        found.append(Pass(name, memory, time.perf_counter() - start))
+
+    if planned.loss.uses_reference:
+        frozen = bytes_per_device(reference_shapes(planned))
+        first = training if keeps_reference(config, planned.loss) else Memory(0, frozen, 0, 0, 0, 0, 0)
+        add("reference", lower_reference(planned), first._replace(batch=step.batch), frozen + step.batch)
+    if (sampling := lower_sampling(planned)) is not None:
+        add("sampling", sampling, training, bytes_per_device(policy_shapes(planned.run, planned.shardings)))
+    return plan._replace(passes=tuple(found))
+
+
+def _compiled(target: Target, planned: Planned, program: Any, memory: Memory) -> Compiled:
     """Returns what the plan of a target has beside memory; its `seconds` are to be filled in."""
-    mesh, shape = lowered.mesh, lowered.shape
+    mesh, shape, config = planned.mesh, planned.shape, planned.run.config
+    online = planned.loss.uses_reference and config.reference.mode == "online"
+    extra = int(online) + int(planned.loss.whole_batch)
     work = step_work(
-        lowered.run.model.architecture, shape, passes, state=memory.trained + memory.optimizer,
-        gradients=memory.gradients, itemsize=jnp.dtype(compute_dtype(config.model)).itemsize, devices=mesh.size,
-        split=sharding.head_devices(mesh),
+        planned.run.model.architecture, shape, Passes(planned.base is not None, recomputed(config.model), extra),
+        state=memory.trained + memory.optimizer, gradients=memory.gradients,
+        itemsize=jnp.dtype(compute_dtype(config.model)).itemsize, devices=mesh.size, split=sharding.head_devices(mesh),
     )  # fmt: skip
-    text = "" if isinstance(program, int) else program.as_text()
+    text = "" if isinstance(program, TooLarge) else program.as_text()
     rows = shape.rows // sharding.row_devices(mesh)
     chunks = math.ceil(shape.scored / max(1, min(CHUNK // max(1, rows), shape.scored)))
     # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
     trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
     slices = target.slices if target.platform == "tpu" else 1  # a program for GPUs is that of all of them
     found = collectives(text, trips, slices, mesh.size) if text else []
-    bound = roofline(work, found, target.chip, lowered.groups) if text else None
-    return Compiled(target, dict(mesh.shape), lowered.groups, lowered.note, 0.0, text, found, work, bound)
+    bound = roofline(work, found, target.chip, planned.groups) if text else None
+    kernel = planned.run.model.attention
+    return Compiled(target, dict(mesh.shape), planned.groups, planned.note, kernel, 0.0, text, found, work, bound)
 
 
 def fitting_plan(config: Config, memory: float, target: Target | None = None) -> Plan:

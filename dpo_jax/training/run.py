@@ -73,6 +73,7 @@ class Run(NamedTuple):
     inputs: Mapping[str, str] = {}
 
 
+KL_PROMPTS = 64  # sampling from them takes less time than evaluating the 256 comparisons of data.eval_examples
 EVERY = re.compile(r"(\d+(?:\.\d+)?)\s*(steps|epochs)?")
 
 
@@ -84,6 +85,7 @@ class PolicyShardings(NamedTuple):
       trained: tree of shardings of the trained parameters.
       base: tree of shardings of the model below the adapters; None if the whole policy is trained.
       policy: (trained, base) -> the policy's parameters.
+      whole: tree of shardings of the policy's parameters.
       collectives: how devices share the rows of a batch.
       model: pure functions of the sharded parameters.
     """
@@ -92,6 +94,7 @@ class PolicyShardings(NamedTuple):
     trained: Any
     base: Any
     policy: Callable[[Any, Any], Any]
+    whole: Any
     collectives: Collectives
     model: Model
 
@@ -114,3 +117,19 @@ def total_steps(config: Config, examples: int) -> int:
     """Returns the number of updates of a run on `examples` comparisons."""
     steps = config.epochs * order.steps_per_epoch(examples, config.batch_size)
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def kl_prompt_count(config: Config, loss: Loss) -> int:
+    """Returns the number of held-out prompts whose completions estimate KL(policy || reference) in training.
+
+    Raises:
+      UserError: the number is negative, or the loss has no reference.
+    """
+    given = config.samples.kl_prompts
+    if given is None:
+        return KL_PROMPTS if loss.uses_reference and config.samples.prompts else 0
+    if given < 0:
+        raise UserError(f"samples.kl_prompts must be >= 0 (0: none), got {given}")
+    if given and not loss.uses_reference:
+        raise UserError("samples.kl_prompts: this loss has no reference, and so no KL to it; remove it")
+    return given

@@ -24,7 +24,7 @@ from dpo_jax.paths import cache_folder, written
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
-from dpo_jax.training.completions import kl_prompt_count, make_run_completer, prompts_to_sample
+from dpo_jax.training.completions import make_run_completer, prompts_to_sample
 from dpo_jax.training.export import export_run
 from dpo_jax.training.load import (
     LoadedModel,
@@ -34,7 +34,7 @@ from dpo_jax.training.load import (
     load_run_tokenizer,
     reference_weights,
 )
-from dpo_jax.training.run import Run, eval_interval
+from dpo_jax.training.run import Run, eval_interval, kl_prompt_count
 from dpo_jax.training.run_folder import (
     CHATS,
     PROMPTS,
@@ -201,7 +201,7 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
 
 
 def sweep_member(run: Run, config: Config) -> Run:
-    """Returns `run` with another config, whose `compile.hparams` alone may differ, and the folder of that config."""
+    """Returns `run` with another config, whose `train_step.hparams` alone may differ, and the folder of that config."""
     data = dataclasses.replace(config.data, text_prompts=run.config.data.text_prompts)
     config = dataclasses.replace(config, data=data, model=run.config.model)
     loss, config = losses.build(config.loss), with_schedule(config, len(run.train_table))

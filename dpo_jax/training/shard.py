@@ -30,7 +30,7 @@ def policy_shardings(run: Run, mesh: Any, trained: Any) -> PolicyShardings:
     if run.lora is None:
         collectives = sharding.mesh_collectives(mesh, (trained, None), reduce_dtype)
         model = gather_on_use(run.model, collectives, trained)
-        return PolicyShardings(mesh, trained, None, only_trained, collectives, model)
+        return PolicyShardings(mesh, trained, None, only_trained, trained, collectives, model)
     kind, architecture = run.lora, run.model.architecture
 
     def policy(adapters: Any, base: Any) -> Any:
@@ -38,11 +38,21 @@ def policy_shardings(run: Run, mesh: Any, trained: Any) -> PolicyShardings:
 
     axes = qlora.quantized_axes(run.model.axes, run.base)
     base = sharding.param_shardings(mesh, axes, run.base)
-    abstract_base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.base)
-    shapes = jax.eval_shape(policy, run.params, abstract_base)
+    shapes = jax.eval_shape(policy, run.params, jax.tree.map(_shape_of, run.base))
     attached = sharding.param_shardings(mesh, lora.attached_axes(architecture, run.model.axes, axes, kind), shapes)
     collectives = sharding.mesh_collectives(mesh, (trained, base), reduce_dtype)
-    return PolicyShardings(mesh, trained, base, policy, collectives, gather_on_use(run.model, collectives, attached))
+    model = gather_on_use(run.model, collectives, attached)
+    return PolicyShardings(mesh, trained, base, policy, attached, collectives, model)
+
+
+def policy_shapes(run: Run, shardings: PolicyShardings) -> Any:
+    """Returns the policy's parameters, with adapters attached, as shapes with shardings."""
+    shapes = jax.eval_shape(shardings.policy, *jax.tree.map(_shape_of, (run.params, run.base)))
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings.whole)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block: int = BLOCK) -> Model:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dpo_jax.errors import UserError
+from dpo_jax.libtpu import WITHOUT_TPU
 
 GB, TB = 10**9, 10**12
 
@@ -82,13 +83,6 @@ runtime_version: {{ major: 13 minor: 0 patch: 0 }} platform_name: "CUDA" dnn_ver
 device_description_str: "{name}"
 """
 FORMS = "tpu:v5p:4x4x4, tpu:2xv5p:4x4x4 (two slices), gpu:h100:1x8 (hosts x GPUs) or gpu:2xb200:9x4 (two NVLink racks)"
-# libtpu asks for no metadata server, no other host, and no lock.
-TPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 class Target(NamedTuple):
@@ -129,16 +123,20 @@ def parse_target(text: str) -> Target:
     Raises:
       UserError: the text has another form, or names an unknown chip.
     """
-    match = re.fullmatch(r"(tpu|gpu):(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)", text)
+    match = re.fullmatch(r"(tpu|gpu):(?:(\d+)x)?([a-z]\w*)(?::(\d+(?:x\d+)*))?", text)
     if match is None:
         raise UserError(f"--target {text}: write {FORMS}")
     platform, slices, name = match[1], int(match[2] or 1), match[3]
-    shape = tuple(map(int, match[4].split("x")))
     known = [key for key, chip in CHIPS.items() if chip.platform == platform]
     if name not in known:
         raise UserError(f"--target {text}: {name} is not known; choose one of {', '.join(known)}")
-    if 0 in (slices, *shape) or (platform == "gpu" and len(shape) != 2):
-        raise UserError(f"--target {text}: write {FORMS}")
+    shape = tuple(map(int, match[4].split("x"))) if match[4] else ()
+    if not shape:
+        raise UserError(f"--target {text}: has no shape; write {FORMS}")
+    if 0 in (slices, *shape):
+        raise UserError(f"--target {text}: has no devices; every number must be at least 1")
+    if platform == "gpu" and len(shape) != 2:
+        raise UserError(f"--target {text}: write hosts x GPUs of each, as in gpu:{name}:1x8")
     if platform == "gpu" and not match[2]:
         slices, shape = shape[0], (1, shape[1])
     return Target(name, slices, shape)
@@ -152,6 +150,7 @@ def target_devices(target: Target) -> list[Any]:
     Raises:
       UserError: the compiler is not installed, or knows no such topology.
     """
+    check_compiler(target)
     topology = "x".join(map(str, target.shape))
     try:
         return _tpu(target, topology) if target.platform == "tpu" else _gpu(target, topology)
@@ -160,12 +159,21 @@ def target_devices(target: Target) -> list[Any]:
         raise UserError(f"--target: the compiler refuses {target.name}:{topology} ({reason}); change the shape") from e
 
 
+def check_compiler(target: Target) -> None:
+    """Refuses a target whose compiler is not installed."""
+    if target.platform == "tpu":
+        there = bool(os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu"))
+    else:
+        there = _is_installed("jax_plugins.xla_cuda13")
+    if not there:
+        extra = f"pip install 'dpo_jax[aot-{target.platform}]'"
+        raise UserError(f"--target {target.platform}: its compiler is not installed; run: {extra}")
+
+
 def _tpu(target: Target, topology: str) -> list[Any]:
     from jax.experimental import topologies  # imported late: few commands need it
 
-    if not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")):
-        raise UserError("--target tpu: its compiler is not installed; run: pip install 'dpo_jax[aot-tpu]'")
-    for name, value in TPU_ENVIRONMENT.items():
+    for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
     if target.name == "v4":
@@ -176,8 +184,6 @@ def _tpu(target: Target, topology: str) -> list[Any]:
 def _gpu(target: Target, topology: str) -> list[Any]:
     from jax.experimental import topologies
 
-    if not _is_installed("jax_plugins.xla_cuda13"):
-        raise UserError("--target gpu: its compiler is not installed; run: pip install 'dpo_jax[aot-gpu]'")
     options: dict[str, Any] = {"target_config": gpu_text(target.name), "topology": f"{target.slices}x{topology}"}
     return list(topologies.get_topology_desc(target.name, "cuda", **options).devices)
 
