@@ -46,6 +46,8 @@ def test_a_description():
     assert found.takes == "pairs, soft labels, f-divergences"
     assert describe_loss("bco").takes == "pairs, or single responses, whole batches"
     assert describe_loss("sft").takes == "responses, no reference"
+    assert describe_loss("kto").takes == "pairs, and responses to other prompts, or single responses, whole batches"
+    assert describe_loss("tpo").takes == "gold, chosen and rejected responses, no reference"
 
 
 def test_the_table_names_all_of_it(capsys):
@@ -83,13 +85,15 @@ def curves():
 def test_every_loss_has_a_curve_which_may_depend_on_the_margin_only(curves):
     drawn = {name: curve for label, curve in curves.items() for name in label.split(", ")}
     assert set(drawn) == set(losses.REGISTRY)
-    ranked = {"plackett_luce", "lipo"}  # of two responses
+    ranked = {"plackett_luce", "lipo", "exo_rw", "tpo", "tpo_l"}  # of two responses, or beside a constant third
     pairwise = {"dpo", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust", "exo_pair", "discopop", "odpo", "r_dpo"}
+    pairwise |= {"hypo", "rpo_sq", "rpo_bwd", "rpo_fwd"}
     assert {name for name, curve in drawn.items() if curve.margin_only} == pairwise | ranked | {
         "simpo",
         "bradley_terry",
     }
-    assert "dpo, sigmoid_norm, r_dpo, plackett_luce, bradley_terry" in curves  # the same for one token per response
+    # The same for one token per response and a neutral reference.
+    assert "dpo, sigmoid_norm, r_dpo, hypo, plackett_luce, bradley_terry" in curves
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
         "hinge",
         "discopop",
         "dpo, sigmoid_norm, r_dpo,",
-        "plackett_luce, bradley_terry",
+        "hypo, plackett_luce,",
         "kto",
         "at c = -r",
     ):

@@ -162,6 +162,8 @@ def _curve(name: str) -> LossCurve:
 
     def batched(margins: Array, shift: float = 0.0) -> Array:
         logps = _logps_at(margins, shift)
+        if entry.responses == 3 and not entry.mismatched:  # a gold response comes first
+            logps = logps._replace(policy=logps.policy[:, jnp.array([2, 0, 1])])
         return entry.function(term_options.first_responses(logps, entry.responses or 2), **hyper)
 
     def one_by_one(margins: Array, shift: float = 0.0) -> Array:
