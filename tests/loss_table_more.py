@@ -115,6 +115,14 @@ MORE = [
         [smooth(0.6), smooth(2.2)],
         [[0.2 * slope(0.6), -0.2 * slope(0.6)], [0.2 * slope(2.2), -0.2 * slope(2.2)]],
     ),
+    Row(  # rewards 1 and -0.5 against a running mean of 0.7, as of bco
+        "axes",
+        {"score": "log_ratio", "ranking": "pointwise", "link": "logistic", "target": "moving_mean", "beta": 0.5}
+        | {"scale": 1.0, "decay": 0.6, "label_smoothing": 0.25},
+        SHIFTED,
+        [smooth(0.3) + smooth(1.2)],
+        [[0.5 * slope(0.3), -0.5 * slope(1.2)]],
+    ),
     Row(  # a mean of 1 over weight 1, then two of mean 0.25: 1/2
         "bco",
         {"beta": 0.5, "all_steps": True},

@@ -165,7 +165,7 @@ def test_who_may_be_combined_with_what():
     """TRL 1.16 allows other divergences in seven of the losses here; nothing that sees a batch takes soft labels."""
     scored = {"odpo", "rpo_sq", "rpo_bwd", "rpo_fwd"}
     trl = {"dpo", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
-    ours = {"ipo_sum", "dpop", "r_dpo", "plackett_luce", "lipo", "exo_rw"}
+    ours = {"ipo_sum", "dpop", "r_dpo", "plackett_luce", "lipo", "exo_rw", "axes"}
     assert {n for n, e in REGISTRY.items() if e.divergences} == trl | ours | scored
     assert {n for n, e in REGISTRY.items() if e.scores} == scored | {"lipo", "exo_rw", "nca"}
     whole = {"aot", "aot_unpaired", "alpha_dpo", "beta_dpo", "kto", "bco"}

@@ -18,6 +18,7 @@ from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
 from dpo_jax.losses.ranked import exo_rw, lipo, nca, plackett_luce
 from dpo_jax.losses.reference_free import alphapo, asft, cpo, orpo, simper, simpo, slic
 from dpo_jax.losses.triples import tpo, tpo_l
+from dpo_jax.losses.axes import axes
 from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
 from dpo_jax.losses.objective import Loss, build, of, option_functions
 from dpo_jax.losses.metrics import length_bias, weighted_means
@@ -28,7 +29,7 @@ from dpo_jax.records import Logps
 
 __all__ = [
     "REGISTRY", "Logps", "Loss", "alpha_dpo", "alphapo", "aot", "aot_unpaired", "apo_down", "apo_zero",
-    "apo_zero_unpaired", "asft", "bco", "bco_pair", "beta_dpo", "bradley_terry", "build", "chi_po", "cpo",
+    "apo_zero_unpaired", "asft", "axes", "bco", "bco_pair", "beta_dpo", "bradley_terry", "build", "chi_po", "cpo",
     "discopop", "dpo", "dpop", "exo_pair", "exo_rw", "hinge", "hypo", "ipo", "ipo_sum", "kto", "length_bias",
     "lipo", "nca", "nca_pair", "odpo", "of", "option_functions", "orpo", "plackett_luce", "r_dpo", "register",
     "robust", "rpo_bwd", "rpo_fwd", "rpo_sq", "sft", "sigmoid_norm", "simper", "simpo", "slic", "sppo_hard", "tpo",

@@ -15,6 +15,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import term_options
 from dpo_jax.losses.registry import Entry, entry_of, find_entry, label
+from dpo_jax.named import with_axes
 from dpo_jax.records import Array, Logps
 
 Term = Mapping[str, Any]  # the name of a loss and its options
@@ -88,7 +89,7 @@ class BoundTerm(NamedTuple):
 def build(loss: str | Term | Sequence[str | Term]) -> Loss:
     """Returns the objective of a config: "dpo", `{"name": "dpo", "beta": 0.1}`, or a list of such terms, summed.
 
-    A name is a registered loss or `module:function`. Values may be traced.
+    A name is a registered loss or `module:function`; a term with an axis and no name is `axes`. Values may be traced.
 
     Raises:
       UserError: an unknown loss or option, a value without a meaning, or terms that cannot be combined.
@@ -140,7 +141,7 @@ def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
 def _split(term: str | Term) -> tuple[str, dict[str, Any]]:
     if not isinstance(term, str | Mapping):
         raise UserError(f"loss: {term!r}: give a name, or a dict with name and options; losses.of takes a function")
-    options = {"name": term} if isinstance(term, str) else dict(term)
+    options = {"name": term} if isinstance(term, str) else with_axes(term)
     if "name" not in options:
         raise UserError(f"loss: {term!r} has no name; give one, as in {{'name': 'dpo'}}")
     return options.pop("name"), options
@@ -183,7 +184,9 @@ def _bind(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
         texts = get_args(known[key].annotation)
         if texts and value not in texts:
             raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
-    bound = BoundTerm(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
+    hyper, *options = [{key: given.get(key, group[key].default) for key in group} for group in groups]
+    entry = entry._replace(**entry.of_options(**hyper)) if entry.of_options else entry
+    bound = BoundTerm(name, entry, hyper, *options)
     term_options.check_term(name, entry, bound.transform | bound.reject | bound.weigh)
     if not any(isinstance(value, Tracer) for value in given.values()):  # which were checked before tracing
         _check(bound, [key for key, p in known.items() if p.annotation in (int, float) or type(p.default) is float])

@@ -48,6 +48,7 @@ class Entry(NamedTuple):
       rewards: whether `Logps.policy` must hold the rewards of a reward model.
       implicit_reward: `(Logps, *, the same hyper-parameters) -> float32[B, P]`, for a loss without a reference: the
         rewards that it compares. Accuracy and margins are theirs; None: it has none.
+      of_options: `(*, the same hyper-parameters) -> dict`, the fields above that depend on them.
     """
 
     function: Callable[..., Array]
@@ -62,6 +63,7 @@ class Entry(NamedTuple):
     scores: bool = False
     rewards: bool = False
     implicit_reward: Callable[..., Array] | None = None
+    of_options: Callable[..., dict[str, Any]] | None = None
 
 
 REGISTRY: dict[str, Entry] = {}
