@@ -22,6 +22,7 @@ import docstring_parser
 from dpo_jax.errors import UserError, closest
 
 TYPES = (bool, int, float, str)
+AXES = ("score", "ranking", "link", "target")  # keys of the loss `axes`, which needs no name
 INSTALLED = (*(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")), str(Path(__file__).parent))
 
 
@@ -32,6 +33,11 @@ class Option(NamedTuple):
     kind: Any  # bool, int, float, str or a Literal of texts
     default: Any
     help: str
+
+
+def with_axes(term: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a term of a loss; one with an axis and no name is the loss `axes`."""
+    return {"name": "axes", **term} if "name" not in term and any(key in term for key in AXES) else dict(term)
 
 
 def options_of(*functions: Callable) -> list[Option]:

@@ -166,7 +166,7 @@ class Logps(NamedTuple):
       scores: float32[B, P], ratings of the responses; 0 without ratings.
       confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless the loss asks for it.
       rounding: float32[B, P], nats by which rounding may move `policy` or `reference`: smaller log-ratios are noise.
-      running: float32[], the statistic that a loss carries from step to step; 0 for a loss without one.
+      running: float32[] or float32[n], the statistic that a loss carries from step to step; 0 without one.
     """
 
     policy: PerResponse
@@ -209,7 +209,8 @@ class Logps(NamedTuple):
         derived = {"present": there, "rounding": FLOAT32_ROUNDING * magnitude, "weights": one, "preference": one}
         given = derived | {"running": np.float32(0.0)} | given
         for name, value in given.items():
-            shape = () if name == "running" else both[:1] if name in ("weights", "preference") else both
+            shape = both[:1] if name in ("weights", "preference") else both
+            shape = np.shape(value)[:1] if name == "running" else shape
             if np.shape(value) != shape:
                 raise UserError(f"Logps.{name}: shape {np.shape(value)}, expected {shape}, as policy has {both}")
         return cls(**{name: given.get(name, Missing(name)) for name in cls._fields})
@@ -226,7 +227,7 @@ class TrainState(NamedTuple):
       step: int32[], updates done.
       params: pytree of float32 arrays, the policy (or its adapters).
       opt_state: the state of the optimizer.
-      running: float32[K], the statistic of each of the K terms of the loss.
+      running: float32[K], the statistics of the terms of the loss, one after another (`Loss.carried`).
       reference: pytree like params for a reference that moves; () for a frozen one.
     """
 

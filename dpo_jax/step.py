@@ -39,8 +39,8 @@ def init_state(params: Any, tx: optax.GradientTransformation, loss: Loss, refere
     Raises:
       UserError: no objective, or no optax transformation.
     """
-    terms, start = checked_objective(loss).terms, checked_transformation(tx).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, start, jnp.zeros(terms), reference)
+    carried, start = checked_objective(loss).carried, checked_transformation(tx).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, start, jnp.zeros(carried), reference)
 
 
 def make_train_step(
@@ -81,7 +81,7 @@ def make_train_step(
     checked_transformation(tx)
 
     def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
-        chex.assert_shape(state.running, (loss.terms,), custom_message="make the state with init_state of this loss")
+        chex.assert_shape(state.running, (loss.carried,), custom_message="make the state with init_state of this loss")
         grads, lp = gradient(of_pair, loss, state, base, batch, count, collectives)
         metrics = weighted_means(loss.metrics(lp), lp.weights)
         norm = optax.tree.norm(grads)
@@ -191,7 +191,7 @@ def make_eval_step(
 
     def step(params: Any, batch: Batch, count: Array, running: Any = None, base: Any = None) -> Metrics:
         found = collectives.gather_rows(_stacked(logps))((params, base), batch, count)
-        running = jnp.zeros(loss.terms) if running is None else running
+        running = jnp.zeros(loss.carried) if running is None else running
         metrics = loss.metrics(concat_microbatches(found)._replace(running=running))
         return {name: value.reshape(batch.weights.shape) for name, value in metrics.items()}
 

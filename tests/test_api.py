@@ -89,7 +89,7 @@ def test_an_own_function_is_an_objective():
     np.testing.assert_allclose(loss.values(lp), [0.0, 8.0])
     metrics = loss.metrics(lp)
     np.testing.assert_allclose(metrics["rewards/margins"], [1.0, -1.0])
-    assert (loss.responses, loss.uses_reference, loss.terms) == (2, True, 1)
+    assert (loss.responses, loss.uses_reference, loss.carried) == (2, True, 1)
     part = losses.of(functools.partial(squared, beta=0.5), weight=2.0)
     np.testing.assert_array_equal(part.values(lp), loss.values(lp))
     jitted = losses.of(jax.jit(squared), beta=0.5, weight=2.0)

@@ -33,7 +33,10 @@ LAYERS = (
 )
 ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units} | {"__init__": -1}
 # The core, in reading order: what one reads to know how a batch becomes an update.
-CORE = ("records.py", "losses/", "logprobs.py", "step.py", "reference.py")
+CORE = ("records.py", "logprobs.py", "step.py", "reference.py")
+# One file of losses stands for the others, which are more equations.
+CORE += tuple(f"losses/{name}.py" for name in ("__init__", "pairwise", "parts", "registry"))
+CORE += tuple(f"losses/{name}.py" for name in ("objective", "term_options", "metrics"))
 CORE += ("optim/optimizers.py", "optim/schedules.py")
 CORE += tuple(f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "order", "pack", "collate"))
 CORE += tuple(f"models/{name}.py" for name in ("model", "architecture", "decoder", "layers", "attention"))

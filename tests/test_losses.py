@@ -142,7 +142,7 @@ def test_likelihood_metrics():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="unknown loss 'xyz'; known: alphapo, aot, "):
+    with pytest.raises(UserError, match="unknown loss 'xyz'; known: alpha_dpo, alphapo, aot, "):
         losses.build({"name": "xyz"})
     with pytest.raises(UserError, match="unknown loss 'sigmoid'; here it is 'dpo'"):  # and not sigmoid_norm
         losses.build({"name": "sigmoid"})

@@ -46,6 +46,8 @@ def test_a_description():
     assert found.takes == "pairs, soft labels, f-divergences"
     assert describe_loss("bco").takes == "pairs, or single responses, whole batches"
     assert describe_loss("sft").takes == "responses, no reference"
+    assert describe_loss("kto").takes == "pairs, and responses to other prompts, or single responses, whole batches"
+    assert describe_loss("tpo").takes == "gold, chosen and rejected responses, no reference"
 
 
 def test_the_table_names_all_of_it(capsys):
@@ -68,7 +70,7 @@ def test_names_choose(capsys):
 
 
 def test_help(capsys):
-    assert said(capsys, "--help").startswith("usage: dpo-jax losses [NAME ...] [--plot [FILE.svg]]\n")
+    assert said(capsys, "--help").startswith("usage: dpo-jax losses [NAME | AXIS=VALUE,... ...] [--plot [FILE.svg]]\n")
 
 
 def sigmoid(x):
@@ -83,13 +85,15 @@ def curves():
 def test_every_loss_has_a_curve_which_may_depend_on_the_margin_only(curves):
     drawn = {name: curve for label, curve in curves.items() for name in label.split(", ")}
     assert set(drawn) == set(losses.REGISTRY)
-    ranked = {"plackett_luce", "lipo"}  # of two responses
+    ranked = {"plackett_luce", "lipo", "exo_rw", "tpo", "tpo_l"}  # of two responses, or beside a constant third
     pairwise = {"dpo", "sigmoid_norm", "ipo", "ipo_sum", "hinge", "robust", "exo_pair", "discopop", "odpo", "r_dpo"}
+    pairwise |= {"axes", "hypo", "rpo_sq", "rpo_bwd", "rpo_fwd"}
     assert {name for name, curve in drawn.items() if curve.margin_only} == pairwise | ranked | {
         "simpo",
         "bradley_terry",
     }
-    assert "dpo, sigmoid_norm, r_dpo, plackett_luce, bradley_terry" in curves  # the same for one token per response
+    # The same for one token per response and a neutral reference.
+    assert "dpo, sigmoid_norm, r_dpo, hypo, plackett_luce, axes, bradley_terry" in curves
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
         "hinge",
         "discopop",
         "dpo, sigmoid_norm, r_dpo,",
-        "plackett_luce, bradley_terry",
+        "hypo, plackett_luce,",
         "kto",
         "at c = -r",
     ):
@@ -136,7 +140,7 @@ def test_a_panel_has_at_most_six_losses_of_one_kind(curves):
     assert {label: curve for row in rows for label, curve in row.items()} == curves
     counts = [sum(len(label.split(", ")) for label in row) for row in rows]
     assert sum(counts) == len(losses.REGISTRY)
-    assert max(counts) <= 6
+    assert max(count for count, row in zip(counts, rows, strict=True) if len(row) > 1) <= 6
     kinds = [{curve.margin_only for curve in row.values()} for row in rows]
     assert kinds == sorted(kinds, key=lambda kind: kind != {True})
     assert all(len(kind) == 1 for kind in kinds)
@@ -158,6 +162,22 @@ def test_every_panel_has_a_readable_legend(curves, tmp_path, monkeypatch):
         assert all(text.get_fontsize() >= 9 for text in gradient.get_legend().get_texts())
 
 
+def test_points_of_the_axes_are_shown_and_drawn(capsys, tmp_path):
+    page = said(capsys, "ipo", "link=savage,beta=2")
+    for part in ("axes: log_ratio_mean, pair,", "link savage", "beta 2.0"):
+        assert part in page
+    found = loss_curves(["link=savage", "score=log_prob,link=exponential,target=constant,scale=0.5"])
+    savage, exponential = (found[name] for name in found)
+    at = MARGINS.tolist().index(2.0)
+    expected = [sigmoid(-2) ** 2, -2 * sigmoid(-2) ** 2 * sigmoid(2)]
+    assert [savage.value[at], savage.gradient[at]] == pytest.approx(expected, rel=1e-5)
+    assert [exponential.value[at], exponential.gradient[at]] == pytest.approx([np.exp(-1.5), -np.exp(-1.5)], rel=1e-5)
+    assert savage.margin_only
+    out = tmp_path / "points.svg"
+    assert said(capsys, "link=savage", "link=probit", "--plot", str(out)) == f"wrote {out}\n"
+    assert "link=probit" in out.read_text()
+
+
 def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said(capsys, "kto", "--plot") == "wrote losses.svg\n"
@@ -169,8 +189,11 @@ def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
     [
         (["simpoo"], r"unknown loss 'simpoo'; did you mean 'simpo'\?"),
         (["sigmoid"], "unknown loss 'sigmoid'; here it is 'dpo'"),
-        (["--beta", "0.1"], "takes names of losses, then --plot"),
-        (["--plot", "a.svg", "b.svg"], "takes names of losses, then --plot"),
+        (["--beta", "0.1"], "takes names, or axes such as link=squared, then --plot"),
+        (["--plot", "a.svg", "b.svg"], "takes names, or axes such as link=squared, then --plot"),
+        (["link=square"], "link: 'square' is not one of logistic, squared"),
+        (["link=hinge,rank=pair"], "unknown key 'rank'"),
+        (["ranking=list,link=hinge"], "loss axes: ranking list takes link logistic"),
         (["--plot", "x.png"], r"--plot x.png: not an .svg file; name one"),
     ],
 )

@@ -19,7 +19,9 @@ GENERATORS = {
     ("js", 0.0): lambda t: t * jnp.log(t) - (t + 1) * jnp.log((t + 1) / 2),
     ("alpha", 0.5): lambda t: (t**0.5 - 0.5 * t - 0.5) / (0.5 * -0.5),
     ("alpha", 3.0): lambda t: (t**3 - 3 * t + 2) / (3 * 2),
+    ("chi2_kl", 0.0): lambda t: 0.5 * (t - 1) ** 2 + t * jnp.log(t) - t + 1,
 }
+SQUARES = {"ipo", "ipo_sum", "rpo_sq"}
 every_divergence = pytest.mark.parametrize(("name", "alpha"), GENERATORS)
 
 
@@ -36,9 +38,10 @@ def test_scores_are_the_derivative_of_the_generator(name, alpha):
 
 
 def test_scores_by_hand():
-    """pi / ref = 2: log 2, 1 - 1/2, log(4/3), (2^-1/2 - 1) / (-1/2)."""
-    found = [float(scores([math.log(2)], name)[0]) for name in ("reverse_kl", "forward_kl", "js", "alpha")]
-    np.testing.assert_allclose(found, [math.log(2), 0.5, math.log(4 / 3), 2 - math.sqrt(2)], rtol=1e-6)
+    """pi / ref = 2: log 2, 1 - 1/2, log(4/3), (2^-1/2 - 1) / (-1/2), 2 - 1 + log 2."""
+    found = [float(scores([math.log(2)], name)[0]) for name in ("reverse_kl", "forward_kl", "js", "alpha", "chi2_kl")]
+    expected = [math.log(2), 0.5, math.log(4 / 3), 2 - math.sqrt(2), 1 + math.log(2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_limits_of_the_alpha_divergence_are_the_two_kls():
@@ -58,9 +61,9 @@ def test_the_reference_is_taken_off_first_and_nothing_else_changes(name, alpha):
 
 
 @every_divergence
-@pytest.mark.parametrize("loss", sorted({n for n, e in REGISTRY.items() if e.divergences} - {"ipo", "ipo_sum"}))
+@pytest.mark.parametrize("loss", sorted({n for n, e in REGISTRY.items() if e.divergences} - SQUARES))
 def test_extremes_are_finite(loss, name, alpha):
-    """But for the squares of ipo, which overflow as they must, and sums of exponentials of very large scores.
+    """But for squares, which overflow as they must, and sums of exponentials of very large scores.
 
     A step whose loss is not finite is refused.
     """
@@ -87,5 +90,6 @@ def test_scores_are_float32_of_bfloat16_log_probs_and_alpha_may_be_traced():
 
 
 def test_unknown_divergences_are_refused():
-    with pytest.raises(UserError, match=r"loss.divergence: 'kl' is none; known: reverse_kl, forward_kl, js, alpha"):
+    known = "reverse_kl, forward_kl, js, alpha, chi2_kl"
+    with pytest.raises(UserError, match=rf"loss.divergence: 'kl' is none; known: {known}"):
         diverge(batch_of([[0.0, 0.0]]), "kl")

@@ -101,7 +101,11 @@ def test_the_yaml_of_the_pages_is_a_config(tmp_path):
         (tmp_path / "my.yaml").write_text(block)
         config = parse_config(Config, str(tmp_path / "my.yaml"), prog="dpo-jax train")
         losses.build(config.loss)
-    assert yaml.safe_load(loss[0])["loss"][1] == {"name": "bco_pair", "weight": 0.2}
+    axes, mixture = (yaml.safe_load(block)["loss"] for block in loss)
+    assert mixture[1] == {"name": "bco_pair", "weight": 0.2}
+    lp = losses.Logps.of([[-8.0, -13.0]], [[-10.0, -12.0]], lengths=[[4, 2]])
+    ipo = losses.build({"name": "ipo", "beta": 0.1})
+    assert float(losses.build(axes).values(lp)[0]) == pytest.approx(float(ipo.values(lp)[0]))
 
 
 def test_all_commands_are_listed():

@@ -38,7 +38,7 @@ def test_a_list_is_the_weighted_sum_of_its_terms():
     np.testing.assert_allclose(metrics["loss/dpo"], values({"name": "dpo", "beta": 0.3}), rtol=1e-6)
     np.testing.assert_allclose(metrics["loss/sft"], -PAIRS.policy[:, 0] / PAIRS.lengths[:, 0], rtol=1e-6)
     np.testing.assert_allclose(metrics["rewards/chosen"], 0.3 * (PAIRS.policy - PAIRS.reference)[:, 0], rtol=1e-6)
-    assert (loss.responses, loss.terms, loss.uses_reference, loss.soft_labels) == (2, 2, True, False)
+    assert (loss.responses, loss.carried, loss.uses_reference, loss.soft_labels) == (2, 2, True, False)
 
 
 def test_a_reference_of_nothing():

@@ -1,13 +1,14 @@
 """`dpo-jax losses`: formula, hyper-parameters and paper of each loss, and a plot of losses against the margin.
 
-Everything is read from the functions: their docstrings, signatures and values.
+Everything is read from the functions: their docstrings, signatures and values. A loss is a name, or options of `axes`
+such as `link=squared,target=constant`.
 """
 
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,11 @@ from dpo_jax import losses
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.losses import term_options
-from dpo_jax.losses.objective import OPTIONS
-from dpo_jax.losses.registry import find_entry
-from dpo_jax.named import options_of
+from dpo_jax.losses.axes import axes_needs
+from dpo_jax.losses.objective import OPTIONS, build
+from dpo_jax.losses.points import coordinates
+from dpo_jax.losses.registry import Entry, find_entry
+from dpo_jax.named import options_of, with_defaults
 from dpo_jax.pages import figure
 from dpo_jax.paths import written
 from dpo_jax.records import Array, Logps
@@ -41,13 +44,15 @@ AXES = {
 
 
 def losses_command(argv: Sequence[str]) -> None:
-    """Runs `dpo-jax losses [NAME ...] [--plot [FILE.svg]]`."""
+    """Runs `dpo-jax losses [NAME | AXIS=VALUE,... ...] [--plot [FILE.svg]]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     names, given = list(argv[:first]) or list(losses.REGISTRY), arguments(argv[first:])
     if any(key != "plot" or len(values) > 1 for key, values in given):
-        raise UserError("dpo-jax losses takes names of losses, then --plot [FILE.svg]; remove the rest")
+        raise UserError(
+            "dpo-jax losses takes names, or axes such as link=squared, then --plot [FILE.svg]; remove the rest"
+        )
     for name in names:
-        find_entry(name, "dpo-jax losses")
+        named_term(name)
     if given:
         print(f"wrote {write_plot(Path((given[-1][1] or ['losses.svg'])[0]), names)}")
         return
@@ -56,6 +61,22 @@ def losses_command(argv: Sequence[str]) -> None:
     console.print(
         losses_table(names), *NOTATION, "", *_shared_options(), sep="\n", highlight=False, markup=False, soft_wrap=True
     )
+
+
+def named_term(name: str) -> tuple[Entry, dict[str, Any]]:
+    """Returns the entry of a loss, or of a point such as `link=squared,scale=2`, and the options that the name gives.
+
+    Raises:
+      UserError: no such loss or option, or options that do not go together.
+    """
+    if "=" not in name:
+        return find_entry(name, "dpo-jax losses"), {}
+    given = {part.partition("=")[0]: part.partition("=")[2] for part in name.split(",")}
+    entry = find_entry("axes")
+    every = with_defaults("", options_of(entry.function), given)
+    hyper = {key: value for key, value in every.items() if key in given}
+    build({"name": "axes", **hyper})
+    return entry._replace(**axes_needs(**every)), hyper
 
 
 def _shared_options() -> list[str]:
@@ -71,10 +92,12 @@ def losses_table(names: Sequence[str]) -> Grid:
     grid.add_column("formula")
     grid.add_column("paper; data and options", max_width=33)
     for name in names:
-        found = describe_loss(name)
-        hyper = "\n".join(f"  {key} {default}" for key, default in found.hyper.items())
+        given = named_term(name)[1]
+        found = describe_loss("axes" if given else name)
+        hyper = "\n".join(f"  {key} {default}" for key, default in (found.hyper | given).items())
         formula = "\n".join((found.title, "", *(f"  {line}" for line in found.formula)))
-        grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{found.paper}\n{found.takes}"))
+        point = f"\naxes: {coordinates(name)}" if coordinates(name) else ""
+        grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{found.paper}\n{found.takes}{point}"))
     return grid
 
 
@@ -157,11 +180,13 @@ def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:
 
 def _curve(name: str) -> LossCurve:
     """Returns the curve of a loss, computed with one pair per step."""
-    entry = find_entry(name)
-    hyper = {"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}
+    entry, given = named_term(name)
+    hyper = ({"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}) | given
 
     def batched(margins: Array, shift: float = 0.0) -> Array:
         logps = _logps_at(margins, shift)
+        if entry.responses == 3 and not entry.mismatched:  # a gold response comes first
+            logps = logps._replace(policy=logps.policy[:, jnp.array([2, 0, 1])])
         return entry.function(term_options.first_responses(logps, entry.responses or 2), **hyper)
 
     def one_by_one(margins: Array, shift: float = 0.0) -> Array:

@@ -20,7 +20,7 @@ DECORATORS = {"loss": "register", "optim": "register_optimizer"}
 FOLDERS = {"loss": "losses", "optim": "optim"}
 # Functions whose options every loss and every optimizer has, before and after its own.
 COMMON_BEFORE = {"loss": (), "optim": ("learning_rates", "clipped")}
-COMMON_AFTER = {"loss": ("transformed", "weighted"), "optim": ()}
+COMMON_AFTER = {"loss": ("transformed", "rejected_part", "weighted"), "optim": ()}
 TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str}
 
 

@@ -19,7 +19,7 @@ import tyro
 from dpo_jax.config.elsewhere import key_hint
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
 from dpo_jax.errors import UserError
-from dpo_jax.named import Option, options_of
+from dpo_jax.named import AXES, Option, options_of
 
 T = TypeVar("T")
 LARGEST = 2**31  # of whole numbers
@@ -174,6 +174,8 @@ def parse_config(
     written = flatten(read_yaml(source) if isinstance(source, str) else source or {})
     given = flatten(overrides) if isinstance(overrides, Mapping) else arguments(overrides)
     given = [(_long_name(kind, key, texts), texts) for key, texts in given]
+    written = _named_axes(written, written)
+    given = _named_axes(given, [*written, *given])
     where = f"{source}: " if isinstance(source, str) else ""
     if written or not given:
         parsed = _parse(_with_sections(kind, written), written, where, prog)
@@ -184,6 +186,14 @@ def parse_config(
     _check_values(dataclasses.asdict(parsed), "")  # type: ignore[call-overload]
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind(**{k: _plain(v) if k in SECTIONS else v for k, v in values.items()})
+
+
+def _named_axes(pairs: KeyTexts, known: KeyTexts) -> KeyTexts:
+    """Returns keys with the name `axes` of each loss of which an axis is given, and no name in `known`."""
+    named = {key for key, _ in known}
+    found = [re.fullmatch(rf"(loss\.(?:\d+\.)?)(?:{'|'.join(AXES)})", key) for key, _ in pairs]
+    wanted = dict.fromkeys(f"{match[1]}name" for match in found if match)
+    return [*((key, ["axes"]) for key in wanted if key not in named), *pairs]
 
 
 def _long_name(kind: type, key: str, texts: Sequence[str]) -> str:

@@ -9,13 +9,16 @@ docstring. A loss rejects values without a meaning with `parts.require`. To add 
 # isort: off
 # Losses are listed in this order (`dpo-jax losses`).
 from dpo_jax.losses.pairwise import (
-    discopop, dpo, dpop, exo_pair, hinge, ipo, ipo_sum, odpo, r_dpo, robust, sigmoid_norm,
+    chi_po, discopop, dpo, dpop, exo_pair, hinge, hypo, ipo, ipo_sum, odpo, r_dpo, robust, sigmoid_norm,
 )  # fmt: skip
 from dpo_jax.losses.anchored import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
-from dpo_jax.losses.batchwise import aot, aot_unpaired, beta_dpo
+from dpo_jax.losses.scored import rpo_bwd, rpo_fwd, rpo_sq
+from dpo_jax.losses.batchwise import alpha_dpo, aot, aot_unpaired, beta_dpo
 from dpo_jax.losses.unpaired import apo_zero_unpaired, bco, kto
-from dpo_jax.losses.ranked import lipo, plackett_luce
-from dpo_jax.losses.reference_free import alphapo, cpo, orpo, simpo, slic
+from dpo_jax.losses.ranked import exo_rw, lipo, nca, plackett_luce
+from dpo_jax.losses.reference_free import alphapo, asft, cpo, orpo, simper, simpo, slic
+from dpo_jax.losses.triples import tpo, tpo_l
+from dpo_jax.losses.axes import axes
 from dpo_jax.losses.likelihood import bradley_terry, sft, unlikelihood
 from dpo_jax.losses.objective import Loss, build, of, option_functions
 from dpo_jax.losses.metrics import length_bias, weighted_means
@@ -25,9 +28,10 @@ from dpo_jax.records import Logps
 # isort: on
 
 __all__ = [
-    "REGISTRY", "Logps", "Loss", "alphapo", "aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco",
-    "bco_pair", "beta_dpo", "bradley_terry", "build", "cpo", "discopop", "dpo", "dpop", "exo_pair", "hinge", "ipo",
-    "ipo_sum", "kto", "length_bias", "lipo", "nca_pair", "odpo", "of", "option_functions", "orpo", "plackett_luce",
-    "r_dpo", "register", "robust", "sft", "sigmoid_norm", "simpo", "slic", "sppo_hard", "unlikelihood",
-    "weighted_means",
+    "REGISTRY", "Logps", "Loss", "alpha_dpo", "alphapo", "aot", "aot_unpaired", "apo_down", "apo_zero",
+    "apo_zero_unpaired", "asft", "axes", "bco", "bco_pair", "beta_dpo", "bradley_terry", "build", "chi_po", "cpo",
+    "discopop", "dpo", "dpop", "exo_pair", "exo_rw", "hinge", "hypo", "ipo", "ipo_sum", "kto", "length_bias",
+    "lipo", "nca", "nca_pair", "odpo", "of", "option_functions", "orpo", "plackett_luce", "r_dpo", "register",
+    "robust", "rpo_bwd", "rpo_fwd", "rpo_sq", "sft", "sigmoid_norm", "simper", "simpo", "slic", "sppo_hard", "tpo",
+    "tpo_l", "unlikelihood", "weighted_means",
 ]  # fmt: skip

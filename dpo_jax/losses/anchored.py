@@ -50,9 +50,13 @@ def sppo_hard(lp: Logps, *, beta: float = 0.1) -> Array:
 
         loss = (c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2
 
+    Twice that of the authors' code, which halves the sum, as TRL: the same minimum, and `weight: 0.5` in a sum of
+    losses. With a soft label p the gradient is that of (c - (2 p - 1) / (2 beta))^2 and its mirror, soft SPPO.
+    Cal-DPO (arXiv 2412.14516) is dpo with beta 1 and this loss with weight 0.5.
+
     Args:
       lp: log-probabilities of B pairs.
-      beta: The paper's 1 / eta.
+      beta: The paper's 1 / eta; its authors' code recommends about 1e-3.
 
     Returns:
       float32[B].

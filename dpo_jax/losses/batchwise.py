@@ -7,7 +7,7 @@ in pairwise.py.
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, require, weighted_mean
+from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, require, weighted_mean
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -74,28 +74,99 @@ def _usual_margin(lp: Logps, *, decay: float = 0.9, **_: float) -> Array:
 
 @register(responses=2, uses_reference=True, whole_batch=True, statistic=_usual_margin)
 def beta_dpo(
-    lp: Logps, *, beta: float = 0.1, alpha: float = 0.6, decay: float = 0.9, label_smoothing: float = 0.0
+    lp: Logps,
+    *,
+    beta: float = 0.1,
+    alpha: float = 0.6,
+    decay: float = 0.9,
+    left_out: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Array:
-    """DPO with a beta that grows with the step's mean margin (Wu et al. 2024, arXiv 2407.08639), without its filter.
+    """DPO with a beta that grows with the step's mean margin (Wu et al. 2024, arXiv 2407.08639).
 
         M = mean of c - r over the step, M0 <- decay M0 + (1 - decay) M, at first 0
         b = max(beta (1 + alpha (M - M0)), 1e-3), a constant to the gradient
-        loss = -log sigmoid(b (c - r))
+        loss = -log sigmoid(b (c - r)), of those kept, whose mean takes the place of the step's
 
     Means are by the comparisons' weights. As in the authors' code the margin is not multiplied by beta, M0 has this
-    step in it, and b has a floor. At the first step policy and reference are the same: M = 0 and b = beta.
+    step in it, and b has a floor. At the first step policy and reference are the same: M = 0 and b = beta. The filter
+    leaves out the share of comparisons whose margins are furthest from M0. The authors draw those that they keep by
+    exp(-(c - r - M0)^2 / (2 std^2)), without replacement; here the most probable ones are kept, and b is made of those.
 
     Args:
       lp: log-probabilities of B pairs, all of a step; `running` is M0 before the step.
       beta: Its value at the usual margin.
       alpha: How fast it grows with the margin (the paper's 0.6).
       decay: Of the running mean (the paper's 0.9).
+      left_out: Share of a step's comparisons that the filter leaves out (the authors' mode_weight).
       label_smoothing: The assumed rate of flipped labels.
 
     Returns:
       float32[B].
     """
     require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
-    excess = _mean_margin(lp) - _usual_margin(lp, decay=decay)
+    require("left_out", left_out, lambda s: 0 <= s < 1, "at least 0 and below 1")
+    usual, margins = _usual_margin(lp, decay=decay), margin(log_ratios(lp))
+    kept = _nearest(stop_gradient(margins) - usual, 1 - left_out, lp)
+    excess = _mean_margin(lp._replace(weights=kept * lp.weights)) - usual
     dynamic = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
-    return jnp.where(lp.weights > 0, logistic(dynamic * margin(log_ratios(lp)), label_smoothing), 0.0)
+    share = jnp.sum(kept * lp.weights) / jnp.maximum(jnp.sum(lp.weights), 1e-9)
+    value = logistic(dynamic * margins, label_smoothing) / jnp.maximum(share, 1e-9)
+    return jnp.where(kept > 0, value, 0.0)
+
+
+def _nearest(gap: Array, share: float, lp: Logps) -> Array:
+    """Returns 1 for the share of the comparisons with the least |gap|, at least one of them, and 0 for others."""
+    counted = lp.weights > 0
+    ranks = jnp.argsort(jnp.argsort(jnp.where(counted, jnp.abs(gap), jnp.inf)))
+    return 1.0 * (counted & (ranks < jnp.maximum(jnp.floor(share * jnp.sum(counted) + 1e-4), 1)))
+
+
+def _gap(lp: Logps) -> Array:
+    """Returns the margin of log-ratios per token, float32[B], without gradient."""
+    return stop_gradient(margin(per_token(log_ratios(lp), lp)))
+
+
+def _gap_moments(lp: Logps, *, decay: float = 0.9, **_: float) -> Array:
+    """Returns running mean and standard deviation of gaps with this step's in them: the statistic of alpha_dpo."""
+    gap, weights = _gap(lp), lp.weights
+    mean = weighted_mean(gap, weights)
+    spread = jnp.sqrt(weighted_mean((gap - mean) ** 2, weights))
+    return decay * lp.running + (1 - decay) * jnp.stack([mean, spread])
+
+
+@register(responses=2, uses_reference=True, whole_batch=True, statistic=_gap_moments)
+def alpha_dpo(
+    lp: Logps,
+    *,
+    beta: float = 2.5,
+    gamma: float = 0.25,
+    alpha: float = 0.05,
+    decay: float = 0.9,
+    label_smoothing: float = 0.0,
+) -> Array:
+    """SimPO whose target margin follows the reference (Wu et al. 2024, arXiv 2410.10148), AlphaDPO.
+
+        g = c / L_c - r / L_r, with mean M and standard deviation S over steps (decay), this one in them
+        loss = -log sigmoid(beta (m_c - m_r) - gamma - beta alpha (g - M) / S)
+
+    and g, M and S constants to the gradient. Means are by the comparisons' weights; a step's S, over its number of
+    comparisons, is at least 1e-4, so that the first step, at which policy and reference are the same, has g = 0 and the
+    value of simpo. The rewards of its metrics are beta times log-ratios.
+
+    Args:
+      lp: log-probabilities of B pairs, all of a step; `running` is M and S before the step.
+      beta: Scale of the rewards, which are means over tokens.
+      gamma: Target margin of rewards, not divided by beta, as in simpo (beta times the authors' gamma_beta_ratio).
+      alpha: Weight of the deviation from the usual gap.
+      decay: Of M and S (the authors' 0.9).
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
+    mean, spread = _gap_moments(lp, decay=decay)
+    target = gamma + beta * alpha * (_gap(lp) - mean) / jnp.maximum(spread, 1e-4)
+    z = beta * margin(per_token(lp.policy, lp)) - target
+    return jnp.where(lp.weights > 0, logistic(z, label_smoothing), 0.0)

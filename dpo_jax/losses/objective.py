@@ -15,11 +15,13 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import metrics as measures
 from dpo_jax.losses import term_options
 from dpo_jax.losses.registry import Entry, entry_of, find_entry, label
+from dpo_jax.named import with_axes
 from dpo_jax.records import Array, Logps
 
 Term = Mapping[str, Any]  # the name of a loss and its options
 EXAMPLES = 3  # comparisons with which a loss is checked
-OPTIONS = (term_options.transformed, term_options.weighted)  # their keyword-only parameters are options of every term
+# Their keyword-only parameters are options of every term.
+OPTIONS = (term_options.transformed, term_options.rejected_part, term_options.weighted)
 
 
 class Loss(NamedTuple):
@@ -28,8 +30,8 @@ class Loss(NamedTuple):
     Attributes:
       values: Logps -> float32[B], unreduced.
       metrics: Logps -> name -> float32[B], TRL's names where it has them; NaN for comparisons without a value.
-      statistics: Logps -> float32[K], `Logps.running` after a step: one number for each of the K terms.
-      terms: K.
+      statistics: Logps -> float32[K], `Logps.running` after a step: the numbers that its terms carry, in their order.
+      carried: K; a term without a statistic has one number.
       confidence: whether `Logps.confidence` must be filled in.
       responses and the rest: what the terms need together, as in `registry.Entry`.
     """
@@ -37,7 +39,7 @@ class Loss(NamedTuple):
     values: Callable[[Logps], Array]
     metrics: Callable[[Logps], dict[str, Array]]
     statistics: Callable[[Logps], Array]
-    terms: int
+    carried: int
     responses: int | None
     uses_reference: bool
     whole_batch: bool
@@ -50,12 +52,13 @@ class Loss(NamedTuple):
 
 
 class BoundTerm(NamedTuple):
-    """One term of an objective: its loss, its hyper-parameters, and its options of `transformed` and `weighted`."""
+    """One term of an objective: its loss, its hyper-parameters, and its options of the three functions of `OPTIONS`."""
 
     name: str
     entry: Entry
     hyper: dict[str, Any]
     transform: dict[str, Any]
+    reject: dict[str, Any]
     weigh: dict[str, Any]
 
     def shown(self, lp: Logps) -> Logps:
@@ -66,20 +69,27 @@ class BoundTerm(NamedTuple):
 
     def value(self, lp: Logps) -> Array:
         """Returns the contribution to the objective, float32[B]."""
-        values = partial(self.entry.function, **self.hyper)
+
+        def values(lp: Logps) -> Array:
+            return self.entry.function(term_options.rejected_part(lp, **self.reject), **self.hyper)
+
         shown = self.shown(lp)
         value = term_options.soft_label(shown, values) if self.entry.soft_labels else values(shown)
         return term_options.weighted(value, shown, **self.weigh)
 
     def statistic(self, lp: Logps) -> Array:
-        """Returns `Logps.running` for the next step, float32[]."""
+        """Returns `Logps.running` for the next step, float32[] or float32[n]."""
         return self.entry.statistic(self.shown(lp), **self.hyper) if self.entry.statistic else lp.running
+
+    def carried(self) -> int:
+        """Returns how many numbers its statistic has."""
+        return math.prod(_abstract(self, self.statistic).shape) if self.entry.statistic else 1
 
 
 def build(loss: str | Term | Sequence[str | Term]) -> Loss:
     """Returns the objective of a config: "dpo", `{"name": "dpo", "beta": 0.1}`, or a list of such terms, summed.
 
-    A name is a registered loss or `module:function`. Values may be traced.
+    A name is a registered loss or `module:function`; a term with an axis and no name is `axes`. Values may be traced.
 
     Raises:
       UserError: an unknown loss or option, a value without a meaning, or terms that cannot be combined.
@@ -131,7 +141,7 @@ def option_functions(name: str, key: str = "loss.name") -> list[Callable]:
 def _split(term: str | Term) -> tuple[str, dict[str, Any]]:
     if not isinstance(term, str | Mapping):
         raise UserError(f"loss: {term!r}: give a name, or a dict with name and options; losses.of takes a function")
-    options = {"name": term} if isinstance(term, str) else dict(term)
+    options = {"name": term} if isinstance(term, str) else with_axes(term)
     if "name" not in options:
         raise UserError(f"loss: {term!r} has no name; give one, as in {{'name': 'dpo'}}")
     return options.pop("name"), options
@@ -142,10 +152,12 @@ def _objective(bound: Sequence[BoundTerm]) -> Loss:
     _check_shared_parts(bound)
     entries = [b.entry for b in bound]
     return Loss(
-        values=lambda lp: jnp.sum(_each(bound, lp, BoundTerm.value), axis=0),
+        values=lambda lp: jnp.sum(jnp.stack(_each(bound, lp, BoundTerm.value)), axis=0),
         metrics=partial(_metrics, bound),
-        statistics=lambda lp: jax.lax.stop_gradient(_each(bound, lp, BoundTerm.statistic)),
-        terms=len(bound),
+        statistics=lambda lp: jax.lax.stop_gradient(
+            jnp.concatenate([jnp.ravel(x) for x in _each(bound, lp, BoundTerm.statistic)])
+        ),
+        carried=sum(b.carried() for b in bound),
         responses=responses,
         uses_reference=any(e.uses_reference for e in entries),
         whole_batch=any(e.whole_batch for e in entries),
@@ -172,8 +184,10 @@ def _bind(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
         texts = get_args(known[key].annotation)
         if texts and value not in texts:
             raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
-    bound = BoundTerm(name, entry, *({key: given.get(key, group[key].default) for key in group} for group in groups))
-    term_options.check_term(name, entry, bound.transform | bound.weigh)
+    hyper, *options = [{key: given.get(key, group[key].default) for key in group} for group in groups]
+    entry = entry._replace(**entry.of_options(**hyper)) if entry.of_options else entry
+    bound = BoundTerm(name, entry, hyper, *options)
+    term_options.check_term(name, entry, bound.transform | bound.reject | bound.weigh)
     if not any(isinstance(value, Tracer) for value in given.values()):  # which were checked before tracing
         _check(bound, [key for key, p in known.items() if p.annotation in (int, float) or type(p.default) is float])
     return bound
@@ -181,7 +195,7 @@ def _bind(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
 
 def _check(bound: BoundTerm, numbers: Sequence[str]) -> None:
     """Refuses numbers that no loss can use, values that this loss rejects, and results other than float32[B]."""
-    given = bound.hyper | bound.transform | bound.weigh
+    given = bound.hyper | bound.transform | bound.reject | bound.weigh
     for key, value in ((key, given[key]) for key in numbers):
         low = 0.0 if key == "beta" else -math.inf
         if not ((isinstance(value, int | float) or hasattr(value, "shape")) and low < value < math.inf):
@@ -233,6 +247,8 @@ def _responses(bound: Sequence[BoundTerm]) -> int | None:
         return 1
     known = [p for p in wanted.values() if p is not None]
     mismatched = any(b.entry.mismatched for b in bound)
+    if len({b.entry.responses - b.entry.mismatched for b in bound if b.entry.responses not in (1, None)}) > 1:
+        raise UserError(f"loss: {', '.join(names)}: they take different numbers of responses; train them apart")
     if len({b.entry.rewards for b in bound}) > 1:
         raise UserError(f"loss: {', '.join(names)}: one is of a reward model, another of a language model's log-probs")
     if mismatched and None in wanted.values():
@@ -252,13 +268,14 @@ def _check_shared_parts(bound: Sequence[BoundTerm]) -> None:
             )
 
 
-def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, Logps], Array]) -> Array:
-    """Returns a function of each term and its log-probs, stacked on an axis K."""
+def _each(bound: Sequence[BoundTerm], lp: Logps, function: Callable[[BoundTerm, Logps], Array]) -> list[Array]:
+    """Returns a function of each term and its log-probs, with its own numbers of `running`."""
     needed, given = _responses(bound), lp.policy.shape[1]
     if given != needed and (needed or given < 2):
         raise ValueError(f"log-probs of {given} responses, where {', '.join(b.name for b in bound)} takes {needed}")
-    running = jnp.broadcast_to(lp.running, (len(bound),))
-    return jnp.stack([function(b, lp._replace(running=r)) for b, r in zip(bound, running, strict=True)])
+    sizes = [b.carried() for b in bound]
+    running = jnp.split(jnp.broadcast_to(lp.running, (sum(sizes),)), np.cumsum(sizes)[:-1])
+    return [function(b, lp._replace(running=r if r.size > 1 else r[0])) for b, r in zip(bound, running, strict=True)]
 
 
 def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
@@ -266,7 +283,7 @@ def _metrics(bound: Sequence[BoundTerm], lp: Logps) -> dict[str, Array]:
 
     Rewards from a reference come first.
     """
-    values = _each(bound, lp, BoundTerm.value)
+    values = jnp.stack(_each(bound, lp, BoundTerm.value))
     answers = term_options.first_responses(lp, lp.policy.shape[1] - any(b.entry.mismatched for b in bound))
     values = jnp.where(jnp.any(lp.present, axis=1), values, jnp.nan)  # none for absent comparisons
     metrics = {"loss": jnp.sum(values, axis=0)}

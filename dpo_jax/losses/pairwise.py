@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu, sigmoid
 
-from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, require
+from dpo_jax.losses.parts import chi_squared_score, log_ratios, logistic, margin, pair, per_token, require
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
 
@@ -170,20 +170,22 @@ def odpo(
     *,
     beta: float = 0.1,
     alpha: float = 1.0,
-    offset: Literal["log", "linear"] = "log",
+    offset: Literal["log", "linear", "ratio"] = "log",
     label_smoothing: float = 0.0,
 ) -> Array:
     """DPO with an offset by how much better the chosen response is (Amini et al. 2024, arXiv 2402.10571).
 
-        loss = -log sigmoid(beta (c - r) - alpha f(s_c - s_r)),   f = log or f(x) = x
+        loss = -log sigmoid(beta (c - r) - alpha Delta)
+        Delta = log(s_c - s_r), s_c - s_r or log(s_c / s_r)
 
-    with the scores s of the data; where the chosen one's is not the higher (or there are none) the value is NaN.
+    with the scores s of the data; where the chosen one's is not the higher (or there are none) the value is NaN, and
+    that of a ratio where a score is not above 0.
 
     Args:
       lp: log-probabilities of B pairs.
       beta: Strength of the KL constraint to the reference.
       alpha: Weight of the offset (the paper's 1).
-      offset: f: log, the paper's, or linear.
+      offset: Delta: log, the paper's, linear, or ratio, the authors' code's option.
       label_smoothing: The assumed rate of flipped labels.
 
     Returns:
@@ -191,8 +193,8 @@ def odpo(
     """
     require("alpha", alpha, lambda a: a >= 0, "at least 0")
     gap = better_by(lp)
-    z = beta * margin(log_ratios(lp)) - alpha * (jnp.log(gap) if offset == "log" else gap)
-    return logistic(z, label_smoothing)
+    delta = {"log": jnp.log, "linear": lambda x: x, "ratio": lambda x: log_ratio_of_scores(lp, x)}[offset](gap)
+    return logistic(beta * margin(log_ratios(lp)) - alpha * delta, label_smoothing)
 
 
 def better_by(lp: Logps) -> Array:
@@ -202,6 +204,12 @@ def better_by(lp: Logps) -> Array:
     """
     gap = lp.scores[:, 0].astype(jnp.float32) - lp.scores[:, -1].astype(jnp.float32)
     return jnp.where(lp.weights > 0, jnp.where(gap > 0, gap, jnp.nan), 1.0)
+
+
+def log_ratio_of_scores(lp: Logps, gap: Array) -> Array:
+    """Returns log(s_c / s_r) for the gap of `better_by`, float32[B]: NaN where that is, or where s_r is not above 0."""
+    low = jnp.where(lp.weights > 0, lp.scores[:, -1].astype(jnp.float32), 1.0)
+    return jnp.where(low > 0, jnp.log1p(gap / jnp.where(low > 0, low, 1.0)), jnp.nan)
 
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True)
@@ -242,3 +250,46 @@ def r_dpo(lp: Logps, *, beta: float = 0.1, alpha: float = 0.01, label_smoothing:
       float32[B].
     """
     return logistic(beta * margin(log_ratios(lp)) + alpha * margin(lp.lengths), label_smoothing)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True)
+def hypo(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
+    """Hybrid DPO: a reference that prefers the rejected response is not followed (Yuan et al. 2026, arXiv 2602.11902).
+
+        loss = -log sigmoid(beta (p_c - p_r - max(0, ref_c - ref_r)))
+
+    with p and ref the log-probs under policy and reference. Where the reference prefers the chosen response it is dpo.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the KL constraint to the reference.
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    return logistic(beta * (margin(lp.policy) - relu(margin(lp.reference))), label_smoothing)
+
+
+@register(responses=2, uses_reference=True, soft_labels=True)
+def chi_po(lp: Logps, *, beta: float = 0.1, reward_range: float = 10.0, label_smoothing: float = 0.0) -> Array:
+    """Chi-squared preference optimization, against overoptimization (Huang et al. 2024, arXiv 2407.13399).
+
+        phi(x) = e^x + x
+        loss = -log sigmoid(clip(beta (phi(c) - phi(r)), -2 R, 2 R))
+
+    The scores of option `divergence: chi2_kl` of dpo, clipped: a policy that maximises reward - beta (KL + chi^2 / 2)
+    has rewards beta phi.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Strength of the constraint to the reference.
+      reward_range: R, the largest difference of rewards; a pair beyond twice that is done with, on either side.
+      label_smoothing: The assumed rate of flipped labels.
+
+    Returns:
+      float32[B].
+    """
+    require("reward_range", reward_range, lambda r: r > 0, "above 0")
+    z = beta * margin(chi_squared_score(log_ratios(lp)))
+    return logistic(jnp.clip(z, -2 * reward_range, 2 * reward_range), label_smoothing)

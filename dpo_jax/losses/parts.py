@@ -50,6 +50,11 @@ def power(x: Array, a: float) -> Array:
     return jnp.where(zero, x, jnp.expm1(jnp.minimum(safe * x, CLAMP)) / safe)
 
 
+def chi_squared_score(x: Array) -> Array:
+    """Returns e^x - 1 + x, the score of chi^2 / 2 + KL for log-ratios x; the exponent is clipped at 80."""
+    return power(x, 1.0) + x
+
+
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Returns the mean of values by weights of the same shape; 0 where all of them are 0."""
     return jnp.sum(jnp.where(weights > 0, weights * values, 0.0)) / jnp.maximum(jnp.sum(weights), 1e-9)

@@ -27,6 +27,17 @@ def bent_rewards(lp: Logps, *, beta: float, alpha: float, **_: float) -> Array:
     return beta * power(per_token(lp.policy, lp), -alpha)
 
 
+def likelihood_rewards(lp: Logps) -> Array:
+    """Returns e^m, float32[B, P], the inverse perplexity of each response."""
+    return jnp.exp(per_token(lp.policy, lp))
+
+
+def log_odds(means: Array) -> Array:
+    """Returns log(e^m / (1 - e^m)) of means over tokens, finite too for a certain response or one without tokens."""
+    certain = jnp.minimum(means, -1e-7)
+    return certain - jnp.log(-jnp.expm1(certain))
+
+
 @register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=mean_rewards)
 def simpo(lp: Logps, *, beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> Array:
     """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6).
@@ -106,9 +117,7 @@ def orpo(lp: Logps, *, beta: float = 0.1) -> Array:
       float32[B].
     """
     means = per_token(lp.policy, lp)
-    certain = jnp.minimum(means, -1e-7)  # the odds of a certain response, or one without tokens, are infinite
-    log_odds = certain - jnp.log(-jnp.expm1(certain))
-    return -means[:, 0] + beta * logistic(margin(log_odds))
+    return -means[:, 0] + beta * logistic(margin(log_odds(means)))
 
 
 @register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=summed_rewards)
@@ -130,3 +139,42 @@ def slic(lp: Logps, *, delta: float = 1.0, nll_weight: float = 0.1) -> Array:
     require("nll_weight", nll_weight, lambda w: w >= 0, "at least 0")
     chosen, rejected = pair(lp.policy)
     return relu(delta - chosen + rejected) - nll_weight * chosen
+
+
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=likelihood_rewards)
+def simper(lp: Logps) -> Array:
+    """Simple alignment with perplexity, without a hyper-parameter (Xiao et al. 2025, arXiv 2502.00883).
+
+        loss = -e^m_c + e^m_r
+
+    e^-m is a response's perplexity, so that both terms are within 0 and 1.
+
+    Args:
+      lp: log-probabilities of B pairs.
+
+    Returns:
+      float32[B].
+    """
+    return -margin(likelihood_rewards(lp))
+
+
+@register(responses=2, uses_reference=False, soft_labels=True, implicit_reward=mean_rewards)
+def asft(lp: Logps, *, beta: float = 0.1) -> Array:
+    """Aligned supervised fine-tuning, the likelihood of each alone (Wang et al. 2024, arXiv 2409.10571).
+
+        odds(m) = e^m / (1 - e^m)
+        loss = -m_c - beta [log sigmoid(log odds(m_c)) + log sigmoid(-log odds(m_r))]
+
+    Since sigmoid(log odds(m)) = e^m, it is -(1 + beta) m_c - beta log(1 - e^m_r) (arXiv 2502.01237). The rewards of its
+    metrics are beta m.
+
+    Args:
+      lp: log-probabilities of B pairs.
+      beta: Weight of the two after the likelihood (orpo's default).
+
+    Returns:
+      float32[B].
+    """
+    means = per_token(lp.policy, lp)
+    chosen, rejected = pair(log_odds(means))
+    return -means[:, 0] + beta * (logistic(chosen) + logistic(-rejected))

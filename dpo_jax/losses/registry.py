@@ -21,6 +21,9 @@ ALIASES = {
     "dpo_norm": "sigmoid_norm",
     "sppo": "sppo_hard",
     "listwise": "lipo",
+    "infonca": "lipo",
+    "rebel": "rpo_sq",
+    "alphadpo": "alpha_dpo",
     "nll": "sft",
     "preferred_ft": "sft",
     "reward_model": "bradley_terry",
@@ -35,8 +38,8 @@ class Entry(NamedTuple):
       responses: P, the responses per prompt; None for any P from 2 on.
       uses_reference: whether it reads `Logps.reference`.
       whole_batch: whether a comparison's value depends on the other comparisons of its step.
-      statistic: `(Logps, *, the same hyper-parameters) -> float32[]`, `Logps.running` after a step, for a loss that
-        carries a number from step to step; it starts at 0.
+      statistic: `(Logps, *, the same hyper-parameters) -> float32[]` or float32[n], `Logps.running` after a step, for a
+        loss that carries numbers from step to step; they start at 0.
       soft_labels: whether `Logps.preference` may be below 1.
       divergences: whether f-divergences other than the reverse KL are defined for it.
       unpaired: whether a response of a pair may be absent.
@@ -45,6 +48,7 @@ class Entry(NamedTuple):
       rewards: whether `Logps.policy` must hold the rewards of a reward model.
       implicit_reward: `(Logps, *, the same hyper-parameters) -> float32[B, P]`, for a loss without a reference: the
         rewards that it compares. Accuracy and margins are theirs; None: it has none.
+      of_options: `(*, the same hyper-parameters) -> dict`, the fields above that depend on them.
     """
 
     function: Callable[..., Array]
@@ -59,6 +63,7 @@ class Entry(NamedTuple):
     scores: bool = False
     rewards: bool = False
     implicit_reward: Callable[..., Array] | None = None
+    of_options: Callable[..., dict[str, Any]] | None = None
 
 
 REGISTRY: dict[str, Entry] = {}

@@ -10,11 +10,11 @@ from jax.core import Tracer
 from jax.nn import log_sigmoid
 
 from dpo_jax.errors import UserError
-from dpo_jax.losses.parts import log_ratios, power
+from dpo_jax.losses.parts import chi_squared_score, log_ratios, power
 from dpo_jax.losses.registry import Entry
 from dpo_jax.records import Array, Logps, Missing
 
-Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha", "chi2_kl"]
 
 
 def diverge(lp: Logps, name: Divergence, alpha: float = 0.5) -> Logps:
@@ -27,8 +27,10 @@ def diverge(lp: Logps, name: Divergence, alpha: float = 0.5) -> Logps:
         forward_kl   f'(t) = 1 - 1/t                            s = 1 - e^-x
         js           f'(t) = log(2 t / (1 + t))                 s = log 2 + log sigmoid(x)
         alpha        f'(t) = (t^(alpha - 1) - 1) / (alpha - 1)  s = (e^((alpha - 1) x) - 1) / (alpha - 1)
+        chi2_kl      f'(t) = t - 1 + log t                      s = e^x - 1 + x
 
     all with s(0) = 0, so that they can be divided by lengths. alpha -> 1 is the reverse KL, alpha = 0 the forward KL.
+    chi2_kl is chi^2 / 2 + reverse KL, of chi-squared preference optimization (arXiv 2407.13399).
     Exponents are clipped at 80, as in TRL; the gradient is 0 beyond.
 
     Args:
@@ -54,6 +56,7 @@ DIVERGENCES: dict[str, Callable[[Array, float], Array]] = {
     "forward_kl": lambda x, _: power(x, -1.0),
     "js": lambda x, _: math.log(2) + log_sigmoid(x),
     "alpha": lambda x, alpha: power(x, alpha - 1.0),
+    "chi2_kl": lambda x, _: chi_squared_score(x),
 }
 Values = Callable[[Logps], Array]
 
@@ -62,7 +65,7 @@ def transformed(
     lp: Logps,
     *,
     reference_free: bool = False,
-    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl",
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha", "chi2_kl"] = "reverse_kl",
     divergence_alpha: float = 0.5,
     ld_alpha: float = 1.0,
 ) -> Logps:
@@ -84,6 +87,33 @@ def transformed(
     if reference_free:
         lp = lp._replace(reference=jnp.zeros_like(lp.reference))
     return diverge(lp, divergence, divergence_alpha)
+
+
+def rejected_part(lp: Logps, *, rejected_weight: float = 1.0, rejected_mixture: float = 1.0) -> Logps:
+    """Returns log-probs whose rejected response counts less; with a soft label, the one that is taken for rejected.
+
+        r -> f r                             DPO-Shift, f = rejected_weight
+        r -> log(lambda e^r + 1 - lambda)    BDPO, lambda = rejected_mixture
+
+    Args:
+      lp: log-probs of B pairs.
+      rejected_weight: Factor of the rejected response's log-probs (DPO-Shift, arXiv 2502.07599).
+      rejected_mixture: The policy's share in a mixture with the reference for the rejected response (BDPO, arXiv
+        2506.12725).
+    """
+    policy, reference = lp.policy, lp.reference
+    if policy.shape[1] != 2:  # other losses have the defaults, which change nothing
+        return lp
+    if isinstance(rejected_mixture, Tracer) or rejected_mixture != 1.0:
+        mixed = jnp.asarray(rejected_mixture) < 1.0  # of a whole policy the reference may be missing
+        r = jnp.where(mixed, log_ratios(lp)[:, 1], 0.0)
+        lift = jnp.logaddexp(jnp.log(rejected_mixture), jnp.log1p(-jnp.asarray(rejected_mixture)) - r)
+        policy = policy + jnp.stack([jnp.zeros_like(lift), lift], axis=1)
+    if isinstance(rejected_weight, Tracer) or rejected_weight != 1.0:
+        factor = jnp.stack([jnp.ones(()), rejected_weight])
+        policy = factor * policy
+        reference = reference if isinstance(reference, Missing) else factor * reference
+    return lp._replace(policy=policy, reference=reference)
 
 
 def weighted(value: Array, lp: Logps, *, weight: float = 1.0, wpo: bool = False) -> Array:
@@ -152,6 +182,8 @@ def check_term(name: str, entry: Entry, options: dict) -> None:
         and "only divergence alpha has one",
         "ld_alpha": _against_ld(entry, options["ld_alpha"]),
         "wpo": options["wpo"] and not pair and "it weights single pairs, and this loss has none",
+        "rejected_weight": _against_rejected(entry, options, "rejected_weight"),
+        "rejected_mixture": _against_rejected(entry, options, "rejected_mixture"),
     }
     for key, reason in reasons.items():
         if reason:
@@ -170,3 +202,12 @@ def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
     if ld_alpha == 1 or (0 <= ld_alpha < 1 and entry.responses != 1 and not entry.mismatched and not entry.rewards):
         return False
     return "it is from 0 to 1, for losses that compare log-probs of responses"
+
+
+def _against_rejected(entry: Entry, options: dict, key: str) -> str | bool:
+    if options[key] == 1.0:
+        return False
+    if not 0 < options[key] < 1 or entry.responses != 2 or entry.whole_batch or entry.unpaired or entry.rewards:
+        return "it is above 0 and at most 1, for losses of single pairs"
+    other = not entry.uses_reference or options["reference_free"] or options["divergence"] != "reverse_kl"
+    return key == "rejected_mixture" and other and "it mixes the policy with the reference, whose KL is the reverse one"

@@ -78,32 +78,40 @@ def apo_zero_unpaired(
     return _mean_of_present(desirable_weight * sigmoid(-c), undesirable_weight * sigmoid(r), lp)
 
 
-def _reward_shift(lp: Logps, *, beta: float = 0.1, decay: float = 0.9) -> Array:
-    """Returns the running mean of rewards with this step's in it: the statistic of bco."""
-    rewards = stop_gradient(beta * log_ratios(lp))
-    return decay * lp.running + (1 - decay) * weighted_mean(rewards, lp.weights[:, None] * _there(lp))
+def _reward_shift(lp: Logps, *, beta: float = 0.1, decay: float = 0.9, all_steps: bool = False) -> Array:
+    """Returns the mean of rewards with this step's in it, and (all_steps) their weight so far: the statistic of bco."""
+    rewards, weights = stop_gradient(beta * log_ratios(lp)), lp.weights[:, None] * _there(lp)
+    mean = weighted_mean(rewards, weights)
+    if not all_steps:
+        return decay * lp.running + (1 - decay) * mean
+    before, weight = jnp.broadcast_to(lp.running, (2,))
+    total = weight + jnp.sum(weights)
+    return jnp.stack([before + (mean - before) * (total - weight) / jnp.maximum(total, 1e-9), total])
 
 
 @register(responses=2, uses_reference=True, whole_batch=True, unpaired=True, statistic=_reward_shift)
-def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9) -> Array:
+def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9, all_steps: bool = False) -> Array:
     """Binary classifier optimization with its reward shift (Jung et al. 2024, arXiv 2404.04656).
 
         delta <- decay delta + (1 - decay) mean of beta c and beta r over the step, a constant to the gradient
         loss = -log sigmoid(beta c - delta)      of a wanted response
         loss = -log sigmoid(-(beta r - delta))   of an unwanted one
 
-    The mean is by the comparisons' weights, over the responses that are there, and forgets old steps, where TRL's is
-    over all so far. At the first step policy and reference are the same, so that delta is 0 from the start.
+    The mean is by the comparisons' weights, over the responses that are there, and forgets old steps, or (all_steps) is
+    over all so far, as TRL's. At the first step policy and reference are the same, so that delta is 0 from the start.
 
     Args:
-      lp: log-probabilities of B comparisons, all of a step; `running` is delta before the step.
+      lp: log-probabilities of B comparisons, all of a step; `running` is delta before the step, and (all_steps) the
+        weight of the responses in it.
       beta: Strength of the KL constraint to the reference.
       decay: Of the running mean.
+      all_steps: Every step so far counts the same, and decay is not used.
 
     Returns:
       float32[B].
     """
     require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
-    delta = _reward_shift(lp, beta=beta, decay=decay)
+    delta = _reward_shift(lp, beta=beta, decay=decay, all_steps=all_steps)
+    delta = delta[0] if all_steps else delta
     c, r = (beta * log_ratios(lp)).T
     return _mean_of_present(-log_sigmoid(c - delta), -log_sigmoid(delta - r), lp)

@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss
 from dpo_jax.losses.registry import REGISTRY, entry_of
 from dpo_jax.models.huggingface.folder import model_folder
-from dpo_jax.named import own_name
+from dpo_jax.named import own_name, with_axes
 from dpo_jax.paths import is_run
 from dpo_jax.training.run_folder import run_config
 
@@ -63,7 +63,7 @@ def _term(term: Any) -> dict[str, Any]:
     if isinstance(term, str):
         return {"name": _config_name(REGISTRY[term].function) if term in REGISTRY else term}
     if isinstance(term, Mapping):
-        return {**term, **_term(term["name"])} if "name" in term else dict(term)
+        return {**term, **_term(term["name"])} if "name" in term else with_axes(term)
     options, function = {}, term
     if isinstance(term, partial):
         function, options = term.func, term.keywords

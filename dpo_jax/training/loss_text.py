@@ -10,6 +10,7 @@ from dpo_jax.losses.registry import Entry, find_entry
 NOTATION = (
     "c, r       log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens",
     "p_c, p_r   log pi(y | x) of both;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
+    "ref_c, m_g log ref(y | x) of the chosen response;  p / L of a gold one;  z, d  beta (c - r), eta (s_c - s_r)",
     "r_c, r_r   their rewards by the trained reward model",
     "z_k        beta (log pi - log ref) of the response of rank k;  s  scores of the data",
 )
@@ -52,9 +53,9 @@ def describe_loss(name: str) -> Description:
 
 def _takes(entry: Entry) -> str:
     """Returns the data that a loss takes, and the options of a term that it supports."""
-    responses = {1: "responses", 2: "pairs", 3: "pairs, and responses to other prompts", None: "rankings"}
+    responses = {1: "responses", 2: "pairs", 3: "gold, chosen and rejected responses", None: "rankings"}
     features = {
-        responses[entry.responses]: True,
+        "pairs, and responses to other prompts" if entry.mismatched else responses[entry.responses]: True,
         "or single responses": entry.unpaired,
         "no reference": not entry.uses_reference,
         "a reward model": entry.rewards,

@@ -53,7 +53,7 @@ def restore_state(path: str, settings: Config, loaded: LoadedModel, loss: losses
     moving = make_sync(settings, loss) is not None
     trained = loaded.params if loaded.lora is None else loaded.adapters
     if not is_run(path):
-        return TrainState(0, load_into_memory(trained), (), np.zeros(loss.terms, np.float32), ())
+        return TrainState(0, load_into_memory(trained), (), np.zeros(loss.carried, np.float32), ())
     like = jax.eval_shape(lambda params: init_state(params, optim.STATELESS, loss, params if moving else ()), trained)
     return _restore_checkpoint(Path(path), like, which)
 

@@ -1,0 +1,167 @@
+"""Losses as axes: score x ranking x link x target; points.py has the named losses that are points of them.
+
+The score of a response, how scores are compared, the loss of a comparison and the margin that is asked for are chosen
+apart (Tang et al. 2024, arXiv 2402.05749, on links; Gorbatovski et al. 2025, arXiv 2502.01237, on scores and rankings).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.nn import log_sigmoid, relu, sigmoid
+from jax.scipy.stats import norm
+
+from dpo_jax.errors import UserError
+from dpo_jax.losses.pairwise import better_by, log_ratio_of_scores
+from dpo_jax.losses.parts import CLAMP, chi_squared_score, log_ratios, margin, pair, per_token, require, weighted_mean
+from dpo_jax.losses.ranked import rank_surprise
+from dpo_jax.losses.reference_free import likelihood_rewards, log_odds
+from dpo_jax.losses.registry import register
+from dpo_jax.records import Array, Logps
+
+Score = Literal["log_ratio", "log_ratio_mean", "log_prob", "log_prob_mean", "log_odds", "likelihood", "chi_squared"]
+Ranking = Literal["pair", "pointwise", "list", "all_pairs"]
+Link = Literal[
+    "logistic", "squared", "residual", "hinge", "truncated", "exponential", "sigmoid", "savage", "probit", "linear"
+]
+Target = Literal[
+    "zero", "constant", "gap", "log_gap", "log_ratio_gap", "length", "reference", "reference_positive", "moving_mean"
+]
+SCORES: dict[str, Callable[[Logps], Array]] = {
+    "log_ratio": log_ratios,
+    "log_ratio_mean": lambda lp: per_token(log_ratios(lp), lp),
+    "log_prob": lambda lp: lp.policy.astype(jnp.float32),
+    "log_prob_mean": lambda lp: per_token(lp.policy, lp),
+    "log_odds": lambda lp: log_odds(per_token(lp.policy, lp)),
+    "likelihood": likelihood_rewards,
+    "chi_squared": lambda lp: chi_squared_score(log_ratios(lp)),
+}
+LINKS: dict[str, Callable[[Array], Array]] = {
+    "logistic": lambda u: -log_sigmoid(u),
+    "squared": lambda u: (1 - u) ** 2,
+    "residual": lambda u: u**2,
+    "hinge": lambda u: relu(1 - u),
+    "truncated": lambda u: relu(1 - u) ** 2,
+    "exponential": lambda u: jnp.exp(jnp.minimum(-u, CLAMP)),
+    "sigmoid": lambda u: sigmoid(-u),
+    "savage": lambda u: sigmoid(-u) ** 2,
+    "probit": lambda u: -norm.logcdf(u),
+    "linear": lambda u: -u,
+}
+TARGETS: dict[str, Callable[[Logps, float], Array | float]] = {
+    "zero": lambda lp, beta: 0.0,
+    "constant": lambda lp, beta: 1.0,
+    "gap": lambda lp, beta: better_by(lp),
+    "log_gap": lambda lp, beta: jnp.log(better_by(lp)),
+    "log_ratio_gap": lambda lp, beta: log_ratio_of_scores(lp, better_by(lp)),
+    "length": lambda lp, beta: -margin(lp.lengths),
+    "reference": lambda lp, beta: beta * margin(lp.reference),
+    "reference_positive": lambda lp, beta: beta * relu(margin(lp.reference)),
+}
+RATIOS = {"log_ratio", "log_ratio_mean", "chi_squared"}
+GAPS = {"gap", "log_gap", "log_ratio_gap"}
+LISTS = {"list", "all_pairs"}
+
+
+def _moving_mean(lp: Logps, *, score: str, ranking: str, beta: float, decay: float, **_: Any) -> Array:
+    """Returns the running mean of margins, or (pointwise) of rewards, with this step's in it: the statistic of axes."""
+    z = stop_gradient(beta * SCORES[score](lp))
+    weights = lp.weights[:, None] * lp.present
+    mean = weighted_mean(z, weights) if ranking == "pointwise" else weighted_mean(margin(z), lp.weights)
+    return decay * lp.running + (1 - decay) * mean
+
+
+def _rewards(lp: Logps, *, score: str, beta: float, **_: Any) -> Array:
+    """Returns beta score, float32[B, P]: the rewards of a point without a reference."""
+    return beta * SCORES[score](lp)
+
+
+def axes_needs(*, score: str, ranking: str, target: str, **_: Any) -> dict[str, Any]:
+    """Returns the fields of the registry's entry that depend on the coordinates."""
+    reference, moving = score in RATIOS or target.startswith("reference"), target == "moving_mean"
+    return {
+        "responses": None if ranking in LISTS else 2,
+        "uses_reference": reference,
+        "soft_labels": not (moving or ranking in LISTS or target in GAPS),
+        "divergences": score in RATIOS - {"chi_squared"} and not target.startswith("reference"),
+        "scores": target in GAPS,
+        "whole_batch": moving,
+        "statistic": _moving_mean if moving else None,
+        "implicit_reward": None if reference else _rewards,
+    }
+
+
+def _check_point(ranking: str, link: str, target: str, label_smoothing: float) -> None:
+    """Refuses coordinates that do not go together."""
+    require("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
+    if link == "residual" and target == "zero":
+        raise UserError("link residual is least where nothing is preferred; set a target, or link squared")
+    if ranking == "list" and (link != "logistic" or target != "zero" or label_smoothing != 0):
+        raise UserError("ranking list takes link logistic, target zero and no label_smoothing; set ranking all_pairs")
+    if ranking == "all_pairs" and target not in ("zero", "constant"):
+        raise UserError(f"ranking all_pairs takes target zero or constant, not {target}; set one, or ranking pair")
+    if ranking == "pointwise" and target not in ("zero", "constant", "moving_mean"):
+        raise UserError(f"ranking pointwise takes target zero, constant or moving_mean, not {target}; set one")
+
+
+@register(responses=2, uses_reference=True, soft_labels=True, divergences=True, of_options=axes_needs)
+def axes(
+    lp: Logps,
+    *,
+    score: Score = "log_ratio",
+    ranking: Ranking = "pair",
+    link: Link = "logistic",
+    target: Target = "zero",
+    beta: float = 0.1,
+    scale: float = 1.0,
+    decay: float = 0.9,
+    label_smoothing: float = 0.0,
+) -> Array:
+    """A point of the axes score, ranking, link and target (Tang et al. 2024, arXiv 2402.05749).
+
+        z = beta score,  f = link,  t = scale target
+        loss = f(z_c - z_r - t)                     ranking pair
+        loss = f(z_c - t) + f(-z_r - t)             pointwise; of a moving mean f(z_c - t) + f(t - z_r)
+        loss = -sum_k log softmax(z_k, z_k+1, ...)_k   list, best first
+        loss = mean over i < j of f(z_i - z_j - t)  all_pairs, best first
+
+    Scores: log_ratio c, log_ratio_mean c / L_c, log_prob p_c, log_prob_mean m_c, log_odds log(e^m / (1 - e^m)),
+    likelihood e^m, chi_squared c + e^c - 1. Links: logistic -log sigmoid(u), squared (1 - u)^2, residual u^2, hinge
+    max(0, 1 - u), truncated max(0, 1 - u)^2, exponential e^-u, sigmoid 1 - sigmoid(u), savage (1 - sigmoid(u))^2,
+    probit -log Phi(u), linear -u. A running mean is a constant to the gradient.
+
+    Args:
+      lp: log-probabilities of B comparisons.
+      score: The score of a response.
+      ranking: How scores are compared.
+      link: The loss of a comparison.
+      target: The margin that is asked for, over scale: nothing, 1, s_c - s_r, its logarithm, log(s_c / s_r), L_r - L_c,
+        beta (ref_c - ref_r), the same where it is positive, or the running mean of margins or rewards.
+      beta: Scale of the scores.
+      scale: Scale of the target.
+      decay: Of the running mean.
+      label_smoothing: The assumed rate of flipped labels: f(u) becomes (1 - eps) f(u) + eps f(-u).
+
+    Returns:
+      float32[B].
+    """
+    _check_point(ranking, link, target, label_smoothing)
+
+    def f(u: Array) -> Array:
+        return (1 - label_smoothing) * LINKS[link](u) + label_smoothing * LINKS[link](-u)
+
+    z = beta * SCORES[score](lp)
+    if target == "moving_mean":
+        require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
+        t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
+        value = f(margin(z) - t) if ranking == "pair" else f(pair(z)[0] - t) + f(t - pair(z)[1])
+        return jnp.where(lp.weights > 0, value, 0.0)
+    t = scale * TARGETS[target](lp, beta)
+    if ranking == "list":
+        return rank_surprise(z)
+    if ranking == "all_pairs":
+        better, worse = jnp.triu_indices(z.shape[1], 1)
+        return jnp.mean(f(z[:, better] - z[:, worse] - t), axis=1)
+    c, r = pair(z)
+    return f(c - r - t) if ranking == "pair" else f(c - t) + f(-r - t)
