@@ -26,6 +26,7 @@ from dpo_jax.models.huggingface.folder import (
 )
 from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
 from dpo_jax.models.huggingface.safetensors import read_json, weights_hash
+from dpo_jax.models.huggingface.whole import WHOLE, is_part
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
@@ -72,6 +73,16 @@ class LoadedModel(NamedTuple):
             return trained
         return lora.attach_adapters(self.model.architecture, self.params, trained, self.lora)
 
+    def language_model(self) -> "LoadedModel":
+        """Returns the model as one that is written alone, if it is a part of a model that reads images too.
+
+        Raises:
+          UserError: it is no part of one.
+        """
+        if not is_part(self.hf_config):
+            raise UserError("--language-model: has no effect, the model reads no images; remove it")
+        return self._replace(hf_config={key: value for key, value in self.hf_config.items() if key != WHOLE})
+
     def save(self, trained: Any, out: Path, tokenizer: Any, **options: Any) -> None:
         """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes.
 
@@ -97,7 +108,8 @@ class LoadedModel(NamedTuple):
         if self.lora is not None and distributed.is_primary():
             # PEFT loads the base from a model folder, which is a part of a run's.
             base = str(model_folder(self.name).resolve()) if Path(self.name).exists() else self.name
-            lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base)
+            within = is_part(self.hf_config)
+            lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base, within)
 
 
 def load_run_tokenizer(options: ModelConfig) -> Any:

@@ -5,7 +5,6 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -18,11 +17,6 @@ from dpo_jax.models.families.hf_config import HfConfig
 
 # Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}
-
-# Models that read images too: `model_type` -> the family of their language model, which is a part of them.
-WRAPPERS = {"gemma3": "gemma3_text"}
-# Keys of the whole model that its language model needs, too.
-SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config", "auto_map")
 
 
 def describe_families() -> list[tuple[str, str, str]]:
@@ -61,25 +55,6 @@ def check_sizes(architecture: Architecture) -> None:
                 raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no size; correct it")
         elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
             raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no number; correct it")
-
-
-def language_model_config(config: HfConfig) -> HfConfig:
-    """Returns the config.json of the language model in a model that reads images too; other configs as they are.
-
-    Raises:
-      UserError: it describes no language model.
-    """
-    kind = WRAPPERS.get(str(config.get("model_type")))
-    if kind is None:
-        return config
-    inner = config.get("text_config")
-    if not isinstance(inner, Mapping):
-        raise UserError(f"config.json: text_config is missing; a {config['model_type']} has its language model there")
-    module = family(kind)
-    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
-    shared = {key: config[key] for key in SHARED if key in config}
-    plain = {key: value for key, value in inner.items() if value is not None}
-    return {**module.WRAPPED_DEFAULTS, **plain, **shared, **tied, "model_type": kind, "architectures": [module.CLASS]}
 
 
 @cache
