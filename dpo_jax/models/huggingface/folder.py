@@ -217,9 +217,7 @@ def save_folder(
     if whole is not None:
         entries, tensors = whole.around(entries, tensors, module.PREFIX)
     check_replaceable(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _new_folder_beside(folder)
     try:
         write_tensors(temporary, tensors, entries, max_shard_bytes)
         if tokenizer is not None:
@@ -231,6 +229,14 @@ def save_folder(
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_folder_beside(folder: Path) -> Path:
+    """Creates an empty folder, to be renamed to a folder of the same place."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
 
 
 def _class_name(name: str, hf_config: HfConfig) -> str:
