@@ -25,7 +25,7 @@ def test_an_unknown_family_is_answered_with_the_closest():
         with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: exa"):
             family(other)
     with pytest.raises(
-        UserError, match=r"'zebra' is not known; known: .*; a new one is a file in dpo_jax/models/families/"
+        UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"
     ):
         family("zebra")
 
@@ -320,6 +320,6 @@ def test_the_command_names_every_family(capsys):
     cli.run_command(["models"])
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in FAMILIES)
-    assert "To add one: a file dpo_jax/models/families/<model_type>.py" in out
+    assert "model.family: my_file:architecture names" in out
     with pytest.raises(UserError, match="dpo-jax models takes"):
         cli.run_command(["models", "llama"])

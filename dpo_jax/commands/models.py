@@ -20,6 +20,7 @@ def models_command(argv: list[str]) -> None:
         "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
         "refused by key, and so are mixtures of experts.\n"
         f"Of models that read images too, the language model is trained: {', '.join(sorted(WRAPPERS))}.\n"
-        "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
-        "tensors(architecture), and a row in tests/tiny.py, with which the tests compare it to transformers."
+        "To add one: a file of your own with architecture(config) and tensors(architecture), which\n"
+        "model.family: my_file:architecture names (example: dpo_jax/models/README.md), or a file\n"
+        "dpo_jax/models/families/<model_type>.py, and a row in tests/tiny.py, by which tests compare it."
     )

@@ -15,7 +15,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
-from dpo_jax.models.families.registry import architecture_of, family
+from dpo_jax.models.families.registry import OWN, architecture_of, family_of
 from dpo_jax.models.families.wrappers import WRAPPERS, language_model_config
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
@@ -77,11 +77,12 @@ def adapter_folder(path: str) -> Path:
     return Path(path) / "adapter" if is_run(path) else Path(path)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Returns the contents of a config.json.
+def read_config(path: str | Path, own: str = "") -> dict[str, Any]:
+    """Returns the contents of a config.json; of a model that reads images too, those of its language model.
 
     Args:
       path: the file or its folder.
+      own: `model.family`, a family of the user, which is noted in it; "" for the one that it names.
 
     Raises:
       UserError: the file is missing, or has no `model_type`.
@@ -98,6 +99,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = read_json(file)
     if "model_type" not in config:
         raise UserError(f"{file}: model_type is missing; give the family, llama for example")
+    if own:
+        return {**config, OWN: own}
     try:
         found = language_model_config(config)
     except UserError as error:
@@ -132,17 +135,17 @@ def end_ids(tokenizer: Any, generation: HfConfig, hf_config: HfConfig) -> tuple[
     return tuple(dict.fromkeys(ends))
 
 
-def load_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+def load_folder(folder: str | Path, own: str = "") -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     """Reads a model folder as `open_folder` does, with parameters in memory as numpy float32."""
-    architecture, config, params = open_folder(folder)
+    architecture, config, params = open_folder(folder, own)
     return architecture, config, load_into_memory(params)
 
 
-def open_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+def open_folder(folder: str | Path, own: str = "") -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     """Opens a model folder: reads its config and the headers of its weights, but no weights.
 
     Weights are model.safetensors or the shards of its index, in float64, float32, float16 or bfloat16. Buffers are
-    ignored; a tensor that is missing, unknown or of another shape is an error.
+    ignored; a tensor that is missing, unknown or of another shape is an error. `own` is that of `read_config`.
 
     Returns:
       The architecture; config.json with `dtype` set to that of the weights (of a model that reads images too, that of
@@ -153,18 +156,18 @@ def open_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[
       UserError: a file or setting is missing, damaged or not supported.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, own)
     try:
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config is not supported; use the model before quantization")
-        module, architecture = family(config["model_type"]), architecture_of(config)
+        module, architecture = family_of(config), architecture_of(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if "auto_map" in config:
         log.warning(
             f"{folder}: its auto_map names code, which is never run; it is read as the {module.CLASS} it claims to be"
         )
-    within = read_json(folder / "config.json")["model_type"] in WRAPPERS
+    within = not own and read_json(folder / "config.json")["model_type"] in WRAPPERS
     params, dtype = lazy_params(weight_files(folder), module, architecture, within)
     whole = {WHOLE: str(folder.resolve())} if within else {}
     return architecture, {**config, "dtype": dtype, **whole}, params
@@ -207,7 +210,7 @@ def save_folder(
       UserError: the dtype is unknown, or the folder holds other files.
     """
     folder, dtype = Path(folder).absolute(), _file_dtype(dtype, hf_config)
-    module, architecture = family(hf_config["model_type"]), architecture_of(hf_config)
+    module, architecture = family_of(hf_config), architecture_of(hf_config)
     tensors = tensors_of(params, module, architecture, dtype, fetch)
     if not writes:
         deque(tensors, maxlen=0)
@@ -290,7 +293,7 @@ def _write_configs(
     folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any], whole: Whole | None
 ) -> None:
     """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
-    dropped = ("torch_dtype", "transformers_version", "_name_or_path", WHOLE)
+    dropped = ("torch_dtype", "transformers_version", "_name_or_path", WHOLE, OWN)
     config = with_older_keys({key: value for key, value in hf_config.items() if key not in dropped})
     if whole is not None:
         config = whole.config_with(hf_config)
