@@ -1,4 +1,4 @@
-"""config.json of well-known models as released, without dropout and ids, and their published parameter counts."""
+"""config.json of well-known models as released, from memory, without dropout and ids, and their parameter counts."""
 
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -94,6 +94,57 @@ _GPT_J |= {"vocab_size": 50400}
 _GPT_NEO = _GPT | {"model_type": "gpt_neo", "attention_layers": ["global", "local"] * 6, "hidden_size": 768}
 _GPT_NEO |= {"attention_types": [[["global", "local"], 6]], "intermediate_size": None, "window_size": 256}
 _GPT_NEO |= {"max_position_embeddings": 2048, "num_heads": 12, "num_layers": 12, "vocab_size": 50257}
+_GRANITE = {"model_type": "granite", "attention_bias": False, "attention_multiplier": 0.015625, "hidden_size": 2048}
+_GRANITE |= {"embedding_multiplier": 12.0, "hidden_act": "silu", "intermediate_size": 8192, "logits_scaling": 8.0}
+_GRANITE |= {"max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40}
+_GRANITE |= {"num_key_value_heads": 8, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_theta": 5000000.0}
+_GRANITE |= {"rope_scaling": None, "tie_word_embeddings": True, "vocab_size": 49155}
+_SMOL_3 = {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}
+_SMOL_3 |= {"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "no_rope_layer_interval": 4}
+_SMOL_3 |= {"no_rope_layers": [1, 1, 1, 0] * 9, "num_hidden_layers": 36, "num_key_value_heads": 4, "pretraining_tp": 2}
+_SMOL_3 |= {"max_position_embeddings": 65536, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0}
+_SMOL_3 |= {"sliding_window": None, "use_sliding_window": False, "vocab_size": 128256, "attention_bias": False}
+_SMOL_3 |= {"hidden_act": "silu", "mlp_bias": False}
+_MIXED = [*["sliding_attention"] * 3, "full_attention"]
+_OLMO_3 = {"model_type": "olmo3", "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096}
+_OLMO_3 |= {"intermediate_size": 11008, "layer_types": _MIXED * 8, "max_position_embeddings": 65536}
+_OLMO_3 |= {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-06}
+_OLMO_3 |= {"rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 100278}
+_OLMO_3["rope_scaling"] = {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0}
+_OLMO_3["rope_scaling"] |= {"original_max_position_embeddings": 8192, "rope_type": "yarn"}
+_GLM_4 = {"model_type": "glm4", "attention_bias": True, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096}
+_GLM_4 |= {"intermediate_size": 13696, "max_position_embeddings": 32768, "num_attention_heads": 32}
+_GLM_4 |= {"num_hidden_layers": 40, "num_key_value_heads": 2, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05}
+_GLM_4 |= {"rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 151552}
+_EXAONE = {"model_type": "exaone4", "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "vocab_size": 102400}
+_EXAONE |= {"intermediate_size": 4096, "layer_types": ["full_attention"] * 30, "max_position_embeddings": 65536}
+_EXAONE |= {"num_attention_heads": 32, "num_hidden_layers": 30, "num_key_value_heads": 8, "rms_norm_eps": 1e-05}
+_EXAONE |= {"rope_scaling": _LLAMA3 | {"factor": 16.0}, "rope_theta": 1000000, "sliding_window": None}
+_EXAONE |= {"sliding_window_pattern": None, "tie_word_embeddings": True}
+_EXAONE_32B = _EXAONE | {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 27392, "layer_types": _MIXED * 16}
+_EXAONE_32B |= {"num_attention_heads": 40, "num_hidden_layers": 64, "sliding_window": 4096}
+_EXAONE_32B |= {"sliding_window_pattern": "LLLG", "max_position_embeddings": 131072, "tie_word_embeddings": False}
+_GEMMA_3_WHOLE = {"model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000}
+_GEMMA_3_WHOLE |= {"eos_token_id": [1, 106], "image_token_index": 262144, "mm_tokens_per_image": 256}
+_GEMMA_3_WHOLE["vision_config"] = {}
+_GEMMA_3_WHOLE["text_config"] = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text"}
+_GEMMA_3_WHOLE["text_config"] |= {"num_hidden_layers": 34, "sliding_window": 1024}
+_GEMMA_3_WHOLE["text_config"] |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+_GEMMA_3_27B = _GEMMA_3_WHOLE["text_config"] | {"hidden_size": 5376, "intermediate_size": 21504, "head_dim": 128}
+_GEMMA_3_27B |= {"num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16}
+_GEMMA_3_27B |= {"query_pre_attn_scalar": 168}
+_MISTRAL_SMALL = {"model_type": "mistral", "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120}
+_MISTRAL_SMALL |= {"intermediate_size": 32768, "max_position_embeddings": 131072, "num_attention_heads": 32}
+_MISTRAL_SMALL |= {"num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "vocab_size": 131072}
+_MISTRAL_SMALL |= {"rope_theta": 1000000000.0, "sliding_window": None}
+_MINISTRAL = _MISTRAL_SMALL | {"model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216}
+_MINISTRAL |= {"max_position_embeddings": 262144, "num_hidden_layers": 26, "tie_word_embeddings": True}
+_MINISTRAL["rope_parameters"] = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1}
+_MINISTRAL["rope_parameters"] |= {"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384}
+_MINISTRAL["rope_parameters"] |= {"rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn"}
+del _MINISTRAL["rope_theta"]
+_MISTRAL_3_WHOLE = {"model_type": "mistral3", "image_token_index": 10, "multimodal_projector_bias": False}
+_MISTRAL_3_WHOLE |= {"projector_hidden_act": "gelu", "spatial_merge_size": 2, "vision_feature_layer": -1}
 
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
@@ -114,10 +165,26 @@ KNOWN = {
     "gemma-2-27b": (_GEMMA_2_27B, 27_227_128_320),
     "gemma-3-1b": (_GEMMA_3, 999_885_952),
     "gemma-3-4b, its language model": (_GEMMA_3_4B, 3_880_263_168),
+    "granite-3.1-2b": (_GRANITE, 2_533_531_648),
+    "SmolLM3-3B": (_SMOL_3, 3_075_098_624),
+    "OLMo-3-7B": (_OLMO_3, 7_298_011_136),
+    "GLM-4-9B-0414": (_GLM_4, 9_400_279_040),
+    "EXAONE-4.0-1.2B": (_EXAONE, 1_279_391_488),
+    "EXAONE-4.0-32B": (_EXAONE_32B, 32_003_216_384),
     "OLMo-2-1B": (_OLMO, 1_484_916_736),
     "opt-125m": (_OPT, 125_239_296),
     "pythia-2.8b": (_PYTHIA, 2_775_208_960),
     "gpt2-large": (_GPT_2, 774_030_080),
     "gpt-j-6b": (_GPT_J, 6_050_882_784),
     "gpt-neo-125m": (_GPT_NEO, 125_198_592),
+}
+# Models that read images too; the counts are those of their language models.
+WHOLE = {
+    "gemma-3-4b-it": (_GEMMA_3_WHOLE, 3_880_263_168),
+    "gemma-3-27b-it": (_GEMMA_3_WHOLE | {"text_config": _GEMMA_3_27B}, 27_009_346_304),
+    "Mistral-Small-3.1-24B": (
+        _MISTRAL_3_WHOLE | {"tie_word_embeddings": False, "text_config": _MISTRAL_SMALL},
+        23_572_403_200,
+    ),
+    "Ministral-3-3B": (_MISTRAL_3_WHOLE | {"tie_word_embeddings": True, "text_config": _MINISTRAL}, 3_429_006_336),
 }

@@ -4,27 +4,28 @@ from copy import deepcopy
 
 import jax
 import pytest
-from known_models import KNOWN, OPT_350M
+from known_models import KNOWN, OPT_350M, WHOLE
 from tiny import FAMILIES, VOCAB
 
 from dpo_jax import cli
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of, families, family
+from dpo_jax.models.families.wrappers import language_model_config
 from dpo_jax.models.model import build_model
 from dpo_jax.training.abstract import count_parameters
 
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: gemma, gemma2,"):
+    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: exaone4, ge"):
         family("Llama")
-    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: gemma"):
+    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: exaone4"):
         family("hf_olmo")
-    for other in ("gemma3", "olmo3", "phi", "qwen3_vl", "granite"):
-        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: gemma, "):
+    for other in ("gemma3", "mistral3", "qwen3_vl", "mamba"):
+        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: exa"):
             family(other)
     with pytest.raises(
-        UserError, match=r"'zebra' is not known; known: .*; a new one is a file in dpo_jax/models/families/"
+        UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"
     ):
         family("zebra")
 
@@ -43,10 +44,13 @@ GPTJ = {**GPT2, "rotary_dim": 4}
 NEO = {"vocab_size": VOCAB, "hidden_size": 32, "num_heads": 4, "num_layers": 24}
 OPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 48}
 NEOX = LLAMA
+FOUR = {**LLAMA, "num_hidden_layers": 4, "num_key_value_heads": 4}
 CONFIGS = {
     **{"gemma": GROUPED, "gemma2": LLAMA, "gemma3_text": {**LLAMA, "num_hidden_layers": 8}, "gpt2": GPT2},
     **{"gpt_neo": NEO, "gpt_neox": NEOX, "gptj": GPTJ, "llama": LLAMA, "mistral": GROUPED, "olmo2": LLAMA, "opt": OPT},
-    **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED},
+    **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED, "granite": GROUPED},
+    **{"exaone4": FOUR | {"num_hidden_layers": 8}, "glm4": LLAMA, "ministral3": GROUPED, "olmo3": FOUR},
+    "smollm3": FOUR,
 }
 SCALED = {"rope_type": "dynamic", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -133,6 +137,19 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'dynamic' is not"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'dynamic' is not"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias = True"),
+        ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters must have full_attention and sliding_attention"),
+        ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern = 'LLLG' is no number above 0; give"),
+        ("exaone4", {"attention_bias": True}, "attention_bias = True is not supported"),
+        ("glm4", {"mlp_bias": True}, "mlp_bias = True"),
+        ("granite", {"rope_scaling": SCALED}, "rope_type = 'dynamic' is not supported"),
+        ("ministral3", {"attention_bias": True}, "attention_bias = True"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0: it must be at least 1"),
+        (
+            "smollm3",
+            {"layer_types": ["sliding_attention"] * 4, "sliding_window": 5},
+            "layer_types has sliding_attention, but use_sliding_window is false; set it to true, or",
+        ),
     ],
 )
 def test_unsupported_settings_are_refused_by_key(kind, change, message):
@@ -213,7 +230,7 @@ NOTHING |= {"transformers_version", "use_cache", "bos_token_id", "eos_token_id",
 # These repeat another key, or concern other heads, other precisions and pretraining.
 NOTHING |= {"attention_layers", "initializer_range", "is_decoder", "pretraining_tp"}
 NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reorder_and_upcast_attn"}
-NOTHING |= {"use_sliding_window", "sliding_window", "max_window_layers"}  # Qwen's layer_types repeat these
+NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -242,6 +259,17 @@ def test_well_known_models_are_read_as_transformers_reads_them(name):
     config, count = deepcopy(KNOWN[name])  # transformers modifies it
     architecture = architecture_of(config)
     assert architecture == architecture_of(AutoConfig.for_model(**config).to_dict())
+    shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
+    assert count_parameters(shapes) == count
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_well_known_models_that_read_images_have_the_language_model_of_transformers(name):
+    from transformers import AutoConfig
+
+    config, count = deepcopy(WHOLE[name])
+    architecture = architecture_of(language_model_config(config))
+    assert architecture == architecture_of(language_model_config(AutoConfig.for_model(**config).to_dict()))
     shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
     assert count_parameters(shapes) == count
 
@@ -292,6 +320,6 @@ def test_the_command_names_every_family(capsys):
     cli.run_command(["models"])
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in FAMILIES)
-    assert "To add one: a file dpo_jax/models/families/<model_type>.py" in out
+    assert "model.family: my_file:architecture names" in out
     with pytest.raises(UserError, match="dpo-jax models takes"):
         cli.run_command(["models", "llama"])

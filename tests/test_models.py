@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
+    COMPOSED,
     FAMILIES,
     VOCAB,
     folders_of,
@@ -82,12 +83,22 @@ CASES = {
             "attention_bias": True,
         },
     ),
+    "exaone4 without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "olmo3, yarn in full attention": (
+        "olmo3",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": NEAR}, "attention_bias": True},
+    ),
+    "smollm3 with windows": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 20, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "glm4 without biases": ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
-ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3", *COMPOSED)
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
 

@@ -126,6 +126,11 @@ def test_rewards_are_those_of_transformers(folders, family):
     assert found.present.sum() == 14
 
 
+def test_a_family_of_which_transformers_has_no_reward_model_is_refused():
+    with pytest.raises(UserError, match="GraniteForSequenceClassification is not in transformers; train"):
+        reward_head.reward_class("GraniteForCausalLM")
+
+
 def test_absent_responses_have_no_reward(folders):
     rows = comparisons(3)
     rows[1] = rows[1]._replace(responses=(np.zeros(0, np.int32), rows[1].responses[1]))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from tiny import EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
+from tiny import COMPOSED, EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
 from dpo_jax import sampling, sharding
 from dpo_jax.errors import UserError
@@ -50,7 +50,10 @@ def torch_greedy(folder, prompt, new, eos):
     return out[0, len(prompt) :].numpy()
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+LATER = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in COMPOSED)) for kind in FAMILIES]
+
+
+@pytest.mark.parametrize("kind", LATER)
 def test_greedy_equals_transformers_token_by_token(models, kind):
     folder, model, params = models(kind)
     prompts = prompts_of(7, 1, 33, 20)

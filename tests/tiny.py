@@ -22,10 +22,16 @@ _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 # Head dimensions that are not D / H, and a score scale that is not d ** -0.5.
 _GEMMA = {**_LLAMA, "head_dim": 16}
 _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
+# Ministral 3's, with a context of pretraining that most sequences in the tests exceed.
+_GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_MIXED = ["sliding_attention", "full_attention"]
 _ARGUMENTS = {
+    "exaone4": {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED},
     "gemma": _GEMMA,
     "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_GEMMA2, "num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
+    "glm4": _GEMMA,
     "gpt2": _GPT2,
     "gpt_neo": {
         "hidden_size": 32,
@@ -37,15 +43,22 @@ _ARGUMENTS = {
     },
     "gpt_neox": {**_SIZES, "num_attention_heads": 2, "intermediate_size": 48, "rotary_pct": 0.25},
     "gptj": {**_GPT2, "n_head": 2, "rotary_dim": 8},
+    "granite": {**_LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
+    | {"logits_scaling": 2.5},
     "llama": _LLAMA,
+    "ministral3": {**_GEMMA, "rope_parameters": _GROWING},
     "mistral": {**_LLAMA, "sliding_window": WINDOW},
     "olmo2": _LLAMA,
+    "olmo3": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED},
     "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi3": {**_LLAMA, "sliding_window": WINDOW},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
+    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
 }
 FAMILIES = tuple(_ARGUMENTS)
+# Families made of the options of others: what costs most is tested for them in the slow suite only.
+COMPOSED = ("glm4", "granite", "olmo3", "smollm3")
 
 
 def torch_model(family: str, **settings):

@@ -35,6 +35,8 @@ def export_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     rewarded = reward_encoding(settings, loss)
     loaded = load_policy(settings.model, tokenizer, settings.seed, settings.lora, rewarded)
+    if options.language_model:
+        loaded = loaded.language_model()
     state = restore_state(path, settings, loaded, loss, options.checkpoint)
     title = options.push.rpartition("/")[2] or Path(out).resolve().name
     names = {"run": Path(path), "title": title, "dtype": options.dtype, "repository": options.push}

@@ -5,6 +5,7 @@ from rich.table import Table as Grid
 
 from dpo_jax.commands.common import leading_arguments, log_line
 from dpo_jax.models.families.registry import describe_families
+from dpo_jax.models.families.wrappers import WRAPPERS
 
 
 def models_command(argv: list[str]) -> None:
@@ -18,6 +19,8 @@ def models_command(argv: list[str]) -> None:
         "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
         "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
         "refused by key, and so are mixtures of experts.\n"
-        "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
-        "tensors(architecture), and a row in tests/tiny.py, with which the tests compare it to transformers."
+        f"Of models that read images too, the language model is trained: {', '.join(sorted(WRAPPERS))}.\n"
+        "To add one: a file of your own with architecture(config) and tensors(architecture), which\n"
+        "model.family: my_file:architecture names (example: dpo_jax/models/README.md), or a file\n"
+        "dpo_jax/models/families/<model_type>.py, and a row in tests/tiny.py, by which tests compare it."
     )

@@ -176,6 +176,8 @@ class ExportConfig(CheckpointConfig):
 
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """dtype of the weights; by default that of the initial model."""
+    language_model: bool = False
+    """Of a model that reads images too, write the language model alone."""
     push: str = ""
     """Repository of the hub, owner/name, to upload the folder to; needs a token: HF_TOKEN, or hf auth login."""
     public: bool = False

@@ -124,6 +124,8 @@ class ModelConfig:
     """A Hugging Face config.json (or a folder with one): random initialization."""
     tokenizer: str = ""
     """Tokenizer folder or hub id, or `synthetic`; by default that of `path`."""
+    family: str = ""
+    """`module:function` of a family of your own (dpo_jax/models/README.md); by default that of config.json."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of activations and matmuls; auto is bfloat16 on a GPU or TPU, float32 on a CPU. Trained parameters are
     always float32."""

@@ -21,6 +21,7 @@ class Rope:
         not supported.
       short: LongRoPE, YaRN: the stretch of each of the dims / 2 wavelengths.
       amplitude: LongRoPE, YaRN: multiplies the cosine and the sine.
+      growth: g; queries at position p are multiplied by 1 + g * log(1 + floor(p / original_positions)).
     """
 
     dims: int
@@ -32,6 +33,7 @@ class Rope:
     original_positions: int = 8192
     short: tuple[float, ...] = ()
     amplitude: float = 1.0
+    growth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Architecture:
       kv_heads: K, which divides H.
       head_dim: d.
       mlp: inner width of the MLP.
-      norm: "rms" for root-mean-square norm, "layer" for layer norm with bias.
+      norm: "rms" for root-mean-square norm, "layer" for layer norm.
       eps: added to the variance in norms.
       activation: activation of the MLP; "gelu" is the exact one.
       gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
@@ -64,15 +66,19 @@ class Architecture:
       pre_norm: attention and MLP read the normalized residual.
       post_norm: the outputs of attention and MLP are normalized before they are added to the residual.
       shared_norm: attention and MLP read the same normalized residual, as in GPT-J.
+      norm_bias: layer norms have a bias.
       norm_offset: added to the scale of a norm; 1 for families that store the scale minus 1.
       qk_norm: normalization of queries and keys: "head" by head, or "all" heads together; None for no normalization.
       windows: how many tokens a query of each layer attends to, itself included; 0 for all. Empty for all layers 0.
       window_rope: rotary positions of layers with a window, if they differ from `rope`.
+      nope: which layers have no rotary positions, one entry per layer; empty for none.
       score_scale: multiplies attention scores; None for d ** -0.5.
       layer_scaled: the scores of layer i, counted from 1, are divided by i.
       score_cap: c in c * tanh(score / c); None for no cap.
       logit_cap: the same for logits.
+      logit_scale: multiplies logits, before the cap.
       embedding_scale: multiplies token embeddings.
+      residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
@@ -102,15 +108,19 @@ class Architecture:
     pre_norm: bool = True
     post_norm: bool = False
     shared_norm: bool = False
+    norm_bias: bool = True
     norm_offset: float = 0.0
     qk_norm: Literal["head", "all"] | None = None
     windows: tuple[int, ...] = ()
     window_rope: Rope | None = None
+    nope: tuple[bool, ...] = ()
     score_scale: float | None = None
     layer_scaled: bool = False
     score_cap: float | None = None
     logit_cap: float | None = None
+    logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    residual_multiplier: float = 1.0
     position_offset: int = 0
     score: bool = False
 

@@ -23,13 +23,26 @@ from dpo_jax.models.attention import (
     cached_attention,
     packed_attention,
 )
-from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
+from dpo_jax.models.layers import Linear, Norm, activate
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
+from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
 from dpo_jax.records import Array
 
 Cache = tuple[LayerCache, ...]  # one entry per layer
-LayerInputs = tuple[Array | None, Array | None]  # windows int32[L] and factors of scores float32[L], or one layer's
-Angles = tuple[Array, Array]  # cosine and sine of rotary angles, float32[R, T, 1, dims / 2] each
+
+
+class LayerInputs(NamedTuple):
+    """What differs between layers, [L], or one layer's; None where no layer differs.
+
+    Attributes:
+      window: int32, 0 for none.
+      factor: float32, of its queries.
+      rotated: bool, False for a layer without rotary positions.
+    """
+
+    window: Array | None = None
+    factor: Array | None = None
+    rotated: Array | None = None
 
 
 def extend_cache(cache: Cache, room: int) -> Cache:
@@ -50,12 +63,14 @@ class Context(NamedTuple):
       mask: bool[P, T], True for real prompt tokens, False for left padding; None without a cache.
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
         layers with a window; empty with learned positions.
+      growth: what queries are multiplied by, float32[R, T, 1, 1], set by `Decoder`; None for nothing.
     """
 
     rows: RowMask | None = None
     generated: Array = None
     mask: Array = None
     angles: tuple[Angles, ...] = ()
+    growth: Array = None
 
 
 def _heads(a: Architecture, x: Array, name: str, angles: Angles | None) -> Array:
@@ -79,13 +94,11 @@ def scoring_of(a: Architecture) -> Scoring:
 def _attention(
     a: Architecture, attend: Attend, x: Array, cache: LayerCache | None, context: Context, own: LayerInputs
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache.
-
-    `own` has the layer's window int32[], 0 for none (None if no layer's masks anything), and the factor of its scores.
-    """
-    (window, factor), angles = own, _angles(context.angles, own[0])
+    """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache."""
+    window, angles = own.window, layer_angles(context.angles, own.window, own.rotated)
     q, k, v = (_heads(a, x, name, angles) for name in "qkv")
-    q = q if factor is None else q * factor.astype(q.dtype)
+    for factor in (own.factor, context.growth):
+        q = q if factor is None else q * factor.astype(q.dtype)
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     if cache is None:
@@ -97,18 +110,6 @@ def _attention(
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
-
-
-def _angles(kinds: tuple[Angles, ...], window: Array | None) -> Angles | None:
-    """Returns the rotary angles of one layer; None with learned positions.
-
-    The scan over layers is traced once, so a layer's window is an array, not a Python value. Gemma 3's two sets of
-    angles are computed before the scan, and every layer selects one here.
-    """
-    if len(kinds) < 2:
-        return kinds[0] if kinds else None
-    without, within = kinds
-    return jax.tree.map(lambda x, y: jnp.where(window == 0, x, y), without, within)
 
 
 def _mlp(a: Architecture, x: Array) -> Array:
@@ -139,13 +140,20 @@ class Block(nn.Module):
         def norm(x: Array, name: str, wanted: bool) -> Array:
             return Norm(a, name=name)(x) if wanted else x
 
+        def branch(x: Array, name: str) -> Array:
+            return _scaled(norm(x, name, a.post_norm), a.residual_multiplier)
+
         read = norm(x, "attention_norm", a.pre_norm)
         mixed, kept = _attention(a, self.attend, read, cache, context, own)
-        x, before = x + norm(mixed, "attention_post_norm", a.post_norm), x
+        x, before = x + branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
-        out = x + norm(_mlp(a, read), "mlp_post_norm", a.post_norm)
+        out = x + branch(_mlp(a, read), "mlp_post_norm")
         return out, kept if self.return_kv else None
+
+
+def _scaled(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _lookup(table: Array, index: Array, dtype: Any) -> Array:
@@ -202,7 +210,7 @@ class Decoder(nn.Module):
         Args:
           tokens: int32[R, T].
           positions: int32[R, T].
-          context: masks; `angles` are filled in here.
+          context: masks; `angles` and `growth` are filled in here.
           cache: keys and values so far, to decode one token per sequence (R = B, T = 1). The parameters of the layers
             must then be a list (`Model.unstack`).
 
@@ -215,13 +223,14 @@ class Decoder(nn.Module):
         angles = tuple(angles_at(rope, positions) for rope in (a.rope, a.window_rope) if rope is not None)
         windows = _windows(a, _length(context.rows, cache))
         rows = _unmeasured(context.rows) if windows is None else context.rows
-        context = context._replace(angles=angles, rows=rows)
-        own = windows, 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
+        context = context._replace(angles=angles, growth=growth_at(a.rope, positions), rows=rows)
+        factors = 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
+        own = LayerInputs(windows, factors, ~jnp.asarray(a.nope) if a.nope else None)
         if cache is None:
             x, kept = self._scan_layers()(x, None, own, context)
         else:
             x, kept = self._unrolled_layers(x, cache, own, context)
-        x = Norm(a, name="final_norm")(x)
+        x = _scaled(Norm(a, name="final_norm")(x), a.logit_scale)
         if a.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         return x, kept
@@ -237,8 +246,7 @@ class Decoder(nn.Module):
         else:
             part = self.get_variable("params", "embedding")  # some columns, which `param` would refuse
             x = self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
-        if a.embedding_scale != 1:
-            x = x * jnp.asarray(a.embedding_scale, x.dtype)
+        x = _scaled(x, a.embedding_scale)
         if a.rope is None:
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))

@@ -1,20 +1,16 @@
-"""Parts of a decoder layer: projections, norms, activations and rotary positions.
+"""Parts of a decoder layer: projections, norms and activations.
 
 Parameters are float32 and activations are in the compute dtype. Matmuls accumulate and norms compute in float32.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, Float32, Int
 
-from dpo_jax.models.architecture import Architecture, Rope
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, saved
 from dpo_jax.records import Array
@@ -129,44 +125,6 @@ def activate(up: Array, gate: Array | None, kind: str) -> Array:
     return (act(wide) if gate is None else act(gate.astype(jnp.float32)) * wide).astype(up.dtype)
 
 
-def frequencies(rope: Rope) -> np.ndarray:
-    """Returns float32[dims / 2], radians per position for each pair of rotated dimensions.
-
-    Llama 3's scaling divides low frequencies by `factor`, keeps high ones, and interpolates between them (reference
-    code of Llama 3.1).
-    """
-    stretch = np.asarray(rope.short or 1.0)
-    frequency = (1.0 / (stretch * rope.theta ** (np.arange(0, rope.dims, 2) / rope.dims))).astype(np.float32)
-    if rope.scaling == "llama3":
-        turns = rope.original_positions * frequency / (2 * math.pi)
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        kept = np.clip(smooth, 0.0, 1.0)
-        return (kept * frequency + (1 - kept) * frequency / rope.factor).astype(np.float32)
-    return frequency / np.float32(rope.factor)
-
-
-def angles_at(rope: Rope, positions: Int[Any, "..."]) -> tuple[Float32[Any, "..."], Float32[Any, "..."]]:
-    """Returns the cosine and the sine of the rotary angles at positions [...], [..., 1, dims / 2] each.
-
-    With LongRoPE they are NaN beyond the original context length, where its other factors would apply.
-    """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
-    if rope.scaling == "longrope":
-        angles = jnp.where(positions[..., None, None] < rope.original_positions, angles, jnp.nan)
-    return rope.amplitude * jnp.cos(angles), rope.amplitude * jnp.sin(angles)
-
-
-def rotate(x: Float[Any, "R T heads d"], angles: tuple[Array, Array] | None) -> Float[Any, "R T heads d"]:
-    """Returns x with the first dimensions of each head rotated, dimension i paired with i + dims / 2."""
-    if angles is None:
-        return x
-    cos, sin = angles
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    parts = (first * cos - second * sin, second * cos + first * sin, rest)
-    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
-
-
 class Linear(nn.Module):
     """A projection with parameters `kernel` [*inputs, *outputs] and, if `bias`, `bias` [*outputs].
 
@@ -207,7 +165,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """A norm with parameters `scale` and, for layer norm, `bias`, both of shape `shape`, [D] by default."""
+    """A norm with parameters `scale` and, for layer norm with a bias, `bias`, both of shape `shape`, [D] by default."""
 
     architecture: Architecture
     shape: tuple[int, ...] = ()
@@ -221,5 +179,5 @@ class Norm(nn.Module):
         one = nn.with_logical_partitioning(nn.initializers.constant(1.0 - a.norm_offset), self.axes)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes)
         scale = self.param("scale", one, shape)
-        bias = self.param("bias", zeros, shape) if a.norm == "layer" else None
+        bias = self.param("bias", zeros, shape) if a.norm == "layer" and a.norm_bias else None
         return saved(normalize(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps), ACTIVATION)

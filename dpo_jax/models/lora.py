@@ -10,7 +10,7 @@ has an `embedding` or a `head` that takes the place of the base's.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from dpo_jax.records import Array
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL = "all-linear"
+# Prefix in PEFT of a model's tensors, and of those of a language model in a model that reads images too.
+PLAIN, WITHIN = "base_model.model.model.", "base_model.model.model.language_model."
 # PEFT's settings that are read, or that do not change what adapters compute. Any other setting is an error.
 KNOWN = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "init_lora_weights"}
 KNOWN |= {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"}
@@ -188,7 +190,9 @@ def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: L
     return {**params, "layers": {name: one(leaves) for name, leaves in params["layers"].items()}}
 
 
-def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str) -> None:
+def save_adapters(
+    folder: Path, adapters: Any, lora: Lora, architecture: Architecture, base: str, within: bool = False
+) -> None:
     """Writes an adapter folder that PEFT loads.
 
     Args:
@@ -197,6 +201,7 @@ def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Archite
       lora: their options.
       architecture: architecture of the base.
       base: folder or hub id of the base.
+      within: the base is a model that reads images too, of which the adapters' is the language model.
     """
     tensors, chosen, ranks = {}, adapted_modules(architecture, lora.targets), dict[str, int]()
     for name, tensor in chosen.items():
@@ -208,12 +213,15 @@ def save_adapters(folder: Path, adapters: Any, lora: Lora, architecture: Archite
     wholes = whole_modules(architecture, lora.targets)
     for name, key in wholes.items():
         tensors[f"base_model.model.{name}.weight"] = np.array(adapters[key])  # tied ones twice: each is a copy in PEFT
+    if within:
+        tensors = {name.replace(PLAIN, WITHIN, 1): tensor for name, tensor in tensors.items()}
+    modules = sorted({name.rpartition("{i}.")[2] for name in chosen})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True},
         **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
-        "target_modules": sorted({name.rpartition("{i}.")[2] for name in chosen}),
+        "target_modules": _targets_within(modules) if within else modules,
         "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
     }
     if wholes:
@@ -237,7 +245,7 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
         if (key not in KNOWN and value not in UNSET) or (key == "init_lora_weights" and value not in STARTS):
             raise UserError(f"{folder / SETTINGS}: {key} = {value!r} is not supported")
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = {name.replace(WITHIN, PLAIN, 1): x for name, x in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are supported") from None
     targets = _read_targets(settings.get("target_modules") or (), tensors, architecture)
@@ -305,6 +313,11 @@ def _read_targets(names: Any, tensors: Mapping[str, Any], architecture: Architec
 def _peft_prefix(name: str, layer: int) -> str:
     """Returns the prefix of a module's tensor names in PEFT."""
     return f"base_model.model.{name.replace('{i}', str(layer))}.lora_"
+
+
+def _targets_within(modules: Sequence[str]) -> str:
+    """Returns PEFT's `target_modules` for the language model alone: parts for images have modules of the same names."""
+    return rf"model\.language_model\..*\.({'|'.join(map(re.escape, modules))})"
 
 
 def _module_alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:

@@ -14,6 +14,7 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
+WITHOUT = ("Granite", "Cohere2")  # families of which transformers has no reward model
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 
@@ -31,8 +32,14 @@ def is_reward_config(config: HfConfig) -> bool:
 
 
 def reward_class(name: str) -> str:
-    """Returns the name of transformers' reward model class, given that of the family's language model class."""
+    """Returns the name of transformers' reward model class, given that of the family's language model class.
+
+    Raises:
+      UserError: transformers has none.
+    """
     plain = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    if plain in WITHOUT:
+        raise UserError(f"{plain}{SUFFIX} is not in transformers; train a reward model of another family")
     return (f"{plain}Text" if plain == "Gemma3" else plain) + SUFFIX
 
 

@@ -42,7 +42,7 @@ def abstract_run(config: Config, narrow: bool = True, sync: Sync | None = None) 
     """
     path = config.model.path
     source = config.model.config or (hub_config_file(path) if is_hub_name(path) else model_folder(path))
-    hf_config, loss = read_config(source), losses.build(config.loss)
+    hf_config, loss = read_config(source, config.model.family), losses.build(config.loss)
     architecture = architecture_of(hf_config)
     architecture = reward_head.as_reward_architecture(architecture) if loss.rewards else architecture
     model = build_model(architecture, compute=compute_dtype(config.model), remat=recomputed(config.model))

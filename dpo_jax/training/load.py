@@ -13,7 +13,7 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora, reward_head
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.families.registry import architecture_of, family
+from dpo_jax.models.families.registry import architecture_of, family_of
 from dpo_jax.models.huggingface.folder import (
     adapter_folder,
     end_ids,
@@ -26,6 +26,7 @@ from dpo_jax.models.huggingface.folder import (
 )
 from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
 from dpo_jax.models.huggingface.safetensors import read_json, weights_hash
+from dpo_jax.models.huggingface.whole import WHOLE, is_part
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
@@ -72,6 +73,16 @@ class LoadedModel(NamedTuple):
             return trained
         return lora.attach_adapters(self.model.architecture, self.params, trained, self.lora)
 
+    def language_model(self) -> "LoadedModel":
+        """Returns the model as one that is written alone, if it is a part of a model that reads images too.
+
+        Raises:
+          UserError: it is no part of one.
+        """
+        if not is_part(self.hf_config):
+            raise UserError("--language-model: has no effect, the model reads no images; remove it")
+        return self._replace(hf_config={key: value for key, value in self.hf_config.items() if key != WHOLE})
+
     def save(self, trained: Any, out: Path, tokenizer: Any, **options: Any) -> None:
         """Writes the policy as a Hugging Face folder, with adapters merged. Call it from all processes.
 
@@ -97,7 +108,8 @@ class LoadedModel(NamedTuple):
         if self.lora is not None and distributed.is_primary():
             # PEFT loads the base from a model folder, which is a part of a run's.
             base = str(model_folder(self.name).resolve()) if Path(self.name).exists() else self.name
-            lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base)
+            within = is_part(self.hf_config)
+            lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base, within)
 
 
 def load_run_tokenizer(options: ModelConfig) -> Any:
@@ -154,12 +166,12 @@ def load_policy(
     params, generation, note = None, {}, ""
     if options.path:
         folder = model_folder(options.path)
-        architecture, hf_config, params = open_folder(folder)
+        architecture, hf_config, params = open_folder(folder, options.family)
         generation = read_generation(folder)
         end_ids(tokenizer, generation, hf_config)  # a damaged value fails now, not after training
     else:
         ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-        hf_config = read_config(options.config) | ids | {"dtype": "float32"}  # dtype of its files
+        hf_config = read_config(options.config, options.family) | ids | {"dtype": "float32"}  # dtype of its files
         architecture = architecture_of(hf_config)
     grown = _grown_vocabulary(tokenizer, architecture.vocab, options.path or options.config)
     if grown > architecture.vocab:
@@ -223,7 +235,7 @@ def _as_reward_model(
     architecture: Architecture, hf_config: Any, params: Any, tokenizer: Any, encoding: Mapping[str, Any], seed: int
 ) -> tuple[Architecture, dict[str, Any], Any, str]:
     """Returns architecture, config.json and params of a reward model, and a log message ("" if it was one already)."""
-    name = family(hf_config["model_type"]).CLASS
+    name = family_of(hf_config).CLASS
     hf_config = reward_head.as_reward_config(hf_config, name, pad_token_id(tokenizer), encoding)
     new = architecture_of(hf_config)
     if architecture.score or params is None:
@@ -300,7 +312,7 @@ def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
     if config.lora.path and not config.reference.path:
         return policy.adapters, weights_hash(policy.attached(policy.adapters), architecture)
     if config.reference.path not in ("", config.model.path):
-        architecture, _, params = open_folder(model_folder(config.reference.path))
+        architecture, _, params = open_folder(model_folder(config.reference.path), config.model.family)
         if architecture.vocab < (rows := policy.model.architecture.vocab):  # it has grown, for tokens that were added
             architecture, params = grow_vocabulary(architecture, params, rows)
         if architecture != policy.model.architecture:

@@ -107,6 +107,8 @@ def _functions(config: Config) -> dict[str, Callable]:
     found[f"optimizer {config.optim['name']}"] = optim.optimizer_function(config.optim["name"])
     if ":" in config.data.name:
         found[f"data source {config.data.name}"] = import_function(config.data.name, "data.name")
+    if config.model.family:
+        found[f"model family {config.model.family}"] = import_function(config.model.family, "model.family")
     return {name: f for name, f in found.items() if ":" in name or name.endswith(optim.IN_MEMORY)}
 
 

@@ -193,7 +193,7 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
     if not config.model.path:
         params = {}
     elif config.lora.base or architecture.score:
-        architecture, _, params = open_folder(model_folder(config.model.path))
+        architecture, _, params = open_folder(model_folder(config.model.path), config.model.family)
     found = {"the model at the start": weights_hash(params, architecture)}
     if config.lora.path and loaded.adapters is not None:
         found["the adapters at the start"] = weights_hash(loaded.adapters, architecture)

@@ -4,7 +4,6 @@ A family module is named after the `model_type` of config.json and defines:
   CLASS: the class in transformers.
   PREFIX: prefix of tensor names that a file may omit.
   HEAD: name of the head's tensor.
-  WRAPPED, ELSEWHERE, WRAPPED_DEFAULTS: optional; for folders of models with images, see `registry.WRAPPERS`.
   BUFFERS: endings of names of tensors that are not parameters.
   READS: which settings of `foreign.NEUTRAL` it reads, or refuses by itself.
   architecture(config) -> Architecture: raises UserError for unsupported settings.

@@ -1,12 +1,18 @@
 """GPT-J (6B is the paper's for summaries): attention and MLP side by side after one norm, a head with a bias."""
 
-import numpy as np
-
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import gpt2
 from dpo_jax.models.families import hf_config as hf
-from dpo_jax.models.families.tensor_map import Tensor, layer_norms, linear, same_layout, untied_head, with_bias
+from dpo_jax.models.families.tensor_map import (
+    Tensor,
+    layer_norms,
+    linear,
+    neighbors_apart,
+    same_layout,
+    untied_head,
+    with_bias,
+)
 
 CLASS = "GPTJForCausalLM"
 PREFIX, HEAD, LAYER = gpt2.PREFIX, gpt2.HEAD, gpt2.LAYER
@@ -45,15 +51,8 @@ def architecture(config: hf.HfConfig) -> Architecture:
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
-    """Returns Hugging Face's tensors by name, with `{i}` for the layer.
-
-    GPT-J rotates neighboring dimensions, `layers.rotate` dimension i with i + dims / 2. Dimensions of queries and keys
-    are reordered to match, which changes no score.
-    """
-    assert a.rope is not None
-    heads, pairs = (a.heads, a.head_dim), np.arange(a.rope.dims).reshape(-1, 2)
-    reordered = (slice(None), np.concatenate([pairs[:, 0], pairs[:, 1], np.arange(a.rope.dims, a.head_dim)]))
-    width = a.width
+    """Returns Hugging Face's tensors by name, with `{i}` for the layer."""
+    heads, width, reordered = (a.heads, a.head_dim), a.width, neighbors_apart(a.rope, a.head_dim)
     table = {
         "transformer.wte.weight": same_layout(("embedding",), a.vocab, width),
         LAYER + "attn.q_proj.weight": linear(("layers", "q", "kernel"), heads, (width,), reordered),

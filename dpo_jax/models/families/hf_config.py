@@ -101,6 +101,21 @@ def rope_settings(config: HfConfig) -> dict[str, Any]:
     return {**old, **new}
 
 
+def rope_settings_of_kinds(config: HfConfig) -> tuple[HfConfig, HfConfig]:
+    """Returns the rotary settings of layers without, and with a window.
+
+    `rope_parameters`, the newer form, has an object for each. `rope_scaling`, the older one, is for the former.
+
+    Raises:
+      UserError: `rope_parameters` has anything else, or contradicts `rope_scaling`.
+    """
+    new, kinds = get_setting(config, "rope_parameters", {}), ("full_attention", "sliding_attention")
+    if not isinstance(new, Mapping) or new.keys() - set(kinds):
+        raise UserError(f"config.json: rope_parameters must have {' and '.join(kinds)} only, got {new!r}")
+    full, sliding = (new.get(kind) for kind in kinds)
+    return rope_settings({**config, "rope_parameters": full}), rope_settings({"rope_parameters": sliding})
+
+
 def _plain_settings(config: HfConfig, key: str) -> dict[str, Any]:
     """Returns an object of config.json, {} if it is missing; the old key `type` is renamed to `rope_type`."""
     found = get_setting(config, key, {})

@@ -5,9 +5,10 @@ import importlib
 import math
 import pkgutil
 import re
-from collections.abc import Mapping
+import sys
 from functools import cache
-from types import ModuleType
+from types import SimpleNamespace
+from typing import Any
 
 from dpo_jax.errors import UserError
 from dpo_jax.models import families as folder
@@ -15,14 +16,13 @@ from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import foreign
 from dpo_jax.models.families.hf_config import HfConfig
+from dpo_jax.named import import_function
 
 # Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
 ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}
 
-# Models that read images too: `model_type` -> the family of their language model, which is a part of them.
-WRAPPERS = {"gemma3": "gemma3_text"}
-# Keys of the whole model that its language model needs, too.
-SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config", "auto_map")
+OWN = "_family"  # key of our copy of config.json: `model.family`, a family of the user
+PARTS = ("CLASS", "PREFIX", "HEAD", "BUFFERS", "READS", "tensors")  # of a family, beside `architecture`
 
 
 def describe_families() -> list[tuple[str, str, str]]:
@@ -37,10 +37,10 @@ def architecture_of(config: HfConfig) -> Architecture:
     Raises:
       UserError: the family or a setting is missing or not supported.
     """
-    module = family(config["model_type"])
+    module = family_of(config)
     try:
         foreign.refuse_foreign(config, module.READS)
-        found = module.architecture(config)
+        found = dataclasses.replace(module.architecture(config), family=config.get(OWN) or config["model_type"])
         found = reward_head.as_reward_architecture(found) if reward_head.is_reward_config(config) else found
         check_sizes(found)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
@@ -63,25 +63,6 @@ def check_sizes(architecture: Architecture) -> None:
             raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no number; correct it")
 
 
-def language_model_config(config: HfConfig) -> HfConfig:
-    """Returns the config.json of the language model in a model that reads images too; other configs as they are.
-
-    Raises:
-      UserError: it describes no language model.
-    """
-    kind = WRAPPERS.get(str(config.get("model_type")))
-    if kind is None:
-        return config
-    inner = config.get("text_config")
-    if not isinstance(inner, Mapping):
-        raise UserError(f"config.json: text_config is missing; a {config['model_type']} has its language model there")
-    module = family(kind)
-    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
-    shared = {key: config[key] for key in SHARED if key in config}
-    plain = {key: value for key, value in inner.items() if value is not None}
-    return {**module.WRAPPED_DEFAULTS, **plain, **shared, **tied, "model_type": kind, "architectures": [module.CLASS]}
-
-
 @cache
 def families() -> tuple[str, ...]:
     """Returns the known values of `model_type`: the modules in this folder that define `tensors`."""
@@ -89,19 +70,29 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(n for n in names if hasattr(importlib.import_module(f"{folder.__name__}.{n}"), "tensors")))
 
 
-def family(model_type: str) -> ModuleType:
+def family_of(config: HfConfig) -> Any:
+    """Returns the family of a config.json: the user's that `model.family` names, or that of its `model_type`."""
+    return family(config.get(OWN) or config["model_type"])
+
+
+def family(model_type: str) -> Any:
     """Returns a family's module, with its `architecture(config)` and `tensors(architecture)`.
+
+    Args:
+      model_type: of config.json, or `module:function` of a user's family.
 
     Raises:
       UserError: there is no such family.
     """
     model_type = str(model_type)
+    if ":" in model_type:
+        return _own_family(model_type)
     for absent, why in ABSENT.items():
         if absent in model_type:
             raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
         known = f"known: {', '.join(families())}"
-        how = "a new one is a file in dpo_jax/models/families/, see dpo-jax models"
+        how = "for one of your own set model.family, see dpo-jax models"
         if _exists_elsewhere(model_type):  # a family of a similar name would be another model
             raise UserError(f"config.json: model_type {model_type!r} is a family that is not supported; {known}; {how}")
         # A family of a similar name is another model; the same name in other letters is a slip.
@@ -109,6 +100,19 @@ def family(model_type: str) -> ModuleType:
         hint = f"did you mean {same[0]!r}? " if same else ""
         raise UserError(f"config.json: model_type {model_type!r} is not known; {hint}{known}; {how}")
     return importlib.import_module(f"{folder.__name__}.{model_type}")
+
+
+def _own_family(name: str) -> Any:
+    """Returns a family of the user: the function reads config.json, and its module has what families/__init__.py lists.
+
+    Raises:
+      UserError: there is no such function, or the module lacks something.
+    """
+    function = import_function(name, "model.family")
+    module = vars(sys.modules[name.partition(":")[0]])
+    if missing := [part for part in PARTS if part not in module]:
+        raise UserError(f"model.family: the module of {name!r} defines no {missing[0]}; add it, see dpo-jax models")
+    return SimpleNamespace(architecture=function, **{part: module[part] for part in PARTS})
 
 
 def _letters(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.architecture import Architecture, Rope
 
 TreePath = tuple[str, ...]  # keys that lead to a parameter in the pytree
 Index = tuple[slice, ...]
@@ -62,6 +62,22 @@ def same_layout(path: TreePath, *shape: int) -> Tensor:
 def linear(path: TreePath, outputs: tuple[int, ...], inputs: tuple[int, ...], take: tuple[Any, ...] = ()) -> Tensor:
     """Returns the entry of a torch Linear's weight, [out, in] in the file and [*inputs, *outputs] as a parameter."""
     return Tensor((outputs, inputs), (TensorPart(path, len(inputs), take),))
+
+
+def neighbors_apart(rope: Rope | None, head_dim: int) -> tuple[Any, ...]:
+    """Returns `take` of the queries or keys, [heads, d], of a family that rotates neighboring dimensions.
+
+    `rotary.rotate` rotates dimension i with i + dims / 2. A common order of queries and keys changes no score.
+    """
+    dims = 0 if rope is None else rope.dims
+    return slice(None), np.concatenate([np.arange(0, dims, 2), np.arange(1, dims, 2), np.arange(dims, head_dim)])
+
+
+def with_neighbors_apart(table: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]:
+    """Returns a table whose queries and keys are taken as in `neighbors_apart`."""
+    take = neighbors_apart(a.rope, a.head_dim)
+    moved = {name: t for name, t in table.items() if t.parts[0].path[1:2] in (("q",), ("k",))}
+    return {**table, **{name: t._replace(parts=(t.parts[0]._replace(take=take),)) for name, t in moved.items()}}
 
 
 def with_bias(module: str, weight: Tensor, *outputs: int) -> dict[str, Tensor]:

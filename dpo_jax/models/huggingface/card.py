@@ -12,6 +12,7 @@ from dpo_jax import __version__
 from dpo_jax.errors import printable
 from dpo_jax.models.huggingface.hub import fetch_model, hub_repository, is_hub_name
 from dpo_jax.models.huggingface.replace import LISTING
+from dpo_jax.models.huggingface.whole import is_part
 from dpo_jax.models.reward_head import is_reward_config
 from dpo_jax.paths import is_run
 
@@ -114,24 +115,26 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     rewards = is_reward_config(hf_config)
+    kind = "AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM"
     task = "text-classification" if rewards else "text-generation"
+    if is_part(hf_config):
+        kind, task = "AutoModelForImageTextToText", "image-text-to-text"
     tags = ["dpo_jax", *metadata.pop("tags", ())]
     known = {"library_name": "transformers", "pipeline_tag": task, "base_model": source.hub or None, "tags": tags}
     data = ModelCardData(**known, **source.license, model_name=one_line(title), **metadata)
-    parts = [("Use", _use(repository or "path/to/this/folder", rewards)), *sections, ("License", _license_text(source))]
+    parts = [("Use", _use(repository or "path/to/this/folder", kind)), *sections, ("License", _license_text(source))]
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in parts)
     made = f"Written by dpo_jax {__version__}{f', made from {code(source.name)}' if source.name else ''}."
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_escaped(title)}\n\n{made}\n\n{body}\n"))
 
 
-def _use(name: str, rewards: bool) -> str:
-    """Returns how to load a model, as Markdown."""
-    kind = "AutoModelForSequenceClassification" if rewards else "AutoModelForCausalLM"
+def _use(name: str, kind: str) -> str:
+    """Returns how to load a model of a class of transformers, as Markdown."""
     lines = [f"from transformers import {kind}, AutoTokenizer", ""]
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     lines += [f'model = {kind}.from_pretrained("{name}", dtype="auto")']
     text = "\n".join(("```python", *lines, "```"))
-    return text if rewards else f"{text}\n\n`vllm serve {name}` serves it."
+    return text if kind == "AutoModelForSequenceClassification" else f"{text}\n\n`vllm serve {name}` serves it."
 
 
 def _license_text(source: CardSource) -> str:

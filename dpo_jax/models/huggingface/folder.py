@@ -15,7 +15,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.models import reward_head
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
-from dpo_jax.models.families.registry import architecture_of, family, language_model_config
+from dpo_jax.models.families.registry import OWN, architecture_of, family_of
+from dpo_jax.models.families.wrappers import WRAPPERS, language_model_config
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
 from dpo_jax.models.huggingface.older import with_older_keys
@@ -23,14 +24,16 @@ from dpo_jax.models.huggingface.replace import check_replaceable, replace_folder
 from dpo_jax.models.huggingface.safetensors import (
     DTYPES,
     Fetch,
+    entries_of,
     read_json,
     tensors_of,
     weight_files,
     write_json,
-    write_params,
+    write_tensors,
 )
 from dpo_jax.models.huggingface.tokenizer import read_tokenizer
 from dpo_jax.models.huggingface.tokenizer_files import save_tokenizer
+from dpo_jax.models.huggingface.whole import WHOLE, Whole, whole_model
 from dpo_jax.paths import expand_home, is_run
 
 log = logging.getLogger(__name__)
@@ -74,11 +77,12 @@ def adapter_folder(path: str) -> Path:
     return Path(path) / "adapter" if is_run(path) else Path(path)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Returns the contents of a config.json.
+def read_config(path: str | Path, own: str = "") -> dict[str, Any]:
+    """Returns the contents of a config.json; of a model that reads images too, those of its language model.
 
     Args:
       path: the file or its folder.
+      own: `model.family`, a family of the user, which is noted in it; "" for the one that it names.
 
     Raises:
       UserError: the file is missing, or has no `model_type`.
@@ -95,14 +99,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = read_json(file)
     if "model_type" not in config:
         raise UserError(f"{file}: model_type is missing; give the family, llama for example")
+    if own:
+        return {**config, OWN: own}
     try:
         found = language_model_config(config)
     except UserError as error:
         raise UserError(f"{file.parent}: {error}") from None
     if found is not config:
-        kinds = (
-            f"a {config['model_type']}, which reads images; its language model, a {found['model_type']}, is used alone"
-        )
+        kinds = f"a {config['model_type']}, which reads images; its language model, a {found['model_type']}, is used"
         log.info(f"{file.parent}: {kinds}")
     return dict(found)
 
@@ -131,39 +135,42 @@ def end_ids(tokenizer: Any, generation: HfConfig, hf_config: HfConfig) -> tuple[
     return tuple(dict.fromkeys(ends))
 
 
-def load_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+def load_folder(folder: str | Path, own: str = "") -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     """Reads a model folder as `open_folder` does, with parameters in memory as numpy float32."""
-    architecture, config, params = open_folder(folder)
+    architecture, config, params = open_folder(folder, own)
     return architecture, config, load_into_memory(params)
 
 
-def open_folder(folder: str | Path) -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
+def open_folder(folder: str | Path, own: str = "") -> tuple[Architecture, dict[str, Any], dict[str, Any]]:
     """Opens a model folder: reads its config and the headers of its weights, but no weights.
 
     Weights are model.safetensors or the shards of its index, in float64, float32, float16 or bfloat16. Buffers are
-    ignored; a tensor that is missing, unknown or of another shape is an error.
+    ignored; a tensor that is missing, unknown or of another shape is an error. `own` is that of `read_config`.
 
     Returns:
-      The architecture; config.json with `dtype` set to that of the weights; and lazy parameters, which are read block
+      The architecture; config.json with `dtype` set to that of the weights (of a model that reads images too, that of
+      its language model, which names its folder); and lazy parameters, which are read block
       by block when they are put on devices.
 
     Raises:
       UserError: a file or setting is missing, damaged or not supported.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, own)
     try:
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config is not supported; use the model before quantization")
-        module, architecture = family(config["model_type"]), architecture_of(config)
+        module, architecture = family_of(config), architecture_of(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if "auto_map" in config:
         log.warning(
             f"{folder}: its auto_map names code, which is never run; it is read as the {module.CLASS} it claims to be"
         )
-    params, dtype = lazy_params(weight_files(folder), module, architecture)
-    return architecture, {**config, "dtype": dtype}, params
+    within = not own and read_json(folder / "config.json")["model_type"] in WRAPPERS
+    params, dtype = lazy_params(weight_files(folder), module, architecture, within)
+    whole = {WHOLE: str(folder.resolve())} if within else {}
+    return architecture, {**config, "dtype": dtype, **whole}, params
 
 
 def save_folder(
@@ -182,6 +189,7 @@ def save_folder(
     """Writes a model folder that transformers loads.
 
     Its class is AutoModelForCausalLM, or AutoModelForSequenceClassification if `hf_config` is that of a reward model.
+    The language model of a model that reads images too is written as a part of it; the other tensors are copied.
     The model is written to a temporary folder, which is then renamed, so that `folder` is always a complete model. Call
     it from every process if several hold the parameters.
 
@@ -201,30 +209,42 @@ def save_folder(
     Raises:
       UserError: the dtype is unknown, or the folder holds other files.
     """
-    folder = Path(folder).absolute()
-    dtype = _file_dtype(dtype, hf_config)
-    module, architecture = family(hf_config["model_type"]), architecture_of(hf_config)
+    folder, dtype = Path(folder).absolute(), _file_dtype(dtype, hf_config)
+    module, architecture = family_of(hf_config), architecture_of(hf_config)
     tensors = tensors_of(params, module, architecture, dtype, fetch)
     if not writes:
         deque(tensors, maxlen=0)
         return
-    name = reward_head.reward_class(module.CLASS) if reward_head.is_reward_config(hf_config) else module.CLASS
-    config = {**hf_config, "architectures": [name], "dtype": dtype}
+    config = {**hf_config, "architectures": [_class_name(module.CLASS, hf_config)], "dtype": dtype}
+    entries, whole = entries_of(module, architecture, dtype), whole_model(hf_config, module.PREFIX)
+    if whole is not None:
+        entries, tensors = whole.around(entries, tensors, module.PREFIX)
     check_replaceable(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _new_folder_beside(folder)
     try:
-        write_params(temporary, tensors, module, architecture, dtype, max_shard_bytes)
+        write_tensors(temporary, tensors, entries, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(temporary, tokenizer, template)
-        _write_configs(temporary, config, tokenizer, dict(generation or {}))
+        _write_configs(temporary, config, tokenizer, dict(generation or {}), whole)
         for file, text in (files or {}).items():
             (temporary / file).write_text(text, encoding="utf-8")
         write_listing(temporary)
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_folder_beside(folder: Path) -> Path:
+    """Creates an empty folder, to be renamed to a folder of the same place."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def _class_name(name: str, hf_config: HfConfig) -> str:
+    """Returns the class in transformers, given that of the family's language model."""
+    return reward_head.reward_class(name) if reward_head.is_reward_config(hf_config) else name
 
 
 def _file_dtype(dtype: str | None, hf_config: HfConfig) -> str:
@@ -269,10 +289,15 @@ def _tokenizer_file(file: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v is not None})
 
 
-def _write_configs(folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any]) -> None:
+def _write_configs(
+    folder: Path, hf_config: HfConfig, tokenizer: Any, generation: dict[str, Any], whole: Whole | None
+) -> None:
     """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
-    dropped = ("torch_dtype", "transformers_version", "_name_or_path")
+    dropped = ("torch_dtype", "transformers_version", "_name_or_path", WHOLE, OWN)
     config = with_older_keys({key: value for key, value in hf_config.items() if key not in dropped})
+    if whole is not None:
+        config = whole.config_with(hf_config)
+        whole.copy_processors(folder)
     ends = list(end_ids(tokenizer, generation, hf_config))
     ids = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
     generation = {**ids, **generation}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.tensor_map import Index, Tensor, TensorPart, TreePath, param_shape, read_block
+from dpo_jax.models.families.wrappers import ELSEWHERE, language_model_name
 from dpo_jax.models.huggingface.safetensors import checkpoint_tensors
 
 # Readable dtypes, by safetensors' code, and the dtype that holds each on a device.
@@ -118,16 +119,10 @@ class _Header(NamedTuple):
     code: str
 
 
-def _own_name(key: str, module: ModuleType) -> str:
-    """Returns a tensor's name without the prefixes of its family, and of a model of which it is a part."""
-    for prefix in getattr(module, "WRAPPED", ()):
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key.removeprefix(module.PREFIX)
-
-
-def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
+def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _Header]:
     """Returns the tensors in the files, by name without the family's prefix, except buffers and parts for images.
+
+    `within` tells that the files hold a model that reads images too.
 
     Raises:
       UserError: a file is damaged, or two of them hold the same tensor.
@@ -138,9 +133,10 @@ def _headers(files: list[Path], module: ModuleType) -> dict[str, _Header]:
         try:
             with safe_open(file, framework="numpy") as source:
                 for key in source.keys():  # noqa: SIM118 (it is no dict)
-                    if key.startswith(getattr(module, "ELSEWHERE", ())):
+                    if within and key.startswith(ELSEWHERE):
                         continue
-                    name, view = _own_name(key, module), source.get_slice(key)
+                    own = language_model_name(key, module.PREFIX) if within else key.removeprefix(module.PREFIX)
+                    name, view = own, source.get_slice(key)
                     if name in found:
                         raise UserError(f"{file}: tensor {key} is in {found[name].file.name} too; remove one of them")
                     found[name] = _Header(file, key, stamp, tuple(view.get_shape()), view.get_dtype())
@@ -172,7 +168,9 @@ def _check_headers(found: Mapping[str, _Header], wanted: Mapping[str, tuple[int,
             raise UserError(f"{where} is {header.code}; only {', '.join(READABLE)} can be read")
 
 
-def lazy_params(files: list[Path], module: ModuleType, architecture: Architecture) -> tuple[dict[str, Any], str]:
+def lazy_params(
+    files: list[Path], module: ModuleType, architecture: Architecture, within: bool = False
+) -> tuple[dict[str, Any], str]:
     """Returns lazy parameters of safetensors files, and the dtype in which all of them can be written exactly.
 
     Reads the headers of the files only; all errors are found now.
@@ -181,12 +179,13 @@ def lazy_params(files: list[Path], module: ModuleType, architecture: Architectur
       files: all files of a checkpoint, in one folder.
       module: the family.
       architecture: the architecture of the parameters.
+      within: the files hold a model that reads images too, of which this is the language model.
 
     Raises:
       UserError: a file is damaged; a tensor is missing, unknown or of another shape; a tied head differs from the
         embedding.
     """
-    folder, found = files[0].parent, _headers(files, module)
+    folder, found = files[0].parent, _headers(files, module, within)
     if architecture.layers > max(1, len(found)):  # before anything is made for each of them
         raise UserError(f"{folder}: config.json has {architecture.layers:,} layers, the files {len(found):,} tensors")
     table = {

@@ -24,13 +24,16 @@ from dpo_jax.models.init import init_params
 from dpo_jax.models.model import Model, build_model
 
 
-def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none") -> tuple[Model, Any, Any]:
+def load_model(
+    path: str | Path, *, compute: str = "float32", remat: str = "none", family: str = ""
+) -> tuple[Model, Any, Any]:
     """Returns (model, params, tokenizer) of a Hugging Face folder.
 
     Args:
       path: a folder, a run folder (its exported model), or owner/name of the hub, maybe with @revision.
       compute: dtype of activations and matmuls, "float32" or "bfloat16"; parameters are float32.
       remat: what the backward pass recomputes: "none", "dots" (all but projections and attention) or "full".
+      family: `module:function` of a family of your own; "" for that of config.json.
 
     Returns:
       Pure functions of the parameters; the parameters, float32 arrays on the default device; a transformers tokenizer.
@@ -39,7 +42,7 @@ def load_model(path: str | Path, *, compute: str = "float32", remat: str = "none
       UserError: no such model, a family or setting that is not supported, or damaged weights.
     """
     folder = model_folder(str(path))
-    architecture, hf_config, params = open_folder(folder)
+    architecture, hf_config, params = open_folder(folder, family)
     tokenizer = load_tokenizer(folder)
     ends = end_ids(tokenizer, read_generation(folder), hf_config)
     name = str(path) if is_hub_name(str(path)) else str(Path(path).resolve())

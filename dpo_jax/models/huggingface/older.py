@@ -19,7 +19,8 @@ def with_older_keys(config: HfConfig) -> dict[str, Any]:
     full, sliding = (rope.get(part, {}) for part in PARTS) if PARTS[0] in rope else (rope, {})
     theta, part = KEYS.get(config["model_type"], ("rope_theta", "partial_rotary_factor"))
     pairs = (full, "rope_theta", theta), (full, "partial_rotary_factor", part)
-    pairs += ((sliding, "rope_theta", "rope_local_base_freq"),)
+    if config["model_type"] == "gemma3_text":
+        pairs += ((sliding, "rope_theta", "rope_local_base_freq"),)
     older |= {new: settings[key] for settings, key, new in pairs if settings.get(key) is not None}
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = _scaling(config, full)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +20,20 @@ from dpo_jax.records import Array
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # safetensors' names of the dtypes
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # bytes of a number
 Fetch = Callable[[Any], np.ndarray]  # an array on any devices -> the same array in this host's memory
+
+
+class HeaderEntry(NamedTuple):
+    """A tensor in the header of a file: its shape, and safetensors' code of its dtype."""
+
+    shape: tuple[int, ...]
+    code: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * SIZES[self.code]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -151,43 +164,44 @@ def tensors_of(
         yield np.ascontiguousarray(pack_tensor(tensor, parts))
 
 
-def write_params(
-    folder: Path, tensors: Iterator[np.ndarray], module: ModuleType, architecture: Architecture, dtype: str, limit: int
-) -> None:
-    """Writes parameters as safetensors: one file, or shards and an index if there are more than `limit` bytes.
+def entries_of(module: ModuleType, architecture: Architecture, dtype: str) -> dict[str, HeaderEntry]:
+    """Returns the tensors of a checkpoint by name, in the order of `checkpoint_tensors`; `dtype` is in `DTYPES`."""
+    tensors = checkpoint_tensors(module, architecture)
+    return {name: HeaderEntry(tensor.shape, CODES[dtype]) for name, _, tensor in tensors}
+
+
+def write_tensors(folder: Path, tensors: Iterator[np.ndarray], entries: Mapping[str, HeaderEntry], limit: int) -> None:
+    """Writes tensors as safetensors: one file, or shards and an index if there are more than `limit` bytes.
 
     Needs the memory of one tensor beside the parameters.
 
     Args:
       folder: an existing folder.
-      tensors: from `tensors_of`.
-      module: the family.
-      architecture: the architecture of the parameters.
-      dtype: dtype of the tensors, a key of `DTYPES`.
+      tensors: in the order of `entries`.
+      entries: their names, shapes and dtypes.
       limit: bytes per file; a larger tensor gets a file of its own.
     """
-    shapes = {name: tensor.shape for name, _, tensor in checkpoint_tensors(module, architecture)}
-    sizes = {name: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for name, shape in shapes.items()}
+    sizes = {name: entry.bytes for name, entry in entries.items()}
     shards = _shards(sizes, limit)
     one = len(shards) == 1
     names = [WEIGHTS if one else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, members in zip(names, shards, strict=True):
-        _write(folder / file, {name: shapes[name] for name in members}, dtype, tensors)
+        _write(folder / file, {name: entries[name] for name in members}, tensors)
     if not one:
         files = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
 
 
-def _write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterator[np.ndarray]) -> None:
+def _write(file: Path, entries: Mapping[str, HeaderEntry], tensors: Iterator[np.ndarray]) -> None:
     """Writes a safetensors file tensor by tensor; the library's own function needs all of them in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end, size = 0, np.dtype(DTYPES[dtype]).itemsize
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * size
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+    end = 0
+    for name, entry in entries.items():
+        start, end = end, end + entry.bytes
+        header[name] = {"dtype": entry.code, "shape": entry.shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in zip(shapes, tensors, strict=False):
+        for _, tensor in zip(entries, tensors, strict=False):
             f.write(tensor.reshape(-1).view(np.uint8).data)
