@@ -9,6 +9,7 @@ import pytest
 from tiny import (
     FAMILIES,
     VOCAB,
+    WINDOW,
     folders_of,
     largest_difference,
     load_torch,
@@ -81,12 +82,14 @@ CASES = {
             "attention_bias": True,
         },
     ),
+    "mixtral with windows, one expert": ("mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}),
+    "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
-ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
 
@@ -107,7 +110,8 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     if "lm_head.weight" in grads:  # transformers' name in memory, which is not always the one in the file
         grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
     ours = {}
-    for pattern, tensor in family(architecture.family).tensors(architecture).items():
+    module = family(architecture.family)
+    for pattern, tensor in getattr(module, "fused_tensors", module.tensors)(architecture).items():
         count = architecture.layers if "{i}" in pattern else 1
         parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
@@ -299,7 +303,7 @@ def test_decoding_from_the_cache_equals_the_full_sequence(folders, kind):
         np.testing.assert_allclose(hidden[1], full_hidden[1, index - 4], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt", "qwen3_moe"])
 def test_new_parameters_are_initialized_as_in_hugging_face(folders, kind):
     architecture, _, loaded = load_folder(folders(kind))
     params = jax.jit(build_model(architecture).init)(jax.random.key(0))
@@ -326,7 +330,11 @@ def test_every_axis_has_a_name(folders, kind):
     assert axes["layers"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
     assert axes["layers"]["k"]["kernel"][2] == "kv_heads"
     assert axes["layers"]["o"]["kernel"] == ("layers", "heads", "head_dim", "embed")
-    assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
+    if architecture.mixture is None:
+        assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
+    else:
+        assert axes["layers"]["expert_down"]["kernel"] == ("layers", "experts", "mlp", "embed")
+        assert axes["layers"]["router"]["weight"] == ("layers", "routes", "embed")
 
 
 @pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])

@@ -17,7 +17,7 @@ def models_command(argv: list[str]) -> None:
     log_line(
         "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
         "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
-        "refused by key, and so are mixtures of experts.\n"
+        "refused by key.\n"
         "To add one: a file dpo_jax/models/families/<model_type>.py with architecture(config) and\n"
         "tensors(architecture), and a row in tests/tiny.py, with which the tests compare it to transformers."
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_jax.models.mixture import Mixture
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -74,6 +76,7 @@ class Architecture:
       logit_cap: the same for logits.
       embedding_scale: multiplies token embeddings.
       position_offset: row of the learned position embedding that belongs to position 0.
+      mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
 
@@ -112,6 +115,7 @@ class Architecture:
     logit_cap: float | None = None
     embedding_scale: float = 1.0
     position_offset: int = 0
+    mixture: Mixture | None = None
     score: bool = False
 
     @property

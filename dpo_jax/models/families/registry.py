@@ -16,9 +16,6 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families import foreign
 from dpo_jax.models.families.hf_config import HfConfig
 
-# Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
-ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}
-
 # Models that read images too: `model_type` -> the family of their language model, which is a part of them.
 WRAPPERS = {"gemma3": "gemma3_text"}
 # Keys of the whole model that its language model needs, too.
@@ -54,13 +51,15 @@ def check_sizes(architecture: Architecture) -> None:
     Raises:
       UserError: the message names the field of the architecture.
     """
-    for field in dataclasses.fields(architecture):
-        value, kind = getattr(architecture, field.name), field.type
-        if kind in (int, "int") and field.name != "position_offset":
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no size; correct it")
-        elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
-            raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no number; correct it")
+    for part in filter(None, (architecture, architecture.mixture)):
+        for field in dataclasses.fields(part):
+            value, kind = getattr(part, field.name), field.type
+            what = f"config.json: {field.name} of the model is {value!r}, which is no"
+            if kind in (int, "int") and field.name != "position_offset":
+                if type(value) is not int or not 1 <= value < 2**31:
+                    raise UserError(f"{what} size; correct it")
+            elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
+                raise UserError(f"{what} number; correct it")
 
 
 def language_model_config(config: HfConfig) -> HfConfig:
@@ -96,9 +95,6 @@ def family(model_type: str) -> ModuleType:
       UserError: there is no such family.
     """
     model_type = str(model_type)
-    for absent, why in ABSENT.items():
-        if absent in model_type:
-            raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
         known = f"known: {', '.join(families())}"
         how = "a new one is a file in dpo_jax/models/families/, see dpo-jax models"
