@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from tiny import folders_of, largest_difference, tokens_of, torch_model, unpacked_rows
 
 from dpo_jax.errors import UserError
+from dpo_jax.models import grouped
 from dpo_jax.models.experts import project_groups, route
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
 from dpo_jax.models.mixture import Mixture
@@ -34,13 +35,19 @@ def test_routes_by_hand(renormalized, weights):
     np.testing.assert_allclose(found.probs, probs, rtol=1e-6)
 
 
-def test_grouped_matmuls_equal_those_of_each_expert():
+@pytest.mark.parametrize("way", ["one block", "blocks of 2", "ragged_dot"])
+def test_grouped_matmuls_equal_those_of_each_expert(way, monkeypatch):
     """Value and gradients, with an expert without rows, and rows of no expert, which are zero."""
-    rng, sizes = np.random.default_rng(0), np.array([3, 0, 4], np.int32)
-    x, kernel, g = (rng.normal(size=s).astype(np.float32) for s in ((9, 5), (3, 5, 2), (9, 2)))
+    if way == "ragged_dot":  # the way of a TPU
+        monkeypatch.setattr(grouped, "multiply_blocks", grouped._multiply_ragged)  # noqa: SLF001
+        monkeypatch.setattr(grouped, "outer_blocks", grouped._outer_ragged)  # noqa: SLF001
+    elif way == "blocks of 2":
+        monkeypatch.setattr(grouped, "BLOCK", 2)
+    rng, sizes = np.random.default_rng(0), jnp.array([3, 0, 4])
+    x, kernel, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, 5), (3, 5, 2), (9, 2)))
     groups, ends = [slice(0, 3), slice(3, 3), slice(3, 7)], 7
     y, back = jax.vjp(lambda x, kernel: project_groups(x, kernel, sizes), x, kernel)
-    dx, dkernel = back(jnp.asarray(g))
+    dx, dkernel = back(g)
     for e, rows in enumerate(groups):
         np.testing.assert_allclose(y[rows], x[rows] @ kernel[e], atol=1e-5)
         np.testing.assert_allclose(dx[rows], g[rows] @ kernel[e].T, atol=1e-5)
@@ -53,7 +60,8 @@ def test_a_kernels_gradient_is_not_rounded_to_the_compute_dtype():
     """256 products of 1 and 1 + 2^-7 sum to 258, which bfloat16 has, plus one of 2^-6, which it would lose."""
     x = jnp.ones((257, 1), jnp.bfloat16).at[256].set(2.0**-6)
     g = jnp.full((257, 1), 1 + 2.0**-7, jnp.bfloat16).at[256].set(1.0)
-    _, back = jax.vjp(lambda kernel: project_groups(x, kernel, jnp.array([257])), jnp.ones((1, 1, 1), jnp.float32))
+    kernel = jnp.ones((1, 1, 1), jnp.float32)
+    _, back = jax.vjp(lambda kernel: project_groups(x, kernel, jnp.array([257])), kernel)
     assert back(g)[0].item() == 258 + 2.0**-6
 
 

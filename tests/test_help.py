@@ -17,7 +17,7 @@ from dpo_jax.config.schema import DataConfig, ModelConfig
 from dpo_jax.data.sources.base import source_names
 from dpo_jax.errors import UserError
 from dpo_jax.models import model
-from dpo_jax.models.decoder import POLICIES
+from dpo_jax.models.remat import POLICIES
 from dpo_jax.optim.schedules import SCHEDULES, Name
 
 

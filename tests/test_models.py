@@ -107,16 +107,20 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     logits = model(torch.tensor(tokens, dtype=torch.long)).logits
     (logits * torch.tensor(weights)).sum().backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return logits.detach().numpy(), torch_gradients(architecture, grads)
+
+
+def torch_gradients(architecture, grads):
+    """Returns gradients by transformers' names of parameters in our layout."""
     if "lm_head.weight" in grads:  # transformers' name in memory, which is not always the one in the file
         grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
-    ours = {}
-    module = family(architecture.family)
+    ours, module = {}, family(architecture.family)
     for pattern, tensor in getattr(module, "fused_tensors", module.tensors)(architecture).items():
         count = architecture.layers if "{i}" in pattern else 1
         parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
             ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
-    return logits.detach().numpy(), ours
+    return ours
 
 
 def by_name(params):

@@ -21,11 +21,11 @@ from dpo_jax.models.attention import (
     RowMask,
     Scoring,
     cached_attention,
-    keeps_attention,
     packed_attention,
 )
 from dpo_jax.models.experts import mixture_of_experts
 from dpo_jax.models.layers import Linear, Norm, activate, angles_at, rotate
+from dpo_jax.models.remat import POLICIES, saves_all_but_gathers
 from dpo_jax.records import Array
 
 Cache = tuple[LayerCache, ...]  # one entry per layer
@@ -40,21 +40,6 @@ def extend_cache(cache: Cache, room: int) -> Cache:
         return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
 
     return tuple((keys, values, one(own_keys), one(own_values)) for keys, values, own_keys, own_values in cache)
-
-
-# Remat policies: what the backward pass saves. Everything else is recomputed.
-POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names("projection"), keeps_attention
-    ),
-    "none": None,
-}
-
-
-def _recompute_gathers(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Remat policy: saves everything but all-gathered parameters, which the backward pass gathers again, and casts."""
-    return primitive.name not in ("all_gather", "shard_map", "convert_element_type")
 
 
 class Context(NamedTuple):
@@ -291,7 +276,7 @@ class Decoder(nn.Module):
         block = Block
         policy = POLICIES[self.remat]
         if self.gather is not None:
-            gather, policy = self.gather, policy or _recompute_gathers
+            gather, policy = self.gather, policy or saves_all_but_gathers
             block = nn.map_variables(Block, "params", lambda v: {"params": gather(v["params"])})
         if policy is not None:
             # prevent_cse is for code outside a scan, where XLA could merge the recomputation with the forward pass.

@@ -2,7 +2,7 @@
 
 Axis letters: R rows, T tokens, N = R * T, D model width, E experts, k experts of a token, F inner width of an expert.
 A token's copies, one for each of its experts, are N * k rows sorted by expert, so that the rows of an expert are
-adjacent and `jax.lax.ragged_dot` multiplies each group by its own kernel.
+adjacent and a grouped matmul multiplies each group by its own kernel.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.grouped import multiply_groups, outer_groups
 from dpo_jax.models.mixture import Mixture
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.records import Array
-
-# Contracts the rows of two arrays group by group: [N, inputs], [N, outputs] -> [E, inputs, outputs].
-_BY_GROUP = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
 
 
 class Routes(NamedTuple):
@@ -63,17 +61,15 @@ def project_groups(x: Array, kernel: Array | Quantized, sizes: Array) -> Array:
 
 
 def _groups_fwd(x, kernel, sizes):
-    y = jax.lax.ragged_dot(x, dequantize(kernel, x.dtype), sizes, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype), (x, kernel, sizes)
+    return multiply_groups(x, dequantize(kernel, x.dtype), sizes).astype(x.dtype), (x, kernel, sizes)
 
 
 def _groups_bwd(residuals, g):
     x, kernel, sizes = residuals
-    back = dequantize(kernel, x.dtype).swapaxes(1, 2)
-    dx = jax.lax.ragged_dot(g, back, sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = multiply_groups(g, dequantize(kernel, x.dtype).swapaxes(1, 2), sizes).astype(x.dtype)
     if isinstance(kernel, Quantized):
         return dx, None, None
-    dk = jax.lax.ragged_dot_general(x, g, sizes, _BY_GROUP, preferred_element_type=jnp.float32)
+    dk = outer_groups(x, g, sizes)
     return dx, dk.astype(kernel.dtype), None
 
 

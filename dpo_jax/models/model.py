@@ -12,7 +12,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import CHUNKS, RowMask, packed_attention
 from dpo_jax.models.blocks import block_attention
-from dpo_jax.models.decoder import POLICIES, Cache, Context, Decoder
+from dpo_jax.models.decoder import Cache, Context, Decoder
+from dpo_jax.models.remat import POLICIES
 from dpo_jax.records import Array
 from dpo_jax.sharding.row_split import RowSplit
 
@@ -49,6 +50,7 @@ class Model(NamedTuple):
         None where `head` is used.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
       split: how devices share the tokens of a row in `hidden`; None if each has whole rows.
+      router_loss: weight of the router loss (`routing.load_balance`) in a step; 0 for none.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
       end_ids: ids of the tokens that end a text, by the folder it was loaded from; () if it was built.
     """
@@ -65,6 +67,7 @@ class Model(NamedTuple):
     split_head: Callable[[Any], Any] | None = None
     attention: str = CHUNKS
     split: RowSplit | None = None
+    router_loss: float = 0.0
     hf_config: Any = None
     end_ids: tuple[int, ...] = ()
 
@@ -114,6 +117,7 @@ def _hidden(
         attend = attend or packed_attention
     else:
         tokens, positions = split.own(tokens), split.own(positions)
+        counted = None if counted is None else split.own(counted)
         rows = RowMask(jax.tree.map(split.own, rows.queries), jax.tree.map(split.in_order, rows.keys))
         attend = partial(_attend_all, attend or block_attention, split)
     decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend)
