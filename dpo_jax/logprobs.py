@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss, checked_objective
+from dpo_jax.microbatches import concat_microbatches, map_microbatches
 from dpo_jax.models.attention import capped, capped_slope
 from dpo_jax.models.model import Model
+from dpo_jax.models.routing import token_counts
 from dpo_jax.models.split_head import split_log_collisions, split_token_logps
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps
 from dpo_jax.sharding.row_split import RowSplit
@@ -169,7 +171,10 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
     shape = batch.ref_logps.shape[:3]
     lengths = _adder(batch.slot, shape)(jnp.ones(batch.slot.shape))
     present = lengths > 0
-    scored, columns, chunks, size = _scored(model, params, batch, chunk, _is_shared(batch.slot, lengths))
+    counted = token_counts(batch, present) if model.router_loss else None
+    scored, columns, chunks, size, routing = _scored(
+        model, params, batch, chunk, _is_shared(batch.slot, lengths), counted
+    )
     logps = _token_logps_by(model, params, scored, columns.target, chunks, size)
     add = _adder(columns.slot, shape)
     sums = [add(logps), add(jnp.where(columns.shared, logps, 0.0))]
@@ -190,7 +195,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         "confidence": mean,
         "rounding": ROUNDING[scored.dtype.name] * (abs(policy) + abs(reference)),
     }
-    return _by_comparison(batch, each)
+    return _by_comparison(batch, each)._replace(routing=routing)
 
 
 def sequence_logps(model: Model, params: Any, batch: Batch) -> Logps:
@@ -208,7 +213,7 @@ def sequence_logps(model: Model, params: Any, batch: Batch) -> Logps:
     chex.assert_rank([batch.tokens, batch.ref_logps], [3, 5])
 
     def one(micro: Batch) -> Logps:
-        return batch_logps(model, params, micro)._replace(running=())
+        return batch_logps(model, params, micro)._replace(running=(), routing=())
 
     return concat_microbatches(map_microbatches(one, batch, batch.tokens.shape[0]))
 
@@ -278,14 +283,16 @@ def token_logps_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int 
 def token_states_of_batch(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK) -> tuple[Array, Array]:
     """Returns `token_logps_of_batch` and the hidden states that predict those tokens, [R, S, D]."""
     assert model.split is None, "a device would have the scored tokens of its part of a row only"
-    scored, columns, chunks, size = _scored(model, params, batch, chunk, batch.slot < 0)
+    scored, columns, chunks, size, _ = _scored(model, params, batch, chunk, batch.slot < 0)
     logps = _token_logps_by(model, params, scored, columns.target, chunks, size)
     return logps[:, : batch.slot.shape[1]], scored[:, : batch.slot.shape[1]]
 
 
-def _scored(model: Model, params: Any, batch: Batch, chunk: int, shared: Array) -> tuple[Array, _Columns, Array, int]:
+def _scored(
+    model: Model, params: Any, batch: Batch, chunk: int, shared: Array, counted: Array | None = None
+) -> tuple[Array, _Columns, Array, int, Any]:
     """Returns the hidden states that predict this device's scored tokens, [R, S', D], those tokens, the number of
-    chunks that hold any, and the chunk size in columns; S' is a multiple of it."""
+    chunks that hold any, the chunk size in columns (S' is a multiple of it), and `Logps.routing` by `counted`."""
     columns = _Columns(batch.source, batch.target, batch.slot, shared)
     if model.split:
         _, segments, responses = batch.scores.shape
@@ -293,8 +300,13 @@ def _scored(model: Model, params: Any, batch: Batch, chunk: int, shared: Array) 
     size = max(1, min(chunk // len(columns.slot), columns.slot.shape[1]))
     columns = _chunked(columns, size)
     chunks = (-(-jnp.max(jnp.sum(columns.slot >= 0, axis=1)) // size)).astype(jnp.int32)
-    hidden = model.hidden(params, batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids)
-    return jnp.take_along_axis(hidden, columns.source[..., None], axis=1), columns, chunks, size
+    fields, routing = (batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids), ()
+    if counted is None:
+        hidden = model.hidden(params, *fields)
+    else:
+        hidden, routing = model.hidden(params, *fields, counted=counted)
+        routing = model.split.sum(routing) if model.split else routing
+    return jnp.take_along_axis(hidden, columns.source[..., None], axis=1), columns, chunks, size, routing
 
 
 def as_ref_logps(lp: Logps, batch: Batch) -> Array:
@@ -323,43 +335,3 @@ def _is_shared(slot: Array, lengths: Array) -> Array:
     start = jnp.take_along_axis(ends - lengths.reshape(rows, -1), jnp.maximum(slot, 0), axis=1)
     limit = jnp.take_along_axis(shortest, jnp.maximum(slot, 0) // responses, axis=1)
     return (slot >= 0) & (jnp.arange(slot.shape[1]) - start < limit)
-
-
-def sum_over_microbatches(function: Callable[[Batch, Array], tuple[Any, Any]], batch: Batch, count: Array) -> tuple:
-    """Runs `function(microbatch, m) -> (to sum, to stack)` over the first `count` microbatches.
-
-    Returns the sum, and the stack on a leading axis M with zeros beyond `count`. `count` is a run-time value: a step
-    with fewer microbatches costs less and compiles nothing new.
-    """
-
-    batch = jax.tree.map(jnp.asarray, batch)  # numpy arrays take no traced index
-
-    def one(m: Array) -> tuple[Any, Any]:
-        return function(jax.tree.map(lambda x: x[m], batch), m)
-
-    def body(m: Array, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
-        summed, stacked = one(m)
-        stack = jax.tree.map(lambda all_, new: all_.at[m].set(new), so_far[1], stacked)
-        return jax.tree.map(jnp.add, so_far[0], summed), stack
-
-    many = batch.tokens.shape[0]
-    if many == 1:
-        # In a loop over one index the body does not change, so that XLA moves it in front of the loop and keeps it too.
-        summed, stacked = one(jnp.zeros((), jnp.int32))
-        return summed, jax.tree.map(lambda x: x[None], stacked)
-    summed, stacked = jax.eval_shape(one, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summed)
-    return jax.lax.fori_loop(
-        0, count, body, (zeros, jax.tree.map(lambda s: jnp.zeros((many, *s.shape), s.dtype), stacked))
-    )
-
-
-def map_microbatches(function: Callable[[Batch], Any], batch: Batch, count: Array) -> Any:
-    """Returns `function` of each of the first `count` microbatches, stacked on a leading axis M, zeros beyond."""
-    return sum_over_microbatches(lambda micro, _: ((), function(micro)), batch, count)[1]
-
-
-def concat_microbatches(stacked: Logps) -> Logps:
-    """Returns log-probs stacked by microbatch, [M, B, ...], as [M * B, ...]; `running` becomes 0."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked._replace(running=()))
-    return flat._replace(running=jnp.zeros(()))

@@ -167,6 +167,8 @@ class Logps(NamedTuple):
       confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless the loss asks for it.
       rounding: float32[B, P], nats by which rounding may move `policy` or `reference`: smaller log-ratios are noise.
       running: float32[] or float32[n], the statistic that a loss carries from step to step; 0 without one.
+      routing: float32[R, 2, E], what the routers of a mixture did with each row (`experts.routing_of`); () if no step
+        reads it.
     """
 
     policy: PerResponse
@@ -181,6 +183,7 @@ class Logps(NamedTuple):
     confidence: PerResponse
     rounding: PerResponse
     running: Float32[Any, "..."]
+    routing: Any = ()
 
     @classmethod
     def of(cls, policy: Any, reference: Any = None, **fields: Any) -> "Logps":
@@ -213,7 +216,7 @@ class Logps(NamedTuple):
             shape = np.shape(value)[:1] if name == "running" else shape
             if np.shape(value) != shape:
                 raise UserError(f"Logps.{name}: shape {np.shape(value)}, expected {shape}, as policy has {both}")
-        return cls(**{name: given.get(name, Missing(name)) for name in cls._fields})
+        return cls(**{name: Missing(name) for name in cls._fields if name not in cls._field_defaults} | given)
 
 
 def _as_array(name: str, value: Any) -> Any:

@@ -14,7 +14,8 @@ import numpy as np
 from dpo_jax import distributed
 from dpo_jax.data import pack
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import LogpsFn, as_ref_logps, batch_logps, map_microbatches
+from dpo_jax.logprobs import LogpsFn, as_ref_logps, batch_logps
+from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.attention import CHUNKS
 from dpo_jax.models.model import Model
 from dpo_jax.paths import read_checked, write_checked

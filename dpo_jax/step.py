@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.logprobs import LogpsFn, concat_microbatches, logps_fn, map_microbatches, sum_over_microbatches
+from dpo_jax.logprobs import LogpsFn, logps_fn
 from dpo_jax.losses import Loss, weighted_means
 from dpo_jax.losses.objective import checked_objective
+from dpo_jax.microbatches import concat_microbatches, map_microbatches, sum_over_microbatches
 from dpo_jax.models.model import Model
+from dpo_jax.models.routing import load_balance
 from dpo_jax.optim import checked_transformation
 from dpo_jax.records import Array, Batch, Logps, Sync, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
 Metrics = dict[str, Array]
 PolicyFn = Callable[[Any, Any], Any]  # (trained, base) -> the policy's params
-Differentiable = tuple[Array, Array]  # Logps.policy and Logps.policy_shared
+Differentiable = tuple[Array, Array, Any]  # Logps.policy, Logps.policy_shared and Logps.routing
 
 
 def only_trained(trained: Any, base: Any) -> Any:
@@ -82,8 +84,11 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, count: Array, base: Any = None) -> tuple[TrainState, Metrics]:
         chex.assert_shape(state.running, (loss.carried,), custom_message="make the state with init_state of this loss")
-        grads, lp = gradient(of_pair, loss, state, base, batch, count, collectives)
+        grads, lp = gradient(of_pair, loss, state, base, batch, count, collectives, model.router_loss)
         metrics = weighted_means(loss.metrics(lp), lp.weights)
+        if model.router_loss:
+            metrics["aux_loss"] = load_balance(lp.routing)
+            metrics["loss"] += model.router_loss * metrics["aux_loss"]
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         weighted = lp.weights.sum() > 0
@@ -99,27 +104,30 @@ def make_train_step(
 
 
 def gradient(
-    logps: LogpsFn, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, collectives: Collectives
-) -> tuple[Any, Logps]:
+    logps: LogpsFn, loss: Loss, state: TrainState, base: Any, batch: Batch, count: Array, collectives: Collectives,
+    router_loss: float = 0.0,
+) -> tuple[Any, Logps]:  # fmt: skip
     """Returns the gradient of the weighted mean loss of a step, like params, and its log-probs, float32[M * B, ...].
 
     `logps` takes (trained, base). Most losses are sums over comparisons, so that each microbatch is differentiated on
     its own and only gradients are accumulated. A loss that looks across comparisons is not: all log-probs of the step
     are computed first (one more forward pass), the loss is differentiated with respect to them, and each microbatch
-    then contributes the vector-Jacobian product of its log-probs with its slice of those slopes.
+    then contributes the vector-Jacobian product of its log-probs with its slice of those slopes. So is the router loss
+    of a mixture, of weight `router_loss`, exact over the step.
     """
     total, parts = collectives.psum(batch.weights.sum()), (state.params, base)
     total = jnp.where(total > 0, total, 1.0)  # the gradient of a step without weight is 0
 
     def mean(values: Differentiable, lp: Logps, total: Array, running: Array) -> Array:
-        lp = lp._replace(policy=values[0], policy_shared=values[1], running=running)
-        return jnp.sum(lp.weights / total * loss.values(lp))
+        lp = lp._replace(policy=values[0], policy_shared=values[1], routing=values[2], running=running)
+        balance = router_loss * load_balance(lp.routing) if router_loss else 0.0
+        return jnp.sum(lp.weights / total * loss.values(lp)) + balance
 
     slopes = None
-    if loss.whole_batch:
+    if loss.whole_batch or router_loss:
         lp = concat_microbatches(collectives.gather_rows(_stacked(logps))(parts, batch, count))
         slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
-        slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, x.shape[-1]), slopes)
+        slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, *x.shape[1:]), slopes)
 
     def sums(parts: tuple, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
         (trained, base), (total, running, slopes) = parts, known
@@ -130,7 +138,8 @@ def gradient(
                 lp = logps((trained, base), micro)._replace(running=())
                 if slopes is None:
                     return mean(_differentiable(lp), lp, total, running), lp
-                return sum(jnp.vdot(s[m], x) for s, x in zip(slopes, _differentiable(lp), strict=True)), lp
+                products = jax.tree.map(lambda slope, x: jnp.vdot(slope[m], x), slopes, _differentiable(lp))
+                return sum(jax.tree.leaves(products)), lp
 
             return jax.grad(objective, has_aux=True)(trained)
 
@@ -155,7 +164,7 @@ def _of_pair(logps: LogpsFn, policy: PolicyFn) -> LogpsFn:
 
 
 def _differentiable(lp: Logps) -> Differentiable:
-    return lp.policy, lp.policy_shared
+    return lp.policy, lp.policy_shared, lp.routing
 
 
 def _moved(sync: Sync, state: TrainState) -> Any:

@@ -145,6 +145,17 @@ _MINISTRAL["rope_parameters"] |= {"rope_theta": 1000000.0, "rope_type": "yarn", 
 del _MINISTRAL["rope_theta"]
 _MISTRAL_3_WHOLE = {"model_type": "mistral3", "image_token_index": 10, "multimodal_projector_bias": False}
 _MISTRAL_3_WHOLE |= {"projector_hidden_act": "gelu", "spatial_merge_size": 2, "vision_feature_layer": -1}
+_QWEN_3_MOE = _QWEN_3 | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144}
+_QWEN_3_MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True}
+_QWEN_3_MOE |= {"num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48}
+_QWEN_3_MOE |= {"num_key_value_heads": 4, "max_window_layers": 48, "tie_word_embeddings": False}
+_QWEN_3_MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+_MIXTRAL = _MISTRAL_1 | {"model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 8}
+_MIXTRAL |= {"rope_theta": 1000000.0, "sliding_window": None, "output_router_logits": False}
+_MIXTRAL |= {"router_aux_loss_coef": 0.02, "tie_word_embeddings": False}
+_OLMOE = _OLMO | {"model_type": "olmoe", "clip_qkv": None, "intermediate_size": 1024, "num_experts": 64}
+_OLMOE |= {"norm_topk_prob": False, "num_experts_per_tok": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0}
+_OLMOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.01, "vocab_size": 50304}
 
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
@@ -157,6 +168,9 @@ KNOWN = {
     "Qwen2.5-0.5B": (_QWEN_25, 494_032_768),
     "Qwen3-0.6B": (_QWEN_3, 596_049_920),
     "Qwen3-4B": (_QWEN_3_4B, 4_022_468_096),
+    "Qwen3-30B-A3B": (_QWEN_3_MOE, 30_532_122_624),
+    "Mixtral-8x7B-v0.1": (_MIXTRAL, 46_702_792_704),
+    "OLMoE-1B-7B-0924": (_OLMOE, 6_919_161_856),
     "Phi-3-mini-4k": (_PHI_3, 3_821_079_552),
     "Phi-3-mini-128k": (_PHI_3_LONG, 3_821_079_552),
     "Phi-4-mini": (_PHI_4, 3_836_021_760),

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dpo_jax"
 LAYERS = (
     {"errors", "libtpu"},
     {"records", "named", "paths", "distributed", "sharding"},
-    {"intervals"},
+    {"intervals", "microbatches"},
     {"optim", "losses", "models", "data"},
     {"logprobs"},
     {"step", "reference"},

@@ -13,7 +13,8 @@ from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources.base import load_comparisons
 from dpo_jax.data.table import Table
-from dpo_jax.logprobs import batch_logps, map_microbatches, token_logps
+from dpo_jax.logprobs import batch_logps, token_logps
+from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.huggingface.folder import load_folder
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens

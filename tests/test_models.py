@@ -10,6 +10,7 @@ from tiny import (
     COMPOSED,
     FAMILIES,
     VOCAB,
+    WINDOW,
     folders_of,
     largest_difference,
     load_torch,
@@ -23,7 +24,6 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import describe_families, family
 from dpo_jax.models.families.tensor_map import unpack_tensor
 from dpo_jax.models.huggingface.folder import load_folder
-from dpo_jax.models.layers import normalize
 from dpo_jax.models.model import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,12 +93,15 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 20, "attention_bias": True, "tie_word_embeddings": False},
     ),
     "glm4 without biases": ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
+    "mixtral with windows, one expert": ("mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}),
+    "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
-ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "olmo2", "phi3", "qwen2", "qwen3", *COMPOSED)
+ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
+ALIKE += COMPOSED
 ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
 
 
@@ -116,15 +119,20 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     logits = model(torch.tensor(tokens, dtype=torch.long)).logits
     (logits * torch.tensor(weights)).sum().backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return logits.detach().numpy(), torch_gradients(architecture, grads)
+
+
+def torch_gradients(architecture, grads):
+    """Returns gradients by transformers' names of parameters in our layout."""
     if "lm_head.weight" in grads:  # transformers' name in memory, which is not always the one in the file
         grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
-    ours = {}
-    for pattern, tensor in family(architecture.family).tensors(architecture).items():
+    ours, module = {}, family(architecture.family)
+    for pattern, tensor in getattr(module, "fused_tensors", module.tensors)(architecture).items():
         count = architecture.layers if "{i}" in pattern else 1
         parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
             ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
-    return logits.detach().numpy(), ours
+    return ours
 
 
 def by_name(params):
@@ -239,67 +247,6 @@ def test_packed_rows_with_shared_prompts_equal_separate_sequences(folders, kind)
     assert largest_difference(grads, separate_grads) < 1e-5
 
 
-@pytest.mark.slow
-def test_remat_does_not_change_gradients(folders):
-    architecture, _, params = load_folder(folders("llama"))
-    rows = unpacked_rows(tokens_of(2, 40))
-    grads = []
-    for remat in ("none", "dots", "full"):
-        model = build_model(architecture, remat=remat)
-        grads.append(jax.jit(jax.grad(lambda p, m=model: jnp.sin(m.hidden(p, *rows)).sum()))(params))
-    assert largest_difference(grads[1], grads[0]) < 1e-6
-    assert largest_difference(grads[2], grads[0]) < 1e-6
-
-
-def test_remat_saves_less_the_more_it_recomputes(folders):
-    architecture, _, params = load_folder(folders("llama"))
-    rows = unpacked_rows(tokens_of(4, 96))
-    sizes = []
-    for remat in ("none", "dots", "full"):
-        model = build_model(architecture, remat=remat)
-        back = jax.eval_shape(lambda p, m=model: jax.vjp(lambda q: m.hidden(q, *rows), p)[1], params)
-        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(back)))
-    assert sizes[0] > sizes[1] > sizes[2]
-
-
-def test_bfloat16_saves_half_for_the_backward_pass(folders):
-    architecture, _, params = load_folder(folders("llama"))
-    rows = unpacked_rows(tokens_of(4, 96))
-
-    def saved(compute):
-        model = build_model(architecture, compute=compute)
-        back = jax.eval_shape(lambda p: jax.vjp(lambda q: model.hidden(q, *rows), p)[1], params)
-        # Per layer, as a scan stacks them: not the parameters, whose shapes lack the tokens.
-        stacked = [x for x in jax.tree.leaves(back) if x.shape[:3] == (architecture.layers, 4, 96)]
-        assert len(stacked) > 8
-        return stacked, sum(x.size * x.dtype.itemsize for x in stacked)
-
-    (_, wide), (narrow, size) = saved("float32"), saved("bfloat16")
-    assert size == wide / 2
-    # XLA would convert a stack of bfloat16 to float32 before it slices a layer out of it on a CPU.
-    assert {x.dtype for x in narrow} == {jnp.dtype("uint16")}
-
-
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-@pytest.mark.parametrize("shape", [(12,), (3, 4)], ids=["features", "heads"])
-def test_a_norm_has_the_gradient_of_its_equation(kind, shape):
-    draw = np.random.default_rng(0)
-    x, g = (jnp.asarray(draw.normal(2, 3, (2, 5, *shape)), jnp.float32) for _ in range(2))
-    scale, bias = (jnp.asarray(draw.normal(1, 1, shape), jnp.float32) for _ in range(2))
-
-    def equation(x, scale, bias):
-        axes = tuple(range(-len(shape), 0))
-        y = x - x.mean(axes, keepdims=True) if kind == "layer" else x
-        y = y / jnp.sqrt((y**2).mean(axes, keepdims=True) + 0.1) * scale
-        return jnp.vdot(y + bias, g) if kind == "layer" else jnp.vdot(y, g)
-
-    def ours(x, scale, bias):
-        return jnp.vdot(normalize(x, scale, bias if kind == "layer" else None, kind, 0.1), g)
-
-    for found, expected in zip(*(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, equation)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
 # Tied and not, learned positions and rotary, grouped queries.
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.slow
@@ -349,7 +296,7 @@ def test_decoding_from_the_cache_equals_the_full_sequence(folders, kind):
         np.testing.assert_allclose(hidden[1], full_hidden[1, index - 4], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt"])
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2", "gptj", "olmo2", "opt", "qwen3_moe"])
 def test_new_parameters_are_initialized_as_in_hugging_face(folders, kind):
     architecture, _, loaded = load_folder(folders(kind))
     params = jax.jit(build_model(architecture).init)(jax.random.key(0))
@@ -376,7 +323,11 @@ def test_every_axis_has_a_name(folders, kind):
     assert axes["layers"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
     assert axes["layers"]["k"]["kernel"][2] == "kv_heads"
     assert axes["layers"]["o"]["kernel"] == ("layers", "heads", "head_dim", "embed")
-    assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
+    if architecture.mixture is None:
+        assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")
+    else:
+        assert axes["layers"]["expert_down"]["kernel"] == ("layers", "experts", "mlp", "embed")
+        assert axes["layers"]["router"]["weight"] == ("layers", "routes", "embed")
 
 
 @pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])

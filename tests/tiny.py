@@ -18,6 +18,7 @@ EOS = 2
 _IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0, "initializer_range": 0.2}
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 256}
 _LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_MIXTURE = {**_LLAMA, "num_experts_per_tok": 2}
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 # Head dimensions that are not D / H, and a score scale that is not d ** -0.5.
 _GEMMA = {**_LLAMA, "head_dim": 16}
@@ -48,13 +49,16 @@ _ARGUMENTS = {
     "llama": _LLAMA,
     "ministral3": {**_GEMMA, "rope_parameters": _GROWING},
     "mistral": {**_LLAMA, "sliding_window": WINDOW},
+    "mixtral": {**_MIXTURE, "num_local_experts": 4},
     "olmo2": _LLAMA,
     "olmo3": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED},
+    "olmoe": {**_MIXTURE, "num_experts": 5},
     "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi3": {**_LLAMA, "sliding_window": WINDOW},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
+    "qwen3_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
 }
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others: what costs most is tested for them in the slow suite only.

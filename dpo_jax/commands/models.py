@@ -18,7 +18,7 @@ def models_command(argv: list[str]) -> None:
     log_line(
         "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
         "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
-        "refused by key, and so are mixtures of experts.\n"
+        "refused by key.\n"
         f"Of models that read images too, the language model is trained: {', '.join(sorted(WRAPPERS))}.\n"
         "To add one: a file of your own with architecture(config) and tensors(architecture), which\n"
         "model.family: my_file:architecture names (example: dpo_jax/models/README.md), or a file\n"

@@ -62,7 +62,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("gamma_beta_ratio", "set loss.name: simpo, and loss.gamma to the ratio times loss.beta"),
     ("cpo_alpha", "set loss.weight of a second loss: [{name: cpo}, {name: sft, weight: 1.0}]"),
     ("reference_free", "set loss.reference_free"),
-    ("router_aux_loss_coef", "remove it: there are no mixtures of experts"),
+    ("router_aux_loss_coef", "set model.router_loss"),
     # Optimizer.
     ("optim optimizer optim_type", "set optim.name"),
     ("lr learning_rate", "set optim.learning_rate"),

@@ -136,6 +136,9 @@ class ModelConfig:
     """Attention backend of packed rows: chunks of queries (on any device), or a kernel: flash (TPU and GPU, memory
     linear in the row's length), splash (TPU) or cudnn (GPU). A kernel is used only if it matches chunks in a test on
     this device; auto takes the first of them that does, else chunks."""
+    router_loss: float | None = None
+    """Weight of the router loss of a mixture of experts, over all tokens of a step; 0 for none. By default
+    router_aux_loss_coef of its config.json if that sets output_router_logits, else 0."""
 
 
 @dataclass(frozen=True)

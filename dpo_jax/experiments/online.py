@@ -18,7 +18,8 @@ from dpo_jax.data import pack
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError, closest
 from dpo_jax.experiments.rollouts import OnMetrics, OnStep, Problem, on_devices, sample_rollouts
-from dpo_jax.logprobs import as_ref_logps, batch_logps, map_microbatches
+from dpo_jax.logprobs import as_ref_logps, batch_logps
+from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Batch, Tokens, TrainState
 from dpo_jax.rewards.labels import LABELLERS

@@ -142,7 +142,7 @@ def soft_label(lp: Logps, values: Values) -> Array:
     return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
 
 
-PER_RESPONSE = tuple(name for name in Logps._fields if name not in ("weights", "preference", "running"))
+PER_RESPONSE = tuple(name for name in Logps._fields if name not in ("weights", "preference", "running", "routing"))
 
 
 def first_responses(lp: Logps, responses: int) -> Logps:

@@ -5,6 +5,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The MLP of a layer as many small ones, the experts, of which each token uses a few.
+
+    Attributes:
+      experts: E.
+      chosen: k, the experts of a token, those with the largest router probabilities; at most E.
+      renormalized: the weights of the chosen are their probabilities divided by the sum of these, not as they are.
+    """
+
+    experts: int
+    chosen: int
+    renormalized: bool
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embeddings.
 
@@ -80,6 +95,7 @@ class Architecture:
       embedding_scale: multiplies token embeddings.
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
+      mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
 
@@ -122,6 +138,7 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
     position_offset: int = 0
+    mixture: Mixture | None = None
     score: bool = False
 
     @property

@@ -23,6 +23,7 @@ from dpo_jax.models.attention import (
     cached_attention,
     packed_attention,
 )
+from dpo_jax.models.experts import mixture_of_experts
 from dpo_jax.models.layers import Linear, Norm, activate
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
@@ -64,6 +65,7 @@ class Context(NamedTuple):
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
         layers with a window; empty with learned positions.
       growth: what queries are multiplied by, float32[R, T, 1, 1], set by `Decoder`; None for nothing.
+      counted: float32[R, T], how often a token counts in the statistics of routers; None for no statistics.
     """
 
     rows: RowMask | None = None
@@ -71,6 +73,7 @@ class Context(NamedTuple):
     mask: Array = None
     angles: tuple[Angles, ...] = ()
     growth: Array = None
+    counted: Array | None = None
 
 
 def _heads(a: Architecture, x: Array, name: str, angles: Angles | None) -> Array:
@@ -134,7 +137,8 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, cache: LayerCache | None, own: LayerInputs, context: Context
     ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Returns the residual [R, T, D] after the layer and, if `return_kv`, its keys and values or its cache."""
+        """Returns the residual [R, T, D] after the layer, and its keys and values or its cache if `return_kv`, else
+        what `routing_of` says of a mixture."""
         a, x = self.architecture, saved(x, ACTIVATION)
 
         def norm(x: Array, name: str, wanted: bool) -> Array:
@@ -148,8 +152,9 @@ class Block(nn.Module):
         x, before = x + branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
-        out = x + branch(_mlp(a, read), "mlp_post_norm")
-        return out, kept if self.return_kv else None
+        mlp, routing = mixture_of_experts(a, read, context.counted, activate) if a.mixture else (_mlp(a, read), None)
+        out = x + branch(mlp, "mlp_post_norm")
+        return out, kept if self.return_kv else routing
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -216,7 +221,8 @@ class Decoder(nn.Module):
 
         Returns:
           Hidden states [R, T, D]; with a head bias [R, T, D + 1], the last column being ones that multiply the bias.
-          With a cache the updated cache; else, if `return_kv`, keys and values [L, R, T, K, d]; else None.
+          With a cache the updated cache; else, if `return_kv`, keys and values [L, R, T, K, d]; else, if tokens are
+          `counted`, `routing_of` each layer [L, R, 2, E]; else None.
         """
         a = self.architecture
         x = self._embed(tokens, positions)

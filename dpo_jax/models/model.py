@@ -31,7 +31,8 @@ class Model(NamedTuple):
       hidden: (params, tokens, positions, segment_ids, branch_ids), each int32[R, T] -> hidden states [R, T, D] after
         the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `exchange`
         looks embeddings up in parts of the table (`Collectives.exchange`); keyword `attend` replaces
-        `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D].
+        `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D]; keyword
+        `counted` float32[R, T] also returns the mean over layers of `experts.routing_of` [R, 2, E].
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
@@ -49,6 +50,7 @@ class Model(NamedTuple):
         None where `head` is used.
       attention: name of the attention backend in `hidden`. The other functions always use the built-in one.
       split: how devices share the tokens of a row in `hidden`; None if each has whole rows.
+      router_loss: weight of the router loss (`routing.load_balance`) in a step; 0 for none.
       hf_config: contents of the config.json it was loaded from; None if it was built from an architecture.
       end_ids: ids of the tokens that end a text, by the folder it was loaded from; () if it was built.
     """
@@ -65,6 +67,7 @@ class Model(NamedTuple):
     split_head: Callable[[Any], Any] | None = None
     attention: str = CHUNKS
     split: RowSplit | None = None
+    router_loss: float = 0.0
     hf_config: Any = None
     end_ids: tuple[int, ...] = ()
 
@@ -106,17 +109,20 @@ def _init(decoder: Decoder, key: Array) -> Any:
 
 
 def _hidden(
-    decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, exchange=None, attend=None, split=None
-):
+    decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, exchange=None, attend=None, split=None,
+    counted=None,
+):  # fmt: skip
     rows = RowMask.of(segment_ids, branch_ids, positions)
     if split is None:
         attend = attend or packed_attention
     else:
         tokens, positions = split.own(tokens), split.own(positions)
+        counted = None if counted is None else split.own(counted)
         rows = RowMask(jax.tree.map(split.own, rows.queries), jax.tree.map(split.in_order, rows.keys))
         attend = partial(_attend_all, attend or block_attention, split)
     decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend)
-    return decoder.apply({"params": params}, tokens, positions, Context(rows))[0]
+    hidden, routing = decoder.apply({"params": params}, tokens, positions, Context(rows, counted=counted))
+    return hidden if counted is None else (hidden, routing.mean(0))
 
 
 def _attend_all(attend, split, q, k, v, mask, scoring):

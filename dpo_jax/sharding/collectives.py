@@ -184,11 +184,11 @@ def _gather_row_values(tree: Any, axes: Any) -> Any:
     if not axes:  # every device has all rows
         return tree
     leaves, kind = jax.tree.flatten(tree)
-    flat = [x.reshape(*x.shape[:2], -1).astype(jnp.float32) for x in leaves]
-    together = jax.lax.all_gather(jnp.concatenate(flat, axis=2), axes, axis=1, tiled=True)
-    parts = jnp.split(together, list(itertools.accumulate(x.shape[2] for x in flat))[:-1], axis=2)
+    flat = [x.reshape(len(x), -1).astype(jnp.float32) for x in leaves]
+    together = jax.lax.all_gather(jnp.concatenate(flat, axis=1), axes, axis=1)
+    parts = jnp.split(together, list(itertools.accumulate(x.shape[1] for x in flat))[:-1], axis=2)
     return kind.unflatten(
-        p.reshape(*p.shape[:2], *x.shape[2:]).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)
+        p.reshape(len(x), -1, *x.shape[2:]).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)
     )
 
 

@@ -17,6 +17,7 @@ from dpo_jax.models.huggingface.hub import hub_config_file, is_hub_name
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Batch, Sync
 from dpo_jax.training.load import compute_dtype, initial_adapters, recomputed
+from dpo_jax.training.router import with_router_loss
 from dpo_jax.training.run import Run
 from dpo_jax.training.targets import Target, target_devices
 
@@ -46,6 +47,7 @@ def abstract_run(config: Config, narrow: bool = True, sync: Sync | None = None) 
     architecture = architecture_of(hf_config)
     architecture = reward_head.as_reward_architecture(architecture) if loss.rewards else architecture
     model = build_model(architecture, compute=compute_dtype(config.model), remat=recomputed(config.model))
+    model = with_router_loss(model, config.model.router_loss, hf_config)
     params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
     adapters, kind = initial_adapters(config.lora, architecture, 0)
     if kind is not None and narrow and config.model.path:

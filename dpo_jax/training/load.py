@@ -32,6 +32,7 @@ from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
 from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed
 from dpo_jax.paths import is_run
+from dpo_jax.training.router import with_router_loss
 
 
 class LoadedModel(NamedTuple):
@@ -181,13 +182,13 @@ def load_policy(
     if encoding is None and architecture.score:
         raise UserError(f"{options.path}: a reward model generates no text; name a language model")
     if encoding is not None:
-        architecture, hf_config, params, new = _as_reward_model(
-            architecture, hf_config, params, tokenizer, encoding, seed
-        )
+        reward = _as_reward_model(architecture, hf_config, params, tokenizer, encoding, seed)
+        architecture, hf_config, params, new = reward
         note = "; ".join(filter(None, (note, new)))
         if lora_options and (lora_options.rank or lora_options.path):
             raise UserError("lora: adapters cannot train the head of a reward model; remove lora.rank and lora.path")
     model = build_model(architecture, compute=compute_dtype(options), remat=recomputed(options))
+    model = with_router_loss(model, options.router_loss, hf_config)
     if params is None:
         params = init_params(model, seed)
     adapters, kind = initial_adapters(lora_options or LoraConfig(), architecture, seed, params)

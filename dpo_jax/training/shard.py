@@ -83,7 +83,7 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block:
     options = {"gather": layer, "exchange": exchange if split else None, "split": collectives.split}
     kept = ("embedding",) if split else ()
     return model._replace(
-        hidden=lambda tree, *fields: model.hidden(top(tree, *kept), *fields, **options),
+        hidden=lambda tree, *fields, **more: model.hidden(top(tree, *kept), *fields, **options, **more),
         head=lambda tree: model.head(top(tree)),
         split=collectives.split,
         split_head=_split_head(model, gather, shardings, block) if split else None,

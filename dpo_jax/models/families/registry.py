@@ -18,9 +18,6 @@ from dpo_jax.models.families import foreign
 from dpo_jax.models.families.hf_config import HfConfig
 from dpo_jax.named import import_function
 
-# Unsupported kinds that must not be answered with a family of a similar name: part of `model_type` -> what it is.
-ABSENT = {"mixtral": "a mixture of experts", "moe": "a mixture of experts"}
-
 OWN = "_family"  # key of our copy of config.json: `model.family`, a family of the user
 PARTS = ("CLASS", "PREFIX", "HEAD", "BUFFERS", "READS", "tensors")  # of a family, beside `architecture`
 
@@ -54,13 +51,15 @@ def check_sizes(architecture: Architecture) -> None:
     Raises:
       UserError: the message names the field of the architecture.
     """
-    for field in dataclasses.fields(architecture):
-        value, kind = getattr(architecture, field.name), field.type
-        if kind in (int, "int") and field.name != "position_offset":
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no size; correct it")
-        elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
-            raise UserError(f"config.json: {field.name} of the model is {value!r}, which is no number; correct it")
+    for part in filter(None, (architecture, architecture.mixture)):
+        for field in dataclasses.fields(part):
+            value, kind = getattr(part, field.name), field.type
+            what = f"config.json: {field.name} of the model is {value!r}, which is no"
+            if kind in (int, "int") and field.name != "position_offset":
+                if type(value) is not int or not 1 <= value < 2**31:
+                    raise UserError(f"{what} size; correct it")
+            elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
+                raise UserError(f"{what} number; correct it")
 
 
 @cache
@@ -87,9 +86,6 @@ def family(model_type: str) -> Any:
     model_type = str(model_type)
     if ":" in model_type:
         return _own_family(model_type)
-    for absent, why in ABSENT.items():
-        if absent in model_type:
-            raise UserError(f"config.json: model_type {model_type!r} is {why}, which is not supported")
     if model_type not in families():
         known = f"known: {', '.join(families())}"
         how = "for one of your own set model.family, see dpo-jax models"

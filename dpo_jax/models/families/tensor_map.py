@@ -25,11 +25,13 @@ class TensorPart(NamedTuple):
         kernels are [*inputs, *outputs].
       take: index into the tensor's axes after `split`: per axis a slice, an integer (which drops the axis), or an array
         of indices in our order. Axes that are not indexed are taken completely.
+      lead: how many of the tensor's first axes stay first: that of the experts, where a tensor holds all of a layer.
     """
 
     path: TreePath
     inputs: int = 0
     take: tuple[Any, ...] = ()
+    lead: int = 0
 
 
 class Tensor(NamedTuple):
@@ -103,34 +105,42 @@ def untied_head(name: str, a: Architecture) -> dict[str, Tensor]:
 def unpack_tensor(tensor: Tensor, x: Any) -> list[Any]:
     """Returns the parameters in a checkpoint's tensor, in the order of its parts."""
     split = x.reshape(tensor.split_shape)
-    return [_last_axes_first(split[part.take], part.inputs) for part in tensor.parts]
+    return [_last_axes_first(split[part.take], part.inputs, part.lead) for part in tensor.parts]
 
 
 def pack_tensor(tensor: Tensor, params: list[Any]) -> np.ndarray:
     """Returns a checkpoint's tensor from its parameters, in their dtype: the inverse of `unpack_tensor`."""
     if len(params) == 1 and not tensor.parts[0].take:  # a view is enough, no copy
-        return _last_axes_first(params[0], params[0].ndim - tensor.parts[0].inputs).reshape(tensor.shape)
+        return _as_in_file(tensor.parts[0], params[0]).reshape(tensor.shape)
     out = np.empty(tensor.split_shape, params[0].dtype)
     for part, value in zip(tensor.parts, params, strict=True):
-        out[part.take] = _last_axes_first(value, value.ndim - part.inputs)
+        out[part.take] = _as_in_file(part, value)
     return out.reshape(tensor.shape)
 
 
 def param_shape(tensor: Tensor, part: TensorPart) -> tuple[int, ...]:
     """Returns the shape of a parameter in one layer."""
-    return _last_axes_first(np.broadcast_to(np.int8(0), tensor.split_shape)[part.take], part.inputs).shape
+    whole = np.broadcast_to(np.int8(0), tensor.split_shape)
+    return _last_axes_first(whole[part.take], part.inputs, part.lead).shape
 
 
 def module_axes(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the sizes of a module's input axes and output axes, in the order of the file, merged axes split."""
-    first, second = tensor.split
+    """Returns the sizes of a module's input axes and output axes, in the order of the file, merged axes split.
+
+    Of a tensor of all experts, those of one: its first `lead` axes are left out.
+    """
+    first, second = tensor.split[tensor.parts[0].lead :]
     # GPT-2 stores [in, out], all other families [out, in].
     return (second, first) if tensor.parts[0].inputs else (first, second)
 
 
-def _last_axes_first(x: Any, count: int) -> Any:
+def _last_axes_first(x: Any, count: int, lead: int = 0) -> Any:
     first = x.ndim - count
-    return x.transpose(*range(first, x.ndim), *range(first))
+    return x.transpose(*range(lead), *range(first, x.ndim), *range(lead, first))
+
+
+def _as_in_file(part: TensorPart, value: Any) -> Any:
+    return _last_axes_first(value, value.ndim - part.inputs - part.lead, part.lead)
 
 
 def read_block(tensor: Tensor, part: TensorPart, index: Index, source: Any) -> np.ndarray:
@@ -142,8 +152,8 @@ def read_block(tensor: Tensor, part: TensorPart, index: Index, source: Any) -> n
       index: the block, one slice per axis of the parameter.
       source: the tensor in the file; supports indexing by one slice per axis.
     """
-    outputs = len(index) - part.inputs
-    wanted = iter(index[part.inputs :] + index[: part.inputs] if outputs else index)
+    end = part.lead + part.inputs
+    wanted = iter(index[: part.lead] + index[end:] + index[part.lead : end])
     takes = chain(part.take, repeat(slice(None)))
     block, shape, inner = [], [], []
     for axes in tensor.split:
@@ -156,7 +166,7 @@ def read_block(tensor: Tensor, part: TensorPart, index: Index, source: Any) -> n
                 block.append(slice(low * rest, high * rest))
             shape.append(high - low)
             inner.append(_as_slice(chosen - low))
-    return _last_axes_first(source[tuple(block)].reshape(shape)[tuple(inner)], part.inputs)
+    return _last_axes_first(source[tuple(block)].reshape(shape)[tuple(inner)], part.inputs, part.lead)
 
 
 def _as_slice(chosen: np.ndarray) -> Any:

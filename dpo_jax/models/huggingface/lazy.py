@@ -63,31 +63,35 @@ def _stamp(file: Path) -> tuple[int, int]:
 class LazyArray:
     """A parameter on disk. Indexing reads the block that is asked for, and little more."""
 
-    def __init__(self, sources: list[_LayerSource], stacked: bool, dtype: Any = np.float32):
-        """Creates the array from its layers if it is `stacked`, else from one source; `dtype` is that of all reads."""
-        one = param_shape(sources[0].tensor, sources[0].part)
-        self.shape = (len(sources), *one) if stacked else one
+    def __init__(self, sources: list[_LayerSource], stack: tuple[int, ...], dtype: Any = np.float32):
+        """Creates the array from one source, or from a `stack` of them: [L] layers or their experts [L, E].
+
+        `dtype` is that of all reads.
+        """
+        self.shape = (*stack, *param_shape(sources[0].tensor, sources[0].part))
         self.ndim, self.size = len(self.shape), math.prod(self.shape)
-        self.dtype, self._sources, self._stacked = np.dtype(dtype), sources, stacked
+        self.dtype, self._sources, self._stack = np.dtype(dtype), sources, stack
 
     def narrow(self) -> "LazyArray":
         """Returns the same array in the dtype of its files (float32 if they have several, or float64)."""
         kinds = {READABLE[source.code] for source in self._sources}
-        return LazyArray(self._sources, self._stacked, kinds.pop() if len(kinds) == 1 else np.float32)
+        return LazyArray(self._sources, self._stack, kinds.pop() if len(kinds) == 1 else np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Returns a block, from slices of the first axes; the first may be an integer, the index of a layer."""
+        """Returns a block, from slices of the first axes; those of a stack may be integers, a layer and an expert."""
         given = index if isinstance(index, tuple) else (index,)
         given += (slice(None),) * (self.ndim - len(given))
-        first, rest = given[0], given[1:]
-        if not isinstance(first, slice):
-            return self._sources[first].read(rest, self.dtype)
-        shape = (len(range(*part.indices(size))) for part, size in zip(given, self.shape, strict=True))
-        out = np.empty(tuple(shape), self.dtype)
-        if self._stacked:
-            for i, source in enumerate(self._sources[first]):
-                out[i] = source.read(rest, self.dtype)
+        deep = len(self._stack)
+        which, rest = np.arange(len(self._sources)).reshape(self._stack)[given[:deep]], given[deep:]
+        if deep and not which.ndim:
+            return self._sources[int(which)].read(rest, self.dtype)
+        shape = (len(range(*part.indices(size))) for part, size in zip(rest, self.shape[deep:], strict=True))
+        out = np.empty((*which.shape, *shape), self.dtype)
+        if deep:
+            for place in np.ndindex(which.shape):
+                out[place] = self._sources[which[place]].read(rest, self.dtype)
             return out
+        first, rest = rest[0], rest[1:]
         start = first.indices(self.shape[0])[0]
         for low in range(0, len(out), ROWS):  # in pieces: the dtype of the file and `dtype` are never both complete
             high = min(low + ROWS, len(out))
@@ -188,26 +192,35 @@ def lazy_params(
     folder, found = files[0].parent, _headers(files, module, within)
     if architecture.layers > max(1, len(found)):  # before anything is made for each of them
         raise UserError(f"{folder}: config.json has {architecture.layers:,} layers, the files {len(found):,} tensors")
-    table = {
-        name.removeprefix(module.PREFIX): (i, tensor) for name, i, tensor in checkpoint_tensors(module, architecture)
-    }
+    listed = list(checkpoint_tensors(module, architecture, _tensor_table(module, architecture, found)))
+    table = {name.removeprefix(module.PREFIX): (i, tensor) for name, i, tensor in listed}
     shapes = {name: tensor.shape for name, (_, tensor) in table.items()}
     if architecture.tied and not architecture.score:
         shapes[module.HEAD] = (architecture.vocab, architecture.width)  # a file may hold a tied head once or twice
     _check_headers(found, shapes, module.CLASS)
     if architecture.tied and module.HEAD in found:
         found = _without_tied_head(folder, found, module, table)
-    _check_complete(folder, found, module, architecture)
+    _check_complete(folder, found, module, [name for name, _, _ in listed])
     sources: dict[TreePath, list[_LayerSource]] = {}
     for name, (_, tensor) in table.items():  # in the order of layers
         for part in tensor.parts:
             sources.setdefault(part.path, []).append(_LayerSource(*found[name][:3], tensor, part, found[name].code))
-    stacked = {part.path: layer is not None for layer, tensor in table.values() for part in tensor.parts}
-    return _nest({path: LazyArray(of, stacked[path]) for path, of in sources.items()}), _common_dtype(found)
+    last = {part.path: place for place, tensor in table.values() for part in tensor.parts}  # of a stack, in each axis
+    stacks = {path: tuple(i + 1 for i in place) for path, place in last.items()}
+    return _nest({path: LazyArray(of, stacks[path]) for path, of in sources.items()}), _common_dtype(found)
 
 
-def _check_complete(folder: Path, found: Mapping[str, _Header], module: ModuleType, architecture: Architecture) -> None:
-    names = [name for name, _, _ in checkpoint_tensors(module, architecture)]
+def _tensor_table(module: ModuleType, architecture: Architecture, found: Mapping[str, _Header]) -> dict[str, Tensor]:
+    """Returns the table of the names in the files: `fused_tensors` if one of its own is there, else `tensors`."""
+    table = module.tensors(architecture)
+    if architecture.mixture is None:
+        return table
+    fused = module.fused_tensors(architecture)
+    own = {name.replace("{i}", "0").removeprefix(module.PREFIX) for name in fused.keys() - table.keys()}
+    return fused if own & found.keys() else table
+
+
+def _check_complete(folder: Path, found: Mapping[str, _Header], module: ModuleType, names: list[str]) -> None:
     missing = [name for name in names if name.removeprefix(module.PREFIX) not in found]
     if missing:
         why = "the file does not fit config.json"

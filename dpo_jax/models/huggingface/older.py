@@ -24,6 +24,8 @@ def with_older_keys(config: HfConfig) -> dict[str, Any]:
     older |= {new: settings[key] for settings, key, new in pairs if settings.get(key) is not None}
     if full.get("rope_type", "default") != "default":
         older["rope_scaling"] = _scaling(config, full)
+    if config["model_type"] == "qwen3_moe" and config.get("num_local_experts"):
+        older["num_experts"] = config["num_local_experts"]
     return {**older, **{key: value for key, value in config.items() if key not in older or value is not None}}
 
 

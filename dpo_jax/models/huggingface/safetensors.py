@@ -106,16 +106,31 @@ def weights_hash(params: Mapping[str, Any], architecture: Architecture) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_tensors(module: ModuleType, architecture: Architecture) -> Iterator[tuple[str, int | None, Tensor]]:
-    """Yields (name in the file, index of the layer or None, tensor) for every tensor of a checkpoint."""
-    for pattern, tensor in module.tensors(architecture).items():
+def checkpoint_tensors(
+    module: ModuleType, architecture: Architecture, table: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Yields (name in the file, place in the parameter's stack, tensor) for every tensor of a checkpoint.
+
+    The place is () for a parameter outside the layers, (layer,), or (layer, expert).
+
+    Args:
+      module: the family.
+      architecture: the architecture of the parameters.
+      table: name -> tensor, with `{i}` for the layer and `{e}` for the expert; by default the family's `tensors`.
+    """
+    experts = architecture.mixture.experts if architecture.mixture else 0
+    for pattern, tensor in (table or module.tensors(architecture)).items():
         if "{i}" not in pattern:
-            yield pattern, None, tensor
+            yield pattern, (), tensor
             continue
         for i in range(architecture.layers):
-            yield pattern.replace("{i}", str(i)), i, tensor
+            name = pattern.replace("{i}", str(i))
+            if "{e}" not in pattern:
+                yield name, (i,), tensor
+            for e in range(experts if "{e}" in pattern else 0):
+                yield name.replace("{e}", str(e)), (i, e), tensor
     if architecture.score:
-        yield "score.weight", None, same_layout(("score",), 1, architecture.width)
+        yield "score.weight", (), same_layout(("score",), 1, architecture.width)
 
 
 def _flatten(tree: Mapping[str, Any], before: TreePath = ()) -> Iterator[tuple[TreePath, Array]]:
@@ -154,9 +169,9 @@ def tensors_of(
       UserError: a value is beyond the range of float16.
     """
     flat = dict(_flatten(params))
-    for name, layer, tensor in checkpoint_tensors(module, architecture):
+    for name, place, tensor in checkpoint_tensors(module, architecture):
         values = (flat[part.path] for part in tensor.parts)
-        pieces = (value[:] if layer is None else value[layer] for value in values)
+        pieces = (value[place or slice(None)] for value in values)
         with np.errstate(over="ignore"):
             parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
         if dtype == "float16" and not all(np.isfinite(part).all() for part in parts):

@@ -1,0 +1,196 @@
+"""Mixtures of experts: a router, and one grouped matmul over the tokens of all experts. No token is ever dropped.
+
+Axis letters: R rows, T tokens, N = R * T, D model width, E experts, k experts of a token, F inner width of an expert.
+A token's copies, one for each of its experts, are N * k rows sorted by expert, so that the rows of an expert are
+adjacent and a grouped matmul multiplies each group by its own kernel.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.architecture import Architecture, Mixture
+from dpo_jax.models.grouped import multiply_groups, outer_groups
+from dpo_jax.models.quantized import Quantized, dequantize
+from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
+from dpo_jax.records import Array
+
+
+class Routes(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+      probs: float32[N, E], the router's softmax.
+      weight: float32[N, k], by which the output of each chosen expert is multiplied.
+      expert: int32[N, k], the chosen experts.
+    """
+
+    probs: Array
+    weight: Array
+    expert: Array
+
+
+def route(logits: Array, mixture: Mixture) -> Routes:
+    """Returns the routes of tokens, from router logits float32[N, E]: the k largest probabilities of the softmax.
+
+    Which experts are chosen has no gradient, their weights do.
+    """
+    probs = jax.nn.softmax(logits)
+    weight, expert = jax.lax.top_k(probs, mixture.chosen)
+    return Routes(probs, weight / weight.sum(-1, keepdims=True) if mixture.renormalized else weight, expert)
+
+
+@jax.custom_vjp
+def project_groups(x: Array, kernel: Array | Quantized, sizes: Array) -> Array:
+    """Returns x @ kernel[e] for the rows of each expert e, accumulated in float32, in the dtype of x.
+
+    Like `layers.project`: the kernel's gradient is not rounded to the compute dtype, and no cast copy is saved.
+
+    Args:
+      x: [N * k, inputs] in the compute dtype, sorted by expert.
+      kernel: [E, inputs, outputs], float32 or, if it is not trained, narrower or quantized. A quantized kernel gets no
+        gradient.
+      sizes: int32[E], rows of each expert; rows beyond their sum are zero.
+    """
+    return _groups_fwd(x, kernel, sizes)[0]
+
+
+def _groups_fwd(x, kernel, sizes):
+    return multiply_groups(x, dequantize(kernel, x.dtype), sizes).astype(x.dtype), (x, kernel, sizes)
+
+
+def _groups_bwd(residuals, g):
+    x, kernel, sizes = residuals
+    dx = multiply_groups(g, dequantize(kernel, x.dtype).swapaxes(1, 2), sizes).astype(x.dtype)
+    if isinstance(kernel, Quantized):
+        return dx, None, None
+    dk = outer_groups(x, g, sizes)
+    return dx, dk.astype(kernel.dtype), None
+
+
+project_groups.defvjp(_groups_fwd, _groups_bwd)
+
+
+@jax.custom_vjp
+def _dispatch(tokens: Array, order: Array, inverse: Array) -> Array:
+    """Returns the copies of tokens [N, D], sorted by expert: row i is copy order[i], of token order[i] // k.
+
+    Autodiff would add a token's k gradients one after another in the compute dtype; here they are summed in float32.
+    """
+    return _dispatch_fwd(tokens, order, inverse)[0]
+
+
+def _dispatch_fwd(tokens, order, inverse):
+    return tokens[order // (len(order) // len(tokens))], (inverse, len(tokens))
+
+
+def _dispatch_bwd(residuals, g):
+    inverse, count = residuals
+    copies = g[inverse].reshape(count, -1, g.shape[1])
+    return copies.astype(jnp.float32).sum(1).astype(g.dtype), None, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _collect(rows: Array, order: Array, inverse: Array) -> Array:
+    """Returns rows in the order of the tokens' copies: the inverse of the sort, a gather in both directions."""
+    return _collect_fwd(rows, order, inverse)[0]
+
+
+def _collect_fwd(rows, order, inverse):
+    return rows[inverse], order
+
+
+_collect.defvjp(_collect_fwd, lambda order, g: (g[order], None, None))
+
+
+class ExpertLinear(nn.Module):
+    """One projection of all experts: `kernel` [E, inputs, outputs], with `Linear`'s optional leaves, each with an E."""
+
+    shape: tuple[int, int, int]
+    axes: tuple[str, str]
+    std: float
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        """Projects rows [N * k, inputs], sorted by expert; `sizes` int32[E] are the rows of each."""
+        drawn = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("experts", *self.axes))
+        if self.has_variable("params", "quantized"):
+            kernel = Quantized(*(self.get_variable("params", name) for name in ("quantized", "scale")))
+        else:
+            kernel = self.param("kernel", drawn, self.shape)
+        y = project_groups(x, kernel, sizes)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            y = y + project_groups(project_groups(x, a, sizes), b, sizes)
+        return y
+
+
+class Router(nn.Module):
+    """The router, `weight` [E, D]. It computes in float32 in every dtype, so that all programs route alike."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Routes:
+        """Returns the routes of tokens [N, D]."""
+        a = self.architecture
+        assert a.mixture is not None
+        drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes", "embed"))
+        weight = jnp.asarray(self.param("weight", drawn, (a.mixture.experts, a.width)), jnp.float32)
+        wide = tokens.astype(jnp.float32)
+        return route(jnp.einsum("nd,ed->ne", wide, weight, precision=jax.lax.Precision.HIGHEST), a.mixture)
+
+
+def mixture_of_experts(
+    a: Architecture, x: Array, counted: Array | None, activate: Callable[[Array, Array, str], Array]
+) -> tuple[Array, Array | None]:
+    """Returns the branch of a mixture [R, T, D], and what `routing_of` says; call it inside a Linen module.
+
+    Args:
+      a: the architecture, with a mixture.
+      x: [R, T, D].
+      counted: float32[R, T], see `routing_of`; None for no statistics.
+      activate: `layers.activate`.
+    """
+    assert a.mixture is not None
+    tokens = x.reshape(-1, a.width)
+    routes = Router(a, name="router")(tokens)
+    y = _experts(a, tokens, routes, activate)
+    routing = None if counted is None else routing_of(routes, counted)
+    return saved(y, PROJECTION).reshape(x.shape), routing
+
+
+def _experts(a: Architecture, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]) -> Array:
+    """Returns the weighted sum of each token's experts [N, D]."""
+    assert a.mixture is not None
+    count, std = a.mixture.experts, a.initializer_range
+    order = named(jnp.argsort(routes.expert.ravel()), PROJECTION)
+    inverse = named(jnp.argsort(order), PROJECTION)
+    sizes = jnp.sum(routes.expert.ravel()[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    rows = _dispatch(tokens, order, inverse)
+    inwards = partial(ExpertLinear, (count, a.width, a.mlp), ("embed", "mlp"), std)
+    up, gate = (saved(inwards(name=f"expert_{name}")(rows, sizes), PROJECTION) for name in ("up", "gate"))
+    outwards = ExpertLinear((count, a.mlp, a.width), ("mlp", "embed"), std * a.residual_scale, name="expert_down")
+    out = saved(outwards(saved(activate(up, gate, a.activation), ACTIVATION), sizes), ACTIVATION)
+    out = _collect(out, order, inverse)
+    copies = out.reshape(len(tokens), -1, a.width).astype(jnp.float32)
+    return jnp.sum(copies * routes.weight[..., None], axis=1).astype(tokens.dtype)
+
+
+def routing_of(routes: Routes, counted: Array) -> Array:
+    """Returns float32[R, 2, E], over the tokens of each row: how many went to each expert, and sums of probabilities.
+
+    Args:
+      routes: of all tokens.
+      counted: float32[R, T], how often a token counts: 0 for padding.
+    """
+    chosen = jnp.sum(routes.expert[..., None] == jnp.arange(routes.probs.shape[1]), axis=1, dtype=jnp.float32)
+    both: Any = jnp.stack([chosen, routes.probs], axis=1)
+    return jnp.einsum("rt,rtce->rce", counted, both.reshape(*counted.shape, 2, -1))
