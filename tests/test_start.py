@@ -9,6 +9,7 @@ import pytest
 import dpo_jax
 from dpo_jax import cli
 from dpo_jax.config.commands import COMMAND_CONFIGS
+from dpo_jax.data.sources.synthetic import synthetic_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("jax", "numpy", "scipy", "flax", "optax", "orbax", "transformers", "datasets", "matplotlib", "torch")
@@ -23,7 +24,7 @@ finally:
 """
 START = f"import importlib, sys; importlib.import_module('dpo_jax.commands.' + sys.argv[1]); {COUNT}"
 USED = {
-    "train": {"jax", "numpy", "flax", "optax", "orbax"},
+    "train": {"jax", "numpy", "flax", "optax"},
     "losses": {"jax", "numpy"},
     "models": {"jax", "numpy"},
     "report": {"numpy"},
@@ -112,3 +113,23 @@ def test_importing_the_package_imports_nothing_and_each_name_its_own_module():
 @pytest.mark.parametrize("command", USED)
 def test_a_command_imports_what_it_uses(command):
     assert imported(START, command)[1] == USED[command]
+
+
+TOKENIZER = f"""
+import sys
+from dpo_jax.models.huggingface.folder import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+tokenizer.decode(tokenizer("I saw")["input_ids"])
+{COUNT}
+from transformers.modeling_rope_utils import torch as late
+import torch
+assert late.float32 is torch.float32 and type(late) is not type(torch)
+"""
+
+
+def test_a_tokenizer_leaves_torch_alone(tmp_path):
+    """Transformers imports it for rotary positions; what asks for it there later gets the real one."""
+    synthetic_tokenizer().save_pretrained(tmp_path)
+    _, names = imported(TOKENIZER, str(tmp_path))
+    assert "transformers" in names
+    assert "torch" not in names
