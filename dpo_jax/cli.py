@@ -5,6 +5,7 @@ The command NAME is the function NAME_command of dpo_jax/commands/NAME.py, impor
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import logging
@@ -212,6 +213,8 @@ def _chosen_in(paths: Sequence[str]) -> str | None:
 
 def main() -> None:
     """Runs the command line; an error that the user can fix is one line on standard error and exit code 2."""
+    # Imports and traces make a million objects that stay. To look through them again and again takes a second.
+    gc.set_threshold(100_000, 50, 100)
     # The hub is contacted only for names that the user gives, and not for telemetry.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent

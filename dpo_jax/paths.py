@@ -51,12 +51,15 @@ def expand_home(path: str) -> Path:
 def keep_compiled() -> None:
     """Keeps compiled programs beside the other caches, so that a second run starts at once.
 
-    $JAX_COMPILATION_CACHE_DIR sets another folder.
+    $JAX_COMPILATION_CACHE_DIR sets another folder. JAX by itself keeps only those that take a second to compile; a
+    start spends as long on shorter ones.
     """
     import jax  # here, so that data can import this module without JAX
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def is_run(path: str | Path) -> bool:

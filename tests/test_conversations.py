@@ -8,7 +8,7 @@ from test_columns import BAD, GOOD, REPLY, SYSTEM, TALK, TEXT, USER, read
 
 from dpo_jax.config.schema import DataConfig
 from dpo_jax.data.prerendered import is_prerendered
-from dpo_jax.data.sources.base import Note
+from dpo_jax.data.sources.base import Note, only_comparisons, open_stream
 from dpo_jax.data.sources.files import example_items, has_turns
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.data.sources.values import Cell
@@ -229,3 +229,15 @@ def test_nulls_in_messages_are_absent_fields_at_any_depth():
     }  # fmt: skip
     empty = {"role": "assistant", "content": None, "tool_calls": None}
     assert read(TALK | {"chosen": [empty]})[0].responses[0] == {"role": "assistant", "content": ""}
+
+
+def test_whether_prompts_are_turns_is_read_again_of_a_file_that_changes(tmp_path):
+    """And once of one that does not: a run reads its data three times."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
+    (text,) = only_comparisons(open_stream("files", (str(path),), "train", 2))
+    assert text.prompt == "p"
+    more = {"prompt": "q", "chosen": "c", "rejected": "r", "system": "s"}
+    path.write_text(path.read_text() + json.dumps(more) + "\n")
+    turn, _ = only_comparisons(open_stream("files", (str(path),), "train", 2))
+    assert isinstance(turn.prompt, Chat)

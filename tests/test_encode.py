@@ -9,8 +9,10 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.report import LengthQuantiles
 from dpo_jax.data.sources.base import Note, load_comparisons, prompt_key
 from dpo_jax.data.special_tokens import SpecialTokens
+from dpo_jax.data.spelling import token_ids
 from dpo_jax.data.table import KINDS, Table
 from dpo_jax.errors import UserError
+from dpo_jax.models.huggingface.folder import load_tokenizer
 from dpo_jax.records import Comparison, Tokens
 
 
@@ -318,3 +320,21 @@ def test_a_tokenizer_with_padding_of_its_own_is_not_padded(shared):
     options = OPTIONS | {"max_length": 100, "truncation": "refuse"}
     table, _ = encode([Comparison("a", ("b", "b c d e f"))], tokenizer, **options)
     assert table.offsets.tolist() == [[0, 1, 3, 9]]
+
+
+def test_texts_have_the_ids_of_a_call_of_the_tokenizer(shared):
+    """Each distinct one is tokenized once; a class with its own way to encode is asked its own way."""
+    texts = ["one two", "", " three\n\n", "one two", "<|endoftext|> \u00e9\u4e16 \U0001f600", "one  two"]
+    gpt2 = load_tokenizer(shared / "tokenizers" / "gpt2")
+    expected = gpt2(texts, add_special_tokens=False)["input_ids"]
+    assert token_ids(texts, gpt2) == expected
+    gpt2.split_special_tokens = True
+    assert token_ids(texts, gpt2) == gpt2(texts, add_special_tokens=False)["input_ids"] != expected
+
+    class Reversing(type(gpt2)):
+        def _encode_plus(self, text, **options):
+            found = super()._encode_plus(text, **options)
+            return {"input_ids": [ids[::-1] for ids in found["input_ids"]]}
+
+    gpt2.split_special_tokens, gpt2.__class__ = False, Reversing
+    assert token_ids(texts, gpt2) == [ids[::-1] for ids in expected]

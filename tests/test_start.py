@@ -11,6 +11,7 @@ import pytest
 import dpo_jax
 from dpo_jax import cli, libtpu
 from dpo_jax.config.commands import COMMAND_CONFIGS
+from dpo_jax.data.sources.synthetic import synthetic_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("jax", "numpy", "scipy", "flax", "optax", "orbax", "transformers", "datasets", "matplotlib", "torch")
@@ -25,7 +26,7 @@ finally:
 """
 START = f"import importlib, sys; importlib.import_module('dpo_jax.commands.' + sys.argv[1]); {COUNT}"
 USED = {
-    "train": {"jax", "numpy", "flax", "optax", "orbax"},
+    "train": {"jax", "numpy", "flax", "optax"},
     "losses": {"jax", "numpy"},
     "models": {"jax", "numpy"},
     "report": {"numpy"},
@@ -143,3 +144,23 @@ def test_jax_finds_its_devices_without_a_word_of_libtpu():
     code = "import dpo_jax, jax; print(jax.devices()[0].platform)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=plain)
     assert done.stderr == ""
+
+
+TOKENIZER = f"""
+import sys
+from dpo_jax.models.huggingface.folder import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+tokenizer.decode(tokenizer("I saw")["input_ids"])
+{COUNT}
+from transformers.modeling_rope_utils import torch as late
+import torch
+assert late.float32 is torch.float32 and type(late) is not type(torch)
+"""
+
+
+def test_a_tokenizer_leaves_torch_alone(tmp_path):
+    """Transformers imports it for rotary positions; what asks for it there later gets the real one."""
+    synthetic_tokenizer().save_pretrained(tmp_path)
+    _, names = imported(TOKENIZER, str(tmp_path))
+    assert "transformers" in names
+    assert "torch" not in names

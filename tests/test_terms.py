@@ -184,6 +184,8 @@ def test_length_bias_is_the_correlation_of_margin_and_length():
     more = {k: np.concatenate([v, [999.0, np.nan]]) for k, v in metrics.items()}
     weights = np.concatenate([np.ones(40), [0.0, 1.0]])
     assert float(losses.length_bias(more, weights)) == pytest.approx(expected, abs=1e-5)
+    on_device = {name: jnp.asarray(value) for name, value in more.items()}  # numpy computes the others
+    assert float(losses.length_bias(on_device, jnp.asarray(weights))) == pytest.approx(expected, abs=1e-5)
     assert float(losses.length_bias(metrics | {"lengths/chosen": np.full(40, 30.0)}, np.ones(40))) == 0
 
 

@@ -273,7 +273,8 @@ def _mask(scored: list[bool], size: int) -> np.ndarray:
 
 def _count_truncated(counts: Counter[str], before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
     shorter = [len(now) < len(then) for then, now in zip(before[1], after[1], strict=True)]
-    present = [tuple(response) for response in after[1] if response]
     counts["prompts_truncated"] += len(after[0]) < len(before[0])
-    counts["responses_truncated"] += sum(shorter)
-    counts["identical_after_truncation"] += any(shorter) and len(set(present)) < len(present)
+    if any(shorter):
+        counts["responses_truncated"] += sum(shorter)
+        present = [tuple(response) for response in after[1] if response]
+        counts["identical_after_truncation"] += len(set(present)) < len(present)

@@ -16,6 +16,8 @@ ROLE, START = re.compile(MARK), re.compile(rf"\s*(?:{BOS}|{MARK})")
 
 def is_prerendered(prompt: str) -> bool:
     """Returns whether a text has marks of a template's turns and begins with one, or with BOS: others mention one."""
+    if "<" not in prompt and "[" not in prompt:  # every mark has one of them
+        return False
     return ROLE.search(prompt) is not None and START.match(prompt) is not None
 
 

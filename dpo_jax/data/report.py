@@ -126,9 +126,12 @@ class EncodeTally:
     def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], unscored: int = 0) -> None:
         """Counts a kept comparison: its ids after truncation, and the number of unscored response tokens."""
         sizes = [len(response) for response in responses if len(response)]
-        self.counts.update(kept=1, tokens=len(prompt) + sum(sizes), scored=sum(sizes) - unscored)
+        self.counts["kept"] += 1
+        self.counts["tokens"] += len(prompt) + sum(sizes)
+        self.counts["scored"] += sum(sizes) - unscored
         self.spans["prompt"][len(prompt)] += 1
-        self.spans["response"].update(sizes)
+        for size in sizes:
+            self.spans["response"][size] += 1
         self.spans["sequence"][len(prompt) + max(sizes)] += 1
 
     def found(self) -> dict[str, int]:

@@ -36,18 +36,38 @@ def hide_special_tokens(comparison: Comparison, tokenizer: Any) -> Comparison:
     return comparison._replace(prompt=chat, responses=tuple(hidden(comparison.responses)))
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any, **options: Any) -> Any:
-    """Returns the tokenizer's result for texts without BOS or EOS, padding and truncation; hidden tokens are text.
+def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Returns the ids of plain or rendered texts without BOS or EOS, padding and truncation; hidden tokens are text.
+
+    Equal texts are tokenized once, and share their list. The tokenizer spreads a call over its threads.
 
     Args:
-      texts: plain or rendered texts.
+      texts: the texts.
       tokenizer: a fast Hugging Face tokenizer.
-      options: of the tokenizer's call.
     """
     # Some tokenizer.json files switch padding and truncation on, so both are switched off by name.
-    every = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False} | options
-    found = tokenizer(list(texts), return_attention_mask=False, **every)["input_ids"]
-    return [_ids(text, tokenizer) if HIDDEN.search(text) else ids for text, ids in zip(texts, found, strict=True)]
+    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    distinct = list(dict.fromkeys(texts))
+    if _replaces_encoding(type(tokenizer)):
+        found = tokenizer(distinct, return_attention_mask=False, **options)["input_ids"]
+    else:
+        tokenizer("", **options)  # sets them in the Rust tokenizer, whose own call computes ids alone
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+        found = [encoding.ids for encoding in encodings]
+    by_text = {
+        text: _ids(text, tokenizer) if not text.isascii() and HIDDEN.search(text) else ids
+        for text, ids in zip(distinct, found, strict=True)
+    }
+    return [by_text[text] for text in texts]
+
+
+@functools.cache
+def _replaces_encoding(kind: type) -> bool:
+    """Returns whether a class of tokenizers has its own way to encode texts, as that of CodeLlama has."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = [name for base in kind.mro() if base not in PreTrainedTokenizerFast.mro() for name in vars(base)]
+    return bool({"__call__", "_encode_plus", "_batch_encode_plus"} & set(own))
 
 
 def reveal(text: str, tokenizer: Any) -> str:

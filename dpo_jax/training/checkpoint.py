@@ -5,6 +5,7 @@ every file and of every leaf, and the metrics of the evaluation at that step. Th
 its sharding, so it is checked after the array is restored to the devices, with whatever mesh.
 """
 
+import functools
 import json
 import logging
 import math
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from dpo_jax import distributed
 from dpo_jax.errors import UserError
@@ -34,6 +34,13 @@ EVALUATION = "eval.json"  # in the folder of a checkpoint, if the state was eval
 FORMAT = 1  # of the manifest
 LOWER = ("loss", "nll", "kl")  # lower is better for metrics with one of these in their name
 ROOM = 1.1  # free disk space to require, as a multiple of the state's bytes
+
+
+def _orbax() -> Any:
+    """Returns orbax, imported at the first save or restore: it takes as long to import as the rest of the package."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
 def checksums(tree: Any) -> dict[str, Array]:
@@ -67,7 +74,7 @@ def _write_manifest(folder: Path, leaves: Mapping[str, list], metrics: Mapping[s
     """Writes the manifest, which completes the checkpoint."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     digests = {str(p.relative_to(folder)): _digest(p) for p in files}
-    content = {"format": FORMAT, "jax": jax.__version__, "orbax": ocp.__version__}
+    content = {"format": FORMAT, "jax": jax.__version__, "orbax": _orbax().__version__}
     content |= {"files": digests, "leaves": dict(leaves), "metrics": dict(metrics)}
     with written(folder / MANIFEST) as f:
         json.dump(content, f)
@@ -177,8 +184,6 @@ class Checkpoints:
           read_only: write, move and delete nothing, since the run may still be training.
         """
         self.folder, self.keep, self.best, self.read_only = folder.absolute(), keep, best, read_only
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are raised, not also logged
-        self.orbax = ocp.StandardCheckpointer()
         self.worker = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.times: dict[str, float] = {}
@@ -187,6 +192,12 @@ class Checkpoints:
             for torn in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(torn, ignore_errors=True)
         distributed.barrier("checkpoints")
+
+    @functools.cached_property
+    def orbax(self) -> Any:
+        """The checkpointer of orbax."""
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are raised, not also logged
+        return _orbax().StandardCheckpointer()
 
     def save(self, state: TrainState, step: int, found: Mapping[str, Mapping[str, float]] | None = None) -> None:
         """Saves a state without waiting for the disk.
@@ -308,6 +319,7 @@ class Checkpoints:
         if optimizer:
             return self.orbax.restore(self.folder / str(step), like)
         fields = {name: value for name, value in like._asdict().items() if jax.tree.leaves(value)}
+        ocp = _orbax()
         how = ocp.checkpoint_utils.construct_restore_args(fields)
         args = ocp.args.PyTreeRestore(item=fields, restore_args=how, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -347,7 +359,8 @@ class Checkpoints:
             self.wait()
         finally:
             self.worker.shutdown()
-            self.orbax.close()
+            if "orbax" in vars(self):
+                self.orbax.close()
 
 
 def _read_leaves(checkpoint: Path, unread: str) -> dict[str, list]:

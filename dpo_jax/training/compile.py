@@ -88,7 +88,8 @@ def prepare_run(run: Run) -> PreparedRun:
     """Returns a run on its devices: layouts, reference log-probs, functions ready to compile."""
     config = run.config
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
-    layout, eval_layout = (_layout(config, mesh, table) for table in (run.train_table, run.eval_table))
+    layout = _layout(config, mesh, run.train_table)
+    eval_layout = layout if _fits(run.eval_table, layout) else _layout(config, mesh, run.eval_table)
     put, tx, own = partial(sharding.put_batch, mesh), optim.build(**config.optim), hparams(config)
     trained, abstract = state_shardings(run, tx, mesh)
     shardings = policy_shardings(run, mesh, trained)
@@ -129,6 +130,11 @@ def _layout(config: Config, mesh: Any, table: Table, own_sizes: bool = True) -> 
     )
     blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
     return layout._replace(own=(blocks.start * size, blocks.stop * size))
+
+
+def _fits(table: Table, layout: pack.Layout) -> bool:
+    """Returns whether rows of a layout hold a table; the reference's program is then compiled once, for both tables."""
+    return int(table.lengths().max()) <= layout.length and int(table.scored_lengths.max()) <= layout.scored
 
 
 def _reference(

@@ -300,8 +300,9 @@ def export_notes(config: Config, loaded: LoadedModel, dtype: str = "") -> list[s
     return lines
 
 
-def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
-    """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy.
+def reference_weights(config: Config, policy: LoadedModel, known: str = "") -> tuple[Any, str]:
+    """Returns the reference's parameters (host or lazy arrays) and their hash; by default those of the initial policy,
+    whose hash may be `known`.
 
     The reference of new adapters is their base, which is the initial policy too. That of adapters that are trained
     already (`lora.path`) is the model with them: the adapters are returned, to be attached to the base.
@@ -320,4 +321,6 @@ def reference_weights(config: Config, policy: LoadedModel) -> tuple[Any, str]:
             raise UserError(
                 f"reference.path: {config.reference.path} is of another architecture than the policy; change it"
             )
+    if params is policy.params and known:
+        return params, known
     return params, weights_hash(params, architecture)

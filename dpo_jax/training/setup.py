@@ -59,6 +59,7 @@ from dpo_jax.training.tables import (
 )
 
 log = logging.getLogger(__name__)
+MODEL = "the model at the start"  # among a run's inputs
 
 
 def check_config(config: Config) -> None:
@@ -123,8 +124,10 @@ def setup_run(config: Config) -> Run:
     chats = are_chats(streams[0])
     config = dataclasses.replace(config, data=with_prompts(config.data, chats))
     config = with_schedule(config, len(train_table))
-    load_reference = functools.cache(partial(reference_weights, config, loaded)) if loss.uses_reference else None
-    inputs = _data_hashes(train_table, eval_table) | start_hashes(config, loaded)
+    start = start_hashes(config, loaded)
+    known = start[MODEL] if _starts_as_stored(config, loaded) else ""
+    load_reference = functools.cache(partial(reference_weights, config, loaded, known)) if loss.uses_reference else None
+    inputs = _data_hashes(train_table, eval_table) | start
     inputs |= {"the tokenizer": tokenizer_hash(tokenizer), PROMPTS: CHATS if chats else TEXTS}
     if config.reference.path and load_reference:
         inputs["the reference"] = load_reference()[1]
@@ -192,12 +195,17 @@ def start_hashes(config: Config, loaded: LoadedModel) -> dict[str, str]:
     architecture, params = loaded.model.architecture, loaded.params
     if not config.model.path:
         params = {}
-    elif config.lora.base or architecture.score:
+    elif not _starts_as_stored(config, loaded):
         architecture, _, params = open_folder(model_folder(config.model.path), config.model.family)
-    found = {"the model at the start": weights_hash(params, architecture)}
+    found = {MODEL: weights_hash(params, architecture)}
     if config.lora.path and loaded.adapters is not None:
         found["the adapters at the start"] = weights_hash(loaded.adapters, architecture)
     return found
+
+
+def _starts_as_stored(config: Config, loaded: LoadedModel) -> bool:
+    """Returns whether the parameters at the start are those of the model folder, neither new ones nor quantized."""
+    return bool(config.model.path) and not (config.lora.base or loaded.model.architecture.score)
 
 
 def sweep_member(run: Run, config: Config) -> Run:

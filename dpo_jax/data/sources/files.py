@@ -1,5 +1,6 @@
 """Data in files (JSON lines, JSON, CSV, TSV, Parquet, Arrow) or on the hub, with the usual columns (`columns`)."""
 
+import functools
 import glob
 import hashlib
 import re
@@ -15,7 +16,7 @@ from dpo_jax.data.sources.formats import SUFFIXES, examples_in_file, suffix
 from dpo_jax.data.sources.mapping import map_columns
 from dpo_jax.data.sources.prompts import is_conversation, is_turn
 from dpo_jax.data.sources.schemas import grouped, usual_columns
-from dpo_jax.data.sources.values import as_list
+from dpo_jax.data.sources.values import SURROGATE, as_list
 from dpo_jax.errors import UserError
 from dpo_jax.paths import expand_home
 from dpo_jax.records import Chat, Comparison
@@ -25,6 +26,7 @@ SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "v
 METADATA = {"dataset_info.json", "dataset_dict.json", "state.json"}  # in folders that `datasets` saves
 NONE: Mapping[str, str] = MappingProxyType({})
 MOST_CONVERSATIONS = 1024
+PAIR = {"prompt", "chosen", "rejected"}
 MOST_NAMES = 100  # unused column names to remember
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
@@ -43,7 +45,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
     Raises:
       UserError: a file is missing or cannot be read to its end.
     """
-    return example_items(rows(path, split), responses, chat=has_turns(rows(path, split)))
+    return example_items(rows(path, split), responses, chat=_files_have_turns(path, split, _state(path, split)))
 
 
 def example_items(
@@ -66,8 +68,12 @@ def example_items(
     kinds: set[type] = set()
     unused: set[str] = set()
     usual = _converter(columns)
+    plain = responses == 2 and not columns and not chat
 
     def convert(where: str, example: dict[str, Any]) -> list[Item]:
+        if plain and (pair := _plain_pair(where, example)):
+            _check_kind(where, [pair], kinds)
+            return [pair]
         row = usual(where, example)
         if isinstance(row, Note):
             return [row]
@@ -94,6 +100,29 @@ def has_turns(examples: Iterable[RawExample | UserError], columns: Mapping[str, 
         if conversations == MOST_CONVERSATIONS:
             return None
     return None
+
+
+def _state(path: tuple[str, ...], split: str) -> tuple[Any, ...]:
+    """Returns what changes with the files of a path: names, sizes and times of writing."""
+    entries = resolve_files(path, split)
+    stats = [(entry, entry.stat()) if isinstance(entry, Path) else (entry, None) for entry in entries]
+    return tuple((entry, stat and (stat.st_size, stat.st_mtime_ns)) for entry, stat in stats)
+
+
+@functools.lru_cache(maxsize=64)
+def _files_have_turns(path: tuple[str, ...], split: str, state: tuple[Any, ...]) -> bool | None:
+    """Returns `has_turns` of files. A run iterates over them several times, and each time would read them twice."""
+    return has_turns(rows(path, split))
+
+
+def _plain_pair(where: str, example: dict[str, Any]) -> Comparison | None:
+    """Returns what `usual_columns` and `comparisons_from_columns` make of three texts and nothing else, or None."""
+    if example.keys() != PAIR:
+        return None
+    texts = example["prompt"], example["chosen"], example["rejected"]
+    if not all(type(text) is str and (text.isascii() or not SURROGATE.search(text)) for text in texts):
+        return None
+    return Comparison(texts[0], texts[1:], where=where)
 
 
 def _converter(columns: Mapping[str, str]) -> Callable[[str, dict[str, Any]], dict[str, Any] | Note]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
 from dpo_jax.data.sources.files import rows
+from dpo_jax.data.sources.spool import PromptGroups
 from dpo_jax.data.sources.values import text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -51,20 +52,21 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         raise UserError(
             f"data source 'hh' has at most 2 responses per prompt, not {responses}; choose another loss or source"
         )
-    prompts: dict[str, list[HhPair]] = {}
+    pairs, prompts = PromptGroups(), 0
     for pair in hh_pairs(path, split):
         if isinstance(pair, UserError):
             yield pair
         else:
-            prompts.setdefault(pair.prompt, []).append(pair)
-    for prompt, group in prompts.items():
+            pairs.add(pair.prompt, pair[1:])
+    for prompt, values in pairs.groups():
+        prompts += 1
+        group = [HhPair(prompt, *value) for value in values]
         if responses < 2:
             yield Comparison(prompt, (group[-1].chosen,)[:responses], where=group[-1].where)
         else:
             yield from map(_comparison, group)
-    count = sum(map(len, prompts.values()))
-    if responses == 1 and len(prompts) < count:
-        yield Note("examples left out: a later one has the same prompt", count - len(prompts))
+    if responses == 1 and prompts < len(pairs):
+        yield Note("examples left out: a later one has the same prompt", len(pairs) - prompts)
 
 
 def hh_pairs(path: tuple[str, ...], split: str) -> Iterator[HhPair | UserError]:

@@ -26,7 +26,7 @@ def is_turn(example: Example) -> bool:
         return False
     if all(isinstance(side, list) for side in sides):
         return True
-    return not is_prerendered(prompt) and any(_belongs(key, example.get(key)) for key in BESIDE)
+    return any(_belongs(key, example[key]) for key in BESIDE if key in example) and not is_prerendered(prompt)
 
 
 def is_conversation(example: Example) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from dpo_jax.data.sources.base import Item, Note, convert_examples
 from dpo_jax.data.sources.files import rows
+from dpo_jax.data.sources.spool import PromptGroups
 from dpo_jax.data.sources.values import binary_label, number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -35,8 +36,7 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         raise UserError(
             f"data source 'shp' has at most 2 responses per prompt, not {responses}; choose another loss or source"
         )
-    prompts: dict[str, list[Rated]] = {}
-    close = 0
+    prompts, close = PromptGroups(), 0
     for found in convert_examples(rows(path or (HUB_ID,), split), _rated):
         if isinstance(found, UserError):
             yield found
@@ -45,10 +45,10 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         if max(rated[1]) / min(rated[1]) < LEAST_RATIO:
             close += 1
         else:
-            prompts.setdefault(prompt, []).append(rated)
-    for prompt, group in prompts.items():
+            prompts.add(prompt, rated)
+    for prompt, group in prompts.groups():
         if responses == 2:
-            yield from (Comparison(prompt, pair, where=where, scores=scores) for pair, scores, where in group)
+            yield from (Comparison(prompt, (*pair,), where=where, scores=(*scores,)) for pair, scores, where in group)
         else:
             yield Comparison(prompt, (_best(group),)[:responses], where=group[0][2])
     if close:

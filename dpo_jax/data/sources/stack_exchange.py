@@ -1,14 +1,17 @@
 """Stack Exchange answers with votes (Lambert et al. 2023), read as the paper's code does."""
 
 import itertools
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.sources.base import Item, Note, RawExample, convert_examples
+from dpo_jax.data.sources.base import Item, Note, RawExample, or_error, prompt_key
 from dpo_jax.data.sources.files import rows
+from dpo_jax.data.sources.spool import Spool, first_places
 from dpo_jax.data.sources.values import number_column, text_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Comparison
@@ -51,18 +54,23 @@ def read(path: tuple[str, ...], split: str, responses: int) -> Iterator[Item]:
         )
     if split not in ("train", "test"):
         raise UserError(f"data source 'stack_exchange' has the splits train and test, not {split!r}; set data.split")
-    questions: dict[str, QuestionPost] = {}
-    count = 0
-    for found in convert_examples(_split(list(rows(path or (HUB_ID,), "train")), split), _question):
+    posts, keys, ranks, bad = Spool(), array("Q"), array("q"), list[tuple[int, UserError]]()
+    ranked = _ranked(partial(rows, path or (HUB_ID,), "train"), split)
+    for rank, example in ranked:
+        found = example if isinstance(example, UserError) else or_error(_question, *example)
         if isinstance(found, UserError):
-            yield found
+            bad.append((rank, found))
         else:
-            questions[found.prompt] = found
-            count += 1
-    for question in questions.values():
-        yield from _comparisons(question, responses)
-    if count > len(questions):
-        yield Note("questions left out: they occur again later", count - len(questions))
+            posts.append(found)
+            keys.append(prompt_key(found.prompt))
+            ranks.append(rank)
+    for _, error in sorted(bad, key=lambda pair: pair[0]):
+        yield error
+    kept = _last_of_each(np.frombuffer(keys, np.uint64), np.frombuffer(ranks, np.int64))
+    for values in posts.take(kept):
+        yield from _comparisons(QuestionPost(*values), responses)
+    if len(posts) > len(kept):
+        yield Note("questions left out: they occur again later", len(posts) - len(kept))
 
 
 def html_to_text(html: str) -> str:
@@ -120,10 +128,28 @@ class _Outermost(HTMLParser):
         return int(self._open[:1] in (["p"], ["code"]))
 
 
-def _split(examples: list[RawExample | UserError], split: str) -> Iterator[RawExample | UserError]:
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(examples))
-    test = int(len(examples) * TEST_SHARE)
-    return (examples[i] for i in (order[:test] if split == "test" else order[test:]))
+def _ranked(
+    examples: Callable[[], Iterator[RawExample | UserError]], split: str
+) -> Iterator[tuple[int, RawExample | UserError]]:
+    """Yields the examples of a split, in the order of the data, with their places in the shuffled split.
+
+    They are read twice, because the order of a shuffle depends on their number.
+    """
+    count = sum(1 for _ in examples())
+    order, test = np.random.default_rng(SHUFFLE_SEED).permutation(count), int(count * TEST_SHARE)
+    chosen = order[:test] if split == "test" else order[test:]
+    ranks = np.full(count, -1)
+    ranks[chosen] = np.arange(len(chosen))
+    return ((int(rank), example) for rank, example in zip(ranks, examples(), strict=True) if rank >= 0)
+
+
+def _last_of_each(keys: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Returns which questions are left: of each key the one of the highest rank, in the order of the lowest."""
+    by_rank = np.argsort(ranks)
+    first = first_places(keys[by_rank])
+    last = np.zeros(len(keys), np.int64)
+    np.maximum.at(last, first, np.arange(len(keys)))
+    return by_rank[last[np.unique(first)]]
 
 
 def _question(where: str, example: dict[str, Any]) -> QuestionPost:

@@ -63,7 +63,7 @@ def text_column(where: str, example: Example, key: str) -> str:
     value = value_of(where, example, key)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} must be text, not {type_name(value)}")
-    if SURROGATE.search(value):
+    if not value.isascii() and SURROGATE.search(value):
         raise UserError(
             f"{where}: {key!r} holds half of a surrogate pair, which is not text; fix or remove the example"
         )

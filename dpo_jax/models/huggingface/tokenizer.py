@@ -1,6 +1,9 @@
 """Reads a tokenizer through transformers, which may raise anything on a damaged file."""
 
+import importlib
 import importlib.util
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ def read_tokenizer(name: str, where: Path | str, revision: str, source: str) -> 
     Raises:
       UserError: there is no tokenizer, or its files are damaged.
     """
-    from transformers import AutoTokenizer  # imported late: it takes seconds to import
+    _import_transformers()
+    from transformers import AutoTokenizer
 
     try:
         options = {"revision": revision or "main", "trust_remote_code": False, "config": _config_to_read(Path(where))}
@@ -35,6 +39,31 @@ def read_tokenizer(name: str, where: Path | str, revision: str, source: str) -> 
         if _needs_sentencepiece(Path(where)):
             reason = "tokenizer.model is of sentencepiece, which is not installed; pip install sentencepiece protobuf"
         raise UserError(f"{name}: no tokenizer could be read from {source}: {reason}") from error
+
+
+class _LateTorch(types.ModuleType):
+    """Stands for torch in a module that may never use it; imports it at the first look into it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get("torch") is self:
+            del sys.modules["torch"]
+        return getattr(importlib.import_module("torch"), name)
+
+
+def _import_transformers() -> None:
+    """Imports of transformers what tokenizers need.
+
+    The base class of configs imports a module of rotary positions, which tokenizers never call, and with it all of
+    torch where that is installed, for a second. That module alone gets a torch that is imported when it is used.
+    """
+    importlib.import_module("transformers.utils.generic")  # asks, once, which libraries are installed
+    if not {"torch", "transformers.modeling_rope_utils"} & set(sys.modules):
+        late = sys.modules["torch"] = _LateTorch("torch")
+        try:
+            importlib.import_module("transformers.modeling_rope_utils")
+        finally:
+            if sys.modules.get("torch") is late:
+                del sys.modules["torch"]
 
 
 def _config_to_read(folder: Path) -> Any:
