@@ -13,7 +13,7 @@ from test_chat_rewards import POLICY, user
 from tiny import SHARED, folder_of, shared_model, tokens_of
 from transformers import AutoTokenizer
 
-from dpo_jax import cli, streaming
+from dpo_jax import cli
 from dpo_jax.commands import sample as command
 from dpo_jax.config.commands import SampleConfig
 from dpo_jax.config.parse import parse_config
@@ -22,8 +22,8 @@ from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Chat
 from dpo_jax.runs import sample as chats
-from dpo_jax.sampling import generate
-from dpo_jax.streaming import padded_length, stream_tokens
+from dpo_jax.sampling import generate, stream
+from dpo_jax.sampling.stream import padded_length, stream_tokens
 from dpo_jax.training.restore import asks_in_turns
 from dpo_jax.training.tables import decode_texts, prompt_texts
 
@@ -58,9 +58,9 @@ def test_a_stream_has_the_tokens_of_the_batch(tmp_path, how):
     for end in ((), ends):
         (batch,) = generate(model, params, prompts[:1], max_new_tokens=9, eos_id=end, **how)
         assert list(stream_tokens(model, params, prompts[0], max_new_tokens=9, eos_id=end, **how)) == batch.tolist()
-    before = [f._cache_size() for f in (streaming._begin, streaming._go_on)]  # noqa: SLF001
+    before = [f._cache_size() for f in (stream._begin, stream._go_on)]  # noqa: SLF001
     list(stream_tokens(model, params, prompts[1], max_new_tokens=9, eos_id=(), **how | {"seed": 8}))
-    assert [f._cache_size() for f in (streaming._begin, streaming._go_on)] == before  # noqa: SLF001 (no program more)
+    assert [f._cache_size() for f in (stream._begin, stream._go_on)] == before  # noqa: SLF001 (no program more)
 
 
 def test_a_growing_conversation_is_padded_to_few_lengths():

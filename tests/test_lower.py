@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import losses, sampling
+from dpo_jax import losses
 from dpo_jax.commands.plan import plan_advice
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
+from dpo_jax.sampling import run
 from dpo_jax.training import lower, plan
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -80,26 +81,29 @@ def test_a_reference_for_kl_or_of_every_batch_stays_on_the_devices(tmp_path, opt
 def test_the_planned_program_of_sampling_is_the_one_that_a_run_starts(tmp_path, monkeypatch):
     """Same static arguments, shapes and dtypes: of 64 prompts, 32 at a time, on four devices."""
     started = []
-    monkeypatch.setattr(sampling, "_generate", SimpleNamespace(lower=lambda *args: started.append(args)))
+    monkeypatch.setattr(run, "_begin", SimpleNamespace(lower=lambda *args: started.append(args)))
     planned = lower.planned_run(config_of(tmp_path, "--mesh.fsdp", "4", "--mesh.data", "1"), None)
     lower.lower_sampling(planned)
 
-    def generated(*args):
-        started.append(args)
-        return np.zeros((32, 64), np.int32), np.zeros(32, np.int32)
+    class BegunError(Exception):
+        """The program has started."""
 
-    monkeypatch.setattr(sampling, "_generate", generated)
+    def begun(*args):
+        started.append(args)
+        raise BegunError
+
+    monkeypatch.setattr(run, "_begin", begun)
     params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype, device=x.sharding), planned.state.params)
     prompts = [np.ones(64, np.int32)] * 64  # half of data.max_length
-    sampling.generate(planned.run.model, params, prompts, max_new_tokens=64, eos_id=0)
-    (*fixed, params, rows, traced), *others = started
-    assert len(others) == 2
-    for *static, real, real_rows, real_traced in others:
-        assert static == fixed
-        shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in ((params, rows), (real, real_rows)))
-        assert next(shapes) == next(shapes)
-        assert [type(x) for x in traced[1:]] == [type(x) for x in real_traced[1:]]
-    assert params["head"].sharding == real["head"].sharding
+    with pytest.raises(BegunError):
+        run.generate(planned.run.model, params, prompts, max_new_tokens=64, eos_id=0)
+    (*fixed, weights, rows, traced), (*static, real, real_rows, real_traced) = started
+    assert static == fixed
+    shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in ((weights, rows), (real, real_rows)))
+    assert next(shapes) == next(shapes)
+    assert [type(x) for x in traced[1]] == [type(x) for x in real_traced[1]]
+    same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), weights, real)
+    assert all(jax.tree.leaves(same))
     assert planned.run.config.samples.kl_prompts is None
     rewards = lower.planned_run(config_of(tmp_path, "--loss.name", "bradley_terry", "--mesh.fsdp", "4"), None)
     assert lower.lower_sampling(rewards) is None

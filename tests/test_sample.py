@@ -1,4 +1,4 @@
-"""Sampling: against transformers token by token, against closed forms of the distribution, and its seeds."""
+"""Sampling: against transformers token by token, its distribution, its seeds, its rows on devices."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import AxisType
 from tiny import COMPOSED, EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
-from dpo_jax import sampling, sharding
+from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import capped
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer
 from dpo_jax.models.model import build_model
-from dpo_jax.sampling import choose_tokens, filter_logits, generate
+from dpo_jax.sampling import generate, placement, run, slots
 
 NEW = 12
 
@@ -144,89 +144,14 @@ def test_tokens_are_sampled_from_capped_logits(models):
 def test_a_shape_is_compiled_once(models):
     _, model, params = models("gpt2")
     options = {"max_new_tokens": 5, "eos_id": EOS, "batch_size": 2}
-    generate(model, params, prompts_of(3, 9, 31), temperature=0.5, **options)
-    before = sampling._generate._cache_size()  # noqa: SLF001
+    for _ in range(2):
+        generate(model, params, prompts_of(3, 9, 31), temperature=0.5, **options)
+    programs = run._prepare, run._begin, run._add, run._move  # noqa: SLF001
+    before = [f._cache_size() for f in programs]  # noqa: SLF001
     generate(model, params, prompts_of(32, 5), temperature=0.7, seed=8, **options)
-    assert sampling._generate._cache_size() == before  # noqa: SLF001
+    assert [f._cache_size() for f in programs] == before  # noqa: SLF001
     generate(model, params, prompts_of(33, 5), **options)
-    assert sampling._generate._cache_size() == before + 1  # noqa: SLF001
-
-
-LOGITS = jnp.log(jnp.asarray([[0.4, 0.1, 0.3, 0.15, 0.05]]))
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [
-        (None, None, [0, 1, 2, 3, 4]),
-        (2, None, [0, 2]),
-        (99, None, [0, 1, 2, 3, 4]),
-        (None, 0.3, [0]),
-        (None, 0.41, [0, 2]),
-        (None, 0.71, [0, 2, 3]),
-        (None, 1e-9, [0]),
-        (None, 1.0, [0, 1, 2, 3, 4]),
-        (2, 0.55, [0]),  # of what top_k leaves, the first has 4/7 = 0.571
-        (2, 0.6, [0, 2]),
-    ],
-)
-def test_filters_keep_the_right_tokens(top_k, top_p, kept):
-    out = filter_logits(LOGITS, top_k, top_p)
-    assert np.flatnonzero(np.isfinite(out[0])).tolist() == kept
-    assert jnp.array_equal(out[0, jnp.asarray(kept)], LOGITS[0, jnp.asarray(kept)])
-
-
-@pytest.mark.parametrize("settings", [(5, 0.7), (3, 0.9), (40, 0.35), (2, 1.0)])
-def test_filters_equal_transformers(settings):
-    import torch
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    top_k, top_p = settings
-    logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32) * 2
-    theirs = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, torch.tensor(logits)))
-    assert np.array_equal(np.isfinite(filter_logits(jnp.asarray(logits), top_k, top_p)), np.isfinite(theirs.numpy()))
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
-def test_tokens_are_sampled_with_their_probability(temperature, top_k):
-    count = 20_000
-    keys = jax.random.split(jax.random.key(0), count)
-    options = sampling.StaticOptions(True, top_k)
-    tokens = choose_tokens(jnp.repeat(LOGITS / temperature, count, axis=0), keys, options, None)
-    p = np.exp(np.asarray(LOGITS[0])) ** (1 / temperature)
-    if top_k:
-        p[np.argsort(p)[:-top_k]] = 0
-    p /= p.sum()
-    found = np.bincount(tokens, minlength=5) / count
-    assert np.abs(found - p).max() < 4 * np.sqrt(0.25 / count)
-    assert (found[p == 0] == 0).all()
-
-
-@pytest.mark.parametrize("vocab", [sampling.BLOCK - 1, sampling.BLOCK, 3 * sampling.BLOCK + 40])
-def test_tokens_of_a_large_vocabulary_are_sampled_with_their_probability(vocab):
-    """By a chi-squared statistic over the vocabulary; every third token, also the last one, has probability 0."""
-    count, rng = 50_000, np.random.default_rng(0)
-    p = rng.random(vocab) * (np.arange(vocab, 0, -1) % 3 != 1)
-    p /= p.sum()
-    with np.errstate(divide="ignore"):
-        logits = jnp.asarray(np.log(p) + 7, jnp.float32)
-    found = np.bincount(
-        sampling.sample_tokens(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count))
-    )
-    assert len(found) <= vocab
-    found = np.pad(found, (0, vocab - len(found)))
-    assert (found[p == 0] == 0).all()
-    kept = p > 0
-    statistic = ((found - count * p)[kept] ** 2 / (count * p[kept])).sum()
-    free = kept.sum() - 1
-    assert abs(statistic - free) < 5 * np.sqrt(2 * free)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1 - 2**-24, 1.0])
-def test_tokens_without_probability_are_never_sampled(fraction):
-    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    place = int(sampling._sample_index(weights, jnp.asarray([fraction]))[0])  # noqa: SLF001
-    assert place == {0.0: 1, 0.5: 3}.get(fraction, 4)
+    assert [f._cache_size() - n for f, n in zip(programs, before, strict=True)] == [0, 1, 1, 0]  # noqa: SLF001
 
 
 @pytest.mark.parametrize(
@@ -263,13 +188,14 @@ def mesh_of(data, fsdp=1, tensor=1, sequence=1):
 @pytest.fixture
 def made(monkeypatch):
     """Sharding of the results of each batch: (number of devices, shape, shape of one device's shard)."""
-    seen, fetch = [], sampling.distributed.fetch
+    seen, fetch = [], run.distributed.fetch
 
     def look(arrays):
-        seen.extend((len(x.sharding.device_set), x.shape, x.addressable_shards[0].data.shape) for x in arrays[:1])
+        found = [x for x in arrays if x.ndim == 2]
+        seen.extend((len(x.sharding.device_set), x.shape, x.addressable_shards[0].data.shape) for x in found)
         return fetch(arrays)
 
-    monkeypatch.setattr(sampling.distributed, "fetch", look)
+    monkeypatch.setattr(run.distributed, "fetch", look)
     return seen
 
 
@@ -289,16 +215,50 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     assert all(found == (mesh.size, (-(-2 // rows) * rows * 3, NEW), (-(-2 // rows) * 3, NEW)) for found in made)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "temperature"),
+    [
+        ("llama", (2, 2), 0.0),
+        pytest.param("llama", (1, 4), 1.0, marks=pytest.mark.slow),
+        pytest.param("gptj", (1, 4), 1.0, marks=pytest.mark.slow),
+        pytest.param("gpt2", (1, 2, 2), 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_that_stay_sharded_give_the_same_tokens(models, monkeypatch, kind, sizes, temperature):
+    """Each token gathers every layer: a head tied or not, with a bias, and learned positions."""
+    _, model, params = models(kind)
+    prompts, options = prompts_of(7, 33, 9, 20, 3), {"max_new_tokens": NEW, "eos_id": EOS, "copies": 2}
+    alone = jax.device_put(params, sharding.replicated(mesh_of(1)))
+    mesh = mesh_of(*sizes)
+    laid = jax.device_put(params, sharding.param_shardings(mesh, model.axes, params))
+    monkeypatch.setattr(placement, "WHOLE_SHARE", 0)
+    add, texts = run._add, []  # noqa: SLF001
+
+    def look(*args):
+        if not texts:
+            texts.append(add.lower(*args).compile().as_text())
+        return add(*args)
+
+    monkeypatch.setattr(run, "_add", look)
+    options["temperature"] = temperature
+    spread = generate(model, laid, prompts, batch_size=8, **options)
+    whole = generate(model, alone, prompts, batch_size=8, **options)
+    assert [x.tolist() for x in spread] == [x.tolist() for x in whole]
+    before, _, main = texts[0].partition("\nENTRY ")
+    assert before.count(" all-gather(") > 7 * model.architecture.layers  # in the loop over tokens
+    assert " all-gather(" not in main
+
+
 def test_concurrent_batches_give_the_same_samples(models, monkeypatch):
     _, model, params = models("llama")
     params, prompts = jax.device_put(params, sharding.replicated(mesh_of(1))), prompts_of(7, 33, 9, 20, 3, 11)
     options = {"max_new_tokens": NEW, "eos_id": EOS, "seed": 4, "batch_size": 1}
     alone, given = generate(model, params, prompts, **options), []
-    at_once = sampling.distributed.run_concurrently
-    monkeypatch.setattr(sampling.distributed, "concurrent_programs", lambda: 3)
-    monkeypatch.setattr(sampling.distributed, "run_concurrently", lambda *a: (given.append(a[1]), at_once(*a)))
+    at_once = run.distributed.run_concurrently
+    monkeypatch.setattr(run.distributed, "concurrent_programs", lambda: 3)
+    monkeypatch.setattr(run.distributed, "run_concurrently", lambda *a: (given.append(a[1]), at_once(*a)))
     assert [x.tolist() for x in generate(model, params, prompts, **options)] == [x.tolist() for x in alone]
-    monkeypatch.setattr(sampling, "SMALL_MODEL", 0)  # each batch of a large model takes memory for a copy of it
+    monkeypatch.setattr(run, "SMALL_MODEL", 0)  # each batch of a large model takes memory for a copy of it
     generate(model, params, prompts[:1], **options)
     assert given == [1, 3, 1, 1]
     assert not generate(model, params, [], **options)
@@ -329,11 +289,56 @@ def test_host_parameters_are_put_on_all_devices(models, made):
     ],
 )
 def test_every_continuation_is_in_one_batch(lengths, copies, batch_size, devices, shape, count):
-    batches = list(sampling._prompt_batches(lengths, copies, batch_size, devices))  # noqa: SLF001
+    batches = list(slots.prompt_batches(lengths, copies, batch_size, devices))
     assert [numbers.shape for _, numbers in batches] == [shape] * count
     owner = {n: p for chosen, numbers in batches for p, row in zip(chosen, numbers) for n in row if n >= 0}  # noqa: B905
     assert owner == {n: n // copies for n in range(len(lengths) * copies)}
     assert sum((numbers >= 0).sum() for _, numbers in batches) == len(owner)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "copies", "left", "shape"),
+    [
+        (64, 4, 63, (64, 1)),
+        (64, 1, 63, (16, 1)),
+        (8, 16, 63, (8, 4)),
+        (16, 6, 63, (12, 2)),
+        (1, 40, 63, (1, 10)),
+        (7, 4, 63, None),  # 7 rows
+        (64, 4, 31, None),  # 31 tokens
+    ],
+)
+def test_a_smaller_batch_has_a_quarter_of_the_rows(prompts, copies, left, shape):
+    assert slots.smaller_shape(prompts, copies, left) == shape
+
+
+def test_living_rows_move_together():
+    one, other = [[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    alive, indices = np.array([one, other], bool), np.arange(100, 124).reshape(6, 4)
+    prompts, rows = slots.compacted(alive, (3, 2))
+    assert prompts.tolist() == [0, 0, 2, 1, 0, 0]
+    assert rows.tolist() == [[0, 2], [3, -1], [9, -1], [7, -1], [-1, -1], [-1, -1]]
+    assert slots.moved(indices, rows, 2).tolist() == [[100, 102], [103, -1], [109, -1], [119, -1], [-1, -1], [-1, -1]]
+    assert slots.compacted(alive, (2, 2)) is None
+    assert slots.compacted(alive, (2, 3))[1][:2].tolist() == [[0, 2, 3], [9, -1, -1]]
+    assert np.array_equal(slots.moved(indices, slots.as_they_are(2, 3, 4)[1], 2), indices)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_compacted_batch_has_the_same_samples(models, monkeypatch, devices):
+    """Forty texts a device that end one by one, in a cache that grows: shapes shrink, and no token changes."""
+    _, model, params = models("llama")
+    params = jax.device_put(params, sharding.replicated(mesh_of(devices)))
+    prompts, move, shapes = [tokens_of(1, 3 + n, seed=n)[0] for n in range(10 * devices)], run._move, []  # noqa: SLF001
+    options = {"copies": 4, "max_new_tokens": 90, "eos_id": (3, 50, 77), "seed": 5, "top_k": 60}
+    monkeypatch.setattr(run, "_move", lambda *args: (shapes.append(args[3][1].shape), move(*args))[1])
+    apart = generate(model, params, prompts, batch_size=8, **options)
+    assert not shapes or set(shapes) == {(2, 4)}  # they only grow
+    shapes.clear()
+    together = generate(model, params, prompts, batch_size=40 * devices, **options)
+    assert (10 * devices, 1) in shapes
+    assert [x.tolist() for x in together] == [x.tolist() for x in apart]
+    assert max(map(len, together)) > 64
 
 
 def test_no_prompts_give_no_texts(models):

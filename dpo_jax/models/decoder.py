@@ -46,13 +46,6 @@ class LayerInputs(NamedTuple):
     rotated: Array | None = None
 
 
-def extend_cache(cache: Cache, room: int) -> Cache:
-    """Returns a cache with capacity for `room` generated tokens per sequence."""
-
-    def one(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0)))
-
-    return tuple((keys, values, one(own_keys), one(own_values)) for keys, values, own_keys, own_values in cache)
 
 
 class Context(NamedTuple):
@@ -257,6 +250,12 @@ class Decoder(nn.Module):
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))
             x = x + _lookup(table, positions + a.position_offset, self.compute)
+        if self.is_initializing():  # `Model.head` reads them
+            self._create_head(named)
+        return x
+
+    def _create_head(self, named: Callable[..., Any]) -> None:
+        a = self.architecture
         if a.score:
             initial = nn.initializers.normal(a.score_std)
             self.param("score", nn.with_logical_partitioning(initial, (None, "embed")), (1, a.width))
@@ -264,12 +263,14 @@ class Decoder(nn.Module):
             self.param("head", named(("vocab", "embed")), (a.vocab, a.width))
         if a.head_bias:
             self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (a.vocab,))
-        return x
 
     def _unrolled_layers(self, x: Array, cache: Cache, own: LayerInputs, context: Context) -> tuple[Array, Cache]:
         """Runs the layers unrolled, to decode: a scan would copy each layer's parameters and cache at every token."""
         block, kept = Block(self.architecture, self.return_kv, self.attend, parent=None), []
         for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
+            if self.gather is not None:  # not before its turn: a loop over tokens would gather all layers first
+                params, x = jax.lax.optimization_barrier((params, x))
+                params = self.gather(params)
             x, new = block.apply({"params": params}, x, old, jax.tree.map(lambda y, i=i: y[i], own), context)
             kept.append(new)
         return x, tuple(kept)

@@ -38,7 +38,8 @@ class Model(NamedTuple):
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
       prefill: (params, tokens, positions, mask, copies, room) -> hidden states [P, T, D] of P prompts, which end at
         the right, and a cache in which `copies` sequences share each prompt, with capacity for `room` generated
-        tokens; `mask` int32[P, T] is 1 for real tokens, 0 for left padding.
+        tokens; `mask` int32[P, T] is 1 for real tokens, 0 for left padding. Keywords `gather` and `exchange`, as well
+        as those of `decode`, are those of `hidden`.
       unstack: params -> decode-time params: one tree per layer, kernels cast to the compute dtype. A copy, made once
         per generation.
       decode: (params, token [B], position [B], cache, valid, generated) -> hidden states [B, D] and the cache with the
@@ -136,9 +137,10 @@ def _head(architecture: Architecture, params: Any) -> Array:
     return jnp.concatenate([weight, params["head_bias"][:, None]], axis=1) if architecture.head_bias else weight
 
 
-def _prefill(decoder, params, tokens, positions, mask, copies, room):
+def _prefill(decoder, params, tokens, positions, mask, copies, room, gather=None, exchange=None):
     # A prompt is one segment on branch 0; left padding is segment 0.
     context = Context(RowMask.of(mask, jnp.zeros_like(mask), positions))
+    decoder = decoder.clone(gather=gather, exchange=exchange)
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
     keys, values = (x.swapaxes(2, 3) for x in kept)
     layers, prompts, kv_heads, _, dim = keys.shape
@@ -154,7 +156,8 @@ def _unstack(decoder: Decoder, params: Any) -> Any:
     return {**params, "layers": [jax.tree.map_with_path(partial(one, layer=i), params["layers"]) for i in layers]}
 
 
-def _decode(decoder, params, token, position, cache, valid, generated):
+def _decode(decoder, params, token, position, cache, valid, generated, gather=None, exchange=None):
+    decoder = decoder.clone(gather=gather, exchange=exchange)
     context = Context(generated=generated, mask=valid)
     hidden, cache = decoder.apply({"params": params}, token[:, None], position[:, None], context, cache)
     return hidden[:, 0], cache

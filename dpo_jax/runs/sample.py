@@ -16,7 +16,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
 from dpo_jax.records import Chat
 from dpo_jax.runs.settings import config_of_path, section
-from dpo_jax.streaming import padded_length, stream_tokens
+from dpo_jax.sampling.stream import padded_length, stream_tokens
 from dpo_jax.training.completions import make_completer
 from dpo_jax.training.load import LoadedModel
 from dpo_jax.training.restore import has_template, load_initial, restore_models, restore_state, trained_on_chats

@@ -3,6 +3,7 @@
 from dpo_jax.sharding.collectives import (
     NO_COLLECTIVES,
     Collectives,
+    any_device,
     independent_rows,
     mesh_collectives,
     pmap_collectives,
@@ -38,6 +39,7 @@ __all__ = [
     "NO_COLLECTIVES",
     "RULES",
     "Collectives",
+    "any_device",
     "axes_across",
     "batch_sharding",
     "device_layout",

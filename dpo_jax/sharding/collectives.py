@@ -1,6 +1,7 @@
 """Collectives of a data-parallel step, and functions that run on each device's own rows or heads."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -140,21 +141,37 @@ def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
     return run
 
 
-def independent_rows(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """Returns `(params, rows, others) -> rows`, rows on axis 0, run on all devices without communication.
+def independent_rows(mesh: jax.sharding.Mesh, function: Callable, specs: Any = None) -> Callable:
+    """Returns `(params, rows, others) -> rows`, rows on axis 0, run on each device with rows of its own.
 
-    A device may finish before the others (a sampling loop ends when its rows have ended). Rows are whole, and devices
-    along `sequence` have different ones. Parameters are all-gathered along `fsdp` and `sequence` once. Where `tensor`
-    shards them, devices have to communicate, and keep step.
+    A device may finish before the others (a sampling loop ends when its rows have ended), unless the function makes
+    them communicate. Rows are whole, and devices along `sequence` have different ones. Where `tensor` shards
+    parameters, devices have to communicate, and keep step.
+
+    Args:
+      mesh: from `make_mesh`.
+      function: what runs.
+      specs: partitions of the parameters that the function gets; by default all are gathered.
     """
     axes = present_axes(mesh, SPLIT)
     split, same = PartitionSpec(axes), PartitionSpec()
+    specs = same if specs is None else specs
     if mesh.shape["tensor"] > 1:
-        sharded = partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, split))
-        return lambda params, rows, others: function(params, jax.tree.map(sharded, rows), others)
+        sharded, parts = NamedSharding(mesh, split), math.prod(mesh.shape[a] for a in axes)
+
+        def spread(x: jax.Array) -> jax.Array:
+            return x if len(x) % parts else jax.lax.with_sharding_constraint(x, sharded)
+
+        return lambda params, rows, others: function(params, jax.tree.map(spread, rows), others)
     if not axes:
         return function
-    return jax.shard_map(function, mesh=mesh, in_specs=(same, split, same), out_specs=split, check_vma=False)
+    return jax.shard_map(function, mesh=mesh, in_specs=(specs, split, same), out_specs=split, check_vma=False)
+
+
+def any_device(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns bool[] -> whether it is true on any device, for the inside of `independent_rows`."""
+    axes = present_axes(mesh, SPLIT)
+    return lambda flag: jax.lax.psum(flag.astype(jnp.int32), axes) > 0
 
 
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:

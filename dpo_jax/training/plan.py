@@ -232,8 +232,9 @@ def with_passes(plan: Plan, target: Target) -> Plan:
         frozen = bytes_per_device(reference_shapes(planned))
         first = training if keeps_reference(config, planned.loss) else Memory(0, frozen, 0, 0, 0, 0, 0)
         add("reference", lower_reference(planned), first._replace(batch=step.batch), frozen + step.batch)
-    if (sampling := lower_sampling(planned)) is not None:
-        add("sampling", sampling, training, bytes_per_device(policy_shapes(planned.run, planned.shardings)))
+    if (sampling := lower_sampling(planned, target)) is not None:
+        # Its other arguments are the parameters as decoding reads them, which are made for it.
+        add("sampling", sampling, training, bytes_per_device(policy_shapes(planned.run, planned.shardings)["layers"]))
     return plan._replace(passes=tuple(found))
 
 

@@ -10,7 +10,20 @@ import numpy as np
 from dpo_jax import distributed
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
-from dpo_jax.sampling import StaticOptions, check_sampling, first_token, ids_of_ends, next_token, pad_prompts
+from dpo_jax.sampling.checks import check_sampling
+from dpo_jax.sampling.decode import (
+    AS_THEY_ARE,
+    Draw,
+    Rows,
+    Sampler,
+    SamplingState,
+    Weights,
+    decode_weights,
+    first_token,
+    next_token,
+)
+from dpo_jax.sampling.run import sampler_of
+from dpo_jax.sampling.slots import pad_prompts
 
 SHORTEST = 256  # tokens of a padded prompt; longer ones double, so that a growing conversation compiles seldom
 
@@ -41,12 +54,10 @@ def stream_tokens(
     Raises:
       UserError: as for `generate`, before the first token.
     """
-    check_sampling(model, [prompt], 1, max_new_tokens, temperature, top_k, top_p)
-    options = StaticOptions(temperature > 0, top_k, model.architecture.logit_cap)
-    functions = (model.prefill, model.unstack, model.decode, model.head)
+    check_sampling(model.architecture, [prompt], 1, max_new_tokens, temperature, top_k, top_p)
+    sampler = sampler_of(model, max_new_tokens, temperature, eos_id)
     rows = (*pad_prompts([np.asarray(prompt)], 1, padded_length(len(prompt))), np.zeros((1, 1), np.int32))
-    traced = (jax.random.key(seed), temperature, top_p)
-    return _tokens(functions, max_new_tokens, options, ids_of_ends(model, eos_id), params, rows, traced)
+    return _tokens(sampler, params, rows, jax.random.key(seed), Draw.of(temperature, top_k, top_p))
 
 
 def padded_length(length: int) -> int:
@@ -54,25 +65,23 @@ def padded_length(length: int) -> int:
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-def _tokens(
-    functions: tuple,
-    new_tokens: int,
-    options: StaticOptions,
-    ends: tuple[int, ...],
-    params: Any,
-    rows: Any,
-    traced: Any,
-) -> Iterator[int]:
-    """Yields the tokens of a continuation; arguments as for `sampling.first_token`."""
-    fixed, state = _begin(functions, (new_tokens, new_tokens), options, ends, params, rows, traced)
-    for made in range(1, new_tokens + 1):
+def _tokens(sampler: Sampler, params: Any, rows: Any, key: Array, draw: Draw) -> Iterator[int]:
+    """Yields the tokens of a continuation; arguments as for `decode.first_token`."""
+    weights, rows, state = _begin(sampler, params, rows, (key, draw))
+    for made in range(1, sampler.new_tokens + 1):
         token, alive = distributed.fetch((state.last, state.alive))
         yield int(token[0])
-        if made == new_tokens or not alive[0]:
+        if made == sampler.new_tokens or not alive[0]:
             return
-        state = _go_on(functions, options, ends, fixed, state)
+        state = _go_on(sampler, weights, rows, draw, state)
 
 
-_begin = partial(jax.jit, static_argnums=(0, 1, 2, 3))(first_token)
-# The state is donated: its cache is changed in place.
-_go_on = partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))(next_token)
+@partial(jax.jit, static_argnums=0, donate_argnums=(4,))  # the cache is changed in place
+def _go_on(sampler: Sampler, weights: Weights, rows: Rows, draw: Draw, state: SamplingState) -> SamplingState:
+    return next_token(sampler, AS_THEY_ARE, weights, rows, draw, state)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(sampler: Sampler, params: Any, rows: Any, draw: Any) -> tuple[Weights, Rows, SamplingState]:
+    weights = decode_weights(sampler, params, params, draw[1].temperature)
+    return weights, *first_token(sampler, sampler.new_tokens, AS_THEY_ARE, (params["layers"], weights), rows, draw)

@@ -1,0 +1,152 @@
+"""Where the parameters of sampling lie on a mesh, and when they are gathered.
+
+Along `data`, `fsdp` and `sequence` devices have rows of their own. The prefill gathers parameters that `fsdp` or
+`sequence` shard one layer after another. Decoding reads a copy that is gathered once, if it fits; else it gathers each
+layer at each token, so that no device holds the whole model, and devices keep step. Where `tensor` shards parameters
+too, XLA decides.
+"""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpo_jax import sharding
+from dpo_jax.models.architecture import Architecture
+from dpo_jax.records import Array
+from dpo_jax.sampling.decode import AS_THEY_ARE, TOP, Gathering, Sampler, Weights, decode_weights
+
+WHOLE_SHARE = 0.25  # of a device's memory that a gathered copy of the parameters may take
+log = logging.getLogger(__name__)
+
+
+class Placement(NamedTuple):
+    """How parameters lie on devices. It is hashable: programs are compiled for it.
+
+    Attributes:
+      mesh: the devices.
+      leaves: shardings of the parameters, in the order of `tree`; () where `fsdp` and `sequence` shard none.
+      tree: structure of the parameters.
+      by_layer: whether decoding gathers each layer at each token.
+      head: key of the head's weight, if a device may have some of its columns only; None if the head has a bias too.
+      layers: number of layers.
+    """
+
+    mesh: jax.sharding.Mesh
+    leaves: tuple[NamedSharding, ...] = ()
+    tree: Any = None
+    by_layer: bool = False
+    head: str | None = None
+    layers: int = 0
+
+    @classmethod
+    def of(
+        cls, a: Architecture, compute: str, mesh: jax.sharding.Mesh, params: Any, memory: float | None = None
+    ) -> "Placement":
+        """Returns the placement of parameters on a mesh; `memory` is that of a device that is not here, in bytes."""
+        where = jax.tree.map(lambda x: _padded(x.sharding, x.ndim), params)
+        if sharding.mesh_collectives(mesh, where).exchange is None:
+            return cls(mesh)
+        leaves, tree = jax.tree.flatten(where)
+        size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(compute).itemsize
+        by_layer = size > WHOLE_SHARE * (memory or _device_memory(mesh.devices.flat[0]))
+        if by_layer:
+            log.info(f"sampling: parameters ({size / 2**30:.1f} GiB) stay sharded; each token gathers every layer")
+        head = None if a.head_bias else "embedding" if a.tied else "head"
+        return cls(mesh, tuple(leaves), tree, by_layer, head, a.layers)
+
+    @property
+    def loops(self) -> int:
+        """The number of devices, or groups of them, with rows of their own."""
+        return 1 if sharding.head_devices(self.mesh) > 1 else sharding.independent_devices(self.mesh)
+
+    @property
+    def shardings(self) -> Any:
+        """The tree of the parameters' shardings."""
+        return jax.tree.unflatten(self.tree, self.leaves)
+
+    @property
+    def specs(self) -> Any:
+        """The tree of the parameters' partitions."""
+        if not self.leaves:
+            return {"layers": PartitionSpec()}
+        return jax.tree.map(lambda s: s.spec, self.shardings)
+
+    @property
+    def weight_specs(self) -> Any:
+        """The partitions of `Weights`."""
+        whole = PartitionSpec()
+        if not self.by_layer:
+            return whole
+        specs = self.specs
+        layer = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
+        tree = {key: whole for key in specs if key in TOP} | {"embedding": specs["embedding"]}
+        return Weights(tree | {"layers": [layer] * self.layers}, specs[self.head] if self.head else whole)
+
+
+def _padded(where: Any, ndim: int) -> Any:
+    """Returns a sharding with an entry for each axis."""
+    spec = getattr(where, "spec", ())
+    return NamedSharding(where.mesh, PartitionSpec(*spec, *[None] * (ndim - len(spec)))) if spec else where
+
+
+def _device_memory(device: Any) -> float:
+    """Returns the bytes of a device's memory."""
+    stats = device.memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
+    return stats.get("bytes_limit", machine)
+
+
+def gathering(placement: Placement, compute: str) -> Gathering:
+    """Returns how the programs of a placement gather parameters, for the inside of a `shard_map`."""
+    if not placement.leaves:
+        return AS_THEY_ARE
+    where, collectives = placement.shardings, sharding.mesh_collectives(placement.mesh, placement.shardings)
+    gather: Any = collectives.gather
+
+    def layer(tree: Any) -> Any:
+        return gather(tree, where["layers"], compute)
+
+    def top(tree: Any) -> Any:
+        return gather(tree, {key: where[key] for key in tree}, compute)
+
+    use = AS_THEY_ARE._replace(prefill={"gather": layer}, layer=layer, top=top)
+    if not placement.by_layer:
+        return use
+    looked_up = not where["embedding"].is_fully_replicated
+    options = {"gather": layer, "exchange": collectives.exchange if looked_up else None}
+    head = {} if placement.head is None else {"head": lambda x: top({placement.head: x})[placement.head]}
+    use = use._replace(agree=sharding.any_device(placement.mesh), hold=jax.lax.optimization_barrier)
+    return use._replace(prefill=options, decode=options, **head)
+
+
+def shard_weights(placement: Placement, sampler: Sampler, params: Any, temperature: Array | float) -> Weights:
+    """Returns the parameters as decoding reads them, whole or as `by_layer` says; `params` are of `placement`."""
+    if not placement.leaves:
+        return decode_weights(sampler, params, params, temperature)
+    use, split_head = gathering(placement, sampler.compute), placement.by_layer and placement.head is not None
+
+    def local(params: Any, temperature: Array) -> Weights:
+        whole = {**params, **use.top({key: leaf for key, leaf in params.items() if key != "layers"})}
+        made = decode_weights(sampler, whole, params if split_head else whole, temperature)
+        if placement.by_layer:
+            return made._replace(tree={**made.tree, "embedding": params["embedding"]})
+        return made._replace(tree={**made.tree, "layers": [use.layer(layer) for layer in made.tree["layers"]]})
+
+    where, out = (placement.specs, PartitionSpec()), placement.weight_specs
+    run = jax.shard_map(local, mesh=placement.mesh, in_specs=where, out_specs=out, check_vma=False)
+    return run(params, temperature)
+
+
+def weight_shapes(placement: Placement, sampler: Sampler, params: Any) -> Weights:
+    """Returns the shapes and shardings of `shard_weights`, from those of the parameters."""
+    made = jax.eval_shape(lambda params: shard_weights(placement, sampler, params, 1.0), params)
+    specs = jax.tree.broadcast(placement.weight_specs, made, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+    def one(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(placement.mesh, spec))
+
+    return jax.tree.map(one, made, specs)
