@@ -162,9 +162,9 @@ def mixture_of_experts(
     assert a.mixture is not None
     tokens = x.reshape(-1, a.width)
     routes = Router(a, name="router")(tokens)
-    y = _experts(a, tokens, routes, activate)
+    y: Any = saved(_experts(a, tokens, routes, activate), PROJECTION)
     routing = None if counted is None else routing_of(routes, counted)
-    return saved(y, PROJECTION).reshape(x.shape), routing
+    return y.reshape(x.shape), routing
 
 
 def _experts(a: Architecture, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]) -> Array:
