@@ -135,7 +135,9 @@ def plan_command(argv: list[str]) -> None:
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     log_line(f"model.compute: {compute_dtype(plan.config.model)}, model.remat: {recomputed(plan.config.model)}")
     name, need = plan.largest
-    share = f"{need.total / memory:.0%} of {memory / GB:.3g} GB" + (f", in {NAMES[name]}" if plan.passes else "")
+    part = need.total / memory
+    share = f"{part:.0%}" if part >= 0.01 else f"{100 * part:.1g}%"
+    share += f" of {memory / GB:.3g} GB" + (f", in {NAMES[name]}" if plan.passes else "")
     log_line(share + (": does not fit; set one or more of:" if lines else ": fits"))
     for line in lines or ([] if plan.compiled is None else speed_advice(plan.compiled)):
         log_line(f"  {line}")
