@@ -116,6 +116,14 @@ def test_targets_by_hand():
         np.testing.assert_allclose(losses.axes(against, link="linear", target=target, beta=1.0), [t - 3.0], rtol=1e-6)
 
 
+def test_a_pointwise_target_is_asked_of_both_responses():
+    """Hinges max(0, 1 - (2 - 3/2)) of the chosen and max(0, 1 - (1 - 3/2)) of the rejected response."""
+    point = {"ranking": "pointwise", "link": "hinge", "target": "constant", "beta": 1.0, "scale": 1.5}
+    value, gradient = both(point, batch_of([[2.0, -1.0]]))
+    np.testing.assert_allclose(value, [0.5 + 1.5])
+    np.testing.assert_allclose(gradient, [[-1.0, 1.0]])
+
+
 def test_all_pairs_of_a_list_are_its_pairs():
     ratios = np.asarray(LP.policy - LP.reference, np.float64)
     expected = [
