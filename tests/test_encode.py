@@ -327,6 +327,8 @@ def test_texts_have_the_ids_of_a_call_of_the_tokenizer(shared):
     texts = ["one two", "", " three\n\n", "one two", "<|endoftext|> \u00e9\u4e16 \U0001f600", "one  two"]
     gpt2 = load_tokenizer(shared / "tokenizers" / "gpt2")
     expected = gpt2(texts, add_special_tokens=False)["input_ids"]
+    gpt2.backend_tokenizer.enable_padding(length=9)
+    gpt2.backend_tokenizer.enable_truncation(1)
     assert token_ids(texts, gpt2) == expected
     gpt2.split_special_tokens = True
     assert token_ids(texts, gpt2) == gpt2(texts, add_special_tokens=False)["input_ids"] != expected

@@ -1,6 +1,8 @@
 """Pairs built by each value of --by, on examples small enough to check by eye, and by the command."""
 
+import importlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,7 @@ def test_corruption_drops_doubles_or_swaps_one_word_in_five():
 
 def test_the_answer_to_the_next_other_prompt():
     rows = [Comparison(p, (r,)) for p, r in (("a", "1"), ("a", "2"), ("b", "3"), ("c", "4"))]
-    assert build_pairs.other_answers(rows) == ["3", "3", "4", "1"]
+    assert list(build_pairs.other_answers(rows)) == ["3", "3", "4", "1"]
 
 
 def test_unpaired_examples_become_every_pair_and_back(at):
@@ -99,6 +101,24 @@ def test_unpaired_examples_become_every_pair_and_back(at):
         ("good", True), ("bad", False), ("better", True), ("bad", False),
     ]  # fmt: skip
     assert back[2]["provenance"] == {"by": "single", "row": "out.jsonl:2"}
+
+
+@pytest.mark.parametrize("way", ["others", "corrupted", "single"])
+def test_pairs_of_data_are_written_as_they_are_read(way, at):
+    """Of 4 MB of texts, little is in memory at a time; a command takes 1 MB without any."""
+    name, more = ("chosen", {"rejected": "r"}) if way == "single" else ("completion", {})
+    at("in.jsonl", [{"prompt": f"{i // 2}", name: f"{i} {'x' * 2000}", **more} for i in range(2000)])
+    importlib.import_module("dpo_jax.commands.pairs")  # before what it takes is counted
+    tracemalloc.start()
+    cli.run_command(["pairs", "out.jsonl", "--by", way, "--data.path", "in.jsonl"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_600_000
+    lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert len(lines) == (4000 if way == "single" else 2000)
+    if way == "others":  # that of the next prompt, and the first one's at the end
+        numbers = [int(line["rejected"].split()[0]) for line in lines]
+        assert numbers == [2 * (i // 2 + 1) % 2000 for i in range(2000)]
 
 
 def test_weights_are_kept_and_soft_preferences_refused(at, capsys):

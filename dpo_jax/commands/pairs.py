@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,9 +52,9 @@ def pairs_command(argv: list[str]) -> None:
     settings = parse_config(PairsConfig, None, argv[first:], prog="dpo-jax pairs [RUN_OR_MODEL] OUT.jsonl")
     model, out = _paths(argv[:first], settings)
     _check(settings)
-    examples = _load_examples(settings)
+    examples = _Examples(settings)
     found = _of_answers(model, examples, settings) if settings.by in OF_A_MODEL else _of_data(examples, settings)
-    count, prompts, left_out = 0, set(), Counter()
+    count, prompts, left_out = 0, array("Q"), Counter()
     with written(out) as f:
         for row in found:
             if isinstance(row, Note):
@@ -61,14 +62,18 @@ def pairs_command(argv: list[str]) -> None:
                 continue
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-            prompts.add(json.dumps(row["prompt"]))
+            prompts.append(prompt_key(json.dumps(row["prompt"])))
         for text, number in left_out.items():
             log_line(f"{number} {text}, left out")
         if not count:
-            raise UserError(f"{out}: no pair could be built from {len(examples)} examples; check --by and the data")
-    asked = len({prompt_key(example.prompt) for example in examples})
+            read = f"{len(examples.keys)} examples"
+            raise UserError(f"{out}: no pair could be built from {read}; check --by and the data")
     unit = "examples" if settings.by == "single" else "pairs"
-    log_line(f"{count} {unit} from {len(prompts)} of {asked} prompts: {out}")
+    log_line(f"{count} {unit} from {_distinct(prompts)} of {_distinct(examples.keys)} prompts: {out}")
+
+
+def _distinct(keys: array) -> int:
+    return len(np.unique(np.frombuffer(keys, np.uint64)))
 
 
 def _check(settings: PairsConfig) -> None:
@@ -107,28 +112,47 @@ def _paths(given: Sequence[str], settings: PairsConfig) -> tuple[str, str]:
     return (given[0] if len(given) == 2 else ""), given[-1]
 
 
-def _load_examples(settings: PairsConfig) -> list[Comparison]:
-    """Returns the examples of the first prompts; one per prompt if a model answers them."""
-    source, kept, prompts, bad, misplaced = settings.data, [], set(), 0, 0
-    for row in open_part(source, (source.path, source.split), NEEDED[settings.by]):
-        if isinstance(row, UserError):
-            bad += 1
-            if bad > source.skip_bad_rows:
-                raise row
-        if not isinstance(row, Comparison) or row.misplaced:
-            misplaced += isinstance(row, Comparison)
-            continue
-        key = prompt_key(row.prompt)
-        if len(prompts) == settings.prompts and key not in prompts:
-            continue
-        if key not in prompts or settings.by not in OF_A_MODEL:
-            kept.append(row)
-        prompts.add(key)
+class _Examples:
+    """The examples of the first prompts; one per prompt if a model answers them.
+
+    Each iteration reads them again. The first that comes to the end says what it has left out.
+
+    Attributes:
+      keys: of the prompts of all examples, once they have been read to the end.
+    """
+
+    def __init__(self, settings: PairsConfig):
+        self._settings, self.keys = settings, array("Q")
+
+    def __iter__(self) -> Iterator[Comparison]:
+        settings, source, prompts = self._settings, self._settings.data, set()
+        keys, bad, misplaced, once = array("Q"), 0, 0, settings.by in OF_A_MODEL
+        for row in open_part(source, (source.path, source.split), NEEDED[settings.by]):
+            if isinstance(row, UserError):
+                bad += 1
+                if bad > source.skip_bad_rows:
+                    raise row
+            if not isinstance(row, Comparison) or row.misplaced:
+                misplaced += isinstance(row, Comparison)
+                continue
+            key = prompt_key(row.prompt)
+            if once or settings.prompts is not None:  # else the set would grow with the data, for nothing
+                left_out = once if key in prompts else len(prompts) == settings.prompts
+                if left_out:
+                    continue
+                prompts.add(key)
+            keys.append(key)
+            yield row
+        if not self.keys:
+            self.keys = keys
+            _log_skipped(bad, misplaced, source.skip_bad_rows)
+
+
+def _log_skipped(bad: int, misplaced: int, allowed: int) -> None:
     if bad:
-        log_line(f"{bad} invalid examples skipped; data.skip_bad_rows allows {source.skip_bad_rows}")
+        log_line(f"{bad} invalid examples skipped; data.skip_bad_rows allows {allowed}")
     if misplaced:
         log_line(f"{misplaced} examples left out: the rejected transcript does not start with the prompt")
-    return kept
 
 
 class AnsweredPrompt(NamedTuple):
@@ -159,7 +183,7 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
     return [AnsweredPrompt(*one) for one in zip(examples, read, own, strict=True)]
 
 
-def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
+def _of_answers(model: str, examples: Iterable[Comparison], settings: PairsConfig) -> PairRows:
     """Yields pairs built from a model's answers, with their provenance."""
     score = get_reward(settings.reward) if settings.reward else None
     path, which = settings.corrections, settings.checkpoint
@@ -168,7 +192,7 @@ def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfi
     made_by = {"by": settings.by, "model": model} | ({"checkpoint": which} if which else {})
     made_by |= {name: getattr(settings, name) for name in drawing}
     made_by |= {"reward": settings.reward, "label": settings.label} if score else {"corrections": settings.corrections}
-    for example, prompt, answers in _sample_answers(model, examples, settings):
+    for example, prompt, answers in _sample_answers(model, [*examples], settings):
         scores: dict[Any, float] = {}
         if score:
             scores = dict(zip(answers, score([prompt] * len(answers), answers).tolist(), strict=True))
@@ -185,8 +209,8 @@ def _of_answers(model: str, examples: Sequence[Comparison], settings: PairsConfi
             yield _pair(example, chosen, rejected, made_by | known)
 
 
-def _of_data(examples: Sequence[Comparison], settings: PairsConfig) -> PairRows:
-    """Yields pairs, or unpaired examples, built from data alone, with their provenance."""
+def _of_data(examples: Iterable[Comparison], settings: PairsConfig) -> PairRows:
+    """Yields pairs, or unpaired examples, built from data alone, with their provenance; `paired` alone keeps all."""
     made_by = {"by": settings.by}
     if settings.by == "single":
         for example in examples:

@@ -1,7 +1,7 @@
 """Builds preference pairs from existing answers: corrected, corrupted, of another prompt, or paired from labels."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,14 +70,23 @@ def corrupt_answer(text: str, rng: np.random.Generator) -> str | None:
     return corrupted if corrupted != text else None
 
 
-def other_answers(comparisons: Sequence[Comparison]) -> list[Any]:
-    """Returns, for each comparison, the first response of the next one with another prompt; the end wraps around.
+def other_answers(comparisons: Iterable[Comparison]) -> Iterator[Any]:
+    """Yields, for each comparison, the first response of the next one with another prompt; the end wraps around.
+
+    Args:
+      comparisons: re-iterable, since they are read up to three times.
 
     Raises:
       UserError: all prompts are the same.
     """
-    prompts = [prompt_key(comparison.prompt) for comparison in comparisons]
-    return [comparisons[place].responses[0] for place in next_with_another_prompt(prompts)]
+    prompts = np.fromiter((prompt_key(comparison.prompt) for comparison in comparisons), np.uint64)
+    ahead, read = iter(comparisons), 0
+    for place in next_with_another_prompt(prompts):
+        if place < read - 1:  # the end has wrapped around
+            ahead, read = iter(comparisons), 0
+        while read <= place:
+            comparison, read = next(ahead), read + 1
+        yield comparison.responses[0]
 
 
 def single_responses(pair: Comparison) -> Iterator[dict[str, Any]]:
