@@ -1,6 +1,7 @@
 """What sampling refuses, before anything is compiled."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,19 @@ def ids_of_ends(own: tuple[int, ...], eos_id: int | tuple[int, ...] | None) -> t
     if eos_id is None and not own:
         raise UserError("eos_id: the model was not loaded from a folder that names it; give tokenizer.eos_token_id")
     return tuple(np.atleast_1d(own if eos_id is None else eos_id).tolist())
+
+
+def takes_int8(weights: str | None, params: Any, shared: bool) -> bool:
+    """Returns whether decoding is to take kernels in 8 bits; refuses where it cannot."""
+    if weights is None:
+        return False
+    if weights != "int8":
+        raise UserError(f"weights: {weights!r} is not known; choose int8, or leave it out")
+    if shared:
+        raise UserError("weights: int8 is for devices that have all parameters; leave it out, or shard rows only")
+    if any("quantized" in leaves for leaves in params["layers"].values()):
+        raise UserError("weights: the kernels are quantized already (lora.base); leave it out")
+    return True
 
 
 def check_sampling(

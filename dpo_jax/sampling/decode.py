@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dpo_jax.models.attention import capped
 from dpo_jax.records import Array
 from dpo_jax.sampling.choose import BLOCK, choose_tokens
+from dpo_jax.sampling.quantize import quantize_layer
 
 TOP = {"embedding", "positions", "final_norm"}  # parameters outside the layers that decoding reads
 
@@ -29,6 +30,7 @@ class Sampler(NamedTuple):
       new_tokens: N.
       ends: ids of the tokens that end a text.
       random: sample at random; False is greedy.
+      int8: decode with kernels in 8 bits.
     """
 
     prefill: Callable[..., Any]
@@ -41,6 +43,7 @@ class Sampler(NamedTuple):
     new_tokens: int
     ends: tuple[int, ...]
     random: bool
+    int8: bool = False
 
 
 class Draw(NamedTuple):
@@ -133,6 +136,8 @@ class SamplingState(NamedTuple):
 def decode_weights(sampler: Sampler, params: Any, with_head: Any, temperature: Array | float) -> Weights:
     """Returns parameters as decoding reads them, with the head of `with_head`, whose last tokens fill a block up."""
     tree = {key: leaf for key, leaf in sampler.unstack(params).items() if key in TOP or key == "layers"}
+    if sampler.int8:
+        tree["layers"] = [quantize_layer(layer) for layer in tree["layers"]]
     head = sampler.head(with_head)
     if sampler.random:  # divide the head once instead of the logits of every token
         head = head / temperature

@@ -8,6 +8,7 @@ too, XLA decides.
 
 import logging
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from dpo_jax import sharding
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.records import Array
 from dpo_jax.sampling.decode import AS_THEY_ARE, TOP, Gathering, Sampler, Weights, decode_weights
+from dpo_jax.sampling.quantize import dequantize_layer
 
 WHOLE_SHARE = 0.25  # of a device's memory that a gathered copy of the parameters may take
 log = logging.getLogger(__name__)
@@ -64,6 +66,11 @@ class Placement(NamedTuple):
         return 1 if sharding.head_devices(self.mesh) > 1 else sharding.independent_devices(self.mesh)
 
     @property
+    def shares(self) -> bool:
+        """Whether devices share the parameters: each has a part."""
+        return bool(self.leaves) or sharding.head_devices(self.mesh) > 1
+
+    @property
     def shardings(self) -> Any:
         """The tree of the parameters' shardings."""
         return jax.tree.unflatten(self.tree, self.leaves)
@@ -100,8 +107,11 @@ def _device_memory(device: Any) -> float:
     return stats.get("bytes_limit", machine)
 
 
-def gathering(placement: Placement, compute: str) -> Gathering:
-    """Returns how the programs of a placement gather parameters, for the inside of a `shard_map`."""
+def gathering(placement: Placement, sampler: Sampler) -> Gathering:
+    """Returns how the programs of a placement make parameters whole, for the inside of a `shard_map`."""
+    compute = sampler.compute
+    if sampler.int8:
+        return AS_THEY_ARE._replace(decode={"gather": partial(dequantize_layer, dtype=compute)})
     if not placement.leaves:
         return AS_THEY_ARE
     where, collectives = placement.shardings, sharding.mesh_collectives(placement.mesh, placement.shardings)
@@ -127,7 +137,7 @@ def shard_weights(placement: Placement, sampler: Sampler, params: Any, temperatu
     """Returns the parameters as decoding reads them, whole or as `by_layer` says; `params` are of `placement`."""
     if not placement.leaves:
         return decode_weights(sampler, params, params, temperature)
-    use, split_head = gathering(placement, sampler.compute), placement.by_layer and placement.head is not None
+    use, split_head = gathering(placement, sampler), placement.by_layer and placement.head is not None
 
     def local(params: Any, temperature: Array) -> Weights:
         whole = {**params, **use.top({key: leaf for key, leaf in params.items() if key != "layers"})}

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax import distributed, sharding
 from dpo_jax.models.model import Model
 from dpo_jax.records import Array
-from dpo_jax.sampling.checks import check_sampling, ids_of_ends
+from dpo_jax.sampling.checks import check_sampling, ids_of_ends, takes_int8
 from dpo_jax.sampling.decode import Draw, Rows, Sampler, SamplingState, Weights, add_tokens, first_token, move_rows
 from dpo_jax.sampling.placement import Placement, gathering, shard_weights, weight_shapes
 from dpo_jax.sampling.slots import (
@@ -40,15 +40,16 @@ def generate(
     eos_id: int | tuple[int, ...] | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    weights: str | None = None,
 ) -> list[np.ndarray]:
     """Samples `copies` continuations of each prompt, up to an end-of-sequence token.
 
     The prefill of a prompt is shared by its copies. The random numbers of a continuation depend only on the seed and on
     its index in the result, not on batches or devices; copies equal repetitions of the prompt.
 
-    Prompts are sharded over the devices of the parameters, or over all devices of this process for host arrays. The
-    copies of few prompts are sharded too. Parameters are copied once, in the compute dtype; sharded ones whose copy
-    would take more than a quarter of a device's memory stay sharded. A batch is compacted when few texts still go on.
+    Prompts are sharded over the devices of the parameters, or over all of this process for host arrays, and so are the
+    copies of few prompts. Parameters are copied once, in the compute dtype; sharded ones whose copy would take more
+    than a quarter of a device's memory stay sharded. A batch is compacted when few texts still go on.
 
     Args:
       model: pure functions of the architecture.
@@ -62,35 +63,38 @@ def generate(
       eos_id: the token id, or ids, that end a text; None: those of the folder that the model was loaded from.
       seed: of the random numbers.
       batch_size: continuations at a time, over all devices.
+      weights: "int8": new tokens are read with kernels in 8 bits, which changes the distribution a little.
 
     Returns:
       int32 ids of each continuation, grouped by prompt; the last one ends the text, unless the maximum came first.
 
     Raises:
-      UserError: an empty prompt, an option out of range, or more tokens than the model has positions.
+      UserError: an option out of range, or more tokens than the model has positions.
     """
     check_sampling(model.architecture, prompts, copies, max_new_tokens, temperature, top_k, top_p)
     mesh, params = sharding.mesh_and_params(params)
-    sampler = sampler_of(model, max_new_tokens, temperature, eos_id)
     placement = Placement.of(model.architecture, model.compute, mesh, params)
+    sampler = sampler_of(model, max_new_tokens, temperature, eos_id, takes_int8(weights, params, placement.shares))
     batches = list(prompt_batches([len(p) for p in prompts], copies, batch_size, sharding.independent_devices(mesh)))
-    weights = params["layers"], _prepare(sampler, placement, params, temperature)
+    made = params["layers"], _prepare(sampler, placement, params, temperature)
     key_and_draw, out = (jax.random.key(seed), Draw.of(temperature, top_k, top_p)), {}
 
     def write(chosen: np.ndarray, indices: np.ndarray) -> None:
         rows = (*pad_prompts([np.asarray(prompts[i]) for i in chosen], len(indices)), indices)
-        for texts in _texts(sampler, placement, weights, rows, key_and_draw):
+        for texts in _texts(sampler, placement, made, rows, key_and_draw):
             out.update(texts)
 
     _run_batches([partial(write, *batch) for batch in batches], params)
     return [out[index] for index in range(len(prompts) * copies)]
 
 
-def sampler_of(model: Model, new_tokens: int, temperature: float, eos_id: int | tuple[int, ...] | None) -> Sampler:
+def sampler_of(
+    model: Model, new_tokens: int, temperature: float, eos_id: int | tuple[int, ...] | None, int8: bool = False
+) -> Sampler:
     """Returns the sampler of a model; arguments as for `generate`."""
     functions, a = (model.prefill, model.unstack, model.decode, model.head), model.architecture
     ends = ids_of_ends(model.end_ids, eos_id)
-    return Sampler(*functions, model.compute, a.vocab, a.logit_cap, new_tokens, ends, temperature > 0)
+    return Sampler(*functions, model.compute, a.vocab, a.logit_cap, new_tokens, ends, temperature > 0, int8)
 
 
 def lower_generate(
@@ -168,7 +172,7 @@ def _begin(
     sampler: Sampler, placement: Placement, room: int, weights: tuple[Any, Weights], rows: tuple[Array, ...], draw: Any
 ) -> tuple[Rows, SamplingState]:
     """Returns `first_token` of rows that are sharded over the devices."""
-    begin = partial(first_token, sampler, room, gathering(placement, sampler.compute))
+    begin = partial(first_token, sampler, room, gathering(placement, sampler))
     specs = placement.specs["layers"], placement.weight_specs
     return sharding.independent_rows(placement.mesh, begin, specs)(weights, rows, draw)
 
@@ -178,7 +182,7 @@ def _add(
     sampler: Sampler, placement: Placement, weights: Weights, rows: Rows, state: SamplingState, others: Any
 ) -> SamplingState:
     """Returns `add_tokens` of rows that are sharded over the devices."""
-    add = partial(add_tokens, sampler, gathering(placement, sampler.compute))
+    add = partial(add_tokens, sampler, gathering(placement, sampler))
     return sharding.independent_rows(placement.mesh, add, placement.weight_specs)(weights, (rows, state), others)
 
 
