@@ -124,6 +124,39 @@ _EXAONE |= {"sliding_window_pattern": None, "tie_word_embeddings": True}
 _EXAONE_32B = _EXAONE | {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 27392, "layer_types": _MIXED * 16}
 _EXAONE_32B |= {"num_attention_heads": 40, "num_hidden_layers": 64, "sliding_window": 4096}
 _EXAONE_32B |= {"sliding_window_pattern": "LLLG", "max_position_embeddings": 131072, "tie_word_embeddings": False}
+_PHI_2 = {"model_type": "phi", "hidden_act": "gelu_new", "hidden_size": 2560, "intermediate_size": 10240}
+_PHI_2 |= {"layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 32, "vocab_size": 51200}
+_PHI_2 |= {"num_hidden_layers": 32, "num_key_value_heads": 32, "partial_rotary_factor": 0.4, "qk_layernorm": False}
+_PHI_2 |= {"rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False}
+_STAR = {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "norm_epsilon": 1e-05}
+_STAR |= {"intermediate_size": 12288, "max_position_embeddings": 16384, "num_attention_heads": 24, "use_bias": True}
+_STAR |= {"num_hidden_layers": 30, "num_key_value_heads": 2, "rope_theta": 999999.4420358813, "sliding_window": 4096}
+_STAR |= {"vocab_size": 49152, "mlp_type": "default", "norm_type": "layer_norm"}
+_STABLE = {"model_type": "stablelm", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5632}
+_STABLE |= {"layer_norm_eps": 1e-05, "max_position_embeddings": 4096, "num_attention_heads": 32, "rope_theta": 10000}
+_STABLE |= {"num_hidden_layers": 24, "num_key_value_heads": 32, "partial_rotary_factor": 0.25, "use_qkv_bias": True}
+_STABLE |= {"qk_layernorm": False, "rope_scaling": None, "tie_word_embeddings": False, "use_parallel_residual": False}
+_STABLE |= {"vocab_size": 100352}
+_SEED = {"model_type": "seed_oss", "attention_bias": True, "attention_out_bias": False, "head_dim": 128}
+_SEED |= {"hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 27648, "max_position_embeddings": 524288}
+_SEED |= {"mlp_bias": False, "num_attention_heads": 80, "num_hidden_layers": 64, "num_key_value_heads": 8}
+_SEED |= {"rms_norm_eps": 1e-06, "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0}
+_SEED |= {"tie_word_embeddings": False, "vocab_size": 155136}
+_COHERE = {"model_type": "cohere2", "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096}
+_COHERE |= {"intermediate_size": 14336, "layer_norm_eps": 1e-05, "logit_scale": 0.25, "num_attention_heads": 32}
+_COHERE |= {"max_position_embeddings": 8192, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 50000}
+_COHERE |= {"rope_scaling": None, "sliding_window": 4096, "sliding_window_pattern": 4, "use_qk_norm": False}
+_COHERE |= {"rotary_pct": 1.0, "use_embedding_sharing": True, "use_parallel_block": True, "vocab_size": 256000}
+_COHERE |= {"head_dim": 128, "order_of_interleaved_layers": "local_attn_first", "position_embedding_type": "rope_gptj"}
+_INTERN = {"model_type": "internlm3", "bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096}
+_INTERN |= {"intermediate_size": 10240, "max_position_embeddings": 32768, "num_attention_heads": 32, "qkv_bias": False}
+_INTERN |= {"num_hidden_layers": 48, "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 50000000}
+_INTERN |= {"rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "tie_word_embeddings": False, "vocab_size": 128512}
+_FALCON = {"model_type": "falcon", "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False}
+_FALCON |= {"hidden_size": 4544, "layer_norm_epsilon": 1e-05, "multi_query": True, "new_decoder_architecture": False}
+_FALCON |= {"num_attention_heads": 71, "num_hidden_layers": 32, "parallel_attn": True, "vocab_size": 65024}
+_FALCON_40B = _FALCON | {"hidden_size": 8192, "new_decoder_architecture": True, "num_attention_heads": 128}
+_FALCON_40B |= {"num_hidden_layers": 60, "num_kv_heads": 8}
 _GEMMA_3_WHOLE = {"model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000}
 _GEMMA_3_WHOLE |= {"eos_token_id": [1, 106], "image_token_index": 262144, "mm_tokens_per_image": 256}
 _GEMMA_3_WHOLE["vision_config"] = {}
@@ -179,6 +212,14 @@ KNOWN = {
     "gemma-2-27b": (_GEMMA_2_27B, 27_227_128_320),
     "gemma-3-1b": (_GEMMA_3, 999_885_952),
     "gemma-3-4b, its language model": (_GEMMA_3_4B, 3_880_263_168),
+    "internlm3-8b": (_INTERN, 8_804_241_408),
+    "falcon-7b": (_FALCON, 6_921_720_704),
+    "falcon-40b": (_FALCON_40B, 41_303_293_952),
+    "phi-2": (_PHI_2, 2_779_683_840),
+    "starcoder2-3b": (_STAR, 3_030_371_328),
+    "stablelm-2-1.6b": (_STABLE, 1_644_515_328),
+    "Seed-OSS-36B": (_SEED, 36_151_104_512),
+    "command-r7b": (_COHERE, 8_028_033_024),
     "granite-3.1-2b": (_GRANITE, 2_533_531_648),
     "SmolLM3-3B": (_SMOL_3, 3_075_098_624),
     "OLMo-3-7B": (_OLMO_3, 7_298_011_136),

@@ -17,12 +17,12 @@ from dpo_jax.training.abstract import count_parameters
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: exaone4, ge"):
+    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, exa"):
         family("Llama")
-    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: exaone4"):
+    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: cohere2"):
         family("hf_olmo")
     for other in ("gemma3", "mistral3", "qwen3_vl", "mamba"):
-        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: exa"):
+        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: coh"):
             family(other)
     with pytest.raises(
         UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"
@@ -44,10 +44,12 @@ CONFIGS = {
     **{"gpt_neo": NEO, "gpt_neox": NEOX, "gptj": GPTJ, "llama": LLAMA, "mistral": GROUPED, "olmo2": LLAMA, "opt": OPT},
     **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED, "granite": GROUPED},
     **{"exaone4": FOUR | {"num_hidden_layers": 8}, "glm4": LLAMA, "ministral3": GROUPED, "olmo3": FOUR},
-    "smollm3": FOUR,
+    **{"smollm3": FOUR, "cohere2": FOUR | {"num_hidden_layers": 6}, "phi": LLAMA, "seed_oss": GROUPED},
+    "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
+    **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED},
 }
-SCALED = {"rope_type": "dynamic", "factor": 2.0}
+SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 OLMO3 = ["sliding_attention", "full_attention"]
@@ -60,7 +62,7 @@ OLMO3 = ["sliding_attention", "full_attention"]
         (
             "llama",
             {"rope_scaling": SCALED},
-            "rope_type = 'dynamic' is not supported; known are default, linear, llama3, yarn",
+            "rope_type = 'ntk' is not supported; known are default, linear, dynamic, llama3, yarn",
         ),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope' is not supported"),
@@ -117,7 +119,7 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 30 layers"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias = True"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention', which is not"),
-        ("phi3", {"rope_scaling": SCALED}, "rope_type = 'dynamic' is not supported"),
+        ("phi3", {"rope_scaling": SCALED}, "rope_type = 'ntk' is not supported"),
         ("phi3", {"rope_scaling": {**YARN, "type": "yarn"}}, "rope_type = 'yarn' is not supported in phi3"),
         ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is missing"),
         (
@@ -129,14 +131,23 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma2", {"hidden_activation": "xielu"}, "hidden_activation = 'xielu' is not supported"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
-        ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'dynamic' is not"),
-        ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'dynamic' is not"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": SCALED}}, "rope_type = 'ntk' is not"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": SCALED}}, "rope_type = 'ntk' is not"),
         ("olmo2", {"mlp_bias": True}, "mlp_bias = True"),
         ("olmo3", {"rope_parameters": LINEAR}, "rope_parameters must have full_attention and sliding_attention"),
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern = 'LLLG' is no number above 0; give"),
         ("exaone4", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("glm4", {"mlp_bias": True}, "mlp_bias = True"),
-        ("granite", {"rope_scaling": SCALED}, "rope_type = 'dynamic' is not supported"),
+        ("falcon", {"alibi": True}, "alibi = True is not supported, only False"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2, parallel_attn = True, new_decoder_"),
+        ("internlm3", {"qkv_bias": True}, "qkv_bias and bias differ, which is not supported"),
+        ("phi3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic' is not supported in"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm = True is not supported"),
+        ("cohere2", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0: it must be at least 1"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True"),
+        ("starcoder2", {"mlp_bias": False}, "mlp_bias = False is not supported, only True"),
+        ("granite", {"rope_scaling": SCALED}, "rope_type = 'ntk' is not supported"),
         ("ministral3", {"attention_bias": True}, "attention_bias = True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0: it must be at least 1"),
@@ -231,6 +242,7 @@ NOTHING |= {"transformers_version", "use_cache", "bos_token_id", "eos_token_id",
 # These repeat another key, or concern other heads, other precisions and pretraining.
 NOTHING |= {"attention_layers", "initializer_range", "is_decoder", "pretraining_tp"}
 NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reorder_and_upcast_attn"}
+NOTHING |= {"num_kv_heads"}  # of a Falcon with multi_query, which has one
 NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `model.router_loss`
 UNUSED = {"qwen3_moe": {"intermediate_size"}}  # that of dense layers, which it has none of

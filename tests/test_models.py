@@ -92,6 +92,22 @@ CASES = {
         "smollm3",
         {"use_sliding_window": True, "sliding_window": 20, "attention_bias": True, "tie_word_embeddings": False},
     ),
+    "cohere2 with biases": (
+        "cohere2",
+        {"attention_bias": True, "tie_word_embeddings": False, "layer_types": ["full_attention"] * 2},
+    ),
+    "phi, whole heads rotated": ("phi", {"partial_rotary_factor": 1.0, "hidden_act": "gelu"}),
+    "internlm3 with biases": ("internlm3", {"attention_bias": True, "mlp_bias": True}),
+    "seed_oss with all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True, "attention_bias": False}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "starcoder2 without biases": ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    "falcon, one key and one norm": ("falcon", {"new_decoder_architecture": False, "num_kv_heads": None}),
+    "falcon, serial, all heads, biases": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True}
+        | {"num_kv_heads": None, "tie_word_embeddings": False},
+    ),
+    "falcon 2": ("falcon", {"num_ln_in_parallel_attn": 1}),
     "glm4 without biases": ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     "mixtral with windows, one expert": ("mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}),
     "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
@@ -330,7 +346,10 @@ def test_every_axis_has_a_name(folders, kind):
         assert axes["layers"]["router"]["weight"] == ("layers", "routes", "embed")
 
 
-@pytest.mark.parametrize(("kind", "field"), [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1)])
+OUTSIDE = [("llama", 0), ("gpt2", 0), ("gpt2", 1), ("phi3, longrope", 1), ("internlm3", 1)]
+
+
+@pytest.mark.parametrize(("kind", "field"), OUTSIDE)
 def test_an_id_or_position_beyond_the_table_gives_nan(folders, kind, field):
     architecture, _, params = load_folder(folders(kind))
     rows = list(unpacked_rows(tokens_of(1, 8)))

@@ -28,7 +28,9 @@ _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_m
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _MIXED = ["sliding_attention", "full_attention"]
 _ARGUMENTS = {
+    "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
     "exaone4": {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED},
+    "falcon": {**_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma": _GEMMA,
     "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_GEMMA2, "num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
@@ -46,6 +48,7 @@ _ARGUMENTS = {
     "gptj": {**_GPT2, "n_head": 2, "rotary_dim": 8},
     "granite": {**_LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
     | {"logits_scaling": 2.5},
+    "internlm3": {**_LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}},
     "llama": _LLAMA,
     "ministral3": {**_GEMMA, "rope_parameters": _GROWING},
     "mistral": {**_LLAMA, "sliding_window": WINDOW},
@@ -54,15 +57,20 @@ _ARGUMENTS = {
     "olmo3": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED},
     "olmoe": {**_MIXTURE, "num_experts": 5},
     "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "phi": {**_LLAMA, "intermediate_size": 40},
     "phi3": {**_LLAMA, "sliding_window": WINDOW},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
-    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
     "qwen3_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+    "seed_oss": {**_LLAMA, "head_dim": 16},
+    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
+    "stablelm": {**_LLAMA, "partial_rotary_factor": 0.5},
+    "starcoder2": {**_LLAMA, "sliding_window": WINDOW},
 }
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others: what costs most is tested for them in the slow suite only.
-COMPOSED = ("glm4", "granite", "olmo3", "smollm3")
+COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
+COMPOSED += ("starcoder2",)
 
 
 def torch_model(family: str, **settings):

@@ -17,8 +17,8 @@ def models_command(argv: list[str]) -> None:
     Console().print(grid)
     log_line(
         "Every family can be trained, evaluated, sampled with a cache, sharded over devices and exported.\n"
-        "Rotary positions: default, linear, llama3, yarn; longrope in phi3. Other settings of a config.json are\n"
-        "refused by key.\n"
+        "Rotary positions: default, linear, dynamic, llama3, yarn; longrope in phi3. Other settings of a\n"
+        "config.json are refused by key.\n"
         f"Of models that read images too, the language model is trained: {', '.join(sorted(WRAPPERS))}.\n"
         "To add one: a file of your own with architecture(config) and tensors(architecture), which\n"
         "model.family: my_file:architecture names (example: dpo_jax/models/README.md), or a file\n"

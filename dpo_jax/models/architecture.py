@@ -27,7 +27,8 @@ class Rope:
       dims: number of leading dimensions of a head that are rotated; even.
       theta: base of the wavelengths.
       scaling: how wavelengths are stretched for contexts longer than pretraining's. "default": not at all; "linear":
-        all by `factor`; "llama3": only the long ones by `factor`; "longrope" (arXiv 2402.13753) and "yarn" (arXiv
+        all by `factor`; "dynamic": not at all up to `original_positions`, and by the length of a longer text, which is
+        not supported; "llama3": only the long ones by `factor`; "longrope" (arXiv 2402.13753) and "yarn" (arXiv
         2309.00071): each by its own entry of `short`, in YaRN times `factor`.
       factor: stretch of wavelengths.
       low_freq_factor: Llama 3: wavelengths above `original_positions` / low_freq_factor are stretched by `factor`.
@@ -41,7 +42,7 @@ class Rope:
 
     dims: int
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3", "longrope", "yarn"] = "default"
+    scaling: Literal["default", "linear", "dynamic", "llama3", "longrope", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

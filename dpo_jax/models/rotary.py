@@ -33,10 +33,10 @@ def frequencies(rope: Rope) -> np.ndarray:
 def angles_at(rope: Rope, positions: Int[Any, "..."]) -> tuple[Float32[Any, "..."], Float32[Any, "..."]]:
     """Returns the cosine and the sine of the rotary angles at positions [...], [..., 1, dims / 2] each.
 
-    With LongRoPE they are NaN beyond the original context length, where its other factors would apply.
+    With LongRoPE and dynamic scaling they are NaN beyond the original context length, where others would apply.
     """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
-    if rope.scaling == "longrope":
+    if rope.scaling in ("dynamic", "longrope"):
         angles = jnp.where(positions[..., None, None] < rope.original_positions, angles, jnp.nan)
     return rope.amplitude * jnp.cos(angles), rope.amplitude * jnp.sin(angles)
 

@@ -30,9 +30,15 @@ def architecture(config: hf.HfConfig) -> Architecture:
         "gemma3_text",
         every=hf.get_setting(config, "sliding_window_pattern", 6),
         qk_norm="head",
-        rope=hf.rope_from_settings(full, dim, hf.get_setting(config, "rope_theta", 1e6)),
-        window_rope=hf.rope_from_settings(sliding, dim, hf.get_setting(config, "rope_local_base_freq", 1e4)),
+        rope=hf.rope_from_config({"rope_theta": 1e6, **config, **_only(full)}, dim),
+        window_rope=hf.rope_from_config(
+            {"rope_local_base_freq": 1e4, **config, **_only(sliding)}, dim, theta="rope_local_base_freq"
+        ),
     )
+
+
+def _only(settings: hf.HfConfig) -> dict[str, hf.HfConfig | None]:
+    return {"rope_scaling": None, "rope_parameters": settings}
 
 
 tensors = gemma2.tensors

@@ -22,7 +22,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-SCALINGS = ("default", "linear", "llama3", "yarn")  # kinds of rotary scaling that every family can have
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")  # kinds of rotary scaling that every family can have
 
 
 def need_setting(config: HfConfig, key: str) -> Any:
@@ -149,6 +149,8 @@ def rope_from_config(
     original = get_setting(config, "original_max_position_embeddings", settings.get("original_max_position_embeddings"))
     if settings.get("rope_type") == "yarn":  # as in transformers
         original = original or need_setting(config, "max_position_embeddings")
+    if settings.get("rope_type") == "dynamic":
+        original = get_setting(config, "max_position_embeddings", 2048)
     given = {**settings, "original_max_position_embeddings": original}
     return rope_from_settings(given, dim, get_setting(config, theta, 10000.0), get_setting(config, *part))
 
@@ -178,6 +180,8 @@ def rope_from_settings(settings: HfConfig, dim: int, theta: float = 10000.0, fra
     if kind == "linear":
         return Rope(dims, theta, kind, factor)
     original = int(need_setting(settings, "original_max_position_embeddings"))
+    if kind == "dynamic":
+        return Rope(dims, theta, kind, original_positions=original)
     if kind == "yarn":
         return _yarn(Rope(dims, theta, kind, factor, original_positions=original), settings)
     low, high = (float(need_setting(settings, key)) for key in ("low_freq_factor", "high_freq_factor"))

@@ -88,12 +88,16 @@ def llama_tensors(a: Architecture, norms: Mapping[str, str]) -> dict[str, Tensor
         "model.embed_tokens.weight": same_layout(("embedding",), a.vocab, width),
         "model.norm.weight": same_layout(("final_norm", "scale"), width),
         layer + "self_attn.o_proj.weight": linear(("layers", "o", "kernel"), (width,), (a.heads, a.head_dim)),
-        layer + "mlp.gate_proj.weight": linear(("layers", "gate", "kernel"), (a.mlp,), (width,)),
         layer + "mlp.up_proj.weight": linear(("layers", "up", "kernel"), (a.mlp,), (width,)),
         layer + "mlp.down_proj.weight": linear(("layers", "down", "kernel"), (width,), (a.mlp,)),
     }
+    if a.gated:
+        found[layer + "mlp.gate_proj.weight"] = linear(("layers", "gate", "kernel"), (a.mlp,), (width,))
     for ours, name in norms.items():
         found[f"{layer}{name}.weight"] = same_layout(("layers", ours, "scale"), width)
+    if a.norm == "layer" and a.norm_bias:
+        found["model.norm.bias"] = same_layout(("final_norm", "bias"), width)
+        found |= {f"{layer}{name}.bias": same_layout(("layers", ours, "bias"), width) for ours, name in norms.items()}
     for name, heads in (("q", a.heads), ("k", a.kv_heads), ("v", a.kv_heads)):
         where, shape = f"{layer}self_attn.{name}_proj.", (heads, a.head_dim)
         found[where + "weight"] = linear(("layers", name, "kernel"), shape, (width,))
@@ -105,6 +109,6 @@ def llama_tensors(a: Architecture, norms: Mapping[str, str]) -> dict[str, Tensor
     if a.out_bias:
         found[layer + "self_attn.o_proj.bias"] = same_layout(("layers", "o", "bias"), width)
     if a.mlp_bias:
-        for name, size in (("gate", a.mlp), ("up", a.mlp), ("down", width)):
+        for name, size in (("gate", a.mlp), ("up", a.mlp), ("down", width))[not a.gated :]:
             found[f"{layer}mlp.{name}_proj.bias"] = same_layout(("layers", name, "bias"), size)
     return {**found, **untied_head(HEAD, a)}

@@ -44,8 +44,9 @@ def _rope(config: hf.HfConfig, dim: int) -> Rope:
     """
     new, part = hf.rope_settings(config), ("partial_rotary_factor", 1.0)
     if new.get("rope_type") not in ("longrope", "su"):  # "su" is its old name
-        if new.get("rope_type") == "yarn":  # transformers reads it as longrope
-            raise UserError("config.json: rope_type = 'yarn' is not supported in phi3; set longrope, with its factors")
+        if new.get("rope_type") in ("yarn", "dynamic"):  # transformers reads yarn as longrope
+            why = f"rope_type = {new['rope_type']!r} is not supported in phi3; set longrope, with its factors"
+            raise UserError(f"config.json: {why}")
         return hf.rope_from_config(config, dim, part=part)
     plain = {key: new[key] for key in ("rope_theta", part[0]) if key in new}
     rope = hf.rope_from_config({**config, "rope_scaling": None, "rope_parameters": plain}, dim, part=part)

@@ -97,6 +97,17 @@ def layer_norms(norms: Mapping[str, TreePath], width: int) -> dict[str, Tensor]:
     }
 
 
+def renamed(table: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns a table with the given parts of names replaced."""
+
+    def new(name: str) -> str:
+        for old, other in names.items():
+            name = name.replace(f"{old}.", f"{other}.")
+        return name
+
+    return {new(name): tensor for name, tensor in table.items()}
+
+
 def untied_head(name: str, a: Architecture) -> dict[str, Tensor]:
     """Returns the head of a model that is not tied to the embedding; nothing for a tied one."""
     return {} if a.tied else {name: same_layout(("head",), a.vocab, a.width)}
