@@ -204,7 +204,8 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
     memory = _memory(permanent, gradients, logits, batch, program, own=base is None, platform=planned_platform(target))
     compiled = None
     if target is not None:
-        passes = Passes(base is not None, recomputed(config.model), int(online) + int(lowered.loss.whole_batch))
+        twice = lowered.loss.whole_batch or run.model.router_loss > 0
+        passes = Passes(base is not None, recomputed(config.model), int(online) + int(twice))
         compiled = _compiled(config, target, lowered, program, passes, memory)._replace(seconds=seconds)
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
     counts, mesh = (count_parameters(full), count_parameters(run.params)), MeshConfig(**lowered.mesh.shape)
@@ -312,7 +313,8 @@ def least_activations(config: Config, target: Target | None) -> int:
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (2 if a.gated else 1) * a.mlp
+    inner = (2 if a.gated else 1) * a.mlp * (a.mixture.chosen if a.mixture else 1)
+    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))
 
