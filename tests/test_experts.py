@@ -6,15 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny import folders_of, largest_difference, tokens_of, torch_model, unpacked_rows
+from tiny import folders_of, largest_difference, load_torch, logits_of, tokens_of, torch_model, unpacked_rows
 
 from dpo_jax.errors import UserError
-from dpo_jax.models import grouped
+from dpo_jax.models import grouped, lora, qlora
 from dpo_jax.models.architecture import Mixture
 from dpo_jax.models.experts import project_groups, route
+from dpo_jax.models.families.registry import architecture_of
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
+from dpo_jax.models.init import map_layers
 from dpo_jax.models.model import build_model
+from dpo_jax.training.roofline import matmul_weights
 
 KINDS = ("mixtral", "olmoe", "qwen3_moe")
 
@@ -128,3 +133,96 @@ def test_padding_and_neighbors_change_no_token(folders, remat):
     (grads, hidden), (alone_grads, alone) = of(whole), of(padded)
     np.testing.assert_allclose(hidden, alone, atol=2e-6)
     assert largest_difference(grads, alone_grads) < 2e-6
+
+
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(tokens).long()).logits.numpy()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT and transformers of each other
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("qwen3_moe", (lora.ALL, GATE_UP, DOWN)),
+        pytest.param("mixtral", ("q_proj", GATE_UP), marks=pytest.mark.slow),
+        pytest.param("olmoe", (DOWN,), marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_of_experts_are_pefts_in_both_directions(folders, kind, targets, tmp_path):
+    """Ours, PEFT's model of the folder that we write, and the merged folder have the same logits; so has its folder."""
+    spec, tokens = lora.Lora(3, 7.0, targets), tokens_of(2, 20)
+    architecture, config, base = load_folder(folders(kind))
+    adapters, rng = lora.init_adapters(architecture, spec, 0), np.random.default_rng(0)
+    for leaves in adapters["layers"].values():
+        leaves["lora_b"] = rng.normal(size=leaves["lora_b"].shape).astype(np.float32) * 0.1
+    model = build_model(architecture)
+    run = jax.jit(lambda p: logits_of(model, p, tokens))
+    ours = run(lora.attach_adapters(architecture, base, adapters, spec))
+    assert np.abs(ours - run(base)).max() > 0.01
+    lora.save_adapters(tmp_path / "adapter", adapters, spec, architecture, "base")
+    theirs = PeftModel.from_pretrained(load_torch(folders(kind)), tmp_path / "adapter").eval()
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
+    merged = lora.merge_adapters(architecture, open_folder(folders(kind))[2], adapters, spec)
+    save_folder(tmp_path / "merged", merged, config)
+    np.testing.assert_allclose(run(load_folder(tmp_path / "merged")[2]), ours, atol=1e-4)
+    own = [f"{name}_proj" for name in ("qkvo" if lora.ALL in targets else "q" * ("q_proj" in targets))]
+    settings = {"target_modules": own}
+    settings |= {"target_parameters": [f"mlp.{t}" for t in targets if t in (GATE_UP, DOWN)]}
+    torch.manual_seed(0)
+    theirs = get_peft_model(load_torch(folders(kind)), LoraConfig(r=2, lora_alpha=5, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.copy_(torch.randn_like(p) * 0.1)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    read, spec = lora.load_adapters(tmp_path / "theirs", architecture)
+    ours = run(lora.attach_adapters(architecture, base, read, spec))
+    np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
+
+
+def test_all_linear_leaves_experts_and_routers_alone(folders):
+    """They are parameters in transformers 5, and no linear modules. Adapters of experts have names for all axes."""
+    architecture, _, _ = open_folder(folders("qwen3_moe"))
+    names = lora.adapted_modules(architecture, (lora.ALL,))
+    assert sorted(name.rpartition(".")[2] for name in names) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(UserError, match=r"'router' is no projection of a qwen3_moe; it has down_proj, embed_tokens, g"):
+        lora.adapted_modules(architecture, ("router",))
+    spec = lora.Lora(2, 2.0, (GATE_UP, DOWN))
+    axes = lora.adapter_axes(architecture, build_model(architecture).axes, spec)["layers"]
+    assert axes["expert_down"]["lora_a"] == ("layers", "experts", "mlp", "rank")
+    assert axes["expert_gate_expert_up"]["lora_b"] == ("layers", "experts", "rank", None, None)
+    shapes = jax.tree.map(np.shape, lora.init_adapters(architecture, spec, 0)["layers"])
+    assert shapes["expert_gate_expert_up"] == {"lora_a": (2, 4, 32, 2), "lora_b": (2, 4, 2, 2, 24)}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_base_is_that_of_its_dequantized_numbers(folders, kind, tmp_path):
+    """Experts are quantized one by one, trained over, and written as floats."""
+    pytest.importorskip("qwix")
+    architecture, config, params = load_folder(folders("qwen3_moe"))
+    base = qlora.quantize_base(params, architecture, kind, map_layers)
+    leaves = base["layers"]["expert_up"]
+    assert leaves["quantized"].shape == (2, 4, 32, 12 if kind == "nf4" else 24)
+    assert leaves["scale"].shape == (2, 4, 1, 24)  # 32 inputs of an expert share a scale
+    save_folder(tmp_path / "floats", qlora.as_floats(base), config)
+    floats, model, tokens = load_folder(tmp_path / "floats")[2], build_model(architecture), tokens_of(2, 16)
+    near = np.abs(floats["layers"]["expert_up"]["kernel"] - params["layers"]["expert_up"]["kernel"]).max()
+    assert 0 < near < 0.2
+    run = jax.jit(lambda p: logits_of(model, p, tokens))
+    np.testing.assert_allclose(run(base), run(floats), atol=2e-5)
+
+
+def test_the_work_of_a_step_is_that_of_the_chosen_experts():
+    """Qwen3-30B-A3B: 3.3 billion weights for a token, of 30.5 billion; the embedding is no matmul, the head is one."""
+    from known_models import KNOWN
+
+    config, count = KNOWN["Qwen3-30B-A3B"]
+    a = architecture_of(config)
+    norms = a.layers * (2 * a.width + 2 * a.head_dim) + a.width
+    assert matmul_weights(a, every=True) + 2 * a.vocab * a.width + norms == count
+    assert matmul_weights(a) + 2 * a.vocab * a.width + norms == pytest.approx(3.35e9, rel=0.01)
+    assert matmul_weights(a, every=True) - matmul_weights(a) == 48 * 120 * 3 * 2048 * 768

@@ -2,7 +2,9 @@
 
 A module's weight W becomes W + alpha / rank * A B. Its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b`
 [L, r, *outputs], with outputs in the order of the checkpoint. Projections that a checkpoint fuses into one module share
-A, as in PEFT. The base model is never modified: without adapters it is the reference.
+A, as in PEFT. All experts of a mixture are one module, each with an A and a B of its own: `lora_a` [L, E, *inputs, r],
+`lora_b` [L, E, r, *outputs]; PEFT's `target_parameters`. The base model is never modified: without adapters it is the
+reference.
 
 Targets that name the embedding or the head are trained in full (PEFT's `modules_to_save`): beside `layers`, the pytree
 has an `embedding` or a `head` that takes the place of the base's.
@@ -33,6 +35,7 @@ PLAIN, WITHIN = "base_model.model.model.", "base_model.model.model.language_mode
 KNOWN = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "init_lora_weights"}
 KNOWN |= {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_version"}
 KNOWN |= {"eva_config", "megatron_core", "qalora_group_size", "revision", "task_type", "modules_to_save", "use_rslora"}
+KNOWN |= {"target_parameters"}
 UNSET = (None, False, "none", [], {})
 STARTS = (True, False, None, "eva", "gaussian", "orthogonal")  # initializations that leave the base's weights alone
 
@@ -43,12 +46,21 @@ class Lora(NamedTuple):
     Attributes:
       rank: r.
       alpha: additions are multiplied by alpha / r.
-      targets: names of modules in transformers, e.g. `q_proj`, `attn.c_attn` or `lm_head`, or `all-linear`.
+      targets: names of modules in transformers, e.g. `q_proj`, `attn.c_attn`, `experts.down_proj` or `lm_head`; or
+        `all-linear`: all projections but those of experts, which are no linear modules in transformers 5.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+
+
+def projections(architecture: Architecture) -> dict[str, Tensor]:
+    """Returns all modules that can be adapted, by transformers' name, with `{i}` for the layer."""
+    module = family(architecture.family)
+    table = (module.fused_tensors if architecture.mixture else module.tensors)(architecture)
+    kernels = {n: t for n, t in table.items() if "{i}" in n and t.parts[0].path[-1] == "kernel"}
+    return {name.removesuffix(".weight"): tensor for name, tensor in kernels.items()}
 
 
 def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
@@ -57,13 +69,9 @@ def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dic
     Raises:
       UserError: a target matches no projection.
     """
-    table = family(architecture.family).tensors(architecture)
-    known = {
-        name.removesuffix(".weight"): tensor
-        for name, tensor in table.items()
-        if "{i}" in name and tensor.parts[0].path[-1] == "kernel"
-    }
-    matched = {target: [n for n in known if target == ALL or f".{n}".endswith(f".{target}")] for target in targets}
+    known = projections(architecture)
+    linear = [name for name, tensor in known.items() if not tensor.parts[0].lead]
+    matched = {t: linear if t == ALL else [n for n in known if f".{n}".endswith(f".{t}")] for t in targets}
     for target, names in matched.items():
         if not names and not whole_modules(architecture, (target,)):
             listed = ", ".join(sorted({name.rpartition(".")[2] for name in [*known, *_wholes(architecture)]}))
@@ -99,9 +107,9 @@ def init_adapters(architecture: Architecture, lora: Lora, seed: int, base: Any =
     rng, adapters = np.random.default_rng(seed), {}
     for tensor in adapted_modules(architecture, lora.targets).values():
         inputs, outputs = module_axes(tensor)
-        size = (architecture.layers, *inputs, lora.rank)
-        a = (rng.random(size, np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
-        b = np.zeros((architecture.layers, lora.rank, *outputs), np.float32)
+        stack = (architecture.layers, *_lead_sizes(tensor))
+        a = (rng.random((*stack, *inputs, lora.rank), np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
+        b = np.zeros((*stack, lora.rank, *outputs), np.float32)
         adapters[_adapter_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
     wholes = {key: np.asarray(base[key], np.float32) for key in _whole_keys(architecture, lora)}
     return {"layers": adapters, **wholes}
@@ -118,8 +126,13 @@ def _adapter_name(tensor: Tensor) -> str:
 
 def _output_index(tensor: Tensor, part: TensorPart) -> tuple[Any, ...]:
     """Returns the index that selects one projection's outputs from `lora_b` [L, r, *outputs] of its module."""
-    own = part.take if part.inputs else part.take[len(tensor.split[0]) :]
-    return (slice(None), slice(None), *own)
+    own = part.take[part.lead :] if part.inputs else part.take[len(tensor.split[0]) :]
+    return (*[slice(None)] * (2 + part.lead), *own)
+
+
+def _lead_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Returns (E,) of a module of experts, () of another."""
+    return tensor.split_shape[: tensor.parts[0].lead]
 
 
 def attach_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
@@ -141,15 +154,17 @@ def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any
     found = {}
     for tensor in adapted_modules(architecture, lora.targets).values():
         a, b = _part_axes(tensor, tensor.parts[0], model_axes)
-        fused = (*b[:2], *(None for _ in module_axes(tensor)[1]))  # its outputs belong to several projections
+        # Its outputs belong to several projections.
+        fused = (*b[: 2 + tensor.parts[0].lead], *(None for _ in module_axes(tensor)[1]))
         found[_adapter_name(tensor)] = {"lora_a": a, "lora_b": b if len(tensor.parts) == 1 else fused}
     return {"layers": found, **{key: model_axes[key] for key in _whole_keys(architecture, lora)}}
 
 
 def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the axis names of A and B for one projection."""
-    kernel, count = model_axes["layers"][part.path[1]]["kernel"], 1 + len(module_axes(tensor)[0])  # layers and inputs
-    return (*kernel[:count], "rank"), (kernel[0], "rank", *kernel[count:])
+    kernel, stack = model_axes["layers"][part.path[1]]["kernel"], 1 + part.lead  # layers, and perhaps experts
+    count = stack + len(module_axes(tensor)[0])
+    return (*kernel[:count], "rank"), (*kernel[:stack], "rank", *kernel[count:])
 
 
 def attached_axes(architecture: Architecture, model_axes: Any, base_axes: Any, lora: Lora) -> Any:
@@ -163,13 +178,13 @@ def attached_axes(architecture: Architecture, model_axes: Any, base_axes: Any, l
 
 
 class _MergedKernel:
-    """A kernel plus its low-rank addition, computed one layer at a time, when the layer is indexed."""
+    """A kernel plus its low-rank addition, computed for one layer, or one expert of it, when that is indexed."""
 
     def __init__(self, kernel: Array, a: Array, b: Array):
         self.leaves = kernel, a, b
 
-    def __getitem__(self, layer: int) -> np.ndarray:
-        kernel, a, b = (np.asarray(x[layer], np.float32) for x in self.leaves)
+    def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        kernel, a, b = (np.asarray(x[place], np.float32) for x in self.leaves)
         return kernel + np.tensordot(a, b, 1)
 
 
@@ -207,15 +222,18 @@ def save_adapters(
     for name, tensor in chosen.items():
         a, b = (np.asarray(adapters["layers"][_adapter_name(tensor)][key]) for key in ("lora_a", "lora_b"))
         rank = ranks[name.rpartition("{i}.")[2]] = a.shape[-1]  # a module of a PEFT folder may have one of its own
+        count = math.prod(_lead_sizes(tensor))  # of experts: rows of A are (expert, rank), columns of B (rank, expert)
         for i in range(architecture.layers):
-            tensors[f"{_peft_prefix(name, i)}A.weight"] = np.ascontiguousarray(a[i].reshape(-1, rank).T)
-            tensors[f"{_peft_prefix(name, i)}B.weight"] = np.ascontiguousarray(b[i].reshape(rank, -1).T)
+            prefix = _peft_prefix(_peft_module(name, chosen), i)
+            rows = a[i].reshape(count, -1, rank).swapaxes(1, 2).reshape(count * rank, -1)
+            columns = b[i].reshape(count, rank, -1).transpose(2, 1, 0).reshape(-1, rank * count)
+            tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = map(np.ascontiguousarray, (rows, columns))
     wholes = whole_modules(architecture, lora.targets)
     for name, key in wholes.items():
         tensors[f"base_model.model.{name}.weight"] = np.array(adapters[key])  # tied ones twice: each is a copy in PEFT
     if within:
         tensors = {name.replace(PLAIN, WITHIN, 1): tensor for name, tensor in tensors.items()}
-    modules = sorted({name.rpartition("{i}.")[2] for name in chosen})
+    modules = sorted({name.rpartition("{i}.")[2] for name, tensor in chosen.items() if not tensor.parts[0].lead})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
@@ -224,6 +242,8 @@ def save_adapters(
         "target_modules": _targets_within(modules) if within else modules,
         "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
     }
+    if parameters := sorted({n.rpartition("{i}.")[2] for n, tensor in chosen.items() if tensor.parts[0].lead}):
+        settings["target_parameters"] = parameters
     if wholes:
         settings["modules_to_save"] = sorted(name.rpartition(".")[2] for name in wholes)
     if own := {module: rank for module, rank in ranks.items() if rank != lora.rank}:
@@ -249,6 +269,7 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are supported") from None
     targets = _read_targets(settings.get("target_modules") or (), tensors, architecture)
+    targets += tuple(settings.get("target_parameters") or ())
     wholes = tuple(settings.get("modules_to_save") or ())
     rank = int(settings["r"])
     lora = Lora(rank, float(settings["lora_alpha"]) * rank / _divisor(settings, rank), targets + wholes)
@@ -320,6 +341,16 @@ def _targets_within(modules: Sequence[str]) -> str:
     return rf"model\.language_model\..*\.({'|'.join(map(re.escape, modules))})"
 
 
+def _peft_module(name: str, chosen: Mapping[str, Tensor]) -> str:
+    """Returns a module's name in PEFT. An adapted parameter of all experts is a wrapper around their module, and around
+    the wrapper of an earlier one."""
+    if not chosen[name].parts[0].lead:
+        return name
+    module = name.rpartition(".")[0]
+    wrappers = [other for other in chosen if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(wrappers) - 1 - wrappers.index(name))
+
+
 def _module_alpha(file: Path, settings: Mapping[str, Any], name: str) -> float:
     """Returns alpha of a module by PEFT's rule: that of the first pattern which its name ends with."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
@@ -337,8 +368,9 @@ def _read_adapters(
 
     A module's own alpha and rank are folded into B, so that one `Lora` holds for all modules.
     """
-    for name, tensor in adapted_modules(architecture, lora.targets).items():
-        keys = [_peft_prefix(name, i) for i in range(architecture.layers)]
+    chosen = adapted_modules(architecture, lora.targets)
+    for name, tensor in chosen.items():
+        keys = [_peft_prefix(_peft_module(name, chosen), i) for i in range(architecture.layers)]
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
             a, b = (np.stack(layers).astype(np.float32) for layers in found)
@@ -346,10 +378,13 @@ def _read_adapters(
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:
             raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
-        rank, (inputs, outputs) = a.shape[1], module_axes(tensor)
-        if a.shape[2:] != (math.prod(inputs),) or b.shape[1:] != (math.prod(outputs), rank):
+        lead, (inputs, outputs) = _lead_sizes(tensor), module_axes(tensor)
+        layers, count, rank = len(a), math.prod(lead), a.shape[1] // math.prod(lead)
+        if a.shape[1:] != (count * rank, math.prod(inputs)) or b.shape[1:] != (math.prod(outputs), rank * count):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
         alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
         b = b * (np.array(alphas, np.float32) / _divisor(settings, rank) / (lora.alpha / lora.rank))[:, None, None]
-        leaves = a.transpose(0, 2, 1).reshape(-1, *inputs, rank), b.transpose(0, 2, 1).reshape(-1, rank, *outputs)
+        a = a.reshape(layers, count, rank, -1).swapaxes(2, 3).reshape(layers, *lead, *inputs, rank)
+        b = b.reshape(layers, -1, rank, count).transpose(0, 3, 2, 1).reshape(layers, *lead, rank, *outputs)
+        leaves = a, b
         yield _adapter_name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))

@@ -1,19 +1,21 @@
 """QLoRA (arXiv 2305.14314): a quantized base model under trained adapters.
 
-A projection's `kernel` [L, *inputs, *outputs] becomes `quantized`, as many 4-bit or 8-bit numbers, and `scale`. Each
-layer is dequantized just before its matmul, and again in the backward pass. All other parameters keep their dtype.
+A projection's `kernel` [L, *inputs, *outputs] (or [L, E, ...] of experts) becomes `quantized`, as many 4-bit or 8-bit
+numbers, and `scale`. Each layer is dequantized just before its matmul, and again in the backward pass. All other
+parameters keep their dtype.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.tensor_map import module_axes
-from dpo_jax.models.lora import ALL, adapted_modules
+from dpo_jax.models.lora import projections
 from dpo_jax.models.quantized import Quantized, dequantize, quantize
 from dpo_jax.records import Array
 
@@ -30,12 +32,14 @@ def quantize_base(
       each: maps (function of one layer's kernel, kernels of all layers [L, ...]) to the stacked results; `map_layers`.
     """
     layers = dict(params["layers"])
-    for tensor in adapted_modules(architecture, (ALL,)).values():
+    for tensor in projections(architecture).values():
         inputs, _ = module_axes(tensor)
+        one = partial(quantize, inputs=len(inputs), kind=kind)
+        one = partial(jax.lax.map, one) if tensor.parts[0].lead else one  # expert by expert
         for part in tensor.parts:
             name = part.path[1]
             rest = {key: value for key, value in layers[name].items() if key != "kernel"}
-            made = each(partial(quantize, inputs=len(inputs), kind=kind), layers[name]["kernel"])
+            made = each(one, layers[name]["kernel"])
             layers[name] = {**rest, "quantized": made.values, "scale": made.scale}
     return {**params, "layers": layers}
 
@@ -52,13 +56,13 @@ def quantized_axes(model_axes: Any, base: Any) -> Any:
 
 
 class _DequantizedKernel:
-    """A quantized kernel that is dequantized one layer at a time, when the layer is indexed."""
+    """A quantized kernel of which one layer, or one expert of it, is dequantized when that is indexed."""
 
     def __init__(self, leaves: Any):
         self.kernel = Quantized(leaves["quantized"], leaves["scale"])
 
-    def __getitem__(self, layer: int) -> np.ndarray:
-        values, scale = (jnp.asarray(x[layer]) for x in self.kernel)
+    def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        values, scale = (jnp.asarray(x[place]) for x in self.kernel)
         return np.asarray(dequantize(Quantized(values, scale), jnp.float32))
 
 

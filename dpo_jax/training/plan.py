@@ -242,7 +242,8 @@ def _compiled(target: Target, planned: Planned, program: Any, memory: Memory) ->
     """Returns what the plan of a target has beside memory; its `seconds` are to be filled in."""
     mesh, shape, config = planned.mesh, planned.shape, planned.run.config
     online = planned.loss.uses_reference and config.reference.mode == "online"
-    extra = int(online) + int(planned.loss.whole_batch)
+    twice = planned.loss.whole_batch or planned.run.model.router_loss > 0
+    extra = int(online) + int(twice)
     work = step_work(
         planned.run.model.architecture, shape, Passes(planned.base is not None, recomputed(config.model), extra),
         state=memory.trained + memory.optimizer, gradients=memory.gradients,
@@ -291,7 +292,8 @@ def least_activations(config: Config, target: Target | None) -> int:
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (2 if a.gated else 1) * a.mlp
+    inner = (2 if a.gated else 1) * a.mlp * (a.mixture.chosen if a.mixture else 1)
+    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))
 

@@ -52,10 +52,13 @@ class Roofline(NamedTuple):
         return max(self.matmul, self.memory, self.overlapped) + self.exposed
 
 
-def matmul_weights(a: Architecture) -> int:
-    """Returns how many weights of the layers multiply every token."""
+def matmul_weights(a: Architecture, every: bool = False) -> int:
+    """Returns how many weights of the layers multiply a token; of a mixture those of its experts, or of `every` one."""
     attention = a.width * (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim * a.width
-    return a.layers * (attention + (3 if a.gated else 2) * a.width * a.mlp)
+    experts, router = 1, 0
+    if a.mixture is not None:
+        experts, router = a.mixture.experts if every else a.mixture.chosen, a.mixture.experts * a.width
+    return a.layers * (attention + router + experts * (3 if a.gated else 2) * a.width * a.mlp)
 
 
 class Passes(NamedTuple):
@@ -64,7 +67,7 @@ class Passes(NamedTuple):
     Attributes:
       adapters: the weights of the matmuls are frozen, and need no gradient.
       remat: what the backward pass computes again: none, dots or full.
-      extra: forward passes beside that of the gradient: an online reference, a loss across comparisons.
+      extra: forward passes beside that of the gradient: an online reference, a loss across comparisons or of routers.
     """
 
     adapters: bool
@@ -105,8 +108,10 @@ def step_work(
     full = passes.remat == "full"
     again = head + attention / 2 + full * (layers + attention)  # logits by chunks, scores, the layers
     many = 1 + backward + passes.extra + full
-    weights = itemsize * (matmul_weights(a) + 2 * a.vocab * a.width) * shape.microbatches * many / split
-    through = 4 * a.width + (2 * a.heads + 2 * a.kv_heads) * a.head_dim + (4 if a.gated else 2) * a.mlp
+    weights = itemsize * (matmul_weights(a, every=True) + 2 * a.vocab * a.width) * shape.microbatches * many / split
+    inner = (4 if a.gated else 2) * a.mlp
+    inner = inner if a.mixture is None else a.mixture.chosen * (inner + 4 * a.width)  # a copy for each expert
+    through = 4 * a.width + (2 * a.heads + 2 * a.kv_heads) * a.head_dim + inner
     activations = itemsize * through * a.layers * tokens * many / devices
     own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
     return Work(tokens, useful, useful + again, own + weights + activations)
