@@ -15,7 +15,7 @@ from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
 from dpo_jax.sampling import run
-from dpo_jax.training import lower, plan
+from dpo_jax.training import attention_check, lower, plan
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 96, "max_position_embeddings": 512, "tie_word_embeddings": False}
@@ -126,6 +126,12 @@ def test_kernels_that_do_not_compile_are_named_and_the_next_one_is_planned(tmp_p
     assert planned.note == f"attention: chunks; flash {why}; cudnn {why}"
     with pytest.raises(UserError, match=r"model\.attention: flash does not compile .* such instruction\); set chunks"):
         lower.compiled_run(config_of(tmp_path, "--model.attention", "flash"), None)
+
+
+def test_a_compilers_message_is_cut_where_nobody_reads_on():
+    assert attention_check.in_short(ValueError("x" * 300 + "\nmore")) == "ValueError: " + "x" * 200 + "..."
+    assert attention_check.in_short(ValueError("x" * 200)) == "ValueError: " + "x" * 200
+    assert attention_check.in_short(ValueError("")) == "ValueError: no reason"
 
 
 def test_a_program_too_large_for_the_memory_is_no_fault_of_its_kernel(tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def other_answers(comparisons: Iterable[Comparison]) -> Iterator[Any]:
     """
     prompts = np.fromiter((prompt_key(comparison.prompt) for comparison in comparisons), np.uint64)
     ahead, read = iter(comparisons), 0
+    comparison: Any = None
     for place in next_with_another_prompt(prompts):
         if place < read - 1:  # the end has wrapped around
             ahead, read = iter(comparisons), 0

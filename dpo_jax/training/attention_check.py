@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MARGIN, LEAST = 4.0, 1e-5
 OUTPUTS = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
 WINDOW = 40
+LONGEST = 200  # characters of a compiler's message
 # Two rows of (segment_ids, branch_ids, tokens): prompts with one to three responses, some across blocks, and padding.
 CASE = (
     ((1, 0, 100), (1, 1, 60), (1, 2, 50), (2, 0, 30), (2, 1, 20), (2, 2, 7), (2, 3, 9), (0, 0, 24)),
@@ -101,8 +102,9 @@ def attempt(use: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 def in_short(error: Exception) -> str:
-    """Returns the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
+    """Returns the kind of an error and the first line of its message, or what of it is read at a glance."""
+    line = (str(error).strip() or "no reason").splitlines()[0]
+    return f"{type(error).__name__}: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}"
 
 
 def _candidates(attention: str, platform: str) -> list[str]:
