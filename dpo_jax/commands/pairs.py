@@ -170,7 +170,7 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
     prompts = [example.prompt for example in examples]
     ids = prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(SamplesConfig)} - {"prompts", "kl_prompts"} | {"seed", "batch_size"}
-    how = {name: getattr(settings, name) for name in drawing} | {"copies": settings.completions}
+    how: dict[str, Any] = {name: getattr(settings, name) for name in drawing} | {"copies": settings.completions}
     ends = loaded.end_ids(tokenizer)
     drawn = generate(loaded.model, load_into_memory(loaded.params), ids, eos_id=ends, **how)
     texts = np.reshape(decode_texts(tokenizer, drawn, ends), (len(examples), settings.completions)).tolist()
