@@ -45,7 +45,7 @@ def rpo(distance):
 def chi_po(p, ref, n, s):
     ratio = np.exp(p - ref)
     link = ratio + np.log(ratio)
-    return -np.log(sig(np.clip(0.3 * gap(link), -4, 4)))
+    return -np.log(sig(np.clip(0.3 * gap(link), -1, 1)))
 
 
 def hypo(p, ref, n, s):
@@ -115,7 +115,7 @@ FORMULAS = [
     ({"name": "rpo_bwd", "beta": 0.3, "eta": 0.7}, rpo(lambda z, d: bernoulli_kl(sig(d), sig(z)))),
     ({"name": "rpo_fwd", "beta": 0.3, "eta": 0.7}, rpo(lambda z, d: bernoulli_kl(sig(z), sig(d)))),
     ({"name": "rpo_sq", "beta": 0.4, "eta": 1.0}, rebel),
-    ({"name": "chi_po", "beta": 0.3, "reward_range": 2.0}, chi_po),
+    ({"name": "chi_po", "beta": 0.3, "reward_range": 0.5}, chi_po),
     ({"name": "hypo", "beta": 0.3}, hypo),
     ({"name": "exo_rw", "beta": 0.3, "temperature": 2.0}, exo_rw),
     ({"name": "nca", "beta": 0.3, "temperature": 2.0}, nca),
