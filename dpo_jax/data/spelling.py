@@ -47,7 +47,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """
     # Some tokenizer.json files switch padding and truncation on, so both are switched off by name.
     options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    distinct = list(dict.fromkeys(texts))
+    distinct, found = list(dict.fromkeys(texts)), list[Any]()
     if _replaces_encoding(type(tokenizer)):
         found = tokenizer(distinct, return_attention_mask=False, **options)["input_ids"]
     else:
