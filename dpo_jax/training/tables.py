@@ -217,7 +217,7 @@ def prompt_ids(prompts: Sequence[str | Chat], tokenizer: Any, options: DataConfi
       UserError: an empty prompt.
     """
     encoding, special = EncodeOptions(**encode_options(options)), SpecialTokens.of(tokenizer)
-    starts = [[special.bos] * special.bos_before(prompt, encoding.add_bos) for prompt in prompts]
+    starts: list[Any] = [[special.bos] * special.bos_before(prompt, encoding.add_bos) for prompt in prompts]
     texts = token_ids(_rendered_prompts(prompts, tokenizer, options), tokenizer)
     ids = [text if text[:1] == start else start + text for start, text in zip(starts, texts, strict=True)]
     if not all(ids):
