@@ -31,7 +31,8 @@ def mixture_settings(config: hf.HfConfig, experts: int, renormalized: bool) -> M
     named = [config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
     if len(set(named)) > 1:
         raise UserError(f"config.json: num_experts = {named[0]}, but num_local_experts = {named[1]}; keep one of them")
-    found = Mixture((named or [experts])[0], hf.need_setting(config, "num_experts_per_tok"), renormalized)
+    count = named[0] if named else experts
+    found = Mixture(count, hf.need_setting(config, "num_experts_per_tok"), renormalized)
     if found.chosen > found.experts:
         raise UserError(f"config.json: num_experts_per_tok = {found.chosen} of {found.experts} experts; correct one")
     return found
