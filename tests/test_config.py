@@ -22,7 +22,7 @@ def parse(tmp_path, text="", *argv):
 
 OF_EVERY_TERM = {
     "weight": 1.0, "reference_free": False, "divergence": "reverse_kl", "divergence_alpha": 0.5, "ld_alpha": 1.0,
-    "wpo": False,
+    "rejected_weight": 1.0, "rejected_mixture": 1.0, "wpo": False,
 }  # fmt: skip
 
 

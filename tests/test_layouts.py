@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 compiled_step = runpy.run_path(str(ROOT / "scripts" / "_collectives.py"))["compiled_step"]
 scaling = runpy.run_path(str(ROOT / "scripts" / "scaling"))
 ROWS = 12  # no parameter has an axis of 12
+SEGMENTS = 21  # comparisons of a row, for each of which 20 numbers are sent
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_data_parallel_sums_the_gradient_once_a_step(compiled):
     assert scalars.bytes == 4
     (logps,) = [c for c in found if c.kind != "all-reduce"]
     assert logps.kind == "all-gather"
-    assert [sizes[-1] for _, sizes in logps.shapes] == [20]  # numbers for each comparison
+    assert [sizes[-1] for _, sizes in logps.shapes] == [20 * SEGMENTS]  # numbers of a row
     shapes = sorted(sizes for _, sizes in gradient.shapes if sizes)
     assert shapes == sorted(x.shape for x in jax.tree.leaves(params))
 

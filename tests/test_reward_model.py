@@ -300,6 +300,12 @@ def test_models_of_the_wrong_kind_are_refused(folders, tmp_path):
 def test_class_names_are_those_of_transformers():
     import transformers
 
+    refused = set()
     for model_type in families():
-        name = reward_head.reward_class(family(model_type).CLASS)
-        assert hasattr(transformers, name), name
+        try:
+            name = reward_head.reward_class(family(model_type).CLASS)
+        except UserError:
+            refused.add(model_type)
+        else:
+            assert hasattr(transformers, name), name
+    assert refused == {"cohere2", "granite"}  # of which transformers has none

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,14 +81,14 @@ def other_answers(comparisons: Iterable[Comparison]) -> Iterator[Any]:
       UserError: all prompts are the same.
     """
     prompts = np.fromiter((prompt_key(comparison.prompt) for comparison in comparisons), np.uint64)
-    ahead, read = iter(comparisons), 0
-    comparison: Any = None
+    ahead, read, response = iter(comparisons), 0, None
     for place in next_with_another_prompt(prompts):
         if place < read - 1:  # the end has wrapped around
             ahead, read = iter(comparisons), 0
-        while read <= place:
-            comparison, read = next(ahead), read + 1
-        yield comparison.responses[0]
+        if read <= place:
+            comparison, read = next(islice(ahead, place - read, None)), place + 1
+            response = comparison.responses[0]
+        yield response
 
 
 def single_responses(pair: Comparison) -> Iterator[dict[str, Any]]:
