@@ -170,9 +170,10 @@ def _sample_answers(model: str, examples: Sequence[Comparison], settings: PairsC
     prompts = [example.prompt for example in examples]
     ids = prompt_ids(prompts, tokenizer, settings.data)
     drawing = {f.name for f in dataclasses.fields(SamplesConfig)} - {"prompts", "kl_prompts"} | {"seed", "batch_size"}
-    how: dict[str, Any] = {name: getattr(settings, name) for name in drawing} | {"copies": settings.completions}
+    how: dict[str, Any] = {name: getattr(settings, name) for name in drawing}
     ends = loaded.end_ids(tokenizer)
-    drawn = generate(loaded.model, load_into_memory(loaded.params), ids, eos_id=ends, **how)
+    params, copies = load_into_memory(loaded.params), settings.completions
+    drawn = generate(loaded.model, params, ids, copies=copies, eos_id=ends, **how)
     texts = np.reshape(decode_texts(tokenizer, drawn, ends), (len(examples), settings.completions)).tolist()
     own = [[text for text in answers if tokenizer.eos_token not in text] for answers in texts]
     if spelled := sum(map(len, texts)) - sum(map(len, own)):
