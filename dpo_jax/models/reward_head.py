@@ -14,7 +14,7 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
-WITHOUT = ("Granite", "Cohere2")  # families of which transformers has no reward model
+WITHOUT = ("Granite", "Cohere2", "Olmoe")  # families of which transformers has no reward model
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 
