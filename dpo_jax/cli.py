@@ -146,7 +146,7 @@ def run_command(argv: Sequence[str]) -> None:
     messages = sys.stderr if any(a.partition("=")[0] == "--json" for a in rest) else None
     _print_first_line(name, rest, messages)
     module = importlib.import_module(f"dpo_jax.commands.{name}")
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and name != "plan":  # programs for devices that are not here cannot be loaded again
         paths.keep_compiled()
     _print_log(messages)
     getattr(module, f"{name}_command")(rest)

@@ -46,7 +46,7 @@ def test_bytes_that_can_be_counted_are_exact(config_of):
     assert one.parameters == one.trained == COUNT
     assert one.memory.trained == one.memory.gradients == 4 * COUNT
     assert one.memory.optimizer == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
-    assert one.memory.frozen == 0
+    assert one.memory.frozen == 4 * COUNT  # the reference, by which the KL of samples is estimated
     assert one.shape == pack.Layout(1, 128, 128, 2, 128)
     batch = 32 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
     assert one.memory.batch == batch
@@ -70,7 +70,8 @@ def test_remat_and_fewer_rows_need_less_memory(config_of):
     less = plan_run(config_of("--model.remat", "full", "--data.rows", "16"))
     fewer = plan_run(config_of("--model.remat", "full", "--data.rows", "4"))
     assert online.memory.activations > less.memory.activations > fewer.memory.activations
-    assert (online.memory.frozen, less.memory.frozen) == (4 * COUNT, 0)
+    without = plan_run(config_of("--model.remat", "full", "--samples.kl_prompts", "0", "--samples.prompts", "0"))
+    assert [plan.memory.frozen for plan in (online, less, without)] == [4 * COUNT, 4 * COUNT, 0]
 
 
 def test_advice_for_a_run_that_does_not_fit(config_of):

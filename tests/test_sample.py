@@ -246,7 +246,8 @@ def test_parameters_that_stay_sharded_give_the_same_tokens(models, monkeypatch, 
     assert [x.tolist() for x in spread] == [x.tolist() for x in whole]
     before, _, main = texts[0].partition("\nENTRY ")
     assert before.count(" all-gather(") > model.architecture.layers  # in the loop over tokens; XLA joins some
-    assert " all-gather(" not in main
+    if len(sizes) == 2:  # where `tensor` shards parameters too, XLA moves the cache as well
+        assert " all-gather(" not in main
 
 
 def test_concurrent_batches_give_the_same_samples(models, monkeypatch):

@@ -97,20 +97,21 @@ def _normalize_fwd(x, scale, bias, kind, eps):
 
 
 def _normalize_bwd(kind, eps, residuals, g):
-    # The sums are products with a vector: XLA's sums of products of three arrays, which autodiff makes, take a CPU ten
-    # times as long.
+    # On a CPU the sums that autodiff makes, of products of three arrays, take ten times as long as these: over the
+    # tokens as one axis, and over the features as a product with a vector.
     x, scale, bias = residuals
     y, dy = (z.astype(jnp.float32).reshape(-1, scale.size) for z in (x, g))
     if kind == "layer":
         y = y - y.mean(1, keepdims=True)
     inverse = jax.lax.rsqrt((y * y).mean(1, keepdims=True) + eps)
-    product, dot = dy * y, partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-    slope = dot(product, scale.reshape(-1, 1)) * jnp.square(inverse) / scale.size
+    product = dy * y
+    slope = jnp.dot(product, scale.reshape(-1, 1), precision=jax.lax.Precision.HIGHEST)
+    slope = slope * jnp.square(inverse) / scale.size
     dx = inverse * (dy * scale.reshape(-1) - y * slope)
     if kind == "layer":
         dx = dx - dx.mean(1, keepdims=True)
-    dscale = dot(inverse.T, product).reshape(scale.shape)
-    dbias = None if bias is None else dot(jnp.ones_like(inverse).T, dy).reshape(bias.shape)
+    dscale = (product * inverse).sum(0).reshape(scale.shape)
+    dbias = None if bias is None else dy.sum(0).reshape(bias.shape)
     return dx.reshape(x.shape).astype(x.dtype), dscale, dbias
 
 

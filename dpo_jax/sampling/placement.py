@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax import sharding
+from dpo_jax import distributed, sharding
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.records import Array
 from dpo_jax.sampling.decode import AS_THEY_ARE, TOP, Gathering, Sampler, Weights, decode_weights
@@ -54,7 +54,8 @@ class Placement(NamedTuple):
             return cls(mesh)
         leaves, tree = jax.tree.flatten(where)
         size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(compute).itemsize
-        by_layer = size > WHOLE_SHARE * (memory or _device_memory(mesh.devices.flat[0]))
+        fits = size <= WHOLE_SHARE * (_device_memory(mesh) if memory is None else memory)
+        by_layer = not (distributed.all_agree(fits) if sharding.spans_processes(mesh) else fits)
         if by_layer:
             log.info(f"sampling: parameters ({size / 2**30:.1f} GiB) stay sharded; each token gathers every layer")
         head = None if a.head_bias else "embedding" if a.tied else "head"
@@ -100,9 +101,9 @@ def _padded(where: Any, ndim: int) -> Any:
     return NamedSharding(where.mesh, PartitionSpec(*spec, *[None] * (ndim - len(spec)))) if spec else where
 
 
-def _device_memory(device: Any) -> float:
-    """Returns the bytes of a device's memory."""
-    stats = device.memory_stats() or {}
+def _device_memory(mesh: jax.sharding.Mesh) -> float:
+    """Returns the bytes of memory of a device of this process on the mesh."""
+    stats = mesh.local_devices[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(jax.local_devices())
     return stats.get("bytes_limit", machine)
 

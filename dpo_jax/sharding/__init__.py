@@ -19,6 +19,7 @@ from dpo_jax.sharding.mesh import (
     link_groups,
     make_mesh,
     row_devices,
+    spans_processes,
     token_devices,
 )
 from dpo_jax.sharding.placement import (
@@ -58,6 +59,7 @@ __all__ = [
     "replicated",
     "row_devices",
     "shard_heads",
+    "spans_processes",
     "state_shardings_like",
     "token_devices",
 ]

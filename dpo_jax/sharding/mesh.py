@@ -118,3 +118,8 @@ def present_axes(mesh: jax.sharding.Mesh, axes: tuple[str, ...]) -> tuple[str, .
 def axis_names(entry: str | tuple[str, ...] | None) -> set[str]:
     """Returns the mesh axes in an entry of a PartitionSpec."""
     return {entry} if isinstance(entry, str) else set(entry or ())
+
+
+def spans_processes(mesh: jax.sharding.Mesh) -> bool:
+    """Returns whether several processes have devices of the mesh."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
