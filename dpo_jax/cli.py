@@ -148,7 +148,7 @@ def run_command(argv: Sequence[str]) -> None:
     module = importlib.import_module(f"dpo_jax.commands.{name}")
     if "jax" in sys.modules and name != "plan":  # programs for devices that are not here cannot be loaded again
         paths.keep_compiled()
-    _print_log(messages)
+    _print_log(messages is not None)
     getattr(module, f"{name}_command")(rest)
 
 
@@ -164,21 +164,21 @@ def _print_first_line(name: str, rest: Sequence[str], file: TextIO | None) -> No
 class _Printer(logging.Handler):
     """Prints log records as plain lines, from process 0 only."""
 
-    file: TextIO | None = None  # standard output
+    to_errors = False  # to standard error; the stream of the moment, which may be another one later
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one record."""
         jax = sys.modules.get("jax")
         if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
-            print(printable(self.format(record)), file=self.file, flush=True)
+            print(printable(self.format(record)), file=sys.stderr if self.to_errors else None, flush=True)
 
 
-def _print_log(file: TextIO | None) -> None:
-    """Prints the package's progress messages, by default on standard output."""
+def _print_log(to_errors: bool) -> None:
+    """Prints the package's progress messages, on standard output or on standard error."""
     log = logging.getLogger("dpo_jax")
     log.setLevel(logging.INFO)
     printers = [handler for handler in log.handlers if isinstance(handler, _Printer)] or [_Printer()]
-    printers[0].file = file
+    printers[0].to_errors = to_errors
     log.addHandler(printers[0])
 
 
