@@ -62,12 +62,11 @@ def test_grouped_matmuls_equal_those_of_each_expert(way, monkeypatch):
 
 
 def test_a_kernels_gradient_is_not_rounded_to_the_compute_dtype():
-    """256 products of 1 and 1 + 2^-7 sum to 258, which bfloat16 has, plus one of 2^-6, which it would lose."""
-    x = jnp.ones((257, 1), jnp.bfloat16).at[256].set(2.0**-6)
-    g = jnp.full((257, 1), 1 + 2.0**-7, jnp.bfloat16).at[256].set(1.0)
+    """127 products of 1 sum to 127, which bfloat16 has, plus one of 2^-6, which it would lose: in one block of rows."""
+    x = jnp.ones((128, 1), jnp.bfloat16).at[127].set(2.0**-6)
     kernel = jnp.ones((1, 1, 1), jnp.float32)
-    _, back = jax.vjp(lambda kernel: project_groups(x, kernel, jnp.array([257])), kernel)
-    assert back(g)[0].item() == 258 + 2.0**-6
+    _, back = jax.vjp(lambda kernel: project_groups(x, kernel, jnp.array([128])), kernel)
+    assert back(jnp.ones((128, 1), jnp.bfloat16))[0].item() == 127 + 2.0**-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
