@@ -167,7 +167,7 @@ class Logps(NamedTuple):
       confidence: float32[B, P], mean over tokens of log pi(y_t) - log sum_v pi(v)^2; NaN unless the loss asks for it.
       rounding: float32[B, P], nats by which rounding may move `policy` or `reference`: smaller log-ratios are noise.
       running: float32[] or float32[n], the statistic that a loss carries from step to step; 0 without one.
-      routing: float32[R, 2, E], what the routers of a mixture did with each row (`experts.routing_of`); () if no step
+      routing: float32[N, 2, E], what the routers of a mixture did with each row (`experts.routing_of`); () if no step
         reads it.
     """
 
@@ -183,7 +183,7 @@ class Logps(NamedTuple):
     confidence: PerResponse
     rounding: PerResponse
     running: Float32[Any, "..."]
-    routing: Any = ()
+    routing: Float32[Any, "N 2 E"] | tuple[()] = ()
 
     @classmethod
     def of(cls, policy: Any, reference: Any = None, **fields: Any) -> "Logps":

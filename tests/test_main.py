@@ -49,8 +49,12 @@ def test_the_choice_of_the_system_and_of_the_user_stays(tmp_path, mode, tunables
 
 
 def test_nothing_happens_without_linux(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "execv", None)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *args: started.append(args))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     use_huge_pages(tmp_path / "none")
+    assert started == []
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
 @pytest.mark.parametrize(("command", "expected"), [("train", ["pages", "main"]), ("losses", ["main"]), ("", ["main"])])

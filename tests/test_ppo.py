@@ -76,16 +76,14 @@ def run(options, steps, seed, **callbacks):
 def test_it_approaches_the_optimal_policy(beta):
     """With a constant coefficient: pi* = ref exp(r / beta) / Z, which is far from the reference."""
     _, reference = enumerable.world()
-    start, best = exact(reference), optimum(exact(reference), beta)
-    options, found = FAST._replace(init_kl_coef=beta, learning_rate=2e-3), []
-    for seed in (1, 2, 3):
-        seen: list[np.ndarray] = []
-        run(options, steps=60, seed=seed, on_step=lambda step, params, to=seen: to.append(np.exp(exact(params))))
-        # A step's policy wanders by its 512 samples.
-        found.append(distance(np.log(np.mean(seen[40:], axis=0)), best))
+    start, best, seen = exact(reference), optimum(exact(reference), beta), []
+    # At twice this learning rate one run in twelve, by rounding, loses a response for good and ends at 0.16.
+    options = FAST._replace(init_kl_coef=beta, learning_rate=1e-3)
+    run(options, steps=80, seed=1, on_step=lambda step, params: seen.append(np.exp(exact(params))))
+    # A step's policy wanders by its 512 samples, and by rounding, which another processor draws other samples from.
+    found = np.log(np.mean(seen[53:], axis=0))
     assert distance(start, best) > 0.6
-    # One run in twelve loses a response for good and ends at 0.16; which one depends on rounding.
-    assert np.median(found) < 0.06
+    assert distance(found, best) < 0.03
 
 
 @pytest.mark.slow
