@@ -1,8 +1,11 @@
-"""The error that a user can fix, hints for misspelt names, and text made safe for a terminal."""
+"""The error that a user can fix, hints for misspelt names, the hub's errors, and text made safe for a terminal."""
 
 import difflib
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -28,3 +31,28 @@ def printable(text: str) -> str:
 def is_utf8(text: str) -> bool:
     """Returns whether a text has no half of a surrogate pair, which Python reads bytes as that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+@contextmanager
+def hub_errors(what: str, fix: str = "", *more: type[Exception]) -> Iterator[None]:
+    """Raises what the hub's client raises as a UserError, `what: reason` and `fix`.
+
+    Args:
+      what: the start of the message.
+      fix: its end.
+      more: further types of errors that mean the same.
+    """
+    from huggingface_hub.errors import HfHubHTTPError  # imported late: it is slow to import
+
+    # The bases of HfHubHTTPError include all errors of the HTTP client.
+    failures: Any = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__, *more)
+    client = logging.getLogger("huggingface_hub")  # warns of each retry; the error says it all
+    level, _ = client.level, client.setLevel(logging.ERROR)
+    try:
+        yield
+    except failures as error:
+        why = filter(None, (error, error.__cause__))
+        reason = ": ".join(" ".join(str(e).split()) or type(e).__name__ for e in why)
+        raise UserError(f"{what}: {reason}{fix}") from error
+    finally:
+        client.setLevel(level)

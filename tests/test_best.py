@@ -5,6 +5,8 @@ import logging
 import shutil
 from pathlib import Path
 
+import launched
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -145,6 +147,25 @@ def test_a_run_that_was_interrupted_ends_at_the_same_step_with_the_same_model(in
     assert over.result.metrics[METRIC] == min(evaluations("runs/a").values())
     train(inside, "runs/cut", patience=9, max_steps=last + 1)
     assert best_and_last("runs/cut")[1] == last + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("--mesh.fsdp", "2"), ("--mesh.data", "2")])
+def test_processes_that_share_a_run_agree_on_its_best_step_and_end(tmp_path, mesh):
+    folder = launched.make_world(tmp_path)
+    options = ["--keep_best", METRIC, "--patience", "2", "--eval_every", "2 steps", "--keep", "2"]
+    options += ["--optim.name", "adamw", "--optim.learning_rate", "0.02", "--optim.warmup_steps", "0"]
+    launched.finish(launched.start(folder, "one", *options))
+    out, _ = launched.finish(launched.start(folder, "two", *options, *mesh, launch=launched.launch_local(2, 1)))
+    best, last = best_and_last(folder / "runs/one")
+    assert best < last < launched.STEPS
+    assert best_and_last(folder / "runs/two") == (best, last)
+    assert out.count(f"model/ is the policy of step {best}, the best by {METRIC}") == 1
+    ours, theirs = (load_file(folder / f"runs/{name}/model/model.safetensors") for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=2e-3)
+    assert json.loads((folder / "runs/two/eval.json").read_text())["step"] == best
 
 
 def test_a_damaged_best_checkpoint_is_replaced_by_the_next_best(inside):

@@ -19,6 +19,7 @@ from dpo_jax.models.huggingface.hub import fetch_model, hub_config_file, is_hub_
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+INSTRUCTIONS = [{"instruction": text, "dataset": "koala"} for text in ("Once upon a time", "The dog said")]
 EXTRA = (
     "pytorch_model.bin",
     "modeling_own.py",
@@ -60,6 +61,10 @@ class Hub(BaseHTTPRequestHandler):
             name = path.partition(f"{COMMIT}/")[2]
             self.asked.add(name)
             body = (self.folder / name).read_bytes()
+            headers["ETag"] = hashlib.sha256(body).hexdigest()
+        elif path == "/datasets/tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json":
+            self.asked.add(path)
+            body = json.dumps(INSTRUCTIONS).encode()
             headers["ETag"] = hashlib.sha256(body).hexdigest()
         else:
             body, status = b'{"error": "not found"}', 404
@@ -114,6 +119,27 @@ def test_a_model_of_the_hub_is_fetched_once_without_code_or_pickles(server, tmp_
         assert absent.stderr.startswith(f"dpo-jax: {name}: no such folder, and the hub has given no such model: ")
         assert reason in absent.stderr or "404" in absent.stderr
         assert absent.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_data_of_a_suite_are_fetched_once(server, shared, tmp_path):
+    address, asked = server
+    model = shutil.copytree(shared / "models/tinystories-656k", tmp_path / "model")
+    suite = ("eval", str(model), "--suite", "alpaca_eval", "--suite_max_new_tokens", "2")
+    first = run(*suite, home=tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    assert first.returncode == 0, first.stderr
+    assert asked == {"/datasets/tatsu-lab/alpaca_eval/resolve/main/alpaca_eval.json"}
+    written = next(tmp_path.rglob("model_outputs.json"))
+    assert [row["instruction"] for row in json.loads(written.read_text())] == ["Once upon a time", "The dog said"]
+    written.unlink()
+    again = run(*suite, home=tmp_path, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads(written.read_text())) == 2
+    nowhere = run(*suite, home=tmp_path / "model", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.startswith("dpo-jax: alpaca_eval: tatsu-lab/alpaca_eval/alpaca_eval.json: cannot be fetched")
+    assert "give its file or folder as --suite_data PATH" in nowhere.stderr
+    assert nowhere.stderr.count("\n") == 1
 
 
 def test_without_a_network_the_answer_is_one_line(tmp_path):

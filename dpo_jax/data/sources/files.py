@@ -17,7 +17,7 @@ from dpo_jax.data.sources.mapping import map_columns
 from dpo_jax.data.sources.prompts import is_conversation, is_turn
 from dpo_jax.data.sources.schemas import grouped, usual_columns
 from dpo_jax.data.sources.values import SURROGATE, as_list
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, hub_errors
 from dpo_jax.paths import expand_home
 from dpo_jax.records import Chat, Comparison
 
@@ -153,12 +153,9 @@ def _hub(name: str, split: str) -> Iterator[RawExample]:
     assert match is not None
     *names, revision = match.groups()
     options = {"split": split} | ({"revision": revision} if revision else {})
-    try:
+    what = f"{name}: no such local path, and split {split!r} cannot be loaded from the hub"
+    with hub_errors(what, "", datasets.exceptions.DatasetsError):
         table = datasets.load_dataset(*filter(None, names), **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{name}: no such local path, and split {split!r} cannot be loaded from the hub ({reason})"
-        raise UserError(message) from error
     for number, example in enumerate(table, 1):
         yield f"{name}[{split}]:{number}", dict(example)
 

@@ -4,10 +4,9 @@ import logging
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from dpo_jax import __version__
-from dpo_jax.errors import UserError, closest
+from dpo_jax.errors import UserError, closest, hub_errors
 from dpo_jax.paths import expand_home
 
 log = logging.getLogger(__name__)
@@ -85,19 +84,13 @@ def push_folder(folder: Path, repository: str, *, public: bool = False) -> str:
       UserError: no network, no permission, or the hub refuses the files; the folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    failures: Any = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
     api = HfApi(library_name="dpo_jax", library_version=__version__)
-    try:
+    again = f"; {folder} is complete, upload it with hf upload {repository} {folder}"
+    with hub_errors(f"--push {repository}", again):
         address = str(api.create_repo(repository, private=not public, exist_ok=True))
         message = "Upload a model of dpo_jax"
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=WEIGHTS)
-    except failures as error:
-        why = filter(None, (error, error.__cause__))
-        reason = ": ".join(" ".join(str(e).split()) or type(e).__name__ for e in why)
-        again = f"{folder} is complete, upload it with hf upload {repository} {folder}"
-        raise UserError(f"--push {repository}: {reason}; {again}") from error
     return address
 
 
@@ -110,17 +103,11 @@ def _name_and_revision(path: str) -> tuple[str, str | None]:
 def _snapshot(path: str, wanted: tuple[str, ...]) -> Path:
     """Returns the folder in the hub's cache, with the files that match `wanted`."""
     from huggingface_hub import snapshot_download  # imported late: it is slow to import
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, revision = _name_and_revision(path)
-    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # the bases include all errors of the HTTP client
     patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(UNWANTED)}
-    try:
+    with hub_errors(f"{path}: no such folder{_folder_hint(path)}, and the hub has given no such model"):
         return Path(snapshot_download(name, revision=revision, **patterns))
-    except failures as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"no such folder{_folder_hint(path)}, and the hub has given no such model"
-        raise UserError(f"{path}: {what}: {reason}") from error
 
 
 def _folder_hint(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_jax.data.sources.base import RawExample
 from dpo_jax.data.sources.files import resolve_files, rows
 from dpo_jax.data.sources.formats import examples_in_file
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, hub_errors
 from dpo_jax.runs.suites.registry import HARNESS, SuiteTask
 
 KINDS = {str: "a text", list: "a list", int: "a whole number"}
@@ -57,15 +57,10 @@ def _fetched(name: str) -> str:
     if name.count("/") < 2:
         return name
     from huggingface_hub import hf_hub_download  # imported late: it is slow to import
-    from huggingface_hub.errors import HfHubHTTPError
 
     owner, repository, file = name.split("/", 2)
-    failures: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)  # the bases include all errors of the HTTP client
-    try:
+    with hub_errors(f"{name}: cannot be fetched from the hub"):
         return hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset")
-    except failures as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: cannot be fetched from the hub ({reason})") from error
 
 
 def column(where: str, example: dict[str, Any], name: str, kind: type) -> Any:
