@@ -63,8 +63,11 @@ def data_command(argv: list[str]) -> None:
     loss = losses.build(settings.loss)
     train, held_out = comparison_streams(settings.data, responses_per_prompt(settings, loss))
     sides = {"training": with_noise(settings, train), "held-out": held_out}
-    _refuse_bad(sides, tokenizer, settings.data)
-    page = _page(Path(file).stem, sides, tokenizer, settings, loss)
+    try:
+        page = _page(Path(file).stem, sides, tokenizer, settings, loss)
+    except UserError:
+        _refuse_bad(sides, tokenizer, settings.data)  # all bad examples, where that was the first
+        raise
     _print(page)
     out = Path(settings.out or Path("runs") / f"{Path(file).stem}.data.html")
     with written(out) as f:
