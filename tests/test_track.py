@@ -190,20 +190,22 @@ def test_mlflow_has_parameters_metrics_and_artifacts_of_one_run(tmp_path, monkey
     assert yaml.safe_load(config) == SETTINGS | {"data": {"path": ["a", "b"]}}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # of mlflow's use of SQLAlchemy 2.1
 def test_mlflow_without_a_server_keeps_its_database_in_the_run_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    asked = []
-
-    class Client:
-        def __init__(self, uri):
-            asked.append(uri)
-            raise OSError("no database here")
-
-    monkeypatch.setattr(mlflow, "MlflowClient", Client)
-    trackers.make_tracker("mlflow", tmp_path, SETTINGS).log(0, {})
-    assert asked == [f"sqlite:///{tmp_path}/mlflow/mlflow.db"]
+    (tmp_path / "first").mkdir()
+    drive("mlflow", tmp_path / "first")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["first"]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/first/mlflow/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("dpo_jax").experiment_id])
+    assert run.data.params == FLAT
+    found = {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, "loss")}
+    assert found == {step: values["loss"] for step, values in LOGGED.items() if "loss" in values}
+    (written,) = (tmp_path / "first/mlflow").rglob("evaluation.json")
+    assert json.loads(written.read_text()) == FINAL
 
 
 def test_trackio_has_config_metrics_and_tables_of_one_run(tmp_path, monkeypatch):
