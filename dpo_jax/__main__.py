@@ -1,5 +1,6 @@
 """The command `dpo-jax`, and `python -m dpo_jax`."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ def use_huge_pages(enabled: Path = Path("/sys/kernel/mm/transparent_hugepage/ena
     if "glibc.malloc.hugetlb" in tunables or not enabled.is_file() or "[madvise]" not in enabled.read_text():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, HUGE_PAGES)))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with contextlib.suppress(OSError):  # another user's Python may be one that only its owner can start
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def run() -> None:

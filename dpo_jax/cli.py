@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -239,13 +238,13 @@ def main() -> None:
 
 
 def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints the traceback of an uncaught exception, except one of a thread after a failed save.
+    """Prints the traceback of an uncaught exception, except one of a callback after a failed save.
 
-    A thread of tensorstore that outlives a failed save finds its event loop closed. Its traceback would follow the line
-    that says why the save failed.
+    A callback of tensorstore that outlives a failed save, in any thread, finds its event loop closed. Its traceback,
+    which begins in asyncio, would stand beside the line that says why the save failed.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if main or kind is not RuntimeError or str(error) != "Event loop is closed":
+    callback = trace is not None and trace.tb_frame.f_globals["__name__"] == "asyncio.base_events"
+    if not callback or kind is not RuntimeError or str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
 
 

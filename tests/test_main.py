@@ -57,6 +57,13 @@ def test_nothing_happens_without_linux(tmp_path, monkeypatch):
     assert "GLIBC_TUNABLES" not in os.environ
 
 
+def test_a_process_that_cannot_start_again_goes_on(tmp_path, monkeypatch):
+    (enabled := tmp_path / "enabled").write_text("[madvise]")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    use_huge_pages(enabled)
+
+
 @pytest.mark.parametrize(("command", "expected"), [("train", ["pages", "main"]), ("losses", ["main"]), ("", ["main"])])
 def test_commands_that_train_use_them(monkeypatch, command, expected):
     assert set(COMMANDS) > TRAINING

@@ -1,10 +1,10 @@
 """The terminal: text is shown as text, and errors are one line at any width, in any encoding, with closed outputs."""
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
-import threading
 
 import pytest
 from launched import ROOT
@@ -81,16 +81,22 @@ def test_output_that_cannot_be_written_ends_without_a_traceback(closed):
     assert not done.stderr or (closed == "full" and done.stderr.count(b"\n") == 1)
 
 
-def test_a_thread_that_outlives_a_failed_save_says_nothing(capsys):
-    """tensorstore's threads report to sys.excepthook. Other errors, and those of the main thread, are shown."""
-    closed, other = RuntimeError("Event loop is closed"), RuntimeError("bad news")
-    for error, quiet in ((closed, True), (other, False)):
-        thread = threading.Thread(target=cli.show_uncaught, args=(RuntimeError, error, None))
-        thread.start()
-        thread.join()
-        assert (capsys.readouterr().err == "") == quiet
-    cli.show_uncaught(RuntimeError, closed, None)
-    assert "Event loop is closed" in capsys.readouterr().err
+def test_a_callback_that_outlives_a_failed_save_says_nothing(capsys):
+    """tensorstore's callbacks report to sys.excepthook. Other errors, and those of our own code, are shown."""
+    (loop := asyncio.new_event_loop()).close()
+    with pytest.raises(RuntimeError) as raised:
+        loop.call_soon_threadsafe(print)
+    error, ours = raised.value, raised.value.__traceback__
+    cli.show_uncaught(RuntimeError, error, ours.tb_next)
+    assert capsys.readouterr().err == ""
+    for kind, other, trace in (
+        (RuntimeError, error, ours),
+        (RuntimeError, error, None),
+        (RuntimeError, RuntimeError("bad news"), ours.tb_next),
+        (OSError, OSError("Event loop is closed"), ours.tb_next),
+    ):
+        cli.show_uncaught(kind, other, trace)
+        assert str(other) in capsys.readouterr().err
 
 
 HEAD = ("method", "true reward (95%)", "KL to the reference (95%)", "accuracy", "length", "gap to the optimum")

@@ -196,7 +196,8 @@ class Checkpoints:
     @functools.cached_property
     def orbax(self) -> Any:
         """The checkpointer of orbax."""
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # failures are raised, not also logged
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)  # failures are raised, not also logged
         return _orbax().StandardCheckpointer()
 
     def save(self, state: TrainState, step: int, found: Mapping[str, Mapping[str, float]] | None = None) -> None:
