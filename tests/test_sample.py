@@ -350,6 +350,18 @@ def test_no_prompts_give_no_texts(models):
     assert generate(model, params, [], max_new_tokens=3, eos_id=EOS) == []
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_texts_end_where_the_angles_of_the_model_do(scaling):
+    """Beyond their original positions other angles apply; ours are NaN there, of which sampling would make token 0."""
+    settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    architecture = family("llama").architecture({**settings, "num_hidden_layers": 1, "max_position_embeddings": 64})
+    rope = dataclasses.replace(architecture.rope, scaling=scaling, original_positions=32)
+    model = build_model(dataclasses.replace(architecture, rope=rope))
+    message = "max_new_tokens: 24 and the longest prompt are 33 tokens, the model has 32 positions; lower it"
+    with pytest.raises(UserError, match=message):
+        generate(model, None, [[5] * 9], max_new_tokens=24, eos_id=EOS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

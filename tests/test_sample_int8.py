@@ -62,6 +62,7 @@ def test_kernels_in_8_bits_are_refused_where_they_do_not_apply():
         ("int4", params, "weights: 'int4' is not known"),
         ("int8", laid, "for devices that have all parameters"),
         ("int8", quantized, "quantized already"),
+        ("int8", {"layers": {"router": {}}}, "not for mixtures of experts"),
     ):
         with pytest.raises(UserError, match=message):
             generate(model, given, [[3, 4]], eos_id=(), weights=weights)

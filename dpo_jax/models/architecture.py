@@ -51,6 +51,11 @@ class Rope:
     amplitude: float = 1.0
     growth: float = 0.0
 
+    @property
+    def end(self) -> int | None:
+        """The number of positions beyond which other angles apply, which are not supported; None if there is none."""
+        return self.original_positions if self.scaling in ("dynamic", "longrope") else None
+
 
 @dataclass(frozen=True)
 class Architecture:

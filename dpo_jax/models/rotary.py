@@ -36,8 +36,8 @@ def angles_at(rope: Rope, positions: Int[Any, "..."]) -> tuple[Float32[Any, "...
     With LongRoPE and dynamic scaling they are NaN beyond the original context length, where others would apply.
     """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
-    if rope.scaling in ("dynamic", "longrope"):
-        angles = jnp.where(positions[..., None, None] < rope.original_positions, angles, jnp.nan)
+    if rope.end is not None:
+        angles = jnp.where(positions[..., None, None] < rope.end, angles, jnp.nan)
     return rope.amplitude * jnp.cos(angles), rope.amplitude * jnp.sin(angles)
 
 

@@ -27,6 +27,8 @@ def takes_int8(weights: str | None, params: Any, shared: bool) -> bool:
         raise UserError("weights: int8 is for devices that have all parameters; leave it out, or shard rows only")
     if any("quantized" in leaves for leaves in params["layers"].values()):
         raise UserError("weights: the kernels are quantized already (lora.base); leave it out")
+    if "router" in params["layers"]:
+        raise UserError("weights: int8 is not for mixtures of experts; leave it out")
     return True
 
 
@@ -59,7 +61,7 @@ def check_sampling(
     lengths = [len(p) for p in prompts]
     if 0 in lengths:
         raise UserError(f"prompt {lengths.index(0) + 1} has no tokens; give at least one")
-    longest = max(lengths, default=0) + new
-    if (a.rope is None or a.rope.scaling == "longrope") and longest > a.max_positions:
-        sizes = f"{new} and the longest prompt are {longest} tokens, the model has {a.max_positions} positions"
+    longest, end = max(lengths, default=0) + new, a.max_positions if a.rope is None else a.rope.end
+    if end is not None and longest > end:
+        sizes = f"{new} and the longest prompt are {longest} tokens, the model has {end} positions"
         raise UserError(f"max_new_tokens: {sizes}; lower it, or shorten the prompts")
