@@ -109,11 +109,63 @@ def test_targets_by_hand():
     expected |= {"log_ratio_gap": 2 * math.log(2.5), "reference": 4.0, "reference_positive": 4.0}
     assert set(expected) == set(TARGETS)
     for target, t in expected.items():
-        found = losses.axes(lp, link="linear", target=target, beta=1.0, scale=2.0)
+        score, t = ("log_prob", t - 2.0) if target.startswith("reference") else ("log_ratio", t)  # 5 - (t - 2 + 2)
+        found = losses.axes(lp, score=score, link="linear", target=target, beta=1.0, scale=2.0)
         np.testing.assert_allclose(found, [t - 3.0], rtol=1e-6, err_msg=target)
     against = lp._replace(reference=np.array([[-12.0, -10.0]]), policy=np.array([[-10.0, -11.0]]))
     for target, t in {"reference": -2.0, "reference_positive": 0.0}.items():
-        np.testing.assert_allclose(losses.axes(against, link="linear", target=target, beta=1.0), [t - 3.0], rtol=1e-6)
+        found = losses.axes(against, score="log_prob", link="linear", target=target, beta=1.0)
+        np.testing.assert_allclose(found, [t - 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("score", "policy", "reference"),
+    [
+        ("log_prob", (-8.0, -13.0), (-10.0, -12.0)),
+        ("log_prob_mean", (-2.0, -6.5), (-2.5, -6.0)),
+        ("likelihood", (math.exp(-2), math.exp(-6.5)), (math.exp(-2.5), math.exp(-6))),
+        ("log_odds", [-2 - math.log1p(-math.exp(-2)), -6.5 - math.log1p(-math.exp(-6.5))],
+         [-2.5 - math.log1p(-math.exp(-2.5)), -6 - math.log1p(-math.exp(-6))]),
+    ],
+)  # fmt: skip
+def test_a_target_of_the_reference_has_the_units_of_the_score(score, policy, reference):
+    """beta times the policy's gap of scores less the reference's, of lengths 4 and 2; of sums that is DPO's margin."""
+    lp = batch_of([[-8.0, -13.0]], reference=[[-10.0, -12.0]], lengths=[[4.0, 2.0]])
+    found = losses.axes(lp, score=score, link="linear", target="reference", beta=2.0)
+    expected = -2.0 * ((policy[0] - policy[1]) - (reference[0] - reference[1]))
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
+
+
+def test_a_score_that_has_the_reference_takes_no_target_of_it():
+    for score in ("log_ratio", "log_ratio_mean", "chi_squared"):
+        with pytest.raises(UserError, match=f"target reference is in score {score} already; set target zero"):
+            losses.build({"score": score, "target": "reference"})
+
+
+def test_an_axis_over_a_named_loss_names_the_key_to_set():
+    message = "unknown key 'loss.link'; it is an option of the loss axes; set loss.name axes"
+    with pytest.raises(UserError, match=message):
+        parse_config(Config, {"loss": {"name": "dpo"}}, ["--loss.link", "savage"], prog="dpo-jax train")
+
+
+def test_exponential_goes_on_along_its_tangent():
+    value, gradient = both({"link": "exponential", "beta": 1.0}, batch_of([[-41.0, 41.0]]))
+    np.testing.assert_allclose(value, [3 * np.exp(80.0)], rtol=1e-5)  # 82 is 2 beyond 80
+    np.testing.assert_allclose(gradient, [[-np.exp(80.0), np.exp(80.0)]], rtol=1e-5)
+
+
+def test_two_points_are_summed():
+    """Cal-DPO's shape: a pair's logistic loss, and half of the squares of both rewards less their targets."""
+    first_point, second = {"link": "logistic"}, {"ranking": "pointwise", "link": "squared", "weight": 0.5}
+    lp = batch_of([[2.0, -1.0], [0.5, 3.0]])
+    apart = [np.asarray(losses.build(point).values(lp)) for point in (first_point, second)]
+    loss = losses.build([first_point, second])
+    np.testing.assert_allclose(loss.values(lp), sum(apart), rtol=1e-6)
+    metrics = loss.metrics(lp)
+    np.testing.assert_allclose(metrics["loss/axes.0"], apart[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/axes.1"], 2 * apart[1], rtol=1e-6)
+    with pytest.raises(UserError, match="axes, axes: give each loss, or point of the axes, once"):
+        losses.build([first_point, {"link": "logistic", "beta": 0.5}])
 
 
 def test_a_pointwise_target_is_asked_of_both_responses():

@@ -93,7 +93,10 @@ def test_a_soft_label_is_label_smoothing():
     ("loss", "message"),
     [
         ([], "no term"),
-        ([{"name": "dpo"}, {"name": "dpo", "beta": 1.0}], "dpo, dpo: give each loss once"),
+        ([{"name": "dpo"}, {"name": "dpo", "beta": 1.0}], "dpo, dpo: give each loss, or point of the axes, once"),
+        ({"name": "bco", "all_steps": "no"}, "loss bco: all_steps 'no' is neither True nor False"),
+        ({"name": "ipo", "link": "savage"}, "unknown parameter 'link'; it is one of the loss axes; ipo has beta"),
+        ({"name": "savage"}, "unknown loss 'savage'; it is a link of the loss axes: write link=savage, in a config"),
         ({"name": "dpo", "weight": 0.0}, "loss dpo: weight 0.0 cannot be used: set a weight above 0"),
         ({"name": "dpo", "weight": math.nan}, "weight nan"),
         ({"name": "dpo", "beta": -1.0}, "loss dpo: beta -1.0 is not a finite number above 0"),

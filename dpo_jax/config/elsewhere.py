@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+from dpo_jax.named import AXES
+
 MOST = 4  # keys in a hint
 # Names elsewhere: the key here, and what differs; or why there is none.
 NAMES: tuple[tuple[str, str], ...] = (
@@ -140,6 +142,8 @@ def key_hint(key: str, known: Sequence[str], texts: Sequence[str] = ()) -> str:
     if inside:
         first = sorted(inside, key=lambda name: not name.endswith((".path", ".name")))
         return f"it is a section; set {' or '.join(first[:2])}, indented below {key}: in a YAML"
+    if last in AXES and (name := f"{key.removesuffix(last)}name") in known:
+        return f"it is an option of the loss axes; set {name} axes"
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f"did you mean {_either(same)}?"
     if match := difflib.get_close_matches(key, known, n=1) or _close_last(last, known):

@@ -5,6 +5,7 @@ apart (Tang et al. 2024, arXiv 2402.05749, on links; Gorbatovski et al. 2025, ar
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -37,27 +38,35 @@ SCORES: dict[str, Callable[[Logps], Array]] = {
     "likelihood": likelihood_rewards,
     "chi_squared": lambda lp: chi_squared_score(log_ratios(lp)),
 }
+
+
+def _exponential(x: Array) -> Array:
+    """Returns e^x, and its tangent beyond `CLAMP`: the gradient there is that at `CLAMP`, not 0."""
+    low = jnp.minimum(x, CLAMP)
+    return jnp.exp(low) * (1 + x - low)
+
+
 LINKS: dict[str, Callable[[Array], Array]] = {
     "logistic": lambda u: -log_sigmoid(u),
     "squared": lambda u: (1 - u) ** 2,
     "residual": lambda u: u**2,
     "hinge": lambda u: relu(1 - u),
     "truncated": lambda u: relu(1 - u) ** 2,
-    "exponential": lambda u: jnp.exp(jnp.minimum(-u, CLAMP)),
+    "exponential": lambda u: _exponential(-u),
     "sigmoid": lambda u: sigmoid(-u),
     "savage": lambda u: sigmoid(-u) ** 2,
     "probit": lambda u: -norm.logcdf(u),
     "linear": lambda u: -u,
 }
-TARGETS: dict[str, Callable[[Logps, float], Array | float]] = {
-    "zero": lambda lp, beta: 0.0,
-    "constant": lambda lp, beta: 1.0,
-    "gap": lambda lp, beta: better_by(lp),
-    "log_gap": lambda lp, beta: jnp.log(better_by(lp)),
-    "log_ratio_gap": lambda lp, beta: log_ratio_of_scores(lp, better_by(lp)),
-    "length": lambda lp, beta: -margin(lp.lengths),
-    "reference": lambda lp, beta: beta * margin(lp.reference),
-    "reference_positive": lambda lp, beta: beta * relu(margin(lp.reference)),
+TARGETS: dict[str, Callable[[Logps, Callable[[Logps], Array]], Array | float]] = {
+    "zero": lambda lp, rewards: 0.0,
+    "constant": lambda lp, rewards: 1.0,
+    "gap": lambda lp, rewards: better_by(lp),
+    "log_gap": lambda lp, rewards: jnp.log(better_by(lp)),
+    "log_ratio_gap": lambda lp, rewards: log_ratio_of_scores(lp, better_by(lp)),
+    "length": lambda lp, rewards: -margin(lp.lengths),
+    "reference": lambda lp, rewards: margin(rewards(lp._replace(policy=lp.reference))),
+    "reference_positive": lambda lp, rewards: relu(margin(rewards(lp._replace(policy=lp.reference)))),
 }
 RATIOS = {"log_ratio", "log_ratio_mean", "chi_squared"}
 GAPS = {"gap", "log_gap", "log_ratio_gap"}
@@ -92,8 +101,10 @@ def axes_needs(*, score: str, ranking: str, target: str, **_: Any) -> dict[str, 
     }
 
 
-def _check_point(ranking: str, link: str, target: str, label_smoothing: float) -> None:
+def _check_point(score: str, ranking: str, link: str, target: str, label_smoothing: float) -> None:
     """Refuses coordinates that do not go together."""
+    if score in RATIOS and target.startswith("reference"):
+        raise UserError(f"target {target} is in score {score} already; set target zero, or another score")
     require("label_smoothing", label_smoothing, lambda eps: 0 <= eps < 0.5, "at least 0 and below 0.5")
     if link == "residual" and target == "zero":
         raise UserError("link residual is least where nothing is preferred; set a target, or link squared")
@@ -122,22 +133,29 @@ def axes(
 
         z = beta score,  f = link,  t = scale target
         loss = f(z_c - z_r - t)                     ranking pair
-        loss = f(z_c - t) + f(-z_r - t)             pointwise; of a moving mean f(z_c - t) + f(t - z_r)
+        loss = f(z_c - t) + f(-z_r - t)             pointwise (+ t of moving_mean)
         loss = -sum_k log softmax(z_k, z_k+1, ...)_k   list, best first
         loss = mean over i < j of f(z_i - z_j - t)  all_pairs, best first
 
-    Scores: log_ratio c, log_ratio_mean c / L_c, log_prob p_c, log_prob_mean m_c, log_odds log(e^m / (1 - e^m)),
-    likelihood e^m, chi_squared c + e^c - 1. Links: logistic -log sigmoid(u), squared (1 - u)^2, residual u^2, hinge
-    max(0, 1 - u), truncated max(0, 1 - u)^2, exponential e^-u, sigmoid 1 - sigmoid(u), savage (1 - sigmoid(u))^2,
-    probit -log Phi(u), linear -u. A running mean is a constant to the gradient.
+        score    log_ratio c, log_ratio_mean c / L_c, log_prob p_c, log_prob_mean m_c,
+                 log_odds log(e^m_c / (1 - e^m_c)), likelihood e^m_c, chi_squared c + e^c - 1
+        link     logistic -log sigmoid(u), squared (1 - u)^2, residual u^2,
+                 hinge max(0, 1 - u), truncated max(0, 1 - u)^2, exponential e^-u,
+                 sigmoid 1 - sigmoid(u), savage (1 - sigmoid(u))^2,
+                 probit -log Phi(u), linear -u
+        target   zero, constant 1, gap s_c - s_r, log_gap log(s_c - s_r),
+                 log_ratio_gap log(s_c / s_r), length L_r - L_c,
+                 reference z_c - z_r of the reference, reference_positive the same
+                 where it is above 0, moving_mean of margins or rewards
+
+    A running mean is a constant to the gradient. Beyond u = -80 exponential goes on along its tangent.
 
     Args:
       lp: log-probabilities of B comparisons.
       score: The score of a response.
       ranking: How scores are compared.
       link: The loss of a comparison.
-      target: The margin that is asked for, over scale: nothing, 1, s_c - s_r, its logarithm, log(s_c / s_r), L_r - L_c,
-        beta (ref_c - ref_r), the same where it is positive, or the running mean of margins or rewards.
+      target: The margin that is asked for, over scale.
       beta: Scale of the scores.
       scale: Scale of the target.
       decay: Of the running mean.
@@ -146,7 +164,7 @@ def axes(
     Returns:
       float32[B].
     """
-    _check_point(ranking, link, target, label_smoothing)
+    _check_point(score, ranking, link, target, label_smoothing)
 
     def f(u: Array) -> Array:
         return (1 - label_smoothing) * LINKS[link](u) + label_smoothing * LINKS[link](-u)
@@ -157,7 +175,7 @@ def axes(
         t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
         value = f(margin(z) - t) if ranking == "pair" else f(pair(z)[0] - t) + f(t - pair(z)[1])
         return jnp.where(lp.weights > 0, value, 0.0)
-    t = scale * TARGETS[target](lp, beta)
+    t = scale * TARGETS[target](lp, partial(_rewards, score=score, beta=beta))
     if ranking == "list":
         return rank_surprise(z)
     if ranking == "all_pairs":

@@ -3,12 +3,12 @@
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from dpo_jax.errors import UserError, closest
-from dpo_jax.named import import_function
+from dpo_jax.named import AXES, import_function
 from dpo_jax.records import Array, Missing
 
 # A missing field of Logps has no leaves, so that jit, grad and tree.map pass it through.
@@ -131,5 +131,13 @@ def find_entry(name: str, key: str = "loss.name") -> Entry:
         return REGISTRY[name]
     if ":" in name:
         return entry_of(import_function(name, key))
-    hint = f"here it is {ALIASES[name]!r}" if name in ALIASES else closest(name, REGISTRY)
+    hint = f"here it is {ALIASES[name]!r}" if name in ALIASES else _axis_hint(name) or closest(name, REGISTRY)
     raise UserError(f"{key}: unknown loss {name!r}; {hint}, or give module:function")
+
+
+def _axis_hint(value: str) -> str:
+    """Returns how to write a value of one of the axes, or "" for another text."""
+    options = inspect.signature(REGISTRY["axes"].function).parameters
+    axis = next((axis for axis in AXES if value in get_args(options[axis].annotation)), "")
+    how = f"write {axis}={value}, in a config {axis}: {value} and no name"
+    return f"it is a {axis} of the loss axes: {how}" if axis else ""
