@@ -75,10 +75,17 @@ LISTS = {"list", "all_pairs"}
 
 def _moving_mean(lp: Logps, *, score: str, ranking: str, beta: float, decay: float, **_: Any) -> Array:
     """Returns the running mean of margins, or (pointwise) of rewards, with this step's in it: the statistic of axes."""
+    require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     z = stop_gradient(beta * SCORES[score](lp))
     weights = lp.weights[:, None] * lp.present
     mean = weighted_mean(z, weights) if ranking == "pointwise" else weighted_mean(margin(z), lp.weights)
     return decay * lp.running + (1 - decay) * mean
+
+
+def _against_mean(lp: Logps, f: Callable[[Array], Array], z: Array, mean: Array, ranking: str) -> Array:
+    """Returns the loss of rewards z beside a running mean; 0 for absent comparisons, which have no part in it."""
+    c, r = pair(z)
+    return jnp.where(lp.weights > 0, f(c - r - mean) if ranking == "pair" else f(c - mean) + f(mean - r), 0.0)
 
 
 def _rewards(lp: Logps, *, score: str, beta: float, **_: Any) -> Array:
@@ -171,10 +178,8 @@ def axes(
 
     z = beta * SCORES[score](lp)
     if target == "moving_mean":
-        require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
         t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
-        value = f(margin(z) - t) if ranking == "pair" else f(pair(z)[0] - t) + f(t - pair(z)[1])
-        return jnp.where(lp.weights > 0, value, 0.0)
+        return _against_mean(lp, f, z, t, ranking)
     t = scale * TARGETS[target](lp, partial(_rewards, score=score, beta=beta))
     if ranking == "list":
         return rank_surprise(z)
