@@ -88,6 +88,17 @@ def _against_mean(lp: Logps, f: Callable[[Array], Array], z: Array, mean: Array,
     return jnp.where(lp.weights > 0, f(c - r - mean) if ranking == "pair" else f(c - mean) + f(mean - r), 0.0)
 
 
+def _compared(z: Array, f: Callable[[Array], Array], t: Array | float, ranking: str) -> Array:
+    """Returns the loss of rewards z that are compared with one another, with a target t, float32[B]."""
+    if ranking == "list":
+        return rank_surprise(z)
+    if ranking == "all_pairs":
+        better, worse = jnp.triu_indices(z.shape[1], 1)
+        return jnp.mean(f(z[:, better] - z[:, worse] - t), axis=1)
+    c, r = pair(z)
+    return f(c - r - t) if ranking == "pair" else f(c - t) + f(-r - t)
+
+
 def _rewards(lp: Logps, *, score: str, beta: float, **_: Any) -> Array:
     """Returns beta score, float32[B, P]: the rewards of a point without a reference."""
     return beta * SCORES[score](lp)
@@ -146,14 +157,12 @@ def axes(
 
         score    log_ratio c, log_ratio_mean c / L_c, log_prob p_c, log_prob_mean m_c,
                  log_odds log(e^m_c / (1 - e^m_c)), likelihood e^m_c, chi_squared c + e^c - 1
-        link     logistic -log sigmoid(u), squared (1 - u)^2, residual u^2,
-                 hinge max(0, 1 - u), truncated max(0, 1 - u)^2, exponential e^-u,
-                 sigmoid 1 - sigmoid(u), savage (1 - sigmoid(u))^2,
-                 probit -log Phi(u), linear -u
+        link     logistic -log sigmoid(u), squared (1 - u)^2, residual u^2, hinge max(0, 1 - u),
+                 truncated max(0, 1 - u)^2, exponential e^-u, sigmoid 1 - sigmoid(u),
+                 savage (1 - sigmoid(u))^2, probit -log Phi(u), linear -u
         target   zero, constant 1, gap s_c - s_r, log_gap log(s_c - s_r),
-                 log_ratio_gap log(s_c / s_r), length L_r - L_c,
-                 reference z_c - z_r of the reference, reference_positive the same
-                 where it is above 0, moving_mean of margins or rewards
+                 log_ratio_gap log(s_c / s_r), length L_r - L_c, reference z_c - z_r of the
+                 reference, reference_positive max(0, that), moving_mean of margins or rewards
 
     A running mean is a constant to the gradient. Beyond u = -80 exponential goes on along its tangent.
 
@@ -181,10 +190,4 @@ def axes(
         t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
         return _against_mean(lp, f, z, t, ranking)
     t = scale * TARGETS[target](lp, partial(_rewards, score=score, beta=beta))
-    if ranking == "list":
-        return rank_surprise(z)
-    if ranking == "all_pairs":
-        better, worse = jnp.triu_indices(z.shape[1], 1)
-        return jnp.mean(f(z[:, better] - z[:, worse] - t), axis=1)
-    c, r = pair(z)
-    return f(c - r - t) if ranking == "pair" else f(c - t) + f(-r - t)
+    return _compared(z, f, t, ranking)
