@@ -338,3 +338,14 @@ def test_invalid_noise_is_refused(tmp_path):
         noisy(path, flip=1.5)
     with pytest.raises(UserError, match=r"a\.jsonl:1: data\.draw_labels needs two scores"):
         noisy(path, draw_labels=True)
+
+
+def test_data_are_read_when_they_are_iterated_and_once(monkeypatch):
+    """Sources that group by prompt read everything before their first item."""
+    started = []
+    monkeypatch.setattr("dpo_jax.data.sources.shp.read", lambda *_: iter([started.append(1) or Note("left out")]))
+    stream = open_stream("shp", ("x",), "train", 2)
+    assert started == []
+    with pytest.raises(UserError, match=r"data source 'shp' has no comparisons in split 'train' of \['x'\]; check"):
+        list(stream)
+    assert started == [1]

@@ -24,7 +24,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from dpo_jax.data import sources
@@ -114,16 +114,29 @@ def open_stream(name: str, path: tuple[str, ...], split: str, responses: int) ->
       responses: responses per prompt: 2 for preference pairs, 1 for supervised fine-tuning, 0 for prompts alone.
 
     Raises:
-      UserError: the source is unknown, cannot read its data, or yields only notes.
+      UserError: the source is unknown; when it is read, that it cannot read its data, or yields only notes.
     """
     known = {info.name for info in pkgutil.iter_modules(sources.__path__)}
     module = importlib.import_module(f"{sources.__name__}.{name}") if name in known else None
     if module is None or not hasattr(module, "read"):
         raise unknown_choice("data source (data.name)", name, source_names())
-    found = Stream(lambda: module.read(tuple(path), split, responses))
-    if all(isinstance(item, Note) for item in found):
-        raise UserError(f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path")
-    return found
+    return checked_stream(lambda: module.read(tuple(path), split, responses), name, path, split)
+
+
+def checked_stream(start: Callable[[], Iterator[Item]], name: str, path: Sequence[str], split: str) -> Stream:
+    """Returns a stream that raises a UserError after its last item if it has notes only."""
+    empty = f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path"
+    return Stream(lambda: _some(start(), empty))
+
+
+def _some(items: Iterator[Item], empty: str) -> Iterator[Item]:
+    """Yields items, and raises `empty` in the end if they were notes only: sources that group read all of it first."""
+    only_notes = True
+    for item in items:
+        only_notes = only_notes and isinstance(item, Note)
+        yield item
+    if only_notes:
+        raise UserError(empty)
 
 
 def only_comparisons(items: Iterable[Item]) -> Iterator[Comparison]:

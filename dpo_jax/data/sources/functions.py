@@ -8,9 +8,9 @@ from typing import Any
 
 from dpo_jax.data.sources.base import (
     Item,
-    Note,
     RawExample,
     Stream,
+    checked_stream,
     open_stream,
     source_names,
     unknown_choice,
@@ -56,7 +56,7 @@ def open_source(
     if ":" in name:
         read = partial(import_function(name, "data.name"), **_chosen(name, options))
         if isinstance(next(iter(read(path, split)), None), Comparison):
-            return _checked(Stream(lambda: _own_comparisons(name, read(path, split), responses)), name, path, split)
+            return checked_stream(lambda: _own_comparisons(name, read(path, split), responses), name, path, split)
         return _of_rows(partial(_own_rows, name, read), name, path, split, responses, columns, text_prompts, beside)
     if options:
         raise UserError(f"data.options: the source {name!r} has none; remove it")
@@ -66,7 +66,7 @@ def open_source(
         return _of_rows(rows, name, path, split, responses, columns, text_prompts, beside)
     if module == "mixture" and not columns:
         read = importlib.import_module("dpo_jax.data.sources.mixture").read
-        return _checked(Stream(lambda: read(path, split, responses, text_prompts, beside)), name, path, split)
+        return checked_stream(lambda: read(path, split, responses, text_prompts, beside), name, path, split)
     if columns or text_prompts != "auto":
         key = "columns" if columns else "text_prompts"
         raise UserError(f"data.{key}: the source {name!r} knows its own columns; remove it, or set data.name: files")
@@ -113,8 +113,7 @@ def _of_rows(
     def turns_of(path: tuple[str, ...], split: str) -> bool | None:
         return has_turns(rows(path, split), columns)
 
-    stream = Stream(lambda: example_items(rows(path, split), responses, columns, chat()))
-    return _checked(stream, name, path, split)
+    return checked_stream(lambda: example_items(rows(path, split), responses, columns, chat()), name, path, split)
 
 
 def _readable(turns_of: Callable[..., bool | None], path: tuple[str, ...], split: str) -> bool:
@@ -123,12 +122,6 @@ def _readable(turns_of: Callable[..., bool | None], path: tuple[str, ...], split
         return bool(turns_of(path, split))
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-
-
-def _checked(stream: Stream, name: str, path: Sequence[str], split: str) -> Stream:
-    if all(isinstance(item, Note) for item in stream):
-        raise UserError(f"data source {name!r} has no comparisons in split {split!r} of {list(path)}; check data.path")
-    return stream
 
 
 def source_options(function: Callable) -> list[Option]:
