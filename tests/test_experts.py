@@ -27,7 +27,7 @@ KINDS = ("mixtral", "olmoe", "qwen3_moe")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by family, made when first asked for."""
-    return folders_of({kind: (kind, {}) for kind in KINDS}, tmp_path_factory.mktemp)
+    return folders_of({kind: (kind, {}) for kind in (*KINDS, "gpt_oss")}, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize(("renormalized", "weights"), [(False, (0.5, 0.3)), (True, (0.625, 0.375))])
@@ -147,6 +147,7 @@ def torch_logits(model, tokens):
     ("kind", "targets"),
     [
         ("qwen3_moe", (lora.ALL, GATE_UP, DOWN)),
+        ("gpt_oss", (lora.ALL, GATE_UP, DOWN)),
         pytest.param("mixtral", ("q_proj", GATE_UP), marks=pytest.mark.slow),
         pytest.param("olmoe", (DOWN,), marks=pytest.mark.slow),
     ],

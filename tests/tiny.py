@@ -26,6 +26,8 @@ _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
 # Ministral 3's, with a context of pretraining that most sequences in the tests exceed.
 _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 _MIXED = ["sliding_attention", "full_attention"]
 _ARGUMENTS = {
     "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
@@ -45,6 +47,7 @@ _ARGUMENTS = {
         "max_position_embeddings": 256,
     },
     "gpt_neox": {**_SIZES, "num_attention_heads": 2, "intermediate_size": 48, "rotary_pct": 0.25},
+    "gpt_oss": {**_MIXTURE, "num_local_experts": 4, "head_dim": 16, "sliding_window": WINDOW, "rope_parameters": _YARN},
     "gptj": {**_GPT2, "n_head": 2, "rotary_dim": 8},
     "granite": {**_LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
     | {"logits_scaling": 2.5},
@@ -86,7 +89,7 @@ def torch_model(family: str, **settings):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:  # gemma stores the scale of a norm minus 1
+            if p.ndim == 1 or name.endswith("bias"):  # gemma stores the scale of a norm minus 1
                 p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
     return model
 
