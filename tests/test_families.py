@@ -45,7 +45,7 @@ CONFIGS = {
     **{"smollm3": FOUR, "cohere2": FOUR | {"num_hidden_layers": 6}, "phi": LLAMA, "seed_oss": GROUPED},
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
-    **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED},
+    **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -145,6 +145,8 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("starcoder2", {"mlp_bias": False}, "mlp_bias = False is not supported, only True"),
+        ("granitemoe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 of 8 experts; correct one"),
+        ("granitemoe", {"mlp_bias": True}, "mlp_bias = True is not supported, only False is"),
         ("granite", {"rope_scaling": SCALED}, "rope_type = 'ntk' is not supported"),
         ("ministral3", {"attention_bias": True}, "attention_bias = True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
