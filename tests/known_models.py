@@ -99,6 +99,10 @@ _GRANITE |= {"embedding_multiplier": 12.0, "hidden_act": "silu", "intermediate_s
 _GRANITE |= {"max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40}
 _GRANITE |= {"num_key_value_heads": 8, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_theta": 5000000.0}
 _GRANITE |= {"rope_scaling": None, "tie_word_embeddings": True, "vocab_size": 49155}
+_GRANITE_MOE = {key: value for key, value in _GRANITE.items() if key != "mlp_bias"} | {"model_type": "granitemoe"}
+_GRANITE_MOE |= {"hidden_size": 1536, "intermediate_size": 512, "logits_scaling": 6.0, "num_attention_heads": 24}
+_GRANITE_MOE |= {"num_experts_per_tok": 8, "num_hidden_layers": 32, "num_local_experts": 40, "rope_theta": 1e7}
+_GRANITE_MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.0, "rms_norm_eps": 1e-06}
 _SMOL_3 = {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}
 _SMOL_3 |= {"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "no_rope_layer_interval": 4}
 _SMOL_3 |= {"no_rope_layers": [1, 1, 1, 0] * 9, "num_hidden_layers": 36, "num_key_value_heads": 4, "pretraining_tp": 2}
@@ -189,6 +193,14 @@ _MIXTRAL |= {"router_aux_loss_coef": 0.02, "tie_word_embeddings": False}
 _OLMOE = _OLMO | {"model_type": "olmoe", "clip_qkv": None, "intermediate_size": 1024, "num_experts": 64}
 _OLMOE |= {"norm_topk_prob": False, "num_experts_per_tok": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0}
 _OLMOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.01, "vocab_size": 50304}
+_GPT_OSS = {"model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4, "head_dim": 64}
+_GPT_OSS |= {"hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880}
+_GPT_OSS |= {"layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072}
+_GPT_OSS |= {"num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8}
+_GPT_OSS |= {"num_local_experts": 32, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 150000}
+_GPT_OSS |= {"router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False}
+_GPT_OSS |= {"vocab_size": 201088, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0}}
+_GPT_OSS["rope_scaling"] |= {"original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False}
 
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
@@ -204,6 +216,8 @@ KNOWN = {
     "Qwen3-30B-A3B": (_QWEN_3_MOE, 30_532_122_624),
     "Mixtral-8x7B-v0.1": (_MIXTRAL, 46_702_792_704),
     "OLMoE-1B-7B-0924": (_OLMOE, 6_919_161_856),
+    "granite-3.1-3b-a800m": (_GRANITE_MOE, 3_298_793_472),
+    "gpt-oss-20b": (_GPT_OSS, 20_914_757_184),
     "Phi-3-mini-4k": (_PHI_3, 3_821_079_552),
     "Phi-3-mini-128k": (_PHI_3_LONG, 3_821_079_552),
     "Phi-4-mini": (_PHI_4, 3_836_021_760),

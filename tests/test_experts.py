@@ -27,7 +27,7 @@ KINDS = ("mixtral", "olmoe", "qwen3_moe")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by family, made when first asked for."""
-    return folders_of({kind: (kind, {}) for kind in KINDS}, tmp_path_factory.mktemp)
+    return folders_of({kind: (kind, {}) for kind in (*KINDS, "gpt_oss", "granitemoe")}, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize(("renormalized", "weights"), [(False, (0.5, 0.3)), (True, (0.625, 0.375))])
@@ -147,6 +147,8 @@ def torch_logits(model, tokens):
     ("kind", "targets"),
     [
         ("qwen3_moe", (lora.ALL, GATE_UP, DOWN)),
+        ("gpt_oss", (lora.ALL, GATE_UP, DOWN)),
+        pytest.param("granitemoe", (lora.ALL, GATE_UP), marks=pytest.mark.slow),
         pytest.param("mixtral", ("q_proj", GATE_UP), marks=pytest.mark.slow),
         pytest.param("olmoe", (DOWN,), marks=pytest.mark.slow),
     ],
@@ -170,7 +172,7 @@ def test_adapters_of_experts_are_pefts_in_both_directions(folders, kind, targets
     np.testing.assert_allclose(run(load_folder(tmp_path / "merged")[2]), ours, atol=1e-4)
     own = [f"{name}_proj" for name in ("qkvo" if lora.ALL in targets else "q" * ("q_proj" in targets))]
     settings = {"target_modules": own}
-    settings |= {"target_parameters": [f"mlp.{t}" for t in targets if t in (GATE_UP, DOWN)]}
+    settings |= {"target_parameters": [t for t in targets if t in (GATE_UP, DOWN)]}
     torch.manual_seed(0)
     theirs = get_peft_model(load_torch(folders(kind)), LoraConfig(r=2, lora_alpha=5, task_type="CAUSAL_LM", **settings))
     with torch.no_grad():

@@ -24,9 +24,7 @@ def test_an_unknown_family_is_answered_with_the_closest():
     for other in ("gemma3", "mistral3", "qwen3_vl", "mamba"):
         with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: coh"):
             family(other)
-    with pytest.raises(
-        UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"
-    ):
+    with pytest.raises(UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"):
         family("zebra")
 
 
@@ -47,7 +45,7 @@ CONFIGS = {
     **{"smollm3": FOUR, "cohere2": FOUR | {"num_hidden_layers": 6}, "phi": LLAMA, "seed_oss": GROUPED},
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
-    **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED},
+    **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -147,6 +145,8 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("phi", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm = True"),
         ("starcoder2", {"mlp_bias": False}, "mlp_bias = False is not supported, only True"),
+        ("granitemoe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 of 8 experts; correct one"),
+        ("granitemoe", {"mlp_bias": True}, "mlp_bias = True is not supported, only False is"),
         ("granite", {"rope_scaling": SCALED}, "rope_type = 'ntk' is not supported"),
         ("ministral3", {"attention_bias": True}, "attention_bias = True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
@@ -161,6 +161,10 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("olmoe", {"num_experts_per_tok": 65}, "num_experts_per_tok = 65 of 64 experts; correct one"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported, only 1 is"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit = 6.0 is not supported, only 7.0 is"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0 is not supported, only 1.702 is"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu' is"),
+        ("gpt_oss", {"num_experts_per_tok": 129}, "num_experts_per_tok = 129 of 128 experts; correct one"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = .* is not supported"),
     ],
 )

@@ -112,6 +112,8 @@ CASES = {
     "glm4 without biases": ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     "mixtral with windows, one expert": ("mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}),
     "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
+    "gpt_oss, clamped": ("gpt_oss", {"initializer_range": 0.3, "layer_types": ["full_attention"] * 2, "head_dim": 8}),
+    "gpt_oss without biases in attention": ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True}),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

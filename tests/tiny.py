@@ -26,7 +26,10 @@ _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
 # Ministral 3's, with a context of pretraining that most sequences in the tests exceed.
 _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 _MIXED = ["sliding_attention", "full_attention"]
+_GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5}
 _ARGUMENTS = {
     "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
     "exaone4": {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED},
@@ -45,9 +48,10 @@ _ARGUMENTS = {
         "max_position_embeddings": 256,
     },
     "gpt_neox": {**_SIZES, "num_attention_heads": 2, "intermediate_size": 48, "rotary_pct": 0.25},
+    "gpt_oss": {**_MIXTURE, "num_local_experts": 4, "head_dim": 16, "sliding_window": WINDOW, "rope_parameters": _YARN},
     "gptj": {**_GPT2, "n_head": 2, "rotary_dim": 8},
-    "granite": {**_LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4}
-    | {"logits_scaling": 2.5},
+    "granite": {**_LLAMA, **_GRANITE},
+    "granitemoe": {**_MIXTURE, **_GRANITE, "num_local_experts": 5},
     "internlm3": {**_LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 6.0}},
     "llama": _LLAMA,
     "ministral3": {**_GEMMA, "rope_parameters": _GROWING},
@@ -70,7 +74,7 @@ _ARGUMENTS = {
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others: what costs most is tested for them in the slow suite only.
 COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
-COMPOSED += ("starcoder2",)
+COMPOSED += ("granitemoe", "starcoder2")
 
 
 def torch_model(family: str, **settings):
@@ -86,7 +90,7 @@ def torch_model(family: str, **settings):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:  # gemma stores the scale of a norm minus 1
+            if p.ndim == 1 or name.endswith("bias"):  # gemma stores the scale of a norm minus 1
                 p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
     return model
 

@@ -12,11 +12,13 @@ class Mixture:
       experts: E.
       chosen: k, the experts of a token, those with the largest router probabilities; at most E.
       renormalized: the weights of the chosen are their probabilities divided by the sum of these, not as they are.
+      biased: the router and the projections of the experts have biases.
     """
 
     experts: int
     chosen: int
     renormalized: bool
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Architecture:
       mlp: inner width of the MLP.
       norm: "rms" for root-mean-square norm, "layer" for layer norm.
       eps: added to the variance in norms.
-      activation: activation of the MLP; "gelu" is the exact one.
+      activation: activation of the MLP; "gelu" is the exact one, "clamped" that of GPT-OSS (`layers.activate`).
       gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
       rope: rotary positions; None for a learned embedding of `max_positions` positions.
       parallel: attention and MLP read the same residual, as in GPT-NeoX.
@@ -95,6 +97,7 @@ class Architecture:
       nope: which layers have no rotary positions, one entry per layer; empty for none.
       score_scale: multiplies attention scores; None for d ** -0.5.
       layer_scaled: the scores of layer i, counted from 1, are divided by i.
+      sinks: every query of a head sees one more key, with a learned score and a value of 0 (arXiv 2309.17453).
       score_cap: c in c * tanh(score / c); None for no cap.
       logit_cap: the same for logits.
       logit_scale: multiplies logits, before the cap.
@@ -115,7 +118,7 @@ class Architecture:
     mlp: int
     norm: Literal["rms", "layer"]
     eps: float
-    activation: Literal["silu", "relu", "gelu", "gelu_tanh"]
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh", "clamped"]
     gated: bool
     rope: Rope | None
     parallel: bool
@@ -138,6 +141,7 @@ class Architecture:
     nope: tuple[bool, ...] = ()
     score_scale: float | None = None
     layer_scaled: bool = False
+    sinks: bool = False
     score_cap: float | None = None
     logit_cap: float | None = None
     logit_scale: float = 1.0

@@ -72,7 +72,7 @@ class Scoring(NamedTuple):
     cap: float | None = None
 
 
-Attend = Callable[[Array, Array, Array, RowMask, Scoring], Array]  # signature of `packed_attention`
+Attend = Callable[..., Array]  # signature of `packed_attention`; `sinks` is given only if a model has them
 
 
 def capped(x: Array, cap: float | None) -> Array:
@@ -86,7 +86,14 @@ def capped_slope(y: Array, cap: float | None) -> Array | float:
 
 
 def packed_attention(
-    q: Queries, k: KeyValues, v: KeyValues, mask: RowMask, scoring: Scoring, *, chunk: int = CHUNK
+    q: Queries,
+    k: KeyValues,
+    v: KeyValues,
+    mask: RowMask,
+    scoring: Scoring,
+    sinks: Array | None = None,
+    *,
+    chunk: int = CHUNK,
 ) -> Queries:
     """Returns causal attention over whole rows, in which a response attends to its own prompt and to itself only.
 
@@ -100,12 +107,13 @@ def packed_attention(
       v: values [R, T, K, d].
       mask: which keys a query attends to.
       scoring: scale and cap of the scores.
+      sinks: float32[H], the score of a further key that every query of a head sees, with a value of 0; None without.
       chunk: queries per chunk.
 
     Returns:
       The output [R, T, H, d] in the dtype of q.
     """
-    return _attend(q, k, v, mask, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
+    return _attend(q, k, v, sinks, mask, scoring, max(chunk, -(-q.shape[1] // MAX_CHUNKS)))
 
 
 class CacheMask(NamedTuple):
@@ -134,7 +142,13 @@ class CacheMask(NamedTuple):
 
 
 def cached_attention(
-    q: Queries, k: KeyValues, v: KeyValues, cache: LayerCache, mask: CacheMask, scoring: Scoring
+    q: Queries,
+    k: KeyValues,
+    v: KeyValues,
+    cache: LayerCache,
+    mask: CacheMask,
+    scoring: Scoring,
+    sinks: Array | None = None,
 ) -> tuple[Queries, LayerCache]:
     """Returns attention of the newest token of each sequence over a cache, and the cache with that token.
 
@@ -148,6 +162,7 @@ def cached_attention(
       cache: keys and values of the layer.
       mask: which of them the newest token attends to.
       scoring: scale and cap of the scores.
+      sinks: as in `packed_attention`.
 
     Returns:
       The output [B, 1, H, d] in the dtype of q, and the cache with the newest token.
@@ -164,12 +179,27 @@ def cached_attention(
     shared = capped(scoring.scale * dot("pkqd,pktd->pkqt", _by_prompt(q, prompts), prompt_keys), scoring.cap)
     shared = jnp.where(mask.prompt()[:, None, None], shared, MASKED)
     top = jnp.maximum(_by_sequence(shared.max(-1, keepdims=True), own.shape), own.max(-1, keepdims=True))
+    top, of_sinks = _with_sinks(top, sinks)
     shared, own = jnp.exp(shared - _by_prompt(top, prompts)), jnp.exp(own - top)
-    total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True)
+    total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True) + of_sinks
     mixed = dot("bkgt,bktd->bkgd", own.astype(v.dtype), own_values)
     mixed += _by_sequence(dot("pkqt,pktd->pkqd", shared.astype(v.dtype), prompt_values), own.shape)
     out = (mixed / total).reshape(rows, 1, -1, dim).astype(v.dtype)
     return out, (prompt_keys, prompt_values, own_keys, own_values)
+
+
+def by_group(sinks: Array, kv_heads: int) -> Array:
+    """[H] -> [K, N, 1, 1], which broadcasts to scores [R, K, N, Q, S]."""
+    return sinks.reshape(kv_heads, -1, 1, 1)
+
+
+def _with_sinks(top: Array, sinks: Array | None) -> tuple[Array, Array | float]:
+    """Returns the largest scores [..., K, N, Q, 1] or [B, K, N, 1] with those of sinks [H], and the sinks' exp."""
+    if sinks is None:
+        return top, 0.0
+    wide = sinks.reshape(top.shape[1], -1, *[1] * (top.ndim - 3))
+    top = jnp.maximum(top, wide)
+    return top, jnp.exp(wide - top)
 
 
 def _by_prompt(x: Array, prompts: int) -> Array:
@@ -218,12 +248,14 @@ def _chunk_mask(mask: RowMask, start: int, stop: int) -> RowMask:
     return mask._replace(queries=queries, keys=keys)
 
 
-def _softmax(q: Array, k: Array, v: Array, visible: Array, scoring: Scoring) -> tuple[Array, Array]:
+def _softmax(
+    q: Array, k: Array, v: Array, sinks: Array | None, visible: Array, scoring: Scoring
+) -> tuple[Array, Array]:
     """Returns a chunk's output [R, K, N, Q, d] and log-sum-exp [R, K, N, Q], in float32."""
     scores = jnp.where(visible[:, None, None], scores_of(q, k, scoring), MASKED)
-    top = scores.max(-1, keepdims=True)
+    top, of_sinks = _with_sinks(scores.max(-1, keepdims=True), sinks)
     p = jnp.exp(scores - top)
-    total = p.sum(-1, keepdims=True)
+    total = p.sum(-1, keepdims=True) + of_sinks
     out = dot("rknqs,rksd->rknqd", p.astype(v.dtype), v) / total
     return out, (top + jnp.log(total))[..., 0]
 
@@ -233,33 +265,43 @@ def scores_of(q: Array, k: Array, scoring: Scoring) -> Array:
     return capped(dot("rknqd,rksd->rknqs", q, k) * scoring.scale, scoring.cap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, chunk: int) -> Array:
-    return _attend_fwd(q, k, v, mask, scoring, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q: Array, k: Array, v: Array, sinks: Array | None, mask: RowMask, scoring: Scoring, chunk: int) -> Array:
+    return _attend_fwd(q, k, v, sinks, mask, scoring, chunk)[0]
 
 
 def _chunks(length: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
-def _attend_fwd(q, k, v, mask, scoring, chunk):
+def _attend_fwd(q, k, v, sinks, mask, scoring, chunk):
     queries, keys, values = by_head(q, k.shape[2]), by_head(k), by_head(v)
     # The causal skip: queries a..b meet keys 0..b, so about half of the T x T scores are never computed. Chunk bounds
     # are Python integers because these shapes differ, which a loop inside the program could not express.
-    parts = [
-        _softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], visible_keys(_chunk_mask(mask, a, b)), scoring)
-        for a, b in _chunks(q.shape[1], chunk)
-    ]
+    parts = []
+    for a, b in _chunks(q.shape[1], chunk):
+        visible = visible_keys(_chunk_mask(mask, a, b))
+        parts.append(_softmax(queries[..., a:b, :], keys[:, :, :b], values[:, :, :b], sinks, visible, scoring))
     out = by_token(jnp.concatenate([o.astype(q.dtype) for o, _ in parts], axis=3))
     # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
     out = named(out, ATTENTION)
     lse = named(jnp.concatenate([lse for _, lse in parts], axis=3), ATTENTION)
-    return out, (q, k, v, mask, out, lse)
+    return out, (q, k, v, sinks, mask, out, lse)
 
 
 def delta_of(g: Array, out: Array, kv_heads: int) -> Array:
     """Returns g . out of each query, float32[R, K, N, T, 1], for `slopes_of`, from [R, T, H, d]."""
     return by_head((g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True), kv_heads)
+
+
+def sink_slopes(sinks: Array | None, lse: Array, delta: Array) -> Array | None:
+    """Returns the gradient of sinks [H], from log-sum-exps and `delta_of`, float32[R, K, N, T, 1] each.
+
+    A sink has the probability exp(sink - lse) and a value of 0; see `slopes_of`.
+    """
+    if sinks is None:
+        return None
+    return -(jnp.exp(by_group(sinks, lse.shape[1]) - lse) * delta).sum((0, 3, 4)).reshape(-1).astype(sinks.dtype)
 
 
 def slopes_of(
@@ -288,7 +330,7 @@ def slopes_of(
 
 def _attend_bwd(scoring, chunk, residuals, g):
     """Recomputes the probabilities, so that no [T, T] array outlives its chunk."""
-    q, k, v, mask, out, lse = residuals
+    q, k, v, sinks, mask, out, lse = residuals
     kv_heads = k.shape[2]
     queries, keys, values, do = by_head(q, kv_heads), by_head(k), by_head(v), by_head(g, kv_heads)
     delta = delta_of(g, out, kv_heads)
@@ -301,7 +343,8 @@ def _attend_bwd(scoring, chunk, residuals, g):
         dk = dk.at[:, :, :b].add(d_keys)
         dv = dv.at[:, :, :b].add(d_values)
     dq = by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
-    return dq, by_token(dk).astype(k.dtype), by_token(dv).astype(v.dtype), None
+    d_sinks = sink_slopes(sinks, lse[..., None], delta)
+    return dq, by_token(dk).astype(k.dtype), by_token(dv).astype(v.dtype), d_sinks, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -17,11 +17,13 @@ from dpo_jax.models.attention import (
     RowMask,
     Scoring,
     TokenIds,
+    by_group,
     by_head,
     by_token,
     delta_of,
     dot,
     scores_of,
+    sink_slopes,
     slopes_of,
     visible_keys,
 )
@@ -34,7 +36,14 @@ Sizes = tuple[int, int]  # queries and keys in a block
 
 
 def block_attention(
-    q: Queries, k: KeyValues, v: KeyValues, mask: RowMask, scoring: Scoring, *, block: int = BLOCK
+    q: Queries,
+    k: KeyValues,
+    v: KeyValues,
+    mask: RowMask,
+    scoring: Scoring,
+    sinks: Array | None = None,
+    *,
+    block: int = BLOCK,
 ) -> Queries:
     """Returns what `packed_attention` does, for queries and keys in any order and number.
 
@@ -49,12 +58,13 @@ def block_attention(
       v: values [R, T, K, d].
       mask: which keys a query attends to.
       scoring: scale and cap of the scores.
+      sinks: as in `packed_attention`.
       block: most queries and keys in a block; the largest divisor of their number is taken.
 
     Returns:
       The output [R, Q, H, d] in the dtype of q.
     """
-    return _attend(q, k, v, mask, scoring, (_divisor(q.shape[1], block), _divisor(k.shape[1], block)))
+    return _attend(q, k, v, sinks, mask, scoring, (_divisor(q.shape[1], block), _divisor(k.shape[1], block)))
 
 
 def _divisor(length: int, most: int) -> int:
@@ -91,12 +101,12 @@ def blocks_seen(mask: RowMask, sizes: Sizes) -> tuple[Array, Array]:
     return jnp.argsort(~seen, axis=1, stable=True).astype(jnp.int32), seen.sum(1, dtype=jnp.int32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, sizes: Sizes) -> Array:
-    return _attend_fwd(q, k, v, mask, scoring, sizes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q: Array, k: Array, v: Array, sinks: Array | None, mask: RowMask, scoring: Scoring, sizes: Sizes) -> Array:
+    return _attend_fwd(q, k, v, sinks, mask, scoring, sizes)[0]
 
 
-def _attend_fwd(q, k, v, mask, scoring, sizes):
+def _attend_fwd(q, k, v, sinks, mask, scoring, sizes):
     queries, keys, values = by_head(q, k.shape[2]), by_head(k), by_head(v)
     order, count = blocks_seen(mask, sizes)
 
@@ -116,17 +126,19 @@ def _attend_fwd(q, k, v, mask, scoring, sizes):
 
         lead = (*part.shape[:-1], 1)
         start = jnp.full(lead, MASKED), jnp.zeros(lead), jnp.zeros(part.shape)
+        if sinks is not None:
+            start = jnp.broadcast_to(by_group(sinks, k.shape[2]), lead), jnp.ones(lead), start[2]
         top, total, out = jax.lax.fori_loop(0, count[i], add, start)
         return (out / total).astype(q.dtype), (top + jnp.log(total))[..., 0]
 
     parts, lse = jax.lax.map(one, jnp.arange(len(count)))
     out = named(by_token(_joined(parts)), ATTENTION)  # see `attention`
     lse = named(_joined(lse), ATTENTION)
-    return out, (q, k, v, mask, out, lse)
+    return out, (q, k, v, sinks, mask, out, lse)
 
 
 def _attend_bwd(scoring, sizes, residuals, g):
-    q, k, v, mask, out, lse = residuals
+    q, k, v, sinks, mask, out, lse = residuals
     queries, keys, values, do = by_head(q, k.shape[2]), by_head(k), by_head(v), by_head(g, k.shape[2])
     by_query = queries, do, lse[..., None], delta_of(g, out, k.shape[2])
     order, count = blocks_seen(mask, sizes)
@@ -146,7 +158,8 @@ def _attend_bwd(scoring, sizes, residuals, g):
 
     zeros = jnp.zeros(keys.shape), jnp.zeros(values.shape)
     (dk, dv), dq = jax.lax.scan(one, zeros, jnp.arange(len(count)))
-    return by_token(_joined(dq)), by_token(dk).astype(k.dtype), by_token(dv).astype(v.dtype), None
+    d_sinks = sink_slopes(sinks, *by_query[2:])
+    return by_token(_joined(dq)), by_token(dk).astype(k.dtype), by_token(dv).astype(v.dtype), d_sinks, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -24,7 +24,7 @@ from dpo_jax.models.attention import (
     packed_attention,
 )
 from dpo_jax.models.experts import mixture_of_experts
-from dpo_jax.models.layers import Linear, Norm, activate
+from dpo_jax.models.layers import Linear, Norm, Sinks, activate
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
 from dpo_jax.records import Array
@@ -44,8 +44,6 @@ class LayerInputs(NamedTuple):
     window: Array | None = None
     factor: Array | None = None
     rotated: Array | None = None
-
-
 
 
 class Context(NamedTuple):
@@ -97,12 +95,14 @@ def _attention(
         q = q if factor is None else q * factor.astype(q.dtype)
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
+    sinks = (Sinks(a.heads, a.initializer_range, name="sinks")(),) if a.sinks else ()
     if cache is None:
         assert context.rows is not None
-        mixed = attend(q, k, v, context.rows._replace(window=width), scoring)
+        mixed = attend(q, k, v, context.rows._replace(window=width), scoring, *sinks)
         kept = k, v
     else:
-        mixed, kept = cached_attention(q, k, v, cache, CacheMask(context.mask, context.generated, width), scoring)
+        seen = CacheMask(context.mask, context.generated, width)
+        mixed, kept = cached_attention(q, k, v, cache, seen, scoring, *sinks)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept

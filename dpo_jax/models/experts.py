@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture, Mixture
-from dpo_jax.models.grouped import multiply_groups, outer_groups
+from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
@@ -45,8 +45,8 @@ def route(logits: Array, mixture: Mixture) -> Routes:
 
 
 @jax.custom_vjp
-def project_groups(x: Array, kernel: Array | Quantized, sizes: Array) -> Array:
-    """Returns x @ kernel[e] for the rows of each expert e, accumulated in float32, in the dtype of x.
+def project_groups(x: Array, kernel: Array | Quantized, sizes: Array, bias: Array | None = None) -> Array:
+    """Returns x @ kernel[e] + bias[e] for the rows of each expert e, accumulated in float32, in the dtype of x.
 
     Like `layers.project`: the kernel's gradient is not rounded to the compute dtype, and no cast copy is saved.
 
@@ -55,21 +55,26 @@ def project_groups(x: Array, kernel: Array | Quantized, sizes: Array) -> Array:
       kernel: [E, inputs, outputs], float32 or, if it is not trained, narrower or quantized. A quantized kernel gets no
         gradient.
       sizes: int32[E], rows of each expert; rows beyond their sum are zero.
+      bias: float32[E, outputs] or None.
     """
-    return _groups_fwd(x, kernel, sizes)[0]
+    return _groups_fwd(x, kernel, sizes, bias)[0]
 
 
-def _groups_fwd(x, kernel, sizes):
-    return multiply_groups(x, dequantize(kernel, x.dtype), sizes).astype(x.dtype), (x, kernel, sizes)
+def _groups_fwd(x, kernel, sizes, bias):
+    y = multiply_groups(x, dequantize(kernel, x.dtype), sizes)
+    if bias is not None:
+        y = y + jnp.asarray(bias).at[group_of_rows(sizes, len(x))].get(mode="fill", fill_value=0.0)
+    return y.astype(x.dtype), (x, kernel, sizes, bias)
 
 
 def _groups_bwd(residuals, g):
-    x, kernel, sizes = residuals
+    x, kernel, sizes, bias = residuals
     dx = multiply_groups(g, dequantize(kernel, x.dtype).swapaxes(1, 2), sizes).astype(x.dtype)
+    db = None if bias is None else outer_groups(jnp.ones((len(g), 1), g.dtype), g, sizes)[:, 0].astype(bias.dtype)
     if isinstance(kernel, Quantized):
-        return dx, None, None
+        return dx, None, None, db
     dk = outer_groups(x, g, sizes)
-    return dx, dk.astype(kernel.dtype), None
+    return dx, dk.astype(kernel.dtype), None, db
 
 
 project_groups.defvjp(_groups_fwd, _groups_bwd)
@@ -111,11 +116,15 @@ _collect.defvjp(_collect_fwd, lambda order, g: (g[order], None, None))
 
 
 class ExpertLinear(nn.Module):
-    """One projection of all experts: `kernel` [E, inputs, outputs], with `Linear`'s optional leaves, each with an E."""
+    """One projection of all experts: `kernel` [E, inputs, outputs] and, if `biased`, `bias` [E, outputs].
+
+    `Linear`'s optional leaves have an E, too.
+    """
 
     shape: tuple[int, int, int]
     axes: tuple[str, str]
     std: float
+    biased: bool
 
     @nn.compact
     def __call__(self, x: Array, sizes: Array) -> Array:
@@ -125,7 +134,9 @@ class ExpertLinear(nn.Module):
             kernel = Quantized(*(self.get_variable("params", name) for name in ("quantized", "scale")))
         else:
             kernel = self.param("kernel", drawn, self.shape)
-        y = project_groups(x, kernel, sizes)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("experts", self.axes[1]))
+        bias = self.param("bias", zeros, self.shape[::2]) if self.biased else None
+        y = project_groups(x, kernel, sizes, bias)
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             y = y + project_groups(project_groups(x, a, sizes), b, sizes)
@@ -133,7 +144,10 @@ class ExpertLinear(nn.Module):
 
 
 class Router(nn.Module):
-    """The router, `weight` [E, D]. It computes in float32 in every dtype, so that all programs route alike."""
+    """The router, `weight` [E, D] and perhaps `bias` [E].
+
+    It computes in float32 in every dtype, so that all programs route alike.
+    """
 
     architecture: Architecture
 
@@ -145,7 +159,11 @@ class Router(nn.Module):
         drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes", "embed"))
         weight = jnp.asarray(self.param("weight", drawn, (a.mixture.experts, a.width)), jnp.float32)
         wide = tokens.astype(jnp.float32)
-        return route(jnp.einsum("nd,ed->ne", wide, weight, precision=jax.lax.Precision.HIGHEST), a.mixture)
+        logits: Any = jnp.einsum("nd,ed->ne", wide, weight, precision=jax.lax.Precision.HIGHEST)
+        if a.mixture.biased:
+            drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes",))
+            logits = logits + self.param("bias", drawn, (a.mixture.experts,))
+        return route(logits, a.mixture)
 
 
 def mixture_of_experts(
@@ -170,14 +188,15 @@ def mixture_of_experts(
 def _experts(a: Architecture, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]) -> Array:
     """Returns the weighted sum of each token's experts [N, D]."""
     assert a.mixture is not None
-    count, std = a.mixture.experts, a.initializer_range
+    count, biased, std = a.mixture.experts, a.mixture.biased, a.initializer_range
     order = named(jnp.argsort(routes.expert.ravel()), PROJECTION)
     inverse = named(jnp.argsort(order), PROJECTION)
     sizes = jnp.sum(routes.expert.ravel()[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
     rows = _dispatch(tokens, order, inverse)
-    inwards = partial(ExpertLinear, (count, a.width, a.mlp), ("embed", "mlp"), std)
+    inwards = partial(ExpertLinear, (count, a.width, a.mlp), ("embed", "mlp"), std, biased)
     up, gate = (saved(inwards(name=f"expert_{name}")(rows, sizes), PROJECTION) for name in ("up", "gate"))
-    outwards = ExpertLinear((count, a.mlp, a.width), ("mlp", "embed"), std * a.residual_scale, name="expert_down")
+    std *= a.residual_scale
+    outwards = ExpertLinear((count, a.mlp, a.width), ("mlp", "embed"), std, biased, name="expert_down")
     out = saved(outwards(saved(activate(up, gate, a.activation), ACTIVATION), sizes), ACTIVATION)
     out = _collect(out, order, inverse)
     copies = out.reshape(len(tokens), -1, a.width).astype(jnp.float32)

@@ -40,12 +40,14 @@ def flash_attention(
     v: KeyValues,
     mask: RowMask,
     scoring: Scoring,
+    sinks: Array | None = None,
     *,
     platform: str | None = None,
     interpret: bool = False,
 ) -> Queries:
     """Returns what `packed_attention` does, by `flash`."""
-    return flash(q, k, v, mask.queries, mask.keys, scoring, mask.window, platform=platform, interpret=interpret)
+    options: dict[str, Any] = {"sinks": sinks, "platform": platform, "interpret": interpret}
+    return flash(q, k, v, mask.queries, mask.keys, scoring, mask.window, **options)
 
 
 def flash(

@@ -34,6 +34,11 @@ def outer_groups(x: Array, g: Array, sizes: Array) -> Array:
     return jax.lax.platform_dependent(x, g, sizes, tpu=_outer_ragged, default=outer_blocks)
 
 
+def group_of_rows(sizes: Array, rows: int) -> Array:
+    """Returns int32[rows], the group of each row, from int32[E]; E for rows beyond all groups."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+
+
 def _multiply_ragged(x: Array, kernel: Array, sizes: Array) -> Array:
     y = jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=jnp.float32)
     return jnp.where(jnp.arange(len(x))[:, None] < sizes.sum(), y, 0.0)

@@ -37,8 +37,20 @@ class Kernel(NamedTuple):
     whole_rows: bool = True
 
 
-def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, interpret: bool = False) -> Array:
-    """Returns splash attention (TPU), which skips fully masked blocks; `interpret` runs it on a CPU, slowly."""
+def _refuse_sinks(sinks: Array | None) -> None:
+    if sinks is not None:  # splash has them, with one gradient for all heads
+        raise NotImplementedError("cannot add attention sinks, which this model has")
+
+
+def splash(
+    q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, sinks: Any = None, *, interpret: bool = False
+) -> Array:
+    """Returns splash attention (TPU), which skips fully masked blocks; `interpret` runs it on a CPU, slowly.
+
+    Raises:
+      NotImplementedError: the model has attention sinks.
+    """
+    _refuse_sinks(sinks)
     from jax.experimental.pallas.ops.tpu import splash_attention as library  # imported late: it is slow to import
 
     def one(q: Array, k: Array, v: Array, visible: Array) -> Array:
@@ -61,12 +73,15 @@ def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, int
     return _run_on_blocks(run, q, k, v, mask)
 
 
-def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, implementation: Any = "cudnn") -> Array:
+def cudnn(
+    q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, sinks: Any = None, *, implementation: Any = "cudnn"
+) -> Array:
     """Returns cuDNN's flash attention, which skips keys after the query and masks the rest.
 
     Raises:
-      NotImplementedError: the scores have a cap.
+      NotImplementedError: the scores have a cap, or the model has attention sinks.
     """
+    _refuse_sinks(sinks)
     if scoring.cap is not None:
         raise NotImplementedError("cannot cap scores, which this model does")
 

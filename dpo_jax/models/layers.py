@@ -20,7 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "clamped": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+LIMIT = 7.0  # of the inputs of "clamped"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -120,10 +122,17 @@ normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 @partial(_recompute, static_argnums=(2,))
 def activate(up: Array, gate: Array | None, kind: str) -> Array:
-    """Returns act(up), or act(gate) * up, computed in float32, in the dtype of `up`."""
-    wide = up.astype(jnp.float32)
-    act = ACTIVATIONS[kind]
-    return (act(wide) if gate is None else act(gate.astype(jnp.float32)) * wide).astype(up.dtype)
+    """Returns act(up), or act(gate) * up, computed in float32, in the dtype of `up`.
+
+    "clamped" is act(min(gate, 7)) * (clip(up, -7, 7) + 1), as in GPT-OSS (arXiv 2508.10925).
+    """
+    act, wide = ACTIVATIONS[kind], up.astype(jnp.float32)
+    if gate is None:
+        return act(wide).astype(up.dtype)
+    inner: Array = gate.astype(jnp.float32)
+    if kind == "clamped":
+        inner, wide = jnp.minimum(inner, LIMIT), jnp.clip(wide, -LIMIT, LIMIT) + 1
+    return (act(inner) * wide).astype(up.dtype)
 
 
 class Linear(nn.Module):
@@ -182,3 +191,16 @@ class Norm(nn.Module):
         scale = self.param("scale", one, shape)
         bias = self.param("bias", zeros, shape) if a.norm == "layer" and a.norm_bias else None
         return saved(normalize(x, scale + jnp.float32(a.norm_offset), bias, a.norm, a.eps), ACTIVATION)
+
+
+class Sinks(nn.Module):
+    """The scores of the attention sinks of all heads, `score` [H]."""
+
+    heads: int
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """Returns float32[H]."""
+        drawn = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("heads",))
+        return jnp.asarray(self.param("score", drawn, (self.heads,)), jnp.float32)

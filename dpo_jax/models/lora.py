@@ -126,7 +126,8 @@ def _adapter_name(tensor: Tensor) -> str:
 
 def _output_index(tensor: Tensor, part: TensorPart) -> tuple[Any, ...]:
     """Returns the index that selects one projection's outputs from `lora_b` [L, r, *outputs] of its module."""
-    own = part.take[part.lead :] if part.inputs else part.take[len(tensor.split[0]) :]
+    before = 0 if part.inputs else len(tensor.split[part.lead])  # the input axes, where they come first
+    own = part.take[part.lead + before :]
     return (*[slice(None)] * (2 + part.lead), *own)
 
 
@@ -178,14 +179,19 @@ def attached_axes(architecture: Architecture, model_axes: Any, base_axes: Any, l
 
 
 class _MergedKernel:
-    """A kernel plus its low-rank addition, computed for one layer, or one expert of it, when that is indexed."""
+    """A kernel plus its low-rank addition, computed for one layer, or one expert of it, when that is indexed.
 
-    def __init__(self, kernel: Array, a: Array, b: Array):
-        self.leaves = kernel, a, b
+    `lead` is 1 for a kernel of experts, else 0.
+    """
+
+    def __init__(self, kernel: Array, a: Array, b: Array, lead: int):
+        self.leaves, self.lead = (kernel, a, b), lead
 
     def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
         kernel, a, b = (np.asarray(x[place], np.float32) for x in self.leaves)
-        return kernel + np.tensordot(a, b, 1)
+        if len(place) > self.lead:
+            return kernel + np.tensordot(a, b, 1)
+        return kernel + np.stack([np.tensordot(*pair, 1) for pair in zip(a, b, strict=True)])  # all experts of a layer
 
 
 def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: Lora) -> Any:
@@ -194,15 +200,17 @@ def merge_adapters(architecture: Architecture, base: Any, adapters: Any, lora: L
     Layers are merged when they are accessed, so that one merged layer is in memory at a time.
     """
     params = attach_adapters(architecture, base, adapters, lora)
+    chosen = adapted_modules(architecture, lora.targets).values()
+    leads = {part.path[1]: part.lead for tensor in chosen for part in tensor.parts}
 
-    def one(leaves: Any) -> Any:
+    def one(name: str, leaves: Any) -> Any:
         if "lora_a" not in leaves:
             return leaves
         kernel, a, b = (leaves[key] for key in ("kernel", "lora_a", "lora_b"))
         rest = {key: value for key, value in leaves.items() if key not in ("lora_a", "lora_b")}
-        return {**rest, "kernel": _MergedKernel(kernel, a, b)}
+        return {**rest, "kernel": _MergedKernel(kernel, a, b, leads[name])}
 
-    return {**params, "layers": {name: one(leaves) for name, leaves in params["layers"].items()}}
+    return {**params, "layers": {name: one(name, leaves) for name, leaves in params["layers"].items()}}
 
 
 def save_adapters(
@@ -240,7 +248,7 @@ def save_adapters(
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True},
         **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
         "target_modules": _targets_within(modules) if within else modules,
-        "fan_in_fan_out": any(not tensor.parts[0].inputs for tensor in chosen.values()),
+        "fan_in_fan_out": any(not (t.parts[0].inputs or t.parts[0].lead) for t in chosen.values()),
     }
     if parameters := sorted({n.rpartition("{i}.")[2] for n, tensor in chosen.items() if tensor.parts[0].lead}):
         settings["target_parameters"] = parameters

@@ -126,8 +126,8 @@ def _hidden(
     return hidden if counted is None else (hidden, routing.mean(0))
 
 
-def _attend_all(attend, split, q, k, v, mask, scoring):
-    return attend(q, split.gather(k), split.gather(v), mask, scoring)
+def _attend_all(attend, split, q, k, v, mask, scoring, *sinks):
+    return attend(q, split.gather(k), split.gather(v), mask, scoring, *sinks)
 
 
 def _head(architecture: Architecture, params: Any) -> Array:

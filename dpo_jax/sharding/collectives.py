@@ -121,22 +121,23 @@ def shard_heads(mesh: jax.sharding.Mesh, attend: Callable[..., jax.Array]) -> Ca
 
     Args:
       mesh: from `make_mesh`; its `head_devices` must divide the heads and the key-value heads.
-      attend: `(q, k, v, mask, scoring) -> output`, where q, k, v and the output are [R, T, heads, d].
+      attend: `(q, k, v, mask, scoring, *sinks) -> output`, where q, k, v and the output are [R, T, heads, d], and
+        sinks [heads].
     """
     if head_devices(mesh) == 1:
         return attend  # every axis is manual there
     outside = set(present_axes(mesh, SPLIT))
     heads = PartitionSpec(None, None, "tensor")
 
-    def run(q: Any, k: Any, v: Any, mask: Any, scoring: Any) -> jax.Array:
+    def run(q: Any, k: Any, v: Any, mask: Any, scoring: Any, *sinks: Any) -> jax.Array:
         return jax.shard_map(
-            lambda *args: attend(*args, scoring),
+            lambda q, k, v, mask, *sinks: attend(q, k, v, mask, scoring, *sinks),
             mesh=None if outside else mesh,
-            in_specs=(heads, heads, heads, PartitionSpec()),
+            in_specs=(heads, heads, heads, PartitionSpec(), *[PartitionSpec("tensor")] * len(sinks)),
             out_specs=heads,
             axis_names=set(AXES) - outside,
             check_vma=False,
-        )(q, k, v, mask)
+        )(q, k, v, mask, *sinks)
 
     return run
 
@@ -177,9 +178,7 @@ def any_device(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
-        raise UserError(
-            "mesh.mode pmap: parameters are replicated; set mesh.fsdp, mesh.tensor and mesh.sequence to 1"
-        )
+        raise UserError("mesh.mode pmap: parameters are replicated; set mesh.fsdp, mesh.tensor and mesh.sequence to 1")
 
     def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:

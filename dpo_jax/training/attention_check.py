@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Allowed error against exact attention, relative to the largest value: MARGIN times the error of our own chunks in the
 # same dtype, or LEAST.
 MARGIN, LEAST = 4.0, 1e-5
-OUTPUTS = ("the output", "the gradient of q", "the gradient of k", "the gradient of v")
+OUTPUTS = ("the output", *(f"the gradient of {name}" for name in ("q", "k", "v", "sinks")))
 WINDOW = 40
 LONGEST = 200  # characters of a compiler's message
 # Two rows of (segment_ids, branch_ids, tokens): prompts with one to three responses, some across blocks, and padding.
@@ -154,7 +154,7 @@ def kernel_mismatch(attend: Attend, a: Architecture, compute: str) -> str:
         found, error = attempt(lambda case=case, errors=errors: np.asarray(errors(*case)))
         if error is not None:
             return f"fails on this device ({in_short(error)})"
-        for what, (far, near) in zip(OUTPUTS, found, strict=True):
+        for what, (far, near) in zip(OUTPUTS, found, strict=False):  # sinks may be missing
             limit = max(MARGIN * near, LEAST)
             if not far <= limit:  # true for NaN too
                 return f"differs from {CHUNKS} on this device (relative error of {what} {far:.1e}, allowed {limit:.1e})"
@@ -162,7 +162,7 @@ def kernel_mismatch(attend: Attend, a: Architecture, compute: str) -> str:
 
 
 def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> Array:
-    """Returns the errors of attention and of its gradients, relative to the largest value: float32[4, 2].
+    """Returns the errors of attention and of its gradients, relative to the largest value: float32[4, 2] or [5, 2].
 
     Columns are the errors of `attend` and of chunks, against float32 attention without chunks; rows are those of
     `OUTPUTS`. Pure; for `jax.jit`.
@@ -170,7 +170,7 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
     Args:
       attend: same interface as `packed_attention`.
       scoring: how queries score keys.
-      inputs: q, k, v and a cotangent of the output.
+      inputs: q, k, v, a cotangent of the output, and sinks if there are any.
       rows: mask of the packed rows.
     """
     unchunked: Attend = partial(packed_attention, chunk=rows.queries.index.shape[1])
@@ -187,18 +187,19 @@ def kernel_errors(attend: Attend, scoring: Scoring, inputs: Sequence[Array], row
 
 
 def _with_gradients(attend: Attend, scoring: Scoring, inputs: Sequence[Array], rows: RowMask) -> tuple[Array, ...]:
-    def run(q: Array, k: Array, v: Array) -> Array:
-        return attend(q, k, v, rows, scoring)
+    def run(q: Array, k: Array, v: Array, *sinks: Array) -> Array:
+        return attend(q, k, v, rows, scoring, *sinks)
 
-    out, back = jax.vjp(run, *inputs[:3])
-    return out, *back(inputs[3])
+    q, k, v, cotangent, *sinks = inputs
+    out, back = jax.vjp(run, q, k, v, *sinks)
+    return out, *back(cotangent)
 
 
 def attention_case(a: Architecture, compute: str, window: int | None = None) -> tuple[list[Array], RowMask]:
-    """Returns `CASE` for a model: q, k, v and a cotangent, with at most two key-value heads, and the mask.
+    """Returns `CASE` for a model: q, k, v, a cotangent and perhaps sinks, with at most two key-value heads; the mask.
 
-    Scores have standard deviation 2, or a fifth of the cap if that is more. Positions of every response continue those
-    of the prompt.
+    Scores, and those of sinks, have standard deviation 2; scores a fifth of the cap if that is more. Positions of every
+    response continue those of the prompt.
     """
     scoring, rng, kv_heads = scoring_of(a), np.random.default_rng(0), min(2, a.kv_heads)
     parts: tuple[list[list[int]], ...] = ([], [], [])
@@ -216,4 +217,5 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
         if window is None
         else RowMask.of(segment_ids, branch_ids, positions, np.int32(window))
     )
-    return [jnp.asarray(x, compute) for x in (q, *rest)], rows
+    sinks = [jnp.asarray(rng.normal(scale=2.0, size=heads[0]), jnp.float32)] if a.sinks else []
+    return [*(jnp.asarray(x, compute) for x in (q, *rest)), *sinks], rows

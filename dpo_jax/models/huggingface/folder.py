@@ -19,6 +19,7 @@ from dpo_jax.models.families.registry import OWN, architecture_of, family_of
 from dpo_jax.models.families.wrappers import WRAPPERS, language_model_config
 from dpo_jax.models.huggingface.hub import fetch_model, is_hub_name
 from dpo_jax.models.huggingface.lazy import lazy_params, load_into_memory
+from dpo_jax.models.huggingface.mxfp4 import is_mxfp4
 from dpo_jax.models.huggingface.older import with_older_keys
 from dpo_jax.models.huggingface.replace import check_replaceable, replace_folder, write_listing
 from dpo_jax.models.huggingface.safetensors import (
@@ -158,9 +159,11 @@ def open_folder(folder: str | Path, own: str = "") -> tuple[Architecture, dict[s
     folder = Path(folder)
     config = read_config(folder, own)
     try:
-        if config.get("quantization_config"):
+        module = family_of(config)
+        quantized = config.pop("quantization_config", None)
+        if quantized and not (is_mxfp4(quantized) and hasattr(module, "mxfp4_tensors")):
             raise UserError("config.json: quantization_config is not supported; use the model before quantization")
-        module, architecture = family_of(config), architecture_of(config)
+        architecture = architecture_of(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if "auto_map" in config:

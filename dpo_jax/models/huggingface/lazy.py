@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,35 +17,38 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.tensor_map import Index, Tensor, TensorPart, TreePath, param_shape, read_block
 from dpo_jax.models.families.wrappers import ELSEWHERE, language_model_name
+from dpo_jax.models.huggingface.mxfp4 import BLOCKS, CODE, SCALES, Unpacked, unpacked_shape
 from dpo_jax.models.huggingface.safetensors import checkpoint_tensors
 
 # Readable dtypes, by safetensors' code, and the dtype that holds each on a device.
 READABLE = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float32}
+READABLE[CODE] = ml_dtypes.bfloat16
 SHOWN = 20  # tensor names in a message
 ROWS = 8192  # rows of an embedding that are read or compared at a time
 
 
-class _LayerSource(NamedTuple):
-    """Where one layer of a parameter is on disk.
+class _Header(NamedTuple):
+    """A tensor according to the header of its file.
 
     Attributes:
       file: the safetensors file.
       key: name of the tensor in it.
       stamp: size and modification time of the file when it was opened.
-      tensor: layout of the tensor.
-      part: the parameter in the tensor.
-      code: safetensors' code of its dtype.
+      shape: of the tensor; in MXFP4 that of its numbers.
+      code: safetensors' code of its dtype, or MXFP4.
+      scales: those of a tensor in MXFP4, whose blocks this is.
     """
 
     file: Path
     key: str
     stamp: tuple[int, int]
-    tensor: Tensor
-    part: TensorPart
+    shape: tuple[int, ...]
     code: str
+    scales: "_Header | None" = None
 
-    def read(self, index: Index, dtype: Any) -> np.ndarray:
-        """Returns a block.
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """Gives what is indexed by one slice per axis to read the tensor.
 
         Raises:
           UserError: the file has changed since it was opened.
@@ -52,7 +56,25 @@ class _LayerSource(NamedTuple):
         if not self.file.exists() or _stamp(self.file) != self.stamp:
             raise UserError(f"{self.file}: was changed or removed while it was in use; put it back and run again")
         with safe_open(self.file, framework="numpy") as source:
-            return read_block(self.tensor, self.part, index, source.get_slice(self.key)).astype(dtype, copy=False)
+            own = source.get_slice(self.key)
+            if self.scales is None:
+                yield own
+                return
+            with self.scales.opened() as scales:
+                yield Unpacked(own, scales)
+
+
+class _LayerSource(NamedTuple):
+    """Where one layer of a parameter is on disk: the tensor, its layout, and the parameter in it."""
+
+    header: _Header
+    tensor: Tensor
+    part: TensorPart
+
+    def read(self, index: Index, dtype: Any) -> np.ndarray:
+        """Returns a block."""
+        with self.header.opened() as source:
+            return read_block(self.tensor, self.part, index, source).astype(dtype, copy=False)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -74,7 +96,7 @@ class LazyArray:
 
     def narrow(self) -> "LazyArray":
         """Returns the same array in the dtype of its files (float32 if they have several, or float64)."""
-        kinds = {READABLE[source.code] for source in self._sources}
+        kinds = {READABLE[source.header.code] for source in self._sources}
         return LazyArray(self._sources, self._stack, kinds.pop() if len(kinds) == 1 else np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -113,16 +135,6 @@ def narrow_dtypes(params: Any) -> Any:
     return jax.tree.map(lambda x: x.narrow() if isinstance(x, LazyArray) else x, params)
 
 
-class _Header(NamedTuple):
-    """A tensor according to the header of its file; `code` is safetensors' code of its dtype."""
-
-    file: Path
-    key: str
-    stamp: tuple[int, int]
-    shape: tuple[int, ...]
-    code: str
-
-
 def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _Header]:
     """Returns the tensors in the files, by name without the family's prefix, except buffers and parts for images.
 
@@ -148,7 +160,29 @@ def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _
             why = " ".join(str(error).split())
             raise UserError(f"{file}: is damaged or no safetensors file ({why}); download it again") from None
     buffer = re.compile(rf"(^|\.)({'|'.join(map(re.escape, module.BUFFERS)) or '(?!)'})$")
-    return {name: header for name, header in found.items() if not buffer.search(header.key)}
+    return _with_scales({name: header for name, header in found.items() if not buffer.search(header.key)})
+
+
+def _with_scales(found: Mapping[str, _Header]) -> dict[str, _Header]:
+    """Returns headers in which blocks and scales of MXFP4 are one, by the name of the blocks.
+
+    Raises:
+      UserError: blocks have no scales, or others than theirs.
+    """
+    joined = dict(found)
+    for name, header in found.items():
+        if not name.endswith(BLOCKS) or header.code != "U8":
+            continue
+        scales = joined.pop(name.removesuffix(BLOCKS) + SCALES, None)
+        beside = header.key.removesuffix(BLOCKS) + SCALES
+        if scales is None:
+            raise UserError(f"{header.file}: tensor {beside} is missing, {header.key} needs it; download it again")
+        shape = unpacked_shape(header.shape, scales.shape)
+        if shape is None or scales.code != "U8":
+            why = f"tensor {beside} has shape {scales.shape}, which does not fit {header.key}, {header.shape}"
+            raise UserError(f"{scales.file}: {why}; download it again")
+        joined[name] = header._replace(shape=shape, code=CODE, scales=scales)
+    return joined
 
 
 def _tensor_list(keys: list[str], one: str, several: str) -> str:
@@ -204,15 +238,18 @@ def lazy_params(
     sources: dict[TreePath, list[_LayerSource]] = {}
     for name, (_, tensor) in table.items():  # in the order of layers
         for part in tensor.parts:
-            sources.setdefault(part.path, []).append(_LayerSource(*found[name][:3], tensor, part, found[name].code))
+            sources.setdefault(part.path, []).append(_LayerSource(found[name], tensor, part))
     last = {part.path: place for place, tensor in table.values() for part in tensor.parts}  # of a stack, in each axis
     stacks = {path: tuple(i + 1 for i in place) for path, place in last.items()}
     return _nest({path: LazyArray(of, stacks[path]) for path, of in sources.items()}), _common_dtype(found)
 
 
 def _tensor_table(module: ModuleType, architecture: Architecture, found: Mapping[str, _Header]) -> dict[str, Tensor]:
-    """Returns the table of the names in the files: `fused_tensors` if one of its own is there, else `tensors`."""
+    """Returns the table of the names in the files: `fused_tensors` if one of its own is there, else `tensors`; that of
+    MXFP4 if it is there."""
     table = module.tensors(architecture)
+    if hasattr(module, "mxfp4_tensors") and any(header.code == CODE for header in found.values()):
+        return module.mxfp4_tensors(architecture)
     if architecture.mixture is None:
         return table
     fused = module.fused_tensors(architecture)
@@ -231,7 +268,7 @@ def _check_complete(folder: Path, found: Mapping[str, _Header], module: ModuleTy
 
 def _common_dtype(found: Mapping[str, _Header]) -> str:
     """Returns the dtype of all tensors if it is one that is written, else float32."""
-    kinds = {header.code for header in found.values()}
+    kinds = {"BF16" if header.code == CODE else header.code for header in found.values()}
     return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
@@ -253,8 +290,8 @@ def _without_tied_head(
 
 
 def _read_rows(header: _Header, start: int) -> np.ndarray:
-    with safe_open(header.file, framework="numpy") as source:
-        return source.get_slice(header.key)[start : min(start + ROWS, header.shape[0])]
+    with header.opened() as source:
+        return source[start : min(start + ROWS, header.shape[0])]
 
 
 def _nest(flat: Mapping[TreePath, Any]) -> dict[str, Any]:
