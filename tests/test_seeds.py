@@ -1,5 +1,6 @@
 """`dpo-jax frontier --seeds`: means and differences over seeds worked by hand, the figure, and the command."""
 
+import dataclasses
 import json
 import math
 
@@ -8,13 +9,18 @@ from test_frontier import FOUND, drawn, point  # noqa: F401 (a fixture)
 from test_frontier_world import CONFIG, TOKENIZER, params
 
 from dpo_jax import cli
+from dpo_jax.commands.frontier import summary_lines
+from dpo_jax.config.commands import FrontierConfig, OnlineConfig
+from dpo_jax.config.yaml import difference, dump
 from dpo_jax.errors import UserError
 from dpo_jax.experiments.points import best_of_seeds, difference_of_seeds, frontier_points, over_seeds
+from dpo_jax.experiments.reward_model import reward_config
 from dpo_jax.intervals import mean_t_interval
 from dpo_jax.models.huggingface.folder import save_folder
 from dpo_jax.pages.frontier import frontier_json, render_frontier
 from dpo_jax.pages.frontier_tables import budgets, differences, frontier_table
 from dpo_jax.training.metrics_file import read_metrics
+from dpo_jax.training.run_folder import run_config
 
 T2 = 4.302652729911275  # Student's t with 2 degrees of freedom, two-sided 95%
 T1 = 12.706204736174704  # with 1
@@ -89,6 +95,14 @@ def test_the_figure_has_the_means_and_each_seed(drawn):  # noqa: F811
     assert small.get_xydata().tolist() == [[3.0, 3.0], [3.5, 5.0]]  # last steps only
 
 
+def test_the_summary_states_how_many_completions_each_method_samples():
+    settings = FrontierConfig("synthetic", completions=3, online=OnlineConfig(rollouts=64, max_steps=5))
+    lines = summary_lines(FOUND, settings)
+    assert "sampled to train on: 3 completions a prompt for the pairs; 320 completions by each run" in lines[1]
+    settings = dataclasses.replace(settings, ppo=(), ppo_gt=())
+    assert "sampled to train on" not in " ".join(summary_lines(FOUND, settings))
+
+
 def test_a_file_of_before_there_were_seeds_is_of_seed_0(tmp_path):
     row = point("dpo", 0.1, 10, 2.0, 1.0)._replace(cut=math.nan)._asdict() | {"cut": None}
     del row["seed"]
@@ -97,6 +111,18 @@ def test_a_file_of_before_there_were_seeds_is_of_seed_0(tmp_path):
     assert (found.seed, found.reward) == (0, 2.0)
     assert math.isnan(found.cut)
     assert frontier_points(tmp_path / "none.jsonl") == []
+
+
+def test_the_run_of_the_reward_model_is_known_again(tmp_path):
+    """A run that was killed goes on only if its folder has the same config, which holds every option."""
+    settings = FrontierConfig("synthetic", batch_size=8, seed=3)
+    config = reward_config(settings, tmp_path)
+    run = tmp_path / "reward"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(config))
+    assert difference(run_config(run), reward_config(settings, tmp_path), ()) == []
+    assert (config.run, config.seed, config.batch_size, config.loss["name"]) == (str(run), 3, 8, "bradley_terry")
+    assert config.data.path == (str(tmp_path / "pairs.jsonl"),)
 
 
 @pytest.fixture(scope="module")

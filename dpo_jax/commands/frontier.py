@@ -54,6 +54,10 @@ def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
         f"{measured} runs of up to {settings.max_steps} steps, {found.pairs:,} pairs, true reward {settings.reward}; "
         f"{len(found.points)} measurements on {found.prompts} held-out prompts; {_seeds_text(settings)}"
     ]
+    if any(getattr(settings, method) for method in frontier.ONLINE):
+        sampled = settings.online.rollouts * settings.online.max_steps
+        pairs = f"{settings.completions} completions a prompt for the pairs"
+        lines.append(f"sampled to train on: {pairs}; {sampled:,} completions by each run of PPO and online DPO")
     if found.enumerated:
         return [*lines, "optimum: exact sum over all possible responses"]
     lines.append(f"optimum: self-normalized importance weights, {settings.optimum.completions} samples per prompt")

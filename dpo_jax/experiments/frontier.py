@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +20,14 @@ import numpy as np
 
 from dpo_jax import distributed, optim
 from dpo_jax.config.commands import FrontierConfig
-from dpo_jax.config.schema import Config, SamplesConfig
+from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import offline, online, optimum, ppo, setup
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.points import frontier_points
+from dpo_jax.experiments.reward_model import train_reward_model
 from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.experiments.setup import SharedSetup
 from dpo_jax.experiments.world import Point, enumerate_rewards, sample_rewards, score_completions
@@ -36,10 +36,8 @@ from dpo_jax.paths import is_run, written
 from dpo_jax.records import Array
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.rewards.words import Reward
-from dpo_jax.training import interrupts, loop
-from dpo_jax.training import setup as run_setup
+from dpo_jax.training import interrupts
 from dpo_jax.training.metrics_file import append_metrics, truncate_metrics
-from dpo_jax.training.plan import with_remat
 from dpo_jax.training.run_folder import run_config
 
 log = logging.getLogger(__name__)
@@ -194,7 +192,9 @@ def _trainer(shared: SharedSetup, record: Record, method: str) -> TrainJob:
     """Returns the function that trains one run of a method."""
     if method not in ONLINE:
         return _offline_trainer(shared, method, record)
-    reward = get_reward(f"model:{_reward_model(shared)}") if method == "ppo" else shared.world.reward
+    if method != "ppo":
+        return _online_trainer(shared, shared.world.reward, record)
+    reward = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
     return _online_trainer(shared, reward, record)
 
 
@@ -266,22 +266,6 @@ def _online_method(settings: FrontierConfig, job: FrontierJob) -> tuple[Callable
         horizon=sizes.horizon,
     )  # fmt: skip
     return ppo.train_ppo, options
-
-
-def _reward_model(shared: SharedSetup) -> Path:
-    """Trains a reward model on the pairs, or resumes its run; returns the run folder."""
-    settings, folder = shared.settings, shared.folder
-    run = folder / "reward"
-    paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
-    data = replace(settings.data, name="files", split="train", eval_split="train", eval_examples=None, **paths)
-    adamw = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
-    config = Config(
-        data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**adamw, "warmup_steps": 10},
-        samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
-        run=str(run), seed=settings.seed,
-    )  # fmt: skip
-    loop.train_run(run_setup.setup_run(with_remat(config)))
-    return run
 
 
 def _result(setups: list[SharedSetup], points: list[Point]) -> FrontierResult:
