@@ -31,6 +31,17 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
     return mean, Z95 * math.sqrt(spread) / total
 
 
+def mean_t_interval(values: Array) -> tuple[float, float]:
+    """Returns the mean of n values, and half the width of its 95% interval by Student's t, n - 1 degrees of freedom.
+
+    For few normal values, as of seeds. The interval of a single value is infinite.
+    """
+    from scipy.special import stdtrit  # here, because commands without it start faster
+
+    mean, half = mean_interval(values)
+    return mean, half * float(stdtrit(len(values) - 1, 0.975)) / Z95 if len(values) > 1 else half
+
+
 def measured(mean: float, low: float, high: float, n: float) -> dict[str, float]:
     """Returns an entry of metrics: mean, low, high and n; low and high are left out where they are not finite."""
     ends = {"low": low, "high": high} if math.isfinite(high - low) else {}

@@ -12,9 +12,9 @@ import pytest
 from test_frontier_world import CONFIG, TOKENIZER, params
 
 from dpo_jax import cli
-from dpo_jax.config.commands import FrontierConfig
+from dpo_jax.config.commands import FrontierConfig, OnlineConfig
 from dpo_jax.errors import UserError
-from dpo_jax.experiments import frontier
+from dpo_jax.experiments import frontier, ppo
 from dpo_jax.experiments.frontier import BestOf, FrontierJob, FrontierResult
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
@@ -47,6 +47,13 @@ def test_the_runs_of_the_paper():
     assert found[0] == FrontierJob("dpo", 0.05, (30, 60, 90, 100))
     assert frontier.frontier_jobs(FrontierConfig("x", max_steps=60, eval_every=30))[0].steps == (30, 60)
     assert frontier.frontier_jobs(FrontierConfig("x", max_steps=10, eval_every=30))[0].steps == (10,)
+
+
+def test_ppo_has_the_options_of_the_config():
+    settings = FrontierConfig("synthetic", max_new_tokens=7, online=OnlineConfig(1e-3, 64, 8, horizon=99.0))
+    method, options = frontier._online_method(settings, FrontierJob("ppo_gt", 6.0, (8,)))  # noqa: SLF001
+    assert method is ppo.train_ppo
+    assert options == ppo.PpoOptions(6.0, 1e-3, 64, max_new_tokens=7, init_kl_coef=0.2, horizon=99.0)
 
 
 def point(method, strength, step, reward, kl, half=0.0):

@@ -35,6 +35,26 @@ def test_undiscounted_advantages_are_future_rewards_minus_the_value():
     np.testing.assert_allclose(parts.advantages(rewards, values, MASK[1:], 1.0, 0.0), [[-0.5, 6.0, 1.0]], atol=1e-6)
 
 
+def whitened_advantages(scores, lam):
+    """Returns the advantages that PPO trains on, for texts of 2 and 3 tokens, while the value function is still 0."""
+    logps, reference = np.array([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0]]), np.full((2, 3), -1.5)
+    rewards = parts.whiten(parts.token_rewards(scores, logps, reference, MASK, 0.1), MASK, center=False)
+    return np.asarray(parts.whiten(parts.advantages(rewards, np.zeros((2, 3)), MASK, 1.0, lam), MASK))
+
+
+def test_a_constant_in_the_reward_changes_nothing_with_lambda_1():
+    scores = np.array([1.0, -2.0])
+    np.testing.assert_allclose(whitened_advantages(scores, 1.0), whitened_advantages(scores + 7, 1.0), atol=1e-5)
+    assert np.abs(whitened_advantages(scores, 0.5) - whitened_advantages(scores + 7, 0.5)).max() > 0.5
+
+
+def test_with_a_smaller_lambda_and_no_value_function_a_constant_pays_for_ending_early():
+    """Both texts have score 1; a token has 0.5^(tokens after it): 1 for the last one, less for the others."""
+    rewards = parts.token_rewards(np.ones(2), np.zeros((2, 3)), np.zeros((2, 3)), MASK, 0.1)
+    found = parts.advantages(rewards, np.zeros((2, 3)), MASK, 1.0, 0.5)
+    np.testing.assert_allclose(found, [[0.5, 1.0, 0.0], [0.25, 0.5, 1.0]], atol=1e-6)
+
+
 def test_whitened():
     values = np.array([[2.0, 6.0, 100.0]])
     mask = np.array([[True, True, False]])

@@ -13,6 +13,7 @@ from dpo_jax.experiments import frontier, optimum
 from dpo_jax.experiments.frontier import FrontierResult
 from dpo_jax.pages.frontier import (
     budgets,
+    differences,
     frontier_figures,
     frontier_json,
     frontier_table,
@@ -39,7 +40,7 @@ def frontier_command(argv: list[str]) -> None:
     refuse_links(run)
     found = frontier.run_frontier(settings)
     lines = summary_lines(found, settings)
-    for rows in (budgets(found), frontier_table(found), optima(found)):
+    for rows in filter(None, (budgets(found), differences(found), frontier_table(found), optima(found))):
         print_table(rows[0], rows[1:], wrap=False)
     for line in (*lines, f"{time.perf_counter() - start:.0f} s"):
         log_line(line)
@@ -48,11 +49,15 @@ def frontier_command(argv: list[str]) -> None:
 
 def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
     """Returns sentences on the sizes of the experiment and on the estimation of the optimum."""
-    measured = len({p[:2] for p in found.points if p.method != "sft"})
+    measured = len({(*p[:2], p.seed) for p in found.points if p.method != "sft"})
     lines = [
         f"{measured} runs of up to {settings.max_steps} steps, {found.pairs:,} pairs, true reward {settings.reward}; "
-        f"{len(found.points)} measurements on {found.prompts} held-out prompts; seed {settings.seed}"
+        f"{len(found.points)} measurements on {found.prompts} held-out prompts; {_seeds_text(settings)}"
     ]
+    if any(getattr(settings, method) for method in frontier.ONLINE):
+        sampled = settings.online.rollouts * settings.online.max_steps
+        pairs = f"{settings.completions} completions a prompt for the pairs"
+        lines.append(f"sampled to train on: {pairs}; {sampled:,} completions by each run of PPO and online DPO")
     if found.enumerated:
         return [*lines, "optimum: exact sum over all possible responses"]
     lines.append(f"optimum: self-normalized importance weights, {settings.optimum.completions} samples per prompt")
@@ -60,6 +65,13 @@ def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
         betas = ", ".join(f"{o.beta:g}" for o in found.left_out)
         lines.append(f"left out (fewer than {optimum.MIN_EFFECTIVE} effective samples): beta {betas}")
     return lines
+
+
+def _seeds_text(settings: FrontierConfig) -> str:
+    """Returns which seeds there are, and what the intervals are over."""
+    if settings.seeds == 1:
+        return f"seed {settings.seed}"
+    return f"{settings.seeds} seeds from {settings.seed}, intervals over seeds (Student's t)"
 
 
 def write_frontier(folder: Path, found: FrontierResult, lines: Sequence[str]) -> Path:

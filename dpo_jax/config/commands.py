@@ -269,6 +269,8 @@ class FrontierConfig:
     """Folder of the results; by default runs/<name of the config>."""
     seed: int = 0
     """Seed of all random numbers."""
+    seeds: int = 1
+    """Number of seeds, from seed on; each samples its own pairs and trains every run. Intervals are then over seeds."""
 
 
 COMMAND_CONFIGS: dict[str, type] = {

@@ -1,17 +1,16 @@
 """The paper's first experiment (section 6.1; figure 2, left): the reward of each method against its KL.
 
 Every method starts from one reference and is trained at several strengths of its constraint to it; runs are measured
-every `eval_every` steps. Runs share the pairs, the reference's log-probs and the compiled programs. The run folder
-keeps every measurement, so that an interrupted experiment resumes with the missing ones.
+every `eval_every` steps. Runs share the pairs, the reference's log-probs and the compiled programs; seeds, which come
+one after another, share the programs. The run folder keeps every measurement, so that an interrupted experiment resumes
+with the missing ones.
 """
 
 import itertools
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +20,14 @@ import numpy as np
 
 from dpo_jax import distributed, optim
 from dpo_jax.config.commands import FrontierConfig
-from dpo_jax.config.schema import Config, SamplesConfig
+from dpo_jax.config.schema import Config
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import offline, online, optimum, ppo, setup
 from dpo_jax.experiments.optimum import Optimum
+from dpo_jax.experiments.points import frontier_points
+from dpo_jax.experiments.reward_model import train_reward_model
 from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.experiments.setup import SharedSetup
 from dpo_jax.experiments.world import Point, enumerate_rewards, sample_rewards, score_completions
@@ -35,16 +36,15 @@ from dpo_jax.paths import is_run, written
 from dpo_jax.records import Array
 from dpo_jax.rewards.registry import get_reward
 from dpo_jax.rewards.words import Reward
-from dpo_jax.training import interrupts, loop
-from dpo_jax.training import setup as run_setup
-from dpo_jax.training.metrics_file import append_metrics, read_metrics, truncate_metrics
-from dpo_jax.training.plan import with_remat
+from dpo_jax.training import interrupts
+from dpo_jax.training.metrics_file import append_metrics, truncate_metrics
 from dpo_jax.training.run_folder import run_config
 
 log = logging.getLogger(__name__)
 
 MAX_STEP = 2**31
-CHANGEABLE = ("run", "optimum.betas", "best_of")  # keys that may change on resuming, because no run depends on them
+# Keys that may change on resuming, because no run depends on them.
+CHANGEABLE = ("run", "seeds", "optimum.betas", "best_of")
 ONLINE = ("ppo", "ppo_gt", "online_dpo")
 
 
@@ -54,6 +54,9 @@ class FrontierJob(NamedTuple):
     method: str
     strength: float
     steps: tuple[int, ...]
+
+
+START = FrontierJob("sft", 0.0, (0,))  # the reference itself
 
 
 class BestOf(NamedTuple):
@@ -114,17 +117,25 @@ def run_frontier(settings: FrontierConfig) -> FrontierResult:
     setup.check_frontier(settings)
     folder = Path(settings.run)
     with _lock_run(folder, settings):
-        shared, path = setup.setup_shared(settings, folder), folder / "points.jsonl"
+        setups, path = setup.setup_seeds(settings, folder), folder / "points.jsonl"
         truncate_metrics(path, MAX_STEP)  # drops an incomplete last line, left by a killed process
-        done, stopped = {point[:3] for point in frontier_points(path)}, threading.Event()
-        record = _make_recorder(shared, path, done, stopped)
-        start, jobs = FrontierJob("sft", 0.0, (0,)), frontier_jobs(settings)
-        record(start, shared.world.reference, 0)
-        missing = [job for job in jobs if not {(*job[:2], step) for step in job.steps} <= done]
-        trainer = partial(_trainer, shared, folder, record)
-        distributed.run_concurrently(_tasks(missing, trainer), distributed.concurrent_programs(), stopped.set)
-        places = {job[:2]: place for place, job in enumerate((start, *jobs))}
-        return _result(shared, folder, sorted(frontier_points(path), key=lambda p: (places[p[:2]], p.step)))
+        for shared in setups:
+            _run_seed(shared, path)
+        places = {job[:2]: place for place, job in enumerate((START, *frontier_jobs(settings)))}
+        points = [p for p in frontier_points(path) if p.seed < settings.seed + settings.seeds]
+        return _result(setups, sorted(points, key=lambda p: (places[p[:2]], p.step, p.seed)))
+
+
+def _run_seed(shared: SharedSetup, path: Path) -> None:
+    """Trains and measures the runs of one seed that are missing in the file of points."""
+    done = {p[:3] for p in frontier_points(path) if p.seed == shared.settings.seed}
+    stopped = threading.Event()
+    record = _make_recorder(shared, path, done, stopped)
+    record(START, shared.world.reference, 0)
+    jobs = frontier_jobs(shared.settings)
+    missing = [job for job in jobs if not {(*job[:2], step) for step in job.steps} <= done]
+    tasks = _tasks(missing, partial(_trainer, shared, record))
+    distributed.run_concurrently(tasks, distributed.concurrent_programs(), stopped.set)
 
 
 def _make_recorder(
@@ -135,7 +146,7 @@ def _make_recorder(
     Args:
       shared: the measurement and the settings.
       path: the file; several threads may append to it.
-      done: (method, strength, step) of the points in the file at the start; they are not measured again.
+      done: (method, strength, step) of this seed's points in the file at the start; they are not measured again.
       stopped: once set, the next step of every run raises `CancelledError`.
     """
     lock = threading.Lock()
@@ -149,7 +160,8 @@ def _make_recorder(
             with lock:
                 append_metrics(path, values.pop("step"), step * shared.settings.batch_size, values)
             if step == job.steps[-1]:
-                log.info(f"{job.method} {job.strength:g}: reward {point.reward:.3f} at KL {point.kl:.3f}")
+                name = f"{job.method} {job.strength:g}" + (f", seed {point.seed}" if shared.settings.seeds > 1 else "")
+                log.info(f"{name}: reward {point.reward:.3f} at KL {point.kl:.3f}")
 
     return record
 
@@ -176,20 +188,26 @@ def _tasks(missing: Sequence[FrontierJob], trainer: Callable[[str], TrainJob]) -
         yield from (partial(train, job) for job in jobs)
 
 
-def _trainer(shared: SharedSetup, folder: Path, record: Record, method: str) -> TrainJob:
+def _trainer(shared: SharedSetup, record: Record, method: str) -> TrainJob:
     """Returns the function that trains one run of a method."""
     if method not in ONLINE:
         return _offline_trainer(shared, method, record)
-    reward = get_reward(f"model:{_reward_model(shared, folder)}") if method == "ppo" else shared.world.reward
+    if method != "ppo":
+        return _online_trainer(shared, shared.world.reward, record)
+    reward = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
     return _online_trainer(shared, reward, record)
 
 
 def _offline_trainer(shared: SharedSetup, method: str, record: Record) -> TrainJob:
     """Returns the function that trains a run on pairs; runs of one method share a compiled step."""
     settings, world = shared.settings, shared.world
-    table = shared.train if method != "preferred_ft" else _chosen_only(shared.train)
+    used = _chosen_only if method == "preferred_ft" else lambda table: table
+    table = used(shared.train)
     ref_logps = shared.table_logps(world.reference, table, shared.pairs_layout) if method == "dpo" else None
-    program = offline.offline_program(world, job_config(settings, method, 1.0), table, ref_logps)
+    if method not in shared.programs:
+        config = job_config(settings, method, 1.0)
+        shared.programs[method] = offline.offline_program(world, config, used(shared.every), None)
+    program = shared.programs[method]._replace(table=table, ref_logps=ref_logps)
 
     def train(job: FrontierJob) -> None:
         seed = settings.seed + (int(job.strength) if method == "preferred_ft" else 0)
@@ -250,36 +268,11 @@ def _online_method(settings: FrontierConfig, job: FrontierJob) -> tuple[Callable
     return ppo.train_ppo, options
 
 
-def _reward_model(shared: SharedSetup, folder: Path) -> Path:
-    """Trains a reward model on the pairs, or resumes its run; returns the run folder."""
-    settings, run = shared.settings, folder / "reward"
-    paths = {"path": (str(folder / "pairs.jsonl"),), "eval_path": (str(folder / "held_out.jsonl"),)}
-    data = replace(settings.data, name="files", split="train", eval_split="train", eval_examples=None, **paths)
-    adamw = {"name": "adamw", "learning_rate": settings.reward_model.learning_rate, "max_grad_norm": 1.0}
-    config = Config(
-        data=data, model=settings.model, loss={"name": "bradley_terry"}, optim={**adamw, "warmup_steps": 10},
-        samples=SamplesConfig(0), batch_size=settings.batch_size, epochs=settings.reward_model.epochs, eval_every=0,
-        run=str(run), seed=settings.seed,
-    )  # fmt: skip
-    loop.train_run(run_setup.setup_run(with_remat(config)))
-    return run
-
-
-def frontier_points(path: Path) -> list[Point]:
-    """Returns the points of a file, none if it does not exist; null becomes NaN."""
-    rows = read_metrics(path) if path.is_file() else []
-
-    def point(row: dict[str, Any]) -> Point:
-        values: dict[str, Any] = {name: math.nan if row[name] is None else row[name] for name in Point._fields}
-        return Point(**values)
-
-    return [point(row) for row in rows]
-
-
-def _result(shared: SharedSetup, folder: Path, points: list[Point]) -> FrontierResult:
-    """Returns the points with the optimum and the best of N."""
+def _result(setups: list[SharedSetup], points: list[Point]) -> FrontierResult:
+    """Returns the points with the optimum and the best of N, which are those of the first seed's samples."""
+    shared = setups[0]
     settings, world, held_out = shared.settings, shared.world, shared.held_out
-    samples = sample_rewards(folder / "reference.npy", world, held_out, settings.optimum.completions)
+    samples = sample_rewards(shared.folder / "reference.npy", world, held_out, settings.optimum.completions)
     every = enumerate_rewards(world, held_out, shared.table_logps)
     if every is not None:
         curve, left_out = optimum.optimum_from_enumeration(*every, settings.optimum.betas), []

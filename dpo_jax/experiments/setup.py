@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dpo_jax.data import pack
 from dpo_jax.data.sources.base import only_comparisons, prompt_key
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.offline import OfflineProgram
 from dpo_jax.experiments.world import (
     Point,
     TableLogps,
@@ -39,12 +41,15 @@ UNUSED = ("responses", "flip_labels", "draw_labels", "duplicate")  # keys of dat
 
 
 class SharedSetup(NamedTuple):
-    """Reference, data and measurement, shared by all runs of an experiment.
+    """Reference, data and measurement, shared by all runs of one seed.
 
     Attributes:
-      settings: config of the experiment.
+      settings: config of the experiment, with this seed.
+      folder: holds the files of this seed.
       world: model, reference and reward.
       train: training pairs.
+      every: training pairs of all seeds, whose layouts hold those of each.
+      programs: method -> its compiled program, shared by all seeds.
       table_logps: computes the log-probs of a table.
       pairs_layout: layout of batches of pairs, for `table_logps`.
       prompts: ids of the training prompts.
@@ -53,8 +58,11 @@ class SharedSetup(NamedTuple):
     """
 
     settings: FrontierConfig
+    folder: Path
     world: World
     train: Table
+    every: Table
+    programs: dict[str, OfflineProgram]
     table_logps: TableLogps
     pairs_layout: pack.Layout
     prompts: list[Array]
@@ -82,7 +90,7 @@ def check_frontier(settings: FrontierConfig) -> None:
 
 def _check_ranges(settings: FrontierConfig) -> None:
     """Rejects numbers out of range."""
-    sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts")}
+    sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts", "seeds")}
     sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.completions": settings.optimum.completions}
     sizes |= {f"online.{key}": getattr(settings.online, key) for key in ("rollouts", "max_steps", "eval_every")}
     for key, value in sizes.items():
@@ -101,23 +109,50 @@ def _check_ranges(settings: FrontierConfig) -> None:
         raise UserError(f"online.rollouts must be a multiple of completions ({settings.completions}), got {rollouts}")
 
 
-def setup_shared(settings: FrontierConfig, folder: Path) -> SharedSetup:
-    """Returns the reference, prompts and pairs; samples and labels the pairs unless the folder has them."""
-    world, start = _world(settings), time.perf_counter()
+def setup_seeds(settings: FrontierConfig, folder: Path) -> list[SharedSetup]:
+    """Returns the setup of each seed; reference, prompts and compiled programs are common to all.
+
+    Samples and labels the pairs of a seed unless its folder has them. The first seed's folder is the experiment's.
+    """
+    world = _world(settings)
     train_rows, test_rows = comparison_streams(settings.data, 0)
     prompts = _distinct_prompts(train_rows, settings.prompts, settings, world)
     held_out = _distinct_prompts(test_rows, settings.eval_prompts, settings, world)
+    of_seeds = [replace(settings, seed=settings.seed + i) for i in range(settings.seeds)]
+    folders = [folder if i == 0 else folder / f"seed_{s.seed}" for i, s in enumerate(of_seeds)]
+    worlds = [world._replace(seed=s.seed) for s in of_seeds]
+    pairs = [_sampled_pairs(s, *parts, prompts, held_out) for s, *parts in zip(of_seeds, folders, worlds, strict=True)]
+    trains, tests = (_joined(tables) for tables in zip(*pairs, strict=True))
+    table_logps, layout, programs = make_table_logps(world), table_layout(world, _joined([trains, tests])), {}
+
+    return [
+        SharedSetup(
+            *parts, train, trains, programs, table_logps, layout, prompts, held_out,
+            make_measurer(parts[-1], held_out, test, layout, table_logps),
+        )
+        for *parts, (train, test) in zip(of_seeds, folders, worlds, pairs, strict=True)
+    ]  # fmt: skip
+
+
+def _sampled_pairs(
+    settings: FrontierConfig, folder: Path, world: World, prompts: list[Array], held_out: list[Array]
+) -> tuple[Table, Table]:
+    """Returns the training pairs and the held-out pairs of a seed."""
+    start = time.perf_counter()
+    folder.mkdir(exist_ok=True)
     sample = partial(sample_pairs, world=world, how=settings.label)
     train = sample(folder / "pairs.jsonl", prompts=prompts, copies=settings.completions, seed=0)
     test = sample(folder / "held_out.jsonl", prompts=held_out, copies=2, seed=1)
     log.info(
         f"{len(train):,} training pairs from {len(prompts):,} prompts, {len(test):,} held-out pairs from "
-        f"{len(held_out):,} prompts ({time.perf_counter() - start:.0f} s)"
+        f"{len(held_out):,} prompts, seed {settings.seed} ({time.perf_counter() - start:.0f} s)"
     )
-    both = Table.of(table[i] for table in (train, test) for i in range(len(table)))
-    table_logps, layout = make_table_logps(world), table_layout(world, both)
-    measure = make_measurer(world, held_out, test, layout, table_logps)
-    return SharedSetup(settings, world, train, table_logps, layout, prompts, held_out, measure)
+    return train, test
+
+
+def _joined(tables: Iterable[Table]) -> Table:
+    """Returns the examples of all tables."""
+    return Table.of(table[i] for table in tables for i in range(len(table)))
 
 
 def _world(settings: FrontierConfig) -> World:

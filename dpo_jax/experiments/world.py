@@ -74,6 +74,7 @@ class Point(NamedTuple):
       chosen: mean log-prob of the chosen responses of held-out pairs; `rejected` likewise.
       tokens: mean length of a completion.
       cut: share of completions that reach `max_new_tokens` without EOS.
+      seed: of the run's pairs, samples and order, and of the completions measured.
     """
 
     method: str
@@ -87,6 +88,7 @@ class Point(NamedTuple):
     rejected: float
     tokens: float
     cut: float
+    seed: int = 0
 
 
 TableLogps = Callable[[Any, Table, pack.Layout], Array]
@@ -157,7 +159,7 @@ def make_measurer(
         return Point(
             method, strength, step, *mean_interval(reward), *mean_interval(kl), float(chosen), float(rejected),
             float(np.mean([len(c) for c in completions])),
-            float(np.mean([c[-1] not in world.ends for c in completions])),
+            float(np.mean([c[-1] not in world.ends for c in completions])), world.seed,
         )  # fmt: skip
 
     return measure

@@ -1,34 +1,36 @@
-"""Tables, figures and page of `dpo-jax frontier`."""
+"""Figures, page and JSON of `dpo-jax frontier`."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from dpo_jax.experiments.frontier import BestOf, FrontierResult
-from dpo_jax.experiments.optimum import RewardLimit, reward_limit
+from dpo_jax.experiments.frontier import FrontierResult
+from dpo_jax.experiments.optimum import reward_limit
+from dpo_jax.experiments.points import over_seeds, point_seeds
 from dpo_jax.experiments.world import Point
 from dpo_jax.pages import figure
+from dpo_jax.pages.frontier_tables import (
+    BUDGETS,
+    NAMES,
+    STRENGTHS,
+    budgets,
+    differences,
+    frontier_runs,
+    frontier_table,
+    optima,
+    point_gap,
+)
 from dpo_jax.pages.output import json_values, render_page
 from dpo_jax.rewards.winrate import kl_bound
 
-NAMES = {
-    "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo_gt": "PPO-GT", "online_dpo": "Online DPO",
-    "unlikelihood": "Unlikelihood", "preferred_ft": "Preferred-FT", "best_of": "Best of N",
-}  # fmt: skip
-STRENGTHS = {
-    "dpo": "beta {:g}", "ppo": "target KL {:g}", "ppo_gt": "target KL {:g}",
-    "online_dpo": "beta {:g}", "unlikelihood": "alpha {:g}", "preferred_ft": "seed {:g}",
-}  # fmt: skip
 UNORDERED = ("sft", "preferred_ft")  # without a strength: one run, and runs that differ in their seed
 ERROR_BARS: dict[str, Any] = {"ms": 5, "elinewidth": 0.8, "capsize": 2, "alpha": 0.9}
 CURVE_POINTS = 200
-BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 STYLE = "<style>svg { color: #222 } @media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
 CAPTIONS = {
     "frontier": "The paper's figure 2, left: each run at its last step with 95% intervals, labeled with its strength. "
-    "Small points: earlier steps.",
+    "Small points: earlier steps; with several seeds, the last step of each.",
     "paths": "The runs of DPO step by step, from the reference at the left. Where a path goes right but not up, the "
     "policy moves away from the reference without more reward; where it goes down, the policy is over-optimized.",
     "likelihoods": "Log-probabilities of held-out pairs. DPO raises the margin between chosen and rejected responses. "
@@ -37,131 +39,12 @@ CAPTIONS = {
 }
 
 
-class Gap(NamedTuple):
-    """Difference between the highest reward at a policy's KL and its reward.
-
-    Attributes:
-      mean: reward; an upper bound if the optimum at this KL is not known.
-      half: half its 95% interval, from independent errors of reward, KL and optimum.
-      known: whether the optimum at this KL is known.
-    """
-
-    mean: float
-    half: float
-    known: bool
-
-
-def frontier_gap(found: FrontierResult, reward: float, reward_half: float, kl: float, kl_half: float) -> Gap:
-    """Returns the gap to the optimum at equal KL; `reward_half` and `kl_half` are half the 95% intervals."""
-    best = reward_limit(found.curve, kl)
-    return Gap(best.reward - reward, math.hypot(reward_half, best.half, best.slope * kl_half), best.known)
-
-
-def point_gap(found: FrontierResult, point: Point) -> Gap:
-    """Returns the gap of a measured policy."""
-    return frontier_gap(found, point.reward, point.reward_half, point.kl, point.kl_half)
-
-
-def frontier_runs(points: Iterable[Point]) -> dict[tuple[str, float], list[Point]]:
-    """Returns (method, strength) -> the points of that run in the order of their steps."""
-    grouped: dict[tuple[str, float], list[Point]] = {}
-    for point in sorted(points, key=lambda p: p.step):
-        grouped.setdefault((point.method, point.strength), []).append(point)
-    return grouped
-
-
-def best_within(points: Sequence[Point], method: str, budget: float) -> Point:
-    """Returns the point with the highest reward among the reference and the method's points of at most this KL."""
-    allowed = [p for p in points if p.method in ("sft", method) and (p.kl <= budget or p.method == "sft")]
-    return max(allowed, key=lambda p: p.reward)
-
-
-def frontier_table(found: FrontierResult) -> list[list[str]]:
-    """Returns the table of runs at their last step, the reference and the best of N; the head is the first row."""
-    ordered = sorted(frontier_runs(found.points).items(), key=lambda run: (list(NAMES).index(run[0][0]), run[0][1]))
-    rows = [_cells(found, path[-1]) for _, path in ordered]
-    head = list(rows[0])
-    rows += [_best_of_cells(found, best) for best in found.best_of]
-    return [head, *([row.get(name, "") for name in head] for row in rows)]
-
-
-def _cells(found: FrontierResult, point: Point) -> dict[str, str]:
-    """Returns the row of a point by the names of the columns."""
-    return {
-        "method": NAMES[point.method],
-        "strength": STRENGTHS.get(point.method, "").format(point.strength),
-        "step": str(point.step),
-        "reward": _interval_text(point.reward, point.reward_half),
-        "KL": _interval_text(point.kl, point.kl_half),
-        "optimum": _limit_text(reward_limit(found.curve, point.kl)),
-        "gap": _gap_text(point_gap(found, point)),
-        "log p chosen": f"{point.chosen:.1f}",
-        "rejected": f"{point.rejected:.1f}",
-        "tokens": f"{point.tokens:.1f}",
-        "cut": f"{point.cut:.0%}",
-    }
-
-
-def _best_of_cells(found: FrontierResult, best: BestOf) -> dict[str, str]:
-    """Returns the row of the best of N by the names of the columns."""
-    kl = kl_bound(best.n)
-    return {
-        "method": NAMES["best_of"],
-        "strength": f"N {best.n}",
-        "reward": _interval_text(best.reward, best.reward_half),
-        "KL": f"<= {kl:.2f}",
-        "optimum": _limit_text(reward_limit(found.curve, kl)),
-        "gap": _gap_text(frontier_gap(found, best.reward, best.reward_half, kl, 0.0)),
-    }
-
-
-def _interval_text(mean: float, half: float) -> str:
-    return f"{mean:.2f} +- {half:.2f}"
-
-
-def _limit_text(best: RewardLimit) -> str:
-    return ("" if best.known else "<= ") + (f"{best.reward:.2f}" if math.isfinite(best.reward) else "?")
-
-
-def _gap_text(gap: Gap) -> str:
-    if not math.isfinite(gap.mean):
-        return "?"
-    return _interval_text(gap.mean, gap.half) if gap.known else f"<= {gap.mean:.2f}"
-
-
-def budgets(found: FrontierResult) -> list[list[str]]:
-    """Returns the table of the optimum and the highest reward of each method within each KL; the head first."""
-    methods = [m for m in NAMES if any(p.method == m for p in found.points) and m != "sft"]
-    rows = [["optimum", *(_limit_text(reward_limit(found.curve, b)) for b in BUDGETS)]]
-    for method in methods:
-        best = [best_within(found.points, method, b) for b in BUDGETS]
-        rows.append([NAMES[method], *(_interval_text(p.reward, p.reward_half) for p in best)])
-    reached = [[b for b in found.best_of if kl_bound(b.n) <= budget] for budget in BUDGETS]
-    if all(reached):
-        rows.append(["Best of N", *(_interval_text(r[-1].reward, r[-1].reward_half) for r in reached)])
-    return [["reward within a KL of", *(f"{b:g}" for b in BUDGETS)], *rows]
-
-
-def optima(found: FrontierResult) -> list[list[str]]:
-    """Returns the table of the optimum at each beta, with the ones that were left out; the head first."""
-    rows = [
-        [
-            "reference" if math.isinf(o.beta) else f"beta {o.beta:g}",
-            _interval_text(o.reward, o.reward_half),
-            _interval_text(o.kl, o.kl_half),
-            "all" if math.isinf(o.effective) else f"{o.effective:.0f}",
-            "left out: too few" if o in found.left_out else "",
-        ]
-        for o in (*found.curve, *found.left_out)
-    ]
-    return [["optimum", "reward", "KL", "effective samples", ""], *rows]
-
-
 def frontier_curve(found: FrontierResult) -> str:
     """Returns figure 2 (left) of the paper as SVG: the runs of each method, the best of N and the optimum.
 
     The last points of a method's runs are joined in the order of their strengths, and labeled with them; runs that
-    differ in their seed only are not. Points of earlier steps are small.
+    differ in their seed only are not. With several seeds these are means, and each seed's last point is small; with
+    one, the points of earlier steps are.
     """
     fig, axes = _new_axes()
     _draw_optimum(axes, found, max((p.kl for p in found.points), default=1.0))
@@ -176,12 +59,15 @@ def frontier_curve(found: FrontierResult) -> str:
 
 
 def _draw_method(axes: "figure.Axes", found: FrontierResult, method: str, i: int) -> None:
-    """Draws the last points of a method's runs with their intervals, and the earlier ones without, in color `i`."""
+    """Draws the last points of a method's runs with their intervals, and small ones without, in color `i`."""
     color = figure.COLOURS[i]
-    runs = sorted(run for run in frontier_runs(found.points).items() if run[0][0] == method)
+    runs = sorted(run for run in frontier_runs(over_seeds(found.points)).items() if run[0][0] == method)
     last = [path[-1] for _, path in runs]
-    earlier = [p for _, path in runs for p in path[:-1]]
-    axes.plot([p.kl for p in earlier], [p.reward for p in earlier], ".", color=color, ms=3, alpha=0.5)
+    if len(point_seeds(found.points)) > 1:
+        small = [p for p in found.points if any(p[:3] == mean[:3] for mean in last)]
+    else:
+        small = [p for _, path in runs for p in path[:-1]]
+    axes.plot([p.kl for p in small], [p.reward for p in small], ".", color=color, ms=3, alpha=0.5)
     x, y = [p.kl for p in last], [p.reward for p in last]
     kind, joined = _strength_name(method), method not in UNORDERED
     errors = {"xerr": [p.kl_half for p in last], "yerr": [p.reward_half for p in last]}
@@ -225,8 +111,9 @@ def likelihoods(found: FrontierResult, method: str = "dpo") -> str:
 
 def _method_paths(found: FrontierResult, method: str) -> list[tuple[str, list[Point]]]:
     """Returns (label, points) of each run of a method, by rising strength; a run starts at the reference."""
-    start = [p for p in found.points if p.method == "sft"]
-    runs = sorted((strength, path) for (name, strength), path in frontier_runs(found.points).items() if name == method)
+    points = over_seeds(found.points)
+    start = [p for p in points if p.method == "sft"]
+    runs = sorted((strength, path) for (name, strength), path in frontier_runs(points).items() if name == method)
     return [(STRENGTHS[method].format(strength), [*start, *path]) for strength, path in runs]
 
 
@@ -286,6 +173,7 @@ def render_frontier(found: FrontierResult, lines: Sequence[str]) -> str:
         lines=lines,
         panels=[figure.Panel(svg, caption=CAPTIONS[name]) for name, svg in frontier_figures(found).items()],
         budgets=budgets(found),
+        differences=differences(found),
         runs=frontier_table(found),
         optima=optima(found),
     )

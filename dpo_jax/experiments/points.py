@@ -1,0 +1,80 @@
+"""The measurements of an experiment: their file, their means over seeds, and differences between methods."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.experiments.world import Point
+from dpo_jax.intervals import mean_t_interval
+from dpo_jax.training.metrics_file import read_metrics
+
+
+class MeanInterval(NamedTuple):
+    """A mean and half its 95% interval: over seeds, or over prompts if there is one seed."""
+
+    mean: float
+    half: float
+
+
+def frontier_points(path: Path) -> list[Point]:
+    """Returns the points of a file, none if it does not exist; null becomes NaN."""
+    rows = read_metrics(path) if path.is_file() else []
+
+    def point(row: dict[str, Any]) -> Point:
+        found = Point._field_defaults | row
+        return Point(**{name: math.nan if found[name] is None else found[name] for name in Point._fields})
+
+    return [point(row) for row in rows]
+
+
+def point_seeds(points: Iterable[Point]) -> list[int]:
+    """Returns the seeds of points in rising order."""
+    return sorted({p.seed for p in points})
+
+
+def over_seeds(points: Sequence[Point]) -> list[Point]:
+    """Returns one point for each step of each run: the means over its seeds, with intervals by Student's t.
+
+    With one seed these are the points themselves, whose intervals are over prompts.
+    """
+    if len(point_seeds(points)) == 1:
+        return list(points)
+    grouped: dict[Any, list[Point]] = {}
+    for point in points:
+        grouped.setdefault(point[:3], []).append(point)
+    return [_mean_point(group) for group in grouped.values()]
+
+
+def _mean_point(group: Sequence[Point]) -> Point:
+    """Returns the mean of the points of one step of one run."""
+    reward, kl = (mean_t_interval([getattr(p, name) for p in group]) for name in ("reward", "kl"))
+    rest = (float(np.mean([getattr(p, name) for p in group])) for name in ("chosen", "rejected", "tokens", "cut"))
+    return Point(*group[0][:3], *reward, *kl, *rest, group[0].seed)
+
+
+def best_within(points: Sequence[Point], method: str, budget: float) -> Point:
+    """Returns the point with the highest reward among the reference and the method's points of at most this KL."""
+    allowed = [p for p in points if p.method in ("sft", method) and (p.kl <= budget or p.method == "sft")]
+    return max(allowed, key=lambda p: p.reward)
+
+
+def best_of_seeds(points: Sequence[Point], method: str, budget: float) -> MeanInterval:
+    """Returns the highest reward of a method within a KL: of each seed, averaged over seeds."""
+    best = [best_within(own, method, budget) for own in _by_seed(points)]
+    if len(best) == 1:
+        return MeanInterval(best[0].reward, best[0].reward_half)
+    return MeanInterval(*mean_t_interval([p.reward for p in best]))
+
+
+def difference_of_seeds(points: Sequence[Point], method: str, other: str, budget: float) -> MeanInterval:
+    """Returns the highest reward of a method within a KL less another method's, paired by seed; two seeds or more."""
+    best = [[best_within(own, name, budget).reward for name in (method, other)] for own in _by_seed(points)]
+    return MeanInterval(*mean_t_interval([one - two for one, two in best]))
+
+
+def _by_seed(points: Sequence[Point]) -> list[list[Point]]:
+    """Returns the points of each seed."""
+    return [[p for p in points if p.seed == seed] for seed in point_seeds(points)]
