@@ -89,6 +89,11 @@ COMMANDS = {
         "Measures each method's reward against KL, and the optimum (figure 2).",
         "configs/frontier_quick.yaml",
     ),
+    "leaderboard": Command(
+        "[--losses NAME ...] [--beta VALUE ...] [--seeds N]",
+        "Ranks the losses in worlds whose optimum is known, under noisy labels.",
+        "--losses dpo ipo link=savage --beta 0.3 1 3",
+    ),
     "export": Command(
         "RUN OUT [--checkpoint best] [--dtype ...] [--push owner/name]",
         "Writes a checkpoint as a Hugging Face folder with a card; uploads it.",

@@ -273,6 +273,22 @@ class FrontierConfig:
     """Number of seeds, from seed on; each samples its own pairs and trains every run. Intervals are then over seeds."""
 
 
+@dataclass(frozen=True)
+class LeaderboardConfig:
+    """Losses in worlds whose optimum is known."""
+
+    losses: tuple[str, ...] = ()
+    """Losses by name, or points of the axes such as link=savage,target=constant; by default all that train a policy."""
+    beta: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    """Strengths of every loss that has a beta; its other options have their defaults."""
+    seeds: int = 8
+    """Worlds, each with its own data; intervals are over them."""
+    max_steps: int = 600
+    """Steps of each run."""
+    run: str = "runs/leaderboard"
+    """Folder of the results."""
+
+
 COMMAND_CONFIGS: dict[str, type] = {
     "train": Config,
     "sweep": Config,
@@ -283,6 +299,7 @@ COMMAND_CONFIGS: dict[str, type] = {
     "winrate": WinrateConfig,
     "export": ExportConfig,
     "frontier": FrontierConfig,
+    "leaderboard": LeaderboardConfig,
     "plan": PlanConfig,
 }
 """command -> its config. The other commands take arguments only."""
