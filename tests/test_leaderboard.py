@@ -185,7 +185,7 @@ def test_implicit_rewards_and_their_calibration_by_hand():
 
 
 def trained(loss, world, batches, steps):
-    return jax.jit(lambda *records: leaderboard.train_table(loss, *records, steps))(world, batches)
+    return jax.jit(lambda world, batches: leaderboard.train_table(loss, world, batches, steps))(world, batches)
 
 
 def train(loss, batches, steps=1500):

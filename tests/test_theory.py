@@ -198,6 +198,76 @@ def test_hinge_reaches_the_minimum_of_a_linear_program(beta):
     assert float(value(jnp.asarray(optimum(REWARD / beta), jnp.float32))) > least + 0.02
 
 
+def scored_pairs():
+    """All pairs whose first response has the higher reward, with their rewards as scores."""
+    prompts, chosen, _ = pairs()
+    scores = REWARD[prompts[:, None], chosen]
+    order = np.argsort(-scores, axis=1)
+    return prompts, np.take_along_axis(chosen, order, 1), np.take_along_axis(scores, order, 1)
+
+
+@pytest.mark.parametrize("name", ["rpo_sq", "rpo_bwd", "rpo_fwd"])
+def test_reward_aware_losses_reach_the_optimum_of_their_scores(name):
+    """Least at z = eta (s_c - s_r) in every pair: ref exp(eta r / beta) / Z."""
+    prompts, chosen, scores = scored_pairs()
+    loss = losses.build({"name": name, "beta": 0.5, "eta": 0.4})
+    assert distance(trained(objective(loss, prompts, chosen, scores=scores)), optimum(0.8 * REWARD)) < 1e-3
+
+
+def test_exo_of_lists_reaches_the_optimum_of_its_scores():
+    """The other KL of lipo has the same minimum, at a temperature: softmax(z) = softmax(s / t) in each list."""
+    prompts, chosen, _ = rankings(3)
+    scores = REWARD[prompts[:, None], chosen]
+    best_first = (np.diff(scores) < 0).all(axis=1)
+    loss = losses.build({"name": "exo_rw", "beta": 0.5, "temperature": 2.0})
+    value = objective(loss, prompts[best_first], chosen[best_first], scores=scores[best_first])
+    assert distance(trained(value), optimum(REWARD)) < 1e-3
+
+
+def test_chi_po_reaches_its_own_optimum():
+    """beta (t + log t) = r + c with t = pi / ref (Huang et al. 2024): differences of phi are differences of rewards."""
+    t = np.exp(trained(soft({"name": "chi_po", "beta": 2.0})) - REF)
+    gap = 2.0 * (t + np.log(t)) - REWARD
+    np.testing.assert_allclose(gap - gap[:, :1], 0, atol=5e-3)
+
+
+def normalised(logits_of):
+    """Returns log-probs logits_of(c), with a c for each prompt at which they are normalised; they rise with c."""
+
+    def one(x):
+        c = scipy.optimize.brentq(lambda c: np.log(np.exp(logits_of(c)[x]).sum()), -40.0, 40.0, xtol=1e-12)
+        return logits_of(c)[x]
+
+    return np.stack([one(x) for x in range(PROMPTS)])
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_losses_of_means_over_tokens_reach_rewards_a_token(beta):
+    """beta log pi / L = r + c without a reference, beta log(pi / ref) / L = r + c with one."""
+    simpo = trained(soft({"name": "simpo", "beta": beta, "gamma": 0.0}))
+    assert distance(simpo, normalised(lambda c: LENGTHS * (REWARD + c) / beta)) < 1e-3
+    norm = trained(soft({"name": "sigmoid_norm", "beta": beta}))
+    assert distance(norm, normalised(lambda c: REF + LENGTHS * (REWARD + c) / beta)) < 1e-3
+
+
+def test_cpo_without_its_likelihood_reaches_the_softmax_of_rewards():
+    value = soft({"name": "cpo", "beta": 0.5, "nll_weight": 0.0})
+    assert distance(trained(value), optimum(REWARD / 0.5, reference=0 * REF)) < 1e-3
+
+
+def test_sppo_reaches_win_rates_less_a_multiple_of_the_policy():
+    """(c - (2 w - 1) / 2 beta)^2 summed over responses, w the win rate against uniform others, is least on normalised
+    policies where c - (2 w - 1) / 2 beta = -mu pi, by Lagrange; c is log pi / ref."""
+    policy = trained(soft({"name": "sppo_hard", "beta": 0.7}))
+    others = len(RESPONSES) - 1
+    wins = (sigmoid(REWARD[:, :, None] - REWARD[:, None, :]).sum(axis=2) - 0.5) / others
+    excess = policy - REF - (2 * wins - 1) / 1.4
+    mass = np.exp(policy)
+    mu = -(excess * mass).sum(1, keepdims=True) / (mass**2).sum(1, keepdims=True)
+    np.testing.assert_allclose(excess, -mu * mass, atol=2e-3)
+    assert abs(mu).max() > 0.01
+
+
 def test_hinge_stops_at_a_margin_of_one():
     """The expected hinge falls with the gap of the likelier winner until beta times the gap is 1, then rises."""
     prompts, chosen, p = (x[:1] for x in pairs())
