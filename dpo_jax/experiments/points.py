@@ -1,4 +1,4 @@
-"""The measurements of an experiment: their file, their means over seeds, and differences between methods."""
+"""The result of an experiment: the file of its measurements, means over seeds, differences between methods."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
 from dpo_jax.intervals import mean_t_interval
 from dpo_jax.training.metrics_file import read_metrics
@@ -17,6 +18,39 @@ class MeanInterval(NamedTuple):
 
     mean: float
     half: float
+
+
+class BestOf(NamedTuple):
+    """The best of n completions of the reference: mean reward and half its 95% interval.
+
+    Its KL is at most `winrate.kl_bound(n)`.
+    """
+
+    n: int
+    reward: float
+    reward_half: float
+
+
+class FrontierResult(NamedTuple):
+    """Result of an experiment.
+
+    Attributes:
+      points: measurements of all runs, the reference first.
+      curve: the reference and the optima, by falling beta.
+      left_out: optima with too few effective samples.
+      best_of: the best of N for each N.
+      enumerated: True if the optima are exact sums over all responses, False for estimates from samples.
+      prompts: number of held-out prompts.
+      pairs: number of training pairs.
+    """
+
+    points: list[Point]
+    curve: list[Optimum]
+    left_out: list[Optimum]
+    best_of: list[BestOf]
+    enumerated: bool
+    prompts: int
+    pairs: int
 
 
 def frontier_points(path: Path) -> list[Point]:
