@@ -26,7 +26,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import offline, online, optimum, ppo, setup
 from dpo_jax.experiments.points import BestOf, FrontierResult, frontier_points
-from dpo_jax.experiments.reward_model import train_reward_model
+from dpo_jax.experiments.reward_model import centered, train_reward_model
 from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.experiments.setup import SharedSetup
 from dpo_jax.experiments.world import Point, enumerate_rewards, sample_rewards, score_completions
@@ -160,8 +160,8 @@ def _trainer(shared: SharedSetup, record: Record, method: str) -> TrainJob:
         return _offline_trainer(shared, method, record)
     if method != "ppo":
         return _online_trainer(shared, shared.world.reward, record)
-    reward = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
-    return _online_trainer(shared, reward, record)
+    learned = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
+    return _online_trainer(shared, centered(learned, shared.world, shared.held_out), record)
 
 
 def _offline_trainer(shared: SharedSetup, method: str, record: Record) -> TrainJob:

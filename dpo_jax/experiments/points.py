@@ -58,8 +58,9 @@ def frontier_points(path: Path) -> list[Point]:
     rows = read_metrics(path) if path.is_file() else []
 
     def point(row: dict[str, Any]) -> Point:
-        found = Point._field_defaults | row
-        return Point(**{name: math.nan if found[name] is None else found[name] for name in Point._fields})
+        found: dict[str, Any] = Point._field_defaults | row
+        values: dict[str, Any] = {name: math.nan if found[name] is None else found[name] for name in Point._fields}
+        return Point(**values)
 
     return [point(row) for row in rows]
 
@@ -85,8 +86,8 @@ def over_seeds(points: Sequence[Point]) -> list[Point]:
 def _mean_point(group: Sequence[Point]) -> Point:
     """Returns the mean of the points of one step of one run."""
     reward, kl = (mean_t_interval([getattr(p, name) for p in group]) for name in ("reward", "kl"))
-    rest = (float(np.mean([getattr(p, name) for p in group])) for name in ("chosen", "rejected", "tokens", "cut"))
-    return Point(*group[0][:3], *reward, *kl, *rest, group[0].seed)
+    rest = {name: float(np.mean([getattr(p, name) for p in group])) for name in ("chosen", "rejected", "tokens", "cut")}
+    return group[0]._replace(reward=reward[0], reward_half=reward[1], kl=kl[0], kl_half=kl[1], **rest)
 
 
 def best_within(points: Sequence[Point], method: str, budget: float) -> Point:
