@@ -10,13 +10,16 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import frontier, offline
+from dpo_jax.experiments.reward_model import centered
 from dpo_jax.experiments.world import (
     World,
     enumerate_responses,
     enumerate_rewards,
     make_measurer,
     make_table_logps,
+    sample_completions,
     sample_pairs,
+    score_completions,
     table_layout,
 )
 from dpo_jax.models.families.registry import family
@@ -93,6 +96,17 @@ def test_the_reference_has_no_kl_from_itself(world):
     layout, table_logps = table_layout(world, pairs), make_table_logps(world)
     point = make_measurer(world, PROMPTS[:20], pairs, layout, table_logps)(world.reference, "sft", 0.0, 0)
     assert (point.kl, point.kl_half) == (0, 0)
+
+
+def test_a_centered_reward_has_mean_0_on_the_reference_and_the_same_differences(world):
+    reward = lambda prompts, answers: np.array([len(answer) + 5.0 for answer in answers])  # noqa: E731
+    prompts = PROMPTS[:64]
+    found = centered(reward, world, prompts)
+    scores = score_completions(world, found, prompts, sample_completions(world, world.reference, prompts))
+    assert scores.std() > 0.5
+    assert scores.mean() == pytest.approx(0.0, abs=1e-6)
+    one, other = found(["", ""], ["abc", "a"])
+    assert one - other == 2.0
 
 
 def test_many_responses_are_not_enumerated(world):

@@ -25,9 +25,8 @@ from dpo_jax.config.yaml import difference, dump
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import offline, online, optimum, ppo, setup
-from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.points import frontier_points
-from dpo_jax.experiments.reward_model import train_reward_model
+from dpo_jax.experiments.points import BestOf, FrontierResult, frontier_points
+from dpo_jax.experiments.reward_model import centered, train_reward_model
 from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.experiments.setup import SharedSetup
 from dpo_jax.experiments.world import Point, enumerate_rewards, sample_rewards, score_completions
@@ -57,39 +56,6 @@ class FrontierJob(NamedTuple):
 
 
 START = FrontierJob("sft", 0.0, (0,))  # the reference itself
-
-
-class BestOf(NamedTuple):
-    """The best of n completions of the reference: mean reward and half its 95% interval.
-
-    Its KL is at most `winrate.kl_bound(n)`.
-    """
-
-    n: int
-    reward: float
-    reward_half: float
-
-
-class FrontierResult(NamedTuple):
-    """Result of an experiment.
-
-    Attributes:
-      points: measurements of all runs, the reference first.
-      curve: the reference and the optima, by falling beta.
-      left_out: optima with too few effective samples.
-      best_of: the best of N for each N.
-      enumerated: True if the optima are exact sums over all responses, False for estimates from samples.
-      prompts: number of held-out prompts.
-      pairs: number of training pairs.
-    """
-
-    points: list[Point]
-    curve: list[Optimum]
-    left_out: list[Optimum]
-    best_of: list[BestOf]
-    enumerated: bool
-    prompts: int
-    pairs: int
 
 
 Record = Callable[[FrontierJob, Any, int], None]
@@ -194,8 +160,8 @@ def _trainer(shared: SharedSetup, record: Record, method: str) -> TrainJob:
         return _offline_trainer(shared, method, record)
     if method != "ppo":
         return _online_trainer(shared, shared.world.reward, record)
-    reward = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
-    return _online_trainer(shared, reward, record)
+    learned = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
+    return _online_trainer(shared, centered(learned, shared.world, shared.held_out), record)
 
 
 def _offline_trainer(shared: SharedSetup, method: str, record: Record) -> TrainJob:

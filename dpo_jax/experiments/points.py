@@ -1,4 +1,4 @@
-"""The measurements of an experiment: their file, their means over seeds, and differences between methods."""
+"""The result of an experiment: the file of its measurements, means over seeds, differences between methods."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
 from dpo_jax.intervals import mean_t_interval
 from dpo_jax.training.metrics_file import read_metrics
@@ -19,13 +20,47 @@ class MeanInterval(NamedTuple):
     half: float
 
 
+class BestOf(NamedTuple):
+    """The best of n completions of the reference: mean reward and half its 95% interval.
+
+    Its KL is at most `winrate.kl_bound(n)`.
+    """
+
+    n: int
+    reward: float
+    reward_half: float
+
+
+class FrontierResult(NamedTuple):
+    """Result of an experiment.
+
+    Attributes:
+      points: measurements of all runs, the reference first.
+      curve: the reference and the optima, by falling beta.
+      left_out: optima with too few effective samples.
+      best_of: the best of N for each N.
+      enumerated: True if the optima are exact sums over all responses, False for estimates from samples.
+      prompts: number of held-out prompts.
+      pairs: number of training pairs.
+    """
+
+    points: list[Point]
+    curve: list[Optimum]
+    left_out: list[Optimum]
+    best_of: list[BestOf]
+    enumerated: bool
+    prompts: int
+    pairs: int
+
+
 def frontier_points(path: Path) -> list[Point]:
     """Returns the points of a file, none if it does not exist; null becomes NaN."""
     rows = read_metrics(path) if path.is_file() else []
 
     def point(row: dict[str, Any]) -> Point:
-        found = Point._field_defaults | row
-        return Point(**{name: math.nan if found[name] is None else found[name] for name in Point._fields})
+        found: dict[str, Any] = Point._field_defaults | row
+        values: dict[str, Any] = {name: math.nan if found[name] is None else found[name] for name in Point._fields}
+        return Point(**values)
 
     return [point(row) for row in rows]
 
@@ -51,8 +86,8 @@ def over_seeds(points: Sequence[Point]) -> list[Point]:
 def _mean_point(group: Sequence[Point]) -> Point:
     """Returns the mean of the points of one step of one run."""
     reward, kl = (mean_t_interval([getattr(p, name) for p in group]) for name in ("reward", "kl"))
-    rest = (float(np.mean([getattr(p, name) for p in group])) for name in ("chosen", "rejected", "tokens", "cut"))
-    return Point(*group[0][:3], *reward, *kl, *rest, group[0].seed)
+    rest = {name: float(np.mean([getattr(p, name) for p in group])) for name in ("chosen", "rejected", "tokens", "cut")}
+    return group[0]._replace(reward=reward[0], reward_half=reward[1], kl=kl[0], kl_half=kl[1], **rest)
 
 
 def best_within(points: Sequence[Point], method: str, budget: float) -> Point:

@@ -1,14 +1,31 @@
 """The learned reward of PPO: a reward model, trained on the pairs as a run of its own."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.config.yaml import as_lists
+from dpo_jax.experiments.world import World, sample_completions, score_completions
+from dpo_jax.records import Array
+from dpo_jax.rewards.words import Reward
 from dpo_jax.training import loop, setup
 from dpo_jax.training.plan import with_remat
+
+
+def centered(reward: Reward, world: World, prompts: Sequence[Array]) -> Reward:
+    """Returns a reward less its mean over completions of the reference, one for each prompt.
+
+    Pairs determine a reward up to a constant. Until PPO's value function has learned it, a positive one pays for short
+    completions and a negative one for long ones. Ziegler et al. 2019 (arXiv 1909.08593, section 2.1) center it so too.
+    """
+    completions = sample_completions(world, world.reference, prompts)
+    mean = float(np.mean(score_completions(world, reward, prompts, completions)))
+    return lambda texts, answers: np.asarray(reward(texts, answers)) - mean
 
 
 def train_reward_model(settings: FrontierConfig, folder: Path) -> Path:

@@ -120,17 +120,17 @@ def setup_seeds(settings: FrontierConfig, folder: Path) -> list[SharedSetup]:
     held_out = _distinct_prompts(test_rows, settings.eval_prompts, settings, world)
     of_seeds = [replace(settings, seed=settings.seed + i) for i in range(settings.seeds)]
     folders = [folder if i == 0 else folder / f"seed_{s.seed}" for i, s in enumerate(of_seeds)]
-    worlds = [world._replace(seed=s.seed) for s in of_seeds]
-    pairs = [_sampled_pairs(s, *parts, prompts, held_out) for s, *parts in zip(of_seeds, folders, worlds, strict=True)]
+    own = [(s, place, world._replace(seed=s.seed)) for s, place in zip(of_seeds, folders, strict=True)]
+    pairs = [_sampled_pairs(s, place, w, prompts, held_out) for s, place, w in own]
     trains, tests = (_joined(tables) for tables in zip(*pairs, strict=True))
     table_logps, layout, programs = make_table_logps(world), table_layout(world, _joined([trains, tests])), {}
 
     return [
         SharedSetup(
-            *parts, train, trains, programs, table_logps, layout, prompts, held_out,
-            make_measurer(parts[-1], held_out, test, layout, table_logps),
+            s, place, w, train, trains, programs, table_logps, layout, prompts, held_out,
+            make_measurer(w, held_out, test, layout, table_logps),
         )
-        for *parts, (train, test) in zip(of_seeds, folders, worlds, pairs, strict=True)
+        for (s, place, w), (train, test) in zip(own, pairs, strict=True)
     ]  # fmt: skip
 
 

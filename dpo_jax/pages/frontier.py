@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.experiments.frontier import FrontierResult
 from dpo_jax.experiments.optimum import reward_limit
-from dpo_jax.experiments.points import over_seeds, point_seeds
+from dpo_jax.experiments.points import FrontierResult, over_seeds, point_seeds
 from dpo_jax.experiments.world import Point
 from dpo_jax.pages import figure
 from dpo_jax.pages.frontier_tables import (

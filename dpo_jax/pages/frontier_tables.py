@@ -4,9 +4,15 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dpo_jax.experiments.frontier import BestOf, FrontierResult
 from dpo_jax.experiments.optimum import RewardLimit, reward_limit
-from dpo_jax.experiments.points import best_of_seeds, difference_of_seeds, over_seeds, point_seeds
+from dpo_jax.experiments.points import (
+    BestOf,
+    FrontierResult,
+    best_of_seeds,
+    difference_of_seeds,
+    over_seeds,
+    point_seeds,
+)
 from dpo_jax.experiments.world import Point
 from dpo_jax.rewards.winrate import kl_bound
 
