@@ -26,6 +26,11 @@ _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
 # Ministral 3's, with a context of pretraining that most sequences in the tests exceed.
 _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+# Sizes that differ from each other, and rotary positions of a part of a head.
+_LINEAR = {**_LLAMA, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24, "full_attention_interval": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_EXPERTS |= {"shared_expert_intermediate_size": 20}
 _MIXED = ["sliding_attention", "full_attention"]
 _ARGUMENTS = {
     "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
@@ -61,6 +66,9 @@ _ARGUMENTS = {
     "phi3": {**_LLAMA, "sliding_window": WINDOW},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
+    "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS, "num_experts": 5},
+    "qwen3_5_text": {**_LINEAR, "num_hidden_layers": 3, "full_attention_interval": 3},
+    "qwen3_next": {**_LINEAR, **_EXPERTS, "num_hidden_layers": 4},
     "qwen3_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
     "seed_oss": {**_LLAMA, "head_dim": 16},
     "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
@@ -84,10 +92,15 @@ def torch_model(family: str, **settings):
     config._attn_implementation = "eager"  # noqa: SLF001 (the only way before the model is made)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    centered = family.startswith(("gemma", "qwen3_5", "qwen3_next"))  # they store the scale of a norm minus 1
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:  # gemma stores the scale of a norm minus 1
-                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
+            if p.ndim == 1:
+                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not centered))
+            if name.endswith("linear_attn.norm.weight"):
+                p.add_(1)
+            if name.endswith("A_log"):  # a state that lasts for some tens of tokens
+                p.sub_(3)
     return model
 
 
