@@ -202,6 +202,32 @@ _GPT_OSS |= {"router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit":
 _GPT_OSS |= {"vocab_size": 201088, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0}}
 _GPT_OSS["rope_scaling"] |= {"original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False}
 
+_QWEN_3_NEXT = {"model_type": "qwen3_next", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 256}
+_QWEN_3_NEXT |= {"full_attention_interval": 4, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5120}
+_QWEN_3_NEXT |= {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16}
+_QWEN_3_NEXT |= {"linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262144}
+_QWEN_3_NEXT |= {"mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": True, "vocab_size": 151936}
+_QWEN_3_NEXT |= {"num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48}
+_QWEN_3_NEXT |= {"num_key_value_heads": 2, "output_router_logits": False, "partial_rotary_factor": 0.25}
+_QWEN_3_NEXT |= {"rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000, "router_aux_loss_coef": 0.001}
+_QWEN_3_NEXT |= {"shared_expert_intermediate_size": 512, "tie_word_embeddings": False, "use_sliding_window": False}
+_QWEN_35 = {"model_type": "qwen3_5_text", "attention_bias": False, "attn_output_gate": True, "head_dim": 256}
+_QWEN_35 |= {"full_attention_interval": 4, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 17408}
+_QWEN_35 |= {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 16, "linear_conv_kernel_dim": 4}
+_QWEN_35 |= {"linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48}
+_QWEN_35 |= {"linear_value_head_dim": 128, "max_position_embeddings": 262144, "mtp_num_hidden_layers": 1}
+_QWEN_35 |= {"num_attention_heads": 24, "num_hidden_layers": 64, "num_key_value_heads": 4, "rms_norm_eps": 1e-06}
+_QWEN_35 |= {"tie_word_embeddings": False, "vocab_size": 248320}
+_QWEN_35["rope_parameters"] = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+_QWEN_35["rope_parameters"] |= {"rope_theta": 10000000, "rope_type": "default"}
+_QWEN_35_MOE = _QWEN_35 | {"model_type": "qwen3_5_moe_text", "hidden_size": 2048, "linear_num_value_heads": 32}
+_QWEN_35_MOE |= {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 10, "moe_intermediate_size": 512}
+_QWEN_35_MOE |= {"num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40}
+_QWEN_35_MOE |= {"num_key_value_heads": 2, "shared_expert_intermediate_size": 512, "router_aux_loss_coef": 0.001}
+del _QWEN_35_MOE["intermediate_size"]
+_QWEN_35_WHOLE = {"model_type": "qwen3_5", "image_token_id": 248056, "text_config": _QWEN_35, "vision_config": {}}
+_QWEN_35_WHOLE |= {"tie_word_embeddings": False}
+
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
     "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
@@ -214,6 +240,8 @@ KNOWN = {
     "Qwen3-0.6B": (_QWEN_3, 596_049_920),
     "Qwen3-4B": (_QWEN_3_4B, 4_022_468_096),
     "Qwen3-30B-A3B": (_QWEN_3_MOE, 30_532_122_624),
+    "Qwen3-Next-80B-A3B": (_QWEN_3_NEXT, 79_674_391_296),
+    "Qwen3.5-35B-A3B, its language model": (_QWEN_35_MOE, 34_660_610_688),
     "Mixtral-8x7B-v0.1": (_MIXTRAL, 46_702_792_704),
     "OLMoE-1B-7B-0924": (_OLMOE, 6_919_161_856),
     "granite-3.1-3b-a800m": (_GRANITE_MOE, 3_298_793_472),
@@ -255,5 +283,6 @@ WHOLE = {
         _MISTRAL_3_WHOLE | {"tie_word_embeddings": False, "text_config": _MISTRAL_SMALL},
         23_572_403_200,
     ),
+    "Qwen3.5-27B": (_QWEN_35_WHOLE, 26_895_998_464),
     "Ministral-3-3B": (_MISTRAL_3_WHOLE | {"tie_word_embeddings": True, "text_config": _MINISTRAL}, 3_429_006_336),
 }

@@ -46,6 +46,7 @@ CONFIGS = {
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
+    **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR},
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -166,6 +167,15 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu' is"),
         ("gpt_oss", {"num_experts_per_tok": 129}, "num_experts_per_tok = 129 of 128 experts; correct one"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = .* is not supported"),
+        ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers = .* is not supported"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias = True is not supported, only False is"),
+        ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu' is"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval = 0: it must be at least 1"),
+        ("qwen3_next", {"full_attention_interval": 5}, "layer_types has no full_attention, which is not supported; m"),
+        ("qwen3_next", {"layer_types": ["mamba"] * 4}, "layer_types has 'mamba', which is not supported; known: full_"),
+        ("qwen3_next", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
+        ("qwen3_5_text", {"linear_num_key_heads": 3}, "linear_num_key_heads = 3 does not divide linear_num_value_hea"),
+        ("qwen3_5_text", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim = 1: it must be at least 2"),
     ],
 )
 def test_unsupported_settings_are_refused_by_key(kind, change, message):
@@ -249,7 +259,8 @@ NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reor
 NOTHING |= {"num_kv_heads"}  # of a Falcon with multi_query, which has one
 NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `model.router_loss`
-UNUSED = {"qwen3_moe": {"intermediate_size"}}  # that of dense layers, which it has none of
+# That of dense layers, of which they have none.
+UNUSED = {"qwen3_moe": {"intermediate_size"}, "qwen3_next": {"intermediate_size"}}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -147,8 +147,8 @@ def torch_gradients(architecture, grads):
         grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
     ours, module = {}, family(architecture.family)
     for pattern, tensor in getattr(module, "fused_tensors", module.tensors)(architecture).items():
-        count = architecture.layers if "{i}" in pattern else 1
-        parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in range(count)]
+        layers = tensor.layers_of(architecture) if "{i}" in pattern else (0,)
+        parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in layers]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
             ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
     return ours

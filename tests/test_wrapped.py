@@ -23,6 +23,11 @@ GEMMA3 = {"text_config": {**TEXT, "sliding_window": 8, "layer_types": KINDS}, "m
 GEMMA3 |= {"boi_token_index": 125, "eoi_token_index": 126}
 MINISTRAL = {"model_type": "ministral3", "tie_word_embeddings": False}
 MODELS = {"Gemma3": GEMMA3, "Mistral3": {"text_config": TEXT | MINISTRAL, "tie_word_embeddings": False}}
+QWEN35 = {"text_config": TEXT | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "full_attention_interval": 3}}
+QWEN35["text_config"] |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24}
+QWEN35["vision_config"] = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "patch_size": 14}
+QWEN35["vision_config"] |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+MODELS["Qwen3_5"] = QWEN35
 # Names in released files, which transformers writes too -> those in memory, with which some files are saved.
 NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head"}
 NAMES |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
@@ -33,7 +38,7 @@ def make_whole(folder, name, renamed=False):
     import torch
     import transformers
 
-    settings = {**MODELS[name], "vision_config": VISION, "image_token_index": 127, "eos_token_id": [1, 106]}
+    settings = {"vision_config": VISION, **MODELS[name], "image_token_index": 127, "eos_token_id": [1, 106]}
     config = getattr(transformers, f"{name}Config")(**settings)
     config._attn_implementation = "eager"  # noqa: SLF001 (the only way before the model is made)
     torch.manual_seed(0)

@@ -28,6 +28,11 @@ _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_m
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+# Sizes that differ from each other, and rotary positions of a part of a head.
+_LINEAR = {**_LLAMA, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24, "full_attention_interval": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_EXPERTS |= {"shared_expert_intermediate_size": 20}
 _MIXED = ["sliding_attention", "full_attention"]
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5}
 _ARGUMENTS = {
@@ -65,7 +70,11 @@ _ARGUMENTS = {
     "phi3": {**_LLAMA, "sliding_window": WINDOW},
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
+    "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS, "num_experts": 5},
+    "qwen3_5_text": {**_LINEAR, "num_hidden_layers": 3, "full_attention_interval": 3},
     "qwen3_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+    # Smaller weights than the others': four such layers would grow a rounding error by a hundred.
+    "qwen3_next": {**_LINEAR, **_EXPERTS, "num_hidden_layers": 4, "initializer_range": 0.1},
     "seed_oss": {**_LLAMA, "head_dim": 16},
     "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
     "stablelm": {**_LLAMA, "partial_rotary_factor": 0.5},
@@ -74,7 +83,7 @@ _ARGUMENTS = {
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others: what costs most is tested for them in the slow suite only.
 COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
-COMPOSED += ("granitemoe", "starcoder2")
+COMPOSED += ("granitemoe", "starcoder2", "qwen3_5_moe_text", "qwen3_next")
 
 
 def torch_model(family: str, **settings):
@@ -88,10 +97,15 @@ def torch_model(family: str, **settings):
     config._attn_implementation = "eager"  # noqa: SLF001 (the only way before the model is made)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    centered = family.startswith(("gemma", "qwen3_5", "qwen3_next"))  # they store the scale of a norm minus 1
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1 or name.endswith("bias"):  # gemma stores the scale of a norm minus 1
-                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not family.startswith("gemma")))
+            if p.ndim == 1 or name.endswith("bias"):
+                p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not centered))
+            if name.endswith("linear_attn.norm.weight"):
+                p.add_(1)
+            if name.endswith("A_log"):  # a state that lasts for some tens of tokens
+                p.sub_(3)
     return model
 
 

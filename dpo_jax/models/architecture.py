@@ -13,12 +13,33 @@ class Mixture:
       chosen: k, the experts of a token, those with the largest router probabilities; at most E.
       renormalized: the weights of the chosen are their probabilities divided by the sum of these, not as they are.
       biased: the router and the projections of the experts have biases.
+      shared: inner width of an MLP that every token uses beside them, times the sigmoid of a projection; None for none.
     """
 
     experts: int
     chosen: int
     renormalized: bool
     biased: bool = False
+    shared: int | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Linear attention with the gated delta rule (arXiv 2412.06464).
+
+    Attributes:
+      key_heads: heads of queries and keys; they divide `value_heads`.
+      value_heads: H, heads of values.
+      key_dim: d, of a query and a key.
+      value_dim: e, of a value.
+      taps: W, the tokens that the short convolution mixes: a token and those before it.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,9 @@ class Architecture:
       embedding_scale: multiplies token embeddings.
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
+      gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
+      kinds: what each layer has, one entry per layer; empty for attention everywhere.
+      delta: layers of the kind "delta"; None without one.
       mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
@@ -148,6 +172,9 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
     position_offset: int = 0
+    gated_attention: bool = False
+    kinds: tuple[Literal["attention", "delta"], ...] = ()
+    delta: Delta | None = None
     mixture: Mixture | None = None
     score: bool = False
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from dpo_jax.models.cache import LayerCache
 from dpo_jax.models.remat import ATTENTION, named
 from dpo_jax.records import Array
 
@@ -23,8 +24,6 @@ dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 Queries = Float[Any, "R T H d"]
 KeyValues = Float[Any, "R T K d"]
-# Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice.
-LayerCache = tuple[Array, ...]
 
 
 class TokenIds(NamedTuple):

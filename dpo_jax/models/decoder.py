@@ -17,19 +17,22 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import (
     Attend,
     CacheMask,
-    LayerCache,
     RowMask,
     Scoring,
     cached_attention,
     packed_attention,
 )
+from dpo_jax.models.cache import DeltaCache, LayerCache
+from dpo_jax.models.delta import Paths, paths_of
 from dpo_jax.models.experts import mixture_of_experts
+from dpo_jax.models.groups import init_groups, scan_groups
 from dpo_jax.models.layers import Linear, Norm, Sinks, activate
+from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
 from dpo_jax.records import Array
 
-Cache = tuple[LayerCache, ...]  # one entry per layer
+Cache = tuple[LayerCache | DeltaCache, ...]  # one entry per layer
 
 
 class LayerInputs(NamedTuple):
@@ -56,6 +59,7 @@ class Context(NamedTuple):
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
         layers with a window; empty with learned positions.
       growth: what queries are multiplied by, float32[R, T, 1, 1], set by `Decoder`; None for nothing.
+      paths: whose state each token continues, set by `Decoder`; None without linear attention, or with a cache.
       counted: float32[R, T], how often a token counts in the statistics of routers; None for no statistics.
     """
 
@@ -64,15 +68,16 @@ class Context(NamedTuple):
     mask: Array = None
     angles: tuple[Angles, ...] = ()
     growth: Array = None
+    paths: Paths | None = None
     counted: Array | None = None
 
 
 def _heads(a: Architecture, x: Array, name: str, angles: Angles | None) -> Array:
-    """Returns the queries ("q"), keys ("k") or values ("v") of x: [R, T, H or K, d]."""
-    heads, axis = (a.heads, "heads") if name == "q" else (a.kv_heads, "kv_heads")
+    """Returns the queries ("q"), keys ("k"), values ("v") or gates ("q_gate") of x: [R, T, H or K, d]."""
+    heads, axis = (a.heads, "heads") if name[0] == "q" else (a.kv_heads, "kv_heads")
     shape, axes = (heads, a.head_dim), (axis, "head_dim")
     y = Linear((a.width,), shape, ("embed", *axes), a.qkv_bias, a.initializer_range, name=name)(x)
-    if name == "v":
+    if name in ("v", "q_gate"):
         return y
     if a.qk_norm:
         first = 1 if a.qk_norm == "head" else 0
@@ -103,33 +108,49 @@ def _attention(
     else:
         seen = CacheMask(context.mask, context.generated, width)
         mixed, kept = cached_attention(q, k, v, cache, seen, scoring, *sinks)
+    if a.gated_attention:
+        gate = _heads(a, x, "q_gate", None).astype(jnp.float32)
+        mixed = (mixed.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(mixed.dtype)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
     return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
 
 
-def _mlp(a: Architecture, x: Array) -> Array:
-    """Returns the MLP branch [R, T, D]."""
+def _mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
+    """Returns the MLP branch [R, T, D] of an inner width; `before` begins the names of its projections."""
 
     def linear(name: str) -> Linear:
-        return Linear((a.width,), (a.mlp,), ("embed", "mlp"), a.mlp_bias, a.initializer_range, name=name)
+        axes = ("embed", "mlp")
+        return Linear((a.width,), (size,), axes, a.mlp_bias, a.initializer_range, name=f"{before}{name}")
 
     inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
     std = a.initializer_range * a.residual_scale
-    return Linear((a.mlp,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name="down")(inner)
+    return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)
+
+
+def _mixture(a: Architecture, x: Array, counted: Array | None) -> tuple[Array, Array | None]:
+    """Returns the branch of a mixture [R, T, D], and what `mixture_of_experts` says."""
+    y, routing = mixture_of_experts(a, x, counted, activate)
+    if a.mixture is None or a.mixture.shared is None:
+        return y, routing
+    gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
+    shared = _mlp(a, x, a.mixture.shared, "shared_").astype(jnp.float32)
+    return (y + jax.nn.sigmoid(gate.astype(jnp.float32)) * shared).astype(x.dtype), routing
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, one after the other or in parallel, each added to the residual."""
+    """One layer: attention and MLP, one after the other or in parallel, each added to the residual.
+
+    `kind` says what stands for attention: see `Architecture.kinds`.
+    """
 
     architecture: Architecture
     return_kv: bool
     attend: Attend
+    kind: str = "attention"
 
     @nn.compact
-    def __call__(
-        self, x: Array, cache: LayerCache | None, own: LayerInputs, context: Context
-    ) -> tuple[Array, tuple[Array, ...] | None]:
+    def __call__(self, x: Array, cache: Any, own: LayerInputs, context: Context) -> tuple[Array, Any]:
         """Returns the residual [R, T, D] after the layer, and its keys and values or its cache if `return_kv`, else
         what `routing_of` says of a mixture."""
         a, x = self.architecture, saved(x, ACTIVATION)
@@ -141,11 +162,14 @@ class Block(nn.Module):
             return _scaled(norm(x, name, a.post_norm), a.residual_multiplier)
 
         read = norm(x, "attention_norm", a.pre_norm)
-        mixed, kept = _attention(a, self.attend, read, cache, context, own)
+        if self.kind == "delta":
+            mixed, kept = delta_attention(a, read, cache, context.paths, Linear)
+        else:
+            mixed, kept = _attention(a, self.attend, read, cache, context, own)
         x, before = x + branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
-        mlp, routing = mixture_of_experts(a, read, context.counted, activate) if a.mixture else (_mlp(a, read), None)
+        mlp, routing = _mixture(a, read, context.counted) if a.mixture else (_mlp(a, read, a.mlp), None)
         out = x + branch(mlp, "mlp_post_norm")
         return out, kept if self.return_kv else routing
 
@@ -163,7 +187,7 @@ def _lookup(table: Array, index: Array, dtype: Any) -> Array:
 def _length(rows: RowMask | None, cache: Cache | None) -> int:
     """Returns the most keys that a query may see."""
     if cache is not None:
-        return cache[0][0].shape[2] + cache[0][2].shape[2]
+        return max((c[0].shape[2] + c[2].shape[2] for c in cache if not isinstance(c, DeltaCache)), default=0)
     assert rows is not None
     return rows.keys.index.shape[1]
 
@@ -215,8 +239,8 @@ class Decoder(nn.Module):
 
         Returns:
           Hidden states [R, T, D]; with a head bias [R, T, D + 1], the last column being ones that multiply the bias.
-          With a cache the updated cache; else, if `return_kv`, keys and values [L, R, T, K, d]; else, if tokens are
-          `counted`, `routing_of` each layer [L, R, 2, E]; else None.
+          With a cache the updated cache; else, if `return_kv`, keys and values [L, R, T, K, d], or a list of what each
+          of unlike layers keeps; else, if tokens are `counted`, `routing_of` each layer [L, R, 2, E]; else None.
         """
         a = self.architecture
         x = self._embed(tokens, positions)
@@ -224,12 +248,16 @@ class Decoder(nn.Module):
         windows = _windows(a, _length(context.rows, cache))
         rows = _unmeasured(context.rows) if windows is None else context.rows
         context = context._replace(angles=angles, growth=growth_at(a.rope, positions), rows=rows)
+        if a.delta is not None and rows is not None:
+            context = context._replace(paths=paths_of(rows.queries.segment_ids, rows.queries.branch_ids, a.delta.taps))
         factors = 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
         own = LayerInputs(windows, factors, ~jnp.asarray(a.nope) if a.nope else None)
-        if cache is None:
-            x, kept = self._scan_layers()(x, None, own, context)
-        else:
+        if cache is not None:
             x, kept = self._unrolled_layers(x, cache, own, context)
+        elif a.kinds:
+            x, kept = self._scan_groups(x, own, context)
+        else:
+            x, kept = self._scan_layers()(x, None, own, context)
         x = _scaled(Norm(a, name="final_norm")(x), a.logit_scale)
         if a.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
@@ -267,14 +295,34 @@ class Decoder(nn.Module):
 
     def _unrolled_layers(self, x: Array, cache: Cache, own: LayerInputs, context: Context) -> tuple[Array, Cache]:
         """Runs the layers unrolled, to decode: a scan would copy each layer's parameters and cache at every token."""
-        block, kept = Block(self.architecture, self.return_kv, self.attend, parent=None), []
+        kept, kinds = [], self.architecture.kinds or ("attention",) * self.architecture.layers
         for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
             if self.gather is not None:  # not before its turn: a loop over tokens would gather all layers first
                 params, x = jax.lax.optimization_barrier((params, x))
                 params = self.gather(params)
+            block = Block(self.architecture, self.return_kv, self.attend, kinds[i], parent=None)
             x, new = block.apply({"params": params}, x, old, jax.tree.map(lambda y, i=i: y[i], own), context)
             kept.append(new)
         return x, tuple(kept)
+
+    def _scan_groups(self, x: Array, own: LayerInputs, context: Context) -> tuple[Array, Any]:
+        """Runs unlike layers as one scan over groups of them; else as `_scan_layers`."""
+        kinds = self.architecture.kinds
+        blocks = {k: Block(self.architecture, self.return_kv, self.attend, k, parent=None) for k in set(kinds)}
+
+        def init(kind: str, key: Array) -> Any:
+            return blocks[kind].init(key, x, None, LayerInputs(), context)["params"]
+
+        def run(kind: str, params: Any, x: Array, own: LayerInputs) -> tuple[Array, Any]:
+            params = params if self.gather is None else self.gather(params)
+            return blocks[kind].apply({"params": params}, x, None, own, context)
+
+        if self.is_initializing():
+            self.param("layers", partial(init_groups, kinds, init))
+        policy = POLICIES[self.remat]
+        layer = {k: jax.checkpoint(partial(run, k), policy=policy, prevent_cse=False) for k in blocks}
+        x, kept = scan_groups(kinds, layer, self.get_variable("params", "layers"), x, own)
+        return x, kept if self.return_kv or kept[0] is None else jnp.stack(kept)
 
     def _scan_layers(self) -> Callable[..., tuple[Array, tuple[Array, ...] | None]]:
         """Returns the layers as one scan, so that the program and its compile time do not grow with L.

@@ -107,7 +107,7 @@ def init_adapters(architecture: Architecture, lora: Lora, seed: int, base: Any =
     rng, adapters = np.random.default_rng(seed), {}
     for tensor in adapted_modules(architecture, lora.targets).values():
         inputs, outputs = module_axes(tensor)
-        stack = (architecture.layers, *_lead_sizes(tensor))
+        stack = (len(tensor.layers_of(architecture)), *_lead_sizes(tensor))
         a = (rng.random((*stack, *inputs, lora.rank), np.float32) * 2 - 1) / math.sqrt(math.prod(inputs))
         b = np.zeros((*stack, lora.rank, *outputs), np.float32)
         adapters[_adapter_name(tensor)] = {"lora_a": a.astype(np.float32), "lora_b": b}
@@ -231,10 +231,10 @@ def save_adapters(
         a, b = (np.asarray(adapters["layers"][_adapter_name(tensor)][key]) for key in ("lora_a", "lora_b"))
         rank = ranks[name.rpartition("{i}.")[2]] = a.shape[-1]  # a module of a PEFT folder may have one of its own
         count = math.prod(_lead_sizes(tensor))  # of experts: rows of A are (expert, rank), columns of B (rank, expert)
-        for i in range(architecture.layers):
+        for place, i in enumerate(tensor.layers_of(architecture)):
             prefix = _peft_prefix(_peft_module(name, chosen), i)
-            rows = a[i].reshape(count, -1, rank).swapaxes(1, 2).reshape(count * rank, -1)
-            columns = b[i].reshape(count, rank, -1).transpose(2, 1, 0).reshape(-1, rank * count)
+            rows = a[place].reshape(count, -1, rank).swapaxes(1, 2).reshape(count * rank, -1)
+            columns = b[place].reshape(count, rank, -1).transpose(2, 1, 0).reshape(-1, rank * count)
             tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = map(np.ascontiguousarray, (rows, columns))
     wholes = whole_modules(architecture, lora.targets)
     for name, key in wholes.items():
@@ -332,7 +332,9 @@ def _read_targets(names: Any, tensors: Mapping[str, Any], architecture: Architec
         return (ALL,)
     if isinstance(names, str):
         names = [
-            name for name in adapted_modules(architecture, (ALL,)) if f"{_peft_prefix(name, 0)}A.weight" in tensors
+            name
+            for name, tensor in adapted_modules(architecture, (ALL,)).items()
+            if f"{_peft_prefix(name, tensor.layers_of(architecture)[0])}A.weight" in tensors
         ]
     # PEFT may name the module of each layer. A module that is not adapted in all layers fails later: missing tensors.
     every = {re.sub(r"\.\d+\.", ".{i}.", name).rpartition("{i}.")[2] for name in names}
@@ -378,7 +380,8 @@ def _read_adapters(
     """
     chosen = adapted_modules(architecture, lora.targets)
     for name, tensor in chosen.items():
-        keys = [_peft_prefix(_peft_module(name, chosen), i) for i in range(architecture.layers)]
+        numbers = tensor.layers_of(architecture)
+        keys = [_peft_prefix(_peft_module(name, chosen), i) for i in numbers]
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
             a, b = (np.stack(layers).astype(np.float32) for layers in found)
@@ -390,7 +393,7 @@ def _read_adapters(
         layers, count, rank = len(a), math.prod(lead), a.shape[1] // math.prod(lead)
         if a.shape[1:] != (count * rank, math.prod(inputs)) or b.shape[1:] != (math.prod(outputs), rank * count):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
-        alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in range(len(a))]
+        alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in numbers]
         b = b * (np.array(alphas, np.float32) / _divisor(settings, rank) / (lora.alpha / lora.rank))[:, None, None]
         a = a.reshape(layers, count, rank, -1).swapaxes(2, 3).reshape(layers, *lead, *inputs, rank)
         b = b.reshape(layers, -1, rank, count).transpose(0, 3, 2, 1).reshape(layers, *lead, rank, *outputs)

@@ -12,7 +12,9 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import CHUNKS, RowMask, packed_attention
 from dpo_jax.models.blocks import block_attention
+from dpo_jax.models.cache import begin_cache
 from dpo_jax.models.decoder import Cache, Context, Decoder
+from dpo_jax.models.groups import layer_of
 from dpo_jax.models.remat import POLICIES
 from dpo_jax.records import Array
 from dpo_jax.sharding.row_split import RowSplit
@@ -142,18 +144,18 @@ def _prefill(decoder, params, tokens, positions, mask, copies, room, gather=None
     context = Context(RowMask.of(mask, jnp.zeros_like(mask), positions))
     decoder = decoder.clone(gather=gather, exchange=exchange)
     hidden, kept = decoder.apply({"params": params}, tokens, positions, context)
-    keys, values = (x.swapaxes(2, 3) for x in kept)
-    layers, prompts, kv_heads, _, dim = keys.shape
-    own = jnp.zeros((prompts * copies, kv_heads, room, dim), keys.dtype)
-    return hidden, tuple((keys[i], values[i], own, own) for i in range(layers))
+    layers = decoder.architecture.layers
+    kept = kept if decoder.architecture.kinds else [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(layers)]
+    return hidden, tuple(begin_cache(one, copies, room) for one in kept)
 
 
 def _unstack(decoder: Decoder, params: Any) -> Any:
-    def one(path: Any, x: Array, layer: int) -> Array:
-        return x[layer].astype(decoder.compute) if path[-1].key == "kernel" else x[layer]
+    def one(path: Any, x: Array) -> Array:
+        return x.astype(decoder.compute) if path[-1].key == "kernel" else x
 
-    layers = range(decoder.architecture.layers)
-    return {**params, "layers": [jax.tree.map_with_path(partial(one, layer=i), params["layers"]) for i in layers]}
+    a = decoder.architecture
+    layers = (layer_of(a.kinds, params["layers"], i) for i in range(a.layers))
+    return {**params, "layers": [jax.tree.map_with_path(one, layer) for layer in layers]}
 
 
 def _decode(decoder, params, token, position, cache, valid, generated, gather=None, exchange=None):

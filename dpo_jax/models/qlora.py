@@ -5,6 +5,7 @@ numbers, and `scale`. Each layer is dequantized just before its matmul, and agai
 parameters keep their dtype.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,10 +34,10 @@ def quantize_base(
     """
     layers = dict(params["layers"])
     for tensor in projections(architecture).values():
-        inputs, _ = module_axes(tensor)
+        inputs, outputs = module_axes(tensor)
         one = partial(quantize, inputs=len(inputs), kind=kind)
         one = partial(jax.lax.map, one) if tensor.parts[0].lead else one  # expert by expert
-        for part in tensor.parts:
+        for part in tensor.parts if math.prod(outputs) > 1 else ():  # a gate of one number stays as it is
             name = part.path[1]
             rest = {key: value for key, value in layers[name].items() if key != "kernel"}
             made = each(one, layers[name]["kernel"])

@@ -14,7 +14,7 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
-WITHOUT = ("Granite", "Cohere2", "Olmoe")  # families of which transformers has no reward model
+WITHOUT = ("Granite", "Cohere2", "Olmoe", "Qwen3_5Moe")  # families of which transformers has no reward model
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 
@@ -40,7 +40,7 @@ def reward_class(name: str) -> str:
     plain = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
     if plain in WITHOUT:
         raise UserError(f"{plain}{SUFFIX} is not in transformers; train a reward model of another family")
-    return (f"{plain}Text" if plain == "Gemma3" else plain) + SUFFIX
+    return (f"{plain}Text" if plain in ("Gemma3", "Qwen3_5") else plain) + SUFFIX
 
 
 def as_reward_architecture(architecture: Architecture) -> Architecture:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import capped
+from dpo_jax.models.cache import move_cache
 from dpo_jax.records import Array
 from dpo_jax.sampling.choose import BLOCK, choose_tokens
 from dpo_jax.sampling.quantize import quantize_layer
@@ -237,10 +238,7 @@ def move_rows(
     (rows, state), (prompts, places) = batch, moves
     places, there = jnp.maximum(places.ravel(), 0), places.ravel() >= 0
 
-    def own(x: Array) -> Array:
-        return jnp.pad(x[places], ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
-
-    cache = tuple((k[prompts], v[prompts], own(own_k), own(own_v)) for k, v, own_k, own_v in state.cache)
+    cache = tuple(move_cache(layer, prompts, places, capacity) for layer in state.cache)
     out, lengths, alive, last = (x[places] for x in (state.out, state.lengths, state.alive, state.last))
     moved = SamplingState(state.made, out, lengths, alive & there, last, cache)
     return Rows(rows.lengths[places], rows.mask[prompts], rows.keys[places]), moved

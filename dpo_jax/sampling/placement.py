@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import distributed, sharding
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.groups import names_of
 from dpo_jax.records import Array
 from dpo_jax.sampling.decode import AS_THEY_ARE, TOP, Gathering, Sampler, Weights, decode_weights
 from dpo_jax.sampling.quantize import dequantize_layer
@@ -34,7 +35,7 @@ class Placement(NamedTuple):
       tree: structure of the parameters.
       by_layer: whether decoding gathers each layer at each token.
       head: key of the head's weight, if a device may have some of its columns only; None if the head has a bias too.
-      layers: number of layers.
+      layers: the names of each layer's parameters.
     """
 
     mesh: jax.sharding.Mesh
@@ -42,7 +43,7 @@ class Placement(NamedTuple):
     tree: Any = None
     by_layer: bool = False
     head: str | None = None
-    layers: int = 0
+    layers: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
     def of(
@@ -58,8 +59,9 @@ class Placement(NamedTuple):
         by_layer = not (distributed.all_agree(fits) if sharding.spans_processes(mesh) else fits)
         if by_layer:
             log.info(f"sampling: parameters ({size / 2**30:.1f} GiB) stay sharded; each token gathers every layer")
+        names = tuple(names_of(a.kinds, params["layers"], i) for i in range(a.layers))
         head = None if a.head_bias else "embedding" if a.tied else "head"
-        return cls(mesh, tuple(leaves), tree, by_layer, head, a.layers)
+        return cls(mesh, tuple(leaves), tree, by_layer, head, names)
 
     @property
     def loops(self) -> int:
@@ -91,8 +93,9 @@ class Placement(NamedTuple):
             return whole
         specs = self.specs
         layer = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
+        layers = [{name: layer[name] for name in own} for own in self.layers]
         tree = {key: whole for key in specs if key in TOP} | {"embedding": specs["embedding"]}
-        return Weights(tree | {"layers": [layer] * self.layers}, specs[self.head] if self.head else whole)
+        return Weights(tree | {"layers": layers}, specs[self.head] if self.head else whole)
 
 
 def _padded(where: Any, ndim: int) -> Any:
@@ -119,7 +122,7 @@ def gathering(placement: Placement, sampler: Sampler) -> Gathering:
     gather: Any = collectives.gather
 
     def layer(tree: Any) -> Any:
-        return gather(tree, where["layers"], compute)
+        return gather(tree, {name: where["layers"][name] for name in tree}, compute)
 
     def top(tree: Any) -> Any:
         return gather(tree, {key: where[key] for key in tree}, compute)

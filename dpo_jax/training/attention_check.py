@@ -48,8 +48,10 @@ def with_attention(
       mesh: the device mesh; None for one device.
 
     Raises:
-      UserError: the named kernel is not available on this device, or does not match chunks.
+      UserError: the named kernel is not available on this device, or does not match chunks; or devices share the
+        tokens of a row and the model's layers do not allow it.
     """
+    refuse_split(model.architecture, mesh)
     names = _candidates(attention, jax.default_backend())
     for name in names:
         problem = _split_refusal(name, mesh) or kernel_refusal(name, model.architecture, compute, _head_devices(mesh))
@@ -121,6 +123,17 @@ def _with_kernel(model: Model, name: str, mesh: jax.sharding.Mesh | None) -> Mod
 
 def _head_devices(mesh: jax.sharding.Mesh | None) -> int:
     return 1 if mesh is None else sharding.head_devices(mesh)
+
+
+def refuse_split(a: Architecture, mesh: jax.sharding.Mesh | None) -> None:
+    """Refuses a mesh that splits the rows of linear attention.
+
+    Raises:
+      UserError: it does.
+    """
+    if a.delta is not None and mesh is not None and sharding.token_devices(mesh) > 1:
+        why = "has linear attention, whose state goes from token to token of a row"
+        raise UserError(f"mesh.sequence: a {a.family} {why}; set it to 1")
 
 
 def _split_refusal(name: str, mesh: jax.sharding.Mesh | None) -> str:

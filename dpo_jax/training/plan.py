@@ -40,7 +40,7 @@ from dpo_jax.training.lower import (
     temporary_bytes,
 )
 from dpo_jax.training.program import Collective, collectives
-from dpo_jax.training.roofline import Passes, Roofline, Work, roofline, step_work
+from dpo_jax.training.roofline import Passes, Roofline, Work, chosen_width, mixed_numbers, roofline, step_work
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.shard import policy_shapes
 from dpo_jax.training.targets import Target
@@ -292,10 +292,10 @@ def least_activations(config: Config, target: Target | None) -> int:
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    inner = (2 if a.gated else 1) * a.mlp * (a.mixture.chosen if a.mixture else 1)
-    split = (2 * a.heads + 2 * a.kv_heads) * a.head_dim + inner
+    inner = (2 if a.gated else 1) * chosen_width(a)
+    split = mixed_numbers(a) + a.layers * inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
-    return itemsize * a.layers * tokens * (a.width + split // sharding.head_devices(mesh))
+    return itemsize * tokens * (a.layers * a.width + split // sharding.head_devices(mesh))
 
 
 def _with_model(config: Config, **values: Any) -> Config:

@@ -54,11 +54,31 @@ class Roofline(NamedTuple):
 
 def matmul_weights(a: Architecture, every: bool = False) -> int:
     """Returns how many weights of the layers multiply a token; of a mixture those of its experts, or of `every` one."""
-    attention = a.width * (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim * a.width
-    experts, router = 1, 0
-    if a.mixture is not None:
-        experts, router = a.mixture.experts if every else a.mixture.chosen, a.mixture.experts * a.width
-    return a.layers * (attention + router + experts * (3 if a.gated else 2) * a.width * a.mlp)
+    router = 0 if a.mixture is None else (a.mixture.experts + bool(a.mixture.shared)) * a.width
+    attention = a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
+    rates = 2 * a.delta.value_heads if a.delta else 0
+    linear = a.width * (delta_channels(a) + rates)
+    count = attention_layers(a)
+    mixing = count * attention + (a.layers - count) * linear
+    return mixing + a.layers * (router + (3 if a.gated else 2) * a.width * chosen_width(a, every))
+
+
+def chosen_width(a: Architecture, every: bool = False) -> int:
+    """Returns the inner width of a token's MLP; of a mixture that of its experts together, or of `every` one."""
+    if a.mixture is None:
+        return a.mlp
+    return a.mlp * (a.mixture.experts if every else a.mixture.chosen) + (a.mixture.shared or 0)
+
+
+def attention_layers(a: Architecture) -> int:
+    """Returns how many layers have attention; the others have linear attention."""
+    return a.kinds.count("attention") if a.kinds else a.layers
+
+
+def delta_channels(a: Architecture) -> int:
+    """Returns the numbers of a token that go in and out of linear attention, with its gate."""
+    d = a.delta
+    return 0 if d is None else 2 * d.key_heads * d.key_dim + 3 * d.value_heads * d.value_dim
 
 
 class Passes(NamedTuple):
@@ -101,7 +121,8 @@ def step_work(
     rows = shape.microbatches * shape.rows
     tokens, scored = rows * shape.length, rows * shape.scored
     layers = 2 * matmul_weights(a) * tokens
-    attention = 4 * a.layers * a.heads * a.head_dim * rows * shape.length * (shape.length + 1) / 2
+    pairs = rows * shape.length * (shape.length + 1) / 2
+    attention = 4 * attention_layers(a) * a.heads * a.head_dim * pairs + state_work(a) * tokens
     head = 2 * a.width * (1 if a.score else a.vocab) * scored
     backward = 1 if passes.adapters else 2
     useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
@@ -109,12 +130,24 @@ def step_work(
     again = head + attention / 2 + full * (layers + attention)  # logits by chunks, scores, the layers
     many = 1 + backward + passes.extra + full
     weights = itemsize * (matmul_weights(a, every=True) + 2 * a.vocab * a.width) * shape.microbatches * many / split
-    inner = (4 if a.gated else 2) * a.mlp
-    inner = inner if a.mixture is None else a.mixture.chosen * (inner + 4 * a.width)  # a copy for each expert
-    through = 4 * a.width + (2 * a.heads + 2 * a.kv_heads) * a.head_dim + inner
-    activations = itemsize * through * a.layers * tokens * many / devices
+    inner = (4 if a.gated else 2) * chosen_width(a)
+    inner += a.mixture.chosen * 4 * a.width if a.mixture else 0  # a copy for each expert
+    activations = itemsize * ((4 * a.width + inner) * a.layers + mixed_numbers(a)) * tokens * many / devices
     own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
     return Work(tokens, useful, useful + again, own + weights + activations)
+
+
+def mixed_numbers(a: Architecture) -> int:
+    """Returns the numbers of a token that go in and out of attention, or of linear attention, in all layers."""
+    count = attention_layers(a)
+    heads = (2 + a.gated_attention) * a.heads + 2 * a.kv_heads
+    return count * heads * a.head_dim + (a.layers - count) * delta_channels(a)
+
+
+def state_work(a: Architecture) -> float:
+    """Returns the operations on a token's states of linear attention: two reads and a write in each head and layer."""
+    d = a.delta
+    return 0 if d is None else 6 * (a.layers - attention_layers(a)) * d.value_heads * d.key_dim * d.value_dim
 
 
 def roofline(work: Work, found: Iterable[Collective], chip: Chip, groups: Sequence[int]) -> Roofline:

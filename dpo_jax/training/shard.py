@@ -77,7 +77,7 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block:
         return {**tree, **gather(rest, {k: shardings[k] for k in rest}, model.compute)}
 
     def layer(tree: Any) -> Any:
-        return gather(tree, shardings["layers"], model.compute)
+        return gather(tree, {name: shardings["layers"][name] for name in tree}, model.compute)
 
     split = exchange is not None and not shardings["embedding"].is_fully_replicated
     options = {"gather": layer, "exchange": exchange if split else None, "split": collectives.split}

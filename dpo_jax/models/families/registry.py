@@ -51,11 +51,12 @@ def check_sizes(architecture: Architecture) -> None:
     Raises:
       UserError: the message names the field of the architecture.
     """
-    for part in filter(None, (architecture, architecture.mixture)):
+    for part in filter(None, (architecture, architecture.mixture, architecture.delta)):
         for field in dataclasses.fields(part):
             value, kind = getattr(part, field.name), field.type
             what = f"config.json: {field.name} of the model is {value!r}, which is no"
-            if kind in (int, "int") and field.name != "position_offset":
+            sized = kind in (int, "int") or (kind == int | None and value is not None)
+            if sized and field.name != "position_offset":
                 if type(value) is not int or not 1 <= value < 2**31:
                     raise UserError(f"{what} size; correct it")
             elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):

@@ -40,10 +40,16 @@ class Tensor(NamedTuple):
     Attributes:
       split: for each axis in the file, the sizes of our axes that are merged into it.
       parts: the parameters.
+      layers: numbers of the layers that have it; None for all.
     """
 
     split: tuple[tuple[int, ...], ...]
     parts: tuple[TensorPart, ...]
+    layers: tuple[int, ...] | None = None
+
+    def layers_of(self, architecture: Architecture) -> tuple[int, ...]:
+        """Returns the numbers of the layers that have it, in the order of the parameters' stack."""
+        return tuple(range(architecture.layers)) if self.layers is None else self.layers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,6 +112,12 @@ def renamed(table: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
         return name
 
     return {new(name): tensor for name, tensor in table.items()}
+
+
+def of_kind(table: Mapping[str, Tensor], a: Architecture, kind: str) -> dict[str, Tensor]:
+    """Returns a table whose tensors only the layers of a kind have."""
+    numbers = tuple(i for i, own in enumerate(a.kinds) if own == kind) if a.kinds else None
+    return {name: tensor._replace(layers=numbers) for name, tensor in table.items()}
 
 
 def untied_head(name: str, a: Architecture) -> dict[str, Tensor]:

@@ -30,14 +30,19 @@ _GEMMA3 |= {"intermediate_size": 9216, "tie_word_embeddings": True}
 # Mistral Small 3.1 and 3.2, Ministral 3.
 _MISTRAL3 = {"vocab_size": 131072, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 32}
 _MISTRAL3 |= {"intermediate_size": 32768, "sliding_window": None}
+_QWEN3_5 = {"vocab_size": 248320, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 16}
+_QWEN3_5 |= {"intermediate_size": 12288}
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), _GEMMA3),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), _MISTRAL3),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), _QWEN3_5),
 }
 
 # Prefixes of the language model's tensors: transformers 5's, those of released files, those of some conversions.
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
+FURTHER = ("mtp.",)  # heads that predict further tokens, which transformers does not read
 ELSEWHERE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+ELSEWHERE += ("model.visual.", *FURTHER)
 # Keys of the whole model that its language model needs, too.
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config", "auto_map")
 

@@ -1,5 +1,6 @@
 """Lazy parameters backed by safetensors files: headers are validated on open, values are read on access."""
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.tensor_map import Index, Tensor, TensorPart, TreePath, param_shape, read_block
-from dpo_jax.models.families.wrappers import ELSEWHERE, language_model_name
+from dpo_jax.models.families.wrappers import ELSEWHERE, FURTHER, language_model_name
 from dpo_jax.models.huggingface.mxfp4 import BLOCKS, CODE, SCALES, Unpacked, unpacked_shape
 from dpo_jax.models.huggingface.safetensors import checkpoint_tensors
+
+log = logging.getLogger(__name__)
 
 # Readable dtypes, by safetensors' code, and the dtype that holds each on a device.
 READABLE = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float32}
@@ -136,7 +139,8 @@ def narrow_dtypes(params: Any) -> Any:
 
 
 def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _Header]:
-    """Returns the tensors in the files, by name without the family's prefix, except buffers and parts for images.
+    """Returns the tensors in the files, by name without the family's prefix, except buffers, parts for images
+    and heads for further tokens.
 
     `within` tells that the files hold a model that reads images too.
 
@@ -144,12 +148,14 @@ def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _
       UserError: a file is damaged, or two of them hold the same tensor.
     """
     found: dict[str, _Header] = {}
+    further = 0
     for file in files:
         stamp = _stamp(file)
         try:
             with safe_open(file, framework="numpy") as source:
                 for key in source.keys():  # noqa: SIM118 (it is no dict)
-                    if within and key.startswith(ELSEWHERE):
+                    if key.startswith(ELSEWHERE if within else FURTHER):
+                        further += not within
                         continue
                     own = language_model_name(key, module.PREFIX) if within else key.removeprefix(module.PREFIX)
                     name, view = own, source.get_slice(key)
@@ -159,6 +165,9 @@ def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _
         except SafetensorError as error:
             why = " ".join(str(error).split())
             raise UserError(f"{file}: is damaged or no safetensors file ({why}); download it again") from None
+    if further:
+        what = "tensors of heads for further tokens (mtp) are neither read nor exported"
+        log.info(f"{files[0].parent}: {further} {what}")
     buffer = re.compile(rf"(^|\.)({'|'.join(map(re.escape, module.BUFFERS)) or '(?!)'})$")
     return _with_scales({name: header for name, header in found.items() if not buffer.search(header.key)})
 

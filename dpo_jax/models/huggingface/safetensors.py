@@ -111,7 +111,8 @@ def checkpoint_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """Yields (name in the file, place in the parameter's stack, tensor) for every tensor of a checkpoint.
 
-    The place is () for a parameter outside the layers, (layer,), or (layer, expert).
+    The place is () for a parameter outside the layers, (layer,), or (layer, expert), where layers without the parameter
+    are not counted.
 
     Args:
       module: the family.
@@ -123,12 +124,12 @@ def checkpoint_tensors(
         if "{i}" not in pattern:
             yield pattern, (), tensor
             continue
-        for i in range(architecture.layers):
+        for place, i in enumerate(tensor.layers_of(architecture)):
             name = pattern.replace("{i}", str(i))
             if "{e}" not in pattern:
-                yield name, (i,), tensor
+                yield name, (place,), tensor
             for e in range(experts if "{e}" in pattern else 0):
-                yield name.replace("{e}", str(e)), (i, e), tensor
+                yield name.replace("{e}", str(e)), (place, e), tensor
     if architecture.score:
         yield "score.weight", (), same_layout(("score",), 1, architecture.width)
 
