@@ -59,7 +59,7 @@ MAY_JIT = {
     "experiments",
 }
 # Names that repeat because they are a contract: of a data source, of a model family, of an objective and an optimizer.
-CONTRACTS = {"read", "rows", "architecture", "tensors", "build"}
+CONTRACTS = {"fused_tensors", "read", "rows", "architecture", "tensors", "build"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess"}
 TORCH = {"rewards/classifier.py"}  # runs models of any family, read as safetensors
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}

@@ -397,5 +397,4 @@ def _read_adapters(
         b = b * (np.array(alphas, np.float32) / _divisor(settings, rank) / (lora.alpha / lora.rank))[:, None, None]
         a = a.reshape(layers, count, rank, -1).swapaxes(2, 3).reshape(layers, *lead, *inputs, rank)
         b = b.reshape(layers, -1, rank, count).transpose(0, 3, 2, 1).reshape(layers, *lead, rank, *outputs)
-        leaves = a, b
-        yield _adapter_name(tensor), dict(zip(("lora_a", "lora_b"), map(np.ascontiguousarray, leaves), strict=True))
+        yield _adapter_name(tensor), {"lora_a": np.ascontiguousarray(a), "lora_b": np.ascontiguousarray(b)}
