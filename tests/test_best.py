@@ -14,11 +14,12 @@ from safetensors.numpy import load_file
 from test_push import hub  # noqa: F401 (a fixture)
 
 import dpo_jax
-from dpo_jax import cli
+from dpo_jax import cli, losses
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError
+from dpo_jax.training.checks import evaluated_metrics
 from dpo_jax.training.export import save_policy
 from dpo_jax.training.metrics_file import read_metrics
 from dpo_jax.training.setup import check_config
@@ -115,6 +116,14 @@ def test_a_run_ends_after_two_evaluations_without_a_better_one(inside):
 
 def log_lines():
     return Path("log").read_text().splitlines()
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_at_once(inside):
+    config = parse_config(Config, None, ["--keep_best", "evalloss", "--data.path", "pairs.jsonl"], prog="dpo-jax train")
+    with pytest.raises(UserError, match=r"keep_best: no evaluation has 'evalloss'; did you mean 'eval_loss'\?$"):
+        check_config(config)
+    known = evaluated_metrics(config, losses.build(config.loss))
+    assert set(json.loads(Path("runs/a/eval.json").read_text())["metrics"]) <= known
 
 
 def test_model_and_evaluation_are_those_of_the_best_step(inside):

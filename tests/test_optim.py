@@ -235,3 +235,9 @@ def test_refuses_what_cannot_train():
         optim.build("rmsprob")
     with pytest.raises(UserError, match=r"optim.learning_rate: nan is not a finite number"):
         optim.build("rmsprop", learning_rate=float("nan"))
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "schedule_free_adamw"])
+def test_an_optimizer_of_optax_that_no_config_can_name_is_told_apart_from_a_misspelling(name):
+    with pytest.raises(UserError, match=f"optim.name: {name} of optax needs more than gradients, or options that no"):
+        optim.build(name=name)

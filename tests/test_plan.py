@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import plan_advice
+from dpo_jax.commands.plan import plan_advice, warmup_needs
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import dump
@@ -191,3 +191,11 @@ def test_other_hyper_parameters_compile_the_same_program(config_of):
     first = program()
     assert program("--loss.beta", "0.7", "--loss.label_smoothing", "0.1", "--optim.learning_rate", "1e-3") == first
     assert program("--loss.name", "ipo") != first
+
+
+def test_a_plan_says_what_the_warm_up_asks_of_the_run(config_of):
+    set_ = config_of("--optim.warmup_steps", "150")
+    needed = "optim.warmup_steps: the learning rate reaches its peak after 1,200 comparisons (150 steps of 8)"
+    assert warmup_needs(set_, None) == needed
+    assert "the warm-up takes 150 updates (optim.warmup_steps) and the run has 100" in warmup_needs(set_, 100)
+    assert [warmup_needs(set_, 151), warmup_needs(config_of(), None)] == ["", ""]

@@ -127,7 +127,7 @@ def plan_command(argv: list[str]) -> None:
         log_line(json.dumps(plan_record(plan, memory, lines)))
         return
     _print_memory(plan)
-    if settings.max_steps and (note := optim.warmup_note(plan.config.optim, settings.max_steps)):
+    if note := warmup_needs(plan.config, settings.max_steps):
         log_line(note)
     if plan.compiled is not None:
         print_compiled(plan.compiled, plan.passes)
@@ -151,6 +151,15 @@ def _planned(config: Config, memory: float, target: Target | None, settings: Pla
     except jax.errors.JaxRuntimeError as e:
         where = settings.target or "this device"
         raise UserError(f"the compiler for {where} refuses the program: {str(e).splitlines()[0]}") from e
+
+
+def warmup_needs(config: Config, steps: int | None) -> str:
+    """Returns what the warm-up asks of the run's length, which is known with `max_steps` only; "" for nothing."""
+    if steps:
+        return optim.warmup_note(config.optim, steps)
+    warmup = config.optim.get("warmup_steps", -1)
+    needed = f"{warmup * config.batch_size:,} comparisons ({warmup} steps of {config.batch_size})"
+    return f"optim.warmup_steps: the learning rate reaches its peak after {needed}" if warmup > 0 else ""
 
 
 def _print_memory(plan: Plan) -> None:

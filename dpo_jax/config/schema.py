@@ -243,8 +243,8 @@ class Config:
     keep: int = 2
     """Number of newest checkpoints to keep, at least 2."""
     keep_best: str = ""
-    """Metric such as eval_loss: save at every evaluation, keep the checkpoint with the best value too, and export it as
-    model/."""
+    """Metric of an evaluation (eval_loss, eval_rewards/accuracies, eval_rewards/margins, eval_kl, ...): save at every
+    evaluation, keep the checkpoint with the best value too, and export it as model/."""
     patience: int = 0
     """Evaluations in a row without a better value of the metric of keep_best after which the run ends (0: never)."""
     log_every: int = 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 from jax.core import Tracer
+from optax import contrib
 
 from dpo_jax.errors import UserError, closest
 from dpo_jax.named import import_function
@@ -124,6 +125,8 @@ def optimizer_function(name: str, key: str = "optim.name") -> Callable[..., Any]
     if name == IN_MEMORY:
         return _given_in_python
     if name not in OPTAX:
-        known = [*OPTIMIZERS, *OPTAX]
-        raise UserError(f"{key}: unknown optimizer {name!r}; {closest(name, known)}, or give module:function")
+        there = hasattr(optax, name) or hasattr(contrib, name)
+        why = f"{name} of optax needs more than gradients, or options that no config expresses" if there else ""
+        hint = why or f"unknown optimizer {name!r}; {closest(name, [*OPTIMIZERS, *OPTAX])}"
+        raise UserError(f"{key}: {hint}{'; ' if there else ', or '}give module:function")
     return from_optax(name)

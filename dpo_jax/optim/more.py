@@ -27,6 +27,7 @@ OPTAX = (
 )
 OPTAX += ("lars", "lion", "novograd", "optimistic_adam_v2", "optimistic_gradient_descent", "radam", "sgd", "sign_sgd")
 OPTAX += ("signum", "yogi", "acprop", "ademamix", "adopt", "cocob", "madgrad", "prodigy")
+OPTAX += ("nadam", "nadamw", "dowg")
 
 
 @register_optimizer

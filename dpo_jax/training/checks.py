@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from dpo_jax.config.schema import Config, ReferenceConfig
-from dpo_jax.errors import UserError
-from dpo_jax.losses import Loss
+from dpo_jax.errors import UserError, closest
+from dpo_jax.losses import Loss, term_options
 from dpo_jax.models.model import Model
 from dpo_jax.paths import is_run
 from dpo_jax.records import Sync
 from dpo_jax.training.load import compute_dtype
+from dpo_jax.training.run import kl_prompt_count
 from dpo_jax.training.run_folder import run_config
 
 LONG_RUN = 10**6  # updates, where those of the run are not known yet
@@ -42,6 +43,21 @@ def make_sync(config: Config, loss: Loss) -> Sync | None:
     if config.reference.mode == "cache":
         raise UserError("reference.sync_every: a moving reference cannot be cached; set reference.mode: online")
     return Sync(every, alpha)
+
+
+def check_keep_best(config: Config, loss: Loss) -> None:
+    """Refuses a metric of `keep_best` that no evaluation of the run will have."""
+    known = evaluated_metrics(config, loss)
+    if config.keep_best and config.keep_best not in known:
+        raise UserError(f"keep_best: no evaluation has {config.keep_best!r}; {closest(config.keep_best, known)}")
+
+
+def evaluated_metrics(config: Config, loss: Loss) -> set[str]:
+    """Returns the names of all metrics that an evaluation of a run may have."""
+    example = term_options.example_logps(1, loss.responses or 2)
+    sampled = {"kl"} if kl_prompt_count(config, loss) else set()
+    found = {*jax.eval_shape(loss.metrics, example), "length_bias", "rewards/margins", *sampled}
+    return {f"eval_{name}" for name in found}
 
 
 def check_length(config: Config, model: Model) -> None:

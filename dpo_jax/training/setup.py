@@ -23,7 +23,7 @@ from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.paths import cache_folder, written
 from dpo_jax.training import trackers
 from dpo_jax.training.attention_check import with_attention
-from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
+from dpo_jax.training.checks import LONG_RUN, check_keep_best, check_length, make_sync, with_compute
 from dpo_jax.training.completions import make_run_completer, prompts_to_sample
 from dpo_jax.training.export import export_run
 from dpo_jax.training.load import (
@@ -34,7 +34,7 @@ from dpo_jax.training.load import (
     load_run_tokenizer,
     reference_weights,
 )
-from dpo_jax.training.run import Run, eval_interval, kl_prompt_count
+from dpo_jax.training.run import Run, eval_interval
 from dpo_jax.training.run_folder import (
     CHATS,
     PROMPTS,
@@ -96,7 +96,7 @@ def check_config(config: Config) -> None:
     loss = losses.build(config.loss)
     make_sync(config, loss)
     responses_per_prompt(config, loss)
-    kl_prompt_count(config, loss)
+    check_keep_best(config, loss)
     optim.build(**optim.with_total_steps(config.optim, LONG_RUN))
 
 

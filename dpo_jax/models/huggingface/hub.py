@@ -106,7 +106,8 @@ def _snapshot(path: str, wanted: tuple[str, ...]) -> Path:
 
     name, revision = _name_and_revision(path)
     patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(UNWANTED)}
-    with hub_errors(f"{path}: no such folder{_folder_hint(path)}, and the hub has given no such model"):
+    what = f"{path}: no such folder{_folder_hint(path)}, and the hub has given no such model"
+    with hub_errors(what, "; name a folder, a hub id, or the config (.yaml) of the run that trains it"):
         return Path(snapshot_download(name, revision=revision, **patterns))
 
 
