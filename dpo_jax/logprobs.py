@@ -113,19 +113,20 @@ def _log_collisions_by(model: Model, params: Any, scored: Array, chunks: Array, 
 
 class _Columns(NamedTuple):
     """Scored tokens, of all of a row or of this device's part: `Batch.source` (among the device's tokens), `target` and
-    `slot`, and whether a token is in the shared part of its response."""
+    `slot`, whether a token is in the shared part of its response, and its weight (() where there are none)."""
 
     source: Array
     target: Array
     slot: Array
     shared: Array
+    weight: Array | tuple[()]
 
 
 def _chunked(columns: _Columns, size: int) -> _Columns:
     """Returns the scored-token columns padded to a multiple of a chunk."""
     extra = -columns.slot.shape[1] % size
     pad = partial(jnp.pad, pad_width=((0, 0), (0, extra)))
-    return _Columns(*map(pad, columns))._replace(slot=pad(columns.slot, constant_values=-1))
+    return jax.tree.map(pad, columns)._replace(slot=pad(columns.slot, constant_values=-1))
 
 
 def _own_columns(split: RowSplit, columns: _Columns, length: int, more: int) -> _Columns:
@@ -176,8 +177,9 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         model, params, batch, chunk, _is_shared(batch.slot, lengths), counted
     )
     logps = _token_logps_by(model, params, scored, columns.target, chunks, size)
-    add = _adder(columns.slot, shape)
-    sums = [add(logps), add(jnp.where(columns.shared, logps, 0.0))]
+    add, weighted = _adder(columns.slot, shape), len(columns.weight) > 0
+    counted_logps = columns.weight * logps if weighted else logps
+    sums = [add(counted_logps), add(jnp.where(columns.shared, counted_logps, 0.0))]
     if confidence:
         sums += [add(jax.lax.stop_gradient(logps) - _log_collisions_by(model, params, scored, chunks, size))]
     policy, policy_shared, *sure = model.split.sum(sums) if model.split else sums
@@ -189,7 +191,7 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         "reference": reference,
         "policy_shared": policy_shared,
         "reference_shared": reference_shared,
-        "lengths": lengths,
+        "lengths": _adder(batch.slot, shape)(batch.token_weights) if weighted else lengths,
         "present": present,
         "scores": batch.scores,
         "confidence": mean,
@@ -293,7 +295,7 @@ def _scored(
 ) -> tuple[Array, _Columns, Array, int, Any]:
     """Returns the hidden states that predict this device's scored tokens, [R, S', D], those tokens, the number of
     chunks that hold any, the chunk size in columns (S' is a multiple of it), and `Logps.routing` by `counted`."""
-    columns = _Columns(batch.source, batch.target, batch.slot, shared)
+    columns = _Columns(batch.source, batch.target, batch.slot, shared, batch.token_weights)
     if model.split:
         _, segments, responses = batch.scores.shape
         columns = _own_columns(model.split, columns, batch.tokens.shape[1], segments * (responses - 1))

@@ -51,6 +51,7 @@ class Comparison(NamedTuple):
       preference: the probability that the first response is the better one.
       scores: ratings of the responses by the data's authors; () without ratings.
       misplaced: True if a response continues some other dialogue instead of this prompt.
+      token_weights: of each response, numbers for its tokens or spans, as `data.token_weights` has them; () for all 1.
     """
 
     prompt: str | Chat
@@ -60,6 +61,7 @@ class Comparison(NamedTuple):
     preference: float = 1.0
     scores: tuple[float, ...] = ()
     misplaced: bool = False
+    token_weights: tuple[tuple[Any, ...], ...] = ()
 
 
 class Tokens(NamedTuple):
@@ -74,6 +76,7 @@ class Tokens(NamedTuple):
       preference: the probability that the first response is the better one.
       scores: ratings of the responses; () without ratings.
       scored: P arrays bool[n_p], whether a token of the response is scored; () if all are.
+      token_weights: P arrays float32[n_p], factors of their log-probs; () if all are 1.
     """
 
     prompt: Int32[Any, " n"]
@@ -83,10 +86,15 @@ class Tokens(NamedTuple):
     preference: float = 1.0
     scores: tuple[float, ...] = ()
     scored: tuple[Bool[Any, " _"], ...] = ()
+    token_weights: tuple[Float32[Any, " _"], ...] = ()
 
     def mask(self, p: int) -> Bool[Any, " _"]:
         """Returns bool[n_p], whether each token of response p is scored."""
         return self.scored[p] if self.scored else np.ones(len(self.responses[p]), bool)
+
+    def weights_of(self, p: int) -> Float32[Any, " _"]:
+        """Returns the weight of each token of response p."""
+        return self.token_weights[p] if self.token_weights else np.ones(len(self.responses[p]), np.float32)
 
 
 class Batch(NamedTuple):
@@ -108,6 +116,7 @@ class Batch(NamedTuple):
       scores: float32[R, G, P], ratings of the responses; 0 without ratings.
       ref_logps: float32[R, G, P, 2], log pi_ref(y | x) summed over the response and over its shared part (see `Logps`);
         NaN until filled in.
+      token_weights: float32[R, S], factors of the log-probs of scored tokens; () in data without them.
     """
 
     tokens: PerToken
@@ -121,6 +130,7 @@ class Batch(NamedTuple):
     preference: Float32[Any, "*M R G"]
     scores: Float32[Any, "*M R G P"]
     ref_logps: Float32[Any, "*M R G P 2"]
+    token_weights: Float32[Any, "*M R S"] | tuple[()] = ()
 
 
 class Missing:
@@ -154,12 +164,13 @@ class Logps(NamedTuple):
     The shared part of a response is its first n tokens, where n is the length of the comparison's shortest response.
 
     Attributes:
-      policy: float32[B, P], log pi(y | x), summed over the response's tokens; the reward r(x, y) for the loss of a
-        reward model.
+      policy: float32[B, P], log pi(y | x), summed over the response's tokens, by their weights if they have any; the
+        reward r(x, y) for the loss of a reward model.
       reference: float32[B, P], the same under the frozen reference.
       policy_shared: float32[B, P], log pi summed over the shared part.
       reference_shared: float32[B, P], the same under the reference.
-      lengths: float32[B, P], scored tokens of each response, EOS included; 0 for an absent response.
+      lengths: float32[B, P], scored tokens of each response, EOS included, or the sum of their weights; 0 for an
+        absent response.
       present: bool[B, P], False for an absent response or comparison.
       weights: float32[B], 0 for absent comparisons.
       preference: float32[B], the probability that the first response is the better one; 1 for a hard label.

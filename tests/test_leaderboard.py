@@ -90,9 +90,9 @@ def test_annotators_score_as_their_labels_say():
             np.testing.assert_array_equal(np.where(flipped[:, None], were[:, ::-1], were), pairs)
             assert flipped.mean() == pytest.approx(FLIPPED, abs=4 * math.sqrt(0.16 / 8000))
         if labels == "bradley_terry":
-            p = 1 / (1 + np.exp(true[:, 1] - true[:, 0]))
-            error = ((scores[:, 0] > scores[:, 1]) - p).mean()
-            assert abs(error) < 4 * math.sqrt((p * (1 - p)).mean() / 4000)
+            gap = true[:, 0] - true[:, 1]
+            right, p = (scores[:, 0] > scores[:, 1]) == (gap > 0), 1 / (1 + np.exp(-abs(gap)))
+            assert right.mean() == pytest.approx(p.mean(), abs=4 * math.sqrt((p * (1 - p)).mean() / 4000))
     for labels, policy in (("clean", WORLD.reference), ("off_policy", WORLD.other)):
         share = np.zeros((4, WORLD.reward.shape[1]))
         np.add.at(share, (prompts, found[labels].ids[:, 0]), 1 / 1000)

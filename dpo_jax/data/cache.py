@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_stream
 from dpo_jax.data.report import EncodeReport, EncodeTally, LengthQuantiles
 from dpo_jax.data.sources.base import Item, Note, as_bytes
-from dpo_jax.data.table import KINDS, Table
+from dpo_jax.data.table import KINDS, PLACES, Table
 from dpo_jax.errors import UserError
 from dpo_jax.paths import ABANDONED
 from dpo_jax.records import Tokens
@@ -79,7 +79,7 @@ def write_table(folder: Path, tokens: Iterable[Tokens]) -> dict[str, str]:
             part, start = Table.of(chunk), arrays["ids"].size
             for name, array in arrays.items():
                 values = getattr(part, name)
-                array.append(values + start if name in ("offsets", "unscored") else values)
+                array.append(values + start if name in ("offsets", *PLACES) else values)
     return _digests(folder)
 
 

@@ -18,6 +18,7 @@ from dpo_jax.data.special_tokens import SpecialTokens, check_special_ids
 from dpo_jax.data.spelling import token_ids, token_offsets
 from dpo_jax.data.table import Table
 from dpo_jax.data.template import Template
+from dpo_jax.data.token_weights import aligned, finished
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
 from dpo_jax.data.turns import common_size, scored_tokens
 from dpo_jax.errors import UserError
@@ -87,7 +88,7 @@ def encode_stream(
       UserError: as `encode`, while iterating.
     """
     check_encode_options(tokenizer, options)
-    finish = partial(_finish, SpecialTokens.of(tokenizer), options, tally)
+    finish = partial(_finish, SpecialTokens.of(tokenizer), tokenizer, options, tally)
     rendered = _rendered(_screened(items, options, tally), tokenizer, options, tally)
     for chunk in _batched(_without_faults(rendered, options, tally), CHUNK):
         for (comparison, texts), ids in zip(chunk, _tokenized(chunk, tokenizer, options.boundary), strict=True):
@@ -198,8 +199,9 @@ def _batched(values: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _tokenized(
     chunk: list[tuple[Comparison, Rendered]], tokenizer: Any, boundary: str
-) -> Iterator[tuple[Ids, list[Ids], list[list[bool]], int]]:
-    """Yields prompt ids, ids of each response, which of them are scored, and prompt tokens moved to the responses.
+) -> Iterator[tuple[Ids, list[Ids], list[list[bool]], int, int]]:
+    """Yields prompt ids, ids of each response, which of them are scored, prompt tokens moved to the responses, and
+    whether the responses were tokenized behind the prompt (1) or alone (0).
 
     An absent response has no ids. All tokens are scored if a response has no list.
     """
@@ -217,7 +219,8 @@ def _tokenized(
             size = min((common_size(prompt, response) for response in responses if response), default=size)
         scored = [_scored(rendered, place, j, tokenizer) for place in range(len(responses))]
         start = size if j else 0
-        yield prompt[:size], [r[start:] for r in responses], [s[start:] for s in scored], len(prompt) - size
+        moved = len(prompt) - size
+        yield prompt[:size], [r[start:] for r in responses], [s[start:] for s in scored], moved, int(j)
 
 
 def _scored(rendered: Rendered, place: int, joint: bool, tokenizer: Any) -> list[bool]:
@@ -230,6 +233,7 @@ def _scored(rendered: Rendered, place: int, joint: bool, tokenizer: Any) -> list
 
 def _finish(
     special: SpecialTokens,
+    tokenizer: Any,
     options: EncodeOptions,
     tally: EncodeTally,
     comparison: Comparison,
@@ -238,12 +242,14 @@ def _finish(
     responses: list[Ids],
     scored: list[list[bool]],
     moved: int,
+    joint: int,
 ) -> Tokens | None:
     """Checks ids, adds BOS and EOS, truncates and counts; None if the prompt leaves no room for a response."""
     where, bos = comparison.where, special.bos_before(comparison.prompt, options.add_bos)
     if bos and prompt[:1] == [special.bos]:
         bos = False
         tally.notes["prompts that begin with BOS already; no second one was added"] += 1
+    weights = _weights(comparison, rendered, joint, prompt, responses, tokenizer)
     check_special_ids(where, prompt, responses, special, bos, rendered.templated, any(scored))
     head = [special.bos] if bos and special.bos is not None else []
     ended = [
@@ -261,9 +267,29 @@ def _finish(
     _count_truncated(tally.counts, (head + prompt, ended), result)
     ids, *truncated = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
     masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if any(scored) else ()
+    masks, token_weights = finished(where, weights, masks, list(map(len, truncated)))
     tally.keep(*result, unscored=sum(int((~mask).sum()) for mask in masks))
     key = prompt_key(comparison.prompt)
-    return Tokens(ids, tuple(truncated), comparison.weight, key, comparison.preference, comparison.scores, masks)
+    fields = comparison.weight, key, comparison.preference, comparison.scores
+    return Tokens(ids, tuple(truncated), *fields, masks, token_weights)
+
+
+def _weights(
+    comparison: Comparison, rendered: Rendered, joint: int, prompt: Ids, responses: list[Ids], tokenizer: Any
+) -> list[list[float]]:
+    """Returns the weight of each token of each response, without EOS or with it; [] where all have 1."""
+    if not comparison.token_weights:
+        return [[] for _ in responses]
+    if any(rendered.spans):
+        raise UserError(f"{comparison.where}: 'token_weights' are for responses of one turn; remove them")
+    before, start, found = rendered.prompt * joint, len(prompt) * joint, []
+    for given, ids, text in zip(comparison.token_weights, responses, rendered.responses, strict=True):
+        offsets: list[tuple[int, int]] = []
+        if given and isinstance(given[0], tuple):
+            places = token_offsets(before + (text or ""), tokenizer)[start:]
+            offsets = [(a - len(before), b - len(before)) for a, b in places]
+        found.append(aligned(comparison.where, given, len(ids), offsets, len(text or "")))
+    return found
 
 
 def _mask(scored: list[bool], size: int) -> np.ndarray:

@@ -79,6 +79,8 @@ def append_token(table: Table, end: int, pad: int) -> Iterator[Tokens]:
 
     for index in range(len(table)):
         tokens = table[index]
+        if tokens.token_weights:
+            raise UserError("data: token_weights have no meaning for a reward model; remove the column")
         yield tokens._replace(responses=tuple(map(longer, tokens.responses)), scored=())  # rewards read every turn
 
 
@@ -102,6 +104,9 @@ def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Itera
             responses=(*tokens.responses, other.responses[taken][:room]),
             scores=(*tokens.scores, 0.0),
             scored=() if all(mask.all() for mask in masks) else masks,
+            token_weights=(*map(tokens.weights_of, range(len(tokens.responses))), other.weights_of(taken)[:room])
+            if tokens.token_weights or other.token_weights
+            else (),
         )
 
 
@@ -138,4 +143,5 @@ def _first_is_better(item: Comparison) -> float:
 def _swapped(item: Comparison) -> Comparison:
     if len(item.responses) != 2:
         raise UserError(f"{item.where}: label noise needs two responses, not {len(item.responses)}")
-    return item._replace(responses=item.responses[::-1], scores=item.scores[::-1])
+    back = {"responses": item.responses, "scores": item.scores, "token_weights": item.token_weights}
+    return item._replace(**{name: value[::-1] for name, value in back.items()})

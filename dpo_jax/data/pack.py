@@ -172,7 +172,7 @@ def build_batch(
       ValueError: the comparisons need more rows than the layout has.
     """
     indices = np.asarray(indices, np.int64)
-    batch = _empty_batch(layout, table.responses)
+    batch = _empty_batch(layout, table.responses, weighted=len(table.weighted) > 0)
     rows = plan_rows(table.lengths()[indices], table.scored_lengths[indices], layout)
     if len(rows) > layout.microbatches * layout.rows:
         raise ValueError(f"{len(indices)} comparisons take {len(rows)} rows, more than {layout} has")
@@ -183,7 +183,7 @@ def build_batch(
         for place, member in enumerate(members):
             places[member] = (microbatch, row, place)
         if start <= row < end:
-            fields = Batch(*(field[microbatch, row - start] for field in batch))
+            fields = Batch(*(field[microbatch, row - start] if len(field) else field for field in batch))
             _fill_row(fields, [table[int(indices[member])] for member in members])
             if ref_logps is not None:
                 fields.ref_logps[: len(members)] = ref_logps[indices[members]]
@@ -213,6 +213,8 @@ def _fill_row(row: Batch, members: list[Tokens]) -> None:
             row.source[score:end] = source[kept]
             row.target[score:end] = response[kept]
             row.slot[score:end] = place * len(member.responses) + number
+            if len(row.token_weights):
+                row.token_weights[score:end] = member.weights_of(number)[kept]
             _write_span(row, token, response[:-1], size, place + 1, number + 1)
             token, score = token + len(response) - 1, end
         row.weights[place], row.preference[place], row.scores[place] = member.weight, member.preference, member.scores
@@ -226,7 +228,7 @@ def _write_span(row: Batch, start: int, ids: np.ndarray, position: int, segment:
     row.branch_ids[span] = branch
 
 
-def _empty_batch(layout: Layout, responses: int) -> Batch:
+def _empty_batch(layout: Layout, responses: int, weighted: bool) -> Batch:
     start, end = layout.own or (0, layout.rows)
     lead = (layout.microbatches, end - start)
     tokens, positions, segment_ids, branch_ids = (np.zeros((*lead, layout.length), np.int32) for _ in range(4))
@@ -235,9 +237,11 @@ def _empty_batch(layout: Layout, responses: int) -> Batch:
     weights, preference = (np.zeros((*lead, layout.segments), np.float32) for _ in range(2))
     scores = np.zeros((*lead, layout.segments, responses), np.float32)
     ref_logps = np.full((*scores.shape, 2), np.nan, np.float32)
+    token_weights = np.zeros(slot.shape, np.float32) if weighted else ()
     return Batch(
-        tokens, positions, segment_ids, branch_ids, source, target, slot, weights, preference, scores, ref_logps
-    )
+        tokens, positions, segment_ids, branch_ids, source, target, slot, weights, preference, scores, ref_logps,
+        token_weights,
+    )  # fmt: skip
 
 
 def _row_lengths(longest: int, max_length: int, unit: int) -> list[int]:

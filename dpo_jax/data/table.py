@@ -20,7 +20,10 @@ KINDS = {
     "preferences": (np.dtype(np.float32), 1),
     "scores": (np.dtype(np.float32), 2),
     "unscored": (np.dtype(np.int64), 1),
+    "weighted": (np.dtype(np.int64), 1),
+    "token_weights": (np.dtype(np.float32), 1),
 }
+PLACES = ("unscored", "weighted")  # arrays of places in `ids`
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,9 @@ class Table:
       preferences: float32[N], the probability that the first response is the better one.
       scores: float32[N, P], ratings of the responses; 0 without ratings.
       unscored: int64[m], places in `ids` of response tokens that are not scored, ascending: turns of others than the
-        assistant in a response of several turns.
+        assistant in a response of several turns, or tokens of weight 0.
+      weighted: int64[w], places in `ids` of response tokens whose weight is not 1, ascending.
+      token_weights: float32[w], their weights.
     """
 
     ids: Int32[np.ndarray, " total"]
@@ -47,6 +52,8 @@ class Table:
     preferences: Float32[np.ndarray, " N"]
     scores: Float32[np.ndarray, "N P"]
     unscored: Int64[np.ndarray, " m"]
+    weighted: Int64[np.ndarray, " w"]
+    token_weights: Float32[np.ndarray, " w"]
 
     @classmethod
     def of(cls, tokens: Iterable[Tokens]) -> "Table":
@@ -60,6 +67,7 @@ class Table:
         if not sizes or not all(prompt and any(responses) for prompt, *responses in sizes):
             raise ValueError("a table needs comparisons, each with at least one token in its prompt and a response")
         offsets = offsets_of(sizes)
+        weighted, token_weights = _weighted([one.token_weights for one in tokens], offsets)
         return cls(
             ids=np.concatenate([part for one in tokens for part in (one.prompt, *one.responses)]).astype(np.int32),
             offsets=offsets,
@@ -68,6 +76,8 @@ class Table:
             preferences=np.array([one.preference for one in tokens], np.float32),
             scores=np.array([one.scores or (0.0,) * len(one.responses) for one in tokens], np.float32),
             unscored=_unscored([one.scored for one in tokens], offsets),
+            weighted=weighted,
+            token_weights=token_weights,
         )
 
     def take(self, indices: Int[np.ndarray, " n"]) -> "Table":
@@ -87,6 +97,7 @@ class Table:
             float(self.preferences[index]),
             tuple(self.scores[index].tolist()),
             self._scored(index),
+            self._weights(index),
         )
 
     def _scored(self, index: int) -> tuple[Bool[np.ndarray, " _"], ...]:
@@ -98,6 +109,16 @@ class Table:
         scored = np.ones(edges[-1] - edges[0], bool)
         scored[self.unscored[first:last] - edges[0]] = False
         return tuple(np.split(scored, edges[1:-1] - edges[0]))
+
+    def _weights(self, index: int) -> tuple[Float32[np.ndarray, " _"], ...]:
+        """Returns `Tokens.token_weights` of a comparison."""
+        edges = self.offsets[index, 1:]
+        first, last = np.searchsorted(self.weighted, edges[[0, -1]])
+        if first == last:
+            return ()
+        weights = np.ones(edges[-1] - edges[0], np.float32)
+        weights[self.weighted[first:last] - edges[0]] = self.token_weights[first:last]
+        return tuple(np.split(weights, edges[1:-1] - edges[0]))
 
     @property
     def responses(self) -> int:
@@ -126,12 +147,15 @@ class Table:
 
     @functools.cached_property
     def digest(self) -> str:
-        """blake2b of `ids`, `offsets` and `unscored` in hexadecimal: a key for log-probs, which depend on no more.
+        """blake2b of ids, offsets, unscored and weighted tokens in hexadecimal: a key for log-probs.
+
+        They depend on no more.
 
         The dtype and shape of each array are hashed too, so that no two pairs of arrays have the same bytes.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.ids, self.offsets, *([self.unscored] if len(self.unscored) else [])):
+        more = (self.unscored, self.weighted, self.token_weights)
+        for array in (self.ids, self.offsets, *(a for a in more if len(a))):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -145,7 +169,8 @@ class Table:
         """
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in KINDS}
         kinds = {name: (array.dtype, array.ndim) for name, array in arrays.items()}
-        if kinds != KINDS or len({len(a) for name, a in arrays.items() if name not in ("ids", "unscored")}) > 1:
+        flat = ("ids", "token_weights", *PLACES)
+        if kinds != KINDS or len({len(a) for name, a in arrays.items() if name not in flat}) > 1:
             raise ValueError(f"{folder} holds no table: arrays {kinds}")
         return cls(**arrays)
 
@@ -163,3 +188,13 @@ def _unscored(scored: Sequence[Sequence[np.ndarray]], offsets: np.ndarray) -> In
         offsets[i, p + 1] + np.flatnonzero(~mask) for i, masks in enumerate(scored) for p, mask in enumerate(masks)
     ]
     return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def _weighted(
+    weights: Sequence[Sequence[np.ndarray]], offsets: np.ndarray
+) -> tuple[Int64[np.ndarray, " w"], Float32[np.ndarray, " w"]]:
+    """Returns `Table.weighted` and `Table.token_weights` for the `Tokens.token_weights` of comparisons."""
+    found = [(offsets[i, p + 1], row) for i, rows in enumerate(weights) for p, row in enumerate(rows)]
+    places = [start + np.flatnonzero(row != 1) for start, row in found]
+    values = [row[row != 1] for _, row in found]
+    return np.concatenate([np.zeros(0, np.int64), *places]), np.concatenate([np.zeros(0, np.float32), *values])

@@ -10,6 +10,7 @@ prompt, completion                 supervised fine-tuning
 messages (or conversations)        in place of prompt and completion: the last turn is the completion
 preference                         the probability that chosen is the better one, 1 by default
 weight                             multiplies the loss
+token_weights                      the weights of each response's tokens, see `data.token_weights`
 system, tools, chat_template_kwargs    of a conversation; they make a text prompt the user's turn of one, and so do
                                    earlier turns in messages
 A null counts as an absent column, and in system, tools and earlier turns so does an empty value.
@@ -34,13 +35,14 @@ from dpo_jax.data.sources.values import (
     text_column,
     value_of,
 )
+from dpo_jax.data.token_weights import KEY, weights_column
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison
 
 LISTS = ("completions", "responses")
 TALKS = ("prompt", "chosen", "rejected", "completion")  # texts or messages
 READ = {"prompt", "chosen", "rejected", "completion", "label", "scores", "preference", "weight", "system", "tools"}
-READ |= {"chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
+READ |= {KEY, "chat_template_kwargs", "provenance", *CONVERSATION, *LISTS, *RATINGS[0], *RATINGS[1]}
 
 
 def comparisons_from_columns(where: str, example: Example, responses: int, chat: bool | None = None) -> list[Item]:
@@ -79,6 +81,8 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
         return [Comparison(_prompt(where, example), (), where=where)]
     fields = {"weight": _number(where, example, "weight", 1.0, 0, FLOAT32_MAX), "where": where}
     if (key := _first(example, LISTS)) and isinstance(example[key], list):
+        if KEY in example:
+            raise UserError(f"{where}: {KEY!r} are for pairs and single responses, not for rankings; remove them")
         found = ranked(where, _rating(where, example, key), responses)
         return [item._replace(**fields) if isinstance(item, Comparison) else item for item in found]
     if responses > 2:
@@ -86,14 +90,16 @@ def _comparisons(where: str, example: Example, responses: int) -> list[Item]:
         raise MissingColumnError(f"{where}: {message}; the columns are: {_columns(example)}")
     single = {"completion", *CONVERSATION} & set(example) and not {"chosen", "rejected"} & set(example)
     if "label" in example and single:
-        return _unpaired(where, example, responses, fields)
+        return _unpaired(where, example, responses, fields | {KEY: weights_column(where, example, 1)})
     if responses == 2:
+        fields[KEY] = weights_column(where, example, 2)
         preference = _number(where, example, "preference", 1.0, 0, 1)
         pair, scores = _pair(where, example), pair_scores(where, example)
         if isinstance(scores, Note):
             return [scores] if scores is TIE else [pair._replace(**fields, preference=preference), scores]
         return [pair._replace(**fields, preference=preference, scores=scores)]
     prompt, response = _single_response(where, example)
+    fields[KEY] = weights_column(where, example, 1 + ({"chosen", "rejected"} <= example.keys()))[:1]
     return [Comparison(prompt, (response,), **fields)]
 
 
@@ -183,6 +189,8 @@ def _unpaired(where: str, example: Example, responses: int, fields: dict[str, An
     prompt, response = _single_response(where, example)
     if responses == 1:
         return [Comparison(prompt, (response,), **fields) if wanted else Note("unwanted responses left out")]
+    if own := fields[KEY]:
+        fields[KEY] = (*own, ()) if wanted else ((), *own)
     return [Comparison(prompt, (response, None) if wanted else (None, response), **fields)]
 
 

@@ -45,6 +45,8 @@ def map_columns(where: str, example: Example, columns: Mapping[str, str]) -> Exa
     plain = {name: spec for name, spec in columns.items() if name not in SIDES}
     found = {name: _read(where, name, example, spec) for name, spec in plain.items()}
     if len(plain) < len(columns):
+        if "token_weights" in example or "token_weights" in columns:
+            raise UserError(f"{where}: 'token_weights' are of chosen and rejected; name those, not first and second")
         pair = _ordered(where, example, columns)
         if isinstance(pair, Note):
             return pair

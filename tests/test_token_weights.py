@@ -1,0 +1,227 @@
+"""Weights of tokens: from the column to tables, rows and log-probs; packed as alone, 1 as without, 0 as left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transformers import AutoConfig
+from words import EOS, make_tokenizer
+
+import dpo_jax
+from dpo_jax import losses
+from dpo_jax.data import pack
+from dpo_jax.data.cache import write_table
+from dpo_jax.data.encode import encode
+from dpo_jax.data.noise import add_mismatched, add_noise, append_token
+from dpo_jax.data.sources.columns import comparisons_from_columns
+from dpo_jax.data.sources.mapping import map_columns
+from dpo_jax.data.table import Table
+from dpo_jax.data.token_weights import aligned
+from dpo_jax.errors import UserError
+from dpo_jax.logprobs import batch_logps
+from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.model import build_model
+
+OPTIONS = {
+    "max_length": 12, "max_prompt_length": 5, "truncation": "keep_start", "degenerate": "drop", "add_bos": False,
+}  # fmt: skip
+TOKENIZER = make_tokenizer(eos_token="<eos>")
+ROW = {"prompt": "w1 w2", "chosen": "w41 w42 w43", "rejected": "w61 w62"}
+CONFIG = {
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def table_of(*rows, responses=2, **options):
+    items = [item for row in rows for item in comparisons_from_columns("f:1", dict(row), responses)]
+    return encode(items, TOKENIZER, **OPTIONS | options)[0]
+
+
+def weights(table, index=0):
+    return [w.tolist() for w in table[index].token_weights]
+
+
+def test_numbers_and_spans_by_hand():
+    assert aligned("f:1", (2.0, 0.5), 2, [], 7) == [2.0, 0.5]
+    assert aligned("f:1", (2.0, 0.5, 0.0), 2, [], 7) == [2.0, 0.5, 0.0]
+    assert aligned("f:1", (), 2, [], 7) == []
+    spans = ((0.0, 4.0, 0.0), (4.0, 6.0, 3.0))
+    # Tokens of characters 0-2, 2-5, 5-7, 7-9: the second overlaps both spans, the first one more.
+    assert aligned("f:1", spans, 4, [(0, 2), (2, 5), (5, 7), (7, 9)], 9) == [0.0, 0.0, 3.0, 1.0]
+
+
+def test_a_column_of_numbers_has_eos_at_one():
+    table = table_of({**ROW, "token_weights": [[2, 0.5, 1], [1, 1, 3]]})
+    assert weights(table) == [[2, 0.5, 1, 1], [1, 1, 3]]
+    assert table[0].scored == ()
+    assert table[0].responses[1].tolist() == [61, 62, EOS]
+
+
+def test_a_weight_of_zero_is_an_unscored_token():
+    table = table_of({**ROW, "token_weights": [[1, 0, 1], None]})
+    assert [m.tolist() for m in table[0].scored] == [[True, False, True, True], [True, True, True]]
+    assert table.scored_lengths.tolist() == [6]
+
+
+def test_weights_of_one_leave_nothing():
+    plain, ones = table_of(ROW), table_of({**ROW, "token_weights": [[1, 1, 1], [1, 1]]})
+    assert ones[0].token_weights == ones[0].scored == ()
+    assert plain.digest == ones.digest
+    assert table_of({**ROW, "token_weights": [[2, 1, 1], None]}).digest != plain.digest
+
+
+def test_spans_are_of_characters():
+    spans = [[[4, 7, 0.5], [8, 11, 0]], [[0, 1, 4]]]
+    table = table_of({**ROW, "token_weights": spans})
+    assert weights(table) == [[1, 0.5, 0, 1], [4, 1, 1]]
+    joint = table_of({**ROW, "token_weights": spans, "chosen": " w41 w42 w43"[1:]}, boundary="separate")
+    assert weights(joint) == weights(table)
+
+
+def test_spans_behind_a_prompt_count_from_the_response():
+    """Tokenized jointly: 'w1 w2 ' and the response."""
+    row = {**ROW, "prompt": "w1 w2 ", "token_weights": [[[4, 7, 0.5]], [[0, 3, 2]]]}
+    table = table_of(row, boundary="joint")
+    assert table[0].prompt.tolist() == [1, 2]
+    assert weights(table) == [[1, 0.5, 1, 1], [2, 1, 1]]
+
+
+def test_a_cut_response_keeps_the_weights_of_its_tokens():
+    table = table_of({**ROW, "token_weights": [[2, 3, 4], [5, 6]]}, max_length=4)
+    assert weights(table) == [[2, 3], [5, 6]]
+
+
+def test_single_and_unpaired_responses():
+    single = {"prompt": "w1", "completion": "w41 w42", "token_weights": [3, 1]}
+    assert weights(table_of(single, responses=1)) == [[3, 1, 1]]
+    assert weights(table_of({**ROW, "token_weights": [[2, 1, 1], [7, 7]]}, responses=1)) == [[2, 1, 1, 1]]
+    for label, expected in {True: [[3, 1, 1], []], False: [[], [3, 1, 1]]}.items():
+        assert weights(table_of(single | {"label": label})) == expected
+
+
+def test_a_table_on_disk_keeps_them(tmp_path):
+    rows = [ROW, {**ROW, "token_weights": [[2, 0, 1], None]}, {**ROW, "token_weights": [[1, 1, 5], [1, 2]]}]
+    table = table_of(*rows)
+    write_table(tmp_path, (table[i] for i in range(3)))
+    stored = Table.open(tmp_path)
+    for i in range(3):
+        assert weights(stored, i) == weights(table, i)
+        assert weights(table.take(np.array([2, 1, 0])), 2 - i) == weights(table, i)
+    assert stored.digest == table.digest
+
+
+def test_a_flipped_pair_and_a_response_to_another_prompt():
+    row = {**ROW, "token_weights": [[2, 1, 1], [3, 1]]}
+    (item,) = comparisons_from_columns("f:1", row, 2)
+    *_, flipped = add_noise([item], flip=1.0, draw_labels=False, duplicate=0.0, seed=0)  # after a note
+    assert flipped.token_weights == item.token_weights[::-1]
+    table = table_of(row, {**ROW, "prompt": "w5"})
+    first, second = add_mismatched(table, 12, {"cut": 0})
+    assert [w.tolist() for w in first.token_weights] == [[2, 1, 1, 1], [3, 1, 1], [1, 1, 1, 1]]
+    assert [w.tolist() for w in second.token_weights] == [[1, 1, 1, 1], [1, 1, 1], [2, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[1, 1], [1, 1]], "'token_weights' has 2 numbers for a response of 3 tokens; give one for each"),
+        ([1, 1], "must be lists of numbers, or of"),
+        ([[1, 1, 1]], "must be 2 lists, one for each response"),
+        ([[1, -1, 1], None], "'token_weights' must be finite and not negative, not -1"),
+        ([[[0, 3]], None], "a span of 'token_weights' must be \\[first, end, weight\\]"),
+        ([[[0, 99, 1]], None], "has a span 0 to 99 of a response of 11 characters"),
+        ([[[0, 3, 1], 2], None], "must be lists of numbers, or of"),
+        ([[0, 0, 0, 0], None], "leaves no token of a response; give one a weight above 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(UserError, match=f"f:1: .*{message}"):
+        table_of({**ROW, "token_weights": given})
+
+
+def test_rankings_and_reward_models_refuse_them():
+    ranking = {"prompt": "w1", "completions": ["w41", "w61"], "scores": [2, 1], "token_weights": [[2], [1]]}
+    with pytest.raises(UserError, match="for pairs and single responses, not for rankings"):
+        table_of(ranking)
+    with pytest.raises(UserError, match="no meaning for a reward model; remove the column"):
+        list(append_token(table_of({**ROW, "token_weights": [[2, 1, 1], None]}), EOS, 0))
+
+
+def test_weights_do_not_follow_a_winner():
+    row = {"prompt": "w1", "a": "w41", "b": "w61", "winner": "a", "token_weights": [[2], [1]]}
+    with pytest.raises(UserError, match="'token_weights' are of chosen and rejected; name those"):
+        map_columns("f:1", row, {"first": "a", "second": "b", "winner": "winner=a,b"})
+
+
+# Log-probs.
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = build_model(architecture_of(AutoConfig.for_model("llama", **CONFIG).to_dict()))
+    return made, jax.jit(made.init)(jax.random.key(0))
+
+
+def logps(model, table, indices):
+    """Log-probs of comparisons packed together, in their order."""
+    layout = pack.Layout(1, 1, 64, len(indices), 64)
+    batch, _, places = pack.build_batch(table, indices, layout)
+    found = batch_logps(*model, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+    return {name: np.asarray(getattr(found, name))[places[:, 2]] for name in ("policy", "policy_shared", "lengths")}
+
+
+def by_token(model, tokens, p):
+    """log pi of each token of a response, float64, of prompt and response alone."""
+    made, params = model
+    ids = np.concatenate([tokens.prompt, tokens.responses[p]])[None]
+    hidden = made.hidden(params, ids, np.arange(ids.shape[1])[None], np.ones_like(ids), np.zeros_like(ids))
+    logits = np.asarray(jnp.einsum("rtd,vd->rtv", hidden, made.head(params)), np.float64)[0]
+    each = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return each[len(tokens.prompt) - 1 : -1][np.arange(len(tokens.responses[p])), tokens.responses[p]]
+
+
+def test_packed_log_probs_are_weighted_sums_of_those_alone(model):
+    table = table_of(
+        {**ROW, "token_weights": [[2, 0, 0.5], [1, 3]]},
+        ROW,
+        {**ROW, "prompt": "w7", "token_weights": [None, [0, 0.25]]},
+    )
+    found = logps(model, table, [0, 1, 2])
+    for i in range(3):
+        alone = logps(model, table, [i])
+        for p in (0, 1):
+            factors = table[i].weights_of(p).astype(np.float64)
+            np.testing.assert_allclose(found["policy"][i, p], (factors * by_token(model, table[i], p)).sum(), rtol=1e-5)
+            assert found["lengths"][i, p] == pytest.approx(factors.sum())
+            np.testing.assert_allclose(found["policy"][i, p], alone["policy"][0, p], rtol=1e-6)
+    # The shared part is that of scored tokens: three of each response of the first comparison.
+    factors, each = np.array([2, 0.5, 1.0]), by_token(model, table[0], 0)[[0, 2, 3]]
+    np.testing.assert_allclose(found["policy_shared"][0, 0], (factors * each).sum(), rtol=1e-5)
+
+
+def test_weight_one_is_unweighted_and_weight_zero_is_left_out(model):
+    """Beside a comparison with weights, so that the batch has them."""
+    other = {**ROW, "prompt": "w9", "token_weights": [[2, 2, 2], None]}
+    plain = logps(model, table_of(ROW), [0])
+    beside = logps(model, table_of(ROW, other), [0, 1])
+    for name in plain:
+        np.testing.assert_array_equal(plain[name][0], beside[name][0])
+    almost = logps(model, table_of({**ROW, "token_weights": [[1, 1e-6, 1], None]}), [0])
+    masked = logps(model, table_of({**ROW, "token_weights": [[1, 0, 1], None]}), [0])
+    for name in ("policy", "lengths"):
+        np.testing.assert_allclose(almost[name], masked[name], rtol=1e-5)
+
+
+def test_losses_start_where_they_do_without_weights(model):
+    """The reference's log-probs have the same weights; per-token losses divide by the sum of weights."""
+    made, params = model
+    table = table_of({**ROW, "token_weights": [[2, 0, 0.5], [1, 3]]})
+    batch, count = dpo_jax.collate(table, [0])
+    batch = dpo_jax.with_reference(made, params, batch, count)
+    lp = batch_logps(made, params, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+    c = (np.array([2, 0, 0.5, 1]) * by_token(model, table[0], 0)).sum() / 3.5
+    r = (np.array([1, 3, 1]) * by_token(model, table[0], 1)).sum() / 5
+    expected = {"dpo": np.log(2), "simpo": np.log1p(np.exp(0.5 - 2 * (c - r)))}
+    for name, value in expected.items():
+        np.testing.assert_allclose(losses.build(name).values(lp)[0], value, rtol=1e-5)
