@@ -260,7 +260,7 @@ NOTHING |= {"num_kv_heads"}  # of a Falcon with multi_query, which has one
 NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `model.router_loss`
 # That of dense layers, of which they have none.
-UNUSED = {"qwen3_moe": {"intermediate_size"}, "qwen3_next": {"intermediate_size"}}
+UNUSED = {key: {"intermediate_size"} for key in ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
