@@ -11,7 +11,7 @@ from dpo_jax import cli, losses
 from dpo_jax.commands.leaderboard import entrants, result_of, summary
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import leaderboard, standings
-from dpo_jax.experiments.leaderboard import CONDITIONS, Batches, Paths, batches_of
+from dpo_jax.experiments.leaderboard import CONDITIONS, Batches, LossPaths, batches_of
 from dpo_jax.experiments.table_world import (
     FLIPPED,
     LABELS,
@@ -274,7 +274,7 @@ def made_paths(gain, betas=(0.3, 1.0)):
     kl = np.broadcast_to(np.array([0.1, 0.2, 0.5, 1.0]) * np.array([1.5, 0.6])[: len(betas), None, None, None], shape)
     wobble = 1 + 0.01 * np.arange(3)[:, None]
     sign = np.array([-1.0, 1.0])[np.arange(len(CONDITIONS)) % 2][:, None, None]
-    return Paths(betas, np.array([1, 2, 3, 4]), gain * kl * wobble, kl, sign * kl, np.full(shape[:3], 0.25))
+    return LossPaths(betas, np.array([1, 2, 3, 4]), gain * kl * wobble, kl, sign * kl, np.full(shape[:3], 0.25))
 
 
 def made_result():

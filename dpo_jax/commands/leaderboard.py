@@ -14,7 +14,7 @@ from dpo_jax.commands.losses import named_term
 from dpo_jax.config.commands import LeaderboardConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
-from dpo_jax.experiments.leaderboard import LISTS, SIZES, Paths, calibration_error, run_leaderboard
+from dpo_jax.experiments.leaderboard import LISTS, SIZES, LossPaths, calibration_error, run_leaderboard
 from dpo_jax.experiments.standings import BUDGETS, mean_of_seeds, standings_of
 from dpo_jax.experiments.table_world import LABELS, ExactFrontier, TableWorld, make_world
 from dpo_jax.pages.frontier import standalone_figure
@@ -62,7 +62,7 @@ def entrants(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {name: {"name": "axes" if "=" in name else name, **named_term(name)[1]} for name in every}
 
 
-def result_of(paths: dict[str, Paths], worlds: Sequence[TableWorld], steps: int) -> LeaderboardResult:
+def result_of(paths: dict[str, LossPaths], worlds: Sequence[TableWorld], steps: int) -> LeaderboardResult:
     """Returns the result of paths in worlds."""
     frontiers = [ExactFrontier(world) for world in worlds]
     limits = tuple(mean_of_seeds(np.array([f.at(budget) for f in frontiers])) for budget in BUDGETS)

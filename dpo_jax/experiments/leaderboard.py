@@ -48,7 +48,7 @@ class Batches(NamedTuple):
     chosen: Array
 
 
-class Paths(NamedTuple):
+class LossPaths(NamedTuple):
     """What a loss did. S strengths, C conditions, N seeds, K measured steps.
 
     Attributes:
@@ -179,7 +179,7 @@ def check_entrant(name: str, term: Term, betas: Sequence[float]) -> None:
             raise UserError(f"dpo-jax leaderboard: {name} trains a reward model, not a policy; leave it out")
 
 
-def run_loss(term: Term, betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array) -> Paths:
+def run_loss(term: Term, betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array) -> LossPaths:
     """Trains a loss at every strength, under every condition, in every world, as one compiled program."""
     strengths = tuple(betas) if beta_of(term) else (float("nan"),)
     loss = losses.build(dict(term))
@@ -194,7 +194,7 @@ def run_loss(term: Term, betas: Sequence[float], worlds: Sequence[TableWorld], s
     over_all = jax.vmap(jax.vmap(over_seeds, (None, None, 0)), (0, None, None))
     found = jax.device_get(jax.jit(over_all)(np.asarray(strengths, np.float32), _stacked(worlds), every))
     reward, kl, chosen, calibration = (np.asarray(x, np.float64) for x in found)
-    return Paths(strengths, steps, reward, kl, chosen, calibration)
+    return LossPaths(strengths, steps, reward, kl, chosen, calibration)
 
 
 def _stacked(records: Sequence[Any]) -> Any:
@@ -214,7 +214,7 @@ def run_leaderboard(
     worlds: Sequence[TableWorld],
     steps: int,
     report: Callable[[str], None] = lambda name: None,
-) -> dict[str, Paths]:
+) -> dict[str, LossPaths]:
     """Returns the paths of every loss, by name.
 
     Args:
@@ -224,7 +224,7 @@ def run_leaderboard(
       steps: updates of a run.
       report: called with the name of each loss that is done.
     """
-    found: dict[str, Paths] = {}
+    found: dict[str, LossPaths] = {}
 
     def task(name: str) -> None:
         found[name] = run_loss(terms[name], betas, worlds, measured_steps(steps))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from dpo_jax.experiments.leaderboard import CONDITIONS, Paths
+from dpo_jax.experiments.leaderboard import CONDITIONS, LossPaths
 from dpo_jax.experiments.table_world import ExactFrontier
 from dpo_jax.records import Array
 
@@ -36,7 +36,7 @@ class Standing(NamedTuple):
       rewards: true reward at each budget, nats.
       distances: the highest reward at each budget less that.
       end_kl, end_reward, end_distance: of the last step at `beta`; the distance is that at its own KL.
-      calibration: error of the implicit reward at the last step, as in `Paths`.
+      calibration: error of the implicit reward at the last step, as in `LossPaths`.
       chosen: by how much the log-probs of the chosen responses have risen at the last step, nats.
       fell: the share of seeds in which they have fallen.
       beaten_by: a loss with a higher reward at every budget, or "".
@@ -87,11 +87,11 @@ def without_own_choice(values: Array) -> Array:
     return values[others.argmax(0), np.arange(values.shape[1])]
 
 
-def finite_strengths(paths: Paths) -> Paths:
+def finite_strengths(paths: LossPaths) -> LossPaths:
     """Returns the paths of the strengths whose policies have numbers to the end, in all worlds."""
     kept = np.isfinite(paths.reward + paths.kl).all((1, 2, 3))
     betas = tuple(beta for beta, keep in zip(paths.betas, kept, strict=True) if keep)
-    return Paths(betas, paths.steps, *(x[kept] for x in paths[2:]))
+    return LossPaths(betas, paths.steps, *(x[kept] for x in paths[2:]))
 
 
 def dominators(rewards: Array) -> list[list[int]]:
@@ -109,14 +109,14 @@ def dominators(rewards: Array) -> list[list[int]]:
     return [[int(j) for j in np.flatnonzero(row)] for row in (lower > 0).all(-1)]
 
 
-def standings_of(found: Mapping[str, Paths], frontiers: Sequence[ExactFrontier]) -> list[Standing]:
+def standings_of(found: Mapping[str, LossPaths], frontiers: Sequence[ExactFrontier]) -> list[Standing]:
     """Returns the standing of every loss under every condition; losses without a usable strength are left out."""
     usable = {name: finite_strengths(paths) for name, paths in found.items()}
     usable = {name: paths for name, paths in usable.items() if paths.betas}
     return [row for c in range(len(CONDITIONS)) for row in _condition(usable, frontiers, c)]
 
 
-def _condition(found: Mapping[str, Paths], frontiers: Sequence[ExactFrontier], c: int) -> list[Standing]:
+def _condition(found: Mapping[str, LossPaths], frontiers: Sequence[ExactFrontier], c: int) -> list[Standing]:
     """Returns the standings under one condition, in the order of the losses."""
     start = np.array([f.start for f in frontiers])
     every = {
@@ -132,7 +132,7 @@ def _condition(found: Mapping[str, Paths], frontiers: Sequence[ExactFrontier], c
 
 
 def _standing(
-    name: str, paths: Paths, frontiers: Sequence[ExactFrontier], at: tuple[int, int], rewards: Array, beaten_by: str
+    name: str, paths: LossPaths, frontiers: Sequence[ExactFrontier], at: tuple[int, int], rewards: Array, beaten_by: str
 ) -> Standing:
     """Returns the standing of a loss under condition and at strength `at`, with its rewards, float[budgets, N]."""
     c, s = at

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.experiments.leaderboard import CONDITIONS, SIZES, Paths
+from dpo_jax.experiments.leaderboard import CONDITIONS, SIZES, LossPaths
 from dpo_jax.experiments.standings import BUDGETS, MAIN, Mean, Standing
 from dpo_jax.experiments.table_world import LABELS
 from dpo_jax.pages import figure
@@ -33,7 +33,7 @@ class LeaderboardResult(NamedTuple):
     """
 
     standings: list[Standing]
-    paths: Mapping[str, Paths]
+    paths: Mapping[str, LossPaths]
     limits: tuple[tuple[Mean, ...], Mean]
     seeds: int
     steps: int
@@ -131,7 +131,7 @@ def leaderboard_json(found: LeaderboardResult) -> dict[str, Any]:
     }
 
 
-def _path_json(paths: Paths) -> dict[str, Any]:
+def _path_json(paths: LossPaths) -> dict[str, Any]:
     """Returns the means over seeds of a loss's paths, rounded: condition -> a list for each strength."""
     measures = {"reward": paths.reward, "kl": paths.kl, "chosen": paths.chosen}
     of = {
