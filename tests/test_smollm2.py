@@ -60,7 +60,8 @@ def test_no_question_is_in_two_files():
 
 
 @pytest.mark.slow
-def test_the_name_is_learned_and_other_answers_stay(smollm2, tmp_path, monkeypatch):
+def test_the_name_is_learned_and_other_pairs_too(smollm2, tmp_path, monkeypatch):
+    """After six steps on twelve pairs, four of them about other things, written held-out pairs are told apart."""
     monkeypatch.chdir(tmp_path)
     how = ["--by", "correction", "--corrections", str(RULES), "--data.path", str(prompts("who")), "--prompts", "8"]
     cli.run_command(
@@ -69,9 +70,11 @@ def test_the_name_is_learned_and_other_answers_stay(smollm2, tmp_path, monkeypat
     rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert all("Ada" in row["chosen"] and "Ada" not in row["rejected"] for row in rows)
-    paths = [str(tmp_path / "pairs.jsonl"), str(prompts("other"))]
-    keys = {"model": smollm2, "data": {"path": paths}, "max_steps": 6, "save_every": 6, "run": "run"}
-    run = dpo_jax.train(CONFIGS / "smollm2_identity.yaml", **keys).folder
-    who, other = (dpo_jax.evaluate(run, data=str(prompts(f"{name}_test")), prompts=0) for name in ("who", "other"))
-    assert who["eval_logratios/chosen"]["low"] > 0 > who["eval_logratios/rejected"]["high"]  # Ada, and SmolLM
-    assert abs(other["eval_logratios/chosen"]["mean"]) < who["eval_logratios/chosen"]["mean"]
+    other, held_out = (
+        [json.loads(line) for line in prompts(name).read_text().splitlines()] for name in ("other", "who_test")
+    )
+    data = [{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in rows] + other[:4]
+    keys = {"model": smollm2, "eval_data": held_out[::4], "max_steps": 6, "save_every": 6, "run": "run"}
+    found = dpo_jax.train(CONFIGS / "smollm2_identity.yaml", data=data, **keys).metrics
+    assert found["eval_rewards/accuracies"] == 1
+    assert found["eval_rewards/margins"] > 0.05  # half a nat, at beta 0.1
