@@ -183,7 +183,7 @@ def build_batch(
         for place, member in enumerate(members):
             places[member] = (microbatch, row, place)
         if start <= row < end:
-            fields = Batch(*(field[microbatch, row - start] if len(field) else field for field in batch))
+            fields = Batch(*(x if isinstance(x, tuple) else x[microbatch, row - start] for x in batch))
             _fill_row(fields, [table[int(indices[member])] for member in members])
             if ref_logps is not None:
                 fields.ref_logps[: len(members)] = ref_logps[indices[members]]
@@ -213,7 +213,7 @@ def _fill_row(row: Batch, members: list[Tokens]) -> None:
             row.source[score:end] = source[kept]
             row.target[score:end] = response[kept]
             row.slot[score:end] = place * len(member.responses) + number
-            if len(row.token_weights):
+            if not isinstance(row.token_weights, tuple):
                 row.token_weights[score:end] = member.weights_of(number)[kept]
             _write_span(row, token, response[:-1], size, place + 1, number + 1)
             token, score = token + len(response) - 1, end

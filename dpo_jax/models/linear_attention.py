@@ -92,7 +92,7 @@ class _Convolution(nn.Module):
         """
         drawn = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("heads", "taps"))
         weight = jnp.asarray(self.param("weight", drawn, (self.channels, self.taps)), jnp.float32)
-        if places is None:
+        if window is not None:
             before = window[:, None]
         else:
             # In float32, so that the gradients of a token's descendants are summed in it.

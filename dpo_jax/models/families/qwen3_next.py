@@ -93,7 +93,7 @@ def delta_settings(config: hf.HfConfig) -> Delta:
       UserError: the heads of keys do not divide those of values, or the convolution has less than two taps.
     """
     keys, values = (hf.get_setting(config, f"linear_num_{of}_heads", n) for of, n in (("key", 16), ("value", 32)))
-    dims = (hf.get_setting(config, f"linear_{of}_head_dim", 128) for of in ("key", "value"))
+    key_dim, value_dim = (hf.get_setting(config, f"linear_{of}_head_dim", 128) for of in ("key", "value"))
     taps = hf.get_setting(config, "linear_conv_kernel_dim", 4)
     if values % keys:
         raise UserError(
@@ -101,7 +101,7 @@ def delta_settings(config: hf.HfConfig) -> Delta:
         )
     if taps < 2:
         raise UserError(f"config.json: linear_conv_kernel_dim = {taps}: it must be at least 2")
-    return Delta(keys, values, *dims, taps)
+    return Delta(keys, values, key_dim, value_dim, taps)
 
 
 def tensors(a: Architecture) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def check_sizes(architecture: Architecture) -> None:
             if sized and field.name != "position_offset":
                 if type(value) is not int or not 1 <= value < 2**31:
                     raise UserError(f"{what} size; correct it")
-            elif kind in (float, "float") and (isinstance(value, bool) or not math.isfinite(value)):
+            elif kind in (float, "float") and (value is None or isinstance(value, bool) or not math.isfinite(value)):
                 raise UserError(f"{what} number; correct it")
 
 
