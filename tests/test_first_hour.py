@@ -47,6 +47,11 @@ MISTAKES = {
     "--data.eval_file e.jsonl": "set data.eval_path",
     "--optim.weight_decay 0.1": "it is an option of optim.name: adamw",
     "--gamma_beta_ratio 0.3": "set loss.name: simpo, and loss.gamma to the ratio times loss.beta",
+    "--cpo_alpha 0.5": "set loss.name: cpo, and loss.nll_weight",
+    "--use_dora true": "remove it: DoRA is not supported",
+    "--enable_jit_checkpoint true": "remove it: SIGTERM always saves a checkpoint before the run ends",
+    "--hub_revision dev": "remove it: dpo-jax export RUN OUT --push owner/name uploads to the branch main",
+    "--optim_target_modules q": "remove it: it is an option of GaLore and APOLLO, which are not supported",
     "--zzz 1": "dpo-jax COMMAND --help-all lists the keys",
 }
 

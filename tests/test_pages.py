@@ -170,16 +170,25 @@ def test_metrics_of_samples_are_described():
         assert name in source
 
 
-def test_every_option_of_trl_is_described():
+def test_every_option_of_trl_is_described_with_a_key_or_a_reason():
     trl = pytest.importorskip("trl")
-    transformers = pytest.importorskip("transformers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-        own = {field.name for field in dataclasses.fields(trl.DPOConfig)} - inherited
-    assert {"beta", "loss_type", "max_length", "precompute_ref_log_probs"} <= own
-    section = COMING_FROM[COMING_FROM.index("\n### DPOConfig") : COMING_FROM.index("\n### Losses")]
-    assert described(section) - {"TRL"} == own
+        fields = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    assert {"beta", "loss_type", "max_length", "neftune_noise_alpha", "fsdp_config"} <= fields
+    own, rest = (
+        COMING_FROM[COMING_FROM.index(f"\n### {first}\n") : COMING_FROM.index(f"\n### {end}\n")]
+        for first, end in (("DPOConfig", "Losses"), ("TrainingArguments", "Model, adapters and data"))
+    )
+    assert described(own) | described(rest) == fields | {
+        *("callbacks", "optimizers", "EarlyStoppingCallback"),
+        "warmup_ratio",  # of earlier versions of transformers
+    }
+    assert described(own) & described(rest) == set()
+    for line in (own + rest).splitlines():
+        if line.startswith("| `"):
+            _, name, here, difference, _ = (cell.strip() for cell in re.split(r"(?<!\\)\|", line))
+            assert (here and here != "-") or difference, name
 
 
 def test_options_named_in_the_pages_exist():

@@ -10,7 +10,7 @@ MOST = 4  # keys in a hint
 NAMES: tuple[tuple[str, str], ...] = (
     # Model and reference.
     ("model_name_or_path name_or_path model_id policy", "set model.path"),
-    ("model_revision revision hub_revision", "set model.path to owner/name@revision"),
+    ("model_revision revision", "set model.path to owner/name@revision"),
     ("ref_model ref_model_name_or_path reference_model archive", "set reference.path; by default the initial policy"),
     ("torch_dtype dtype bf16 fp16 policy_dtype reference_dtype fsdp_policy_mp", "set model.compute: bfloat16"),
     ("bf16_full_eval fp16_full_eval", "set model.compute: bfloat16, in training and evaluation"),
@@ -26,11 +26,12 @@ NAMES: tuple[tuple[str, str], ...] = (
     # Adapters.
     ("use_peft lora_r lora_rank r", "set lora.rank: 16; 0 trains all parameters"),
     ("lora_alpha", "set lora.alpha"),
-    ("lora_target_modules target_modules optim_target_modules", "set lora.targets"),
+    ("lora_target_modules target_modules", "set lora.targets"),
     ("lora_path adapter_name_or_path peft_model", "set lora.path"),
     ("load_in_4bit load_in_8bit quantization_config", "set lora.base: nf4 or int8"),
     ("lora_dropout dropout disable_dropout attention_dropout neftune_noise_alpha", "remove it: there is no dropout"),
-    ("modules_to_save lora_modules_to_save use_rslora use_dora", "set lora.path: PEFT's folders are read as they are"),
+    ("modules_to_save lora_modules_to_save use_rslora", "set lora.path: PEFT's folders are read as they are"),
+    ("use_dora", "remove it: DoRA is not supported"),
     # Data.
     ("dataset_name dataset dataset_path train_file datasets data_files dataset_mixer", "set data.path"),
     ("dataset_train_split train_split", "set data.split"),
@@ -62,7 +63,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("discopop_tau", "set loss.name: discopop, and loss.tau"),
     ("simpo_gamma", "set loss.name: simpo, and loss.gamma"),
     ("gamma_beta_ratio", "set loss.name: simpo, and loss.gamma to the ratio times loss.beta"),
-    ("cpo_alpha", "set loss.weight of a second loss: [{name: cpo}, {name: sft, weight: 1.0}]"),
+    ("cpo_alpha", "set loss.name: cpo, and loss.nll_weight"),
     ("reference_free", "set loss.reference_free"),
     ("router_aux_loss_coef", "set model.router_loss"),
     # Optimizer.
@@ -77,6 +78,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("adam_beta2 beta2 betas", "set optim.b2 of optim.name: adamw"),
     ("adam_epsilon epsilon", "set optim.eps"),
     ("max_grad_norm gradient_clipping clip_grad_norm grad_clip", "set optim.max_grad_norm"),
+    ("optim_target_modules", "remove it: it is an option of GaLore and APOLLO, which are not supported"),
     ("optim_args", "set optim.NAME for each option of the optimizer"),
     # Run.
     ("output_dir exp_name run_name local_dirs local_run_dir logging_dir overwrite_output_dir", "set run"),
@@ -100,6 +102,7 @@ NAMES: tuple[tuple[str, str], ...] = (
      "set track: trackio, and TRACKIO_SPACE_ID in the environment"),
     ("resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
      "remove it: the same command resumes by itself"),
+    ("enable_jit_checkpoint", "remove it: SIGTERM always saves a checkpoint before the run ends"),
     ("random_seed full_determinism", "set seed; a run is deterministic"),
     ("sample_during_eval n_eval_model_samples", "set samples.prompts"),
     ("temperature", "set samples.temperature"),
@@ -110,9 +113,10 @@ NAMES: tuple[tuple[str, str], ...] = (
      "set mesh.data, mesh.fsdp and mesh.tensor"),
     ("push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push save_only_model",
      "remove it: dpo-jax export RUN OUT --push owner/name uploads the model"),
+    ("hub_revision", "remove it: dpo-jax export RUN OUT --push owner/name uploads to the branch main"),
     ("use_cpu no_cuda", "remove it, and set the variable JAX_PLATFORMS=cpu"),
     ("torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config tf32 use_cache "
-     "torch_empty_cache_steps enable_jit_checkpoint", "remove it: programs are always compiled"),
+     "torch_empty_cache_steps", "remove it: programs are always compiled"),
     ("do_train debug skip_memory_metrics disable_tqdm log_level log_level_replica log_on_each_node "
      "logging_nan_inf_filter include_num_input_tokens_seen include_for_metrics batch_eval_metrics "
      "prediction_loss_only eval_do_concat_batches eval_use_gather_object save_on_each_node "
