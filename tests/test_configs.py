@@ -12,15 +12,19 @@ from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
+from dpo_jax.data.chat import render_comparison
+from dpo_jax.data.sources.synthetic import synthetic_tokenizer
+from dpo_jax.data.template import Template
 from dpo_jax.experiments import frontier, setup
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.models.reward_head import as_reward_architecture
-from dpo_jax.records import Batch
+from dpo_jax.records import Batch, Chat, Comparison
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.setup import check_config
+from dpo_jax.training.tables import template_file_text
 
 ROOT = Path(__file__).parent.parent
 PYTHIA_28B = {
@@ -153,6 +157,16 @@ def test_a_recipe_is_its_source(name):
     assert c.loss.items() >= loss.items()
     assert c.optim.items() >= {"name": optimizer, "learning_rate": rate, **rest}.items()
     assert (c.batch_size, c.data.max_length) == (pairs, tokens)
+
+
+def test_the_template_of_a_recipe_is_chatml_and_is_found_from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tokenizer, (good, bad) = synthetic_tokenizer(), ({"role": "assistant", "content": x} for x in ("good", "bad"))
+    chat = Chat(({"role": "system", "content": "be brief"}, {"role": "user", "content": "I saw"}))
+    template = Template(template_file_text(read("recipes/orpo_mistral_7b").data))
+    found = render_comparison(Comparison(chat, (good, bad)), tokenizer, template)
+    turns = "<bos><|im_start|>system\nbe brief<eos>\n<|im_start|>user\nI saw<eos>\n<|im_start|>assistant\n"
+    assert (found.prompt, found.responses, found.ends) == (turns, ("good", "bad"), True)
 
 
 @pytest.mark.slow
