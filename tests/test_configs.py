@@ -1,5 +1,8 @@
 """The paper's configs at the paper's size: traced to their first step, with nothing allocated."""
 
+import dataclasses
+import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from dpo_jax.records import Batch, Chat, Comparison
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.load import compute_dtype, recomputed
+from dpo_jax.training.plan import GB, SHARE, plan_run
 from dpo_jax.training.setup import check_config
 from dpo_jax.training.tables import template_file_text
 
@@ -175,6 +179,35 @@ def test_a_recipe_traces_to_the_first_step_at_its_size(name):
     laid = traced(read(f"recipes/{name}"), RECIPES[name][0])
     assert any(any(s.spec) for s in jax.tree.leaves(laid.params))
     assert any(any(s.spec) for s in jax.tree.leaves(laid.opt_state))
+
+
+def qlora_recipe(tmp_path):
+    """Returns the recipe over a Mistral 7B in bfloat16, of which there is the config.json alone."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B | {"dtype": "bfloat16"}))
+    c = read("recipes/zephyr_qlora")
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, path=str(tmp_path)))
+
+
+# Of Mistral 7B: projections of a layer, and the inputs and outputs of each of them.
+PROJECTED = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+ENDS = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+# 4 bits each, a float32 scale for every 64; embedding, head and 65 norms in bfloat16.
+FROZEN = 32 * PROJECTED * (1 / 2 + 4 / 64) + 2 * (2 * 32000 * 4096 + 65 * 4096)
+ADAPTERS = 32 * 16 * ENDS
+
+
+@pytest.mark.slow
+def test_the_recipe_for_one_gpu_fits_in_24_gb(tmp_path):
+    """The claim in its head is an upper bound, and leaves a tenth of the GPU free."""
+    claimed = re.search(r"Planned memory: ([\d.]+) GB of 24 ", (ROOT / "configs/recipes/zephyr_qlora.yaml").read_text())
+    found = plan_run(qlora_recipe(tmp_path))
+    memory = found.memory
+    assert (found.parameters, found.trained) == (SIZES["mistral"][1], ADAPTERS)
+    assert (memory.frozen, memory.trained, memory.gradients) == (FROZEN, 4 * ADAPTERS, 4 * ADAPTERS)
+    assert memory.optimizer == 8 * ADAPTERS + 8  # two numbers of Adam each, and its count and that of the schedule
+    kept = 2 * found.shape.length * (found.shape.rows // len(jax.devices())) * 32 * 4096  # inputs of layers, bfloat16
+    assert kept < memory.activations
+    assert memory.total <= float(claimed[1]) * GB < SHARE * 24 * GB
 
 
 def test_every_recipe_is_traced_and_names_its_source():
