@@ -12,15 +12,18 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 import dpo_jax
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.data.sources import synthetic
 from dpo_jax.data.sources.names import data_names
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import architecture_of
-from dpo_jax.models.huggingface.card import card_source, model_card
+from dpo_jax.models.huggingface.card import CardSource, card_source, model_card
 from dpo_jax.models.huggingface.folder import open_folder, save_folder
 from dpo_jax.models.huggingface.older import with_older_keys
 from dpo_jax.models.huggingface.tokenizer_files import save_tokenizer
-from dpo_jax.training.export import citations, loss_section
+from dpo_jax.training.export import citations, export_run, loss_section
+from dpo_jax.training.load import load_policy, load_run_tokenizer
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 128}
@@ -255,3 +258,35 @@ def test_files_of_the_card_are_listed_so_that_they_can_be_replaced(base, tmp_pat
     out = saved(base, tmp_path / "out")
     assert "README.md" in json.loads((out / "dpo_jax.json").read_text())["files"]
     assert Path(out / "README.md").read_text().startswith("---\n")
+
+
+def test_adapters_have_a_card_a_license_and_the_config_as_the_model_has(base, tmp_path):
+    (base / "LICENSE").write_text("terms")
+    fixed = ["--model.path", str(base), "--lora.rank", "2", "--data.path", "o/d", "--run", str(tmp_path / "run")]
+    config = parse_config(Config, None, fixed, prog="x")
+    tokenizer = load_run_tokenizer(config.model)
+    loaded = load_policy(config.model, tokenizer, 0, config.lora)
+    model, adapter = tmp_path / "run/model", tmp_path / "run/adapter"
+    export_run(loaded, tokenizer, "", config, loaded.adapters, model, 3)
+    merged, card = (ModelCard.load(folder / "README.md") for folder in (model, adapter))
+    assert (card.data.library_name, merged.data.library_name) == ("peft", "transformers")
+    assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
+    assert card.data.model_name == "run (adapters)"
+    assert card.data.tags == ["dpo_jax", "lora", "dpo"]
+    assert card.data.datasets == merged.data.datasets == ["o/d"]
+    assert "those of step 3, in float32" in card.text
+    assert 'PeftModel.from_pretrained(model, "path/to/this/folder")' in card.text
+    assert "vllm" not in card.text
+    for name in ("LICENSE", "training_config.yaml"):
+        assert (adapter / name).read_text() == (model / name).read_text()
+
+
+def test_the_base_of_adapters_is_the_model_that_they_were_trained_on():
+    """An export made from a model of the hub has other weights than that model."""
+    config = {"model_type": "llama"}
+    hub, export = CardSource("o/n@v1", "o/n"), CardSource("sft", "o/n")
+    bases = [ModelCard(model_card("a", one, config, adapters=True)) for one in (hub, export, CardSource())]
+    assert [card.data.base_model for card in bases] == ["o/n", None, None]
+    assert ModelCard(model_card("a", export, config)).data.base_model == "o/n"
+    assert 'AutoModelForCausalLM.from_pretrained("o/n", dtype="auto")' in bases[0].text
+    assert 'AutoTokenizer.from_pretrained("path/to/the/base")' in bases[1].text

@@ -1,5 +1,8 @@
 """The paper's configs at the paper's size: traced to their first step, with nothing allocated."""
 
+import dataclasses
+import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +15,20 @@ from dpo_jax.config.commands import FrontierConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
+from dpo_jax.data.chat import render_comparison
+from dpo_jax.data.sources.synthetic import synthetic_tokenizer
+from dpo_jax.data.template import Template
 from dpo_jax.experiments import frontier, setup
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.models.reward_head import as_reward_architecture
-from dpo_jax.records import Batch
+from dpo_jax.records import Batch, Chat, Comparison
 from dpo_jax.rewards import registry
 from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.load import compute_dtype, recomputed
+from dpo_jax.training.plan import GB, SHARE, plan_run
 from dpo_jax.training.setup import check_config
+from dpo_jax.training.tables import template_file_text
 
 ROOT = Path(__file__).parent.parent
 PYTHIA_28B = {
@@ -155,12 +163,51 @@ def test_a_recipe_is_its_source(name):
     assert (c.batch_size, c.data.max_length) == (pairs, tokens)
 
 
+def test_the_template_of_a_recipe_is_chatml_and_is_found_from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tokenizer, (good, bad) = synthetic_tokenizer(), ({"role": "assistant", "content": x} for x in ("good", "bad"))
+    chat = Chat(({"role": "system", "content": "be brief"}, {"role": "user", "content": "I saw"}))
+    template = Template(template_file_text(read("recipes/orpo_mistral_7b").data))
+    found = render_comparison(Comparison(chat, (good, bad)), tokenizer, template)
+    turns = "<bos><|im_start|>system\nbe brief<eos>\n<|im_start|>user\nI saw<eos>\n<|im_start|>assistant\n"
+    assert (found.prompt, found.responses, found.ends) == (turns, ("good", "bad"), True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, (model, *_) in RECIPES.items() if model])
 def test_a_recipe_traces_to_the_first_step_at_its_size(name):
     laid = traced(read(f"recipes/{name}"), RECIPES[name][0])
     assert any(any(s.spec) for s in jax.tree.leaves(laid.params))
     assert any(any(s.spec) for s in jax.tree.leaves(laid.opt_state))
+
+
+def qlora_recipe(tmp_path):
+    """Returns the recipe over a Mistral 7B in bfloat16, of which there is the config.json alone."""
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B | {"dtype": "bfloat16"}))
+    c = read("recipes/zephyr_qlora")
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, path=str(tmp_path)))
+
+
+# Of Mistral 7B: projections of a layer, and the inputs and outputs of each of them.
+PROJECTED = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+ENDS = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+# 4 bits each, a float32 scale for every 64; embedding, head and 65 norms in bfloat16.
+FROZEN = 32 * PROJECTED * (1 / 2 + 4 / 64) + 2 * (2 * 32000 * 4096 + 65 * 4096)
+ADAPTERS = 32 * 16 * ENDS
+
+
+@pytest.mark.slow
+def test_the_recipe_for_one_gpu_fits_in_24_gb(tmp_path):
+    """The claim in its head is an upper bound, and leaves a tenth of the GPU free."""
+    claimed = re.search(r"Planned memory: ([\d.]+) GB of 24 ", (ROOT / "configs/recipes/zephyr_qlora.yaml").read_text())
+    found = plan_run(qlora_recipe(tmp_path))
+    memory = found.memory
+    assert (found.parameters, found.trained) == (SIZES["mistral"][1], ADAPTERS)
+    assert (memory.frozen, memory.trained, memory.gradients) == (FROZEN, 4 * ADAPTERS, 4 * ADAPTERS)
+    assert memory.optimizer == 8 * ADAPTERS + 8  # two numbers of Adam each, and its count and that of the schedule
+    kept = 2 * found.shape.length * (found.shape.rows // len(jax.devices())) * 32 * 4096  # inputs of layers, bfloat16
+    assert kept < memory.activations
+    assert memory.total <= float(claimed[1]) * GB < SHARE * 24 * GB
 
 
 def test_every_recipe_is_traced_and_names_its_source():

@@ -53,13 +53,22 @@ def metrics_json(means):
 def test_results_of_suites_in_the_folder_are_shown(tmp_path):
     share = {"mean": 0.75, "low": 0.5, "high": 0.875, "n": 12}
     first, second = run(tmp_path / "a"), run(tmp_path / "b")
-    (first / "eval_ifeval.json").write_text(json.dumps({"suite": "ifeval", "metrics": {"prompt": share}}))
+    meanings = {"prompt": f"Share {HOSTILE}"}
+    made = {"suite": "ifeval", "metrics": {"prompt": share}, "meanings": meanings}
+    (first / "eval_ifeval.json").write_text(json.dumps(made))
     (first / "eval_lm_eval.json").write_text(json.dumps({"metrics": {"arc/acc": {"mean": 0.25}}}))
     shown = page(tmp_path, first)
-    assert ["ifeval/prompt", "0.75  [0.5, 0.875]  n 12"] in shown.rows
+    explained = [row for row in shown.rows if row[0].startswith("ifeval/")]
+    assert explained == [["ifeval/prompt", "0.75  [0.5, 0.875]  n 12"]]
+    assert f"ifeval/promptShare {HOSTILE}0.75" in shown.text.replace("\n", "")  # small text under the name, escaped
+    assert "script" not in shown.tags
     assert ["lm_eval/arc/acc", "0.25"] in shown.rows
     assert ["ifeval/prompt", "0.75  [0.5, 0.875]  n 12", "–"] in page(tmp_path, first, second).rows
+    assert f"Share {HOSTILE}" in page(tmp_path, second, first).text
     assert "Standard evaluations" not in page(tmp_path, second).text
+    (first / "eval_ifeval.json").write_text(json.dumps({**made, "meanings": ["Share"]}))
+    with pytest.raises(UserError, match="meanings must be an object of texts"):
+        page(tmp_path, first)
 
 
 class Page(html.parser.HTMLParser):

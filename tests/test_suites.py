@@ -15,12 +15,12 @@ import dpo_jax
 from dpo_jax import cli
 from dpo_jax.errors import UserError
 from dpo_jax.intervals import wilson
-from dpo_jax.runs.suites import ifeval
+from dpo_jax.runs.suites import ifeval, rewardbench2
 from dpo_jax.runs.suites.arena_hard import markdown_counts
 from dpo_jax.runs.suites.registry import known_suites, named_suites
 from dpo_jax.runs.suites.rewardbench import SECTIONS, rewardbench_scores
 from dpo_jax.runs.suites.rewardbench2 import best_of_credit, ties_metric
-from dpo_jax.runs.suites.subject import Answers, generator_name
+from dpo_jax.runs.suites.subject import Answers, answer_metrics, generator_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of packages that suites import
 
@@ -217,7 +217,10 @@ def test_ifeval_counts_instructions_and_prompts(inside, monkeypatch):
         "inst_level_loose_acc": (4 / 7, 7),
     }
     assert found["ifeval/inst_level_loose_acc"]["low"] == pytest.approx(wilson(4, 7)[0])
-    notes = json.loads((inside / "if/eval_ifeval.json").read_text())["notes"]
+    made = json.loads((inside / "if/eval_ifeval.json").read_text())
+    notes, meanings = made["notes"], made["meanings"]
+    assert meanings.keys() == means.keys()
+    assert meanings["inst_level_strict_acc"] == "Share of instructions that are followed by the answer."
     assert any("1 instructions split sentences" in note for note in notes)
     first = json.loads((inside / "if/eval_ifeval.jsonl").read_text().splitlines()[0])
     assert (first["strict"], first["loose"]) == ([False], [True])
@@ -293,6 +296,26 @@ def test_markdown_is_counted_outside_of_code():
     assert [counts["header_count"][f"h{i}"] for i in range(1, 7)] == [1, 1, 1, 0, 0, 0]
     assert counts["list_count"] == {"ordered": 1, "unordered": 1}
     assert counts["bold_count"] == {"**": 1, "__": 1}
+
+
+def test_every_metric_of_a_suite_is_explained_in_one_line():
+    suites = known_suites()
+    every = rewardbench_scores({subset: [1.0] for sizes in SECTIONS.values() for subset in sizes})[0]
+    assert suites["rewardbench"].meanings.keys() == every.keys()
+    assert suites["rewardbench2"].meanings.keys() == {*rewardbench2.SUBSETS, "score"}
+    answers = answer_metrics(Answers(["a", "b"], [1, 1], [True, False], ()))
+    for name in ("alpaca_eval", "arena_hard"):
+        assert suites[name].meanings.keys() == answers.keys()
+    for suite in suites.values():
+        assert all(text and "\n" not in text and text.endswith(".") for text in suite.meanings.values())
+
+
+def test_a_metric_of_lm_eval_is_explained_by_its_name_without_task_and_filter():
+    suite = known_suites()["lm_eval"]
+    assert suite.meaning("arc/acc") == suite.meaning("a/b/acc,strict") == suite.meanings["acc"]
+    assert suite.meaning("arc/acc_norm") == "The same by log-likelihood per character of the answer."
+    assert suite.meaning("own/brier") == "As lm_eval's task defines it."
+    assert known_suites()["rewardbench"].meaning("other") == ""
 
 
 def test_names_of_suites():

@@ -127,6 +127,18 @@ def read_intervals(path: Path) -> dict[str, Measured]:
         raise UserError(f"{path}: metrics must hold a mean each; remove the file or write it again") from e
 
 
+def read_meanings(path: Path) -> dict[str, str]:
+    """Returns metric -> meaning of an eval_SUITE.json; {} of a file that has none.
+
+    Raises:
+      UserError: they are damaged.
+    """
+    meanings = load_json(path, dict).get("meanings", {})
+    if not isinstance(meanings, dict):
+        raise UserError(f"{path}: meanings must be an object of texts; remove the file or write it again")
+    return {name: str(text) for name, text in meanings.items()}
+
+
 def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, Measured]:
     """Returns the last value of every evaluation metric, or of every metric if there was no evaluation."""
     newest = {key: value for line in lines for key, value in line.items() if not isinstance(value, str)}

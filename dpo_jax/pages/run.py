@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dpo_jax.pages.metrics import (
     last_values,
     metric_wording,
     read_intervals,
+    read_meanings,
     with_minutes,
 )
 from dpo_jax.pages.output import render_page
@@ -40,6 +41,7 @@ class ReportedRun(NamedTuple):
       suites: SUITE/METRIC -> result of a standard evaluation in the folder.
       data: the data report.
       samples: samples of the last step with samples, one for each prompt: step, prompt, policy, reference.
+      meanings: SUITE/METRIC -> what it says, of those that a suite explains.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ReportedRun(NamedTuple):
     suites: dict[str, Measured]
     data: list[str]
     samples: list[dict[str, Any]]
+    meanings: Mapping[str, str] = {}
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -86,15 +89,16 @@ def read_run(folder: Path) -> ReportedRun:
         lines=lines,
         final=(final.exists() and read_intervals(final)) or last_values(lines),
         measured=_measured_on(load_json(final, dict)) if final.exists() else "",
-        suites=_suite_results(folder),
+        suites=_of_suites(folder, read_intervals),
+        meanings=_of_suites(folder, read_meanings),
         data=[str(line) for line in load_json(data, list)] if data.exists() else [],
         samples=_distinct_samples(s for s in samples if s["step"] == last),
     )
 
 
-def _suite_results(folder: Path) -> dict[str, Measured]:
-    """Returns SUITE/METRIC -> result of every `eval_SUITE.json` in a run folder."""
-    files = {file.stem.removeprefix("eval_"): read_intervals(file) for file in sorted(folder.glob("eval_*.json"))}
+def _of_suites(folder: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns SUITE/METRIC -> what a function reads of it in every `eval_SUITE.json` of a run folder."""
+    files = {file.stem.removeprefix("eval_"): read(file) for file in sorted(folder.glob("eval_*.json"))}
     return {f"{suite}/{name}": value for suite, found in files.items() for name, value in found.items()}
 
 
@@ -149,6 +153,7 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
         metrics=metrics,
         suites=suites,
         meanings={row[0]: metric_wording(row[0]).meaning for row in metrics},
+        suite_meanings={name: text for run in runs for name, text in run.meanings.items()},
         intervals=any(value.interval for run in runs for value in run.final.values()),
         config=config if len(runs) == 1 else [row for row in config if len(set(row[1:])) > 1],
         panels=curve_panels([run.lines for run in runs]),

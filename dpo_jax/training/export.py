@@ -49,9 +49,12 @@ def export_run(
       out: the folder `model`.
       step: updates done.
     """
-    names = {"run": out.parent, "title": out.parent.resolve().name}
-    save_policy(loaded, tokenizer, template, config, trained, out, step, **names)
-    loaded.save_adapters(trained, out)
+    run, title = out.parent, out.parent.resolve().name
+    save_policy(loaded, tokenizer, template, config, trained, out, step, run=run, title=title)
+    files = {}
+    if loaded.lora is not None and distributed.is_primary():
+        files = _card_files(loaded, config, run, step, f"{title} (adapters)", "float32", adapters=True)
+    loaded.save_adapters(trained, out, files)
 
 
 def save_policy(
@@ -88,7 +91,14 @@ def save_policy(
 
 
 def _card_files(
-    loaded: LoadedModel, config: Config, run: Path, step: int, title: str, dtype: str, repository: str
+    loaded: LoadedModel,
+    config: Config,
+    run: Path,
+    step: int,
+    title: str,
+    dtype: str,
+    repository: str = "",
+    adapters: bool = False,
 ) -> dict[str, str]:
     """Returns name -> text of the card, the config and the licenses of an exported folder."""
     source, found = card_source(config.model.path), run_evaluation(run, step)
@@ -108,7 +118,8 @@ def _card_files(
         loaded.hf_config,
         sections,
         repository,
-        tags=[term["name"] for term in terms],
+        adapters,
+        tags=[*(["lora"] if adapters else []), *(term["name"] for term in terms)],
         datasets=hubs or None,
         eval_results=_eval_results(found, loaded, hubs, shown) or None,
     )

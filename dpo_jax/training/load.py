@@ -103,14 +103,20 @@ class LoadedModel(NamedTuple):
         if distributed.is_primary():
             write(lora.merge_adapters(self.model.architecture, qlora.as_floats(self.params), adapters, self.lora))
 
-    def save_adapters(self, trained: Any, out: Path) -> None:
-        """Writes trained adapters, if any, to `adapter` beside the folder `out`, in PEFT's format."""
+    def save_adapters(self, trained: Any, out: Path, files: Mapping[str, str]) -> None:
+        """Writes trained adapters, if any, to `adapter` beside the folder `out`, in PEFT's format.
+
+        `files` has further texts by name. Call it from all processes.
+        """
         adapters = None if self.lora is None else distributed.fetch(trained)
         if self.lora is not None and distributed.is_primary():
             # PEFT loads the base from a model folder, which is a part of a run's.
             base = str(model_folder(self.name).resolve()) if Path(self.name).exists() else self.name
             within = is_part(self.hf_config)
-            lora.save_adapters(out.with_name("adapter"), adapters, self.lora, self.model.architecture, base, within)
+            folder = out.with_name("adapter")
+            lora.save_adapters(folder, adapters, self.lora, self.model.architecture, base, within)
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
 
 
 def load_run_tokenizer(options: ModelConfig) -> Any:

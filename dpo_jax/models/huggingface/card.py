@@ -100,6 +100,7 @@ def model_card(
     hf_config: Mapping[str, Any],
     sections: Sequence[tuple[str, str]] = (),
     repository: str = "",
+    adapters: bool = False,
     **metadata: Any,
 ) -> str:
     """Returns a model card: front matter that the hub reads, how to load the model, and further sections.
@@ -110,6 +111,7 @@ def model_card(
       hf_config: its config.json.
       sections: (heading, text in Markdown) between use and license.
       repository: owner/name on the hub, for the examples; "" for a folder.
+      adapters: whether the folder has adapters in PEFT's format, and no model.
       **metadata: further fields of `huggingface_hub.ModelCardData`; `tags` are added to ours.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -120,9 +122,14 @@ def model_card(
     if is_part(hf_config):
         kind, task = "AutoModelForImageTextToText", "image-text-to-text"
     tags = ["dpo_jax", *metadata.pop("tags", ())]
-    known = {"library_name": "transformers", "pipeline_tag": task, "base_model": source.hub or None, "tags": tags}
+    # Adapters fit the weights that they were trained on, not those which an export was made from.
+    base = source.hub if not adapters or is_hub_name(source.name) else ""
+    library = "peft" if adapters else "transformers"
+    known = {"library_name": library, "pipeline_tag": task, "base_model": base or None, "tags": tags}
     data = ModelCardData(**known, **source.license, model_name=one_line(title), **metadata)
-    parts = [("Use", _use(repository or "path/to/this/folder", kind)), *sections, ("License", _license_text(source))]
+    name = repository or "path/to/this/folder"
+    use = _use_adapters(name, base or "path/to/the/base", kind) if adapters else _use(name, kind)
+    parts = [("Use", use), *sections, ("License", _license_text(source))]
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in parts)
     made = f"Written by dpo_jax {__version__}{f', made from {code(source.name)}' if source.name else ''}."
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {_escaped(title)}\n\n{made}\n\n{body}\n"))
@@ -135,6 +142,15 @@ def _use(name: str, kind: str) -> str:
     lines += [f'model = {kind}.from_pretrained("{name}", dtype="auto")']
     text = "\n".join(("```python", *lines, "```"))
     return text if kind == "AutoModelForSequenceClassification" else f"{text}\n\n`vllm serve {name}` serves it."
+
+
+def _use_adapters(name: str, base: str, kind: str) -> str:
+    """Returns how to load adapters and their base by PEFT, as Markdown."""
+    lines = ["from peft import PeftModel", f"from transformers import {kind}, AutoTokenizer", ""]
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{base}")']
+    lines += [f'model = {kind}.from_pretrained("{base}", dtype="auto")']
+    lines += [f'model = PeftModel.from_pretrained(model, "{name}")']
+    return "\n".join(("```python", *lines, "```"))
 
 
 def _license_text(source: CardSource) -> str:

@@ -7,13 +7,18 @@ import json
 
 from dpo_jax.runs.suites.examples import column, suite_examples
 from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite, suite_folder
-from dpo_jax.runs.suites.subject import answer, answer_metrics, generator_name
+from dpo_jax.runs.suites.subject import ANSWER_MEANINGS, answer, answer_metrics, generator_name
 
 MAX_NEW_TOKENS = 2048
 FILE = "alpaca_eval/model_outputs.json"
 
 
-@register_suite("alpaca_eval", data="tatsu-lab/alpaca_eval/alpaca_eval.json", keys=("suite_max_new_tokens",))
+@register_suite(
+    "alpaca_eval",
+    data="tatsu-lab/alpaca_eval/alpaca_eval.json",
+    keys=("suite_max_new_tokens",),
+    meanings=ANSWER_MEANINGS,
+)
 def write_alpaca_eval(task: SuiteTask) -> SuiteResult:
     """Answers AlpacaEval's instructions; returns the length of the answers."""
     found = [example for _, example in suite_examples(task)]

@@ -14,7 +14,7 @@ from typing import Any
 from dpo_jax.errors import UserError
 from dpo_jax.runs.suites.examples import column, suite_examples
 from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite, suite_folder
-from dpo_jax.runs.suites.subject import answer, answer_metrics, generator_name
+from dpo_jax.runs.suites.subject import ANSWER_MEANINGS, answer, answer_metrics, generator_name
 
 PLACE = "arena-hard-auto/data/arena-hard-v2.0/model_answer"  # in a checkout of Arena-Hard
 MAX_NEW_TOKENS = 4096
@@ -22,7 +22,10 @@ CODE = re.compile("```[^`]*```")
 
 
 @register_suite(
-    "arena_hard", data="lmarena-ai/arena-hard-auto/data/arena-hard-v2.0/question.jsonl", keys=("suite_max_new_tokens",)
+    "arena_hard",
+    data="lmarena-ai/arena-hard-auto/data/arena-hard-v2.0/question.jsonl",
+    keys=("suite_max_new_tokens",),
+    meanings=ANSWER_MEANINGS,
 )
 def write_arena_hard(task: SuiteTask) -> SuiteResult:
     """Answers Arena-Hard's questions; returns the length of the answers."""

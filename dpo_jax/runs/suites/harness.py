@@ -25,11 +25,20 @@ from dpo_jax.training.tables import decode_texts, template_file_text
 
 BOOTSTRAP = 1000  # resamples for metrics without a closed standard error
 SEED = 1234  # of few-shot examples, lm_eval's default
+MEANINGS = {
+    "acc": "Share of questions whose right answer has the highest log-likelihood of those to choose from.",
+    "acc_norm": "The same by log-likelihood per character of the answer.",
+    "exact_match": "Share of answers that equal the wanted text.",
+    "word_perplexity": "exp(-log p(text) / words). Lower is better.",
+    "byte_perplexity": "exp(-log p(text) / bytes). Lower is better.",
+    "bits_per_byte": "-log2 p(text) / bytes. Lower is better.",
+    "": "As lm_eval's task defines it.",
+}
 SAMPLING = {"temperature", "top_k", "top_p", "do_sample", "until", "max_gen_toks"}
 log = logging.getLogger(__name__)
 
 
-@register_suite(HARNESS, keys=("suite_num_fewshot",))
+@register_suite(HARNESS, keys=("suite_num_fewshot",), meanings=MEANINGS)
 def measure_harness(task: SuiteTask) -> SuiteResult:
     """Returns the metrics of tasks of lm_eval, with its standard errors as 95% intervals."""
     evaluator = _harness_module("evaluator")

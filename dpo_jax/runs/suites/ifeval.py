@@ -17,6 +17,13 @@ from dpo_jax.runs.suites.registry import SuiteResult, SuiteTask, register_suite
 from dpo_jax.runs.suites.scoring import proportion
 from dpo_jax.runs.suites.subject import answer
 
+LOOSE = "by the answer, or by it without its first line, its last line or its asterisks"
+MEANINGS = {
+    "prompt_level_strict_acc": "Share of prompts all of whose instructions are followed by the answer.",
+    "inst_level_strict_acc": "Share of instructions that are followed by the answer.",
+    "prompt_level_loose_acc": f"Share of prompts all of whose instructions are followed {LOOSE}.",
+    "inst_level_loose_acc": f"Share of instructions that are followed {LOOSE}.",
+}
 MAX_NEW_TOKENS = 1280  # as in lm_eval's task
 SPLITS_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 PUNKT = "tokenizers/punkt_tab/english"
@@ -34,7 +41,7 @@ class Instructions(NamedTuple):
     arguments: list[dict[str, Any]]
 
 
-@register_suite("ifeval", data="google/IFEval", keys=("suite_max_new_tokens",))
+@register_suite("ifeval", data="google/IFEval", keys=("suite_max_new_tokens",), meanings=MEANINGS)
 def measure_ifeval(task: SuiteTask) -> SuiteResult:
     """Returns strict and loose accuracy of prompts and of instructions."""
     package, known = _package(), _checks()

@@ -99,24 +99,36 @@ class Suite(NamedTuple):
       data: hub id of its data, or `owner/name/file` on the hub; "" for none.
       split: of the hub id, or of a folder.
       keys: keys of `dpo-jax eval` that only some suites read, and this one does.
+      meanings: metric -> one line on what it says, for the report; "" has the line of all others.
     """
 
     measure: Callable[[SuiteTask], SuiteResult]
     data: str = ""
     split: str = "train"
     keys: frozenset[str] = frozenset()
+    meanings: Mapping[str, str] = MappingProxyType({})
+
+    def meaning(self, metric: str) -> str:
+        """Returns the line on a metric, which may be `TASK/METRIC,FILTER` as lm_eval has it; "" for none."""
+        plain = metric.rpartition("/")[2].partition(",")[0]
+        return self.meanings.get(plain, self.meanings.get("", ""))
 
 
 SUITES: dict[str, Suite] = {}
 
 
 def register_suite(
-    name: str, *, data: str = "", split: str = "train", keys: tuple[str, ...] = ()
+    name: str,
+    *,
+    data: str = "",
+    split: str = "train",
+    keys: tuple[str, ...] = (),
+    meanings: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[[SuiteTask], SuiteResult]], Callable[[SuiteTask], SuiteResult]]:
     """Registers a function `SuiteTask -> SuiteResult` as a suite; args as the fields of `Suite`."""
 
     def register(measure: Callable[[SuiteTask], SuiteResult]) -> Callable[[SuiteTask], SuiteResult]:
-        SUITES[name] = Suite(measure, data, split, frozenset(keys))
+        SUITES[name] = Suite(measure, data, split, frozenset(keys), meanings)
         return measure
 
     return register

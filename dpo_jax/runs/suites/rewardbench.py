@@ -41,10 +41,24 @@ SECTIONS: dict[str, dict[str, int]] = {
     PRIOR: dict.fromkeys(("anthropic_helpful", "anthropic_hhh", "shp", "summarize"), 1),
 }
 WEIGHTS = {name: 0.5 if name == PRIOR else 1.0 for name in SECTIONS}
+MEANINGS = {
+    subset: f"Of the section {section}: share of pairs whose chosen answer has the higher reward. Chance has 50%."
+    for section, subsets in SECTIONS.items()
+    for subset in subsets
+}
+MEANINGS |= {
+    section: f"Mean of its subsets ({', '.join(subsets)}), weighted by their published sizes."
+    for section, subsets in SECTIONS.items()
+}
+MEANINGS |= {
+    "Reasoning": "Mean of its subsets; math-prm counts as much as all code (hep-*).",
+    PRIOR: f"Plain mean of its subsets ({', '.join(SECTIONS[PRIOR])}).",
+    "score": f"Mean of the sections, in which {PRIOR} has weight 1/2.",
+}
 SUBSETS = [subset for subsets in SECTIONS.values() for subset in subsets]
 
 
-@register_suite("rewardbench", data="allenai/reward-bench", split="filtered", keys=("reward",))
+@register_suite("rewardbench", data="allenai/reward-bench", split="filtered", keys=("reward",), meanings=MEANINGS)
 def measure_rewardbench(task: SuiteTask) -> SuiteResult:
     """Returns the share of pairs whose chosen answer has the higher reward, by subset and section, and the score."""
     found = [_pair(file, *example) for file, example in suite_examples(task)]

@@ -18,6 +18,11 @@ from dpo_jax.runs.suites.scoring import averaged, proportion, score_answers
 TIES = "Ties"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", TIES)
 RESAMPLES = 1000
+BEST = "Share of examples whose correct answer has the highest of four rewards. Chance has 25%."
+MEANINGS = dict.fromkeys(SUBSETS, BEST) | {
+    TIES: "Prompts with several correct answers, each beside a prompt with one: 0.6 accuracy + 0.4 margins.",
+    "score": "Mean of the subsets.",
+}
 
 
 class BestOfExample(NamedTuple):
@@ -45,7 +50,7 @@ class TiedPrompt(NamedTuple):
     gap: float
 
 
-@register_suite("rewardbench2", data="allenai/reward-bench-2", split="test", keys=("reward",))
+@register_suite("rewardbench2", data="allenai/reward-bench-2", split="test", keys=("reward",), meanings=MEANINGS)
 def measure_rewardbench2(task: SuiteTask) -> SuiteResult:
     """Returns the share of examples whose correct answer has the highest reward, by subset, and the score."""
     found = [_example(*example) for _, example in suite_examples(task)]

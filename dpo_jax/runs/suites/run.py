@@ -134,6 +134,7 @@ def _write(folder: Path, task: SuiteTask, result: SuiteResult) -> None:
         "limit": settings.suite_limit,
         "notes": list(result.notes),
         "metrics": result.metrics,
+        "meanings": {name: line for name in result.metrics if (line := SUITES[task.name].meaning(name))},
     }
     if task.name == HARNESS:
         made["tasks"] = list(task.tasks)

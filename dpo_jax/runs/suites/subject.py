@@ -18,6 +18,10 @@ from dpo_jax.runs.suites.registry import Subject
 from dpo_jax.sampling import generate
 from dpo_jax.training.tables import decode_texts, encode_options, prompt_ids
 
+ANSWER_MEANINGS = {
+    "answer_tokens": "Mean length of the answers in tokens, the token that ends one included. Longer is not better.",
+    "cut": "Share of the answers that reached the limit of their length.",
+}
 MAX_LENGTH, MAX_PROMPT_LENGTH = 2048, 128  # tokens, as RewardBench cuts texts for DPO models
 
 
