@@ -56,10 +56,10 @@ class Lora(NamedTuple):
 
 
 def projections(architecture: Architecture) -> dict[str, Tensor]:
-    """Returns all modules that can be adapted, by transformers' name, with `{i}` for the layer."""
+    """Returns all modules that can be adapted, by transformers' name, with `{i}` for the layer; no shared expert's."""
     module = family(architecture.family)
     table = (module.fused_tensors if architecture.mixture else module.tensors)(architecture)
-    kernels = {n: t for n, t in table.items() if "{i}" in n and t.parts[0].path[-1] == "kernel"}
+    kernels = {n: t for n, t in table.items() if "{i}" in n and t.parts[0].path[-1] == "kernel" and "shared_" not in n}
     return {name.removesuffix(".weight"): tensor for name, tensor in kernels.items()}
 
 
