@@ -63,7 +63,7 @@ def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, Suit
     names = named_suites(settings.suite)
     for key in ("reward", "suite_max_new_tokens", "suite_num_fewshot"):
         if getattr(settings, key) not in (None, "") and not any(key in SUITES[name].keys for name in names):
-            readers = ", ".join(name for name, suite in SUITES.items() if key in suite.keys)
+            readers = ", ".join(sorted(name for name, suite in SUITES.items() if key in suite.keys))
             raise UserError(f"{key}: has no effect on {', '.join(names)}; remove it, or add one of {readers}")
     data = _data_by_suite(settings.suite_data, list(names))
     load = functools.cache(functools.partial(load_subject, path, settings))
