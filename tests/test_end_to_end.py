@@ -336,7 +336,7 @@ MISTAKES = [
     ),
     (
         ["train", "dpo.yaml", "--keep-best", "eval_los", "--run", "r10"],
-        r"keep_best: no evaluation has 'eval_los'; known:",
+        r"keep_best: no evaluation has 'eval_los'; did you mean 'eval_loss'\?",
     ),
     (["eval", "runs/dpo/model", "--data.path", "pairs.jsonl"], r"set --reference.path"),
     (["export", "runs", "x"], r"runs: not the folder of a run"),

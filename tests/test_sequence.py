@@ -138,7 +138,7 @@ def test_every_scored_token_is_on_one_device():
     shared = sharding.mesh_collectives(mesh, {"w": sharding.replicated(mesh)})
 
     def body(params, batch, count):
-        given = _Columns(batch.source[0], batch.target[0], batch.slot[0], batch.slot[0] < 0)
+        given = _Columns(batch.source[0], batch.target[0], batch.slot[0], batch.slot[0] < 0, ())
         own = _own_columns(shared.split, given, 64, 21)
         read = jnp.take_along_axis(shared.split.own(batch.tokens[0]), own.source, axis=1)
         each = jnp.stack([*own[1:3], read])

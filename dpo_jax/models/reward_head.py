@@ -14,7 +14,7 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
-WITHOUT = ("Granite", "Cohere2", "Olmoe", "Qwen3_5Moe")  # families of which transformers has no reward model
+WITHOUT = ("GraniteMoe", "Granite", "Cohere2", "Olmoe", "Qwen3_5Moe")  # transformers has no reward model of them
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 
