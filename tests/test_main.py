@@ -59,9 +59,12 @@ def test_nothing_happens_without_linux(tmp_path, monkeypatch):
 
 def test_a_process_that_cannot_start_again_goes_on(tmp_path, monkeypatch):
     (enabled := tmp_path / "enabled").write_text("[madvise]")
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    tried, execute = [], os.execv
+    monkeypatch.setattr(os, "execv", lambda *args: tried.append(args) or execute(*args))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     use_huge_pages(enabled)
+    assert [path for path, _ in tried] == [str(tmp_path / "no-python")]
 
 
 @pytest.mark.parametrize(("command", "expected"), [("train", ["pages", "main"]), ("losses", ["main"]), ("", ["main"])])
