@@ -171,9 +171,10 @@ def test_metrics_of_samples_are_described():
 
 
 def test_every_option_of_trl_is_described_with_a_key_or_a_reason():
-    trl = pytest.importorskip("trl")
+    trl, transformers = (pytest.importorskip(name) for name in ("trl", "transformers"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         fields = {field.name for field in dataclasses.fields(trl.DPOConfig)}
     assert {"beta", "loss_type", "max_length", "neftune_noise_alpha", "fsdp_config"} <= fields
     own, rest = (
@@ -185,6 +186,7 @@ def test_every_option_of_trl_is_described_with_a_key_or_a_reason():
         "warmup_ratio",  # of earlier versions of transformers
     }
     assert described(own) & described(rest) == set()
+    assert fields - inherited <= described(own)
     for line in (own + rest).splitlines():
         if line.startswith("| `"):
             _, name, here, difference, _ = (cell.strip() for cell in re.split(r"(?<!\\)\|", line))
