@@ -70,7 +70,7 @@ class LossPaths(NamedTuple):
 
 
 def batches_of(lists: ScoredLists, loss: Loss, shape: tuple[int, int], batches: int) -> Batches:
-    """Returns the comparisons that a loss sees of lists, `batches` of them, by repeating those that there are.
+    """Returns the batches of comparisons that a loss trains on, repeated in order up to `batches`.
 
     Losses of rankings see whole lists, losses of a gold, a chosen and a rejected response the best, the second and the
     last of each; all others see two pairs of each. A response to another prompt is the chosen one of the next list.
@@ -79,7 +79,7 @@ def batches_of(lists: ScoredLists, loss: Loss, shape: tuple[int, int], batches: 
       lists: scored lists, a multiple of `LISTS`.
       loss: the objective.
       shape: X prompts and Y responses.
-      batches: T, a multiple of those that there are.
+      batches: T, a multiple of the number of different batches.
     """
     triples = loss.responses == 3 and not loss.mismatched
     of_prompt = LIST if triples or loss.responses is None else 2
