@@ -95,7 +95,7 @@ def finite_strengths(paths: LossPaths) -> LossPaths:
 
 
 def dominators(rewards: Array) -> list[list[int]]:
-    """Returns, for each loss, those that have a higher reward at every budget.
+    """Returns, for each loss, the losses with a higher reward at every budget.
 
     Differences are by seed; their 95% interval, widened for the number of other losses (Bonferroni), is above 0.
 

@@ -107,7 +107,7 @@ def ancestors(segment_ids: Array, branch_ids: Array, count: int) -> Array:
 def unit_inverse(a: Array) -> Array:
     """Returns the inverse of I + a, float32[..., C, C], where a is strictly lower triangular and C a power of 2.
 
-    The diagonal blocks are inverted; two neighbors and what is below the first become one block of twice the size.
+    Diagonal blocks are inverted; two neighbors and the block below the first become one of twice the size.
     """
     place, identity = jnp.arange(a.shape[-1]), jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
