@@ -14,8 +14,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from dpo_jax import __version__, paths
 from dpo_jax.errors import UserError, closest, is_utf8, printable
@@ -224,7 +223,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which is not used, is absent
     logging.getLogger("dpo_jax").propagate = False  # a library may have given the root logger a handler
     _fit_terminal()
-    sys.excepthook = show_uncaught
+    sys.unraisablehook = show_unraisable
     try:
         if odd := next((arg for arg in sys.argv[1:] if not is_utf8(arg)), None):
             raise UserError(f"argument {odd!r} is not UTF-8; write it in UTF-8, or rename the file")
@@ -242,15 +241,19 @@ def main() -> None:
         sys.exit(_fail("interrupted; the same command resumes from the last checkpoint", 130))
 
 
-def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints the traceback of an uncaught exception, except one of a callback after a failed save.
+def show_unraisable(unraisable: Any) -> None:
+    """Prints an exception that C code could not raise, except one of a callback of tensorstore after a failed save.
 
-    A callback of tensorstore that outlives a failed save, in any thread, finds its event loop closed. Its traceback,
-    which begins in asyncio, would stand beside the line that says why the save failed.
+    The callback finds its event loop closed. Its traceback, which begins in asyncio, would stand beside the line that
+    says why the save failed.
+
+    Args:
+      unraisable: what `sys.unraisablehook` is given.
     """
+    trace = unraisable.exc_traceback
     callback = trace is not None and trace.tb_frame.f_globals["__name__"] == "asyncio.base_events"
-    if not callback or kind is not RuntimeError or str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if not callback or str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fit_terminal() -> None:

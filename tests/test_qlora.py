@@ -259,7 +259,7 @@ def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama
     assert losses[-1] < losses[0]
     architecture, few, floats = quantized_model(llama, "nf4")
     trained, spec = lora.load_adapters(tmp_path / "runs/run/adapter", architecture)
-    expected = lora.merge_adapters(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1]
+    expected = lora.merge_adapters(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1,]
     _, hf_config, after = load_folder(tmp_path / "runs/run/model")
     assert hf_config["dtype"] == "bfloat16"
     np.testing.assert_allclose(after["layers"]["down"]["kernel"][1], expected, rtol=2**-8)
