@@ -29,7 +29,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("lora_target_modules target_modules", "set lora.targets"),
     ("lora_path adapter_name_or_path peft_model", "set lora.path"),
     ("load_in_4bit load_in_8bit quantization_config", "set lora.base: nf4 or int8"),
-    ("lora_dropout dropout disable_dropout attention_dropout neftune_noise_alpha", "remove it: there is no dropout"),
+    ("lora_dropout dropout disable_dropout attention_dropout", "remove it: there is no dropout"),
+    ("neftune_noise_alpha", "remove it: no noise is added to embeddings"),
     ("modules_to_save lora_modules_to_save use_rslora", "set lora.path: PEFT's folders are read as they are"),
     ("use_dora", "remove it: DoRA is not supported"),
     # Data.
@@ -55,7 +56,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("loss loss_type loss_name", "set loss.name"),
     ("loss_weights rpo_alpha sft_weight", "set loss.weight of each loss: [{name: dpo}, {name: sft, weight: 1.0}]"),
     ("beta dpo_beta", "set loss.beta"),
-    ("label_smoothing label_smoothing_factor", "set loss.label_smoothing"),
+    ("label_smoothing", "set loss.label_smoothing"),
+    ("label_smoothing_factor", "remove it: it smooths tokens, not preferences; those have loss.label_smoothing"),
     ("f_divergence_type", "set loss.divergence"),
     ("f_alpha_divergence_coef", "set loss.divergence_alpha"),
     ("use_weighting use_wpo", "set loss.wpo"),
@@ -115,8 +117,10 @@ NAMES: tuple[tuple[str, str], ...] = (
      "remove it: dpo-jax export RUN OUT --push owner/name uploads the model"),
     ("hub_revision", "remove it: dpo-jax export RUN OUT --push owner/name uploads to the branch main"),
     ("use_cpu no_cuda", "remove it, and set the variable JAX_PLATFORMS=cpu"),
-    ("torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config tf32 use_cache "
+    ("torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
      "torch_empty_cache_steps", "remove it: programs are always compiled"),
+    ("use_cache", "remove it: training has no key-value cache"),
+    ("tf32", "remove it, and set the variable JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32"),
     ("do_train debug skip_memory_metrics disable_tqdm log_level log_level_replica log_on_each_node "
      "logging_nan_inf_filter include_num_input_tokens_seen include_for_metrics batch_eval_metrics "
      "prediction_loss_only eval_do_concat_batches eval_use_gather_object save_on_each_node "
