@@ -191,12 +191,14 @@ def batch_logps(model: Model, params: Any, batch: Batch, *, chunk: int = CHUNK, 
         "reference": reference,
         "policy_shared": policy_shared,
         "reference_shared": reference_shared,
-        "lengths": _adder(batch.slot, shape)(batch.token_weights) if weighted else lengths,
+        "lengths": lengths,
         "present": present,
         "scores": batch.scores,
         "confidence": mean,
         "rounding": ROUNDING[scored.dtype.name] * (abs(policy) + abs(reference)),
     }
+    if weighted:
+        each["mass"] = _adder(batch.slot, shape)(batch.token_weights)
     return _by_comparison(batch, each)._replace(routing=routing)
 
 

@@ -169,8 +169,7 @@ class Logps(NamedTuple):
       reference: float32[B, P], the same under the frozen reference.
       policy_shared: float32[B, P], log pi summed over the shared part.
       reference_shared: float32[B, P], the same under the reference.
-      lengths: float32[B, P], scored tokens of each response, EOS included, or the sum of their weights; 0 for an
-        absent response.
+      lengths: float32[B, P], scored tokens of each response, EOS included; 0 for an absent response.
       present: bool[B, P], False for an absent response or comparison.
       weights: float32[B], 0 for absent comparisons.
       preference: float32[B], the probability that the first response is the better one; 1 for a hard label.
@@ -180,6 +179,8 @@ class Logps(NamedTuple):
       running: float32[] or float32[n], the statistic that a loss carries from step to step; 0 without one.
       routing: float32[N, 2, E], what the routers of a mixture did with each row (`experts.routing_of`); () if no step
         reads it.
+      mass: float32[B, P], the sum of the weights of each response's scored tokens, which means over tokens are divided
+        by; () where all weights are 1, so that it is `lengths`.
     """
 
     policy: PerResponse
@@ -195,6 +196,7 @@ class Logps(NamedTuple):
     rounding: PerResponse
     running: Float32[Any, "..."]
     routing: Float32[Any, "N 2 E"] | tuple[()] = ()
+    mass: PerResponse | tuple[()] = ()
 
     @classmethod
     def of(cls, policy: Any, reference: Any = None, **fields: Any) -> "Logps":
@@ -204,7 +206,7 @@ class Logps(NamedTuple):
           policy: float[B, P], log-probs of P responses per prompt, best first.
           reference: float[B, P], the same under the reference; may be missing for losses without one.
           **fields: any other field of the record; by default `present` is `lengths` > 0, `weights` and `preference`
-            are 1, `running` is 0 and `rounding` is that of float32.
+            are 1, `running` is 0, `rounding` is that of float32, and `mass` is `lengths`.
 
         Raises:
           UserError: an unknown field, or one of another shape than [B, P] (or [B]).

@@ -168,7 +168,9 @@ def logps(model, table, indices):
     layout = pack.Layout(1, 1, 64, len(indices), 64)
     batch, _, places = pack.build_batch(table, indices, layout)
     found = batch_logps(*model, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
-    return {name: np.asarray(getattr(found, name))[places[:, 2]] for name in ("policy", "policy_shared", "lengths")}
+    found = found._replace(mass=found.lengths if isinstance(found.mass, tuple) else found.mass)
+    names = ("policy", "policy_shared", "lengths", "mass")
+    return {name: np.asarray(getattr(found, name))[places[:, 2]] for name in names}
 
 
 def by_token(model, tokens, p):
@@ -193,7 +195,8 @@ def test_packed_log_probs_are_weighted_sums_of_those_alone(model):
         for p in (0, 1):
             factors = table[i].weights_of(p).astype(np.float64)
             np.testing.assert_allclose(found["policy"][i, p], (factors * by_token(model, table[i], p)).sum(), rtol=1e-5)
-            assert found["lengths"][i, p] == pytest.approx(factors.sum())
+            assert found["mass"][i, p] == pytest.approx(factors.sum())
+            assert found["lengths"][i, p] == (factors > 0).sum()
             np.testing.assert_allclose(found["policy"][i, p], alone["policy"][0, p], rtol=1e-6)
     # The shared part is that of scored tokens: three of each response of the first comparison.
     factors, each = np.array([2, 0.5, 1.0]), by_token(model, table[0], 0)[[0, 2, 3]]
@@ -209,8 +212,67 @@ def test_weight_one_is_unweighted_and_weight_zero_is_left_out(model):
         np.testing.assert_array_equal(plain[name][0], beside[name][0])
     almost = logps(model, table_of({**ROW, "token_weights": [[1, 1e-6, 1], None]}), [0])
     masked = logps(model, table_of({**ROW, "token_weights": [[1, 0, 1], None]}), [0])
-    for name in ("policy", "lengths"):
+    assert (almost["lengths"] - masked["lengths"]).tolist() == [[1, 0]]
+    for name in ("policy", "mass"):
         np.testing.assert_allclose(almost[name], masked[name], rtol=1e-5)
+
+
+FEW = {**ROW, "token_weights": [[0.1, 0, 0.2, 0.1], [0.25, 0, 0]]}  # three tokens and one, of weights below 1 in all
+
+
+def test_means_are_over_weights_that_sum_to_less_than_one():
+    policy, mass = np.array([[-1.0, -2.0]]), np.array([[0.4, 0.25]])
+    lp = losses.Logps.of(policy, policy, lengths=[[3.0, 1.0]], mass=mass)
+    means = policy / mass
+    assert losses.sft(lp, reduction="mean")[0] == pytest.approx(2.5)
+    margin = 2 * (means[0, 0] - means[0, 1]) - 0.5
+    assert losses.build("simpo").values(lp)[0] == pytest.approx(np.log1p(np.exp(-margin)))
+    assert losses.build("dpo").metrics(lp)["nll"][0] == pytest.approx(2.5)
+    # A soft label swaps them with their responses.
+    swapped = losses.Logps.of(policy[:, ::-1], lengths=[[1.0, 3.0]], mass=mass[:, ::-1])
+    half = losses.build("simpo").values(lp._replace(preference=np.array([0.5])))[0]
+    assert half == pytest.approx(np.mean([losses.build("simpo").values(x)[0] for x in (lp, swapped)]))
+
+
+def test_means_over_lengths_below_one_are_means_without_a_mass():
+    lp = losses.Logps.of([[-1.0, -2.0]], lengths=[[0.5, 0.0]])
+    assert losses.sft(lp, reduction="mean")[0] == pytest.approx(2.0)
+    assert np.isfinite(losses.simpo(lp)).all()
+
+
+def test_lengths_are_numbers_of_tokens_whatever_their_weights(model):
+    """In r_dpo, in the target `length` and in metrics."""
+    made, params = model
+    batch, count = dpo_jax.collate(table_of(FEW), [0])
+    batch = dpo_jax.with_reference(made, params, batch, count)
+    lp = batch_logps(made, params, jax.tree.map(lambda x: jnp.asarray(x[0]), batch))
+    losses_of_length = {
+        "r_dpo": losses.build({"name": "r_dpo", "alpha": 0.5}),
+        "axes": losses.build({"score": "log_ratio", "target": "length", "scale": 0.5}),
+    }
+    for loss in losses_of_length.values():
+        np.testing.assert_allclose(loss.values(lp)[0], np.log1p(np.exp(-0.5 * (3 - 1))), rtol=1e-5)
+    metrics = losses.build("dpo").metrics(lp)
+    assert [metrics[f"lengths/{which}"][0] for which in ("chosen", "rejected")] == [3, 1]
+
+
+def test_lengths_and_weights_of_a_step_are_those_of_its_microbatches(model):
+    """Two microbatches, one of them without weights, in a train step of a loss that looks across comparisons or not."""
+    made, params = model
+    table = table_of(FEW, {**ROW, "prompt": "w9"})
+    layout, loss = pack.Layout(2, 1, 16, 1, 16), losses.build({"name": "sft", "reduction": "mean"})
+    batch, count, places = pack.build_batch(table, [0, 1], layout)
+    assert count == 2
+    lp = dpo_jax.sequence_logps(made, params, batch)
+    order = places[:, 0]
+    assert np.asarray(lp.lengths)[order].tolist() == [[3, 1], [4, 3]]
+    np.testing.assert_allclose(np.asarray(lp.mass)[order], [[0.4, 0.25], [4, 3]], rtol=1e-6)
+    step = jax.jit(dpo_jax.make_eval_step(made, losses.build("simpo")))
+    nll = np.asarray(step(params, batch, count)["nll"]).ravel()[order]
+    np.testing.assert_allclose(nll, -np.asarray(lp.policy / lp.mass)[order, 0], rtol=1e-6)
+    assert np.asarray(loss.values(losses.Logps.of(lp.policy[:, :1], lengths=lp.lengths[:, :1], mass=lp.mass[:, :1])))[
+        order
+    ] == pytest.approx(nll)
 
 
 def test_losses_start_where_they_do_without_weights(model):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import sigmoid
 
+from dpo_jax.losses.parts import per_token
 from dpo_jax.records import Array, Logps
 
 Rewards = Callable[[Logps], Array]
@@ -15,14 +16,14 @@ Rewards = Callable[[Logps], Array]
 def likelihood_metrics(lp: Logps) -> dict[str, Array]:
     """Returns the log-probs, float32[B], of the best and (P > 1) the worst response; for the best, nats per token."""
     chosen = jnp.where(lp.present[:, 0], lp.policy[:, 0], jnp.nan)
-    metrics = {"logps/chosen": chosen, "nll": chosen / -jnp.maximum(lp.lengths[:, 0], 1.0)}
+    metrics = {"logps/chosen": chosen, "nll": jnp.where(lp.present, -per_token(lp.policy, lp), jnp.nan)[:, 0]}
     if lp.policy.shape[1] == 1:
         return metrics
     return metrics | {"logps/rejected": jnp.where(lp.present[:, -1], lp.policy[:, -1], jnp.nan)} | length_metrics(lp)
 
 
 def length_metrics(lp: Logps) -> dict[str, Array]:
-    """Returns the tokens, float32[B], of the best response and of the worst."""
+    """Returns the number of scored tokens, float32[B], of the best response and of the worst."""
     found = jnp.where(lp.present, lp.lengths, jnp.nan)
     return {"lengths/chosen": found[:, 0], "lengths/rejected": found[:, -1]}
 

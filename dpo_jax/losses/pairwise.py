@@ -1,7 +1,8 @@
 """Losses of a chosen and a rejected response, P = 2, which compare the policy with the reference.
 
 In formulas c and r are log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens, and
-L_c and L_r their lengths in tokens. Hyper-parameters with TRL's names have TRL's defaults unless stated otherwise.
+L_c and L_r their lengths in tokens; of tokens with weights, means over tokens are divided by the sum of the weights
+instead. Hyper-parameters with TRL's names have TRL's defaults unless stated otherwise.
 """
 
 from typing import Literal

@@ -29,8 +29,10 @@ def margin(values: Array) -> Array:
 
 
 def per_token(values: Array, lp: Logps) -> Array:
-    """Returns sums over responses, float[B, P], as means over their tokens; a response without tokens has 0."""
-    return values.astype(jnp.float32) / jnp.maximum(lp.lengths.astype(jnp.float32), 1.0)
+    """Returns sums over responses, float[B, P], as means over their tokens by weight; one without tokens has its sum,
+    which is 0."""
+    mass = (lp.lengths if isinstance(lp.mass, tuple) else lp.mass).astype(jnp.float32)
+    return values.astype(jnp.float32) / jnp.where(mass > 0, mass, 1.0)
 
 
 def logistic(z: Array, label_smoothing: float = 0.0) -> Array:

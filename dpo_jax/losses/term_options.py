@@ -151,17 +151,17 @@ def first_responses(lp: Logps, responses: int) -> Logps:
 
 
 def _map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
-    """Returns the record with a function of each field [B, P] that is not missing."""
+    """Returns the record with a function of each field [B, P] that is there."""
     given = {name: getattr(lp, name) for name in PER_RESPONSE}
-    return lp._replace(**{name: function(x) for name, x in given.items() if not isinstance(x, Missing)})
+    return lp._replace(**{name: function(x) for name, x in given.items() if not isinstance(x, Missing | tuple)})
 
 
 def example_logps(comparisons: int, responses: int) -> Logps:
-    """Returns the abstract log-probs of a batch."""
+    """Returns the abstract log-probs of a batch without token weights."""
     row = jax.ShapeDtypeStruct((comparisons, responses), jnp.float32)
     number = jax.ShapeDtypeStruct((comparisons,), jnp.float32)
     rest = {"present": jax.ShapeDtypeStruct(row.shape, jnp.bool_), "running": jax.ShapeDtypeStruct((), jnp.float32)}
-    return Logps(**dict.fromkeys(PER_RESPONSE, row) | {"weights": number, "preference": number} | rest)
+    return Logps(**dict.fromkeys(PER_RESPONSE, row) | {"weights": number, "preference": number, "mass": ()} | rest)
 
 
 def check_term(name: str, entry: Entry, options: dict) -> None:

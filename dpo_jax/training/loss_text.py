@@ -10,6 +10,7 @@ from dpo_jax.losses.registry import Entry, find_entry
 NOTATION = (
     "c, r       log pi(y | x) - log ref(y | x) of the chosen and the rejected response, summed over tokens",
     "p_c, p_r   log pi(y | x) of both;  L_c, L_r  their lengths in tokens;  m_c = p_c / L_c, m_r = p_r / L_r",
+    "           (tokens with weights: means, as c / L_c, are over the sum of weights; L_c - L_r counts tokens)",
     "ref_c, m_g log ref(y | x) of the chosen response;  p / L of a gold one;  z, d  beta (c - r), eta (s_c - s_r)",
     "r_c, r_r   their rewards by the trained reward model",
     "z_k        beta (log pi - log ref) of the response of rank k;  s  scores of the data",
