@@ -10,7 +10,7 @@ from words import EOS, make_tokenizer
 import dpo_jax
 from dpo_jax import losses
 from dpo_jax.data import pack
-from dpo_jax.data.cache import write_table
+from dpo_jax.data.cache import cached_encode, write_table
 from dpo_jax.data.encode import encode
 from dpo_jax.data.noise import add_mismatched, add_noise, append_token
 from dpo_jax.data.sources.columns import comparisons_from_columns
@@ -109,6 +109,13 @@ def test_a_table_on_disk_keeps_them(tmp_path):
         assert weights(stored, i) == weights(table, i)
         assert weights(table.take(np.array([2, 1, 0])), 2 - i) == weights(table, i)
     assert stored.digest == table.digest
+
+
+def test_other_weights_of_the_same_texts_are_encoded_again(tmp_path):
+    for column in ([[2, 1, 1], None], [[3, 1, 1], None], None):
+        items = list(comparisons_from_columns("f:1", {**ROW, "token_weights": column}, 2))
+        table, _ = cached_encode(items, TOKENIZER, tmp_path, **OPTIONS)
+        assert weights(table) == ([[*column[0], 1], [1, 1, 1]] if column else [])
 
 
 def test_a_flipped_pair_and_a_response_to_another_prompt():

@@ -32,7 +32,7 @@ from dpo_jax.paths import ABANDONED
 from dpo_jax.records import Tokens
 
 # Part of every key. Raise it when the arrays or the report change, or when the same content encodes differently.
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 log = logging.getLogger(__name__)
 
 
@@ -164,7 +164,7 @@ def _hashed_parts(items: Iterable[Item]) -> Iterator[bytes]:
             continue
         texts = [as_bytes(part) for part in (item.prompt, *item.responses)]
         numbers = (float(item.weight), float(item.preference), item.misplaced, *map(float, item.scores))
-        yield f"{[*map(len, texts)]}{numbers!r}".encode()
+        yield f"{[*map(len, texts)]}{numbers!r}{item.token_weights!r}".encode()
         yield from texts
 
 
