@@ -16,6 +16,7 @@ from dpo_jax.data.noise import add_mismatched, add_noise, append_token
 from dpo_jax.data.sources.columns import comparisons_from_columns
 from dpo_jax.data.sources.mapping import map_columns
 from dpo_jax.data.table import Table
+from dpo_jax.data.template import Template
 from dpo_jax.data.token_weights import aligned
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import batch_logps
@@ -85,6 +86,90 @@ def test_spans_behind_a_prompt_count_from_the_response():
     table = table_of(row, boundary="joint")
     assert table[0].prompt.tolist() == [1, 2]
     assert weights(table) == [[1, 0.5, 1, 1], [2, 1, 1]]
+
+
+def chat_table(content, spans, written, tokenizer=TOKENIZER):
+    """Of a template that writes a turn as `written` has it; the rejected response has no weights."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}" + "{{ m.content }} w9 "
+        "{% else %}" + written + "{{ eos_token }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    row = {
+        "prompt": [{"role": "user", "content": "w1"}],
+        "chosen": [{"role": "assistant", "content": content}],
+        "rejected": [{"role": "assistant", "content": "w61 w62"}],
+        "token_weights": [spans, None],
+    }
+    items = list(comparisons_from_columns("f:1", row, 2))
+    return encode(items, tokenizer, **OPTIONS | {"max_length": 40}, template=Template(source))[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "spans", "written", "expected"),
+    [
+        ("w41 w42 w43", [[4, 7, 2]], "{{ m.content }}", [1, 2, 1, 1]),
+        ("w41 w42 w43", [[4, 7, 2]], "w7 w8 {{ m.content }} w9", [1, 1, 1, 2, 1, 1, 1]),
+        # The template trims: spans count the blanks that are gone.
+        ("  w41 w42 w43 ", [[2, 5, 3], [6, 9, 2]], "{{ m.content | trim }}", [3, 2, 1, 1]),
+        ("  w41 w42 w43 ", [[2, 5, 3], [6, 9, 2]], "w7 {{ m.content | trim }} w8", [1, 3, 2, 1, 1, 1]),
+    ],
+)
+def test_spans_of_a_message_count_from_its_content(content, spans, written, expected):
+    assert weights(chat_table(content, spans, written))[0] == expected
+
+
+def test_a_spelled_special_token_has_as_many_characters_as_are_given():
+    """It is one character where texts are tokenized; words are not, so that its characters are tokens here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {c: i for i, c in enumerate("?<eos>w0123456789 ")} | {"<eos>": 98}
+    backend = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    content = "1<eos>2"
+    table = chat_table(content, [[1, 6, 0.5], [6, 7, 3]], "7{{ m.content }}", tokenizer)
+    assert weights(table)[0] == [1, 1, *[0.5] * 5, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{{ m.content | replace('w41', 'w5') }}", "w41 {{ m.content }} w42 {{ m.content }}", "{{ m.content | upper }}"],
+)
+def test_spans_of_a_message_that_is_not_in_one_place_are_refused(written):
+    with pytest.raises(UserError, match=r"f:1: .* does not write in exactly one place; give a number for each token"):
+        chat_table("w41 w42", [[0, 3, 2]], written)
+
+
+def test_numbers_count_what_a_template_writes():
+    assert weights(chat_table("w41 w42", [2, 3, 4], "{{ m.content }} w9"))[0] == [2, 3, 4, 1]
+    with pytest.raises(UserError, match=r"2 numbers for a response of 3 tokens; .* a chat template writes included"):
+        chat_table("w41 w42", [2, 3], "{{ m.content }} w9")
+
+
+def test_a_response_that_truncation_leaves_no_weight_is_dropped_and_counted():
+    rows = [{**ROW, "token_weights": column} for column in ([[0, 0, 5], None], [[0, 2, 5], [1, 0.5]])]
+    items = [item for row in rows for item in comparisons_from_columns("f:1", row, 2)]
+    table, report = encode(items, TOKENIZER, **OPTIONS | {"max_length": 4})
+    assert weights(table) == [[0, 2], [1, 0.5]]
+    assert (report.read, report.kept, report.unweighted_dropped) == (2, 1, 1)
+    lines = report.lines()
+    assert "1 dropped: truncation left a response no token with a weight above 0" in lines
+    assert lines[-1] == "token weights: 2 of 2 responses, mean 0.875"
+    # Lengths are checked before.
+    with pytest.raises(UserError, match="4 numbers for a response of 2 tokens"):
+        table_of({**ROW, "token_weights": [None, [1, 1, 1, 1]]}, max_length=4)
+
+
+def test_a_report_tells_how_many_responses_have_weights(tmp_path):
+    rows = [{**ROW, "token_weights": [[0.5, 1, 0], [1, 1]]}, {**ROW, "prompt": "w7"}]
+    items = [item for row in rows for item in comparisons_from_columns("f:1", row, 2)]
+    for _ in range(2):  # encoded, and from the cache
+        _, report = cached_encode(items, TOKENIZER, tmp_path, **OPTIONS)
+        assert report.lines()[-1] == "token weights: 1 of 4 responses, mean 0.625"
+    assert not any(
+        "token weights" in line for line in cached_encode(items[1:], TOKENIZER, tmp_path, **OPTIONS)[1].lines()
+    )
 
 
 def test_a_cut_response_keeps_the_weights_of_its_tokens():

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dpo_jax.data.encode import CHUNK, EncodeOptions, check_encode_options, encode_stream
-from dpo_jax.data.report import EncodeReport, EncodeTally, LengthQuantiles
+from dpo_jax.data.report import EncodeReport, EncodeTally, LengthQuantiles, WeightedResponses
 from dpo_jax.data.sources.base import Item, Note, as_bytes
 from dpo_jax.data.table import KINDS, PLACES, Table
 from dpo_jax.errors import UserError
@@ -206,4 +206,5 @@ def _open_entry(entry: Path) -> tuple[Table, EncodeReport]:
         raise ValueError("its arrays differ from those written")
     fields = content["report"]
     spans = {name: LengthQuantiles(*fields[name]) for name in ("prompt", "response", "sequence")}
-    return Table.open(entry), EncodeReport(**{**fields, **spans})
+    weights = WeightedResponses(*fields["token_weights"])
+    return Table.open(entry), EncodeReport(**{**fields, **spans, "token_weights": weights})

@@ -18,7 +18,7 @@ from dpo_jax.data.special_tokens import SpecialTokens, check_special_ids
 from dpo_jax.data.spelling import token_ids, token_offsets
 from dpo_jax.data.table import Table
 from dpo_jax.data.template import Template
-from dpo_jax.data.token_weights import aligned, finished
+from dpo_jax.data.token_weights import aligned, as_given, truncated_weights
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
 from dpo_jax.data.turns import common_size, scored_tokens
 from dpo_jax.errors import UserError
@@ -244,7 +244,7 @@ def _finish(
     moved: int,
     joint: int,
 ) -> Tokens | None:
-    """Checks ids, adds BOS and EOS, truncates and counts; None if the prompt leaves no room for a response."""
+    """Checks ids, adds BOS and EOS, truncates and counts; None if no room or no weight is left for a response."""
     where, bos = comparison.where, special.bos_before(comparison.prompt, options.add_bos)
     if bos and prompt[:1] == [special.bos]:
         bos = False
@@ -260,6 +260,10 @@ def _finish(
     if result is None:
         tally.counts["prompt_too_long_dropped"] += 1
         return None
+    token_weights = truncated_weights(weights, list(map(len, result[1])))
+    if any(len(one) and not one.any() for one in token_weights):
+        tally.counts["unweighted_dropped"] += 1
+        return None
     tally.counts["boundary_moved"] += moved > 0
     if special.unk is not None:
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
@@ -267,8 +271,9 @@ def _finish(
     _count_truncated(tally.counts, (head + prompt, ended), result)
     ids, *truncated = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
     masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if any(scored) else ()
-    masks, token_weights = finished(where, weights, masks, list(map(len, truncated)))
-    tally.keep(*result, unscored=sum(int((~mask).sum()) for mask in masks))
+    if any((one == 0).any() for one in token_weights):
+        masks = tuple(one > 0 for one in token_weights)
+    tally.keep(*result, unscored=sum(int((~mask).sum()) for mask in masks), token_weights=token_weights)
     key = prompt_key(comparison.prompt)
     fields = comparison.weight, key, comparison.preference, comparison.scores
     return Tokens(ids, tuple(truncated), *fields, masks, token_weights)
@@ -283,12 +288,14 @@ def _weights(
     if any(rendered.spans):
         raise UserError(f"{comparison.where}: 'token_weights' are for responses of one turn; remove them")
     before, start, found = rendered.prompt * joint, len(prompt) * joint, []
-    for given, ids, text in zip(comparison.token_weights, responses, rendered.responses, strict=True):
-        offsets: list[tuple[int, int]] = []
-        if given and isinstance(given[0], tuple):
+    parts = comparison.token_weights, comparison.responses, responses, rendered.responses
+    for weights, given, ids, text in zip(*parts, strict=True):
+        offsets, size = list[tuple[int, int]](), 0
+        if weights and isinstance(weights[0], tuple):
             places = token_offsets(before + (text or ""), tokenizer)[start:]
             offsets = [(a - len(before), b - len(before)) for a, b in places]
-        found.append(aligned(comparison.where, given, len(ids), offsets, len(text or "")))
+            offsets, size = as_given(comparison.where, offsets, text or "", given, tokenizer)
+        found.append(aligned(comparison.where, weights, len(ids), offsets, size))
     return found
 
 

@@ -25,6 +25,17 @@ class LengthQuantiles(NamedTuple):
         return f"mean {self.mean:.1f}, p50 {self.p50:g}, p99 {self.p99:g}, max {self.max}"
 
 
+class WeightedResponses(NamedTuple):
+    """Kept responses with token weights other than 1, among all; the mean weight of their tokens."""
+
+    weighted: int
+    responses: int
+    mean: float
+
+    def __str__(self) -> str:
+        return f"{self.weighted:,} of {self.responses:,} responses, mean {self.mean:.4g}"
+
+
 class EncodeReport(NamedTuple):
     """Counts of what encoding did. The unit is comparisons unless an attribute says otherwise.
 
@@ -35,6 +46,7 @@ class EncodeReport(NamedTuple):
         for a response that belongs to another dialogue. The first fault in this order counts.
       empty_kept, identical_kept, misplaced_kept: kept despite that fault, with `degenerate: keep`.
       prompt_too_long_dropped: dropped because the prompt alone fills max_length, with `keep_start`.
+      unweighted_dropped: dropped because truncation left a response no token with a weight above 0.
       prompts_truncated: prompts that were truncated.
       responses_truncated: responses (not comparisons) that were truncated and so lost their EOS.
       identical_after_truncation: kept ones whose responses became identical; their loss teaches nothing.
@@ -45,6 +57,7 @@ class EncodeReport(NamedTuple):
       scored: token ids in responses.
       prompt, response: lengths of kept prompts and of kept responses.
       sequence: lengths of kept prompts with their longest response, which max_length limits.
+      token_weights: responses with token weights.
       notes: further counts by the source: text -> number.
       first_bad: the error of the first bad example.
     """
@@ -59,6 +72,7 @@ class EncodeReport(NamedTuple):
     identical_kept: int
     misplaced_kept: int
     prompt_too_long_dropped: int
+    unweighted_dropped: int
     prompts_truncated: int
     responses_truncated: int
     identical_after_truncation: int
@@ -70,6 +84,7 @@ class EncodeReport(NamedTuple):
     prompt: LengthQuantiles
     response: LengthQuantiles
     sequence: LengthQuantiles
+    token_weights: WeightedResponses
     notes: dict[str, int]
     first_bad: str
 
@@ -82,6 +97,7 @@ class EncodeReport(NamedTuple):
             "dropped: identical responses": self.identical_dropped,
             "dropped: the rejected transcript does not start with the prompt": self.misplaced_dropped,
             "dropped: the prompt alone fills max_length": self.prompt_too_long_dropped,
+            "dropped: truncation left a response no token with a weight above 0": self.unweighted_dropped,
             "kept despite an empty response": self.empty_kept,
             "kept despite identical responses": self.identical_kept,
             "kept despite a rejected transcript that does not start with the prompt": self.misplaced_kept,
@@ -97,6 +113,7 @@ class EncodeReport(NamedTuple):
             f"{self.read:,} comparisons read, {self.kept:,} kept: {self.tokens:,} tokens, {self.scored:,} scored",
             *(f"{count:,} {note}" for note, count in notes.items() if count),
             *(f"tokens per {name}: {span}" for name, span in spans.items()),
+            *([f"token weights: {self.token_weights}"] if self.token_weights.weighted else []),
         ]
 
 
@@ -113,6 +130,7 @@ class EncodeTally:
         self.notes: Counter[str] = Counter()
         self.spans: dict[str, Counter[int]] = {name: Counter() for name in ("prompt", "response", "sequence")}
         self.first_bad = ""
+        self._weighted: Counter[str] = Counter()  # responses with token weights, their tokens, the sum of the weights
 
     def bad(self, error: UserError, most: int) -> None:
         """Counts a bad example; raises its error once there are more than `most`."""
@@ -123,8 +141,14 @@ class EncodeTally:
         if self.counts["bad_skipped"] > most:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 
-    def keep(self, prompt: Sequence[int], responses: Sequence[Sequence[int]], unscored: int = 0) -> None:
-        """Counts a kept comparison: its ids after truncation, and the number of unscored response tokens."""
+    def keep(
+        self,
+        prompt: Sequence[int],
+        responses: Sequence[Sequence[int]],
+        unscored: int = 0,
+        token_weights: Sequence[np.ndarray] = (),
+    ) -> None:
+        """Counts a kept comparison: its ids after truncation, unscored tokens of responses, weights of their tokens."""
         sizes = [len(response) for response in responses if len(response)]
         self.counts["kept"] += 1
         self.counts["tokens"] += len(prompt) + sum(sizes)
@@ -133,6 +157,9 @@ class EncodeTally:
         for size in sizes:
             self.spans["response"][size] += 1
         self.spans["sequence"][len(prompt) + max(sizes)] += 1
+        for one in token_weights:
+            if (one != 1).any():
+                self._weighted.update({"responses": 1, "tokens": len(one), "sum": float(one.sum())})  # type: ignore
 
     def found(self) -> dict[str, int]:
         """Returns the counts that are not 0, by name."""
@@ -141,10 +168,11 @@ class EncodeTally:
     def report(self) -> EncodeReport:
         """Returns the counts so far as a report."""
         spans: dict[str, Any] = {name: _length_quantiles(lengths) for name, lengths in self.spans.items()}
-        counts = {
-            name: self.counts[name] for name in EncodeReport._fields if name not in (*spans, "notes", "first_bad")
-        }
-        return EncodeReport(**counts, **spans, notes=dict(self.notes), first_bad=self.first_bad)
+        found = self._weighted
+        weights = found["responses"], self.spans["response"].total(), found["sum"] / max(found["tokens"], 1)
+        others = {"token_weights": WeightedResponses(*weights), "notes": dict(self.notes), "first_bad": self.first_bad}
+        counts = {name: self.counts[name] for name in EncodeReport._fields if name not in (*spans, *others)}
+        return EncodeReport(**counts, **spans, **others)
 
 
 def _length_quantiles(counts: Counter[int]) -> LengthQuantiles:

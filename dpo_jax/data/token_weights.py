@@ -1,16 +1,20 @@
 """Weights of a response's tokens, from the column `token_weights`: numbers by token, or spans of characters.
 
 They multiply log-probs before these are summed (TIS-DPO, arXiv 2410.04350); a token of weight 0 is left out (Mask-DPO,
-arXiv 2503.02846). For each response: a number for each of its tokens (and one more for EOS, which has 1 by default), or
-[first, end, weight] for spans of its text as it is tokenized, between which tokens have 1.
+arXiv 2503.02846). For each response: a number for each of its tokens, those that a chat template writes included (and
+one more for EOS, which has 1 by default), or [first, end, weight] for spans of its text as it is given, between which
+tokens have 1.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from dpo_jax.data.sources.values import FLOAT32_MAX, Example, number_column, parsed
+from dpo_jax.data.spelling import reveal
+from dpo_jax.data.turns import as_turns
 from dpo_jax.errors import UserError
 
 KEY = "token_weights"
@@ -58,12 +62,15 @@ def aligned(where: str, weights: Weights, tokens: int, offsets: Sequence[tuple[i
       length: characters of the response.
 
     Raises:
-      UserError: another number of weights than of tokens, or a span outside the response.
+      UserError: another number of weights than of tokens, weights of 0 alone, or a span outside the response.
     """
     if not weights or not isinstance(weights[0], tuple):
         if weights and len(weights) not in (tokens, tokens + 1):
             raise UserError(f"{where}: {KEY!r} has {len(weights)} numbers for a response of {tokens} tokens; give one "
-                            "for each (and one for EOS, or none), or spans")  # fmt: skip
+                            "for each, those that a chat template writes included (and one for EOS, or none), or "
+                            "spans")  # fmt: skip
+        if len(weights) > tokens and not any(weights):
+            raise UserError(f"{where}: {KEY!r} leaves no token of a response; give one a weight above 0")
         return list(weights)
     for first, end, _ in weights:
         if not first < end <= length:
@@ -79,26 +86,46 @@ def _of_token(spans: Weights, start: int, stop: int) -> float:
     return spans[overlap.index(most)][2] if most > 0 else 1.0
 
 
-def finished(
-    where: str, weights: Sequence[list[float]], masks: tuple[np.ndarray, ...], sizes: Sequence[int]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Returns which tokens of truncated responses are scored, and their weights; () where all are, or all have 1.
+def as_given(
+    where: str, offsets: Sequence[tuple[int, int]], text: str, response: Any, tokenizer: Any
+) -> tuple[list[tuple[int, int]], int]:
+    """Returns the characters of tokens counted in the response as it is given, and the number of its characters.
+
+    A template may write more than a message's text, and leave out blanks around it.
 
     Args:
-      where: begins the messages.
-      weights: of each response, as `aligned` gives them; [] for all 1.
-      masks: which tokens of each response are scored anyway; () for all.
-      sizes: tokens of each response, EOS included if it was not cut.
+      where: begins the message.
+      offsets: (first, end) characters of each token in `text`.
+      text: the response as it is tokenized; special tokens that it spells are one character each (see `spelling`).
+      response: the response as it is given.
+      tokenizer: whose special tokens may be spelled.
 
     Raises:
-      UserError: no token of a response is left.
+      UserError: the template writes a message's content in no place, or in several.
     """
-    if not any(weights):
-        return masks, ()
+    if isinstance(response, str):
+        return list(offsets), len(text)
+    written, given = reveal(text, tokenizer), as_turns(response)[0].get("content") or ""
+    start = next(
+        (written.index(part) - given.index(part) for part in (given, given.strip()) if _once(part, written)), None
+    )
+    if start is None:
+        raise UserError(f"{where}: spans of {KEY!r} count characters of the message's content, which the chat template "
+                        "does not write in exactly one place; give a number for each token")  # fmt: skip
+    places = [0, *accumulate(len(reveal(character, tokenizer)) for character in text)]
+    return [(places[max(a, 0)] - start, places[max(b, 0)] - start) for a, b in offsets], len(given)
+
+
+def _once(part: str, text: str) -> bool:
+    return bool(part) and 0 <= text.find(part) == text.rfind(part)
+
+
+def truncated_weights(weights: Sequence[list[float]], sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Returns the weight of each token of truncated responses, float32[n_p]; () where all are 1.
+
+    Args:
+      weights: of each response before truncation, as `aligned` gives them; [] for all 1.
+      sizes: tokens of each response, EOS included if it was not cut.
+    """
     full = tuple(np.array([*one, *[1.0] * size][:size], np.float32) for one, size in zip(weights, sizes, strict=True))
-    kept = [one > 0 for one in full]
-    kept = [mine & mask for mine, mask in zip(kept, masks, strict=True)] if masks else kept
-    if any(size and not mask.any() for size, mask in zip(sizes, kept, strict=True)):
-        raise UserError(f"{where}: {KEY!r} leaves no token of a response; give one a weight above 0")
-    weighted = any((one != 1).any() for one in full)
-    return () if all(mask.all() for mask in kept) else tuple(kept), full if weighted else ()
+    return full if any((one != 1).any() for one in full) else ()
