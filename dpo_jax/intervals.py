@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,14 @@ from dpo_jax.records import Array
 Z95 = 1.959963984540054  # a normal variable lies within +-Z95 standard deviations 95% of the time
 
 
-def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, float]:
+class MeanInterval(NamedTuple):
+    """A mean and half the width of its 95% interval."""
+
+    mean: float
+    half: float
+
+
+def mean_interval(values: Array, weights: Array | None = None) -> MeanInterval:
     """Returns the (weighted) mean of n values, and half the width of its 95% interval (normal approximation).
 
     The variance of a weighted mean m is n / (n - 1) * sum(w^2 (x - m)^2) / sum(w)^2 over the n values of positive
@@ -26,12 +34,12 @@ def mean_interval(values: Array, weights: Array | None = None) -> tuple[float, f
     total = math.fsum(w for _, w in pairs)
     mean = math.fsum(w * x for x, w in pairs) / total
     if len(pairs) == 1:
-        return mean, math.inf
+        return MeanInterval(mean, math.inf)
     spread = math.fsum((w * (x - mean)) ** 2 for x, w in pairs) * len(pairs) / (len(pairs) - 1)
-    return mean, Z95 * math.sqrt(spread) / total
+    return MeanInterval(mean, Z95 * math.sqrt(spread) / total)
 
 
-def mean_t_interval(values: Array) -> tuple[float, float]:
+def mean_t_interval(values: Array) -> MeanInterval:
     """Returns the mean of n values, and half the width of its 95% interval by Student's t, n - 1 degrees of freedom.
 
     For few normal values, as of seeds. The interval of a single value is infinite.
@@ -39,7 +47,7 @@ def mean_t_interval(values: Array) -> tuple[float, float]:
     from scipy.special import stdtrit  # here, because commands without it start faster
 
     mean, half = mean_interval(values)
-    return mean, half * float(stdtrit(len(values) - 1, 0.975)) / Z95 if len(values) > 1 else half
+    return MeanInterval(mean, half * float(stdtrit(len(values) - 1, 0.975)) / Z95 if len(values) > 1 else half)
 
 
 def measured(mean: float, low: float, high: float, n: float) -> dict[str, float]:

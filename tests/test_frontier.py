@@ -6,6 +6,7 @@ import runpy
 import shutil
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_ppo_has_the_options_of_the_config():
     method, options = frontier._online_method(settings, FrontierJob("ppo_gt", 6.0, (8,)))  # noqa: SLF001
     assert method is ppo.train_ppo
     assert options == ppo.PpoOptions(6.0, 1e-3, 64, max_new_tokens=7, init_kl_coef=0.2, horizon=99.0)
+
+
+def test_the_learned_reward_of_ppo_is_centered_on_the_training_prompts(monkeypatch):
+    stand_ins = {
+        "train_reward_model": lambda settings, folder: "run",
+        "get_reward": lambda name: name,
+        "centered": lambda reward, world, prompts: (reward, prompts),
+        "_online_trainer": lambda shared, reward, record: reward,
+    }
+    for name, function in stand_ins.items():
+        monkeypatch.setattr(frontier, name, function)
+    shared = SimpleNamespace(settings=None, folder=None, world=None, prompts=["training"], held_out=["held-out"])
+    assert frontier._trainer(shared, None, "ppo") == ("model:run", ["training"])  # noqa: SLF001
 
 
 def point(method, strength, step, reward, kl, half=0.0):

@@ -252,12 +252,6 @@ def test_a_seed_has_no_say_in_its_own_strength():
     np.testing.assert_array_equal(standings.without_own_choice(values), [0.0, 4.0, 4.0])
 
 
-def test_an_interval_over_seeds_is_students():
-    found = standings.mean_of_seeds(np.array([1.0, 2.0, 3.0, 6.0]))
-    assert found.mean == 3.0
-    assert found.half == pytest.approx(3.182446 * math.sqrt(14 / 3) / 2, rel=1e-6)
-
-
 def test_a_loss_is_dominated_where_another_is_better_at_every_budget():
     noise = np.array([0.0, 0.01, -0.01, 0.02, -0.02, 0.01])
     base = np.stack([np.linspace(0, 5, 6)] * 3)  # worlds differ far more than losses: each is compared with itself
@@ -291,13 +285,22 @@ def test_standings_of_made_paths():
     assert [r.mean for r in dpo.rewards] == pytest.approx([0.505, 1.01, 1.515])
     limit = ExactFrontier(THREE).at(1.0)
     assert dpo.distances[1].mean == pytest.approx(limit - dpo.rewards[1].mean)
-    assert dpo.end_kl.mean == pytest.approx(1.5)
+    assert dpo.end_kl == pytest.approx((1.5, 0.0), abs=1e-12)
+    gain = 1.5 * 1.0, 1.5 * 1.01, 1.5 * 1.02  # of three seeds, at the end; Student's t of two degrees of freedom
+    assert dpo.end_reward == pytest.approx((1.515, 4.302652729911275 * np.std(gain, ddof=1) / math.sqrt(3)))
     assert dpo.end_distance.mean == pytest.approx(math.log(4) - 1.515, abs=1e-3)
     assert (dpo.chosen.mean, dpo.fell) == pytest.approx((1.5, 0.0))
     assert {s.fell for s in found.standings if s.labels in ("clean", "bradley_terry")} == {1.0}
     hinge = [s for s in found.standings if s.loss == "hinge"]
     assert {s.beta for s in hinge} == {0.3}
     assert "left out, since the policy became NaN: hinge, beta 1" in summary(found)[-1]
+
+
+def test_losses_that_all_break_are_an_error_in_one_line():
+    broken = made_paths(1.0)
+    broken.reward[:, 0, 0, 3] = math.nan
+    with pytest.raises(UserError, match="policies of dpo, sft become NaN at every strength; give other losses"):
+        result_of({"dpo": broken, "sft": broken}, [THREE] * 3, 4)
 
 
 def test_the_page_and_its_parts():
@@ -336,7 +339,8 @@ def test_all_losses_of_policies_enter():
     ("arguments", "message"),
     [
         (["--seeds", "1"], "needs --seeds of at least 2"),
-        (["--losses", "dop"], "unknown loss 'dop'"),
+        (["--losses", "dop"], "dpo-jax leaderboard: unknown loss 'dop'"),
+        (["--losses", "dpo,label_smoothing=0.1"], "only a point of the axes, such as .*; give dpo alone"),
         (["--losses", "bradley_terry"], "bradley_terry trains a reward model, not a policy; leave it out"),
         (["--losses", "dpo", "--beta", "0"], "beta 0.0 is not a finite number above 0"),
     ],

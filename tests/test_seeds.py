@@ -103,14 +103,21 @@ def test_the_summary_states_how_many_completions_each_method_samples():
     assert "sampled to train on" not in " ".join(summary_lines(FOUND, settings))
 
 
-def test_a_file_of_before_there_were_seeds_is_of_seed_0(tmp_path):
+def test_a_file_of_before_there_were_seeds_is_of_the_configs_seed(tmp_path):
     row = point("dpo", 0.1, 10, 2.0, 1.0)._replace(cut=math.nan)._asdict() | {"cut": None}
     del row["seed"]
     (tmp_path / "points.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = frontier_points(tmp_path / "points.jsonl")
-    assert (found.seed, found.reward) == (0, 2.0)
+    (found,) = frontier_points(tmp_path / "points.jsonl", 5)
+    assert (found.seed, found.reward) == (5, 2.0)
     assert math.isnan(found.cut)
-    assert frontier_points(tmp_path / "none.jsonl") == []
+    assert frontier_points(tmp_path / "none.jsonl", 5) == []
+
+
+def test_measurements_of_other_seeds_are_left_out_and_counted():
+    settings = FrontierConfig("synthetic", run="runs/x")
+    lines = summary_lines(FOUND._replace(other_seeds=3), settings)
+    assert "measurements of other seeds in runs/x/points.jsonl, left out: 3" in lines
+    assert not any("other seeds" in line for line in summary_lines(FOUND, settings))
 
 
 def test_the_run_of_the_reward_model_is_known_again(tmp_path):
@@ -176,7 +183,19 @@ def test_seeds_are_added_to_those_that_are_there(run, folder):
         assert same not in others
     fewer = run("--run", "runs/one", "--seeds", "2")
     assert "4 runs of up to 1 steps" in fewer
+    assert "points.jsonl, left out: 3" in fewer
     assert len(json.loads((folder / "runs/one/frontier.json").read_text())["points"]) == 6
+    # A folder of before there were seeds, whose rows have none, is of the config's seed, and nothing runs again.
+    points, rows = folder / "runs/alone/points.jsonl", read_metrics(folder / "runs/alone/points.jsonl")
+    points.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "seed"}) + "\n" for row in rows))
+    alone = ("--run", "runs/alone", "--seed", "7", "--dpo", "--unlikelihood")
+    assert "left out" not in run(*alone)
+    assert len(read_metrics(points)) == len(rows)
+    (start,) = json.loads((folder / "runs/alone/frontier.json").read_text())["points"]
+    assert start["seed"] == 7
+    rows[0]["seed"] = 6  # below those asked for
+    points.write_text(points.read_text() + json.dumps(rows[0]) + "\n")
+    assert "points.jsonl, left out: 1" in run(*alone)
 
 
 def test_no_seed_is_refused(run):

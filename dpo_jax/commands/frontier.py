@@ -54,6 +54,8 @@ def summary_lines(found: FrontierResult, settings: FrontierConfig) -> list[str]:
         f"{measured} runs of up to {settings.max_steps} steps, {found.pairs:,} pairs, true reward {settings.reward}; "
         f"{len(found.points)} measurements on {found.prompts} held-out prompts; {_seeds_text(settings)}"
     ]
+    if found.other_seeds:
+        lines.append(f"measurements of other seeds in {settings.run}/points.jsonl, left out: {found.other_seeds:,}")
     if any(getattr(settings, method) for method in frontier.ONLINE):
         sampled = settings.online.rollouts * settings.online.max_steps
         pairs = f"{settings.completions} completions a prompt for the pairs"

@@ -15,8 +15,9 @@ from dpo_jax.config.commands import LeaderboardConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
 from dpo_jax.experiments.leaderboard import LISTS, SIZES, LossPaths, calibration_error, run_leaderboard
-from dpo_jax.experiments.standings import BUDGETS, mean_of_seeds, standings_of
+from dpo_jax.experiments.standings import BUDGETS, standings_of
 from dpo_jax.experiments.table_world import LABELS, ExactFrontier, TableWorld, make_world
+from dpo_jax.intervals import mean_t_interval
 from dpo_jax.pages.frontier import standalone_figure
 from dpo_jax.pages.leaderboard import (
     NOTE,
@@ -59,14 +60,16 @@ def entrants(names: Sequence[str]) -> dict[str, dict[str, Any]]:
       UserError: an unknown loss, or options that do not go together.
     """
     every = names or [name for name, entry in losses.REGISTRY.items() if not entry.rewards and name != "axes"]
-    return {name: {"name": "axes" if "=" in name else name, **named_term(name)[1]} for name in every}
+    return {
+        name: {"name": "axes" if "=" in name else name, **named_term(name, "dpo-jax leaderboard")[1]} for name in every
+    }
 
 
 def result_of(paths: dict[str, LossPaths], worlds: Sequence[TableWorld], steps: int) -> LeaderboardResult:
     """Returns the result of paths in worlds."""
     frontiers = [ExactFrontier(world) for world in worlds]
-    limits = tuple(mean_of_seeds(np.array([f.at(budget) for f in frontiers])) for budget in BUDGETS)
-    untrained = mean_of_seeds(np.array([float(calibration_error(0.0 * w.reward, w)) for w in worlds]))
+    limits = tuple(mean_t_interval(np.array([f.at(budget) for f in frontiers])) for budget in BUDGETS)
+    untrained = mean_t_interval(np.array([float(calibration_error(0.0 * w.reward, w)) for w in worlds]))
     return LeaderboardResult(standings_of(paths, frontiers), paths, (limits, untrained), len(worlds), steps)
 
 

@@ -63,14 +63,23 @@ def losses_command(argv: Sequence[str]) -> None:
     )
 
 
-def named_term(name: str) -> tuple[Entry, dict[str, Any]]:
+def named_term(name: str, command: str = "dpo-jax losses") -> tuple[Entry, dict[str, Any]]:
     """Returns the entry of a loss, or of a point such as `link=squared,scale=2`, and the options that the name gives.
+
+    Args:
+      name: of a registered loss, or coordinates.
+      command: begins the messages.
 
     Raises:
       UserError: no such loss or option, or options that do not go together.
     """
     if "=" not in name:
-        return find_entry(name, "dpo-jax losses"), {}
+        return find_entry(name, command), {}
+    if named := next((part for part in name.split(",") if "=" not in part), None):
+        raise UserError(
+            f"{command}: {name!r}: only a point of the axes, such as link=savage,scale=2, takes options here; "
+            f"give {named} alone"
+        )
     given = {part.partition("=")[0]: part.partition("=")[2] for part in name.split(",")}
     entry = find_entry("axes")
     every = with_defaults("", options_of(entry.function), given)

@@ -85,16 +85,18 @@ def run_frontier(settings: FrontierConfig) -> FrontierResult:
     with _lock_run(folder, settings):
         setups, path = setup.setup_seeds(settings, folder), folder / "points.jsonl"
         truncate_metrics(path, MAX_STEP)  # drops an incomplete last line, left by a killed process
+        known = frontier_points(path, settings.seed)
         for shared in setups:
-            _run_seed(shared, path)
+            _run_seed(shared, path, {p[:3] for p in known if p.seed == shared.settings.seed})
+        every = frontier_points(path, settings.seed)
+        points = [p for p in every if settings.seed <= p.seed < settings.seed + settings.seeds]
         places = {job[:2]: place for place, job in enumerate((START, *frontier_jobs(settings)))}
-        points = [p for p in frontier_points(path) if p.seed < settings.seed + settings.seeds]
-        return _result(setups, sorted(points, key=lambda p: (places[p[:2]], p.step, p.seed)))
+        found = _result(setups, sorted(points, key=lambda p: (places[p[:2]], p.step, p.seed)))
+        return found._replace(other_seeds=len(every) - len(points))
 
 
-def _run_seed(shared: SharedSetup, path: Path) -> None:
-    """Trains and measures the runs of one seed that are missing in the file of points."""
-    done = {p[:3] for p in frontier_points(path) if p.seed == shared.settings.seed}
+def _run_seed(shared: SharedSetup, path: Path, done: set[tuple[str, float, int]]) -> None:
+    """Trains and measures the runs of one seed that are missing in the file of points, which has those of `done`."""
     stopped = threading.Event()
     record = _make_recorder(shared, path, done, stopped)
     record(START, shared.world.reference, 0)
@@ -161,7 +163,7 @@ def _trainer(shared: SharedSetup, record: Record, method: str) -> TrainJob:
     if method != "ppo":
         return _online_trainer(shared, shared.world.reward, record)
     learned = get_reward(f"model:{train_reward_model(shared.settings, shared.folder)}")
-    return _online_trainer(shared, centered(learned, shared.world, shared.held_out), record)
+    return _online_trainer(shared, centered(learned, shared.world, shared.prompts), record)
 
 
 def _offline_trainer(shared: SharedSetup, method: str, record: Record) -> TrainJob:

@@ -9,15 +9,8 @@ import numpy as np
 
 from dpo_jax.experiments.optimum import Optimum
 from dpo_jax.experiments.world import Point
-from dpo_jax.intervals import mean_t_interval
+from dpo_jax.intervals import MeanInterval, mean_t_interval
 from dpo_jax.training.metrics_file import read_metrics
-
-
-class MeanInterval(NamedTuple):
-    """A mean and half its 95% interval: over seeds, or over prompts if there is one seed."""
-
-    mean: float
-    half: float
 
 
 class BestOf(NamedTuple):
@@ -42,6 +35,7 @@ class FrontierResult(NamedTuple):
       enumerated: True if the optima are exact sums over all responses, False for estimates from samples.
       prompts: number of held-out prompts.
       pairs: number of training pairs.
+      other_seeds: measurements in the folder that are left out, because they are of other seeds than those asked for.
     """
 
     points: list[Point]
@@ -51,14 +45,20 @@ class FrontierResult(NamedTuple):
     enumerated: bool
     prompts: int
     pairs: int
+    other_seeds: int = 0
 
 
-def frontier_points(path: Path) -> list[Point]:
-    """Returns the points of a file, none if it does not exist; null becomes NaN."""
+def frontier_points(path: Path, seed: int) -> list[Point]:
+    """Returns the points of a file, none if it does not exist; null becomes NaN.
+
+    Args:
+      path: the file.
+      seed: of rows without one, as they were written before there were several seeds: the config's.
+    """
     rows = read_metrics(path) if path.is_file() else []
 
     def point(row: dict[str, Any]) -> Point:
-        found: dict[str, Any] = Point._field_defaults | row
+        found: dict[str, Any] = {"seed": seed, **row}
         values: dict[str, Any] = {name: math.nan if found[name] is None else found[name] for name in Point._fields}
         return Point(**values)
 
@@ -97,17 +97,20 @@ def best_within(points: Sequence[Point], method: str, budget: float) -> Point:
 
 
 def best_of_seeds(points: Sequence[Point], method: str, budget: float) -> MeanInterval:
-    """Returns the highest reward of a method within a KL: of each seed, averaged over seeds."""
+    """Returns the highest reward of a method within a KL: of each seed, averaged over seeds.
+
+    The interval is over seeds, or over prompts if there is one seed.
+    """
     best = [best_within(own, method, budget) for own in _by_seed(points)]
     if len(best) == 1:
         return MeanInterval(best[0].reward, best[0].reward_half)
-    return MeanInterval(*mean_t_interval([p.reward for p in best]))
+    return mean_t_interval([p.reward for p in best])
 
 
 def difference_of_seeds(points: Sequence[Point], method: str, other: str, budget: float) -> MeanInterval:
     """Returns the highest reward of a method within a KL less another method's, paired by seed; two seeds or more."""
     best = [[best_within(own, name, budget).reward for name in (method, other)] for own in _by_seed(points)]
-    return MeanInterval(*mean_t_interval([one - two for one, two in best]))
+    return mean_t_interval([one - two for one, two in best])
 
 
 def _by_seed(points: Sequence[Point]) -> list[list[Point]]:

@@ -11,23 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
+from dpo_jax.errors import UserError
 from dpo_jax.experiments.leaderboard import CONDITIONS, LossPaths
 from dpo_jax.experiments.table_world import ExactFrontier
+from dpo_jax.intervals import MeanInterval, mean_t_interval
 from dpo_jax.records import Array
 
 BUDGETS = (0.5, 1.0, 2.0)  # nats
 MAIN = 1  # the budget of the order and of the strength that is shown, an index
 
 
-class Mean(NamedTuple):
-    """A mean over seeds, and half its 95% interval (Student's t)."""
-
-    mean: float
-    half: float
-
-
 class Standing(NamedTuple):
-    """A loss under one condition.
+    """A loss under one condition; means are over seeds (Student's t).
 
     Attributes:
       loss: its name.
@@ -46,21 +41,15 @@ class Standing(NamedTuple):
     labels: str
     size: str
     beta: float
-    rewards: tuple[Mean, ...]
-    distances: tuple[Mean, ...]
-    end_kl: Mean
-    end_reward: Mean
-    end_distance: Mean
-    calibration: Mean
-    chosen: Mean
+    rewards: tuple[MeanInterval, ...]
+    distances: tuple[MeanInterval, ...]
+    end_kl: MeanInterval
+    end_reward: MeanInterval
+    end_distance: MeanInterval
+    calibration: MeanInterval
+    chosen: MeanInterval
     fell: float
     beaten_by: str
-
-
-def mean_of_seeds(values: Array) -> Mean:
-    """Returns the mean of float[N], N >= 2, and half its 95% interval."""
-    spread = values.std(ddof=1) / math.sqrt(len(values))
-    return Mean(float(values.mean()), float(student.ppf(0.975, len(values) - 1) * spread))
 
 
 def stopped_at(kl: Array, reward: Array, start: Array, budget: float) -> Array:
@@ -110,9 +99,17 @@ def dominators(rewards: Array) -> list[list[int]]:
 
 
 def standings_of(found: Mapping[str, LossPaths], frontiers: Sequence[ExactFrontier]) -> list[Standing]:
-    """Returns the standing of every loss under every condition; losses without a usable strength are left out."""
+    """Returns the standing of every loss under every condition; losses without a usable strength are left out.
+
+    Raises:
+      UserError: no loss has a usable strength.
+    """
     usable = {name: finite_strengths(paths) for name, paths in found.items()}
     usable = {name: paths for name, paths in usable.items() if paths.betas}
+    if not usable:
+        raise UserError(
+            f"the policies of {', '.join(found)} become NaN at every strength; give other losses, or another --beta"
+        )
     return [row for c in range(len(CONDITIONS)) for row in _condition(usable, frontiers, c)]
 
 
@@ -141,9 +138,9 @@ def _standing(
     end = np.array([f.at(x) for f, x in zip(frontiers, kl, strict=True)])
     return Standing(
         name, *CONDITIONS[c], paths.betas[s],
-        rewards=tuple(map(mean_of_seeds, rewards)),
-        distances=tuple(map(mean_of_seeds, limits - rewards)),
-        end_kl=mean_of_seeds(kl), end_reward=mean_of_seeds(reward), end_distance=mean_of_seeds(end - reward),
-        calibration=mean_of_seeds(paths.calibration[s, c]), chosen=mean_of_seeds(chosen),
+        rewards=tuple(map(mean_t_interval, rewards)),
+        distances=tuple(map(mean_t_interval, limits - rewards)),
+        end_kl=mean_t_interval(kl), end_reward=mean_t_interval(reward), end_distance=mean_t_interval(end - reward),
+        calibration=mean_t_interval(paths.calibration[s, c]), chosen=mean_t_interval(chosen),
         fell=float((chosen < 0).mean()), beaten_by=beaten_by,
     )  # fmt: skip

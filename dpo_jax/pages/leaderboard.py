@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.experiments.leaderboard import CONDITIONS, SIZES, LossPaths
-from dpo_jax.experiments.standings import BUDGETS, MAIN, Mean, Standing
+from dpo_jax.experiments.standings import BUDGETS, MAIN, Standing
 from dpo_jax.experiments.table_world import LABELS
+from dpo_jax.intervals import MeanInterval
 from dpo_jax.pages import figure
 from dpo_jax.pages.output import json_values, render_page
 from dpo_jax.records import Array
@@ -34,7 +35,7 @@ class LeaderboardResult(NamedTuple):
 
     standings: list[Standing]
     paths: Mapping[str, LossPaths]
-    limits: tuple[tuple[Mean, ...], Mean]
+    limits: tuple[tuple[MeanInterval, ...], MeanInterval]
     seeds: int
     steps: int
 
@@ -79,7 +80,7 @@ def _cells(s: Standing) -> dict[str, str]:
     }
 
 
-def _mean_text(value: Mean, digits: int = 2) -> str:
+def _mean_text(value: MeanInterval, digits: int = 2) -> str:
     return "" if math.isnan(value.mean) else f"{value.mean:.{digits}f} +- {value.half:.{digits}f}"
 
 
