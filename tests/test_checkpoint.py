@@ -56,6 +56,16 @@ def test_comes_back_bit_for_bit(saved, like):
     assert_is(restored(saved, like), 9)
 
 
+def test_a_loss_that_carries_other_numbers_is_named(saved, like):
+    """As bco does with all_steps: two instead of one."""
+    two = like._replace(running=jax.ShapeDtypeStruct((2,), np.float32, sharding=like.running.sharding))
+    message = (
+        r"9: saved from another loss \(.running is float32 \[1\] there, float32 \[2\] in this run\); set another --run"
+    )
+    with pytest.raises(UserError, match=message):
+        restored(saved, two)
+
+
 def test_nothing_to_restore(tmp_path, like):
     assert restored(tmp_path / "new", like) is None
 

@@ -10,6 +10,7 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, SamplesConfig
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.errors import UserError
+from dpo_jax.training.run_folder import claim_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -216,3 +217,18 @@ def test_options_have_one_name_in_all_commands_that_sample():
             parse_config(kind, None, [f"--{old}", "1"])
     with pytest.raises(UserError, match=r"^unknown key 'max_tokens'; set samples\.max_new_tokens$"):
         parse_config(Config, None, ["--max_tokens", "1"])
+
+
+def test_a_run_of_bco_goes_on_with_the_mean_that_it_began_with(tmp_path):
+    """Over all steps it carries another number, which a checkpoint of the run has not."""
+
+    def bco(*options):
+        argv = ["--loss.name", "bco", "--run", str(tmp_path / "run"), *options]
+        return parse_config(Config, None, argv, prog="dpo-jax train")
+
+    for _ in ("begun", "resumed"):
+        with claim_folder(bco(), {})[1]:
+            pass
+    message = r"run belongs to another config \(loss.all_steps: False -> True\); set another --run"
+    with pytest.raises(UserError, match=message):
+        claim_folder(bco("--loss.all_steps", "True"), {})

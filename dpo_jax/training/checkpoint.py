@@ -296,7 +296,7 @@ class Checkpoints:
           optimizer: whether to read the state of the optimizer, which only training needs; `like` has () for it if not.
 
         Raises:
-          UserError: a checkpoint of another format, or all intact ones are of another model or optimizer.
+          UserError: a checkpoint of another format, or all intact ones are of another model, loss or optimizer.
         """
         wanted, skipped = state_shapes(like), set[int]()
         unread = "" if optimizer else ".opt_state"
@@ -382,5 +382,6 @@ def _foreign(leaves: Mapping[str, list], wanted: Mapping[str, list]) -> str:
         found, expected = (x.get(name, ["absent"])[:2] for x in (leaves, wanted))
         if found != expected:
             why = f"{name} is {' '.join(map(str, found))} there, {' '.join(map(str, expected))} in this run"
-            return f"saved from another model or optimizer ({why})"
+            kind = "loss" if name == ".running" else "model or optimizer"
+            return f"saved from another {kind} ({why})"
     return ""
