@@ -4,6 +4,7 @@ They must see all comparisons of a step at once. Absent ones (weight 0) take no 
 in pairwise.py.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
@@ -63,13 +64,21 @@ def aot_unpaired(lp: Logps, *, beta: float = 0.1, label_smoothing: float = 0.0) 
     return jnp.where(lp.weights > 0, logistic(beta * gap, label_smoothing), 0.0)
 
 
-def _mean_margin(lp: Logps) -> Array:
-    return weighted_mean(stop_gradient(margin(log_ratios(lp))), lp.weights)
+def _margins(lp: Logps) -> Array:
+    """Returns the margin of log-ratios, float32[B], without gradient."""
+    return stop_gradient(margin(log_ratios(lp)))
 
 
-def _usual_margin(lp: Logps, *, decay: float = 0.9, **_: float) -> Array:
-    """Returns the running mean of margins with this step's in it: the statistic of beta_dpo."""
-    return decay * lp.running + (1 - decay) * _mean_margin(lp)
+def _usual_margin(lp: Logps, *, decay: float = 0.9, drawn: bool = False, **_: float) -> Array:
+    """Returns the running mean of margins with this step's in it, and (drawn) their standard deviation and the number
+    of steps: the statistic of beta_dpo."""
+    mean = weighted_mean(_margins(lp), lp.weights)
+    if not drawn:
+        return decay * lp.running + (1 - decay) * mean
+    count = jnp.maximum(jnp.sum(lp.weights > 0), 2)
+    spread = jnp.sqrt(weighted_mean((_margins(lp) - mean) ** 2, lp.weights) * count / (count - 1))
+    before = jnp.broadcast_to(lp.running, (3,))
+    return jnp.stack([*decay * before[:2] + (1 - decay) * jnp.stack([mean, spread]), before[2] + 1])
 
 
 @register(responses=2, uses_reference=True, whole_batch=True, statistic=_usual_margin)
@@ -80,6 +89,7 @@ def beta_dpo(
     alpha: float = 0.6,
     decay: float = 0.9,
     left_out: float = 0.0,
+    drawn: bool = False,
     label_smoothing: float = 0.0,
 ) -> Array:
     """DPO with a beta that grows with the step's mean margin (Wu et al. 2024, arXiv 2407.08639).
@@ -90,15 +100,19 @@ def beta_dpo(
 
     Means are by the comparisons' weights. As in the authors' code the margin is not multiplied by beta, M0 has this
     step in it, and b has a floor. At the first step policy and reference are the same: M = 0 and b = beta. The filter
-    leaves out the share of comparisons whose margins are furthest from M0. The authors draw those that they keep by
-    exp(-(c - r - M0)^2 / (2 std^2)), without replacement; here the most probable ones are kept, and b is made of those.
+    leaves out the share of comparisons whose margins are furthest from M0, or draws those that it keeps, as the authors
+    do: by exp(-(c - r - M0)^2 / (2 S^2)), without replacement, with S a running mean of the steps' standard deviations.
+    b is made of those kept. A draw is one of the step's number and of the order of the reference's margins, so that it
+    is the same however the step is laid out in rows and on devices, and after a restart.
 
     Args:
-      lp: log-probabilities of B pairs, all of a step; `running` is M0 before the step.
+      lp: log-probabilities of B pairs, all of a step; `running` is M0 before the step, and (drawn) S and the number of
+        steps before.
       beta: Its value at the usual margin.
       alpha: How fast it grows with the margin (the paper's 0.6).
       decay: Of the running mean (the paper's 0.9).
       left_out: Share of a step's comparisons that the filter leaves out (the authors' mode_weight).
+      drawn: Whether those kept are drawn (the authors' filter) or the most probable ones.
       label_smoothing: The assumed rate of flipped labels.
 
     Returns:
@@ -106,19 +120,33 @@ def beta_dpo(
     """
     require("decay", decay, lambda d: 0 <= d < 1, "at least 0 and below 1")
     require("left_out", left_out, lambda s: 0 <= s < 1, "at least 0 and below 1")
-    usual, margins = _usual_margin(lp, decay=decay), margin(log_ratios(lp))
-    kept = _nearest(stop_gradient(margins) - usual, 1 - left_out, lp)
-    excess = _mean_margin(lp._replace(weights=kept * lp.weights)) - usual
+    running, margins = _usual_margin(lp, decay=decay, drawn=drawn), margin(log_ratios(lp))
+    usual = running[0] if drawn else running
+    gap = _margins(lp) - usual
+    surprise = _surprise(gap / jnp.maximum(running[1], 1e-4), running[2], lp) if drawn else jnp.abs(gap)
+    kept = _least(surprise, 1 - left_out, lp)
+    excess = weighted_mean(_margins(lp), kept * lp.weights) - usual
     dynamic = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
     share = jnp.sum(kept * lp.weights) / jnp.maximum(jnp.sum(lp.weights), 1e-9)
     value = logistic(dynamic * margins, label_smoothing) / jnp.maximum(share, 1e-9)
     return jnp.where(kept > 0, value, 0.0)
 
 
-def _nearest(gap: Array, share: float, lp: Logps) -> Array:
-    """Returns 1 for the share of the comparisons with the least |gap|, at least one of them, and 0 for others."""
+def _surprise(z: Array, step: Array, lp: Logps) -> Array:
+    """Returns float32[B], whose least ones are a draw without replacement by the normal density at z.
+
+    The largest of log-probabilities with Gumbel noise are such a draw (Kool et al. 2019, arXiv 1903.06059). The noise
+    is of a comparison's rank by the reference's margin, not of its place in the batch.
+    """
+    ranks = jnp.argsort(jnp.argsort(jnp.where(lp.weights > 0, margin(lp.reference), jnp.inf)))
+    key = jax.random.key(step.astype(jnp.int32))
+    return z**2 / 2 - jax.vmap(lambda rank: jax.random.gumbel(jax.random.fold_in(key, rank)))(ranks)
+
+
+def _least(values: Array, share: float, lp: Logps) -> Array:
+    """Returns 1 for the share of the comparisons with the least values, at least one of them, and 0 for others."""
     counted = lp.weights > 0
-    ranks = jnp.argsort(jnp.argsort(jnp.where(counted, jnp.abs(gap), jnp.inf)))
+    ranks = jnp.argsort(jnp.argsort(jnp.where(counted, values, jnp.inf)))
     return 1.0 * (counted & (ranks < jnp.maximum(jnp.floor(share * jnp.sum(counted) + 1e-4), 1)))
 
 
