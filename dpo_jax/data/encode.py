@@ -20,7 +20,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.data.template import Template
 from dpo_jax.data.token_weights import aligned, as_given, truncated_weights
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
-from dpo_jax.data.turns import common_size, scored_tokens
+from dpo_jax.data.turns import as_turns, common_size, scored_tokens
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison, Tokens
 
@@ -290,11 +290,13 @@ def _weights(
     before, start, found = rendered.prompt * joint, len(prompt) * joint, []
     parts = comparison.token_weights, comparison.responses, responses, rendered.responses
     for weights, given, ids, text in zip(*parts, strict=True):
-        offsets, size = list[tuple[int, int]](), 0
+        offsets, size = list[tuple[int, int]](), len(text or "")
         if weights and isinstance(weights[0], tuple):
             places = token_offsets(before + (text or ""), tokenizer)[start:]
             offsets = [(a - len(before), b - len(before)) for a, b in places]
-            offsets, size = as_given(comparison.where, offsets, text or "", given, tokenizer)
+            if isinstance(comparison.prompt, Chat):
+                content = as_turns(given)[0].get("content") or ""
+                offsets, size = as_given(comparison.where, offsets, text or "", content, tokenizer)
         found.append(aligned(comparison.where, weights, len(ids), offsets, size))
     return found
 

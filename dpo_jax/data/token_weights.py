@@ -14,7 +14,6 @@ import numpy as np
 
 from dpo_jax.data.sources.values import FLOAT32_MAX, Example, number_column, parsed
 from dpo_jax.data.spelling import reveal
-from dpo_jax.data.turns import as_turns
 from dpo_jax.errors import UserError
 
 KEY = "token_weights"
@@ -87,25 +86,23 @@ def _of_token(spans: Weights, start: int, stop: int) -> float:
 
 
 def as_given(
-    where: str, offsets: Sequence[tuple[int, int]], text: str, response: Any, tokenizer: Any
+    where: str, offsets: Sequence[tuple[int, int]], text: str, given: str, tokenizer: Any
 ) -> tuple[list[tuple[int, int]], int]:
-    """Returns the characters of tokens counted in the response as it is given, and the number of its characters.
+    """Returns the characters of tokens counted in a message's content as it is given, and the number of its characters.
 
-    A template may write more than a message's text, and leave out blanks around it.
+    A template may write more than the content, and leave out blanks around it.
 
     Args:
       where: begins the message.
       offsets: (first, end) characters of each token in `text`.
-      text: the response as it is tokenized; special tokens that it spells are one character each (see `spelling`).
-      response: the response as it is given.
+      text: the message as it is tokenized; special tokens that it spells are one character each (see `spelling`).
+      given: its content.
       tokenizer: whose special tokens may be spelled.
 
     Raises:
       UserError: the template writes a message's content in no place, or in several.
     """
-    if isinstance(response, str):
-        return list(offsets), len(text)
-    written, given = reveal(text, tokenizer), as_turns(response)[0].get("content") or ""
+    written = reveal(text, tokenizer)
     start = next(
         (written.index(part) - given.index(part) for part in (given, given.strip()) if _once(part, written)), None
     )
