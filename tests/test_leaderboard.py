@@ -361,3 +361,11 @@ def test_the_command(tmp_path, capsys):
     assert {s["loss"] for s in stored["standings"]} == {"dpo", "link=savage"}
     assert (tmp_path / "found/leaderboard.svg").read_text().startswith("<svg")
     assert "link=savage" in (tmp_path / "found/leaderboard.html").read_text()
+    # The same command goes on: with one part kept, the other one is trained again.
+    json_file, one = tmp_path / "found/leaderboard.json", min((tmp_path / "found/parts").glob("*.npz"))
+    before, part = json_file.read_bytes(), one.read_bytes()
+    one.unlink()
+    json_file.unlink()
+    cli.run_command(["leaderboard", *options, "--run", str(tmp_path / "found")])
+    assert json_file.read_bytes() == before
+    assert one.read_bytes() == part

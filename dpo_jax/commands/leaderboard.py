@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpo_jax.commands.losses import named_term
 from dpo_jax.config.commands import LeaderboardConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.kept_paths import run_kept
 from dpo_jax.experiments.leaderboard import LISTS, SIZES, LossPaths, calibration_error, run_leaderboard
 from dpo_jax.experiments.standings import BUDGETS, standings_of
 from dpo_jax.experiments.table_world import LABELS, ExactFrontier, TableWorld, make_world
@@ -31,7 +33,11 @@ from dpo_jax.paths import refuse_links, written
 
 
 def leaderboard_command(argv: list[str]) -> None:
-    """Runs `dpo-jax leaderboard [--losses NAME ...] [--beta VALUE ...] [--seeds N]`."""
+    """Runs `dpo-jax leaderboard [--losses NAME ...] [--beta VALUE ...] [--seeds N]`.
+
+    The paths of each loss are kept in `parts/` of its folder as soon as they are there, so that the same command goes
+    on where it was interrupted, with the same result bit for bit.
+    """
     settings = parse_config(LeaderboardConfig, None, argv, prog="dpo-jax leaderboard")
     terms, start = entrants(settings.losses), time.perf_counter()
     if settings.seeds < 2 or settings.max_steps < 1 or not settings.beta:
@@ -42,7 +48,8 @@ def leaderboard_command(argv: list[str]) -> None:
     def report(name: str) -> None:
         log_line(f"{name}  {time.perf_counter() - start:.0f} s")
 
-    paths = run_leaderboard(terms, sorted(set(settings.beta)), worlds, settings.max_steps, report)
+    run = partial(run_kept, Path(settings.run) / "parts")
+    paths = run_leaderboard(terms, sorted(set(settings.beta)), worlds, settings.max_steps, report, run)
     found = result_of(paths, worlds, settings.max_steps)
     for size in SIZES:
         head, *rows = leaderboard_table(found.standings, size)

@@ -7,6 +7,7 @@
 - `ppo`, `ppo_parts`: PPO and PPO-GT, the methods of figure 2 that train on samples of the policy; `reward_model`: the
   learned reward of PPO.
 - `online`: DPO on samples of the policy, an addition to the figure; `rollouts`: sampling for it and for PPO.
-- `leaderboard`, `standings`: every loss, under noisy labels, in worlds whose optimum is known (`table_world`).
+- `leaderboard`, `standings`: every loss, under noisy labels, in worlds whose optimum is known (`table_world`);
+  `kept_paths`: its finished parts.
 - `optimum`: the exact optimum (equation 4), an upper bound in the figure, and the best of N (figure 4).
 """

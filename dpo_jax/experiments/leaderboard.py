@@ -214,6 +214,7 @@ def run_leaderboard(
     worlds: Sequence[TableWorld],
     steps: int,
     report: Callable[[str], None] = lambda name: None,
+    run: Callable[..., LossPaths] = run_loss,
 ) -> dict[str, LossPaths]:
     """Returns the paths of every loss, by name.
 
@@ -223,11 +224,12 @@ def run_leaderboard(
       worlds: one for each seed.
       steps: updates of a run.
       report: called with the name of each loss that is done.
+      run: (term, betas, worlds, measured steps) -> paths; `kept_paths.run_kept` keeps them in files.
     """
     found: dict[str, LossPaths] = {}
 
     def task(name: str) -> None:
-        found[name] = run_loss(terms[name], betas, worlds, measured_steps(steps))
+        found[name] = run(terms[name], betas, worlds, measured_steps(steps))
         report(name)
 
     for name, term in terms.items():

@@ -1,0 +1,61 @@
+"""Paths of the losses of a leaderboard, kept in files, so that an interrupted run goes on with the missing losses.
+
+A file is one of everything that its numbers depend on: the loss, strengths, worlds, steps, and the code.
+"""
+
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import losses
+from dpo_jax.experiments import leaderboard, table_world
+from dpo_jax.experiments.leaderboard import LossPaths, run_loss
+from dpo_jax.experiments.table_world import TableWorld
+from dpo_jax.losses.registry import find_entry
+from dpo_jax.named import fingerprint
+from dpo_jax.paths import read_checked, write_checked
+from dpo_jax.records import Array
+
+log = logging.getLogger(__name__)
+
+
+def run_kept(
+    folder: Path, term: Mapping[str, Any], betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array
+) -> LossPaths:
+    """Returns what `run_loss` does, from a file of the folder if it is there, bit for bit; else writes the file."""
+    file = folder / f"{_key(term, betas, worlds, steps)}.npz"
+    if (content := read_checked(file)) is not None:
+        log.info(f"{file}: kept from an earlier run")
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            strengths, *arrays = (stored[name] for name in LossPaths._fields)
+            return LossPaths(tuple(strengths.tolist()), *arrays)
+    found, buffer = run_loss(term, betas, worlds, steps), io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{name: np.asarray(value) for name, value in found._asdict().items()})
+    write_checked(file, buffer.getvalue())
+    return found
+
+
+def _key(term: Mapping[str, Any], betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array) -> str:
+    """Returns the name of a loss, and a hash of all that its paths depend on."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")]
+    places = [jax.default_backend(), jax.devices()[0].device_kind]
+    own = fingerprint(find_entry(term["name"]).function)
+    head = [sorted(term.items()), list(betas), steps.tolist(), own, *versions, *places]
+    digest = hashlib.blake2b(json.dumps(head, default=str).encode(), digest_size=8)
+    for array in jax.tree.leaves(list(worlds)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for source in sorted(Path(inspect.getfile(losses)).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for module in (leaderboard, table_world):
+        digest.update(Path(inspect.getfile(module)).read_bytes())
+    name = "".join(letter if letter.isalnum() else "_" for letter in term["name"])
+    return f"{name}-{digest.hexdigest()}"
