@@ -4,7 +4,9 @@ from pathlib import Path
 
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
+from dpo_jax.pages.figure import Panel
 from dpo_jax.pages.run import write_report
+from dpo_jax.paths import is_run
 
 
 def report_command(argv: list[str]) -> None:
@@ -17,5 +19,19 @@ def report_command(argv: list[str]) -> None:
     runs, options = [Path(a) for a in argv[:first]], arguments(argv[first:])
     if any(key != "out" or len(values) != 1 for key, values in options) or not runs:
         raise UserError("dpo-jax report: give run folders, then at most the option --out FILE.html")
+    panels = _loss_panels(runs) if len(runs) > 1 else []
     out = Path(options[-1][1][0]) if options else runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    print(f"wrote {write_report(runs, out)}" + (f", a comparison of {len(runs)} runs" if len(runs) > 1 else ""))
+    print(f"wrote {write_report(runs, out, panels)}" + (f", a comparison of {len(runs)} runs" if len(runs) > 1 else ""))
+
+
+def _loss_panels(runs: list[Path]) -> list[Panel]:
+    """Returns the figure of the gradient weights of several runs; none, with a line, where a loss is not at hand."""
+    if not all(is_run(run) for run in runs):
+        return []
+    from dpo_jax.commands.gradient_weights import gradient_weight_panels  # here, because it needs JAX
+
+    try:
+        return gradient_weight_panels(runs)
+    except UserError as error:
+        print(f"no gradient weights: {error}")
+        return []

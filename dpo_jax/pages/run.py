@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dpo_jax.config.yaml import flatten, read_yaml
 from dpo_jax.errors import UserError
 from dpo_jax.pages.curves import curve_panels, run_color
+from dpo_jax.pages.figure import Panel
 from dpo_jax.pages.headline import headlines
 from dpo_jax.pages.metrics import (
     LOGRATIO,
@@ -55,19 +56,20 @@ class ReportedRun(NamedTuple):
     meanings: Mapping[str, str] = {}
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, losses: Sequence[Panel] = ()) -> Path:
     """Writes a page on runs and returns its path.
 
     Args:
       runs: run folders, at least one; several are compared.
       out: the page; missing folders are created.
+      losses: figures of the runs' losses.
 
     Raises:
       UserError: a folder is not a run folder, or one of its files is damaged.
     """
     loaded = [read_run(Path(folder)) for folder in runs]
     with written(out) as file:
-        file.write(render_runs(loaded))
+        file.write(render_runs(loaded, losses))
     return Path(out)
 
 
@@ -130,7 +132,7 @@ def _checked_lines(path: Path, kinds: tuple[type, ...]) -> list[dict[str, Any]]:
     return lines
 
 
-def render_runs(runs: Sequence[ReportedRun]) -> str:
+def render_runs(runs: Sequence[ReportedRun], losses: Sequence[Panel] = ()) -> str:
     """Returns the page as HTML; several runs show the keys in which their configs differ instead of the config."""
     names = [run.name for run in runs]
     config = _aligned([run.config for run in runs])
@@ -157,6 +159,7 @@ def render_runs(runs: Sequence[ReportedRun]) -> str:
         intervals=any(value.interval for run in runs for value in run.final.values()),
         config=config if len(runs) == 1 else [row for row in config if len(set(row[1:])) > 1],
         panels=curve_panels([run.lines for run in runs]),
+        losses=losses,
         compared=any(LOGRATIO in line for run in runs for line in run.lines),
         data=_data(runs),
         sample_head=sample_head,
