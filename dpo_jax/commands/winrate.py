@@ -177,7 +177,8 @@ def _measure(
                 matches = [Match(*m) for m in zip(question.prompts, responses, question.others, strict=True)]
                 verdicts = judge(matches)
                 kept = np.take_along_axis(scores, chosen[:, None], axis=1)[:, 0]
-                reward = (*mean_interval(kept),) if best else None
+                found = mean_interval(kept)
+                reward = (found.mean, found.half) if best else None
                 words = float(np.mean([len(text.split()) for text in responses]))
                 yield WinrateRow(policy.name, temperature, n, tally_wins(verdicts), reward, words), matches, verdicts
 
