@@ -71,9 +71,9 @@ _ARGUMENTS = {
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS, "num_experts": 5},
-    "qwen3_5_text": {**_LINEAR, "num_hidden_layers": 3, "full_attention_interval": 3},
+    # Smaller weights than the others', as those of qwen3_next: such layers would grow a rounding error by a hundred.
+    "qwen3_5_text": {**_LINEAR, "num_hidden_layers": 3, "full_attention_interval": 3, "initializer_range": 0.1},
     "qwen3_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
-    # Smaller weights than the others': four such layers would grow a rounding error by a hundred.
     "qwen3_next": {**_LINEAR, **_EXPERTS, "num_hidden_layers": 4, "initializer_range": 0.1},
     "seed_oss": {**_LLAMA, "head_dim": 16},
     "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
