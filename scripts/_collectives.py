@@ -1,5 +1,6 @@
 """The compiled train step of a small model on emulated devices, and its collectives."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -33,20 +34,25 @@ COMPARISONS = 32
 
 
 def compiled_step(
-    sizes: tuple[int, ...], rows: int, compute: str = "float32", length: int = 128
+    sizes: tuple[int, ...],
+    rows: int,
+    compute: str = "float32",
+    length: int = 128,
+    config: Mapping[str, Any] = CONFIG,
 ) -> tuple[list[Collective], Any, Any]:
     """Returns the collectives of the train step on a mesh, the shapes of the parameters, and the program.
 
     Args:
-      sizes: data, fsdp, tensor and, if not 1, sequence: all devices there are.
+      sizes: data, fsdp, tensor and, if not 1, sequence and expert: all devices there are.
       rows: of a microbatch, over all devices.
       compute: dtype of activations.
       length: of a row, in tokens.
+      config: of the model.
     """
     rng = np.random.default_rng(0)
     draw = partial(rng.integers, 1, 128, dtype=np.int32)
     table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(2 * COMPARISONS))
-    model = build_model(family("llama").architecture(CONFIG), compute=compute)
+    model = build_model(family(config["model_type"]).architecture(config), compute=compute)
     loss = losses.build({"name": "dpo", "beta": 0.5})
     mesh, tx = sharding.make_mesh(*sizes), optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
     shapes = jax.eval_shape(lambda k: init_state(model.init(k), tx, loss), jax.random.key(0))

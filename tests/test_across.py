@@ -47,8 +47,8 @@ def two_steps(table, sizes, mapped=False):
     """Returns the metrics and the state after two steps on a mesh, or under pmap, as host arrays."""
     model, loss = build_model(family("llama").architecture(CONFIG)), losses.build(ACROSS)
     tx = optim.build("rmsprop", learning_rate=1e-3, warmup_steps=2)
-    sizes = (*sizes[:2], 1, *sizes[2:])
-    devices, kinds = jax.devices()[: int(np.prod(sizes))], (AxisType.Auto,) * 4
+    sizes = (*sizes[:2], 1, 1, *sizes[2:])
+    devices, kinds = jax.devices()[: int(np.prod(sizes))], (AxisType.Auto,) * len(sharding.AXES)
     mesh = jax.make_mesh(sizes, sharding.AXES, devices=devices, axis_types=kinds)
     start = jax.jit(model.init)(jax.random.key(0))
     state = init_state(start, tx, loss)

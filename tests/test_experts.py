@@ -224,6 +224,6 @@ def test_the_work_of_a_step_is_that_of_the_chosen_experts():
     config, count = KNOWN["Qwen3-30B-A3B"]
     a = architecture_of(config)
     norms = a.layers * (2 * a.width + 2 * a.head_dim) + a.width
-    assert matmul_weights(a, every=True) + 2 * a.vocab * a.width + norms == count
+    assert matmul_weights(a, a.mixture.experts) + 2 * a.vocab * a.width + norms == count
     assert matmul_weights(a) + 2 * a.vocab * a.width + norms == pytest.approx(3.35e9, rel=0.01)
-    assert matmul_weights(a, every=True) - matmul_weights(a) == 48 * 120 * 3 * 2048 * 768
+    assert matmul_weights(a, a.mixture.experts) - matmul_weights(a) == 48 * 120 * 3 * 2048 * 768

@@ -50,8 +50,8 @@ class Step:
         model = build_model(architecture, compute=compute, remat=remat)
         loss, tx = losses.build({"name": "dpo", "beta": 0.5, "wpo": wpo}), KEPT
         data, fsdp, tensor, *sequence = sizes
-        devices = np.array(devices).reshape(data, fsdp, *(sequence or [1]), tensor)
-        mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+        devices = np.array(devices).reshape(data, fsdp, 1, *(sequence or [1]), tensor)
+        mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
         self.start = lambda: init_state(model.init(jax.random.key(0)), tx, loss)
         shapes = jax.eval_shape(self.start)
         params = sharding.param_shardings(mesh, model.axes, shapes.params)

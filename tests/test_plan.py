@@ -90,6 +90,8 @@ def test_advice_for_a_run_that_does_not_fit(config_of):
     assert "lora.base" not in " ".join(plan_advice(few, 100))
     small = found._replace(memory=need._replace(trained=1, frozen=0, optimizer=1, gradients=1))
     assert [line.partition(":")[0] for line in plan_advice(small, 50)] == ["model.remat dots", "data.rows 4"]
+    shared = small._replace(mesh=MeshConfig(data=1, fsdp=2, expert=2))
+    assert [line.partition(":")[0] for line in plan_advice(shared, 50)] == ["model.remat dots", "data.rows 4"]
     bare = found._replace(shape=pack.Layout(1, 4, 128, 2, 128), memory=small.memory._replace(activations=2, logits=99))
     assert plan_advice(bare, 50) == ["data.max_length: lower it, or use devices with more memory"]
     long = bare._replace(shape=pack.Layout(1, 4, 8192, 2, 8192), memory=need._replace(trained=1, frozen=0, optimizer=1))

@@ -132,6 +132,11 @@ LAYOUTS = {
     "sequence": {"sizes": (1, 1, 1, 2)},
     "fsdp and sequence": {"sizes": (1, 2, 1, 2), "rows": 2},
     "fsdp and tensor": {"sizes": (1, 2, 2, 1), "rows": 2},
+    "expert": {"sizes": (1, 1, 1, 1, 4), "rows": 4},
+    "data and expert": {"sizes": (2, 1, 1, 1, 2), "rows": 4},
+    "fsdp and expert": {"sizes": (1, 2, 1, 1, 2), "rows": 4},
+    "tensor and expert": {"sizes": (1, 1, 2, 1, 2), "rows": 2},
+    "sequence and expert": {"sizes": (1, 1, 1, 2, 2), "rows": 2},
 }
 FAST = ("four microbatches", "a comparison in a row", "fsdp")
 

@@ -1,12 +1,12 @@
 """Sampling: against transformers token by token, its distribution, its seeds, its rows on devices."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from tiny import COMPOSED, EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
 from dpo_jax import sharding
@@ -181,11 +181,9 @@ def test_samples_of_a_model_follow_its_softmax_at_a_temperature(tmp_path, kind, 
     assert statistic < free + 5 * np.sqrt(2 * free)
 
 
-def mesh_of(data, fsdp=1, tensor=1, sequence=1):
-    devices = jax.devices()[: data * fsdp * tensor * sequence]
-    return jax.make_mesh(
-        (data, fsdp, sequence, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-    )
+def mesh_of(*sizes):
+    """Of data, fsdp, tensor, sequence, expert; 1 where not given."""
+    return sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_row_lengths_are_shared_evenly():
 
 
 def test_pmap_has_whole_rows():
-    with pytest.raises(UserError, match=r"set mesh.fsdp, mesh.tensor and mesh.sequence to 1"):
+    with pytest.raises(UserError, match=r"set mesh.fsdp, mesh.tensor, mesh.sequence and mesh.expert to 1"):
         sharding.pmap_collectives(sharding.make_mesh(2, 1, 1, 2))
 
 
@@ -214,8 +214,8 @@ def two_steps(name, sizes, remat="none"):
     loss = losses.build({"name": "bradley_terry"} if reward else SUM)
     tx, table = optim.build("rmsprop", learning_rate=1e-3, warmup_steps=1), table_of()
     data, fsdp, tensor, sequence = sizes
-    devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(data, fsdp, sequence, tensor)
-    mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(data, fsdp, 1, sequence, tensor)
+    mesh = jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
     start = jax.jit(model.init)(jax.random.key(0))
     state = init_state(start, tx, loss, jax.tree.map(lambda x: 0.9 * x, start))
     shape = pack.choose_layout(table, max_length=240, batch_size=len(table), rows=2, length=512)

@@ -56,7 +56,7 @@ def test_the_state_of_every_optimizer_can_be_sharded(name):
 def test_rows_are_split_over_data_and_fsdp():
     mesh = sharding.make_mesh(2, 2, 1)
     assert sharding.row_devices(mesh) == 4
-    assert tuple(sharding.batch_sharding(mesh).spec) == (None, ("data", "fsdp"))
+    assert tuple(sharding.batch_sharding(mesh).spec) == (None, ("data", "fsdp", "expert"))
 
 
 BAD = [((3, 1, 1), "does not multiply to the 4"), ((-1, -1, 1), "one may be -1")]
@@ -69,4 +69,4 @@ def test_meshes_that_cannot_be(sizes, message):
 
 
 def test_one_axis_takes_what_is_left():
-    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 2, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 1}

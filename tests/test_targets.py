@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.training import attention_check, plan, targets
 from dpo_jax.training.program import Collective, axes_of
 from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, step_work
@@ -103,7 +104,7 @@ def fake(platform, slices, hosts, chips, told=True):
 
 def test_only_data_leaves_a_slice():
     devices = fake("gpu", slices=4, hosts=1, chips=8)
-    for sizes in ((4, 8, 1, 1), (4, 4, 1, 2), (8, 2, 2, 1), (32, 1, 1, 1)):
+    for sizes in ((4, 8, 1, 1, 1), (4, 4, 1, 1, 2), (8, 2, 1, 2, 1), (4, 2, 4, 1, 1), (32, 1, 1, 1, 1)):
         laid = sharding.device_layout(sizes, devices, sharding.link_groups(devices))
         assert sorted(d.id for d in laid.flat) == list(range(32))
         inner = laid.reshape(sizes[0], -1)
@@ -115,12 +116,12 @@ def test_only_data_leaves_a_slice():
 def test_an_axis_that_must_leave_a_slice_is_told(caplog):
     devices = fake("gpu", slices=4, hosts=1, chips=8)
     caplog.set_level("INFO")
-    laid = sharding.device_layout((2, 16, 1, 1), devices, sharding.link_groups(devices))
+    laid = sharding.device_layout((2, 16, 1, 1, 1), devices, sharding.link_groups(devices))
     assert [len({d.slice_index for d in row}) for row in laid.reshape(2, -1)] == [2, 2]
     assert "mesh.fsdp spans 2 slices or machines; make mesh.data a multiple of 4" in caplog.text
     assert sharding.axes_across((6, 4), 8) == [2, 4]
     with pytest.raises(UserError, match=r"slices or machines have \[8, 4\] devices; use equal ones"):
-        sharding.device_layout((12, 1, 1, 1), devices[:12], [0] * 8 + [1] * 4)
+        sharding.device_layout((12, 1, 1, 1, 1), devices[:12], [0] * 8 + [1] * 4)
 
 
 def test_groups_of_gpus_are_machines():
@@ -139,9 +140,9 @@ TINY = Architecture(
 SHAPE = Layout(microbatches=2, rows=4, length=10, segments=2, scored=5)
 
 
-def work(adapters=False, remat="none", extra=0):
-    numbers = {"state": 1000, "gradients": 100, "itemsize": 2, "devices": 4, "split": 2}
-    return step_work(TINY, SHAPE, Passes(adapters, remat, extra), **numbers)
+def work(adapters=False, remat="none", extra=0, model=TINY, experts=1):
+    numbers = {"state": 1000, "gradients": 100, "itemsize": 2, "devices": 4, "split": 2, "experts": experts}
+    return step_work(model, SHAPE, Passes(adapters, remat, extra), **numbers)
 
 
 def test_work_in_closed_form():
@@ -158,6 +159,14 @@ def test_work_in_closed_form():
     own = 2 * 1100 + 2 * 100 * 2
     through = 4 * 8 + (2 * 2 + 2) * 4 + 4 * 16
     assert one.traffic == own + 2 * (weights + 1600) * 2 * 3 / 2 + 2 * through * 3 * 80 * 3 / 4
+
+
+def test_a_device_reads_the_experts_that_it_has():
+    """Of 4 experts in 3 layers, 2 on each of two devices: forward and backward of two microbatches, split by tensor."""
+    mixture = replace(TINY, mixture=Mixture(4, 2, renormalized=True))
+    whole, half = (work(model=mixture, experts=n) for n in (1, 2))
+    assert whole.traffic - half.traffic == 2 * (3 * 2 * 3 * 8 * 16) * 2 * 3 / 2
+    assert whole.executed == half.executed
 
 
 def collective(kind, elements, groups, times, overlapped):
@@ -343,7 +352,7 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     cli.run_command(["plan", "my.yaml", "--target", "tpu:v5e:2x2", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] is True
-    assert found["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
     assert found["memory"]["device"] == 16 * 2**30
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}

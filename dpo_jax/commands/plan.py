@@ -52,7 +52,7 @@ def plan_advice(plan: Plan, memory: int) -> list[str]:
     stronger = {"none": "dots", "dots": "full"}.get(recomputed(config.model))
     if stronger and need.activations > 0.1 * memory:
         lines.append(f"model.remat {stronger}: recomputes more activations in the backward pass and keeps fewer")
-    row_devices = plan.mesh.data * plan.mesh.fsdp
+    row_devices = plan.mesh.data * plan.mesh.fsdp * plan.mesh.expert
     local_rows = plan.shape.rows // row_devices
     if local_rows > 1 and need.activations > 0.1 * memory:
         lines.append(f"data.rows {plan.shape.rows // local_rows}: one row per device at a time instead of {local_rows}")
@@ -69,7 +69,7 @@ def _pass_advice(plan: Plan, memory: int) -> list[str]:
         lines.append(f"{keys}: samples nothing in training, which takes a whole copy of the parameters on a device")
         lines.append(f"mesh.tensor {2 * plan.mesh.tensor}: shards the parameters that sampling gathers over mesh.fsdp")
     if "reference" in large and plan.memory.total <= memory:
-        rows = plan.mesh.data * plan.mesh.fsdp
+        rows = plan.mesh.data * plan.mesh.fsdp * plan.mesh.expert
         lines.append(f"data.rows {rows}: one row per device at a time, in the pass of the reference too")
     return lines
 

@@ -206,11 +206,19 @@ class MeshConfig:
     sequence: int = 1
     """For long rows: shards the tokens of a row, and the parameters as fsdp does. Row lengths are multiples of 128 *
     sequence."""
+    expert: int = 1
+    """Expert parallelism of a mixture: shards the batch and the experts, whose tokens devices exchange. It must divide
+    the number of experts."""
     mode: Literal["jit", "pmap"] = "jit"
     """Transformation that compiles the step. pmap: data parallelism in one process."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which gradients are summed over fsdp (and sequence); bfloat16 sends half the bytes, and rounds them. Not
     with tensor."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The arguments of `sharding.make_mesh`."""
+        return self.data, self.fsdp, self.tensor, self.sequence, self.expert
 
 
 @dataclass(frozen=True)

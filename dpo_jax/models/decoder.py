@@ -31,6 +31,7 @@ from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
 from dpo_jax.records import Array
+from dpo_jax.sharding.expert_split import ExpertSplit
 
 Cache = tuple[LayerCache | DeltaCache, ...]  # one entry per layer
 
@@ -128,9 +129,11 @@ def _mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
     return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)
 
 
-def _mixture(a: Architecture, x: Array, counted: Array | None) -> tuple[Array, Array | None]:
+def _mixture(
+    a: Architecture, x: Array, counted: Array | None, experts: ExpertSplit | None
+) -> tuple[Array, Array | None]:
     """Returns the branch of a mixture [R, T, D], and what `mixture_of_experts` says."""
-    y, routing = mixture_of_experts(a, x, counted, activate)
+    y, routing = mixture_of_experts(a, x, counted, activate, experts)
     if a.mixture is None or a.mixture.shared is None:
         return y, routing
     gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
@@ -148,6 +151,7 @@ class Block(nn.Module):
     return_kv: bool
     attend: Attend
     kind: str = "attention"
+    experts: ExpertSplit | None = None
 
     @nn.compact
     def __call__(self, x: Array, cache: Any, own: LayerInputs, context: Context) -> tuple[Array, Any]:
@@ -169,7 +173,10 @@ class Block(nn.Module):
         x, before = x + branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
-        mlp, routing = _mixture(a, read, context.counted) if a.mixture else (_mlp(a, read, a.mlp), None)
+        if a.mixture:
+            mlp, routing = _mixture(a, read, context.counted, self.experts)
+        else:
+            mlp, routing = _mlp(a, read, a.mlp), None
         out = x + branch(mlp, "mlp_post_norm")
         return out, kept if self.return_kv else routing
 
@@ -214,6 +221,7 @@ class Decoder(nn.Module):
       gather: all-gathers the parameters of one layer; None if nothing is sharded.
       exchange: looks embeddings up in parts of the table, `Collectives.exchange`; None if it is whole.
       attend: attention over packed rows.
+      experts: how devices share the experts of a mixture; None if each has all of them.
     """
 
     architecture: Architecture
@@ -223,6 +231,7 @@ class Decoder(nn.Module):
     gather: Callable[[Any], Any] | None = None
     exchange: Callable[[Callable[[Array], Array], Array], Array] | None = None
     attend: Attend = packed_attention
+    experts: ExpertSplit | None = None
 
     @nn.compact
     def __call__(
@@ -308,7 +317,8 @@ class Decoder(nn.Module):
     def _scan_groups(self, x: Array, own: LayerInputs, context: Context) -> tuple[Array, Any]:
         """Runs unlike layers as one scan over groups of them; else as `_scan_layers`."""
         kinds = self.architecture.kinds
-        blocks = {k: Block(self.architecture, self.return_kv, self.attend, k, parent=None) for k in set(kinds)}
+        given = self.architecture, self.return_kv, self.attend
+        blocks = {k: Block(*given, k, self.experts, parent=None) for k in set(kinds)}
 
         def init(kind: str, key: Array) -> Any:
             return blocks[kind].init(key, x, None, LayerInputs(), context)["params"]
@@ -345,4 +355,4 @@ class Decoder(nn.Module):
             length=self.architecture.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scan(self.architecture, self.return_kv, self.attend, name="layers")
+        return scan(self.architecture, self.return_kv, self.attend, experts=self.experts, name="layers")

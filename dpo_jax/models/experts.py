@@ -18,13 +18,14 @@ from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
+from dpo_jax.sharding.expert_split import ExpertSplit
 
 
 class Routes(NamedTuple):
     """Where tokens go.
 
     Attributes:
-      probs: float32[N, E], the router's softmax.
+      probs: float32[N, E], the router's softmax; None where experts alone read the routes.
       weight: float32[N, k], by which the output of each chosen expert is multiplied.
       expert: int32[N, k], the chosen experts.
     """
@@ -167,7 +168,11 @@ class Router(nn.Module):
 
 
 def mixture_of_experts(
-    a: Architecture, x: Array, counted: Array | None, activate: Callable[[Array, Array, str], Array]
+    a: Architecture,
+    x: Array,
+    counted: Array | None,
+    activate: Callable[[Array, Array, str], Array],
+    split: ExpertSplit | None = None,
 ) -> tuple[Array, Array | None]:
     """Returns the branch of a mixture [R, T, D], and what `routing_of` says; call it inside a Linen module.
 
@@ -176,19 +181,43 @@ def mixture_of_experts(
       x: [R, T, D].
       counted: float32[R, T], see `routing_of`; None for no statistics.
       activate: `layers.activate`.
+      split: how devices share the experts; None if each has all of them.
     """
     assert a.mixture is not None
     tokens = x.reshape(-1, a.width)
     routes = Router(a, name="router")(tokens)
-    y: Any = saved(_experts(a, tokens, routes, activate), PROJECTION)
+    if split is None:
+        y: Any = _experts(a, a.mixture.experts, tokens, routes, activate).astype(x.dtype)
+    else:
+        y = _shared_experts(a, split, tokens, routes, activate)
+    y = saved(y, PROJECTION)
     routing = None if counted is None else routing_of(routes, counted)
     return y.reshape(x.shape), routing
 
 
-def _experts(a: Architecture, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]) -> Array:
-    """Returns the weighted sum of each token's experts [N, D]."""
+def _shared_experts(
+    a: Architecture,
+    split: ExpertSplit,
+    tokens: Array,
+    routes: Routes,
+    activate: Callable[[Array, Array, str], Array],
+) -> Array:
+    """Returns the weighted sum of the experts of this device's tokens [N, D], where each device has some experts.
+
+    Every device computes what its experts add to the tokens of all devices.
+    """
     assert a.mixture is not None
-    count, biased, std = a.mixture.experts, a.mixture.biased, a.initializer_range
+    count = a.mixture.experts // split.parts
+    every = Routes(None, split.gather(routes.weight), split.own(split.gather(routes.expert), count))
+    return split.scatter(_experts(a, count, split.gather(tokens), every, activate), tokens.dtype)
+
+
+def _experts(
+    a: Architecture, count: int, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]
+) -> Array:
+    """Returns the weighted sum of each token's experts among the first `count`, float32[N, D]."""
+    assert a.mixture is not None
+    biased, std = a.mixture.biased, a.initializer_range
     order = named(jnp.argsort(routes.expert.ravel()), PROJECTION)
     inverse = named(jnp.argsort(order), PROJECTION)
     sizes = jnp.sum(routes.expert.ravel()[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
@@ -200,7 +229,7 @@ def _experts(a: Architecture, tokens: Array, routes: Routes, activate: Callable[
     out = saved(outwards(saved(activate(up, gate, a.activation), ACTIVATION), sizes), ACTIVATION)
     out = _collect(out, order, inverse)
     copies = out.reshape(len(tokens), -1, a.width).astype(jnp.float32)
-    return jnp.sum(copies * routes.weight[..., None], axis=1).astype(tokens.dtype)
+    return jnp.sum(copies * routes.weight[..., None], axis=1)
 
 
 def routing_of(routes: Routes, counted: Array) -> Array:

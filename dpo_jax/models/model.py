@@ -34,7 +34,8 @@ class Model(NamedTuple):
         the final norm. Keyword `gather` all-gathers the parameters of each layer just before use; keyword `exchange`
         looks embeddings up in parts of the table (`Collectives.exchange`); keyword `attend` replaces
         `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D]; keyword
-        `counted` float32[R, T] also returns the mean over layers of `experts.routing_of` [R, 2, E].
+        `counted` float32[R, T] also returns the mean over layers of `experts.routing_of` [R, 2, E]; keyword `experts`
+        says how devices share the experts of a mixture (`Collectives.experts`).
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.
@@ -113,7 +114,7 @@ def _init(decoder: Decoder, key: Array) -> Any:
 
 def _hidden(
     decoder, params, tokens, positions, segment_ids, branch_ids, gather=None, exchange=None, attend=None, split=None,
-    counted=None,
+    counted=None, experts=None,
 ):  # fmt: skip
     rows = RowMask.of(segment_ids, branch_ids, positions)
     if split is None:
@@ -123,7 +124,7 @@ def _hidden(
         counted = None if counted is None else split.own(counted)
         rows = RowMask(jax.tree.map(split.own, rows.queries), jax.tree.map(split.in_order, rows.keys))
         attend = partial(_attend_all, attend or block_attention, split)
-    decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend)
+    decoder = decoder.clone(gather=gather, exchange=exchange, attend=attend, experts=experts)
     hidden, routing = decoder.apply({"params": params}, tokens, positions, Context(rows, counted=counted))
     return hidden if counted is None else (hidden, routing.mean(0))
 

@@ -1,9 +1,9 @@
 """Where the parameters of sampling lie on a mesh, and when they are gathered.
 
-Along `data`, `fsdp` and `sequence` devices have rows of their own. The prefill gathers parameters that `fsdp` or
-`sequence` shard one layer after another. Decoding reads a copy that is gathered once, if it fits; else it gathers each
-layer at each token, so that no device holds the whole model, and devices keep step. Where `tensor` shards parameters
-too, XLA decides.
+Along `data`, `fsdp`, `expert` and `sequence` devices have rows of their own. The prefill gathers parameters that the
+last three shard one layer after another, experts too. Decoding reads a copy that is gathered once, if it fits; else it
+gathers each layer at each token, so that no device holds the whole model, and devices keep step. Where `tensor` shards
+parameters too, XLA decides.
 """
 
 import logging
@@ -31,7 +31,7 @@ class Placement(NamedTuple):
 
     Attributes:
       mesh: the devices.
-      leaves: shardings of the parameters, in the order of `tree`; () where `fsdp` and `sequence` shard none.
+      leaves: shardings of the parameters, in the order of `tree`; () where these axes shard none.
       tree: structure of the parameters.
       by_layer: whether decoding gathers each layer at each token.
       head: key of the head's weight, if a device may have some of its columns only; None if the head has a bias too.
@@ -51,7 +51,7 @@ class Placement(NamedTuple):
     ) -> "Placement":
         """Returns the placement of parameters on a mesh; `memory` is that of a device that is not here, in bytes."""
         where = jax.tree.map(lambda x: _padded(x.sharding, x.ndim), params)
-        if sharding.mesh_collectives(mesh, where).exchange is None:
+        if sharding.head_devices(mesh) > 1 or _whole_params(mesh, where).gather is None:
             return cls(mesh)
         leaves, tree = jax.tree.flatten(where)
         size = sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(compute).itemsize
@@ -98,6 +98,11 @@ class Placement(NamedTuple):
         return Weights(tree | {"layers": layers}, specs[self.head] if self.head else whole)
 
 
+def _whole_params(mesh: jax.sharding.Mesh, where: Any) -> sharding.Collectives:
+    """Returns collectives that gather whole layers, with all experts of a mixture: rows end at their own time."""
+    return sharding.mesh_collectives(mesh, where, whole_experts=True)
+
+
 def _padded(where: Any, ndim: int) -> Any:
     """Returns a sharding with an entry for each axis."""
     spec = getattr(where, "spec", ())
@@ -118,7 +123,7 @@ def gathering(placement: Placement, sampler: Sampler) -> Gathering:
         return AS_THEY_ARE._replace(decode={"gather": partial(dequantize_layer, dtype=compute)})
     if not placement.leaves:
         return AS_THEY_ARE
-    where, collectives = placement.shardings, sharding.mesh_collectives(placement.mesh, placement.shardings)
+    where, collectives = placement.shardings, _whole_params(placement.mesh, placement.shardings)
     gather: Any = collectives.gather
 
     def layer(tree: Any) -> Any:

@@ -9,11 +9,13 @@ from dpo_jax.sharding.collectives import (
     pmap_collectives,
     shard_heads,
 )
+from dpo_jax.sharding.expert_split import ExpertSplit
 from dpo_jax.sharding.mesh import (
     AXES,
     MAPPED,
     axes_across,
     device_layout,
+    expert_devices,
     head_devices,
     independent_devices,
     link_groups,
@@ -40,10 +42,12 @@ __all__ = [
     "NO_COLLECTIVES",
     "RULES",
     "Collectives",
+    "ExpertSplit",
     "any_device",
     "axes_across",
     "batch_sharding",
     "device_layout",
+    "expert_devices",
     "head_devices",
     "independent_devices",
     "independent_rows",

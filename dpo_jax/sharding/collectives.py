@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
+from dpo_jax.sharding.expert_split import ExpertSplit
 from dpo_jax.sharding.gather import exchange_parts, gather_params
 from dpo_jax.sharding.mesh import (
     AXES,
+    EXPERTS,
     MAPPED,
     ROWS,
     SHARDS,
     SPLIT,
     axis_names,
+    expert_devices,
     head_devices,
     present_axes,
     row_devices,
@@ -48,6 +51,7 @@ class Collectives(NamedTuple):
         device its tokens' parts: (function, own indices) -> whole last axis, for use likewise; None where parameters
         are whole or `tensor` shards them too.
       split: how devices share the tokens of a row; None if each has whole rows.
+      experts: how devices share the experts of a mixture; None if each has, or gathers, all of them.
     """
 
     psum: Callable[[Any], Any]
@@ -58,6 +62,7 @@ class Collectives(NamedTuple):
     gather: Callable[[Any, Any, str], Any] | None
     exchange: Callable[[Callable[[Any], Any], Any], Any] | None = None
     split: RowSplit | None = None
+    experts: ExpertSplit | None = None
 
 
 def _same(x: Any) -> Any:
@@ -67,13 +72,16 @@ def _same(x: Any) -> Any:
 NO_COLLECTIVES = Collectives(_same, _same, _same, _same, _same, None)  # one device has all rows
 
 
-def mesh_collectives(mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "float32") -> Collectives:
+def mesh_collectives(
+    mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "float32", *, whole_experts: bool = False
+) -> Collectives:
     """Returns the collectives of a step under jit on a mesh.
 
     Args:
       mesh: from `make_mesh`.
       params: tree of the parameters' shardings; a pair (trained, base) if `reduce` is used.
       reduce_dtype: dtype in which gradients are summed over fsdp.
+      whole_experts: `gather` gathers the experts of a mixture too, so that devices do not exchange tokens.
 
     Raises:
       UserError: bfloat16 sums on a mesh that shards along `tensor` too.
@@ -88,6 +96,8 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "
     specs = jax.tree.map(lambda s: PartitionSpec(*(a if axis_names(a) & set(axes) else None for a in s.spec)), params)
     row_axes, everywhere = present_axes(mesh, ROWS), PartitionSpec()
     rows, tokens, shards = PartitionSpec(None, row_axes), token_devices(mesh), present_axes(mesh, SHARDS)
+    experts = 1 if whole_experts else expert_devices(mesh)
+    gathered = present_axes(mesh, (*EXPERTS, *SHARDS) if whole_experts else SHARDS)
 
     def run(function: Callable, out: Any, *more: PartitionSpec) -> Callable:
         where = (specs, rows, everywhere, *more)
@@ -108,9 +118,10 @@ def mesh_collectives(mesh: jax.sharding.Mesh, params: Any, reduce_dtype: str = "
         gather_rows=lambda function: run(lambda *args: _gather_row_values(function(*args), row_axes), everywhere),
         map_rows=lambda function: run(function, rows),
         own_rows=partial(_own_rows, row_axes),
-        gather=partial(gather_params, mesh, reduce_dtype) if shards else None,
+        gather=partial(gather_params, mesh, gathered, reduce_dtype) if gathered else None,
         exchange=partial(exchange_parts, shards) if shards and mesh.shape["tensor"] == 1 else None,
         split=RowSplit("sequence", tokens, "tensor", head_devices(mesh)) if tokens > 1 else None,
+        experts=ExpertSplit("expert", experts) if experts > 1 else None,
     )
 
 
@@ -178,7 +189,8 @@ def any_device(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
 def pmap_collectives(mesh: jax.sharding.Mesh) -> Collectives:
     """Returns the collectives of a step under `pmap`; a mesh that shards parameters is a UserError."""
     if row_devices(mesh) != mesh.shape["data"] or mesh.size != mesh.shape["data"]:
-        raise UserError("mesh.mode pmap: parameters are replicated; set mesh.fsdp, mesh.tensor and mesh.sequence to 1")
+        others = "mesh.fsdp, mesh.tensor, mesh.sequence and mesh.expert"
+        raise UserError(f"mesh.mode pmap: parameters are replicated; set {others} to 1")
 
     def reduce(function: Callable) -> Callable:
         def body(*args: Any) -> Any:

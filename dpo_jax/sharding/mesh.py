@@ -12,10 +12,11 @@ from jax.sharding import AxisType
 
 from dpo_jax.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "tensor")  # neighbours along the last ones are the closest devices
-ROWS = ("data", "fsdp")  # the rows of a microbatch are sharded over both
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")  # neighbours along the last ones are the closest devices
+ROWS = ("data", "fsdp", "expert")  # the rows of a microbatch are sharded over all of them
 SPLIT = (*ROWS, "sequence")  # over which the tokens of a microbatch are sharded: by rows, then within a row
 HEADS, SHARDS = ("tensor",), ("fsdp", "sequence")  # what shards heads and inner dimensions, and the model's width
+EXPERTS = ("expert",)  # what shards the experts of a mixture
 MAPPED = "devices"  # the one axis of pmap
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     sequence: int = 1,
+    expert: int = 1,
     *,
     devices: Sequence[Any] | None = None,
     groups: Sequence[int] | None = None,
@@ -32,14 +34,14 @@ def make_mesh(
     """Returns a mesh over all devices; one axis may be -1, which takes the remaining devices.
 
     Args:
-      data, fsdp, tensor, sequence: devices along each axis.
+      data, fsdp, tensor, sequence, expert: devices along each axis.
       devices: to use; by default all there are. Those of a compiler's topology need not exist.
       groups: of fast links, as `link_groups` returns, which is the default.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, sequence, tensor], jax.devices() if devices is None else devices
+    sizes, devices = [data, fsdp, expert, sequence, tensor], jax.devices() if devices is None else devices
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(f"mesh: {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, and one may be -1")
     if -1 in sizes:
@@ -98,6 +100,11 @@ def row_devices(mesh: jax.sharding.Mesh) -> int:
 def token_devices(mesh: jax.sharding.Mesh) -> int:
     """Returns the number of devices that share the tokens of a row."""
     return mesh.shape["sequence"]
+
+
+def expert_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of devices that share the experts of a mixture."""
+    return mesh.shape["expert"]
 
 
 def head_devices(mesh: jax.sharding.Mesh) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax.sharding.mesh import AXES, HEADS, ROWS, SHARDS, row_devices
+from dpo_jax.sharding.mesh import AXES, EXPERTS, HEADS, ROWS, SHARDS, row_devices
 
 # Logical axis of a parameter -> the mesh axes that shard it together; all others are replicated.
-RULES = {"vocab": HEADS, "heads": HEADS, "kv_heads": HEADS, "mlp": HEADS, "embed": SHARDS}
+RULES = {"vocab": HEADS, "heads": HEADS, "kv_heads": HEADS, "mlp": HEADS, "embed": SHARDS, "experts": EXPERTS}
 
 
 def local_row_blocks(mesh: jax.sharding.Mesh) -> range:
@@ -122,5 +122,5 @@ def mesh_and_params(params: Any) -> tuple[jax.sharding.Mesh, Any]:
         if isinstance(where, NamedSharding) and where.mesh.axis_names == AXES:
             return where.mesh, params  # type: ignore[return-value]
     devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices), 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    mesh = jax.make_mesh((len(devices), 1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     return mesh, jax.device_put(params, replicated(mesh))

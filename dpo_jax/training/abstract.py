@@ -28,8 +28,8 @@ def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Me
     """Returns the config's mesh over JAX's devices or a target's, and each device's group of fast links."""
     devices = jax.devices() if target is None else target_devices(target)
     groups = sharding.link_groups(devices) if target is None else target.groups
-    sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence
-    mesh, where = sharding.make_mesh(*sizes, devices=devices, groups=groups), dict(zip(devices, groups, strict=True))
+    mesh = sharding.make_mesh(*config.mesh.sizes, devices=devices, groups=groups)
+    where = dict(zip(devices, groups, strict=True))
     return mesh, [where[device] for device in mesh.devices.flat]
 
 

@@ -87,7 +87,7 @@ def with_hparams(prepared: PreparedRun, config: Config) -> PreparedRun:
 def prepare_run(run: Run) -> PreparedRun:
     """Returns a run on its devices: layouts, reference log-probs, functions ready to compile."""
     config = run.config
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
+    mesh = sharding.make_mesh(*config.mesh.sizes)
     layout = _layout(config, mesh, run.train_table)
     eval_layout = layout if _fits(run.eval_table, layout) else _layout(config, mesh, run.eval_table)
     put, tx, own = partial(sharding.put_batch, mesh), optim.build(**config.optim), hparams(config)

@@ -27,7 +27,7 @@ from dpo_jax.training.abstract import (
 from dpo_jax.training.attention_check import attempt, in_short, planned_attention, refuse_split
 from dpo_jax.training.load import compute_dtype
 from dpo_jax.training.run import PolicyShardings, Run, kl_prompt_count
-from dpo_jax.training.shard import gather_on_use, policy_shapes, policy_shardings, state_shardings
+from dpo_jax.training.shard import check_experts, gather_on_use, policy_shapes, policy_shardings, state_shardings
 from dpo_jax.training.tables import prompt_length, responses_per_prompt
 from dpo_jax.training.targets import Target
 from dpo_jax.training.train_step import compiled_step, hparams
@@ -95,6 +95,7 @@ def planned_run(
     # CPUs that emulate devices would add a float32 copy of a bfloat16 base, so the step is compiled with a float32 one.
     run, loss, note = abstract_run(config, narrow=target is not None, sync=sync), losses.build(config.loss), ""
     refuse_split(run.model.architecture, mesh)
+    check_experts(run.model.architecture, mesh)
     if platform := planned_platform(target):
         compute = compute_dtype(config.model)
         model, note = planned_attention(run.model, config.model.attention, compute, mesh, platform, refused or {})

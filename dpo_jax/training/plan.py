@@ -248,6 +248,7 @@ def _compiled(target: Target, planned: Planned, program: Any, memory: Memory) ->
         planned.run.model.architecture, shape, Passes(planned.base is not None, recomputed(config.model), extra),
         state=memory.trained + memory.optimizer, gradients=memory.gradients,
         itemsize=jnp.dtype(compute_dtype(config.model)).itemsize, devices=mesh.size, split=sharding.head_devices(mesh),
+        experts=sharding.expert_devices(mesh),
     )  # fmt: skip
     text = "" if isinstance(program, TooLarge) else program.as_text()
     rows = shape.rows // sharding.row_devices(mesh)
@@ -287,12 +288,13 @@ def fitting_plan(config: Config, memory: float, target: Target | None = None) ->
 def least_activations(config: Config, target: Target | None) -> int:
     """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
 
-    They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer.
+    They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer. Where
+    devices share experts, each has room for the tokens of all of them.
     """
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    inner = (2 if a.gated else 1) * chosen_width(a)
+    inner = (2 if a.gated else 1) * chosen_width(a) * sharding.expert_devices(mesh)
     split = mixed_numbers(a) + a.layers * inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * tokens * (a.layers * a.width + split // sharding.head_devices(mesh))

@@ -52,22 +52,22 @@ class Roofline(NamedTuple):
         return max(self.matmul, self.memory, self.overlapped) + self.exposed
 
 
-def matmul_weights(a: Architecture, every: bool = False) -> int:
-    """Returns how many weights of the layers multiply a token; of a mixture those of its experts, or of `every` one."""
+def matmul_weights(a: Architecture, experts: int | None = None) -> int:
+    """Returns how many weights of the layers multiply a token; of a mixture with so many experts, or its chosen."""
     router = 0 if a.mixture is None else (a.mixture.experts + bool(a.mixture.shared)) * a.width
     attention = a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
     rates = 2 * a.delta.value_heads if a.delta else 0
     linear = a.width * (delta_channels(a) + rates)
     count = attention_layers(a)
     mixing = count * attention + (a.layers - count) * linear
-    return mixing + a.layers * (router + (3 if a.gated else 2) * a.width * chosen_width(a, every))
+    return mixing + a.layers * (router + (3 if a.gated else 2) * a.width * chosen_width(a, experts))
 
 
-def chosen_width(a: Architecture, every: bool = False) -> int:
-    """Returns the inner width of a token's MLP; of a mixture that of its experts together, or of `every` one."""
+def chosen_width(a: Architecture, experts: int | None = None) -> int:
+    """Returns the inner width of a token's MLP; of a mixture that of so many experts, or its chosen."""
     if a.mixture is None:
         return a.mlp
-    return a.mlp * (a.mixture.experts if every else a.mixture.chosen) + (a.mixture.shared or 0)
+    return a.mlp * (a.mixture.chosen if experts is None else experts) + (a.mixture.shared or 0)
 
 
 def attention_layers(a: Architecture) -> int:
@@ -105,6 +105,7 @@ def step_work(
     itemsize: int,
     devices: int,
     split: int,
+    experts: int = 1,
 ) -> Work:
     """Returns the work of a train step.
 
@@ -117,6 +118,7 @@ def step_work(
       itemsize: bytes of a number in the compute dtype.
       devices: that share the work.
       split: that share the heads, the MLP and the vocabulary of a row.
+      experts: that share the experts of a mixture; as many tokens are taken to choose each.
     """
     rows = shape.microbatches * shape.rows
     tokens, scored = rows * shape.length, rows * shape.scored
@@ -129,7 +131,8 @@ def step_work(
     full = passes.remat == "full"
     again = head + attention / 2 + full * (layers + attention)  # logits by chunks, scores, the layers
     many = 1 + backward + passes.extra + full
-    weights = itemsize * (matmul_weights(a, every=True) + 2 * a.vocab * a.width) * shape.microbatches * many / split
+    own = a.mixture.experts // experts if a.mixture else None
+    weights = itemsize * (matmul_weights(a, own) + 2 * a.vocab * a.width) * shape.microbatches * many / split
     inner = (4 if a.gated else 2) * chosen_width(a)
     inner += a.mixture.chosen * 4 * a.width if a.mixture else 0  # a copy for each expert
     activations = itemsize * ((4 * a.width + inner) * a.layers + mixed_numbers(a)) * tokens * many / devices

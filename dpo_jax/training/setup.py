@@ -44,6 +44,7 @@ from dpo_jax.training.run_folder import (
     tokenizer_hash,
     with_schedule,
 )
+from dpo_jax.training.shard import check_experts
 from dpo_jax.training.tables import (
     are_chats,
     check_ids,
@@ -114,7 +115,8 @@ def setup_run(config: Config) -> Run:
     check_length(config, loaded.model)
     for line in export_notes(config, loaded):
         log.info(line)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
+    mesh = sharding.make_mesh(*config.mesh.sizes)
+    check_experts(loaded.model.architecture, mesh)
     model, note = with_attention(loaded.model, config.model.attention, config.model.compute, mesh)
     for line in filter(None, (loaded.note, note, _reference_note(config, loss))):
         notes.append(line)

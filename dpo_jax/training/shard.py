@@ -1,17 +1,29 @@
 """Shardings of the policy's parameters and of the training state."""
 
+from functools import partial
 from typing import Any
 
 import jax
 
 from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora
+from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.model import Model
 from dpo_jax.models.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.records import TrainState
 from dpo_jax.sharding import Collectives
 from dpo_jax.step import init_state, only_trained
 from dpo_jax.training.run import PolicyShardings, Run
+
+
+def check_experts(a: Architecture, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a mesh that shards the experts of a model without experts, or with a number that it does not divide."""
+    devices, count = sharding.expert_devices(mesh), 0 if a.mixture is None else a.mixture.experts
+    if devices > 1 and not count:
+        raise UserError(f"mesh.expert: {devices}, but a {a.family} has no experts; set it to 1")
+    if count % devices:
+        raise UserError(f"mesh.expert: {devices} does not divide {count} experts; set a divisor of {count}")
 
 
 def state_shardings(run: Run, tx: Any, mesh: Any) -> tuple[Any, TrainState]:
@@ -56,7 +68,8 @@ def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block: int = BLOCK) -> Model:
-    """Returns the model of sharded parameters, all-gathered just before use: one layer at a time. Rows may be split.
+    """Returns the model of sharded parameters, all-gathered just before use: one layer at a time. Rows may be split,
+    and the experts of a mixture, which are not gathered then.
 
     Where `tensor` does not shard them too, embeddings are looked up in parts of the table, and a large head is gathered
     in blocks: neither is ever whole on a device.
@@ -68,6 +81,8 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block:
       block: numbers in a block of the head; one that is no larger is gathered whole.
     """
     gather, exchange = collectives.gather, collectives.exchange
+    if collectives.experts is not None:
+        model = model._replace(hidden=partial(model.hidden, experts=collectives.experts))
     if gather is None:
         return model
 
