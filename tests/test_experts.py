@@ -27,7 +27,8 @@ KINDS = ("mixtral", "olmoe", "qwen3_moe")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by family, made when first asked for."""
-    return folders_of({kind: (kind, {}) for kind in (*KINDS, "gpt_oss", "granitemoe")}, tmp_path_factory.mktemp)
+    kinds = (*KINDS, "gpt_oss", "granitemoe", "qwen3_next")
+    return folders_of({kind: (kind, {}) for kind in kinds}, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize(("renormalized", "weights"), [(False, (0.5, 0.3)), (True, (0.625, 0.375))])
@@ -215,6 +216,18 @@ def test_a_quantized_base_is_that_of_its_dequantized_numbers(folders, kind, tmp_
     assert 0 < near < 0.2
     run = jax.jit(lambda p: logits_of(model, p, tokens))
     np.testing.assert_allclose(run(base), run(floats), atol=2e-5)
+
+
+def test_a_shared_expert_is_quantized_but_for_its_gate(folders):
+    """It has no adapters, but 4 bits a number, as all projections."""
+    pytest.importorskip("qwix")
+    architecture, _, params = load_folder(folders("qwen3_next"))
+    layers = qlora.quantize_base(params, architecture, "nf4", map_layers)["layers"]
+    for name, shape in (("shared_up", (4, 32, 10)), ("shared_gate", (4, 32, 10)), ("shared_down", (4, 20, 16))):
+        assert layers[name]["quantized"].shape == shape
+    assert layers["shared_weight"].keys() == {"kernel"}  # one number a token
+    floats = {name for name, leaves in layers.items() if "kernel" in leaves}
+    assert floats == {"shared_weight"}
 
 
 def test_the_work_of_a_step_is_that_of_the_chosen_experts():

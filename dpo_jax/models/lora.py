@@ -56,20 +56,20 @@ class Lora(NamedTuple):
 
 
 def projections(architecture: Architecture) -> dict[str, Tensor]:
-    """Returns all modules that can be adapted, by transformers' name, with `{i}` for the layer; no shared expert's."""
+    """Returns all projections of the layers, by transformers' name, with `{i}` for the layer."""
     module = family(architecture.family)
     table = (module.fused_tensors if architecture.mixture else module.tensors)(architecture)
-    kernels = {n: t for n, t in table.items() if "{i}" in n and t.parts[0].path[-1] == "kernel" and "shared_" not in n}
+    kernels = {name: t for name, t in table.items() if "{i}" in name and t.parts[0].path[-1] == "kernel"}
     return {name.removesuffix(".weight"): tensor for name, tensor in kernels.items()}
 
 
 def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight.
+    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight; no shared expert's.
 
     Raises:
       UserError: a target matches no projection.
     """
-    known = projections(architecture)
+    known = {name: tensor for name, tensor in projections(architecture).items() if "shared_" not in name}
     linear = [name for name, tensor in known.items() if not tensor.parts[0].lead]
     matched = {t: linear if t == ALL else [n for n in known if f".{n}".endswith(f".{t}")] for t in targets}
     for target, names in matched.items():
