@@ -20,7 +20,7 @@ from dpo_jax.data.sources import hh
 from dpo_jax.libtpu import WITHOUT_TPU
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
-from dpo_jax.models.flash import flash, flash_attention
+from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
 from dpo_jax.models.model import _attend_all as attend_all
 
@@ -113,12 +113,10 @@ def part_of(ids, start, stop):
 def test_queries_may_be_a_part_of_the_row(platform):
     """As where devices share a row: a part of the output, and its part of the gradients of all keys."""
     rows, (q, k, v, g) = layout(9), inputs()
-    ids = rows.queries
     start, stop = 40, 61
+    few = rows._replace(queries=part_of(rows.queries, start, stop))
     part = with_gradient(
-        lambda q, k, v: flash(
-            q, k, v, part_of(ids, start, stop), ids, CAPPED, rows.window, platform=platform, interpret=True
-        ),
+        lambda q, k, v: interpreted(platform)(q, k, v, few, CAPPED),
         *(q[:, start:stop], k, v, g[:, start:stop]),
     )
     only = jnp.zeros_like(g).at[:, start:stop].set(g[:, start:stop])
@@ -153,9 +151,9 @@ def test_devices_that_share_rows_have_the_attention_of_whole_rows(platform):
 def test_a_query_that_sees_nothing_gets_0_and_no_gradient(platform):
     """Here the keys are those of the last 35 tokens, of which the first 40 queries see none."""
     rows, (q, k, v, g) = layout(), inputs()
-    ids = rows.queries
+    few = rows._replace(keys=part_of(rows.keys, 40, 75))
     out, dq, dk, dv = with_gradient(
-        lambda q, k, v: flash(q, k, v, ids, part_of(ids, 40, 75), CAPPED, platform=platform, interpret=True),
+        lambda q, k, v: interpreted(platform)(q, k, v, few, CAPPED),
         *(q, k[:, 40:], v[:, 40:], g),
     )
     assert not out[:, :40].any()
@@ -178,10 +176,10 @@ def test_blocks_of_which_nothing_is_seen_are_not_computed(platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_sink_is_a_key_of_value_0_that_all_see(platform):
     rows, (q, k, v, g) = layout(), inputs()
-    ids, sinks, seen = rows.queries, jnp.linspace(-2.0, 3.0, q.shape[2]), visible(rows)
+    sinks, seen = jnp.linspace(-2.0, 3.0, q.shape[2]), visible(rows)
 
     def ours(q, k, v, sinks):
-        return flash(q, k, v, ids, ids, PLAIN, sinks=sinks, platform=platform, interpret=True)
+        return interpreted(platform)(q, k, v, rows, PLAIN, sinks)
 
     def theirs(q, k, v, sinks):
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))

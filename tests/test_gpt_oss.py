@@ -17,7 +17,7 @@ from tiny import folder_of, load_torch, logits_of, tokens_of, torch_model
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
-from dpo_jax.models import kernels, qlora
+from dpo_jax.models import qlora
 from dpo_jax.models.attention import packed_attention
 from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.experts import project_groups
@@ -26,6 +26,7 @@ from dpo_jax.models.huggingface.mxfp4 import Unpacked
 from dpo_jax.models.init import map_layers
 from dpo_jax.models.layers import activate
 from dpo_jax.models.model import build_model
+from dpo_jax.training import attention_check
 from dpo_jax.training.attention_check import kernel_mismatch
 
 SINKS = jnp.linspace(-2.0, 3.0, H)
@@ -86,14 +87,33 @@ def _untaught(q, k, v, rows, scoring, sinks):
         (packed_attention, ""),
         (_without, "relative error of the output"),
         (_untaught, "relative error of the gradient of sinks 1.0e+00"),
-        (kernels.splash, "NotImplementedError: cannot add attention sinks, which this model has"),
-        (kernels.cudnn, "NotImplementedError: cannot add attention sinks, which this model has"),
     ],
 )
 def test_a_kernel_is_used_only_if_it_has_the_sinks(attend, message):
     why = kernel_mismatch(attend, dataclasses.replace(PLAIN_MODEL, sinks=True), "float32")
     assert message in why
     assert bool(why) == bool(message)
+
+
+def test_a_case_without_the_sinks_of_the_model_is_no_pass(monkeypatch):
+    """Then the gradient of the sinks would be compared with nothing."""
+    case = attention_check.attention_case
+    monkeypatch.setattr(attention_check, "attention_case", lambda *x: (case(*x)[0][:4], case(*x)[1]))
+    with pytest.raises(ValueError, match="zip"):
+        kernel_mismatch(packed_attention, dataclasses.replace(PLAIN_MODEL, sinks=True), "float32")
+
+
+@pytest.mark.parametrize(("name", "platform"), [("splash", "tpu"), ("cudnn", "gpu")])
+def test_kernels_without_sinks_are_neither_planned_nor_tried(name, platform, monkeypatch):
+    """A plan for another device says so too, before anything is compiled for it."""
+    model = build_model(dataclasses.replace(PLAIN_MODEL, sinks=True))
+    mesh, refusal = sharding.make_mesh(-1, 1, 1), f"model.attention: {name} cannot add attention sinks, which this model"
+    with pytest.raises(UserError, match=refusal):
+        attention_check.planned_attention(model, name, "bfloat16", mesh, platform)
+    assert attention_check.planned_attention(model, "auto", "bfloat16", mesh, platform, {"flash": "no"})[0] is model
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    with pytest.raises(UserError, match=refusal):
+        attention_check.with_attention(model, name, "bfloat16")
 
 
 def test_the_clamped_activation_by_hand():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.attention import KeyValues, Queries, RowMask, Scoring, TokenIds
+from dpo_jax.models.attention import KeyValues, Queries, RowMask, Scoring
 from dpo_jax.models.flash_blocks import (
     LARGEST,
     Backend,
@@ -45,25 +45,7 @@ def flash_attention(
     platform: str | None = None,
     interpret: bool = False,
 ) -> Queries:
-    """Returns what `packed_attention` does, by `flash`."""
-    options: dict[str, Any] = {"sinks": sinks, "platform": platform, "interpret": interpret}
-    return flash(q, k, v, mask.queries, mask.keys, scoring, mask.window, **options)
-
-
-def flash(
-    q: Queries,
-    k: KeyValues,
-    v: KeyValues,
-    q_ids: TokenIds,
-    k_ids: TokenIds,
-    scoring: Scoring,
-    window: Array | None = None,
-    *,
-    sinks: Array | None = None,
-    platform: str | None = None,
-    interpret: bool = False,
-) -> Queries:
-    """Returns attention of queries to the keys they see: earlier ones of their segment, of the prompt or their branch.
+    """Returns what `packed_attention` does, for queries and keys in any order and number.
 
     A query that sees no key gets 0.
 
@@ -71,11 +53,9 @@ def flash(
       q: queries [R, T, H, d] in the compute dtype.
       k: keys [R, S, K, d]; H is a multiple of K.
       v: values [R, S, K, d].
-      q_ids: ids of the queries, int32[R, T] each.
-      k_ids: ids of the keys, int32[R, S] each.
+      mask: which keys a query attends to; ids of the queries are int32[R, T], of the keys int32[R, S].
       scoring: scale and cap of the scores.
-      window: int32[], keys at this distance or farther are masked; None without a window.
-      sinks: float32[H], the score of a further key that every query of a head sees, with a value of 0; None without.
+      sinks: as in `packed_attention`.
       platform: "tpu" or "gpu"; by default, that for which the program is compiled.
       interpret: runs the kernels of the platform (by default a TPU's) on a CPU, slowly.
 
@@ -83,7 +63,7 @@ def flash(
       The output [R, T, H, d] in the dtype of q.
     """
     static = _Static(scoring, platform or (PLATFORMS[0] if interpret else None), interpret)
-    return _flash(q, k, v, sinks, q_ids, k_ids, window, static)
+    return _flash(q, k, v, sinks, mask, static)
 
 
 def _backend(platform: str) -> Backend:
@@ -109,43 +89,40 @@ def _pad(x: Array, block: int, axis: int = 1, value: float = 0.0) -> Array:
     return jnp.pad(x, [(0, -n % block if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
 
 
-def _prepare(
-    blocks: Blocks, q: Array, k: Array, v: Array, q_ids: TokenIds, k_ids: TokenIds, window: Array | None
-) -> tuple[Sides, Array]:
+def _prepare(blocks: Blocks, q: Array, k: Array, v: Array, mask: RowMask) -> tuple[Sides, Array]:
     """Returns the padded inputs, and which blocks to visit: bool[R, n, m]. Padding sees nothing and is not seen."""
-    queries = padded_ids(q_ids, blocks.queries, -1)
-    keys = padded_ids(k_ids, blocks.keys, LARGEST)
-    width = None if window is None else jnp.reshape(window, (1,)).astype(jnp.int32)
+    queries = padded_ids(mask.queries, blocks.queries, -1)
+    keys = padded_ids(mask.keys, blocks.keys, LARGEST)
+    width = None if mask.window is None else jnp.reshape(mask.window, (1,)).astype(jnp.int32)
     sides = Sides(_pad(q, blocks.queries), _pad(k, blocks.keys), _pad(v, blocks.keys), queries, keys, width)
-    return sides, visible_blocks(queries, keys, window, blocks)
+    return sides, visible_blocks(queries, keys, mask.window, blocks)
 
 
-def _forward(static: _Static, backend: Backend, q: Array, k: Array, v: Array, *ids: Any) -> tuple[Array, Array]:
+def _forward(static: _Static, backend: Backend, q: Array, k: Array, v: Array, mask: RowMask) -> tuple[Array, Array]:
     blocks = backend.blocks(q, k)
-    sides, visible = _prepare(blocks, q, k, v, *ids)
+    sides, visible = _prepare(blocks, q, k, v, mask)
     out, lse = backend.forward(sides, lists_of(visible), static.scoring, blocks, static.interpret)
     return out[:, : q.shape[1]], lse[..., : q.shape[1]]
 
 
 def _backward(
-    static: _Static, backend: Backend, q: Array, k: Array, v: Array, ids: Any, *more: Array
+    static: _Static, backend: Backend, q: Array, k: Array, v: Array, mask: RowMask, *more: Array
 ) -> tuple[Array, Array, Array]:
     blocks = backend.blocks(q, k)
-    sides, visible = _prepare(blocks, q, k, v, *ids)
+    sides, visible = _prepare(blocks, q, k, v, mask)
     by_query, by_key = lists_of(visible), lists_of(visible.swapaxes(1, 2))
     padded = [_pad(x, blocks.queries, axis) for x, axis in zip(more, (1, 2, 2), strict=True)]
     dq, dk, dv = backend.backward(sides, by_query, by_key, padded, static.scoring, blocks, static.interpret)
     return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _flash(q, k, v, sinks, q_ids, k_ids, window, static):
-    return _flash_fwd(q, k, v, sinks, q_ids, k_ids, window, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _flash(q, k, v, sinks, mask, static):
+    return _flash_fwd(q, k, v, sinks, mask, static)[0]
 
 
-def _flash_fwd(q, k, v, sinks, q_ids, k_ids, window, static):
-    ids = q_ids, k_ids, window
-    out, lse = _on_platform(partial(_forward, static), static, q, k, v, *ids)
+def _flash_fwd(q, k, v, sinks, mask, static):
+    out, lse = _on_platform(partial(_forward, static), static, q, k, v, mask)
     if sinks is not None:
         # One more key per head, of value 0: it takes its share of the weights from the output.
         with_sink = jnp.logaddexp(lse, sinks[:, None])
@@ -153,15 +130,15 @@ def _flash_fwd(q, k, v, sinks, q_ids, k_ids, window, static):
         lse = with_sink
     # Named so that a remat policy can keep these two arrays; the backward pass then never reruns this function.
     out, lse = named(out, ATTENTION), named(lse, ATTENTION)
-    return out, (q, k, v, sinks, ids, out, lse)
+    return out, (q, k, v, sinks, mask, out, lse)
 
 
 def _flash_bwd(static, residuals, g):
-    q, k, v, sinks, ids, out, lse = residuals
+    q, k, v, sinks, mask, out, lse = residuals
     delta = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    dq, dk, dv = _on_platform(partial(_backward, static), static, q, k, v, ids, g, lse, delta)
+    dq, dk, dv = _on_platform(partial(_backward, static), static, q, k, v, mask, g, lse, delta)
     d_sinks = None if sinks is None else -(jnp.exp(sinks[:, None] - lse) * delta).sum((0, 2))
-    return dq, dk, dv, d_sinks, None, None, None
+    return dq, dk, dv, d_sinks, None
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
       dtypes: supported compute dtypes.
       note: a remark for users, logged when the kernel is used; may be empty.
       whole_rows: whether it needs all tokens of a row on one device (`mesh.sequence` 1).
+      sinks: whether it takes attention sinks. Splash's have one gradient for all heads.
     """
 
     platforms: tuple[str, ...]
@@ -35,22 +36,11 @@ class Kernel(NamedTuple):
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     note: str = ""
     whole_rows: bool = True
+    sinks: bool = False
 
 
-def _refuse_sinks(sinks: Array | None) -> None:
-    if sinks is not None:  # splash has them, with one gradient for all heads
-        raise NotImplementedError("cannot add attention sinks, which this model has")
-
-
-def splash(
-    q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, sinks: Any = None, *, interpret: bool = False
-) -> Array:
-    """Returns splash attention (TPU), which skips fully masked blocks; `interpret` runs it on a CPU, slowly.
-
-    Raises:
-      NotImplementedError: the model has attention sinks.
-    """
-    _refuse_sinks(sinks)
+def splash(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, interpret: bool = False) -> Array:
+    """Returns splash attention (TPU), which skips fully masked blocks; `interpret` runs it on a CPU, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library  # imported late: it is slow to import
 
     def one(q: Array, k: Array, v: Array, visible: Array) -> Array:
@@ -73,15 +63,12 @@ def splash(
     return _run_on_blocks(run, q, k, v, mask)
 
 
-def cudnn(
-    q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, sinks: Any = None, *, implementation: Any = "cudnn"
-) -> Array:
+def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, implementation: Any = "cudnn") -> Array:
     """Returns cuDNN's flash attention, which skips keys after the query and masks the rest.
 
     Raises:
-      NotImplementedError: the scores have a cap, or the model has attention sinks.
+      NotImplementedError: the scores have a cap.
     """
-    _refuse_sinks(sinks)
     if scoring.cap is not None:
         raise NotImplementedError("cannot cap scores, which this model does")
 
@@ -97,7 +84,7 @@ def cudnn(
 _ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 # In the order in which `model.attention: auto` tries them.
 KERNELS = {
-    "flash": Kernel(PLATFORMS, flash_attention, whole_rows=False),
+    "flash": Kernel(PLATFORMS, flash_attention, whole_rows=False, sinks=True),
     "splash": Kernel(("tpu",), splash),
     "cudnn": Kernel(("gpu",), cudnn, ("bfloat16",), _ORDER),
 }

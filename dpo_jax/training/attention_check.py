@@ -149,6 +149,8 @@ def _unsupported(name: str, a: Architecture, compute: str, devices: int, platfor
         return f"runs on a {' or '.join(kernel.platforms)}, this device is a {platform}"
     if compute not in kernel.dtypes:
         return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
+    if a.sinks and not kernel.sinks:
+        return "cannot add attention sinks, which this model has"
     if a.kv_heads % devices:
         return f"cannot shard {a.kv_heads} key-value heads evenly over {devices} devices (mesh.tensor)"
     return ""
@@ -167,7 +169,7 @@ def kernel_mismatch(attend: Attend, a: Architecture, compute: str) -> str:
         found, error = attempt(lambda case=case, errors=errors: np.asarray(errors(*case)))
         if error is not None:
             return f"fails on this device ({in_short(error)})"
-        for what, (far, near) in zip(OUTPUTS, found, strict=False):  # sinks may be missing
+        for what, (far, near) in zip(OUTPUTS[: 4 + a.sinks], found, strict=True):
             limit = max(MARGIN * near, LEAST)
             if not far <= limit:  # true for NaN too
                 return f"differs from {CHUNKS} on this device (relative error of {what} {far:.1e}, allowed {limit:.1e})"
