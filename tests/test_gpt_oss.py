@@ -107,7 +107,7 @@ def test_a_case_without_the_sinks_of_the_model_is_no_pass(monkeypatch):
 def test_kernels_without_sinks_are_neither_planned_nor_tried(name, platform, monkeypatch):
     """A plan for another device says so too, before anything is compiled for it."""
     model = build_model(dataclasses.replace(PLAIN_MODEL, sinks=True))
-    mesh, refusal = sharding.make_mesh(-1, 1, 1), f"model.attention: {name} cannot add attention sinks, which this model"
+    mesh, refusal = sharding.make_mesh(-1, 1, 1), f"model.attention: {name} cannot add attention sinks, which"
     with pytest.raises(UserError, match=refusal):
         attention_check.planned_attention(model, name, "bfloat16", mesh, platform)
     assert attention_check.planned_attention(model, "auto", "bfloat16", mesh, platform, {"flash": "no"})[0] is model

@@ -41,6 +41,16 @@ class Delta:
     value_dim: int
     taps: int
 
+    @property
+    def key_channels(self) -> int:
+        """Outputs of the projection of queries, and of that of keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_channels(self) -> int:
+        """Outputs of the projection of values, and of that of the gate."""
+        return self.value_heads * self.value_dim
+
 
 @dataclass(frozen=True)
 class Rope:

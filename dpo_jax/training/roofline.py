@@ -78,7 +78,7 @@ def attention_layers(a: Architecture) -> int:
 def delta_channels(a: Architecture) -> int:
     """Returns the numbers of a token that go in and out of linear attention, with its gate."""
     d = a.delta
-    return 0 if d is None else 2 * d.key_heads * d.key_dim + 3 * d.value_heads * d.value_dim
+    return 0 if d is None else 2 * d.key_channels + 3 * d.value_channels
 
 
 class Passes(NamedTuple):
@@ -150,7 +150,7 @@ def mixed_numbers(a: Architecture) -> int:
 def state_work(a: Architecture) -> float:
     """Returns the operations on a token's states of linear attention: two reads and a write in each head and layer."""
     d = a.delta
-    return 0 if d is None else 6 * (a.layers - attention_layers(a)) * d.value_heads * d.key_dim * d.value_dim
+    return 0 if d is None else 6 * (a.layers - attention_layers(a)) * d.key_dim * d.value_channels
 
 
 def roofline(work: Work, found: Iterable[Collective], chip: Chip, groups: Sequence[int]) -> Roofline:

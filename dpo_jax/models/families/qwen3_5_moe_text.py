@@ -26,7 +26,7 @@ def _table(mixtures: Callable[[Architecture], dict[str, Tensor]]) -> Callable[[A
     """Returns the function of a table, from that of a mixture with Llama's attention."""
 
     def tensors_of(a: Architecture) -> dict[str, Tensor]:
-        return qwen3_next.with_delta(qwen3_next.with_shared(mixtures(a), a), a, qwen3_5_text.separate_projections(a))
+        return qwen3_next.with_delta(qwen3_next.with_shared(mixtures(a), a), a, qwen3_5_text.separate_projections)
 
     return tensors_of
 

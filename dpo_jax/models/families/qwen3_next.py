@@ -1,7 +1,7 @@
 """Qwen3-Next (80B-A3B): three of four layers with linear attention, the others with gates, and 10 of 512 experts."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,17 +106,19 @@ def delta_settings(config: hf.HfConfig) -> Delta:
 
 def tensors(a: Architecture) -> dict[str, Tensor]:
     """Returns Hugging Face's tensors by name, with `{i}` for the layer and `{e}` for the expert."""
-    return with_delta(with_shared(experts.per_expert_tensors(a), a), a, _interleaved(a))
+    return with_delta(with_shared(experts.per_expert_tensors(a), a), a, _interleaved)
 
 
 def fused_tensors(a: Architecture) -> dict[str, Tensor]:
     """Returns the parameters of transformers 5's model by name: all experts of a layer in a tensor."""
-    return with_delta(with_shared(experts.fused_expert_tensors(a), a), a, _interleaved(a))
+    return with_delta(with_shared(experts.fused_expert_tensors(a), a), a, _interleaved)
 
 
 def with_shared(table: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]:
     """Returns the table of a mixture with the shared expert."""
-    where, size = "model.layers.{i}.mlp.shared_expert", (a.mixture and a.mixture.shared) or 0
+    assert a.mixture is not None
+    assert a.mixture.shared is not None
+    where, size = "model.layers.{i}.mlp.shared_expert", a.mixture.shared
     found = {f"{where}_gate.weight": linear(("layers", "shared_weight", "kernel"), (1,), (a.width,))}
     for name in ("gate", "up", "down"):
         outputs, inputs = (a.width, size) if name == "down" else (size, a.width)
@@ -125,56 +127,61 @@ def with_shared(table: Mapping[str, Tensor], a: Architecture) -> dict[str, Tenso
     return {**table, **found}
 
 
-def with_delta(table: Mapping[str, Tensor], a: Architecture, projections: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a table whose attention has gates, beside layers of linear attention with the given projections."""
+def with_delta(
+    table: Mapping[str, Tensor], a: Architecture, projections: Callable[[Delta, int], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Returns a table whose attention has gates, beside layers of linear attention.
+
+    Args:
+      table: of a model with attention.
+      a: its architecture.
+      projections: (sizes of linear attention, D) -> the first projections of such a layer.
+    """
     every: Any = slice(None)
     gated = (TensorPart(("layers", name, "kernel"), 1, (every, i)) for i, name in enumerate(("q", "q_gate")))
     attention = {name: tensor for name, tensor in table.items() if ".self_attn." in name}
     q = "model.layers.{i}.self_attn.q_proj.weight"
     attention[q] = Tensor(((a.heads, 2, a.head_dim), (a.width,)), tuple(gated))
-    layers = {**_other_delta(a), **projections} if a.delta else {}
+    layers = {**_other_delta(a.delta, a.width), **projections(a.delta, a.width)} if a.delta else {}
     return {**table, **of_kind(attention, a, "attention"), **of_kind(layers, a, "delta")}
 
 
 WHERE = "model.layers.{i}.linear_attn."
 
 
-def delta_parts(a: Architecture) -> tuple[tuple[str, slice], ...]:
+def delta_parts(d: Delta) -> tuple[tuple[str, slice], ...]:
     """Returns the channels of queries, keys and values, by the name of their parameters."""
-    d = a.delta or Delta(0, 0, 0, 0, 0)
-    keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
+    keys, values = d.key_channels, d.value_channels
     return ("q", slice(0, keys)), ("k", slice(keys, 2 * keys)), ("v", slice(2 * keys, 2 * keys + values))
 
 
-def _other_delta(a: Architecture) -> dict[str, Tensor]:
+def _other_delta(d: Delta, width: int) -> dict[str, Tensor]:
     """Returns the tensors of linear attention but its first projections."""
-    d, parts = a.delta or Delta(0, 0, 0, 0, 0), delta_parts(a)
+    parts = delta_parts(d)
     convolved = (TensorPart(("layers", f"delta_conv_{name}", "weight"), 0, (part, 0)) for name, part in parts)
     return {
         WHERE + "conv1d.weight": Tensor(((parts[-1][1].stop,), (1,), (d.taps,)), tuple(convolved)),
         WHERE + "A_log": same_layout(("layers", "delta_rates", "log"), d.value_heads),
         WHERE + "dt_bias": same_layout(("layers", "delta_rates", "shift"), d.value_heads),
         WHERE + "norm.weight": same_layout(("layers", "delta_norm", "scale"), d.value_dim),
-        WHERE + "out_proj.weight": linear(("layers", "delta_o", "kernel"), (a.width,), (d.value_heads * d.value_dim,)),
+        WHERE + "out_proj.weight": linear(("layers", "delta_o", "kernel"), (width,), (d.value_channels,)),
     }
 
 
-def _interleaved(a: Architecture) -> dict[str, Tensor]:
+def _interleaved(d: Delta, width: int) -> dict[str, Tensor]:
     """Returns the projections of linear attention in two tensors, each of them key head after key head."""
-    if a.delta is None:
-        return {}
-    d, ratio = a.delta, a.delta.value_heads // a.delta.key_heads
+    ratio = d.value_heads // d.key_heads
     wide = (d.key_dim, d.key_dim, ratio * d.value_dim, ratio * d.value_dim)
     return {
-        WHERE + "in_proj_qkvz.weight": _by_head(a, ("q", "k", "v", "gate"), wide),
-        WHERE + "in_proj_ba.weight": _by_head(a, ("rate", "decay"), (ratio, ratio)),
+        WHERE + "in_proj_qkvz.weight": _by_head(d, width, ("q", "k", "v", "gate"), wide),
+        WHERE + "in_proj_ba.weight": _by_head(d, width, ("rate", "decay"), (ratio, ratio)),
     }
 
 
-def _by_head(a: Architecture, names: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor:
+def _by_head(d: Delta, width: int, names: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor:
     """Returns a tensor that has, for each head of keys, outputs of several projections."""
-    outputs = (a.delta.key_heads if a.delta else 0) * sum(sizes)
+    outputs = d.key_heads * sum(sizes)
     places = np.split(np.arange(outputs).reshape(-1, sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
     parts = zip(names, places, strict=True)
     made = (TensorPart(("layers", f"delta_{name}", "kernel"), 1, (place.ravel(),)) for name, place in parts)
-    return Tensor(((outputs,), (a.width,)), tuple(made))
+    return Tensor(((outputs,), (width,)), tuple(made))
