@@ -133,6 +133,7 @@ class Architecture:
       logit_cap: the same for logits.
       logit_scale: multiplies logits, before the cap.
       embedding_scale: multiplies token embeddings.
+      scale_rounded: `embedding_scale` is rounded to the compute dtype first: so Gemma was trained.
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
       gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
@@ -180,6 +181,7 @@ class Architecture:
     logit_cap: float | None = None
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    scale_rounded: bool = False
     residual_multiplier: float = 1.0
     position_offset: int = 0
     gated_attention: bool = False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import (
@@ -283,7 +284,7 @@ class Decoder(nn.Module):
         else:
             part = self.get_variable("params", "embedding")  # some columns, which `param` would refuse
             x = self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
-        x = x * jnp.asarray(a.embedding_scale, x.dtype)  # rounded: so Gemma was trained
+        x = _scaled(x, float(np.asarray(a.embedding_scale, x.dtype)) if a.scale_rounded else a.embedding_scale)
         if a.rope is None:
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))

@@ -38,7 +38,8 @@ def gemma_like(config: hf.HfConfig, family: str, **fields: Any) -> Architecture:
     hf.only_setting(config, "mlp_bias", False)
     hf.only_setting(config, "use_bidirectional_attention", False)
     scale = hf.need_setting(config, "hidden_size") ** 0.5
-    return llama.llama_like(config, family, norm_offset=1.0, embedding_scale=scale, **fields)
+    fields = {"embedding_scale": scale, "scale_rounded": True, **fields}
+    return llama.llama_like(config, family, norm_offset=1.0, **fields)
 
 
 tensors = llama.tensors
