@@ -284,5 +284,9 @@ WHOLE = {
         23_572_403_200,
     ),
     "Qwen3.5-27B": (_QWEN_35_WHOLE, 26_895_998_464),
+    "Qwen3.5-35B-A3B": (
+        _QWEN_35_WHOLE | {"model_type": "qwen3_5_moe", "text_config": _QWEN_35_MOE},
+        34_660_610_688,
+    ),
     "Ministral-3-3B": (_MISTRAL_3_WHOLE | {"tie_word_embeddings": True, "text_config": _MINISTRAL}, 3_429_006_336),
 }

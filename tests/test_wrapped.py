@@ -28,6 +28,9 @@ QWEN35["text_config"] |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24
 QWEN35["vision_config"] = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "patch_size": 14}
 QWEN35["vision_config"] |= {"out_hidden_size": 32, "num_position_embeddings": 16}
 MODELS["Qwen3_5"] = QWEN35
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS |= {"shared_expert_intermediate_size": 20}
+MODELS["Qwen3_5Moe"] = QWEN35 | {"text_config": QWEN35["text_config"] | EXPERTS}
 # Names in released files, which transformers writes too -> those in memory, with which some files are saved.
 NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head"}
 NAMES |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}
@@ -77,8 +80,8 @@ def test_a_model_with_images_is_written_back_whole(tmp_path, caplog, name, renam
     caplog.set_level("INFO", "dpo_jax")
     theirs, tokens = make_whole(tmp_path / "in", name, renamed), tokens_of(2, 20, vocab=120)
     architecture, hf_config, params = load_folder(tmp_path / "in")
-    kind = hf_config["model_type"]
-    assert f"a {name.lower()}, which reads images; its language model, a {kind}, is used" in caplog.text
+    kind, whole = hf_config["model_type"], json.loads((tmp_path / "in/config.json").read_text())["model_type"]
+    assert f"a {whole}, which reads images; its language model, a {kind}, is used" in caplog.text
     logits = jax.jit(lambda p: logits_of(build_model(architecture), p, tokens))
     np.testing.assert_allclose(logits(params), torch_logits(theirs, tokens), atol=1e-4)
     trained = {**params, "final_norm": {"scale": params["final_norm"]["scale"] + 0.5}}
@@ -101,6 +104,25 @@ def test_a_model_with_images_is_written_back_whole(tmp_path, caplog, name, renam
     np.testing.assert_allclose(torch_logits(load_torch(tmp_path / "alone"), tokens), logits(trained), atol=1e-4)
     written = json.loads((tmp_path / "alone/config.json").read_text())
     assert (written["model_type"], written["eos_token_id"]) == (kind, [1, 106])
+
+
+def test_fused_experts_of_a_model_with_images_are_read_and_written_one_by_one(tmp_path):
+    """The released form: a tensor for all experts of a layer, with the prefix of the language model."""
+    theirs, tokens = make_whole(tmp_path / "in", "Qwen3_5Moe"), tokens_of(2, 20, vocab=120)
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    apart = {key for key in tensors if ".mlp.experts." in key}
+    fused = {key: x.detach().numpy() for key, x in theirs.state_dict().items() if ".mlp.experts." in key}
+    assert (len(apart), len(fused)) == (3 * 3 * 4, 3 * 2)
+    others = {key: x for key, x in tensors.items() if key not in apart}
+    save_file({**others, **fused}, tmp_path / "in/model.safetensors", {"format": "pt"})
+    architecture, hf_config, params = load_folder(tmp_path / "in")
+    logits = jax.jit(lambda p: logits_of(build_model(architecture), p, tokens))(params)
+    np.testing.assert_allclose(logits, torch_logits(theirs, tokens), atol=1e-4)
+    save_folder(tmp_path / "out", params, hf_config)
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(np.array_equal(after[key], tensors[key]) for key in tensors)
+    np.testing.assert_allclose(torch_logits(load_whole(tmp_path / "out"), tokens), logits, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -32,10 +32,12 @@ _MISTRAL3 = {"vocab_size": 131072, "hidden_size": 5120, "num_hidden_layers": 40,
 _MISTRAL3 |= {"intermediate_size": 32768, "sliding_window": None}
 _QWEN3_5 = {"vocab_size": 248320, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 16}
 _QWEN3_5 |= {"intermediate_size": 12288}
+_QWEN3_5_MOE = {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16}
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), _GEMMA3),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), _MISTRAL3),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), _QWEN3_5),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", ("qwen3_5_moe_text",), _QWEN3_5_MOE),
 }
 
 # Prefixes of the language model's tensors: transformers 5's, those of released files, those of some conversions.
