@@ -168,7 +168,7 @@ class Block(nn.Module):
 
         read = norm(x, "attention_norm", a.pre_norm)
         if self.kind == "delta":
-            mixed, kept = delta_attention(a, read, cache, context.paths)
+            mixed, kept = delta_attention(a, read, cache, context.paths, Linear)
         else:
             mixed, kept = _attention(a, self.attend, read, cache, context, own)
         x, before = x + branch(mixed, "attention_post_norm"), x

@@ -5,6 +5,7 @@ A token's copies, one for each of its experts, are N * k rows sorted by expert, 
 adjacent and a grouped matmul multiplies each group by its own kernel.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
-from dpo_jax.models.layers import activate
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
