@@ -120,7 +120,7 @@ def assert_one_trajectory(folder: Path, name: str, other: str = "one", learned: 
     """Losses to 1e-5, log-probs to rounding, the very same lines; `learned` is what is left of the loss at the end."""
     ours, theirs = lines(folder, name), lines(folder, other)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    assert len([r for r in ours if "loss" in r]) == STEPS
+    assert len([r for r in ours if "loss" in r]) == steps
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for key in {"loss", "eval_loss"} & b.keys():

@@ -1,0 +1,81 @@
+"""Linear attention, mixtures, sinks: one trajectory on several devices, over a base of 4 bits too, and exact plans."""
+
+import json
+import math
+
+import jax
+import launched
+import pytest
+from tiny import _ARGUMENTS
+
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
+from dpo_jax.models import lora
+from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.model import build_model
+from dpo_jax.training.abstract import count_parameters
+from dpo_jax.training.plan import plan_run
+
+# A token whose two best experts are nearly alike goes to either by rounding, and then all numbers part. That is rare,
+# and rarer in few steps.
+STEPS = 6
+FEW = ["--max_steps", str(STEPS)]
+NF4 = [*FEW, "--lora.rank", "4", "--lora.base", "nf4", "--samples.prompts", "0"]
+KINDS = ("gpt_oss", "qwen3_next")
+LAYOUTS = {"fsdp 2": ["--mesh.fsdp", "2"], "tensor 2": ["--mesh.tensor", "2"]}
+
+
+def write_config(file, kind):
+    config = json.loads((launched.ROOT / "configs/models/synthetic.json").read_text())
+    few = {"num_hidden_layers": 2, "initializer_range": 0.05, "vocab_size": config["vocab_size"], "model_type": kind}
+    file.write_text(json.dumps(_ARGUMENTS[kind] | few))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def world(request, tmp_path_factory):
+    """The folder of two small runs, done on one device."""
+    folder = launched.make_world(tmp_path_factory.mktemp("unlike"))
+    write_config(folder / "tiny.json", request.param)
+    for name, options in (("one", FEW), ("one nf4", NF4)):
+        launched.finish(launched.start(folder, name, *options))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_trajectory(world, layout):
+    launched.finish(launched.start(world, layout, *FEW, *LAYOUTS[layout], devices=2))
+    launched.assert_one_trajectory(world, layout, steps=STEPS, left=0.98)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_trajectory_over_4_bits(world, layout):
+    name = f"{layout} nf4"
+    launched.finish(launched.start(world, name, *NF4, *LAYOUTS[layout], devices=2))
+    launched.assert_one_trajectory(world, name, "one nf4", steps=STEPS, left=0.999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_count_what_a_device_holds(kind, tmp_path):
+    """All parameters without a split, about a quarter on 2x2 devices, and half a byte and scales of a 4-bit base."""
+    write_config(tmp_path / "config.json", kind)
+    architecture = architecture_of(json.loads((tmp_path / "config.json").read_text()))
+    shapes = jax.eval_shape(build_model(architecture).init, jax.eval_shape(jax.random.key, 0))
+    count = count_parameters(shapes)
+    parts = {part.path[1] for tensor in lora.projections(architecture).values() for part in tensor.parts}
+    kernels = sum(math.prod(shapes["layers"][name]["kernel"].shape) for name in parts - {"shared_weight"})
+
+    def planned(*options):
+        fixed = ["--model.config", str(tmp_path / "config.json"), "--data.max_length", "64", "--batch_size", "8"]
+        return plan_run(parse_config(Config, None, [*fixed, *options], prog="x"))
+
+    whole, split = planned(), planned("--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert whole.parameters == whole.trained == split.trained == count
+    assert whole.memory.trained == whole.memory.gradients == 4 * count
+    assert count <= split.memory.trained < 1.3 * count
+    few = planned("--lora.rank", "2", "--lora.base", "nf4")
+    rest = 4 * (count - kernels)
+    assert rest + kernels / 2 < few.memory.frozen < rest + kernels  # 16 numbers or more share a scale of 4 bytes
+    assert few.memory.trained < count
