@@ -116,8 +116,8 @@ def lines(folder: Path, name: str) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def assert_one_trajectory(folder: Path, name: str, other: str = "one", learned: float = 0.75) -> None:
-    """Losses to 1e-5, log-probs to rounding, the very same lines; `learned` is what is left of the loss at the end."""
+def assert_one_trajectory(folder: Path, name: str, other: str = "one", steps: int = STEPS, left: float = 0.75) -> None:
+    """Losses to 1e-5, log-probs to rounding, the very same lines, and `left` or less of the first loss at the end."""
     ours, theirs = lines(folder, name), lines(folder, other)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     assert len([r for r in ours if "loss" in r]) == steps
@@ -127,7 +127,7 @@ def assert_one_trajectory(folder: Path, name: str, other: str = "one", learned: 
             assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
         for key in {"logps/chosen", "eval_logps/chosen", "rewards/margins", "grad_norm"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
-    assert theirs[-2]["loss"] < learned * theirs[1]["loss"]  # it has learned, so the comparison is no formality
+    assert theirs[-2]["loss"] < left * theirs[1]["loss"]  # it has learned, so the comparison is no formality
 
 
 def assert_same_run(folder: Path, name: str, other: str = "one") -> None:

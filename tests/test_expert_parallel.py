@@ -288,7 +288,7 @@ def test_one_trajectory(world, model, trained, mesh):
 
 
 def assert_same_run(folder, name, one, learned=0.75):
-    launched.assert_one_trajectory(folder, name, one, learned)
+    launched.assert_one_trajectory(folder, name, one, left=learned)
     for a, b in zip(launched.lines(folder, name), launched.lines(folder, one), strict=True):
         assert a.get("aux_loss") == pytest.approx(b.get("aux_loss"), abs=1e-5)
     samples = [(folder / "runs" / n / "samples.jsonl").read_text() for n in (name, one)]
