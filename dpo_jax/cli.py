@@ -252,7 +252,8 @@ def show_unraisable(unraisable: Any) -> None:
     """
     trace = unraisable.exc_traceback
     callback = trace is not None and trace.tb_frame.f_globals["__name__"] == "asyncio.base_events"
-    if not callback or str(unraisable.exc_value) != "Event loop is closed":
+    closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    if not (callback and closed):
         sys.__unraisablehook__(unraisable)
 
 

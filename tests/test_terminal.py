@@ -92,7 +92,8 @@ def test_a_callback_that_outlives_a_failed_save_says_nothing(monkeypatch):
     error, ours = raised.value, raised.value.__traceback__
     cli.show_unraisable(SimpleNamespace(exc_value=error, exc_traceback=ours.tb_next))
     assert shown == []
-    others = [(error, ours), (error, None), (RuntimeError("bad news"), ours.tb_next)]
+    others = [(error, ours), (error, None)]
+    others += [(other, ours.tb_next) for other in (RuntimeError("bad news"), OSError("Event loop is closed"))]
     given = [SimpleNamespace(exc_value=value, exc_traceback=trace) for value, trace in others]
     for unraisable in given:
         cli.show_unraisable(unraisable)
