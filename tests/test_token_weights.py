@@ -1,5 +1,7 @@
 """Weights of tokens: from the column to tables, rows and log-probs; packed as alone, 1 as without, 0 as left out."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,9 +211,33 @@ def test_a_flipped_pair_and_a_response_to_another_prompt():
     *_, flipped = add_noise([item], flip=1.0, draw_labels=False, duplicate=0.0, seed=0)  # after a note
     assert flipped.token_weights == item.token_weights[::-1]
     table = table_of(row, {**ROW, "prompt": "w5"})
-    first, second = add_mismatched(table, 12, {"cut": 0})
+    first, second = add_mismatched(table, 12, Counter())
     assert [w.tolist() for w in first.token_weights] == [[2, 1, 1, 1], [3, 1, 1], [1, 1, 1, 1]]
     assert [w.tolist() for w in second.token_weights] == [[1, 1, 1, 1], [1, 1, 1], [2, 1, 1, 1]]
+
+
+def test_a_response_to_another_prompt_that_truncation_leaves_no_weight_is_dropped_and_counted():
+    """Beside a prompt of five tokens there is room for one, beside one of two tokens for four."""
+    light = {**ROW, "prompt": "w5", "token_weights": [[0, 0, 5], None]}
+    table = table_of(light, {**ROW, "prompt": "w1 w2 w3 w4 w5"}, max_length=9)
+    counts = Counter()
+    (only,) = add_mismatched(table, 6, counts)
+    assert only.prompt.tolist() == table[0].prompt.tolist()
+    assert counts == {"cut": 0, "unweighted": 1}
+    with pytest.raises(UserError, match="max_length leaves no response to another prompt a token with a weight"):
+        list(add_mismatched(table_of(light, {**light, "prompt": "w1"}, max_length=9), 3, Counter()))
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [([4, 7, 2], [1, 2, 1]), ([4, 14, 2], [1, 2, 2]), ([8, 13, 0.5], [1, 1, 0.5])],
+)
+def test_spans_of_a_prerendered_text_count_its_own_eos(span, expected):
+    """It is taken off and added again as a token; blanks behind it are characters of the response too."""
+    row = {"prompt": "[INST] w1 [/INST]", "chosen": "w41 w42 <eos> ", "rejected": "w61 w62 <eos>"}
+    assert weights(table_of({**row, "token_weights": [[span], None]}))[0] == expected
+    with pytest.raises(UserError, match="has a span 0 to 15 of a response of 14 characters"):
+        table_of({**row, "token_weights": [[[0, 15, 2]], None]})
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,8 @@ def _weights(
             if isinstance(comparison.prompt, Chat):
                 content = as_turns(given)[0].get("content") or ""
                 offsets, size = as_given(comparison.where, offsets, text or "", content, tokenizer)
+            elif isinstance(given, str) and len(given) > size:
+                offsets, size = [*offsets, (size, len(given))], len(given)  # of EOS, taken off and added again
         found.append(aligned(comparison.where, weights, len(ids), offsets, size))
     return found
 

@@ -88,26 +88,33 @@ def add_mismatched(table: Table, max_length: int, counts: Counter[str]) -> Itera
     """Yields comparisons with one more response, taken from the next comparison that has another prompt.
 
     It is the first response of that comparison that is not absent, truncated so that prompt and response keep to
-    `max_length` tokens; `counts["cut"]` counts the truncated ones.
+    `max_length` tokens; `counts["cut"]` counts the truncated ones. A comparison whose response has no token with a
+    weight above 0 after that is dropped; `counts["unweighted"]` counts those.
 
     Raises:
-      UserError: all prompts are the same.
+      UserError: all prompts are the same, or all comparisons are dropped.
     """
     for index, donor in enumerate(next_with_another_prompt(table.prompts)):
         tokens = table[index]
         other = table[donor]
         taken = next(p for p, response in enumerate(other.responses) if len(response))
         room = max(1, max_length - len(tokens.prompt))
+        weights = other.weights_of(taken)[:room]
+        if not weights.any():
+            counts["unweighted"] += 1
+            continue
         counts["cut"] += len(other.responses[taken]) > room
         masks = (*map(tokens.mask, range(len(tokens.responses))), other.mask(taken)[:room])
         yield tokens._replace(
             responses=(*tokens.responses, other.responses[taken][:room]),
             scores=(*tokens.scores, 0.0),
             scored=() if all(mask.all() for mask in masks) else masks,
-            token_weights=(*map(tokens.weights_of, range(len(tokens.responses))), other.weights_of(taken)[:room])
+            token_weights=(*map(tokens.weights_of, range(len(tokens.responses))), weights)
             if tokens.token_weights or other.token_weights
             else (),
         )
+    if counts["unweighted"] == len(table):
+        raise UserError("data: max_length leaves no response to another prompt a token with a weight above 0; raise it")
 
 
 def next_with_another_prompt(prompts: np.ndarray | Sequence[int]) -> Iterator[int]:

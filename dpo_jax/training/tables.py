@@ -165,6 +165,8 @@ def load_table(
     counts: Counter[str] = Counter()
     table = write_unnamed(folder, add_mismatched(table, config.data.max_length, counts))
     note(f"{split} data: added a response to another prompt to each comparison; truncated {counts['cut']:,} of them")
+    if dropped := counts["unweighted"]:
+        note(f"{split} data: {dropped:,} dropped: truncation left that response no token with a weight above 0")
     return table
 
 
