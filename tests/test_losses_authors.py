@@ -261,6 +261,37 @@ def test_the_drawn_filter_of_beta_dpo_is_the_same_in_any_layout():
         assert not found[[0, 3]].any()
 
 
+def test_the_drawn_filter_of_beta_dpo_is_uniform_while_margins_are_rounding_noise():
+    """At the first step, of a policy that is the reference but for rounding."""
+    equal = batch_of(REF[:, :2], reference=REF[:, :2])
+    noisy = batch_of(REF[:, :2] + 1e-4 * np.array([[1, -1], [0, 2], [-2, 1], [3, 0], [0, 0]]), reference=REF[:, :2])
+    objective = losses.build(DRAWN)
+
+    def values(lp, step):
+        return objective.values(lp._replace(running=jnp.stack([0.0, 0.0, step])))
+
+    one, other = (
+        np.asarray(jax.jit(jax.vmap(functools.partial(values, lp)))(np.arange(500, dtype=np.float32))) != 0
+        for lp in (equal, noisy)
+    )
+    np.testing.assert_array_equal(one, other)
+    assert (one.sum(1) == 3).all()
+    np.testing.assert_allclose(one.mean(0), 0.6, atol=4 * np.sqrt(0.24 / 500))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"left_out": 0.0}, "loss beta_dpo: drawn True cannot be used: left_out 0 keeps all comparisons; set left_out"),
+        ({"reference_free": True}, "beta_dpo: reference_free True cannot be used: .* order of the reference's margins"),
+    ],
+)
+def test_a_draw_of_beta_dpo_that_means_nothing_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        losses.build(DRAWN | options)
+    losses.build(DRAWN | options | {"drawn": False})
+
+
 def test_the_shift_of_bco_over_all_steps_is_the_mean_of_every_reward():
     objective = losses.build({"name": "bco", "beta": 0.5, "all_steps": True})
     assert objective.carried == 2

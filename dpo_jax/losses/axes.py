@@ -16,7 +16,7 @@ from jax.scipy.stats import norm
 from dpo_jax.errors import UserError
 from dpo_jax.losses.pairwise import better_by, log_ratio_of_scores
 from dpo_jax.losses.parts import CLAMP, chi_squared_score, log_ratios, margin, pair, per_token, require, weighted_mean
-from dpo_jax.losses.ranked import rank_surprise
+from dpo_jax.losses.ranked import rank_nll
 from dpo_jax.losses.reference_free import likelihood_rewards, log_odds
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
@@ -91,7 +91,7 @@ def _against_mean(lp: Logps, f: Callable[[Array], Array], z: Array, mean: Array,
 def _compared(z: Array, f: Callable[[Array], Array], t: Array | float, ranking: str) -> Array:
     """Returns the loss of rewards z that are compared with one another, with a target t, float32[B]."""
     if ranking == "list":
-        return rank_surprise(z)
+        return rank_nll(z)
     if ranking == "all_pairs":
         better, worse = jnp.triu_indices(z.shape[1], 1)
         return jnp.mean(f(z[:, better] - z[:, worse] - t), axis=1)

@@ -6,8 +6,10 @@ in pairwise.py.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.lax import stop_gradient
 
+from dpo_jax.errors import UserError
 from dpo_jax.losses.parts import log_ratios, logistic, margin, pair, per_token, require, weighted_mean
 from dpo_jax.losses.registry import register
 from dpo_jax.records import Array, Logps
@@ -81,7 +83,18 @@ def _usual_margin(lp: Logps, *, decay: float = 0.9, drawn: bool = False, **_: fl
     return jnp.stack([*decay * before[:2] + (1 - decay) * jnp.stack([mean, spread]), before[2] + 1])
 
 
-@register(responses=2, uses_reference=True, whole_batch=True, statistic=_usual_margin)
+def _drawn_needs(*, left_out: float, drawn: bool, **_: float) -> dict[str, bool]:
+    """Returns what beta_dpo needs with these options.
+
+    Raises:
+      UserError: a draw that leaves nothing out.
+    """
+    if drawn and not isinstance(left_out, Tracer) and left_out == 0:
+        raise UserError("loss beta_dpo: drawn True cannot be used: left_out 0 keeps all comparisons; set left_out too")
+    return {"needs_reference": bool(drawn)}
+
+
+@register(responses=2, uses_reference=True, whole_batch=True, statistic=_usual_margin, of_options=_drawn_needs)
 def beta_dpo(
     lp: Logps,
     *,
@@ -102,8 +115,10 @@ def beta_dpo(
     step in it, and b has a floor. At the first step policy and reference are the same: M = 0 and b = beta. The filter
     leaves out the share of comparisons whose margins are furthest from M0, or draws those that it keeps, as the authors
     do: by exp(-(c - r - M0)^2 / (2 S^2)), without replacement, with S a running mean of the steps' standard deviations.
-    b is made of those kept. A draw is one of the step's number and of the order of the reference's margins, so that it
-    is the same however the step is laid out in rows and on devices, and after a restart.
+    While S is below 1e-4, as at the first step, margins are rounding noise, and the draw is uniform. b is made of those
+    kept. A draw is one of the step's number and of the order of the reference's margins, so that a restart has the same
+    one, as has another layout of the step in rows and on devices, unless rounding changes the order of margins that are
+    equal or nearly so, or of two comparisons at the edge of those kept.
 
     Args:
       lp: log-probabilities of B pairs, all of a step; `running` is M0 before the step, and (drawn) S and the number of
@@ -123,8 +138,8 @@ def beta_dpo(
     running, margins = _usual_margin(lp, decay=decay, drawn=drawn), margin(log_ratios(lp))
     usual = running[0] if drawn else running
     gap = _margins(lp) - usual
-    surprise = _surprise(gap / jnp.maximum(running[1], 1e-4), running[2], lp) if drawn else jnp.abs(gap)
-    kept = _least(surprise, 1 - left_out, lp)
+    distance = _drawn_score(_standardized(gap, running[1]), running[2], lp) if drawn else jnp.abs(gap)
+    kept = _least(distance, 1 - left_out, lp)
     excess = weighted_mean(_margins(lp), kept * lp.weights) - usual
     dynamic = jnp.maximum(beta * (1 + alpha * excess), 1e-3)
     share = jnp.sum(kept * lp.weights) / jnp.maximum(jnp.sum(lp.weights), 1e-9)
@@ -132,7 +147,12 @@ def beta_dpo(
     return jnp.where(kept > 0, value, 0.0)
 
 
-def _surprise(z: Array, step: Array, lp: Logps) -> Array:
+def _standardized(gap: Array, spread: Array) -> Array:
+    """Returns gaps in standard deviations, float32[B]; 0 while the deviation is below 1e-4, where gaps are rounding."""
+    return jnp.where(spread < 1e-4, 0.0, gap / jnp.maximum(spread, 1e-4))
+
+
+def _drawn_score(z: Array, step: Array, lp: Logps) -> Array:
     """Returns float32[B], whose least ones are a draw without replacement by the normal density at z.
 
     The largest of log-probabilities with Gumbel noise are such a draw (Kool et al. 2019, arXiv 1903.06059). The noise

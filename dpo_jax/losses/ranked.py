@@ -27,10 +27,10 @@ def plackett_luce(lp: Logps, *, beta: float = 0.1) -> Array:
     Returns:
       float32[B].
     """
-    return rank_surprise(beta * log_ratios(lp))
+    return rank_nll(beta * log_ratios(lp))
 
 
-def rank_surprise(z: Array) -> Array:
+def rank_nll(z: Array) -> Array:
     """Returns -log of the Plackett-Luce probability of the order 0, 1, ... of strengths e^z, float[B]."""
     k = jnp.arange(z.shape[1])
     lead = z[:, None, :] - z[:, :, None]  # [B, k, j]: z_j - z_k

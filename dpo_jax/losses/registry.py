@@ -37,6 +37,7 @@ class Entry(NamedTuple):
       function: `(Logps, *, hyper-parameters) -> float32[B]`.
       responses: P, the responses per prompt; None for any P from 2 on.
       uses_reference: whether it reads `Logps.reference`.
+      needs_reference: whether log pi_ref may not be set to 0 (`reference_free`).
       whole_batch: whether a comparison's value depends on the other comparisons of its step.
       statistic: `(Logps, *, the same hyper-parameters) -> float32[]` or float32[n], `Logps.running` after a step, for a
         loss that carries numbers from step to step; they start at 0.
@@ -54,6 +55,7 @@ class Entry(NamedTuple):
     function: Callable[..., Array]
     responses: int | None
     uses_reference: bool
+    needs_reference: bool = False
     whole_batch: bool = False
     statistic: Callable[..., Array] | None = None
     soft_labels: bool = False

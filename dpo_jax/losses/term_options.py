@@ -175,7 +175,7 @@ def check_term(name: str, entry: Entry, options: dict) -> None:
         return  # traced values were checked before tracing
     reasons = {
         "weight": not options["weight"] > 0 and "set a weight above 0",
-        "reference_free": options["reference_free"] and not entry.uses_reference and "it has no reference anyway",
+        "reference_free": options["reference_free"] and _against_no_reference(entry),
         "divergence": options["divergence"] != "reverse_kl" and _against_divergence(entry, options),
         "divergence_alpha": options["divergence"] != "alpha"
         and options["divergence_alpha"] != (transformed.__kwdefaults__ or {})["divergence_alpha"]
@@ -188,6 +188,12 @@ def check_term(name: str, entry: Entry, options: dict) -> None:
     for key, reason in reasons.items():
         if reason:
             raise UserError(f"loss {name}: {key} {options[key]} cannot be used: {reason}")
+
+
+def _against_no_reference(entry: Entry) -> str | bool:
+    if not entry.uses_reference:
+        return "it has no reference anyway"
+    return entry.needs_reference and "with these options its value depends on the order of the reference's margins"
 
 
 def _against_divergence(entry: Entry, options: dict) -> str | bool:
