@@ -1,11 +1,14 @@
 """Gradient weights of the losses of compared runs: by their formulas, and their place on the page."""
 
+import jax
 import numpy as np
 import pytest
 from test_report import run
 
 from dpo_jax import cli, losses
-from dpo_jax.commands.gradient_weights import MARGINS, gradient_weight
+from dpo_jax.commands import gradient_weights
+from dpo_jax.commands.gradient_weights import MARGINS, gradient_weight, loss_titles
+from dpo_jax.training.run_folder import run_config
 
 
 def sigmoid(x):
@@ -33,7 +36,7 @@ def sigmoid(x):
         ),
     ],
 )
-def test_the_weight_is_the_slope_of_the_formula(loss, expected):
+def test_the_weight_is_the_gradient_of_the_formula(loss, expected):
     found = gradient_weight(losses.build(loss))
     assert found.shape == MARGINS.shape
     at = abs(MARGINS - 10) > 1e-3  # where hinge has a kink
@@ -70,3 +73,70 @@ def test_a_loss_that_is_not_at_hand_is_named(tmp_path, capsys):
     assert "Gradient weight" not in page
     assert "no gradient weights: " in said
     assert "nowhere" in said
+
+
+FAILING = """
+import jax.numpy as jnp
+
+def loss(lp, *, beta=0.1):
+    if lp.policy.shape[0] == 1:
+        raise ValueError("two at least\\nplease")
+    return beta * (lp.policy[:, 1] - lp.policy[:, 0])
+"""
+
+
+def test_a_loss_that_fails_at_these_pairs_leaves_the_page(tmp_path, capsys, monkeypatch):
+    (tmp_path / "failing_at_one.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    one, two = run(tmp_path / "one"), run(tmp_path / "two")
+    file = two / "config.yaml"
+    file.write_text(file.read_text().replace("name: dpo", "name: failing_at_one:loss"))
+    page, said = report(capsys, tmp_path, one, two)
+    assert "rewards/margins" in page
+    assert "Gradient weight" not in page
+    assert said.splitlines()[0] == "no gradient weights: ValueError: two at least"
+
+
+def test_the_gradient_weights_are_computed_on_a_cpu(tmp_path, capsys, monkeypatch):
+    """An accelerator may be another run's."""
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *given: asked.append(given))
+    monkeypatch.setattr(gradient_weights, "gradient_weight_panels", lambda runs: asked.append(runs) or [])
+    runs = [run(tmp_path / "one"), run(tmp_path / "two", beta=0.5)]
+    report(capsys, tmp_path, *runs)
+    assert asked == [("jax_platforms", "cpu"), runs]
+
+
+def titles(folder, *texts):
+    found = []
+    for i, text in enumerate(texts):
+        (made := folder / str(i)).mkdir()
+        (made / "config.yaml").write_text(f"model: {{path: m}}\nloss: {text}\n")
+        found.append(run_config(made).loss)
+    return loss_titles(found)
+
+
+def test_a_title_has_the_options_in_which_losses_differ(tmp_path):
+    points = titles(tmp_path, "{link: squared, target: constant}", "{link: savage}", "{link: savage, scale: 2}")
+    assert points == [
+        "axes link squared target constant scale 1",
+        "axes link savage target zero scale 1",
+        "axes link savage target zero scale 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("{name: dpo}", "{name: dpo, label_smoothing: 0.1}"), ["dpo label_smoothing 0", "dpo label_smoothing 0.1"]),
+        (("{name: simpo, gamma: 1}", "{name: simpo, gamma: 2.5}"), ["simpo gamma 1", "simpo gamma 2.5"]),
+        (("{name: dpo, wpo: true}", "{name: dpo}"), ["dpo wpo True", "dpo wpo False"]),
+        (("{name: dpo, beta: 0.1}", "{name: ipo, beta: 0.1}"), ["dpo", "ipo"]),
+        (
+            ("[{name: dpo}, {name: sft, weight: 0.5}]", "[{name: dpo}, {name: sft, weight: 2}]", "{name: hinge}"),
+            ["dpo weight 1 + sft weight 0.5", "dpo weight 1 + sft weight 2", "hinge weight 1"],
+        ),
+    ],
+)
+def test_a_title_leaves_out_what_losses_have_in_common(texts, expected, tmp_path):
+    assert titles(tmp_path, *texts) == expected

@@ -18,9 +18,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dpo_jax import losses
+from dpo_jax.commands.margins import logps_at
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
-from dpo_jax.losses import term_options
 from dpo_jax.losses.axes import axes_needs
 from dpo_jax.losses.objective import OPTIONS, build
 from dpo_jax.losses.points import coordinates
@@ -28,7 +28,7 @@ from dpo_jax.losses.registry import Entry, find_entry
 from dpo_jax.named import options_of, with_defaults
 from dpo_jax.pages import figure
 from dpo_jax.paths import written
-from dpo_jax.records import Array, Logps
+from dpo_jax.records import Array
 from dpo_jax.training.loss_text import NOTATION, describe_loss
 
 WIDTH = 145  # of the table, if the output is no terminal
@@ -193,10 +193,7 @@ def _curve(name: str) -> LossCurve:
     hyper = ({"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}) | given
 
     def batched(margins: Array, shift: float = 0.0) -> Array:
-        logps = _logps_at(margins, shift)
-        if entry.responses == 3 and not entry.mismatched:  # a gold response comes first
-            logps = logps._replace(policy=logps.policy[:, jnp.array([2, 0, 1])])
-        return entry.function(term_options.first_responses(logps, entry.responses or 2), **hyper)
+        return entry.function(logps_at(margins, entry, REF_LOGP, shift=shift), **hyper)
 
     def one_by_one(margins: Array, shift: float = 0.0) -> Array:
         return jax.vmap(lambda margin: batched(margin[None], shift)[0])(margins)
@@ -205,11 +202,3 @@ def _curve(name: str) -> LossCurve:
     values, gradient = value(margins), jax.grad(lambda x: value(x).sum())(margins)
     margin_only = not entry.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
     return LossCurve(np.asarray(values), np.asarray(gradient), margin_only)
-
-
-def _logps_at(margins: Array, shift: float) -> Logps:
-    """Returns log-probs of one-token responses with log-ratios margin / 2 + shift, -margin / 2 + shift and 0."""
-    policy = jnp.stack([margins / 2 + shift, -margins / 2 + shift, 0.0 * margins], 1) + REF_LOGP
-    reference, ones = jnp.full_like(policy, REF_LOGP), jnp.ones_like(policy)
-    scores = jnp.broadcast_to(jnp.array([3.0, 1.0, 0.0]), policy.shape)
-    return Logps.of(policy, reference, lengths=ones, scores=scores, confidence=0.0 * ones)

@@ -25,13 +25,17 @@ def report_command(argv: list[str]) -> None:
 
 
 def _loss_panels(runs: list[Path]) -> list[Panel]:
-    """Returns the figure of the gradient weights of several runs; none, with a line, where a loss is not at hand."""
+    """Returns the figure of the gradient weights of several runs; none, with a line, where a loss has none."""
     if not all(is_run(run) for run in runs):
         return []
-    from dpo_jax.commands.gradient_weights import gradient_weight_panels  # here, because it needs JAX
+    import jax  # here, because a report of one run needs none
 
+    from dpo_jax.commands.gradient_weights import gradient_weight_panels
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be another run's
     try:
         return gradient_weight_panels(runs)
-    except UserError as error:
-        print(f"no gradient weights: {error}")
+    except Exception as error:  # whatever a user's loss raises at these pairs
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(f"no gradient weights: {kind}{str(error).partition(chr(10))[0]}")
         return []
