@@ -225,8 +225,10 @@ def test_no_error_is_swallowed(file):
     handlers = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.ExceptHandler)]
     wide = [h.lineno for h in handlers if h.type is None or dotted(h.type) in ("Exception", "BaseException")]
     # A kernel that raises anything is not used, and why is logged; likewise a tracker. A user's module may raise
-    # anything when imported, and transformers on a damaged file. A fuzzer looks for what is raised.
+    # anything when imported, a user's loss at the pairs of a report, and transformers on a damaged file. A fuzzer looks
+    # for what is raised.
     wide_ones = ("training/attention_check.py", "training/trackers.py", "named.py", "models/huggingface/tokenizer.py")
+    wide_ones += ("commands/report.py",)
     allowed = file in [*(PACKAGE / name for name in wide_ones), ROOT / "scripts/fuzz"]
     assert len(wide) <= allowed, f"lines {wide} catch everything"
 

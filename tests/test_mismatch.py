@@ -50,3 +50,17 @@ def test_the_next_prompt_that_differs_is_found_around_the_end(prompts):
 def test_equal_prompts_alone_are_refused():
     with pytest.raises(UserError, match="all prompts are the same"):
         list(add_mismatched(Table.of(ROWS[:2]), 9, Counter()))
+
+
+def test_a_mismatched_response_that_truncation_leaves_no_weight_is_dropped_and_counted():
+    """With at most two tokens there is room for one, beside either prompt."""
+    light = np.array([0, 5], np.float32), np.ones(1, np.float32)
+    rows = [ROWS[0]._replace(token_weights=light), Tokens(B, (np.array([30, 31]), np.array([32])), 1.0, 8)]
+    counts = Counter()
+    (only,) = add_mismatched(Table.of(rows), 2, counts)
+    assert [r.tolist() for r in only.responses] == [[10, 11], [12], [30]]
+    assert counts == {"cut": 1, "unweighted": 1}
+    rows[1] = rows[1]._replace(token_weights=light)
+    with pytest.raises(UserError, match="max_length leaves no response to another prompt a token with a weight"):
+        list(add_mismatched(Table.of(rows), 2, Counter()))
+    assert len(list(add_mismatched(Table.of(rows), 4, Counter()))) == 2

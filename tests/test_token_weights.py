@@ -216,18 +216,6 @@ def test_a_flipped_pair_and_a_response_to_another_prompt():
     assert [w.tolist() for w in second.token_weights] == [[1, 1, 1, 1], [1, 1, 1], [2, 1, 1, 1]]
 
 
-def test_a_response_to_another_prompt_that_truncation_leaves_no_weight_is_dropped_and_counted():
-    """Beside a prompt of five tokens there is room for one, beside one of two tokens for four."""
-    light = {**ROW, "prompt": "w5", "token_weights": [[0, 0, 5], None]}
-    table = table_of(light, {**ROW, "prompt": "w1 w2 w3 w4 w5"}, max_length=9)
-    counts = Counter()
-    (only,) = add_mismatched(table, 6, counts)
-    assert only.prompt.tolist() == table[0].prompt.tolist()
-    assert counts == {"cut": 0, "unweighted": 1}
-    with pytest.raises(UserError, match="max_length leaves no response to another prompt a token with a weight"):
-        list(add_mismatched(table_of(light, {**light, "prompt": "w1"}, max_length=9), 3, Counter()))
-
-
 @pytest.mark.parametrize(
     ("span", "expected"),
     [([4, 7, 2], [1, 2, 1]), ([4, 14, 2], [1, 2, 2]), ([8, 13, 0.5], [1, 1, 0.5])],
