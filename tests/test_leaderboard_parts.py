@@ -3,12 +3,14 @@
 import math
 from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
 from dpo_jax.experiments import kept_paths, leaderboard
 from dpo_jax.experiments.leaderboard import LossPaths
 from dpo_jax.experiments.table_world import make_world
+from dpo_jax.losses.registry import REGISTRY, Entry
 
 WORLD = make_world(5)
 
@@ -34,6 +36,66 @@ def runs(monkeypatch):
 def kept_run(folder, names=("dpo", "hinge", "ipo"), betas=(0.1, 1 / 3), worlds=(WORLD,), steps=30):
     terms = {name: {"name": name} for name in names}
     return leaderboard.run_leaderboard(terms, betas, worlds, steps, run=partial(kept_paths.run_kept, folder))
+
+
+def kept_key(term=None, betas=(0.1,), worlds=(WORLD,), steps=(5, 10)):
+    return kept_paths.part_name(term or {"name": "dpo"}, betas, worlds, np.array(steps))
+
+
+def test_a_part_is_of_the_options_of_its_term():
+    terms = [{}, {"weight": 2.0}, {"label_smoothing": 0.1}, {"label_smoothing": 0.2}, {"reference_free": True}]
+    assert len({kept_key({"name": "dpo", **options}) for options in terms}) == len(terms)
+    assert kept_key({"name": "dpo", "weight": 2.0, "ld_alpha": 0.5}) == kept_key(
+        {"name": "dpo", "ld_alpha": 0.5, "weight": 2.0}
+    )
+
+
+def test_a_part_is_of_the_statistic_of_a_users_loss(monkeypatch):
+    """And of all else that it is registered with."""
+
+    def own(lp, *, beta=0.1):
+        return beta * lp.policy[:, 0] - lp.running
+
+    def mean(lp, **_):
+        return lp.policy.mean()
+
+    def largest(lp, **_):
+        return lp.policy.max()
+
+    entries = [
+        Entry(own, 2, True),
+        Entry(own, 2, True, statistic=mean),
+        Entry(own, 2, True, statistic=largest),
+        Entry(own, 2, False, implicit_reward=mean),
+        Entry(own, 2, True, of_options=lambda **_: {"scores": True}),
+        Entry(own, 2, True, of_options=lambda **_: {"scores": False}),
+        Entry(own, 2, True, whole_batch=True),
+    ]
+    keys = []
+    for entry in entries:
+        monkeypatch.setitem(REGISTRY, "own", entry)
+        keys.append(kept_key({"name": "own"}))
+    assert len(set(keys)) == len(entries)
+
+
+def test_a_part_is_of_the_shapes_and_dtypes_of_its_worlds():
+    """Equal bytes are not equal arrays."""
+    bits = WORLD.lengths.view(np.int32)
+    turned = WORLD.reward.reshape(WORLD.reward.shape[::-1])
+    worlds = [WORLD, WORLD._replace(lengths=bits), WORLD._replace(reward=turned)]
+    assert bits.tobytes() == WORLD.lengths.tobytes()
+    assert len({kept_key(worlds=(world,)) for world in worlds}) == 3
+
+
+def test_a_part_is_of_the_settings_of_the_arithmetic(monkeypatch):
+    keys = [kept_key()]
+    with jax.default_matmul_precision("bfloat16"):
+        keys.append(kept_key())
+    with jax.enable_x64(True):
+        keys.append(kept_key())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    keys.append(kept_key())
+    assert len(set(keys)) == 4
 
 
 def assert_same_bits(one, other):

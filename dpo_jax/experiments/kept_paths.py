@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import losses
-from dpo_jax.experiments import leaderboard, table_world
+from dpo_jax import losses, records
+from dpo_jax.experiments import leaderboard, optimum, table_world
 from dpo_jax.experiments.leaderboard import LossPaths, run_loss
 from dpo_jax.experiments.table_world import TableWorld
 from dpo_jax.losses.registry import find_entry
@@ -26,13 +27,15 @@ from dpo_jax.paths import read_checked, write_checked
 from dpo_jax.records import Array
 
 log = logging.getLogger(__name__)
+ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")  # settings of JAX that change numbers
+MODULES = (leaderboard, optimum, records, table_world)  # whose code the paths depend on, beside that of the losses
 
 
 def run_kept(
     folder: Path, term: Mapping[str, Any], betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array
 ) -> LossPaths:
     """Returns what `run_loss` does, from a file of the folder if it is there, bit for bit; else writes the file."""
-    file = folder / f"{_key(term, betas, worlds, steps)}.npz"
+    file = folder / f"{part_name(term, betas, worlds, steps)}.npz"
     if (content := read_checked(file)) is not None:
         log.info(f"{file}: kept from an earlier run")
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
@@ -44,18 +47,19 @@ def run_kept(
     return found
 
 
-def _key(term: Mapping[str, Any], betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array) -> str:
+def part_name(term: Mapping[str, Any], betas: Sequence[float], worlds: Sequence[TableWorld], steps: Array) -> str:
     """Returns the name of a loss, and a hash of all that its paths depend on."""
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")]
     places = [jax.default_backend(), jax.devices()[0].device_kind]
-    own = fingerprint(find_entry(term["name"]).function)
-    head = [sorted(term.items()), list(betas), steps.tolist(), own, *versions, *places]
+    numerics = [os.environ.get("XLA_FLAGS", ""), *(getattr(jax.config, name) for name in ARITHMETIC)]
+    arrays = [np.ascontiguousarray(array) for array in jax.tree.leaves(list(worlds))]
+    kinds = [(array.shape, array.dtype.name) for array in arrays]
+    own = fingerprint(find_entry(term["name"]))  # its statistic too
+    head = [sorted(term.items()), list(betas), steps.tolist(), own, versions, places, numerics, kinds]
     digest = hashlib.blake2b(json.dumps(head, default=str).encode(), digest_size=8)
-    for array in jax.tree.leaves(list(worlds)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    for source in sorted(Path(inspect.getfile(losses)).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    for module in (leaderboard, table_world):
-        digest.update(Path(inspect.getfile(module)).read_bytes())
+    for array in arrays:
+        digest.update(array.tobytes())
+    for source in [*sorted(Path(inspect.getfile(losses)).parent.glob("*.py")), *map(inspect.getfile, MODULES)]:
+        digest.update(Path(source).read_bytes())
     name = "".join(letter if letter.isalnum() else "_" for letter in term["name"])
     return f"{name}-{digest.hexdigest()}"
