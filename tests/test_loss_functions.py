@@ -327,3 +327,15 @@ def test_weights_multiply_values_of_aot_and_leave_ranks_alone():
     for name in ("aot", "aot_unpaired"):
         f = REGISTRY[name].function
         np.testing.assert_array_equal(f(doubled), f(lp))
+
+
+def test_an_own_loss_takes_means_by_the_weights_of_tokens():
+    def mean(lp, *, beta=1.0):
+        return -beta * losses.per_token(lp.policy, lp)[:, 0]
+
+    objective = losses.of(mean, uses_reference=False)
+    policy, lengths = [[-2.0, -6.0], [-2.0, 0.0]], [[4, 3], [4, 0]]
+    lp = losses.Logps.of(policy, lengths=lengths, mass=[[0.5, 2.0], [4.0, 0.0]])
+    np.testing.assert_allclose(objective.values(lp), [4.0, 0.5])
+    np.testing.assert_allclose(losses.per_token(lp.policy, lp), [[-4, -3], [-0.5, 0]])
+    np.testing.assert_allclose(objective.values(losses.Logps.of(policy, lengths=lengths)), [0.5, 0.5])
