@@ -112,7 +112,7 @@ def gradient(
     `logps` takes (trained, base). Most losses are sums over comparisons, so that each microbatch is differentiated on
     its own and only gradients are accumulated. A loss that looks across comparisons is not: all log-probs of the step
     are computed first (one more forward pass), the loss is differentiated with respect to them, and each microbatch
-    then contributes the vector-Jacobian product of its log-probs with its slice of those slopes. So is the router loss
+    then contributes the vector-Jacobian product of its log-probs with its slice of that gradient. So is the router loss
     of a mixture, of weight `router_loss`, exact over the step.
     """
     total, parts = collectives.psum(batch.weights.sum()), (state.params, base)
@@ -123,29 +123,29 @@ def gradient(
         balance = router_loss * load_balance(lp.routing) if router_loss else 0.0
         return jnp.sum(lp.weights / total * loss.values(lp)) + balance
 
-    slopes = None
+    cotangents = None
     if loss.whole_batch or router_loss:
         lp = concat_microbatches(collectives.gather_rows(_stacked(logps))(parts, batch, count))
-        slopes = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
-        slopes = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, *x.shape[1:]), slopes)
+        cotangents = jax.grad(mean)(_differentiable(lp), lp, total, state.running)
+        cotangents = jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], -1, *x.shape[1:]), cotangents)
 
     def sums(parts: tuple, batch: Batch, count: Array, known: tuple) -> tuple[Any, Logps]:
-        (trained, base), (total, running, slopes) = parts, known
-        slopes = jax.tree.map(collectives.own_rows, slopes)
+        (trained, base), (total, running, cotangents) = parts, known
+        cotangents = jax.tree.map(collectives.own_rows, cotangents)
 
         def one(micro: Batch, m: Array) -> tuple[Any, Logps]:
             def objective(trained: Any) -> tuple[Array, Logps]:
                 lp = logps((trained, base), micro)._replace(running=())
-                if slopes is None:
+                if cotangents is None:
                     return mean(_differentiable(lp), lp, total, running), lp
-                products = jax.tree.map(lambda slope, x: jnp.vdot(slope[m], x), slopes, _differentiable(lp))
+                products = jax.tree.map(lambda cotangent, x: jnp.vdot(cotangent[m], x), cotangents, _differentiable(lp))
                 return sum(jax.tree.leaves(products)), lp
 
             return jax.grad(objective, has_aux=True)(trained)
 
         return sum_over_microbatches(one, batch, count)
 
-    grads, stacked = collectives.reduce(sums)(parts, batch, count, (total, state.running, slopes))
+    grads, stacked = collectives.reduce(sums)(parts, batch, count, (total, state.running, cotangents))
     return grads, concat_microbatches(stacked)._replace(running=state.running)
 
 

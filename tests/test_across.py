@@ -74,7 +74,7 @@ def two_steps(table, sizes, mapped=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(2, 1, 2), (1, 2, 1), (4, 1, 1), "pmap"], ids=str)
 def test_a_loss_across_comparisons_sees_those_of_all_devices(table, layout):
-    """Ranks and means are of the whole step, and each device goes backward from its own comparisons' slopes."""
+    """Ranks and means are of the whole step, and each device goes backward from its own comparisons' gradients."""
     metrics, state = two_steps(table, (1, 1, 1))
     found = two_steps(table, (4, 1, 1), mapped=True) if layout == "pmap" else two_steps(table, layout)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), metrics, found[0])
