@@ -106,6 +106,17 @@ def test_activations_that_must_be_kept_are_those_of_a_devices_tokens(config_of):
     assert kept == [kept[0], kept[0], kept[0] // 4]
 
 
+def test_room_for_the_tokens_of_other_devices_is_for_those_of_experts(config_of, tmp_path):
+    """Gate and activation of 2 rows of width 24 for each token of all devices; a shared expert has its device's own."""
+    mixture = LLAMA | {"model_type": "qwen3_next", "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    mixture |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "full_attention_interval": 2}
+    (tmp_path / "config.json").write_text(json.dumps(mixture))
+    one, two = (config_of("--mesh.data", str(4 // n), "--mesh.expert", str(n), "--data.rows", "8") for n in (1, 2))
+    tokens = 2 * 128
+    more = plan.least_activations(two, None) - plan.least_activations(one, None)
+    assert more == 4 * 2 * tokens * 2 * 2 * 24  # of 4 bytes, in 2 layers
+
+
 def test_a_rounded_sum_of_gradients_needs_whole_heads_and_is_no_layout(config_of):
     config = config_of("--mesh.reduce_dtype", "bfloat16", "--mesh.tensor", "2")
     with pytest.raises(UserError, match=r"mesh\.reduce_dtype: bfloat16 needs mesh\.tensor 1"):

@@ -162,11 +162,17 @@ def test_work_in_closed_form():
 
 
 def test_a_device_reads_the_experts_that_it_has():
-    """Of 4 experts in 3 layers, 2 on each of two devices: forward and backward of two microbatches, split by tensor."""
-    mixture = replace(TINY, mixture=Mixture(4, 2, renormalized=True))
-    whole, half = (work(model=mixture, experts=n) for n in (1, 2))
-    assert whole.traffic - half.traffic == 2 * (3 * 2 * 3 * 8 * 16) * 2 * 3 / 2
-    assert whole.executed == half.executed
+    """Of 4 experts in 3 layers, 2 on each of two devices: forward and backward of two microbatches, split by tensor.
+
+    Each processes two rows of a token, and two of a token of the other device; the MLP of all tokens has its own.
+    """
+    for shared in (None, 24):
+        mixture = replace(TINY, mixture=Mixture(4, 2, renormalized=True, shared=shared))
+        whole, half = (work(model=mixture, experts=n) for n in (1, 2))
+        weights = 2 * (3 * 2 * 3 * 8 * 16) * 2 * 3 / 2
+        rows = 2 * 3 * 2 * (4 * 16 + 4 * 8) * 80 * 3 / 4
+        assert whole.traffic - half.traffic == weights - rows
+        assert whole.executed == half.executed
 
 
 def collective(kind, elements, groups, times, overlapped):

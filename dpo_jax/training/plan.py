@@ -40,7 +40,16 @@ from dpo_jax.training.lower import (
     temporary_bytes,
 )
 from dpo_jax.training.program import Collective, collectives
-from dpo_jax.training.roofline import Passes, Roofline, Work, chosen_width, mixed_numbers, roofline, step_work
+from dpo_jax.training.roofline import (
+    Passes,
+    Roofline,
+    Work,
+    chosen_width,
+    mixed_numbers,
+    roofline,
+    step_work,
+    token_copies,
+)
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.shard import policy_shapes
 from dpo_jax.training.targets import Target
@@ -289,12 +298,12 @@ def least_activations(config: Config, target: Target | None) -> int:
     """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
 
     They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer. Where
-    devices share experts, each has room for the tokens of all of them.
+    devices share experts, each has room for the tokens of all of them; the MLP beside the experts has its own tokens'.
     """
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    inner = (2 if a.gated else 1) * chosen_width(a) * sharding.expert_devices(mesh)
+    inner = (2 if a.gated else 1) * chosen_width(a, token_copies(a, sharding.expert_devices(mesh)))
     split = mixed_numbers(a) + a.layers * inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * tokens * (a.layers * a.width + split // sharding.head_devices(mesh))

@@ -70,6 +70,14 @@ def chosen_width(a: Architecture, experts: int | None = None) -> int:
     return a.mlp * (a.mixture.chosen if experts is None else experts) + (a.mixture.shared or 0)
 
 
+def token_copies(a: Architecture, devices: int) -> int:
+    """Returns how many rows of a mixture a device processes for each of its tokens; 0 without a mixture.
+
+    Devices that share the experts process the rows of all their tokens, whichever experts these chose.
+    """
+    return a.mixture.chosen * devices if a.mixture else 0
+
+
 def attention_layers(a: Architecture) -> int:
     """Returns how many layers have attention; the others have linear attention."""
     return a.kinds.count("attention") if a.kinds else a.layers
@@ -133,8 +141,8 @@ def step_work(
     many = 1 + backward + passes.extra + full
     own = a.mixture.experts // experts if a.mixture else None
     weights = itemsize * (matmul_weights(a, own) + 2 * a.vocab * a.width) * shape.microbatches * many / split
-    inner = (4 if a.gated else 2) * chosen_width(a)
-    inner += a.mixture.chosen * 4 * a.width if a.mixture else 0  # a copy for each expert
+    copies = token_copies(a, experts)
+    inner = (4 if a.gated else 2) * chosen_width(a, copies) + 4 * a.width * copies
     activations = itemsize * ((4 * a.width + inner) * a.layers + mixed_numbers(a)) * tokens * many / devices
     own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
     return Work(tokens, useful, useful + again, own + weights + activations)
