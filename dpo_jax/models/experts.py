@@ -189,13 +189,13 @@ def mixture_of_experts(
     if split is None:
         y: Any = _experts(a, a.mixture.experts, tokens, routes, activate).astype(x.dtype)
     else:
-        y = _shared_experts(a, split, tokens, routes, activate)
+        y = _sharded_experts(a, split, tokens, routes, activate)
     y = saved(y, PROJECTION)
     routing = None if counted is None else routing_of(routes, counted)
     return y.reshape(x.shape), routing
 
 
-def _shared_experts(
+def _sharded_experts(
     a: Architecture,
     split: ExpertSplit,
     tokens: Array,
