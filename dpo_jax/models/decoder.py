@@ -222,7 +222,7 @@ class Decoder(nn.Module):
       gather: all-gathers the parameters of one layer; None if nothing is sharded.
       exchange: looks embeddings up in parts of the table, `Collectives.exchange`; None if it is whole.
       attend: attention over packed rows.
-      experts: how devices share the experts of a mixture; None if each has all of them.
+      experts: how devices shard the experts of a mixture; None if each has all of them.
     """
 
     architecture: Architecture

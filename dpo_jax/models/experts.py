@@ -181,7 +181,7 @@ def mixture_of_experts(
       x: [R, T, D].
       counted: float32[R, T], see `routing_of`; None for no statistics.
       activate: `layers.activate`.
-      split: how devices share the experts; None if each has all of them.
+      split: how devices shard the experts; None if each has all of them.
     """
     assert a.mixture is not None
     tokens = x.reshape(-1, a.width)

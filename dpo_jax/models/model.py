@@ -35,7 +35,7 @@ class Model(NamedTuple):
         looks embeddings up in parts of the table (`Collectives.exchange`); keyword `attend` replaces
         `packed_attention`; keyword `split` returns those of this device's tokens only, [R, T / parts, D]; keyword
         `counted` float32[R, T] also returns the mean over layers of `experts.routing_of` [R, 2, E]; keyword `experts`
-        says how devices share the experts of a mixture (`Collectives.experts`).
+        says how devices shard the experts of a mixture (`Collectives.experts`).
       head: params -> float32[V, D]. Logits are hidden @ head.T, then `capped` by the architecture's `logit_cap`. A
         head bias is one more column of the head, multiplied by a column of ones in the hidden states. The head of a
         reward model is float32[1, D], and its product with a hidden state is the reward of the text up to there.

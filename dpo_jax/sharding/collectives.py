@@ -51,7 +51,7 @@ class Collectives(NamedTuple):
         device its tokens' parts: (function, own indices) -> whole last axis, for use likewise; None where parameters
         are whole or `tensor` shards them too.
       split: how devices share the tokens of a row; None if each has whole rows.
-      experts: how devices share the experts of a mixture; None if each has, or gathers, all of them.
+      experts: how devices shard the experts of a mixture; None if each has, or gathers, all of them.
     """
 
     psum: Callable[[Any], Any]

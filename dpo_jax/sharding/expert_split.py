@@ -1,6 +1,6 @@
-"""How devices share the experts of a mixture. Pure functions for the inside of a `shard_map`.
+"""How devices shard the experts of a mixture. Pure functions for the inside of a `shard_map`.
 
-Axis letters: N tokens of all devices that share the experts, n of them, D model width.
+Axis letters: N tokens of all devices that shard the experts, n of them, D model width.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from dpo_jax.sharding.gather_scatter import all_gather, sum_scatter
 
 
 class ExpertSplit(NamedTuple):
-    """Devices that share the experts of every layer, for use inside the functions of `sharding.Collectives`.
+    """Devices that shard the experts of every layer, for use inside the functions of `sharding.Collectives`.
 
     Each has as many experts, in order, and rows of its own. Tokens are all-gathered, each device computes what its
     experts add to all of them, and these parts are reduce-scattered: n - 1 times N / n tokens of D numbers are sent in

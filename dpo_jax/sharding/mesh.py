@@ -103,7 +103,7 @@ def token_devices(mesh: jax.sharding.Mesh) -> int:
 
 
 def expert_devices(mesh: jax.sharding.Mesh) -> int:
-    """Returns the number of devices that share the experts of a mixture."""
+    """Returns the number of devices that shard the experts of a mixture."""
     return mesh.shape["expert"]
 
 

@@ -298,7 +298,7 @@ def least_activations(config: Config, target: Target | None) -> int:
     """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
 
     They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer. Where
-    devices share experts, each has room for the tokens of all of them; the MLP beside the experts has its own tokens'.
+    devices shard experts, each has room for the tokens of all of them; the MLP beside the experts has its own tokens'.
     """
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))

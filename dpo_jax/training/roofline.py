@@ -73,7 +73,7 @@ def chosen_width(a: Architecture, experts: int | None = None) -> int:
 def token_copies(a: Architecture, devices: int) -> int:
     """Returns how many rows of a mixture a device processes for each of its tokens; 0 without a mixture.
 
-    Devices that share the experts process the rows of all their tokens, whichever experts these chose.
+    Devices that shard the experts process the rows of all their tokens, whichever experts these chose.
     """
     return a.mixture.chosen * devices if a.mixture else 0
 
@@ -126,7 +126,7 @@ def step_work(
       itemsize: bytes of a number in the compute dtype.
       devices: that share the work.
       split: that share the heads, the MLP and the vocabulary of a row.
-      experts: that share the experts of a mixture; as many tokens are taken to choose each.
+      experts: devices that shard the experts of a mixture; as many tokens are taken to choose each.
     """
     rows = shape.microbatches * shape.rows
     tokens, scored = rows * shape.length, rows * shape.scored
