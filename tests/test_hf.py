@@ -12,7 +12,7 @@ from tiny import EOS, FAMILIES, folders_of, load_torch, logits_of, shared_model,
 
 from dpo_jax.config.schema import ModelConfig
 from dpo_jax.errors import UserError
-from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer, read_config, save_folder
+from dpo_jax.models.huggingface.folder import load_folder, load_tokenizer, open_folder, read_config, save_folder
 from dpo_jax.models.huggingface.safetensors import weights_hash
 from dpo_jax.models.model import build_model
 from dpo_jax.training.load import load_policy
@@ -147,6 +147,7 @@ def test_short_floats_in_and_out(folders, dtype, tmp_path):
     assert {x.dtype for x in stored.values()} == {np.dtype(kind)}
     assert_same(load_folder(tmp_path / "out")[2], jax.tree.map(lambda x: x.astype(kind).astype(np.float32), params))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+    assert open_folder(tmp_path / "out")[1]["dtype"] == dtype
     load_torch(tmp_path / "out")
 
 

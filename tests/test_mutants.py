@@ -27,6 +27,7 @@ def test_names_are_unique():
         ({"new": MUTANTS[0].old}, "changes nothing"),
         ({"file": "dpo_jax/absent.py"}, "no file"),
         ({"tests": ["tests/test_absent.py"]}, "no tests"),
+        ({"tests": ["tests/test_mutants.py::test_absent"]}, "no tests"),
         ({"tests": []}, "no tests"),
     ],
 )

@@ -13,6 +13,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_the_device_check_passes_with_tiny_models(tmp_path, shared):
     """It runs the bench beside TRL and beside transformers' generate, too."""
     environment = os.environ | {"XLA_FLAGS": "", "DPO_JAX_SHARED": str(shared), "PYTHONPATH": str(SCRIPTS.parent)}

@@ -60,6 +60,7 @@ def test_no_question_is_in_two_files():
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_the_name_is_learned_and_other_pairs_too(smollm2, tmp_path, monkeypatch):
     """After six steps on twelve pairs, four of them about other things, written held-out pairs are told apart."""
     monkeypatch.chdir(tmp_path)

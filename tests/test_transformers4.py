@@ -42,6 +42,7 @@ def older(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_exports_of_every_family_have_the_same_logits_in_version_4(older, tmp_path):
     kinds, tokens = sorted(set(FAMILIES) - NEWER), tokens_of(2, 12)
     ours = {}
