@@ -121,6 +121,13 @@ def test_the_controller_finds_its_target():
     assert metrics[-1][1]["score"] > metrics[0][1]["score"] + 0.3
 
 
+def test_every_step_samples_anew():
+    """The policy stays as it is, and the mean reward of its samples does not."""
+    scores = []
+    run(FAST._replace(learning_rate=0.0), 2, 0, on_metrics=lambda _, metrics: scores.append(metrics["score"]))
+    assert scores[0] != scores[1]
+
+
 def test_callbacks_see_every_step_and_a_seed_gives_the_same_policy():
     seen = []
     options = FAST._replace(init_kl_coef=1.0)
