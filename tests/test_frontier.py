@@ -363,7 +363,7 @@ def test_the_papers_findings_at_this_size(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     cli.run_command(["train", "configs/synthetic_sft.yaml", "--run", "sft", "--max_steps", "60"])
     runs = ("--dpo", "0.1", "1", "--unlikelihood", "0.5", "--preferred_ft", "0", "--ppo", "--ppo_gt")
-    sizes = {"eval_prompts": 128, "prompts": 900, "max_steps": 96, "eval_every": 96, "optim.learning_rate": 1e-4}
+    sizes = {"eval_prompts": 128, "prompts": 900, "max_steps": 96, "eval_every": 48, "optim.learning_rate": 1e-4}
     sizes |= {"optimum.completions": 512}  # enough to know the optimum up to a KL of about 1.4
     options = [*runs, *(f"--{key}={value}" for key, value in sizes.items())]
     cli.run_command(["frontier", "configs/frontier_quick.yaml", "--model.path", "sft", "--run", "found", *options])
