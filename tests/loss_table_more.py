@@ -101,6 +101,13 @@ MORE = [
         [2 * sp(-0.11), 0.0],
         [[-0.22 * s(-0.11), 0.22 * s(-0.11)], [0.0, 0.0]],
     ),
+    Row(  # deviation 0.25 * sqrt(2): the first is more probable by e^18, and so drawn
+        "beta_dpo",
+        {"beta": 0.1, "alpha": 0.8, "decay": 0.75, "left_out": 0.5, "drawn": True},
+        MOVING._replace(running=np.array([0.5, 0.0, 3.0], np.float32)),
+        [2 * sp(-0.11), 0.0],
+        [[-0.22 * s(-0.11), 0.22 * s(-0.11)], [0.0, 0.0]],
+    ),
     Row(  # gaps 1 and 3: mean 0.5 * 1 + 0.5 * 2, deviation 1
         "alpha_dpo",
         {"beta": 1.0, "gamma": 0.5, "alpha": 0.2, "decay": 0.5},

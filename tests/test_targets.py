@@ -218,7 +218,7 @@ def test_advice_names_what_makes_a_step_slow():
 
 
 def test_auto_attention_is_what_the_target_would_use():
-    model = SimpleNamespace(architecture=SimpleNamespace(kv_heads=2), hidden=lambda **_: None)
+    model = SimpleNamespace(architecture=SimpleNamespace(kv_heads=2, sinks=False), hidden=lambda **_: None)
     model._replace = lambda **new: SimpleNamespace(**{**vars(model), **new})
     planned = attention_check.planned_attention
     mesh = sharding.make_mesh(4, 1, 1)
