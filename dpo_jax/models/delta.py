@@ -73,7 +73,7 @@ def paths_of(segment_ids: Array, branch_ids: Array, taps: int) -> Paths:
     visible = jnp.tril((segment[..., None, :] == segment[..., None]) & own)
     last, kind = segment[..., -1:], branch[..., -1:]
     before, old = (jnp.pad(x[:-1], ((1, 0), (0, 0), (0, 0)), constant_values=-1) for x in (last, kind))
-    run = (segment == before) & ((old == 0) | (branch == old))
+    run = (segment == before) & (branch == old)  # at a prompt's end a response continues the fork, the same state
     fork = (segment == before) & ~run
     prompt = (segment == last) & (branch == 0)  # of the chunk's last token, in the chunk
     ended, begun = ~prompt.any(-1), (last == before)[..., 0]
