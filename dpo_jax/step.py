@@ -92,11 +92,11 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         weighted = lp.weights.sum() > 0
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)  # a mean without weight is NaN
         new = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state, running=loss.statistics(lp)
         )
-        new = jax.tree.map(lambda n, o: jnp.where(finite & weighted, n, o), new, state)._replace(step=state.step + 1)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)._replace(step=state.step + 1)
         metrics |= {"grad_norm": norm, "nonfinite": 1.0 * (weighted & ~finite), "unweighted": 1.0 - weighted}
         return new if sync is None else new._replace(reference=_moved(sync, new)), metrics
 

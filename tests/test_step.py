@@ -44,7 +44,10 @@ def indices(step):
 
 
 def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil=None):
-    """Trains; returns the metrics of every step, the last parameters and the number of compilations."""
+    """Trains; returns the metrics of every step, the last parameters and the number of compilations.
+
+    `weights` multiply those of the data: one number, or one for each step.
+    """
     architecture, _, params = load_folder(folder)
     model = build_model(architecture)
     logps = partial(batch_logps, model)
@@ -61,7 +64,7 @@ def run(folder, table, *, steps=STEPS, rows=None, loss=None, weights=None, spoil
         for m in range(count):
             batch.ref_logps[m] = column(params, jax.tree.map(lambda x, m=m: x[m], batch))
         if weights is not None:
-            batch = batch._replace(weights=batch.weights * weights)
+            batch = batch._replace(weights=batch.weights * np.broadcast_to(weights, steps)[i])
         if spoil == i:
             batch = batch._replace(ref_logps=batch.ref_logps * np.nan)
         state, metrics = step(state, batch, np.int32(count))
@@ -77,6 +80,9 @@ def test_a_step_whose_weights_are_all_0_changes_nothing_and_is_counted(folder, t
     fresh = init_state(params, optim.build("rmsprop", **OPTIM), losses.build("dpo"))
     jax.tree.map(np.testing.assert_array_equal, state._replace(step=0), fresh._replace(step=0))
     assert int(state.step) == 2
+    _, before, _ = run(folder, table, steps=1)
+    _, after, _ = run(folder, table, steps=2, weights=(1.0, 0.0))
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=1), before)
     history, _, _ = run(folder, table, steps=1, weights=0.0, loss=losses.build("beta_dpo"))
     assert (history[0]["unweighted"], history[0]["nonfinite"]) == (1, 0)
     assert run(folder, table, steps=1)[0][0]["unweighted"] == 0
