@@ -117,8 +117,10 @@ def test_all_losses_and_optimizers_are_listed():
     listed = [name for row in cells(section(ARCHITECTURE, "Losses"))[1:] for name in re.findall(r"`(\w+)`", row[1])]
     assert sorted(set(listed) - {"label_smoothing"}) == sorted(losses.REGISTRY)
     assert f"all {len(losses.REGISTRY)}" in README
+    assert f"the {len(losses.REGISTRY)} losses as equations" in README
     assert f"and {len(losses.REGISTRY) - 1} other losses" in (ROOT / "CITATION.cff").read_text()
     assert f"the {len(families())} model families" in README
+    assert f"{len(families())} `families/`" in README
     assert set(OPTIMIZERS) >= {"rmsprop", "adamw"}
 
 
