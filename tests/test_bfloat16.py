@@ -1,4 +1,4 @@
-"""What is rounded to bfloat16 and what is not, as in transformers."""
+"""Scales of embeddings and logits in bfloat16, as in transformers."""
 
 from functools import partial
 

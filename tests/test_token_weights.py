@@ -145,7 +145,7 @@ def test_spans_of_a_message_that_is_not_in_one_place_are_refused(written):
 
 def test_numbers_count_what_a_template_writes():
     assert weights(chat_table("w41 w42", [2, 3, 4], "{{ m.content }} w9"))[0] == [2, 3, 4, 1]
-    with pytest.raises(UserError, match=r"2 numbers for a response of 3 tokens; .* a chat template writes included"):
+    with pytest.raises(UserError, match=r"2 numbers for a response of 3 tokens; .* the chat template's tokens included"):
         chat_table("w41 w42", [2, 3], "{{ m.content }} w9")
 
 
@@ -231,7 +231,7 @@ def test_spans_of_a_prerendered_text_count_its_own_eos(span, expected):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([[1, 1], [1, 1]], "'token_weights' has 2 numbers for a response of 3 tokens; give one for each"),
+        ([[1, 1], [1, 1]], "'token_weights' has 2 numbers for a response of 3 tokens; give one per token"),
         ([1, 1], "must be lists of numbers, or of"),
         ([[1, 1, 1]], "must be 2 lists, one for each response"),
         ([[1, -1, 1], None], "'token_weights' must be finite and not negative, not -1"),

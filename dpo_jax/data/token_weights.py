@@ -1,9 +1,8 @@
 """Weights of a response's tokens, from the column `token_weights`: numbers by token, or spans of characters.
 
 They multiply log-probs before these are summed (TIS-DPO, arXiv 2410.04350); a token of weight 0 is left out (Mask-DPO,
-arXiv 2503.02846). For each response: a number for each of its tokens, those that a chat template writes included (and
-one more for EOS, which has 1 by default), or [first, end, weight] for spans of its text as it is given, between which
-tokens have 1.
+arXiv 2503.02846). For each response: one number per token, the chat template's tokens included (and one more for EOS,
+1 by default), or [first, end, weight] for spans of characters of the given text; tokens outside the spans have 1.
 """
 
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ def aligned(where: str, weights: Weights, tokens: int, offsets: Sequence[tuple[i
     if not weights or not isinstance(weights[0], tuple):
         if weights and len(weights) not in (tokens, tokens + 1):
             raise UserError(f"{where}: {KEY!r} has {len(weights)} numbers for a response of {tokens} tokens; give one "
-                            "for each, those that a chat template writes included (and one for EOS, or none), or "
+                            "per token, the chat template's tokens included (and one for EOS, or none), or "
                             "spans")  # fmt: skip
         if len(weights) > tokens and not any(weights):
             raise UserError(f"{where}: {KEY!r} leaves no token of a response; give one a weight above 0")

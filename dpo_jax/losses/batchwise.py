@@ -113,12 +113,12 @@ def beta_dpo(
 
     Means are by the comparisons' weights. As in the authors' code the margin is not multiplied by beta, M0 has this
     step in it, and b has a floor. At the first step policy and reference are the same: M = 0 and b = beta. The filter
-    leaves out the share of comparisons whose margins are furthest from M0, or draws those that it keeps, as the authors
-    do: by exp(-(c - r - M0)^2 / (2 S^2)), without replacement, with S a running mean of the steps' standard deviations.
-    While S is below 1e-4, as at the first step, margins are rounding noise, and the draw is uniform. b is made of those
-    kept. A draw is one of the step's number and of the order of the reference's margins, so that a restart has the same
-    one, as has another layout of the step in rows and on devices, unless rounding changes the order of margins that are
-    equal or nearly so, or of two comparisons at the edge of those kept.
+    leaves out the share of comparisons whose margins are furthest from M0. With `drawn` the kept comparisons are
+    sampled as in the authors' code: without replacement, with probabilities proportional to
+    exp(-(c - r - M0)^2 / (2 S^2)), where S is a running mean of the steps' standard deviations. While S is below 1e-4,
+    as at the first step, margins are rounding noise, and sampling is uniform. b is computed from the kept comparisons.
+    The sample depends on the step's number and on the order of the reference's margins, not on the layout of the step
+    in rows and on devices, nor on restarts; rounding may exchange margins that are nearly equal.
 
     Args:
       lp: log-probabilities of B pairs, all of a step; `running` is M0 before the step, and (drawn) S and the number of

@@ -1,8 +1,8 @@
 """Unlike layers as a scan over groups of them: three of linear attention and one of attention, say.
 
-A parameter that some layers do not have is stacked over those that have it. The program holds one group, the shortest
-pattern that all layers repeat, so that it and its compile time grow with the pattern, not with the number of layers. A
-pattern that does not repeat is one group of all layers.
+A parameter that only some layers have is stacked over these. The program holds one group, the shortest pattern that all
+layers repeat, so that it and its compile time grow with the pattern, not with the number of layers. A pattern that does
+not repeat is one group of all layers.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

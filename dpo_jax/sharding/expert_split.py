@@ -14,10 +14,10 @@ from dpo_jax.sharding.gather_scatter import all_gather, sum_scatter
 class ExpertSplit(NamedTuple):
     """Devices that shard the experts of every layer, for use inside the functions of `sharding.Collectives`.
 
-    Each has as many experts, in order, and rows of its own. Tokens are all-gathered, each device computes what its
-    experts add to all of them, and these parts are reduce-scattered: n - 1 times N / n tokens of D numbers are sent in
-    each direction, in the compute dtype and in float32, and as many in the backward pass. Which experts the tokens
-    chose changes neither shapes nor what is sent, so that no token is dropped.
+    Each has as many experts, in order, and rows of its own. Tokens are all-gathered, each device computes its experts'
+    outputs for all of them, and the sums are reduce-scattered: n - 1 times N / n tokens of D numbers are sent in each
+    direction, in the compute dtype and in float32, and as many in the backward pass. Shapes and traffic do not depend
+    on the routing, so no token is dropped.
 
     Attributes:
       axis: the mesh axis along which the devices are.
