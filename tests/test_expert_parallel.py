@@ -324,6 +324,16 @@ def test_adamw_clips_and_a_reference_follows_as_on_one_device(world, monkeypatch
 
 
 @pytest.mark.slow
+def test_two_processes_that_shard_the_experts_train_as_one(world):
+    """Each reads its own rows and sends their tokens to the process that has the experts; one of them writes."""
+    folder, options = world("qwen3_moe")
+    options = [*options, "--mesh.expert", "2"]
+    out, _ = launched.finish(launched.start(folder, "two", *options, launch=launched.launch_local(2, 1)))
+    assert out.count("20 steps of 16 comparisons") == 1
+    assert_same_run(folder, "two", "one qwen3_moe all")
+
+
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_any_other_layout(world, monkeypatch):
     """Ten steps with sharded experts, five with fsdp too, the rest on two devices with all experts."""
     folder, options = world("qwen3_moe")
