@@ -11,15 +11,18 @@ POLICY_PASSES, REFERENCE_PASSES = 3, 1
 
 
 def matmul_parameters(config: dict[str, Any]) -> int:
-    """Returns how many weights of a llama, gpt2 or gpt_neox multiply every token, embedding and head apart."""
+    """Returns how many weights of a llama, gpt2, gpt_neox or qwen3_moe multiply a token, embedding and head apart."""
     width = config.get("hidden_size") or config["n_embd"]
     layers = config.get("num_hidden_layers") or config["n_layer"]
     inner = config.get("intermediate_size") or config.get("n_inner") or 4 * width
     heads = config.get("num_attention_heads") or config["n_head"]
     shared = config.get("num_key_value_heads") or heads
     attention = 2 * width * width + 2 * width * width * shared // heads
-    gated = 3 if config["model_type"] == "llama" else 2
-    return layers * (attention + gated * width * inner)
+    gated = 3 if config["model_type"] in ("llama", "qwen3_moe") else 2
+    experts = config.get("num_experts", 0)
+    if experts:
+        inner = config["num_experts_per_tok"] * config["moe_intermediate_size"]
+    return layers * (attention + gated * width * inner + experts * width)
 
 
 def useful_flops(config: dict[str, Any], prompt: Any, responses: Any, passes: int) -> float:

@@ -1,6 +1,8 @@
 """Mixtures of experts: routes, grouped matmuls, both forms of files, padding. Parity is in test_models.py."""
 
 import json
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +43,18 @@ def test_routes_by_hand(renormalized, weights):
     np.testing.assert_allclose(found.probs, probs, rtol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["one block", "blocks of 2", "ragged_dot"])
+@pytest.mark.parametrize("way", ["one block", "blocks of 2", "4 blocks of 2 at a time", "ragged_dot"])
 def test_grouped_matmuls_equal_those_of_each_expert(way, monkeypatch):
     """Value and gradients, with an expert without rows, and rows of no expert, which are zero."""
     if way == "ragged_dot":  # the way of a TPU
         monkeypatch.setattr(grouped, "multiply_blocks", grouped._multiply_ragged)  # noqa: SLF001
         monkeypatch.setattr(grouped, "outer_blocks", grouped._outer_ragged)  # noqa: SLF001
-    elif way == "blocks of 2":
+    elif way != "one block":
         monkeypatch.setattr(grouped, "BLOCK", 2)
+    if way.endswith("at a time"):  # the way of a GPU
+        monkeypatch.setattr(grouped, "multiply_blocks", grouped.multiply_batches)
+        monkeypatch.setattr(grouped, "outer_blocks", partial(grouped.outer_blocks, block=2))
+        monkeypatch.setattr(grouped, "TOGETHER", 4)
     rng, sizes = np.random.default_rng(0), jnp.array([3, 0, 4])
     x, kernel, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((9, 5), (3, 5, 2), (9, 2)))
     groups, ends = [slice(0, 3), slice(3, 3), slice(3, 7)], 7
@@ -60,6 +66,19 @@ def test_grouped_matmuls_equal_those_of_each_expert(way, monkeypatch):
         np.testing.assert_allclose(dkernel[e], x[rows].T @ g[rows], atol=1e-5)
     assert not y[ends:].any()
     assert not dx[ends:].any()
+
+
+def test_a_gpu_has_many_blocks_or_large_ones_in_an_iteration():
+    """Read in the program that its compiler gets: an iteration there costs some launches, whatever it computes."""
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1024, 8), (4, 8, 16), (1024, 16))]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def operands(function, *arrays):
+        text = jax.jit(function).trace(*arrays, sizes).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r"dot_general.*: \(tensor<([\dx]+)xbf16>, tensor<([\dx]+)xbf16>\)", text)
+
+    assert operands(grouped.multiply_groups, *shapes[:2]) == [("32x128x8", "32x8x16")]
+    assert operands(grouped.outer_groups, shapes[0], shapes[2]) == [("8x512", "512x16")]
 
 
 def test_a_kernels_gradient_is_not_rounded_to_the_compute_dtype():

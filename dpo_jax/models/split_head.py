@@ -122,9 +122,7 @@ def _fold(plan: _Plan, hidden: Array, head: Any, chunks: Array, start: tuple[Arr
     return jax.lax.scan(one, start, _blocks(head, plan.words))[0]
 
 
-def split_log_collisions(
-    hidden: Array, head: SplitHead, chunks: Array, size: int, cap: float | None = None
-) -> Array:
+def split_log_collisions(hidden: Array, head: SplitHead, chunks: Array, size: int, cap: float | None = None) -> Array:
     """Returns what `logprobs.log_collisions` does, up to rounding. Args as for `split_token_logps`."""
     hidden, parts = jax.lax.stop_gradient((hidden, (head.weight, head.bias)))
 
