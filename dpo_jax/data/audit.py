@@ -137,7 +137,7 @@ def _pieces(ids: np.ndarray, scored: np.ndarray, weights: np.ndarray, tokenizer:
     """Returns the pieces of a prompt or response; a piece of several tokens is as its last one."""
     texts = list(_texts(ids.tolist(), tokenizer))
     weight = [float(weights[end - 1]) for _, end in texts]
-    last = [one != after for one, after in zip(weight, [*weight[1:], None], strict=True)]
+    last = [i + 1 == len(weight) or weight[i + 1] != one for i, one in enumerate(weight)]
     weighted = any(one != 1 for one in weight)
     marks = [f"×{one:g}" if weighted and ends else "" for one, ends in zip(weight, last, strict=True)]
     return [Piece(text, bool(scored[end - 1]), mark) for (text, end), mark in zip(texts, marks, strict=True)]
