@@ -68,7 +68,7 @@ COMMANDS = {
         (("--list", "List the data sources and their columns; takes no CONFIG.yaml."),),
     ),
     "losses": Command(
-        "[NAME | AXIS=VALUE,... ...] [--plot [FILE.svg]]",
+        "[NAME[,OPTION=VALUE] | AXIS=VALUE,... ...] [--plot [FILE.svg]]",
         "Lists every loss: formula, options, paper; plots them against the margin.",
         "dpo ipo --plot losses.svg",
         (("--plot [FILE.svg]", "Draw the losses against the margin (default losses.svg)."),),

@@ -19,6 +19,12 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(names)}"
 
 
+def similar(value: Any, texts: Iterable[str]) -> str:
+    """Returns the end of a message on a text that is none of a few: the most similar one, or "" if none is."""
+    match = difflib.get_close_matches(str(value), list(texts), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
 # Control characters but line feed and tab, marks that reorder a line, and halves of surrogate pairs.
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 

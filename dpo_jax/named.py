@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import docstring_parser
 
-from dpo_jax.errors import UserError, closest
+from dpo_jax.errors import UserError, closest, similar
 
 TYPES = (bool, int, float, str)
 AXES = ("score", "ranking", "link", "target")  # keys of the loss `axes`, which needs no name
@@ -97,7 +97,7 @@ def _converted(where: str, option: Option, value: Any) -> Any:
     if get_origin(option.kind) is Literal:
         texts = get_args(option.kind)
         if value not in texts:
-            raise UserError(f"{where}{option.name}: {value!r} is not one of {', '.join(texts)}")
+            raise UserError(f"{where}{option.name}: {value!r} is not one of {', '.join(texts)}{similar(value, texts)}")
         return value
     if option.kind is bool:
         if str(value) not in ("True", "False", "true", "false"):

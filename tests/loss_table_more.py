@@ -7,7 +7,7 @@ from loss_table import EVEN, LISTED, MOVING, PAIR, SCORED, SHIFTED, Row, batch_o
 
 PESSIMIST = batch_of([[-8.0, -13.0]], reference=[[-12.0, -10.0]])  # margins 5 and -2
 GOLD = batch_of([[-4.0, -2.0, -5.0]], lengths=[[2.0, 1.0, 5.0]])
-GAPS = batch_of([[5.0, 0.0], [15.0, 0.0]], running=[1.0, 1.0])
+GAPS = batch_of([[5.0, 0.0], [15.0, 0.0]], running=[1.0, 2 - math.sqrt(2)])
 
 MORE = [
     Row(
@@ -108,7 +108,7 @@ MORE = [
         [2 * sp(-0.11), 0.0],
         [[-0.22 * s(-0.11), 0.22 * s(-0.11)], [0.0, 0.0]],
     ),
-    Row(  # gaps 1 and 3: mean 0.5 * 1 + 0.5 * 2, deviation 1
+    Row(  # gaps 1 and 3, of deviation sqrt(2) over n - 1: running mean 0.5 * 1 + 0.5 * 2, running deviation 1
         "alpha_dpo",
         {"beta": 1.0, "gamma": 0.5, "alpha": 0.2, "decay": 0.5},
         GAPS,

@@ -177,6 +177,27 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+def test_weights_of_tokens_are_marked_where_they_end(tmp_path, shared, monkeypatch, capsys):
+    """Of one response with weights; of the other, with weights of 1, nothing is marked."""
+    from dpo_jax import cli
+
+    row = {"prompt": "I saw it.", "chosen": " I loved it so much", "rejected": " I hated it"}
+    rows = [{**row, "prompt": f"I saw it {i}.", "token_weights": [[2, 2, 0, 0.5, 1], None]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = "data: {path: [a.jsonl], eval_fraction: 0.2, max_length: 64, max_prompt_length: 32}\n"
+    (tmp_path / "c.yaml").write_text(config + f"model: {{config: x.json, tokenizer: {shared}/tokenizers/gpt2}}\n")
+    monkeypatch.chdir(tmp_path)
+    cli.run_command(["data", "c.yaml", "--out", "a.html", "--show", "1"])
+    said, html = capsys.readouterr().out, (tmp_path / "a.html").read_text()
+    assert "chosen:  I loved×2 it×0 so×0.5 much<|endoftext|>×1\n" in said
+    assert "rejected:  I hated it<|endoftext|>\n" in said
+    assert " loved</span><sub>×2</sub> it<sub>×0</sub><span" in html
+    assert "A mark such as ×2 is the weight of the tokens before it" in html
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**one, "token_weights": None}) for one in rows))
+    cli.run_command(["data", "c.yaml", "--out", "a.html", "--show", "1"])
+    assert "×" not in capsys.readouterr().out + (tmp_path / "a.html").read_text()
+
+
 def test_the_command(tmp_path, shared, monkeypatch, capsys):
     from dpo_jax import cli
 

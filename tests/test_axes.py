@@ -1,6 +1,5 @@
-"""Losses as axes: named losses as points of them, links by hand, algebra of value and gradient."""
+"""Losses as axes: links, targets and rankings by hand, algebra of value and gradient."""
 
-import inspect
 import math
 
 import jax
@@ -14,9 +13,7 @@ from dpo_jax import losses
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
-from dpo_jax.losses import REGISTRY
 from dpo_jax.losses.axes import LINKS, SCORES, TARGETS
-from dpo_jax.losses.points import POINTS, coordinates, terms_of
 from dpo_jax.runs.settings import call_settings
 from dpo_jax.runs.sweep import sweep_configs
 
@@ -54,23 +51,7 @@ def pair_of(values, length=3.0):
     return batch_of([values[:2]], reference=[values[2:]], lengths=[[length, length]])
 
 
-@pytest.mark.parametrize("name", POINTS)
-def test_a_named_loss_is_its_point(name):
-    parameters = inspect.signature(REGISTRY[name].function).parameters
-    hyper = {k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and type(p.default) is float}
-    hyper |= {"beta": 0.37} if "beta" in hyper else {}
-    hyper |= {"label_smoothing": 0.1} if "label_smoothing" in hyper else {}
-    for one, other in zip(both({"name": name, **hyper}, LP), both(terms_of(name, hyper), LP), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
-    named, point = losses.build({"name": name, **hyper}), losses.build(terms_of(name, hyper))
-    for field in ("responses", "uses_reference", "whole_batch", "scores", "carried"):
-        assert getattr(named, field) == getattr(point, field) or (field == "carried" and POINTS[name].beside), field
-
-
-def test_a_point_has_the_statistic_of_its_loss():
-    point = losses.build(terms_of("bco", {"beta": 0.5, "decay": 0.8}))
-    named = losses.build({"name": "bco", "beta": 0.5, "decay": 0.8})
-    np.testing.assert_allclose(point.statistics(first(LP, 2)), named.statistics(first(LP, 2)), rtol=1e-6)
+def test_the_statistic_of_a_running_mean_of_margins():
     margins = losses.build({"target": "moving_mean", "beta": 0.5, "decay": 0.8})
     ratios = np.asarray(LP.policy - LP.reference)
     expected = 0.8 * 0.3 + 0.2 * 0.5 * (ratios[:, 0] - ratios[:, 1]).mean()
@@ -188,11 +169,85 @@ def test_all_pairs_of_a_list_are_its_pairs():
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+PAIRS = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+PAIR_TARGETS = {
+    "gap": lambda lp, i, j: lp.scores[:, i] - lp.scores[:, j],
+    "log_gap": lambda lp, i, j: np.log(lp.scores[:, i] - lp.scores[:, j]),
+    "log_ratio_gap": lambda lp, i, j: np.log(lp.scores[:, i] / lp.scores[:, j]),
+    "length": lambda lp, i, j: lp.lengths[:, j] - lp.lengths[:, i],
+    "reference": lambda lp, i, j: 0.5 * (lp.reference[:, i] - lp.reference[:, j]),
+    "reference_positive": lambda lp, i, j: np.maximum(0.5 * (lp.reference[:, i] - lp.reference[:, j]), 0),
+}
+
+
+@pytest.mark.parametrize("target", PAIR_TARGETS)
+def test_each_pair_of_a_list_has_its_own_target(target):
+    """Residuals (z_i - z_j - 0.7 t_ij)^2, and their gradient."""
+    score = "log_prob" if target.startswith("reference") else "log_ratio"
+    z = 0.5 * np.asarray(LP.policy - (0 if score == "log_prob" else LP.reference), np.float64)
+    value, gradient = np.zeros(6), np.zeros((6, 4))
+    for i, j in PAIRS:
+        left = z[:, i] - z[:, j] - 0.7 * PAIR_TARGETS[target](LP, i, j)
+        value += left**2 / 6
+        gradient[:, i] += left / 6
+        gradient[:, j] -= left / 6
+    point = {"score": score, "ranking": "all_pairs", "link": "residual", "target": target, "scale": 0.7, "beta": 0.5}
+    for one, other in zip(both(point, LP), (value, gradient), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["gap", "log_gap", "log_ratio_gap"])
+def test_pairs_of_equal_scores_have_no_part_in_a_list_of_gaps(target):
+    """Of scores 3, 2, 2 and 1 five pairs count, and no list whose first is not above its last."""
+    lp = LP._replace(scores=np.tile(np.float32([3, 2, 2, 1]), (6, 1)))
+    lp.scores[4:] = lp.scores[4:, ::-1]
+    value, gradient = both({"ranking": "all_pairs", "link": "linear", "target": target, "beta": 0.5}, lp)
+    assert np.isnan(value).tolist() == [False] * 4 + [True] * 2
+    kept = lp._replace(scores=lp.scores[:4])
+    z = 0.5 * np.asarray(lp.policy - lp.reference, np.float64)[:4]
+    expected = sum(PAIR_TARGETS[target](kept, i, j) - z[:, i] + z[:, j] for i, j in PAIRS if (i, j) != (1, 2)) / 5
+    np.testing.assert_allclose(value[:4], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient[:4], np.tile([-0.3, 0.0, 0.0, 0.3], (4, 1)), atol=1e-6)
+    absent = lp._replace(weights=np.float32([1, 1, 1, 1, 0, 0]))
+    assert np.isfinite(both({"ranking": "all_pairs", "target": target}, absent)[0]).all()
+
+
+def test_single_responses_have_the_mean_of_their_pairs():
+    """Values and gradients of pairs, and of their responses one by one: f(z - t) of wanted, f(-z - t) of unwanted."""
+    pairs = first(LP, 2)
+    single = jax.tree.map(lambda x: np.concatenate([x, x]) if x.ndim else x, pairs)
+    alone = single._replace(present=np.repeat(np.eye(2, dtype=bool), 6, axis=0))
+    point = {"ranking": "pointwise", "link": "squared", "beta": 0.5, "label_smoothing": 0.1}
+    for more in ({}, {"target": "constant", "scale": 0.3}, {"target": "moving_mean"}, {"score": "log_odds"}):
+        together, apart = both(point | more, pairs), both(point | more, alone)
+        np.testing.assert_allclose(apart[0].mean(), together[0].mean(), rtol=1e-5)
+        np.testing.assert_allclose(apart[1][:6, 0] / 2, together[1][:, 0], rtol=1e-5)
+        np.testing.assert_allclose(apart[1][6:, 1] / 2, together[1][:, 1], rtol=1e-5)
+        assert not apart[1][:6, 1].any()
+        assert not apart[1][6:, 0].any()
+    z = 0.5 * np.asarray(pairs.policy - pairs.reference)[:, 1]
+    expected = 2 * (0.9 * (1 + z) ** 2 + 0.1 * (1 - z) ** 2)
+    np.testing.assert_allclose(both(point, alone)[0][6:], expected, rtol=1e-5)
+
+
+def test_points_of_single_responses_take_soft_labels_and_a_lighter_rejected_response():
+    """A wanted response that is right with 3/4; an unwanted one whose log-ratio counts half."""
+    one = batch_of([[2.0, 0.0]], present=[[True, False]], preference=[0.75])
+    value = both({"ranking": "pointwise", "beta": 1.0}, one)[0]
+    np.testing.assert_allclose(
+        value, [2 * (0.75 * math.log1p(math.exp(-2)) + 0.25 * math.log1p(math.exp(2)))], rtol=1e-6
+    )
+    other = batch_of([[0.0, 2.0]], present=[[False, True]])
+    value = both({"ranking": "pointwise", "beta": 1.0, "rejected_weight": 0.5}, other)[0]
+    np.testing.assert_allclose(value, [2 * math.log1p(math.exp(1))], rtol=1e-6)
+
+
 def test_a_point_needs_what_its_coordinates_need():
     needs = {
         "uses_reference": [{"score": "log_ratio"}, {"score": "log_prob", "target": "reference"}],
         "scores": [{"target": "gap"}, {"target": "log_ratio_gap"}],
         "whole_batch": [{"target": "moving_mean"}],
+        "unpaired": [{"ranking": "pointwise"}, {"ranking": "pointwise", "target": "moving_mean"}],
     }
     for field, points in needs.items():
         assert all(getattr(losses.build(point), field) for point in points)
@@ -209,8 +264,11 @@ def test_a_point_needs_what_its_coordinates_need():
     [
         ({"ranking": "list", "link": "hinge"}, "loss axes: ranking list takes link logistic, target zero and no"),
         ({"ranking": "list", "label_smoothing": 0.1}, "ranking list takes link logistic"),
-        ({"ranking": "all_pairs", "target": "gap"}, "ranking all_pairs takes target zero or constant, not gap"),
-        ({"ranking": "pointwise", "target": "length"}, "ranking pointwise takes target zero, constant or moving_mean"),
+        (
+            {"ranking": "all_pairs", "target": "moving_mean"},
+            "ranking all_pairs takes no target moving_mean, as margins",
+        ),
+        ({"ranking": "pointwise", "target": "length"}, "zero, constant or moving_mean; length is of two responses"),
         ({"link": "residual"}, "loss axes: link residual is least where nothing is preferred; set a target"),
         ({"link": "square"}, "loss axes: link 'square' is none of logistic"),
         ({"label_smoothing": 0.5, "link": "hinge"}, "at least 0 and below 0.5"),
@@ -243,12 +301,6 @@ def test_a_sweep_runs_over_axes():
     source = {"data": {"name": "synthetic"}, "model": {"config": "synthetic", "tokenizer": "synthetic"}}
     found = [(one.loss["name"], one.loss["score"], one.loss["link"]) for one in sweep_configs(source, "own", over)]
     assert found == [("axes", score, link) for score in over["loss.score"] for link in over["loss.link"]]
-
-
-def test_coordinates_are_texts():
-    assert coordinates("dpo") == "log_ratio, pair, logistic"
-    assert coordinates("slic") == "log_prob, pair, hinge, target constant and sft"
-    assert coordinates("kto") == ""
 
 
 # Algebra. A link that falls pushes the chosen response up and the rejected one down, whatever the score.

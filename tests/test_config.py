@@ -145,6 +145,8 @@ def test_dump_reads_back(tmp_path):
     [
         ("optim: {lerning_rate: 1}", [], r"one.yaml: unknown key 'optim.lerning_rate'; .* 'optim.learning_rate'"),
         ("", ["--loss.betta", "1"], r"^unknown key 'loss.betta'; did you mean 'loss.beta'"),
+        ("", ["--score", "odds"], "^unknown key 'score'; it is an option of the loss axes; set loss.score, and"),
+        ("", ["--loss.score", "odds"], r"^invalid choice 'odds' .*'chi_squared'\)\.; did you mean 'log_odds'\?$"),
         ("batch_size: many", [], r"one.yaml: .*batch_size.*'many'"),
         ("", ["--data.truncation", "keep"], r"invalid choice 'keep' .*truncation.*keep_start"),
         ("", ["--max-steps", "1.5"], r"max_steps.*1\.5"),

@@ -1,12 +1,15 @@
 """Gradient weights of the losses of compared runs: by their formulas, and their place on the page."""
 
+import json
+import types
+
 import jax
 import numpy as np
 import pytest
 from test_report import run
 
 from dpo_jax import cli, losses
-from dpo_jax.commands import gradient_weights
+from dpo_jax.commands import gradient_weights, sweep
 from dpo_jax.commands.gradient_weights import MARGINS, gradient_weight, loss_titles
 from dpo_jax.training.run_folder import run_config
 
@@ -64,6 +67,24 @@ def test_the_page_of_runs_of_other_losses_has_them_side_by_side(tmp_path, capsys
         assert text in page
     assert "Gradient weight" not in report(capsys, tmp_path, one, again)[0]  # one loss
     assert "Gradient weight" not in report(capsys, tmp_path, one)[0]
+
+
+def test_the_comparison_of_a_sweep_has_them_too_on_the_device_that_trained(tmp_path, capsys, monkeypatch):
+    """Of runs of other losses; none of runs of one loss."""
+    asked, interval = [], json.dumps({"metrics": {"eval_loss": {"mean": 1, "low": 0, "high": 2, "n": 3}}})
+    folders = [run(tmp_path / f"loss.beta={beta}", beta=beta, eval_json=interval) for beta in (0.1, 0.5)]
+    folders += [run(tmp_path / f"seed={seed}", eval_json=interval) for seed in (1, 2)]
+    monkeypatch.setattr(jax.config, "update", lambda *given: asked.append(given))
+    for chosen, there in ((folders[:2], True), (folders[2:], False)):
+        configs = [types.SimpleNamespace(run=str(folder), loss=run_config(folder).loss) for folder in chosen]
+        monkeypatch.setattr(sweep, "sweep_configs", lambda *_, configs=configs: configs)
+        monkeypatch.setattr(sweep, "train_all", lambda *_: (None, []))
+        sweep.sweep_command(["a.yaml", "--loss.beta", "0.1,0.5"])
+        page = (tmp_path / "report.html").read_text()
+        assert ("Gradient weight" in page) == there
+        assert ("dpo beta 0.5" in page) == there
+    assert ("jax_platforms", "cpu") not in asked
+    assert "no gradient weights" not in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_at_hand_is_named(tmp_path, capsys):

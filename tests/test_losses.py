@@ -1,15 +1,20 @@
 """Losses by name: hyper-parameters bound, metrics, refusals; the paper's gradient."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from loss_table import batch_of
 
 from dpo_jax import losses
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
+from dpo_jax.losses.registry import WRITTEN
 from dpo_jax.records import Logps
 
 
@@ -139,6 +144,18 @@ def test_likelihood_metrics():
     metrics = losses.build({"name": "sft"}).metrics(logps((-8.0,)))
     expected = {"loss": 8.0, "logps/chosen": -8.0, "nll": 1.6}
     assert {k: float(v[0]) for k, v in metrics.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_names_elsewhere_say_what_to_write_and_that_is_a_loss(name):
+    text, note = WRITTEN[name]
+    for given in (name, name.replace("_", "-").upper()):
+        with pytest.raises(UserError) as error:
+            losses.build(given)
+        assert str(error.value) == f"loss.name: unknown loss {given!r}; write loss: {text}{f', {note}' if note else ''}"
+    config = parse_config(Config, yaml.safe_load(f"loss: {text}"))
+    assert losses.build(config.loss).responses in (2, None)
+    assert re.findall(r"data\.\w+", note) == ["data.responses"] * (losses.build(config.loss).responses is None)
 
 
 def test_unknown_names_are_refused():

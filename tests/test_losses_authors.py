@@ -168,7 +168,7 @@ def test_alpha_dpo_is_the_authors_over_two_steps():
     for shift in (0.0, 0.4):
         policy, ref = (P + shift * S)[:, :2] / N[:, :2], REF[:, :2] / N[:, :2]
         between = gap(policy) - gap(ref)
-        mean, deviation = decay * mean + 0.1 * between.mean(), decay * deviation + 0.1 * between.std()
+        mean, deviation = decay * mean + 0.1 * between.mean(), decay * deviation + 0.1 * between.std(ddof=1)
         target = gamma_ratio + alpha * (between - mean) / deviation
         z = beta * (gap(policy) - target)
         lp = batch_of((P + shift * S)[:, :2], reference=REF[:, :2], lengths=N[:, :2], running=running)

@@ -2,11 +2,13 @@
 
 import inspect
 import re
+import types
 
 import numpy as np
 import pytest
 
 from dpo_jax import cli, losses
+from dpo_jax.commands import leaderboard
 from dpo_jax.commands.losses import (
     MARGINS,
     NOTATION,
@@ -17,6 +19,7 @@ from dpo_jax.commands.losses import (
     write_plot,
 )
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.standings import BUDGETS
 from dpo_jax.losses import objective
 from dpo_jax.pages import figure
 
@@ -70,7 +73,8 @@ def test_names_choose(capsys):
 
 
 def test_help(capsys):
-    assert said(capsys, "--help").startswith("usage: dpo-jax losses [NAME | AXIS=VALUE,... ...] [--plot [FILE.svg]]\n")
+    usage = "usage: dpo-jax losses [NAME[,OPTION=VALUE] | AXIS=VALUE,... ...] [--plot [FILE.svg]] "
+    assert " ".join(said(capsys, "--help").split()).startswith(usage)
 
 
 def sigmoid(x):
@@ -178,6 +182,57 @@ def test_points_of_the_axes_are_shown_and_drawn(capsys, tmp_path):
     assert "link=probit" in out.read_text()
 
 
+def test_a_name_takes_options_and_a_point_is_written_for_a_config(capsys):
+    page = said(capsys, "ipo,beta=0.2", "odpo,offset=linear", "bco,all_steps=true", "chi_po", "kto", "dpo")
+    logistic = "ranking: pair, link: logistic, target: {}, beta: 0.1, label_smoothing: 0.0"
+    ipo = "ranking: pair, link: squared, target: zero, beta: 0.4, weight: 6.25"
+    for line in (
+        f"ipo,beta=0.2       loss: {{score: log_ratio_mean, {ipo}}}\n",
+        f"odpo,offset=linear loss: {{score: log_ratio, {logistic.format('gap')}, scale: 1.0}}\n",
+        f"chi_po             loss: {{score: chi_squared, {logistic.format('zero')}}}  # within the clip at twice",
+        f"dpo                loss: {{score: log_ratio, {logistic.format('zero')}}}\n",
+    ):
+        assert f"\n  {line}" in page
+    for part in ("offset linear", "beta 0.2", "loss bco is no point of the"):
+        assert part in page
+    assert not re.search(r"\n  (kto|bco).* loss: ", page)
+    assert "as points of the axes" not in said(capsys, "kto")
+
+
+def test_what_a_point_takes_is_that_of_its_options(capsys):
+    page = " ".join(said(capsys, "ranking=pointwise", "target=gap").split())
+    for part in ("pairs, or single responses, soft", "pairs, f-divergences, scores"):
+        assert part in page
+
+
+def test_options_of_a_name_are_drawn():
+    found = loss_curves(["hinge,beta=2"])["hinge,beta=2"]
+    at = MARGINS.tolist().index(0.25)
+    assert [found.value[at], found.gradient[at]] == pytest.approx([0.5, -2.0])
+
+
+def test_words_of_a_legend_stay_whole():
+    label = "score=log_prob,link=exponential,target=constant,scale=0.5, dpo, sigmoid_norm, plackett_luce"
+    lines = figure.wrap_text(label, 30).split("\n")
+    assert lines == [
+        "score=log_prob,",
+        "link=exponential,",
+        "target=constant,scale=0.5,",
+        "dpo, sigmoid_norm,",
+        "plackett_luce",
+    ]
+    assert figure.wrap_text("a_word_longer_than_the_width b", 10) == "a_word_longer_than_the_width\nb"
+
+
+def test_a_leaderboard_of_one_loss_says_so():
+    limit = types.SimpleNamespace(mean=1.0)
+    path = types.SimpleNamespace(reward=np.zeros((1, 1, 1, 1)), kl=0.0, betas=())
+    found = types.SimpleNamespace(paths={"dpo": path}, seeds=2, steps=3, limits=([limit] * len(BUDGETS), limit))
+    assert leaderboard.summary(found)[0].startswith("1 loss, 2 worlds, 3 steps of ")
+    found.paths["ipo"] = path
+    assert leaderboard.summary(found)[0].startswith("2 losses, ")
+
+
 def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said(capsys, "kto", "--plot") == "wrote losses.svg\n"
@@ -191,7 +246,14 @@ def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
         (["sigmoid"], "unknown loss 'sigmoid'; here it is 'dpo'"),
         (["--beta", "0.1"], "takes names, or axes such as link=squared, then --plot"),
         (["--plot", "a.svg", "b.svg"], "takes names, or axes such as link=squared, then --plot"),
-        (["link=square"], "link: 'square' is not one of logistic, squared"),
+        (["link=square"], r"link: 'square' is not one of logistic, squared.*; did you mean 'squared'\?"),
+        (["score=odds"], r"score: 'odds' is not one of .*; did you mean 'log_odds'\?"),
+        (["odds"], "unknown loss 'odds'; write loss: {score: log_odds}$"),
+        (["dpo", "ipo", "dpo"], "dpo-jax losses: dpo is named 2 times; name it once"),
+        (["dpo,0.1"], "dpo-jax losses: 'dpo,0.1': '0.1' is no option; write OPTION=VALUE after the name of a loss"),
+        (["dpo,"], "'dpo,': '' is no option"),
+        (["dpo,bta=1"], "unknown key 'bta'; did you mean 'beta'"),
+        (["ipo,beta=-1"], "beta -1.0 is not a finite number above 0"),
         (["link=hinge,rank=pair"], "unknown key 'rank'"),
         (["ranking=list,link=hinge"], "loss axes: ranking list takes link logistic"),
         (["--plot", "x.png"], r"--plot x.png: not an .svg file; name one"),
@@ -200,3 +262,8 @@ def test_a_plot_without_a_name(capsys, tmp_path, monkeypatch):
 def test_mistakes_are_one_line(argv, message):
     with pytest.raises(UserError, match=message):
         cli.run_command(["losses", *argv])
+
+
+def test_a_leaderboard_refuses_a_loss_that_is_named_twice():
+    with pytest.raises(UserError, match="dpo-jax leaderboard --losses: dpo is named 2 times; name it once"):
+        cli.run_command(["leaderboard", "--losses", "dpo", "ipo", "dpo"])

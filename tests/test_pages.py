@@ -15,6 +15,9 @@ from loss_table import batch_of
 
 from dpo_jax import cli, losses
 from dpo_jax.data.sources.base import load_comparisons, source_names
+from dpo_jax.losses import REGISTRY
+from dpo_jax.losses.axes import TARGETS, axes_needs
+from dpo_jax.losses.points import POINTS
 from dpo_jax.records import Chat
 from dpo_jax.training.metrics_file import read_metrics
 
@@ -211,6 +214,22 @@ def test_options_named_in_the_pages_exist():
     assert set(named) - schema.keys() == {"model.name_or_path", "model.tokenizer_name_or_path"} | {
         f"model.{name}" for name in ("archive", "block_name", "policy_dtype", "fsdp_policy_mp", "reference_dtype")
     }  # the original repository's
+
+
+def test_the_page_on_data_names_all_that_reads_scores():
+    sentence = " ".join(DATA[DATA.index("Scores are read by") : DATA.index("`data.draw_labels`; the")].split())
+    losses, targets = (set(re.findall(r"`(\w+)`", part)) for part in sentence.split("by the losses with a `target`"))
+    assert losses == {name for name, entry in REGISTRY.items() if entry.scores}
+    needs = {target: axes_needs(score="log_ratio", ranking="pair", target=target) for target in TARGETS}
+    assert targets == {target for target, need in needs.items() if need["scores"]}
+    single = next(line for line in DATA.splitlines() if line.startswith("| single responses |"))
+    found = set(re.findall(r"`([\w: ]+)`", single.split("|")[3]))
+    assert found == {name for name, entry in REGISTRY.items() if entry.unpaired} | {"ranking: pointwise"}
+
+
+def test_the_readme_counts_the_points():
+    readme = (ROOT / "dpo_jax/README.md").read_text()
+    assert f"{len(POINTS)} of\nthe named losses are points" in readme
 
 
 def test_the_citation_is_complete():

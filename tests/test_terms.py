@@ -104,6 +104,7 @@ def test_a_soft_label_is_label_smoothing():
         ({"name": "simpo", "gamma": math.nan}, "loss simpo: gamma nan is not a finite number"),
         ({"name": "dpo", "divergence": "alpha", "divergence_alpha": math.inf}, "divergence_alpha inf is not a finite"),
         ({"name": "sft", "reduction": "max"}, "loss sft: reduction 'max' is none of sum, mean"),
+        ({"score": "odds"}, "loss axes: score 'odds' is none of .*, chi_squared; did you mean 'log_odds'?"),
         (
             [{"name": "kto"}, {"name": "dpo", "ld_alpha": 0.5}],
             "loss dpo: ld_alpha 0.5 cannot be used beside kto: its responses",

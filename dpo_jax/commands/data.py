@@ -179,7 +179,7 @@ def _print(page: DataPage) -> None:
             text = Text(f"{name}: ", style="bold")
             for place, piece in enumerate(part):
                 style = ("on dark_green", "on dark_cyan")[place % 2] if piece.scored else "dim"
-                text.append(piece.text, style)
+                text.append(piece.text, style).append(piece.mark, "bold")
             console.print(text)
         console.rule()
 

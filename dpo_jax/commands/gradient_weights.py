@@ -1,6 +1,5 @@
 """Gradient weights of losses: how much a pair of a margin still moves the policy, for the losses of compared runs."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.commands.common import log_line
 from dpo_jax.commands.margins import logps_at
+from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss, build
 from dpo_jax.pages import figure
 from dpo_jax.pages.curves import run_color
+from dpo_jax.paths import is_run
 from dpo_jax.records import Array
 from dpo_jax.training.run_folder import run_config
 
@@ -27,6 +29,18 @@ CAPTION = (
     "means at 0."
 )
 Terms = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # a loss of a parsed config: each term has all options
+
+
+def shown_panels(runs: Sequence[Path]) -> list[figure.Panel]:
+    """Returns the figure of the gradient weights of several runs; none, with a line, where a loss has none."""
+    if not all(is_run(run) for run in runs):
+        return []
+    try:
+        return gradient_weight_panels(runs)
+    except Exception as error:  # whatever a user's loss raises at these pairs
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        log_line(f"no gradient weights: {kind}{str(error).partition(chr(10))[0]}")
+        return []
 
 
 def gradient_weight_panels(runs: Sequence[Path]) -> list[figure.Panel]:
@@ -47,8 +61,8 @@ def gradient_weight_panels(runs: Sequence[Path]) -> list[figure.Panel]:
         axes.plot(MARGINS, gradient_weight(build(terms[i])), color=run_color(i), lw=1.6)
         axes.axhline(0.0, color=figure.INK, alpha=0.5, lw=0.8, ls=(0, (1, 2)))
         names = ", ".join(run.resolve().name for run, one in zip(runs, terms, strict=True) if one == terms[i])
-        lines = [line for text in (names, title) for line in textwrap.wrap(text, TITLE_WIDTH)]
-        axes.set_title("\n".join(lines), color=figure.INK, fontsize=9, parse_math=False)
+        lines = "\n".join(figure.wrap_text(text, TITLE_WIDTH) for text in (names, title))
+        axes.set_title(lines, color=figure.INK, fontsize=9, parse_math=False)
         figure.style_axes(axes, "margin c - r, nats")
     return [figure.Panel(figure.set_svg_id(fig), "Gradient weight", CAPTION)]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_jax import losses
 from dpo_jax.commands.common import log_line, print_table
-from dpo_jax.commands.losses import named_term
+from dpo_jax.commands.losses import named_term, refuse_repeated
 from dpo_jax.config.commands import LeaderboardConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
@@ -64,12 +64,13 @@ def entrants(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns name -> term of the losses that enter: by default all that train a policy, without `axes` itself.
 
     Raises:
-      UserError: an unknown loss, or options that do not go together.
+      UserError: an unknown loss, one that is named twice, or options that do not go together.
     """
+    command = "dpo-jax leaderboard"
+    refuse_repeated(names, f"{command} --losses")
     every = names or [name for name, entry in losses.REGISTRY.items() if not entry.rewards and name != "axes"]
-    return {
-        name: {"name": "axes" if "=" in name else name, **named_term(name, "dpo-jax leaderboard")[1]} for name in every
-    }
+    terms = {name: named_term(name, command, points_only=True) for name in every}
+    return {name: {"name": term.loss, **term.given} for name, term in terms.items()}
 
 
 def result_of(paths: dict[str, LossPaths], worlds: Sequence[TableWorld], steps: int) -> LeaderboardResult:
@@ -84,8 +85,9 @@ def summary(found: LeaderboardResult) -> list[str]:
     """Returns sentences on the worlds, and on losses and strengths that are left out."""
     pairs = " or ".join(f"{2 * LISTS * batches:,} ({size})" for size, batches in SIZES.items())
     limits = ", ".join(f"{limit.mean:.2f} at {b:g}" for limit, b in zip(found.limits[0], BUDGETS, strict=True))
+    entered = f"{len(found.paths)} loss{'es' * (len(found.paths) != 1)}"
     lines = [
-        f"{len(found.paths)} losses, {found.seeds} worlds, {found.steps} steps of {2 * LISTS} pairs; {pairs} pairs; "
+        f"{entered}, {found.seeds} worlds, {found.steps} steps of {2 * LISTS} pairs; {pairs} pairs; "
         + "; ".join(f"{name}: {meaning}" for name, meaning in LABELS.items()),
         f"optimum: reward {limits} nats of KL; calibration error of the reference {found.limits[1].mean:.3f}",
     ]

@@ -1,11 +1,10 @@
 """`dpo-jax losses`: formula, hyper-parameters and paper of each loss, and a plot of losses against the margin.
 
-Everything is read from the functions: their docstrings, signatures and values. A loss is a name, or options of `axes`
-such as `link=squared,target=constant`.
+Everything is read from the functions: their docstrings, signatures and values. A loss is a name, which may have
+options, as `ipo,beta=0.2`, or options of `axes` such as `link=squared,target=constant`.
 """
 
 import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,8 @@ from dpo_jax import losses
 from dpo_jax.commands.margins import logps_at
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
-from dpo_jax.losses.axes import axes_needs
 from dpo_jax.losses.objective import OPTIONS, build
-from dpo_jax.losses.points import coordinates
+from dpo_jax.losses.points import POINTS, coordinates, point_text
 from dpo_jax.losses.registry import Entry, find_entry
 from dpo_jax.named import options_of, with_defaults
 from dpo_jax.pages import figure
@@ -44,13 +42,14 @@ AXES = {
 
 
 def losses_command(argv: Sequence[str]) -> None:
-    """Runs `dpo-jax losses [NAME | AXIS=VALUE,... ...] [--plot [FILE.svg]]`."""
+    """Runs `dpo-jax losses [NAME[,OPTION=VALUE] | AXIS=VALUE,... ...] [--plot [FILE.svg]]`."""
     first = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
     names, given = list(argv[:first]) or list(losses.REGISTRY), arguments(argv[first:])
     if any(key != "plot" or len(values) > 1 for key, values in given):
         raise UserError(
             "dpo-jax losses takes names, or axes such as link=squared, then --plot [FILE.svg]; remove the rest"
         )
+    refuse_repeated(names, "dpo-jax losses")
     for name in names:
         named_term(name)
     if given:
@@ -58,34 +57,72 @@ def losses_command(argv: Sequence[str]) -> None:
         return
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
-    console.print(
-        losses_table(names), *NOTATION, "", *_shared_options(), sep="\n", highlight=False, markup=False, soft_wrap=True
-    )
+    lines = (*NOTATION, "", *_shared_options(), *_points(names))
+    console.print(losses_table(names), *lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
-def named_term(name: str, command: str = "dpo-jax losses") -> tuple[Entry, dict[str, Any]]:
-    """Returns the entry of a loss, or of a point such as `link=squared,scale=2`, and the options that the name gives.
+class NamedTerm(NamedTuple):
+    """A loss as a command line names it.
+
+    Attributes:
+      loss: name of the registered loss; `axes` of a point.
+      entry: its entry, with what these options need.
+      given: the options that the text gives.
+    """
+
+    loss: str
+    entry: Entry
+    given: dict[str, Any]
+
+
+def named_term(name: str, command: str = "dpo-jax losses", *, points_only: bool = False) -> NamedTerm:
+    """Returns the loss of a name such as `dpo`, `ipo,beta=0.2` or, of a point, `link=squared,scale=2`.
 
     Args:
-      name: of a registered loss, or coordinates.
+      name: of a registered loss, its options after it, or coordinates.
       command: begins the messages.
+      points_only: whether only a point takes options.
 
     Raises:
       UserError: no such loss or option, or options that do not go together.
     """
-    if "=" not in name:
-        return find_entry(name, command), {}
-    if named := next((part for part in name.split(",") if "=" not in part), None):
+    first, *rest = name.split(",")
+    loss, texts = ("axes", [first, *rest]) if "=" in first else (first, rest)
+    bare = next((text for text in texts if "=" not in text), "")
+    if points_only and texts and (loss != "axes" or bare):
         raise UserError(
             f"{command}: {name!r}: only a point of the axes, such as link=savage,scale=2, takes options here; "
-            f"give {named} alone"
+            f"give {bare or loss} alone"
         )
-    given = {part.partition("=")[0]: part.partition("=")[2] for part in name.split(",")}
-    entry = find_entry("axes")
+    if bare or name.endswith(","):
+        raise UserError(f"{command}: {name!r}: {bare!r} is no option; write OPTION=VALUE after the name of a loss")
+    entry = find_entry(loss, command)
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in texts}
     every = with_defaults("", options_of(entry.function), given)
     hyper = {key: value for key, value in every.items() if key in given}
-    build({"name": "axes", **hyper})
-    return entry._replace(**axes_needs(**every)), hyper
+    if texts:
+        build({"name": loss, **hyper})
+        entry = entry._replace(**entry.of_options(**every)) if entry.of_options else entry
+    return NamedTerm(loss, entry, hyper)
+
+
+def refuse_repeated(names: Sequence[str], command: str) -> None:
+    """Raises a UserError for a loss that is named twice."""
+    for name in names:
+        if list(names).count(name) > 1:
+            raise UserError(f"{command}: {name} is named {list(names).count(name)} times; name it once")
+
+
+def _points(names: Sequence[str]) -> list[str]:
+    """Returns the losses that are points of the axes as a config writes them, as lines."""
+    terms = {name: named_term(name) for name in names}
+    found = [
+        f"  {name:<18} loss: {point_text(term.loss, term.given)}"
+        + (f"  # {POINTS[term.loss].within}" if POINTS[term.loss].within else "")
+        for name, term in terms.items()
+        if term.loss in POINTS and not POINTS[term.loss].outside(describe_loss(term.loss).hyper | term.given)
+    ]
+    return ["", "as points of the axes", *found] if found else []
 
 
 def _shared_options() -> list[str]:
@@ -101,11 +138,12 @@ def losses_table(names: Sequence[str]) -> Grid:
     grid.add_column("formula")
     grid.add_column("paper; data and options", max_width=33)
     for name in names:
-        given = named_term(name)[1]
-        found = describe_loss("axes" if given else name)
-        hyper = "\n".join(f"  {key} {default}" for key, default in (found.hyper | given).items())
+        term = named_term(name)
+        found = describe_loss(term.loss, term.entry)
+        hyper = "\n".join(f"  {key} {default}" for key, default in (found.hyper | term.given).items())
         formula = "\n".join((found.title, "", *(f"  {line}" for line in found.formula)))
-        point = f"\naxes: {coordinates(name)}" if coordinates(name) else ""
+        place = coordinates(term.loss, term.given)
+        point = f"\naxes: {place}" if place else ""
         grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{found.paper}\n{found.takes}{point}"))
     return grid
 
@@ -163,7 +201,7 @@ def _draw_row(fig: "figure.Figure", place: tuple[int, int, int], curves: Mapping
     for i, (label, curve) in enumerate(curves.items()):
         style = {"color": figure.COLOURS[i], "lw": 1.6, "ls": DASHES[i % len(DASHES)]}
         value.plot(MARGINS, curve.value, **style)
-        gradient.plot(MARGINS, curve.gradient, **style, label="\n".join(textwrap.wrap(label, LEGEND_WIDTH)))
+        gradient.plot(MARGINS, curve.gradient, **style, label=figure.wrap_text(label, LEGEND_WIDTH))
     for axes, title, limits in ((value, "loss", (-1.5, 6.0)), (gradient, "d loss / d margin", (-4.0, 2.0))):
         axes.set_ylim(limits)
         axes.set_title(title, color=figure.INK, fontsize=10)
@@ -189,7 +227,7 @@ def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:
 
 def _curve(name: str) -> LossCurve:
     """Returns the curve of a loss, computed with one pair per step."""
-    entry, given = named_term(name)
+    _, entry, given = named_term(name)
     hyper = ({"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}) | given
 
     def batched(margins: Array, shift: float = 0.0) -> Array:

@@ -6,7 +6,6 @@ from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.pages.figure import Panel
 from dpo_jax.pages.run import write_report
-from dpo_jax.paths import is_run
 
 
 def report_command(argv: list[str]) -> None:
@@ -25,17 +24,10 @@ def report_command(argv: list[str]) -> None:
 
 
 def _loss_panels(runs: list[Path]) -> list[Panel]:
-    """Returns the figure of the gradient weights of several runs; none, with a line, where a loss has none."""
-    if not all(is_run(run) for run in runs):
-        return []
+    """Returns the figure of the gradient weights of several runs, computed on a CPU."""
     import jax  # here, because a report of one run needs none
 
-    from dpo_jax.commands.gradient_weights import gradient_weight_panels
+    from dpo_jax.commands.gradient_weights import shown_panels
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be another run's
-    try:
-        return gradient_weight_panels(runs)
-    except Exception as error:  # whatever a user's loss raises at these pairs
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        print(f"no gradient weights: {kind}{str(error).partition(chr(10))[0]}")
-        return []
+    return shown_panels(runs)

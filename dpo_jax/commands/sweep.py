@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_jax import distributed
 from dpo_jax.commands.common import leading_arguments, log_line, print_table
+from dpo_jax.commands.gradient_weights import shown_panels
 from dpo_jax.commands.train import initialize_from_argv
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
@@ -29,7 +30,7 @@ def sweep_command(argv: list[str]) -> None:
     if distributed.is_primary() and runs:
         shown = SHOWN if any(c.loss != configs[0].loss for c in configs) else (*SHOWN, "eval_loss")
         _print(runs, shown, {message.split(":")[0] for message in failed})
-        log_line(f"comparison of the runs: {write_report(runs, runs[0].parent / 'report.html')}")
+        log_line(f"comparison of the runs: {write_report(runs, runs[0].parent / 'report.html', shown_panels(runs))}")
     if failed:
         raise UserError("; ".join(failed))
 

@@ -152,6 +152,8 @@ def key_hint(key: str, known: Sequence[str], texts: Sequence[str] = ()) -> str:
         return f"it is a section; set {' or '.join(first[:2])}, indented below {key}: in a YAML"
     if last in AXES and (name := f"{key.removesuffix(last)}name") in known:
         return f"it is an option of the loss axes; set {name} axes"
+    if key in AXES and "loss.name" in known:
+        return f"it is an option of the loss axes; set loss.{key}, and no loss.name"
     if same := [name for name in known if name.rpartition(".")[2] == last]:
         return f"did you mean {_either(same)}?"
     if match := difflib.get_close_matches(key, known, n=1) or _close_last(last, known):

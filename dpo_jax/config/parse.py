@@ -18,7 +18,7 @@ import tyro
 
 from dpo_jax.config.elsewhere import key_hint
 from dpo_jax.config.yaml import KeyTexts, arguments, flatten, read_yaml
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, similar
 from dpo_jax.named import AXES, Option, options_of
 
 T = TypeVar("T")
@@ -136,7 +136,13 @@ def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
         with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             return _cli(kind, args, prog)
     except SystemExit as e:
-        raise UserError(f"{where}{_first_sentence(box.getvalue())}") from e
+        raise UserError(f"{where}{_with_choice(_first_sentence(box.getvalue()))}") from e
+
+
+def _with_choice(message: str) -> str:
+    """Returns the parser's message on a value that is none of a few, with the most similar one."""
+    found = re.fullmatch(r"invalid choice '(.*)' for argument .* Expected one of \((.*)\)\.", message)
+    return message + (similar(found[1], re.findall(r"'([^']*)'", found[2])) if found else "")
 
 
 def _flag(key: str, texts: Sequence[str]) -> list[str]:

@@ -51,10 +51,17 @@ class PairCounts(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of text of one or more tokens, and whether they are scored."""
+    """A piece of text of one or more tokens.
+
+    Attributes:
+      text: the text.
+      scored: whether they are scored.
+      mark: after the last of some pieces of one weight, that weight, such as `×2`; "" where all weights are 1.
+    """
 
     text: str
     scored: bool
+    mark: str = ""
 
 
 def count_pairs(items: Iterable[Item]) -> PairCounts:
@@ -121,11 +128,19 @@ def _untruncated(item: Comparison, tokenizer: Any, options: EncodeOptions, bound
 def pieces(table: Table, index: int, tokenizer: Any) -> list[list[Piece]]:
     """Returns the prompt and each response of a comparison in pieces as small as tokens and characters allow."""
     tokens = table[index]
-    parts = [(tokens.prompt, np.zeros(len(tokens.prompt), bool))]
-    parts += [(response, tokens.mask(p)) for p, response in enumerate(tokens.responses)]
-    return [
-        [Piece(text, bool(scored[end - 1])) for text, end in _texts(ids.tolist(), tokenizer)] for ids, scored in parts
-    ]
+    prompt = (tokens.prompt, np.zeros(len(tokens.prompt), bool), np.ones(len(tokens.prompt)))
+    responses = [(ids, tokens.mask(p), tokens.weights_of(p)) for p, ids in enumerate(tokens.responses)]
+    return [_pieces(*part, tokenizer) for part in (prompt, *responses)]
+
+
+def _pieces(ids: np.ndarray, scored: np.ndarray, weights: np.ndarray, tokenizer: Any) -> list[Piece]:
+    """Returns the pieces of a prompt or response; a piece of several tokens is as its last one."""
+    texts = list(_texts(ids.tolist(), tokenizer))
+    weight = [float(weights[end - 1]) for _, end in texts]
+    last = [i + 1 == len(weight) or weight[i + 1] != one for i, one in enumerate(weight)]
+    weighted = any(one != 1 for one in weight)
+    marks = [f"×{one:g}" if weighted and ends else "" for one, ends in zip(weight, last, strict=True)]
+    return [Piece(text, bool(scored[end - 1]), mark) for (text, end), mark in zip(texts, marks, strict=True)]
 
 
 def _texts(ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int]]:

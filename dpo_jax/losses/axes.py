@@ -19,6 +19,8 @@ from dpo_jax.losses.parts import CLAMP, chi_squared_score, log_ratios, margin, p
 from dpo_jax.losses.ranked import rank_nll
 from dpo_jax.losses.reference_free import likelihood_rewards, log_odds
 from dpo_jax.losses.registry import register
+from dpo_jax.losses.term_options import map_responses
+from dpo_jax.losses.unpaired import mean_of_present
 from dpo_jax.records import Array, Logps
 
 Score = Literal["log_ratio", "log_ratio_mean", "log_prob", "log_prob_mean", "log_odds", "likelihood", "chi_squared"]
@@ -82,26 +84,63 @@ def _moving_mean(lp: Logps, *, score: str, ranking: str, beta: float, decay: flo
     return decay * lp.running + (1 - decay) * mean
 
 
-def _against_mean(lp: Logps, f: Callable[[Array], Array], z: Array, mean: Array, ranking: str) -> Array:
-    """Returns the loss of rewards z beside a running mean; 0 for absent comparisons, which have no part in it."""
-    c, r = pair(z)
-    return jnp.where(lp.weights > 0, f(c - r - mean) if ranking == "pair" else f(c - mean) + f(mean - r), 0.0)
-
-
-def _compared(z: Array, f: Callable[[Array], Array], t: Array | float, ranking: str) -> Array:
-    """Returns the loss of rewards z that are compared with one another, with a target t, float32[B]."""
+def _compared(lp: Logps, z: Array, f: Callable[[Array], Array], t: Array | float, ranking: str, mean: bool) -> Array:
+    """Returns the loss of rewards z with a target t, float32[B]; t is a running mean of them if `mean`."""
     if ranking == "list":
         return rank_nll(z)
-    if ranking == "all_pairs":
-        better, worse = jnp.triu_indices(z.shape[1], 1)
-        return jnp.mean(f(z[:, better] - z[:, worse] - t), axis=1)
     c, r = pair(z)
-    return f(c - r - t) if ranking == "pair" else f(c - t) + f(-r - t)
+    if ranking == "pair":
+        return f(c - r - t)
+    return 2 * mean_of_present(f(c - t), f(t - r if mean else -r - t), lp)
+
+
+def _pairs_of(lp: Logps, ordered: bool) -> Logps:
+    """Returns the K = P (P - 1) / 2 pairs of each list, the better response first, as B K comparisons.
+
+    ordered: whether pairs of which the first has not the higher score are absent.
+    """
+    better, worse = jnp.triu_indices(lp.policy.shape[1], 1)
+    pairs = map_responses(lp, lambda x: jnp.stack([x[:, better], x[:, worse]], axis=2).reshape(-1, 2))
+    weights = jnp.repeat(lp.weights, len(better))
+    counted = pairs.scores[:, 0] > pairs.scores[:, 1] if ordered else True
+    return pairs._replace(weights=jnp.where(counted, weights, 0.0), preference=jnp.repeat(lp.preference, len(better)))
+
+
+def _mean_over_pairs(lp: Logps, point: Callable[[Logps], Array], target: str) -> Array:
+    """Returns the mean of a loss of pairs over all of each list, float32[B]; of scores, over those in their order."""
+    gap = target in GAPS
+    pairs = _pairs_of(lp, gap)
+    values = point(pairs).reshape(len(lp.policy), -1)
+    if not gap:
+        return jnp.mean(values, axis=1)
+    counted = (pairs.weights > 0).reshape(values.shape)
+    mean = jnp.sum(jnp.where(counted, values, 0.0), axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)
+    return jnp.where(jnp.isnan(better_by(lp)), jnp.nan, mean)
 
 
 def _rewards(lp: Logps, *, score: str, beta: float, **_: Any) -> Array:
     """Returns beta score, float32[B, P]: the rewards of a point without a reference."""
     return beta * SCORES[score](lp)
+
+
+def _value(
+    lp: Logps,
+    ranking: str = "pair",
+    *,
+    f: Callable[[Array], Array],
+    score: str,
+    target: str,
+    beta: float,
+    scale: float,
+    decay: float,
+) -> Array:
+    """Returns the loss of comparisons that are not taken apart, float32[B]; f is the link with its smoothing."""
+    z = beta * SCORES[score](lp)
+    if target == "moving_mean":
+        t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
+        return jnp.where(lp.weights > 0, _compared(lp, z, f, t, ranking, mean=True), 0.0)
+    t = scale * TARGETS[target](lp, partial(_rewards, score=score, beta=beta))
+    return _compared(lp, z, f, t, ranking, mean=False)
 
 
 def axes_needs(*, score: str, ranking: str, target: str, **_: Any) -> dict[str, Any]:
@@ -112,6 +151,7 @@ def axes_needs(*, score: str, ranking: str, target: str, **_: Any) -> dict[str, 
         "uses_reference": reference,
         "soft_labels": not (moving or ranking in LISTS or target in GAPS),
         "divergences": score in RATIOS - {"chi_squared"} and not target.startswith("reference"),
+        "unpaired": ranking == "pointwise",
         "scores": target in GAPS,
         "whole_batch": moving,
         "statistic": _moving_mean if moving else None,
@@ -128,10 +168,16 @@ def _check_point(score: str, ranking: str, link: str, target: str, label_smoothi
         raise UserError("link residual is least where nothing is preferred; set a target, or link squared")
     if ranking == "list" and (link != "logistic" or target != "zero" or label_smoothing != 0):
         raise UserError("ranking list takes link logistic, target zero and no label_smoothing; set ranking all_pairs")
-    if ranking == "all_pairs" and target not in ("zero", "constant"):
-        raise UserError(f"ranking all_pairs takes target zero or constant, not {target}; set one, or ranking pair")
+    if ranking == "all_pairs" and target == "moving_mean":
+        raise UserError(
+            "ranking all_pairs takes no target moving_mean, as margins of other ranks differ; set another target, or "
+            "ranking pair"
+        )
     if ranking == "pointwise" and target not in ("zero", "constant", "moving_mean"):
-        raise UserError(f"ranking pointwise takes target zero, constant or moving_mean, not {target}; set one")
+        raise UserError(
+            f"ranking pointwise takes target zero, constant or moving_mean; {target} is of two responses: set one of "
+            "these, or ranking pair"
+        )
 
 
 @register(responses=2, uses_reference=True, soft_labels=True, divergences=True, of_options=axes_needs)
@@ -153,7 +199,7 @@ def axes(
         loss = f(z_c - z_r - t)                     ranking pair
         loss = f(z_c - t) + f(-z_r - t)             pointwise (+ t of moving_mean)
         loss = -sum_k log softmax(z_k, z_k+1, ...)_k   list, best first
-        loss = mean over i < j of f(z_i - z_j - t)  all_pairs, best first
+        loss = mean over i < j of f(z_i - z_j - t_ij)  all_pairs, best first
 
         score    log_ratio c, log_ratio_mean c / L_c, log_prob p_c, log_prob_mean m_c,
                  log_odds log(e^m_c / (1 - e^m_c)), likelihood e^m_c, chi_squared c + e^c - 1
@@ -164,7 +210,10 @@ def axes(
                  log_ratio_gap log(s_c / s_r), length L_r - L_c, reference z_c - z_r of the
                  reference, reference_positive max(0, that), moving_mean of margins or rewards
 
-    A running mean is a constant to the gradient. Beyond u = -80 exponential goes on along its tangent.
+    A running mean is a constant to the gradient. Beyond u = -80 exponential goes on along its tangent. Pointwise takes
+    single responses too, whose values count twice, so that n pairs have the mean of their 2 n responses one by one. Of
+    all_pairs the target is each pair's own, that of a gap over the pairs with s_i > s_j. A list has no margin to ask
+    for: it takes no target; pointwise none that is of two responses, all_pairs no running mean, as ranks differ.
 
     Args:
       lp: log-probabilities of B comparisons.
@@ -185,9 +234,5 @@ def axes(
     def f(u: Array) -> Array:
         return (1 - label_smoothing) * LINKS[link](u) + label_smoothing * LINKS[link](-u)
 
-    z = beta * SCORES[score](lp)
-    if target == "moving_mean":
-        t = scale * _moving_mean(lp, score=score, ranking=ranking, beta=beta, decay=decay)
-        return _against_mean(lp, f, z, t, ranking)
-    t = scale * TARGETS[target](lp, partial(_rewards, score=score, beta=beta))
-    return _compared(z, f, t, ranking)
+    point = partial(_value, f=f, score=score, target=target, beta=beta, scale=scale, decay=decay)
+    return _mean_over_pairs(lp, point, target) if ranking == "all_pairs" else point(lp, ranking)

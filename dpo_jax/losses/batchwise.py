@@ -77,10 +77,15 @@ def _usual_margin(lp: Logps, *, decay: float = 0.9, drawn: bool = False, **_: fl
     mean = weighted_mean(_margins(lp), lp.weights)
     if not drawn:
         return decay * lp.running + (1 - decay) * mean
-    count = jnp.maximum(jnp.sum(lp.weights > 0), 2)
-    spread = jnp.sqrt(weighted_mean((_margins(lp) - mean) ** 2, lp.weights) * count / (count - 1))
-    before = jnp.broadcast_to(lp.running, (3,))
+    before, spread = jnp.broadcast_to(lp.running, (3,)), _deviation(_margins(lp), lp.weights)
     return jnp.stack([*decay * before[:2] + (1 - decay) * jnp.stack([mean, spread]), before[2] + 1])
+
+
+def _deviation(values: Array, weights: Array) -> Array:
+    """Returns the standard deviation of n values by their weights, over n - 1 as torch.std; 0 of a single value."""
+    count = jnp.maximum(jnp.sum(weights > 0), 2)
+    squares = (values - weighted_mean(values, weights)) ** 2
+    return jnp.sqrt(weighted_mean(squares, weights) * count / (count - 1))
 
 
 def _drawn_needs(*, left_out: float, drawn: bool, **_: float) -> dict[str, bool]:
@@ -178,9 +183,7 @@ def _gap(lp: Logps) -> Array:
 def _gap_moments(lp: Logps, *, decay: float = 0.9, **_: float) -> Array:
     """Returns running mean and standard deviation of gaps with this step's in them: the statistic of alpha_dpo."""
     gap, weights = _gap(lp), lp.weights
-    mean = weighted_mean(gap, weights)
-    spread = jnp.sqrt(weighted_mean((gap - mean) ** 2, weights))
-    return decay * lp.running + (1 - decay) * jnp.stack([mean, spread])
+    return decay * lp.running + (1 - decay) * jnp.stack([weighted_mean(gap, weights), _deviation(gap, weights)])
 
 
 @register(responses=2, uses_reference=True, whole_batch=True, statistic=_gap_moments)
@@ -198,9 +201,9 @@ def alpha_dpo(
         g = c / L_c - r / L_r, with mean M and standard deviation S over steps (decay), this one in them
         loss = -log sigmoid(beta (m_c - m_r) - gamma - beta alpha (g - M) / S)
 
-    and g, M and S constants to the gradient. Means are by the comparisons' weights; a step's S, over its number of
-    comparisons, is at least 1e-4, so that the first step, at which policy and reference are the same, has g = 0 and the
-    value of simpo. The rewards of its metrics are beta times log-ratios.
+    and g, M and S constants to the gradient. Means are by the comparisons' weights; the deviation of a step's n
+    comparisons is over n - 1, as in the authors' code. S is at least 1e-4, so that the first step, at which policy and
+    reference are the same, has g = 0 and the value of simpo. The rewards of its metrics are beta times log-ratios.
 
     Args:
       lp: log-probabilities of B pairs, all of a step; `running` is M and S before the step.

@@ -22,11 +22,23 @@ ALIASES = {
     "sppo": "sppo_hard",
     "listwise": "lipo",
     "infonca": "lipo",
-    "rebel": "rpo_sq",
     "alphadpo": "alpha_dpo",
     "nll": "sft",
     "preferred_ft": "sft",
     "reward_model": "bradley_terry",
+}
+# Names elsewhere of what a config writes in other words: `loss` of the config, and what else to know.
+WRITTEN = {
+    "cal_dpo": ("[{name: dpo, beta: 1.0}, {name: sppo_hard, beta: 0.1, weight: 0.5}]", "with Cal-DPO's beta second"),
+    "bdpo": ("{name: dpo, rejected_mixture: 0.5}", "where rejected_mixture is BDPO's lambda"),
+    "dpo_shift": ("{name: dpo, rejected_weight: 0.75}", "where rejected_weight is DPO-Shift's f"),
+    "rpo": ("[{name: dpo}, {name: sft, reduction: mean}]", "or rpo_sq, rpo_bwd or rpo_fwd, which read scores"),
+    "gpo": ("{link: truncated}", "or another link"),
+    "rebel": ("{name: rpo_sq, beta: 0.1, eta: 1.0}", "whose beta is 1 over REBEL's eta"),
+    "list_nca": ("{name: nca}", "with data.responses and scores in the data"),
+    "tis_dpo": ("{name: dpo}", "with weights in the data's column token_weights"),
+    "mask_dpo": ("{name: dpo}", "with weights of 0 in the data's column token_weights"),
+    "odds": ("{score: log_odds}", ""),
 }
 
 
@@ -133,8 +145,17 @@ def find_entry(name: str, key: str = "loss.name") -> Entry:
         return REGISTRY[name]
     if ":" in name:
         return entry_of(import_function(name, key))
-    hint = f"here it is {ALIASES[name]!r}" if name in ALIASES else _axis_hint(name) or closest(name, REGISTRY)
-    raise UserError(f"{key}: unknown loss {name!r}; {hint}, or give module:function")
+    raise UserError(f"{key}: unknown loss {name!r}; {_name_hint(name)}")
+
+
+def _name_hint(name: str) -> str:
+    """Returns what to write instead of an unknown name."""
+    same = name.lower().replace("-", "_")
+    if same in WRITTEN:
+        loss, note = WRITTEN[same]
+        return f"write loss: {loss}{f', {note}' if note else ''}"
+    known = f"here it is {ALIASES[same]!r}" if same in ALIASES else _axis_hint(name) or closest(name, REGISTRY)
+    return f"{known}, or give module:function"
 
 
 def _axis_hint(value: str) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, similar
 from dpo_jax.losses import term_options
 from dpo_jax.losses.registry import Entry
 from dpo_jax.named import AXES
@@ -71,7 +71,7 @@ def bind_term(name: str, entry: Entry, given: Mapping[str, Any]) -> BoundTerm:
             raise UserError(f"loss {name}: unknown parameter {key!r}; {hint} {', '.join(known)}")
         texts = get_args(known[key].annotation)
         if texts and value not in texts:
-            raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}")
+            raise UserError(f"loss {name}: {key} {value!r} is none of {', '.join(texts)}{similar(value, texts)}")
         if isinstance(known[key].default, bool) and not isinstance(value, bool | np.bool_):
             raise UserError(f"loss {name}: {key} {value!r} is neither True nor False")
     hyper, *options = [{key: given.get(key, group[key].default) for key in group} for group in groups]

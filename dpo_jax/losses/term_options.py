@@ -138,7 +138,7 @@ def wpo_weight(lp: Logps) -> Array:
 
 def soft_label(lp: Logps, values: Values) -> Array:
     """Returns the expected pairwise loss, float32[B], if the label is right with probability `lp.preference`."""
-    swapped = _map_responses(lp, lambda x: x[:, ::-1])
+    swapped = map_responses(lp, lambda x: x[:, ::-1])
     return lp.preference * values(lp) + (1.0 - lp.preference) * values(swapped)
 
 
@@ -147,10 +147,10 @@ PER_RESPONSE = tuple(name for name in Logps._fields if name not in ("weights", "
 
 def first_responses(lp: Logps, responses: int) -> Logps:
     """Returns the log-probs of the first responses only."""
-    return _map_responses(lp, lambda x: x[:, :responses])
+    return map_responses(lp, lambda x: x[:, :responses])
 
 
-def _map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
+def map_responses(lp: Logps, function: Callable[[Array], Array]) -> Logps:
     """Returns the record with a function of each field [B, P] that is there."""
     given = {name: getattr(lp, name) for name in PER_RESPONSE}
     return lp._replace(**{name: function(x) for name, x in given.items() if not isinstance(x, Missing | tuple)})
@@ -213,7 +213,7 @@ def _against_ld(entry: Entry, ld_alpha: float) -> str | bool:
 def _against_rejected(entry: Entry, options: dict, key: str) -> str | bool:
     if options[key] == 1.0:
         return False
-    if not 0 < options[key] < 1 or entry.responses != 2 or entry.whole_batch or entry.unpaired or entry.rewards:
+    if not 0 < options[key] < 1 or entry.responses != 2 or entry.whole_batch or entry.rewards:
         return "it is above 0 and at most 1, for losses of single pairs"
     other = not entry.uses_reference or options["reference_free"] or options["divergence"] != "reverse_kl"
     return key == "rejected_mixture" and other and "it mixes the policy with the reference, whose KL is the reverse one"

@@ -23,7 +23,8 @@ def _check_weights(desirable_weight: float, undesirable_weight: float) -> None:
         require(name, weight, lambda w: w >= 0, "at least 0")
 
 
-def _mean_of_present(wanted: Array, unwanted: Array, lp: Logps) -> Array:
+def mean_of_present(wanted: Array, unwanted: Array, lp: Logps) -> Array:
+    """Returns the mean over the responses of a comparison that are there, float32[B]; 0 where none is."""
     there = _there(lp)
     return (there * jnp.stack([wanted, unwanted], 1)).sum(1) / jnp.maximum(there.sum(1), 1.0)
 
@@ -52,7 +53,7 @@ def kto(lp: Logps, *, beta: float = 0.1, desirable_weight: float = 1.0, undesira
     c, r, other = log_ratios(lp).T
     kl = relu(weighted_mean(stop_gradient(other), lp.weights * lp.present[:, 2]))
     wanted, unwanted = sigmoid(beta * (kl - c)), sigmoid(beta * (r - kl))
-    return _mean_of_present(desirable_weight * wanted, undesirable_weight * unwanted, lp)
+    return mean_of_present(desirable_weight * wanted, undesirable_weight * unwanted, lp)
 
 
 @register(responses=2, uses_reference=True, unpaired=True)
@@ -75,7 +76,7 @@ def apo_zero_unpaired(
     """
     _check_weights(desirable_weight, undesirable_weight)
     c, r = (beta * log_ratios(lp)).T
-    return _mean_of_present(desirable_weight * sigmoid(-c), undesirable_weight * sigmoid(r), lp)
+    return mean_of_present(desirable_weight * sigmoid(-c), undesirable_weight * sigmoid(r), lp)
 
 
 def _reward_shift(lp: Logps, *, beta: float = 0.1, decay: float = 0.9, all_steps: bool = False) -> Array:
@@ -114,4 +115,4 @@ def bco(lp: Logps, *, beta: float = 0.1, decay: float = 0.9, all_steps: bool = F
     delta = _reward_shift(lp, beta=beta, decay=decay, all_steps=all_steps)
     delta = delta[0] if all_steps else delta
     c, r = (beta * log_ratios(lp)).T
-    return _mean_of_present(-log_sigmoid(c - delta), -log_sigmoid(delta - r), lp)
+    return mean_of_present(-log_sigmoid(c - delta), -log_sigmoid(delta - r), lp)

@@ -44,6 +44,7 @@ def render_data(page: DataPage) -> str:
         "data.html",
         title=f"The data of {page.name}",
         page=page,
+        marked=any(piece.mark for row in page.rows for part in row.values() for piece in part),
         panels=[figure.Panel(length_histogram(page.lengths), caption=caption)],
         shortcuts=[_shortcut_texts(shortcut) for shortcut in page.shortcuts or ()],
     )

@@ -88,6 +88,16 @@ def label_points(
         axes.annotate(", ".join(names), place, offset, textcoords="offset points", **style)
 
 
+def wrap_text(text: str, width: int) -> str:
+    """Returns a text in lines of at most `width` characters, broken after blanks and commas alone: words stay whole."""
+    lines = [""]
+    for part in re.split(r"(?<=[ ,])(?=[^ ,])", text):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def set_square_root_scale(axes: "Axes", ticks: Sequence[float]) -> None:
     """Gives the horizontal axis the scale of a square root, with ticks at 0 and at those values that are in view."""
     import numpy as np

@@ -35,13 +35,13 @@ class Description(NamedTuple):
     takes: str
 
 
-def describe_loss(name: str) -> Description:
-    """Returns the description of a loss, from its docstring and signature.
+def describe_loss(name: str, entry: Entry | None = None) -> Description:
+    """Returns the description of a loss, from its docstring and signature; of an entry, with what that one takes.
 
     The first line is its title and (paper), as of all built-in losses; a user's may name no paper. Indented lines
     before `Args:` are the formula.
     """
-    entry = find_entry(name)
+    entry = entry or find_entry(name)
     lines = (inspect.getdoc(entry.function) or "No description.").splitlines()
     found = re.fullmatch(r"(.*?) \(([^()]* \d{4}, arXiv [^()]*)\)(.*)", lines[0])
     before, paper, after = found.groups() if found else (lines[0], "", "")
