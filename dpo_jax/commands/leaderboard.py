@@ -15,8 +15,9 @@ from dpo_jax.commands.losses import named_term, refuse_repeated
 from dpo_jax.config.commands import LeaderboardConfig
 from dpo_jax.config.parse import parse_config
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.fitted import calibration_error
 from dpo_jax.experiments.kept_paths import run_kept
-from dpo_jax.experiments.leaderboard import LISTS, SIZES, LossPaths, calibration_error, run_leaderboard
+from dpo_jax.experiments.leaderboard import LISTS, SIZES, LossPaths, run_leaderboard
 from dpo_jax.experiments.standings import BUDGETS, standings_of
 from dpo_jax.experiments.table_world import LABELS, ExactFrontier, TableWorld, make_world
 from dpo_jax.intervals import mean_t_interval

@@ -8,6 +8,6 @@
   learned reward of PPO.
 - `online`: DPO on samples of the policy, an addition to the figure; `rollouts`: sampling for it and for PPO.
 - `leaderboard`, `standings`: every loss, under noisy labels, in worlds whose optimum is known (`table_world`);
-  `kept_paths`: its finished parts.
+  `kept_paths`: its finished parts; `fitted`: the reward that a loss fits, and its calibration.
 - `optimum`: the exact optimum (equation 4), an upper bound in the figure, and the best of N (figure 4).
 """

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dpo_jax import losses, records
-from dpo_jax.experiments import leaderboard, optimum, table_world
+from dpo_jax.experiments import fitted, leaderboard, optimum, table_world
 from dpo_jax.experiments.leaderboard import LossPaths, run_loss
 from dpo_jax.experiments.table_world import TableWorld
 from dpo_jax.losses.registry import find_entry
@@ -28,7 +28,7 @@ from dpo_jax.records import Array
 
 log = logging.getLogger(__name__)
 ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")  # settings of JAX that change numbers
-MODULES = (leaderboard, optimum, records, table_world)  # whose code the paths depend on, beside that of the losses
+MODULES = (fitted, leaderboard, optimum, records, table_world)  # whose code paths depend on, beside the losses'
 
 
 def run_kept(

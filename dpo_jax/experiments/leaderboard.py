@@ -18,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from dpo_jax import distributed, losses
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.fitted import Term, calibration_error, fitted_rewards
 from dpo_jax.experiments.table_world import LABELS, LIST, ScoredLists, TableWorld, logits_logps, sample_lists
 from dpo_jax.losses import Logps, Loss
 from dpo_jax.losses.registry import find_entry
@@ -29,7 +30,6 @@ CONDITIONS = tuple((labels, size) for size in SIZES for labels in LABELS)
 LEARNING_RATE = 0.03  # of Adam at the first step; decays linearly to 0
 FIRST_MEASURED, MEASURED = 5, 20  # step of the first measurement, and their number
 AT_ONCE = 2  # losses that compile and train at a time
-Term = Mapping[str, Any]
 
 
 class Batches(NamedTuple):
@@ -58,7 +58,8 @@ class LossPaths(NamedTuple):
       kl: float[S, C, N, K], KL(policy || reference), in nats.
       chosen: float[S, C, N, K], by how much the log-probs of the chosen responses have risen, in nats.
       calibration: float[S, C, N], at the last step: the mean over pairs of responses of the reference of
-        |sigmoid(difference of implicit rewards) - sigmoid(difference of true rewards)|; NaN without implicit rewards.
+        |sigmoid(difference of the rewards that the loss fits) - sigmoid(difference of true rewards)|; NaN for a loss
+        that fits none.
     """
 
     betas: tuple[float, ...]
@@ -110,24 +111,13 @@ def logps_of(policy: Array, world: TableWorld, at: tuple[Array, Array], **fields
     return Logps.of(chosen, reference, lengths=world.lengths[at[1]], **shared, **fields)
 
 
-def reported_rewards(loss: Loss, policy: Array, world: TableWorld) -> Array:
-    """Returns the rewards that a loss's metrics report of every response, float32[X, Y]; NaN where it has none."""
-    prompts, ids = np.indices(policy.shape).reshape(2, -1)
+def table_rewards(term: Term, policy: Array, world: TableWorld) -> Array:
+    """Returns the reward that a loss fits (`fitted`), of every response, float32[X, Y]; NaN where it fits none."""
+    loss, (prompts, ids) = losses.build(dict(term)), np.indices(policy.shape).reshape(2, -1)
     repeated = np.repeat(ids[:, None], loss.responses or 2, axis=1)
     running = jnp.zeros(loss.carried)
     lp = logps_of(policy, world, (prompts[:, None], repeated), scores=0.0 * repeated, running=running)
-    found = loss.metrics(lp)
-    return found.get("rewards/chosen", jnp.full(ids.shape, jnp.nan)).reshape(policy.shape)
-
-
-def calibration_error(rewards: Array, world: TableWorld) -> Array:
-    """Returns the mean |sigmoid(difference of rewards) - sigmoid(difference of true rewards)|, float32[].
-
-    Over pairs of responses that the reference writes to a prompt, and prompts.
-    """
-    mass = jnp.exp(world.reference)
-    gaps = [jax.nn.sigmoid(r[:, :, None] - r[:, None, :]) for r in (rewards, world.reward)]
-    return jnp.einsum("xi,xj,xij->x", mass, mass, jnp.abs(gaps[0] - gaps[1])).mean()
+    return fitted_rewards(term, lp).reshape(policy.shape)
 
 
 def measured_steps(steps: int) -> Array:
@@ -135,9 +125,9 @@ def measured_steps(steps: int) -> Array:
     return np.unique(np.geomspace(min(FIRST_MEASURED, steps), steps, MEASURED).round().astype(int))
 
 
-def train_table(loss: Loss, world: TableWorld, batches: Batches, steps: Array) -> tuple[Array, ...]:
+def train_table(term: Term, world: TableWorld, batches: Batches, steps: Array) -> tuple[Array, ...]:
     """Returns reward, KL and rise of chosen responses at `steps`, float32[K] each, and the calibration at the end."""
-    start, unravel = ravel_pytree(world.logits)
+    loss, (start, unravel) = losses.build(dict(term)), ravel_pytree(world.logits)
     tx = optax.adam(optax.linear_schedule(LEARNING_RATE, 0.0, int(steps[-1])))
 
     def value(table: Array, running: Array, t: Array) -> tuple[Array, Array]:
@@ -161,7 +151,7 @@ def train_table(loss: Loss, world: TableWorld, batches: Batches, steps: Array) -
 
     ends = jnp.stack([jnp.asarray([0, *steps[:-1]]), jnp.asarray(steps)], 1)
     state, path = jax.lax.scan(measure, (start, tx.init(start), jnp.zeros(loss.carried)), ends)
-    rewards = reported_rewards(loss, logits_logps(unravel(state[0])), world)
+    rewards = table_rewards(term, logits_logps(unravel(state[0])), world)
     return *path, calibration_error(rewards, world)
 
 
@@ -187,8 +177,7 @@ def run_loss(term: Term, betas: Sequence[float], worlds: Sequence[TableWorld], s
     every = _stacked([_stacked(row) for row in data])
 
     def run(beta: Array, world: TableWorld, batches: Batches) -> tuple[Array, ...]:
-        bound = losses.build({**term, "beta": beta}) if beta_of(term) else loss
-        return train_table(bound, world, batches, steps)
+        return train_table({**term, "beta": beta} if beta_of(term) else term, world, batches, steps)
 
     over_seeds = jax.vmap(run, (None, 0, 0))
     over_all = jax.vmap(jax.vmap(over_seeds, (None, None, 0)), (0, None, None))

@@ -31,7 +31,7 @@ class Standing(NamedTuple):
       rewards: true reward at each budget, nats.
       distances: the highest reward at each budget less that.
       end_kl, end_reward, end_distance: of the last step at `beta`; the distance is that at its own KL.
-      calibration: error of the implicit reward at the last step, as in `LossPaths`.
+      calibration: error of the reward that the loss fits at the last step, as in `LossPaths`; NaN if it fits none.
       chosen: by how much the log-probs of the chosen responses have risen at the last step, nats.
       fell: the share of seeds in which they have fallen.
       beaten_by: a loss with a higher reward at every budget, or "".

@@ -1,6 +1,7 @@
 """Figure, tables, JSON and page of `dpo-jax leaderboard`."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from dpo_jax.records import Array
 
 UNBEATEN = "*"  # after the distance of a loss that no other one dominates
 MARKERS = "os^D"
+NAME_WIDTH = 30  # of a line of a name in the figure, characters
+ROW, LINE = 0.2, 0.15  # height of a row whose name has one line, and of each further line, inches
+LEAST_HEIGHT = 2.2  # of the figure, which the legend needs, inches
 WORDS = {"bradley_terry": "Bradley-Terry", "off_policy": "off-policy"}
 NOTE = (
     f"Distance: the highest reward of any policy at {BUDGETS[MAIN]:g} nat of KL less the reward of the loss there, in "
@@ -81,27 +85,40 @@ def _cells(s: Standing) -> dict[str, str]:
 
 
 def _mean_text(value: MeanInterval, digits: int = 2) -> str:
-    return "" if math.isnan(value.mean) else f"{value.mean:.{digits}f} +- {value.half:.{digits}f}"
+    return "-" if math.isnan(value.mean) else f"{value.mean:.{digits}f} +- {value.half:.{digits}f}"
 
 
 def leaderboard_figure(standings: Sequence[Standing]) -> str:
     """Returns the distances as SVG: a row for each loss, a panel for each size, a color for each kind of labels."""
     names = order_of(standings)
-    fig = figure.new_figure(9, 1.4 + 0.2 * len(names))
+    texts, centers, height = name_rows(names)
+    fig = figure.new_figure(9, max(1.4 + ROW * height, LEAST_HEIGHT))
     for column, size in enumerate(SIZES):
         axes = fig.add_subplot(1, len(SIZES), column + 1)
         for i, labels in enumerate(LABELS):
             rows = {s.loss: s.distances[MAIN] for s in standings if (s.labels, s.size) == (labels, size)}
-            y = [names.index(name) + 0.18 * (i - 1.5) for name in rows]
+            y = [centers[names.index(name)] + 0.18 * (i - 1.5) for name in rows]
             x, half = np.array(list(rows.values())).T
             style = {"fmt": MARKERS[i], "ms": 3.5, "elinewidth": 0.8, "color": figure.COLOURS[i]}
             axes.errorbar(x, y, xerr=half, label=WORDS.get(labels, labels), **style)
-        axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
-        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_yticks(centers, texts if column == 0 else [""] * len(names), parse_math=False)
+        axes.set_ylim(height - 0.4, -0.6)
         axes.set_title(f"{size} data", color=figure.INK, fontsize=10)
-        figure.style_axes(axes, f"distance from the optimum at {BUDGETS[MAIN]:g} nat of KL, nats")
+        figure.style_axes(axes, "")
+    fig.supxlabel(f"distance from the optimum at {BUDGETS[MAIN]:g} nat of KL, nats", color=figure.INK, fontsize=9)
     figure.add_legend(fig.axes[-1], beside=True)
     return figure.set_svg_id(fig)
+
+
+def name_rows(names: Sequence[str]) -> tuple[list[str], list[float], float]:
+    """Returns names broken into lines, the centers of their rows from 0 on, and the height of all, in rows of a line.
+
+    A name is broken after its commas, so that the coordinates of a point of the axes leave room for the panels.
+    """
+    texts = ["\n".join(textwrap.wrap(name.replace(",", ", "), NAME_WIDTH, break_on_hyphens=False)) for name in names]
+    heights = [1 + LINE / ROW * text.count("\n") for text in texts]
+    ends = np.cumsum(heights)
+    return texts, (ends - np.array(heights) / 2 - 0.5).tolist(), float(ends[-1])
 
 
 def render_leaderboard(found: LeaderboardResult, lines: Sequence[str]) -> str:
