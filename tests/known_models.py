@@ -228,6 +228,17 @@ del _QWEN_35_MOE["intermediate_size"]
 _QWEN_35_WHOLE = {"model_type": "qwen3_5", "image_token_id": 248056, "text_config": _QWEN_35, "vision_config": {}}
 _QWEN_35_WHOLE |= {"tie_word_embeddings": False}
 
+_GLM_45_AIR = {"model_type": "glm4_moe", "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 128}
+_GLM_45_AIR |= {"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944, "n_group": 1, "topk_group": 1}
+_GLM_45_AIR |= {"max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_routed_experts": 128}
+_GLM_45_AIR |= {"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8}
+_GLM_45_AIR |= {"num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1}
+_GLM_45_AIR |= {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000}
+_GLM_45_AIR |= {"routed_scaling_factor": 1.0, "tie_word_embeddings": False, "use_qk_norm": False, "vocab_size": 151552}
+_GLM_45 = _GLM_45_AIR | {"first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288}
+_GLM_45 |= {"moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 92, "use_qk_norm": True}
+_GLM_45 |= {"routed_scaling_factor": 2.5}
+
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
     "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
@@ -266,6 +277,8 @@ KNOWN = {
     "SmolLM3-3B": (_SMOL_3, 3_075_098_624),
     "OLMo-3-7B": (_OLMO_3, 7_298_011_136),
     "GLM-4-9B-0414": (_GLM_4, 9_400_279_040),
+    "GLM-4.5-Air": (_GLM_45_AIR, 106_852_251_264),
+    "GLM-4.5": (_GLM_45, 352_797_829_024),
     "EXAONE-4.0-1.2B": (_EXAONE, 1_279_391_488),
     "EXAONE-4.0-32B": (_EXAONE_32B, 32_003_216_384),
     "OLMo-2-1B": (_OLMO, 1_484_916_736),

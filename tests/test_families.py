@@ -46,7 +46,7 @@ CONFIGS = {
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
-    **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR},
+    **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR, "glm4_moe": FOUR},
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -137,6 +137,19 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern = 'LLLG' is no number above 0; give"),
         ("exaone4", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("glm4", {"mlp_bias": True}, "mlp_bias = True"),
+        ("glm4_moe", {"mlp_bias": True}, "mlp_bias = True is not supported, only False is"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace = 4 of 4 layers; leave one with experts"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts = 0 is not supported, only 1 or more is"),
+        ("glm4_moe", {"n_group": 3}, "n_group = 3 of 128 experts; set a divisor, of two or more"),
+        ("glm4_moe", {"n_group": 128}, "n_group = 128 of 128 experts; set a divisor, of two or more"),
+        ("glm4_moe", {"n_group": 32}, "topk_group = 1 of 32 groups, of which 8 experts are chosen; correct one"),
+        ("glm4_moe", {"topk_group": 2}, "topk_group = 2 of 1 groups, of which 8 experts are chosen; correct one"),
+        ("glm4_moe", {"num_experts_per_tok": 129}, "num_experts_per_tok = 129 of 128 experts; correct one"),
+        (
+            "glm4_moe",
+            {"n_routed_experts": 8, "num_local_experts": 16},
+            "n_routed_experts = 8, but num_local_experts = 16; keep one of them",
+        ),
         ("falcon", {"alibi": True}, "alibi = True is not supported, only False"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2, parallel_attn = True, new_decoder_"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias and bias differ, which is not supported"),
@@ -259,6 +272,7 @@ NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reor
 NOTHING |= {"num_kv_heads"}  # of a Falcon with multi_query, which has one
 NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `model.router_loss`
+NOTHING |= {"num_nextn_predict_layers"}  # heads for further tokens, which are not read
 # That of dense layers, of which they have none.
 UNUSED = {key: {"intermediate_size"} for key in ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")}
 

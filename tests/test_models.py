@@ -29,6 +29,7 @@ from dpo_jax.models.model import build_model
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "dpo_jax/models/README.md"
 TABLE = "| `model_type` | which |"  # start of the table in PAGE
+HEADS = {"lm_head.weight"}  # a tied one is no parameter of its own
 
 # Settings of each case beyond its family's defaults.
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
@@ -137,6 +138,8 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     logits = model(torch.tensor(tokens, dtype=torch.long)).logits
     (logits * torch.tensor(weights)).sum().backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    # What is saved but not trained: our gradient is 0.
+    grads |= {name: np.zeros(model.get_buffer(name).shape) for name in model.state_dict().keys() - grads.keys() - HEADS}
     return logits.detach().numpy(), torch_gradients(architecture, grads)
 
 

@@ -13,7 +13,14 @@ class Mixture:
       chosen: k, the experts of a token, those with the largest router probabilities; at most E.
       renormalized: the weights of the chosen are their probabilities divided by the sum of these, not as they are.
       biased: the router and the projections of the experts have biases.
-      shared: inner width of an MLP that every token uses beside them, times the sigmoid of a projection; None for none.
+      shared: inner width of an MLP that every token uses beside them; None for none.
+      gated_shared: that MLP's output is multiplied by the sigmoid of a projection.
+      sigmoid: probabilities are sigmoids, each of its own logit. Experts are chosen by the probability plus a
+        correction, one number an expert, which is not trained and no part of the weights (arXiv 2408.15664).
+      groups: G, which divides E, of as many adjacent experts; `sigmoid` only.
+      chosen_groups: a token's experts are of so many groups, those whose two best experts have the largest sum.
+      factor: multiplies the weights.
+      dense: inner width of the MLP of layers of the kind "dense"; None without such layers.
     """
 
     experts: int
@@ -21,6 +28,12 @@ class Mixture:
     renormalized: bool
     biased: bool = False
     shared: int | None = None
+    gated_shared: bool = True
+    sigmoid: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    factor: float = 1.0
+    dense: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,8 @@ class Architecture:
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
       gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
-      kinds: what each layer has, one entry per layer; empty for attention everywhere.
+      kinds: what each layer has, one entry per layer; empty for alike layers. "attention"; "delta", linear attention in
+        its place; "mixture", attention and a mixture; "dense", attention and one MLP in place of the mixture.
       delta: layers of the kind "delta"; None without one.
       mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
@@ -185,10 +199,15 @@ class Architecture:
     residual_multiplier: float = 1.0
     position_offset: int = 0
     gated_attention: bool = False
-    kinds: tuple[Literal["attention", "delta"], ...] = ()
+    kinds: tuple[Literal["attention", "delta", "mixture", "dense"], ...] = ()
     delta: Delta | None = None
     mixture: Mixture | None = None
     score: bool = False
+
+    @property
+    def dense(self) -> int:
+        """Inner width of the MLP of a layer without a mixture."""
+        return self.mlp if self.mixture is None else self.mixture.dense or 0
 
     @property
     def score_std(self) -> float:

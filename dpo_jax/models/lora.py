@@ -64,12 +64,15 @@ def projections(architecture: Architecture) -> dict[str, Tensor]:
 
 
 def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight; no shared expert's.
+    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight.
+
+    Of a mixture, those of shared experts and dense layers are none: PEFT takes their names for the experts'.
 
     Raises:
       UserError: a target matches no projection.
     """
-    known = {name: tensor for name, tensor in projections(architecture).items() if "shared_" not in name}
+    every, plain = projections(architecture), architecture.mixture is None
+    known = {name: tensor for name, tensor in every.items() if plain or tensor.parts[0].lead or ".mlp." not in name}
     linear = [name for name, tensor in known.items() if not tensor.parts[0].lead]
     matched = {t: linear if t == ALL else [n for n in known if f".{n}".endswith(f".{t}")] for t in targets}
     for target, names in matched.items():
