@@ -41,6 +41,11 @@ def sections(kinds: Sequence[str]) -> list[tuple[int, int]]:
     return [part for part in ((0, split), (split, len(kinds))) if part[0] < part[1]]
 
 
+def _place(kinds: Sequence[str], name: str, layer: int) -> int:
+    """Returns where a parameter of a layer is in its stack: how many layers before have it."""
+    return sum(_has(kind, name) for kind in kinds[:layer])
+
+
 def names_of(kinds: Sequence[str], stacks: Iterable[str], layer: int) -> tuple[str, ...]:
     """Returns the names of those parameters that a layer has; arguments as for `layer_of`."""
     return tuple(name for name in stacks if not kinds or _has(kinds[layer], name))
@@ -55,7 +60,7 @@ def layer_of(kinds: Sequence[str], stacks: Mapping[str, Any], layer: int) -> dic
       layer: its number.
     """
     names = names_of(kinds, stacks, layer)
-    places = {name: sum(_has(kind, name) for kind in kinds[:layer]) if kinds else layer for name in names}
+    places = {name: _place(kinds, name, layer) if kinds else layer for name in names}
     return {name: jax.tree.map(lambda x, i=places[name]: x[i], stacks[name]) for name in names}
 
 
@@ -115,7 +120,7 @@ def _section_of(kinds: Sequence[str], stacks: Mapping[str, Any], start: int, end
     """Returns what the layers from `start` to `end` have of stacked parameters."""
     found = {}
     for name, stack in stacks.items():
-        a, b = (sum(_has(kind, name) for kind in kinds[:layer]) for layer in (start, end))
+        a, b = (_place(kinds, name, layer) for layer in (start, end))
         if a < b:
             found[name] = jax.tree.map(lambda x, a=a, b=b: x[a:b], stack)
     return found

@@ -27,7 +27,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    config = with_defaults(config, DEFAULTS)
+    config = filled_config(config, DEFAULTS)
     hf.only_setting(config, "mlp_bias", False)
     width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
     rope = hf.rope_from_config(config, hf.head_dim(config, width, heads), part=("partial_rotary_factor", 0.5))
@@ -35,7 +35,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     return llama.llama_like(config, "glm4_moe", rope=rope, qk_norm=norm, out_bias=False, **mixture_fields(config))
 
 
-def with_defaults(config: hf.HfConfig, defaults: hf.HfConfig) -> dict[str, Any]:
+def filled_config(config: hf.HfConfig, defaults: hf.HfConfig) -> dict[str, Any]:
     """Returns a config.json with defaults for what is missing; the number of experts has two names."""
     rest = {key: value for key, value in defaults.items() if key != COUNTS[0] or config.get(COUNTS[1]) is None}
     return {**rest, **config}
