@@ -31,7 +31,7 @@ from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.roofline import matmul_weights
 from dpo_jax.training.router import with_router_loss
 
-KINDS = ("glm4_moe",)
+KINDS = ("glm4_moe", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")

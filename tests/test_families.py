@@ -17,7 +17,7 @@ from dpo_jax.training.abstract import count_parameters
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, exa"):
+    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, deepseek_v3"):
         family("Llama")
     with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: cohere2"):
         family("hf_olmo")
@@ -47,6 +47,7 @@ CONFIGS = {
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
     **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR, "glm4_moe": FOUR},
+    "deepseek_v3": FOUR,
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -150,6 +151,12 @@ OLMO3 = ["sliding_attention", "full_attention"]
             {"n_routed_experts": 8, "num_local_experts": 16},
             "n_routed_experts = 8, but num_local_experts = 16; keep one of them",
         ),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False is not supported, only True is"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2 is not supported, only 4 is"),
+        ("deepseek_v3", {"head_dim": 128}, "head_dim = 128 is not supported, only 64 is"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid' is"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported, only 'noaux_tc' is"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported, only 1 is"),
         ("falcon", {"alibi": True}, "alibi = True is not supported, only False"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2, parallel_attn = True, new_decoder_"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias and bias differ, which is not supported"),

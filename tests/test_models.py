@@ -114,6 +114,15 @@ CASES = {
     "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
     "gpt_oss, clamped": ("gpt_oss", {"initializer_range": 0.3, "layer_types": ["full_attention"] * 2, "head_dim": 8}),
     "gpt_oss without biases in attention": ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4_moe without dense layers, groups and norms": (
+        "glm4_moe",
+        {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "use_qk_norm": False, "norm_topk_prob": False}
+        | {"attention_bias": False, "num_hidden_layers": 2, "tie_word_embeddings": True},
+    ),
+    "deepseek_v3, queries of the residual, biases": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "v_head_dim": 24, "attention_bias": True, "rope_parameters": NEAR, "rms_norm_eps": 1e-3},
+    ),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -341,8 +350,11 @@ def test_every_axis_has_a_name(folders, kind):
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(np.ndim, params)
     assert axes["embedding"] == ("vocab", "embed")
-    assert axes["layers"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
-    assert axes["layers"]["k"]["kernel"][2] == "kv_heads"
+    latent = architecture.latent is not None
+    assert axes["layers"]["q"]["kernel"] == ("layers", "latent" if latent else "embed", "heads", "head_dim")
+    assert axes["layers"]["k"]["kernel"][2] == ("heads" if latent else "kv_heads")
+    if latent:
+        assert axes["layers"]["kv_down"]["kernel"] == ("layers", "embed", "latent")
     assert axes["layers"]["o"]["kernel"] == ("layers", "heads", "head_dim", "embed")
     if architecture.mixture is None:
         assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")

@@ -66,6 +66,23 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads from one short vector of a token.
+
+    The first `Rope.dims` of a head are rotated; the keys of these dimensions are those of all heads.
+
+    Attributes:
+      queries: length of the vector that queries are made from; None where they are made from the residual.
+      keys: length of the vector that keys and values are made from.
+      values: e, dimension of a value.
+    """
+
+    queries: int | None
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embeddings.
 
@@ -114,7 +131,7 @@ class Architecture:
       layers: L.
       heads: H.
       kv_heads: K, which divides H.
-      head_dim: d.
+      head_dim: d, of a query and a key.
       mlp: inner width of the MLP.
       norm: "rms" for root-mean-square norm, "layer" for layer norm.
       eps: added to the variance in norms.
@@ -122,7 +139,7 @@ class Architecture:
       gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
       rope: rotary positions; None for a learned embedding of `max_positions` positions.
       parallel: attention and MLP read the same residual, as in GPT-NeoX.
-      qkv_bias: the query, key and value projections have biases.
+      qkv_bias: the query, key and value projections have biases; of latent attention those to the short vectors.
       out_bias: the output projection of attention has a bias.
       mlp_bias: the projections of the MLP have biases.
       tied: the head is the embedding.
@@ -153,6 +170,7 @@ class Architecture:
       kinds: what each layer has, one entry per layer; empty for alike layers. "attention"; "delta", linear attention in
         its place; "mixture", attention and a mixture; "dense", attention and one MLP in place of the mixture.
       delta: layers of the kind "delta"; None without one.
+      latent: attention is latent attention; None for queries, keys and values that are projections of its input.
       mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
@@ -201,8 +219,14 @@ class Architecture:
     gated_attention: bool = False
     kinds: tuple[Literal["attention", "delta", "mixture", "dense"], ...] = ()
     delta: Delta | None = None
+    latent: Latent | None = None
     mixture: Mixture | None = None
     score: bool = False
+
+    @property
+    def value_dim(self) -> int:
+        """Dimension of a value, and of a head's output."""
+        return self.head_dim if self.latent is None else self.latent.values
 
     @property
     def dense(self) -> int:

@@ -27,6 +27,7 @@ from dpo_jax.models.cache import DeltaCache, LayerCache
 from dpo_jax.models.delta import Paths, paths_of
 from dpo_jax.models.experts import mixture_of_experts
 from dpo_jax.models.groups import init_groups, scan_groups
+from dpo_jax.models.latent_attention import latent_heads
 from dpo_jax.models.layers import Linear, Norm, Sinks, activate
 from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
@@ -97,7 +98,7 @@ def _attention(
 ) -> tuple[Array, tuple[Array, ...]]:
     """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache."""
     window, angles = own.window, layer_angles(context.angles, own.window, own.rotated)
-    q, k, v = (_heads(a, x, name, angles) for name in "qkv")
+    q, k, v = (_heads(a, x, name, angles) for name in "qkv") if a.latent is None else latent_heads(a, x, angles)
     for factor in (own.factor, context.growth):
         q = q if factor is None else q * factor.astype(q.dtype)
     scoring = scoring_of(a)
@@ -115,7 +116,8 @@ def _attention(
         mixed = (mixed.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(mixed.dtype)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
-    return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
+    mixed = mixed[..., : a.value_dim]
+    return Linear((a.heads, a.value_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
 
 
 def _mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:

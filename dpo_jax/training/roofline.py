@@ -54,12 +54,22 @@ class Roofline(NamedTuple):
 
 def matmul_weights(a: Architecture, experts: int | None = None) -> int:
     """Returns how many weights of the layers multiply a token; of a mixture with so many experts, or its chosen."""
-    attention = a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
+    attention = latent_weights(a) or a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
     rates = 2 * a.delta.value_heads if a.delta else 0
     linear = a.width * (delta_channels(a) + rates)
     count = attention_layers(a)
     mixing = count * attention + (a.layers - count) * linear
     return mixing + router_weights(a) + (3 if a.gated else 2) * a.width * inner_widths(a, experts)
+
+
+def latent_weights(a: Architecture) -> int:
+    """Returns how many weights of a layer's latent attention multiply a token; 0 without it."""
+    if a.latent is None or a.rope is None:
+        return 0
+    rotated, keys, queries = a.rope.dims, a.latent.keys, a.latent.queries
+    of_queries = a.width * queries + queries * a.heads * a.head_dim if queries else a.width * a.heads * a.head_dim
+    of_keys = a.width * (keys + rotated) + keys * a.heads * (a.head_dim - rotated + a.value_dim)
+    return of_queries + of_keys + a.heads * a.value_dim * a.width
 
 
 def router_weights(a: Architecture) -> int:
@@ -143,7 +153,7 @@ def step_work(
     tokens, scored = rows * shape.length, rows * shape.scored
     layers = 2 * matmul_weights(a) * tokens
     pairs = rows * shape.length * (shape.length + 1) / 2
-    attention = 4 * attention_layers(a) * a.heads * a.head_dim * pairs + state_work(a) * tokens
+    attention = 2 * attention_layers(a) * a.heads * (a.head_dim + a.value_dim) * pairs + state_work(a) * tokens
     head = 2 * a.width * (1 if a.score else a.vocab) * scored
     backward = 1 if passes.adapters else 2
     useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
@@ -162,8 +172,11 @@ def step_work(
 def mixed_numbers(a: Architecture) -> int:
     """Returns the numbers of a token that go in and out of attention, or of linear attention, in all layers."""
     count = attention_layers(a)
-    heads = (2 + a.gated_attention) * a.heads + 2 * a.kv_heads
-    return count * heads * a.head_dim + (a.layers - count) * delta_channels(a)
+    if a.latent is None or a.rope is None:
+        one = ((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim
+    else:
+        one = 2 * a.heads * (a.head_dim + a.value_dim) - (a.heads - 1) * a.rope.dims
+    return count * one + (a.layers - count) * delta_channels(a)
 
 
 def state_work(a: Architecture) -> float:
