@@ -14,7 +14,7 @@ from dpo_jax.losses.objective import checked_objective
 from dpo_jax.microbatches import concat_microbatches, map_microbatches, sum_over_microbatches
 from dpo_jax.models.model import Model
 from dpo_jax.models.routing import load_balance
-from dpo_jax.optim import checked_transformation
+from dpo_jax.optim import checked_transformation, without_untrained
 from dpo_jax.records import Array, Batch, Logps, Sync, TrainState
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 
@@ -94,7 +94,9 @@ def make_train_step(
         weighted = lp.weights.sum() > 0
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)  # a mean without weight is NaN
         new = state._replace(
-            params=optax.apply_updates(state.params, updates), opt_state=opt_state, running=loss.statistics(lp)
+            params=optax.apply_updates(state.params, without_untrained(updates)),
+            opt_state=opt_state,
+            running=loss.statistics(lp),
         )
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)._replace(step=state.step + 1)
         metrics |= {"grad_norm": norm, "nonfinite": 1.0 * (weighted & ~finite), "unweighted": 1.0 - weighted}

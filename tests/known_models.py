@@ -228,6 +228,33 @@ del _QWEN_35_MOE["intermediate_size"]
 _QWEN_35_WHOLE = {"model_type": "qwen3_5", "image_token_id": 248056, "text_config": _QWEN_35, "vision_config": {}}
 _QWEN_35_WHOLE |= {"tie_word_embeddings": False}
 
+_GLM_45_AIR = {"model_type": "glm4_moe", "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 128}
+_GLM_45_AIR |= {"hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944, "n_group": 1, "topk_group": 1}
+_GLM_45_AIR |= {"max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_routed_experts": 128}
+_GLM_45_AIR |= {"n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8}
+_GLM_45_AIR |= {"num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1}
+_GLM_45_AIR |= {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000}
+_GLM_45_AIR |= {"routed_scaling_factor": 1.0, "tie_word_embeddings": False, "use_qk_norm": False, "vocab_size": 151552}
+_GLM_45 = _GLM_45_AIR | {"first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288}
+_GLM_45 |= {"moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 92, "use_qk_norm": True}
+_GLM_45 |= {"routed_scaling_factor": 2.5}
+_DEEPSEEK = {"model_type": "deepseek_v3", "attention_bias": False, "ep_size": 1, "first_k_dense_replace": 3}
+_DEEPSEEK |= {"hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512}
+_DEEPSEEK |= {"max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8}
+_DEEPSEEK |= {"n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128}
+_DEEPSEEK |= {"num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "q_lora_rank": 1536}
+_DEEPSEEK |= {"num_nextn_predict_layers": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06}
+_DEEPSEEK |= {"rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 4}
+_DEEPSEEK |= {"tie_word_embeddings": False, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280}
+_DEEPSEEK["rope_scaling"] = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
+_DEEPSEEK["rope_scaling"] |= {"original_max_position_embeddings": 4096, "type": "yarn"}
+_MOONLIGHT = _DEEPSEEK | {"first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264, "n_group": 1}
+_MOONLIGHT |= {"max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_routed_experts": 64}
+_MOONLIGHT |= {"n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27}
+_MOONLIGHT |= {"num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None, "rms_norm_eps": 1e-05}
+_MOONLIGHT |= {"rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "topk_group": 1}
+_MOONLIGHT |= {"aux_loss_alpha": 0.001, "seq_aux": True, "vocab_size": 163840}
+
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
     "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
@@ -266,6 +293,10 @@ KNOWN = {
     "SmolLM3-3B": (_SMOL_3, 3_075_098_624),
     "OLMo-3-7B": (_OLMO_3, 7_298_011_136),
     "GLM-4-9B-0414": (_GLM_4, 9_400_279_040),
+    "GLM-4.5-Air": (_GLM_45_AIR, 106_852_251_264),
+    "GLM-4.5": (_GLM_45, 352_797_829_024),
+    "DeepSeek-V3": (_DEEPSEEK, 671_026_419_200),
+    "Moonlight-16B-A3B": (_MOONLIGHT, 15_960_110_208),
     "EXAONE-4.0-1.2B": (_EXAONE, 1_279_391_488),
     "EXAONE-4.0-32B": (_EXAONE_32B, 32_003_216_384),
     "OLMo-2-1B": (_OLMO, 1_484_916_736),

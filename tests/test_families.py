@@ -17,7 +17,7 @@ from dpo_jax.training.abstract import count_parameters
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, exa"):
+    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, deepseek_v3"):
         family("Llama")
     with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: cohere2"):
         family("hf_olmo")
@@ -46,7 +46,8 @@ CONFIGS = {
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
-    **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR},
+    **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR, "glm4_moe": FOUR},
+    "deepseek_v3": FOUR,
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -137,6 +138,25 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern = 'LLLG' is no number above 0; give"),
         ("exaone4", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("glm4", {"mlp_bias": True}, "mlp_bias = True"),
+        ("glm4_moe", {"mlp_bias": True}, "mlp_bias = True is not supported, only False is"),
+        ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace = 4 of 4 layers; leave one with experts"),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts = 0 is not supported, only 1 or more is"),
+        ("glm4_moe", {"n_group": 3}, "n_group = 3 of 128 experts; set a divisor, of two or more"),
+        ("glm4_moe", {"n_group": 128}, "n_group = 128 of 128 experts; set a divisor, of two or more"),
+        ("glm4_moe", {"n_group": 32}, "topk_group = 1 of 32 groups, of which 8 experts are chosen; correct one"),
+        ("glm4_moe", {"topk_group": 2}, "topk_group = 2 of 1 groups, of which 8 experts are chosen; correct one"),
+        ("glm4_moe", {"num_experts_per_tok": 129}, "num_experts_per_tok = 129 of 128 experts; correct one"),
+        (
+            "glm4_moe",
+            {"n_routed_experts": 8, "num_local_experts": 16},
+            "n_routed_experts = 8, but num_local_experts = 16; keep one of them",
+        ),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False is not supported, only True is"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2 is not supported, only 4 is"),
+        ("deepseek_v3", {"head_dim": 128}, "head_dim = 128 is not supported, only 64 is"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid' is"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported, only 'noaux_tc' is"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported, only 1 is"),
         ("falcon", {"alibi": True}, "alibi = True is not supported, only False"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2, parallel_attn = True, new_decoder_"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias and bias differ, which is not supported"),
@@ -259,6 +279,7 @@ NOTHING |= {"_sliding_window_pattern", "original_max_position_embeddings", "reor
 NOTHING |= {"num_kv_heads"}  # of a Falcon with multi_query, which has one
 NOTHING |= {"use_sliding_window", "sliding_window", "sliding_window_pattern", "max_window_layers"}  # see layer_types
 NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `model.router_loss`
+NOTHING |= {"num_nextn_predict_layers"}  # heads for further tokens, which are not read
 # That of dense layers, of which they have none.
 UNUSED = {key: {"intermediate_size"} for key in ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")}
 

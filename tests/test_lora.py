@@ -25,7 +25,7 @@ from dpo_jax.models.model import build_model
 from dpo_jax.training.load import initial_adapters
 
 WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # layouts of projections: [in, out], fused by head, separate, fused
-LATER = ("gptj", "llama", "ministral3", "exaone4", *COMPOSED)
+LATER = ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3", *COMPOSED)
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 

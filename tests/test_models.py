@@ -29,6 +29,7 @@ from dpo_jax.models.model import build_model
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "dpo_jax/models/README.md"
 TABLE = "| `model_type` | which |"  # start of the table in PAGE
+HEADS = {"lm_head.weight"}  # a tied one is no parameter of its own
 
 # Settings of each case beyond its family's defaults.
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
@@ -113,6 +114,15 @@ CASES = {
     "qwen3_moe with all experts": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
     "gpt_oss, clamped": ("gpt_oss", {"initializer_range": 0.3, "layer_types": ["full_attention"] * 2, "head_dim": 8}),
     "gpt_oss without biases in attention": ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4_moe without dense layers, groups and norms": (
+        "glm4_moe",
+        {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "use_qk_norm": False, "norm_topk_prob": False}
+        | {"attention_bias": False, "num_hidden_layers": 2, "tie_word_embeddings": True},
+    ),
+    "deepseek_v3, queries of the residual, biases": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "v_head_dim": 24, "attention_bias": True, "rope_parameters": NEAR, "rms_norm_eps": 1e-3},
+    ),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -137,6 +147,8 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     logits = model(torch.tensor(tokens, dtype=torch.long)).logits
     (logits * torch.tensor(weights)).sum().backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    # What is saved but not trained: our gradient is 0.
+    grads |= {name: np.zeros(model.get_buffer(name).shape) for name in model.state_dict().keys() - grads.keys() - HEADS}
     return logits.detach().numpy(), torch_gradients(architecture, grads)
 
 
@@ -338,8 +350,11 @@ def test_every_axis_has_a_name(folders, kind):
     ranks = jax.tree.map(len, axes, is_leaf=lambda x: isinstance(x, tuple))
     assert ranks == jax.tree.map(np.ndim, params)
     assert axes["embedding"] == ("vocab", "embed")
-    assert axes["layers"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
-    assert axes["layers"]["k"]["kernel"][2] == "kv_heads"
+    latent = architecture.latent is not None
+    assert axes["layers"]["q"]["kernel"] == ("layers", "latent" if latent else "embed", "heads", "head_dim")
+    assert axes["layers"]["k"]["kernel"][2] == ("heads" if latent else "kv_heads")
+    if latent:
+        assert axes["layers"]["kv_down"]["kernel"] == ("layers", "embed", "latent")
     assert axes["layers"]["o"]["kernel"] == ("layers", "heads", "head_dim", "embed")
     if architecture.mixture is None:
         assert axes["layers"]["down"]["kernel"] == ("layers", "mlp", "embed")

@@ -22,7 +22,7 @@ from dpo_jax.training.plan import plan_run
 STEPS = 4
 BRIEF = ["--max_steps", str(STEPS), "--samples.prompts", "0", "--samples.kl_prompts", "0"]
 BASES = {"whole": BRIEF, "nf4": [*BRIEF, "--lora.rank", "4", "--lora.base", "nf4"]}
-KINDS = ("gpt_oss", "qwen3_next")
+KINDS = ("gpt_oss", "qwen3_next", "glm4_moe", "deepseek_v3")
 LAYOUTS = [
     ("whole", ["--mesh.fsdp", "2", "--mesh.tensor", "2"], 4),
     ("nf4", ["--mesh.fsdp", "2"], 2),

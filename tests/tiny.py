@@ -33,16 +33,25 @@ _LINEAR = {**_LLAMA, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_valu
 _LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24, "full_attention_interval": 2}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _EXPERTS |= {"shared_expert_intermediate_size": 20}
+# A dense layer before the others; two of four groups, of two experts each; an inner width for each kind of MLP.
+_CORRECTED = {"first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4}
+_CORRECTED |= {"topk_group": 2, "moe_intermediate_size": 20, "n_shared_experts": 2, "routed_scaling_factor": 1.5}
+# Values that are shorter than keys, and YaRN that scales both rotary positions and scores.
+_LATENT = {"q_lora_rank": 24, "kv_lora_rank": 18, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_LATENT["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 1.0}
+_LATENT["rope_parameters"] |= {"original_max_position_embeddings": 16, "mscale_all_dim": 0.8}
 _MIXED = ["sliding_attention", "full_attention"]
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5}
 _ARGUMENTS = {
     "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
+    "deepseek_v3": {**_LLAMA, **_CORRECTED, **_LATENT, "num_hidden_layers": 3, "num_key_value_heads": 4},
     "exaone4": {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED},
     "falcon": {**_SIZES, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma": _GEMMA,
     "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_GEMMA2, "num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
     "glm4": _GEMMA,
+    "glm4_moe": {**_GEMMA, **_CORRECTED, "num_hidden_layers": 3, "use_qk_norm": True, "attention_bias": True},
     "gpt2": _GPT2,
     "gpt_neo": {
         "hidden_size": 32,
@@ -83,7 +92,7 @@ _ARGUMENTS = {
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others: what costs most is tested for them in the slow suite only.
 COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
-COMPOSED += ("granitemoe", "starcoder2", "qwen3_5_moe_text", "qwen3_next")
+COMPOSED += ("granitemoe", "starcoder2", "qwen3_5_moe_text", "qwen3_next", "glm4_moe")
 
 
 def torch_model(family: str, **settings):
@@ -106,6 +115,9 @@ def torch_model(family: str, **settings):
                 p.add_(1)
             if name.endswith("A_log"):  # a state that lasts for some tens of tokens
                 p.sub_(3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     return model
 
 

@@ -13,7 +13,14 @@ class Mixture:
       chosen: k, the experts of a token, those with the largest router probabilities; at most E.
       renormalized: the weights of the chosen are their probabilities divided by the sum of these, not as they are.
       biased: the router and the projections of the experts have biases.
-      shared: inner width of an MLP that every token uses beside them, times the sigmoid of a projection; None for none.
+      shared: inner width of an MLP that every token uses beside them; None for none.
+      gated_shared: that MLP's output is multiplied by the sigmoid of a projection.
+      sigmoid: probabilities are sigmoids, each of its own logit. Experts are chosen by the probability plus a
+        correction, one number an expert, which is not trained and no part of the weights (arXiv 2408.15664).
+      groups: G, which divides E, of as many adjacent experts; `sigmoid` only.
+      chosen_groups: a token's experts are of so many groups, those whose two best experts have the largest sum.
+      factor: multiplies the weights.
+      dense: inner width of the MLP of layers of the kind "dense"; None without such layers.
     """
 
     experts: int
@@ -21,6 +28,12 @@ class Mixture:
     renormalized: bool
     biased: bool = False
     shared: int | None = None
+    gated_shared: bool = True
+    sigmoid: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    factor: float = 1.0
+    dense: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,23 @@ class Delta:
     def value_channels(self) -> int:
         """Outputs of the projection of values, and of that of the gate."""
         return self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads from one short vector of a token.
+
+    The first `Rope.dims` of a head are rotated; the keys of these dimensions are those of all heads.
+
+    Attributes:
+      queries: length of the vector that queries are made from; None where they are made from the residual.
+      keys: length of the vector that keys and values are made from.
+      values: e, dimension of a value.
+    """
+
+    queries: int | None
+    keys: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,7 @@ class Architecture:
       layers: L.
       heads: H.
       kv_heads: K, which divides H.
-      head_dim: d.
+      head_dim: d, of a query and a key.
       mlp: inner width of the MLP.
       norm: "rms" for root-mean-square norm, "layer" for layer norm.
       eps: added to the variance in norms.
@@ -109,7 +139,7 @@ class Architecture:
       gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
       rope: rotary positions; None for a learned embedding of `max_positions` positions.
       parallel: attention and MLP read the same residual, as in GPT-NeoX.
-      qkv_bias: the query, key and value projections have biases.
+      qkv_bias: the query, key and value projections have biases; of latent attention those to the short vectors.
       out_bias: the output projection of attention has a bias.
       mlp_bias: the projections of the MLP have biases.
       tied: the head is the embedding.
@@ -137,8 +167,10 @@ class Architecture:
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
       position_offset: row of the learned position embedding that belongs to position 0.
       gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
-      kinds: what each layer has, one entry per layer; empty for attention everywhere.
+      kinds: what each layer has, one entry per layer; empty for alike layers. "attention"; "delta", linear attention in
+        its place; "mixture", attention and a mixture; "dense", attention and one MLP in place of the mixture.
       delta: layers of the kind "delta"; None without one.
+      latent: attention is latent attention; None for queries, keys and values that are projections of its input.
       mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
       score: the head is that of a reward model: one number instead of V logits. `tied` is then True.
     """
@@ -185,10 +217,21 @@ class Architecture:
     residual_multiplier: float = 1.0
     position_offset: int = 0
     gated_attention: bool = False
-    kinds: tuple[Literal["attention", "delta"], ...] = ()
+    kinds: tuple[Literal["attention", "delta", "mixture", "dense"], ...] = ()
     delta: Delta | None = None
+    latent: Latent | None = None
     mixture: Mixture | None = None
     score: bool = False
+
+    @property
+    def value_dim(self) -> int:
+        """Dimension of a value, and of a head's output."""
+        return self.head_dim if self.latent is None else self.latent.values
+
+    @property
+    def dense(self) -> int:
+        """Inner width of the MLP of a layer without a mixture."""
+        return self.mlp if self.mixture is None else self.mixture.dense or 0
 
     @property
     def score_std(self) -> float:

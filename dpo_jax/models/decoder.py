@@ -27,6 +27,7 @@ from dpo_jax.models.cache import DeltaCache, LayerCache
 from dpo_jax.models.delta import Paths, paths_of
 from dpo_jax.models.experts import mixture_of_experts
 from dpo_jax.models.groups import init_groups, scan_groups
+from dpo_jax.models.latent_attention import latent_heads
 from dpo_jax.models.layers import Linear, Norm, Sinks, activate
 from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
@@ -97,7 +98,7 @@ def _attention(
 ) -> tuple[Array, tuple[Array, ...]]:
     """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache."""
     window, angles = own.window, layer_angles(context.angles, own.window, own.rotated)
-    q, k, v = (_heads(a, x, name, angles) for name in "qkv")
+    q, k, v = (_heads(a, x, name, angles) for name in "qkv") if a.latent is None else latent_heads(a, x, angles)
     for factor in (own.factor, context.growth):
         q = q if factor is None else q * factor.astype(q.dtype)
     scoring = scoring_of(a)
@@ -115,7 +116,8 @@ def _attention(
         mixed = (mixed.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(mixed.dtype)
     axes = ("heads", "head_dim", "embed")
     std = a.initializer_range * a.residual_scale
-    return Linear((a.heads, a.head_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
+    mixed = mixed[..., : a.value_dim]
+    return Linear((a.heads, a.value_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
 
 
 def _mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
@@ -137,15 +139,17 @@ def _mixture(
     y, routing = mixture_of_experts(a, x, counted, activate, experts)
     if a.mixture is None or a.mixture.shared is None:
         return y, routing
-    gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
     shared = _mlp(a, x, a.mixture.shared, "shared_").astype(jnp.float32)
-    return (y + jax.nn.sigmoid(gate.astype(jnp.float32)) * shared).astype(x.dtype), routing
+    if a.mixture.gated_shared:
+        gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
+        shared = jax.nn.sigmoid(gate.astype(jnp.float32)) * shared
+    return (y + shared).astype(x.dtype), routing
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, one after the other or in parallel, each added to the residual.
 
-    `kind` says what stands for attention: see `Architecture.kinds`.
+    `kind` says what the layer has: see `Architecture.kinds`.
     """
 
     architecture: Architecture
@@ -174,10 +178,10 @@ class Block(nn.Module):
         x, before = x + branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
             read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
-        if a.mixture:
+        if a.mixture and self.kind != "dense":
             mlp, routing = _mixture(a, read, context.counted, self.experts)
         else:
-            mlp, routing = _mlp(a, read, a.mlp), None
+            mlp, routing = _mlp(a, read, a.dense), None
         out = x + branch(mlp, "mlp_post_norm")
         return out, kept if self.return_kv else routing
 
@@ -250,7 +254,7 @@ class Decoder(nn.Module):
         Returns:
           Hidden states [R, T, D]; with a head bias [R, T, D + 1], the last column being ones that multiply the bias.
           With a cache the updated cache; else, if `return_kv`, keys and values [L, R, T, K, d], or a list of what each
-          of unlike layers keeps; else, if tokens are `counted`, `routing_of` each layer [L, R, 2, E]; else None.
+          of unlike layers keeps; else, if tokens are `counted`, `routing_of` each mixture [L, R, 2, E]; else None.
         """
         a = self.architecture
         x = self._embed(tokens, positions)
@@ -333,7 +337,10 @@ class Decoder(nn.Module):
         policy = POLICIES[self.remat]
         layer = {k: jax.checkpoint(partial(run, k), policy=policy, prevent_cse=False) for k in blocks}
         x, kept = scan_groups(kinds, layer, self.get_variable("params", "layers"), x, own)
-        return x, kept if self.return_kv or kept[0] is None else jnp.stack(kept)
+        if self.return_kv:
+            return x, kept
+        routing = [one for one in kept if one is not None]
+        return x, jnp.stack(routing) if routing else None
 
     def _scan_layers(self) -> Callable[..., tuple[Array, tuple[Array, ...] | None]]:
         """Returns the layers as one scan, so that the program and its compile time do not grow with L.

@@ -20,12 +20,14 @@ from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
 from dpo_jax.sharding.expert_split import ExpertSplit
 
+LEAST = 1e-20  # added to the sum of a token's sigmoids, which may all be 0
+
 
 class Routes(NamedTuple):
     """Where tokens go.
 
     Attributes:
-      probs: float32[N, E], the router's softmax; None where experts alone read the routes.
+      probs: float32[N, E], the router's softmax or sigmoids; None where experts alone read the routes.
       weight: float32[N, k], by which the output of each chosen expert is multiplied.
       expert: int32[N, k], the chosen experts.
     """
@@ -35,14 +37,30 @@ class Routes(NamedTuple):
     expert: Array
 
 
-def route(logits: Array, mixture: Mixture) -> Routes:
-    """Returns the routes of tokens, from router logits float32[N, E]: the k largest probabilities of the softmax.
+def route(logits: Array, mixture: Mixture, correction: Array | None = None) -> Routes:
+    """Returns the routes of tokens, from router logits float32[N, E]: the k largest probabilities.
 
-    Which experts are chosen has no gradient, their weights do.
+    Which experts are chosen has no gradient, their weights do. `correction` is float32[E], with sigmoids.
     """
-    probs = jax.nn.softmax(logits)
-    weight, expert = jax.lax.top_k(probs, mixture.chosen)
-    return Routes(probs, weight / weight.sum(-1, keepdims=True) if mixture.renormalized else weight, expert)
+    if correction is None:
+        probs = jax.nn.softmax(logits)
+        weight, expert = jax.lax.top_k(probs, mixture.chosen)
+        return Routes(probs, weight / weight.sum(-1, keepdims=True) if mixture.renormalized else weight, expert)
+    probs = jax.nn.sigmoid(logits)
+    _, expert = jax.lax.top_k(_in_best_groups(jax.lax.stop_gradient(probs + correction), mixture), mixture.chosen)
+    weight = jnp.take_along_axis(probs, expert, axis=1)
+    total = weight.sum(-1, keepdims=True) + LEAST if mixture.renormalized else 1.0
+    return Routes(probs, weight * (mixture.factor / total), expert)
+
+
+def _in_best_groups(scores: Array, mixture: Mixture) -> Array:
+    """Returns scores [N, E] with -inf for experts of all groups but the chosen ones (arXiv 2412.19437)."""
+    groups = scores.reshape(len(scores), mixture.groups, -1)
+    if mixture.chosen_groups == mixture.groups:
+        return scores
+    _, best = jax.lax.top_k(jax.lax.top_k(groups, 2)[0].sum(-1), mixture.chosen_groups)
+    chosen = jnp.any(best[..., None] == jnp.arange(mixture.groups), axis=1)
+    return jnp.where(chosen[..., None], groups, -jnp.inf).reshape(scores.shape)
 
 
 @jax.custom_vjp
@@ -145,7 +163,7 @@ class ExpertLinear(nn.Module):
 
 
 class Router(nn.Module):
-    """The router, `weight` [E, D] and perhaps `bias` [E].
+    """The router, `weight` [E, D] and perhaps `bias` [E], or `correction` [E], which is not trained.
 
     It computes in float32 in every dtype, so that all programs route alike.
     """
@@ -164,7 +182,11 @@ class Router(nn.Module):
         if a.mixture.biased:
             drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes",))
             logits = logits + self.param("bias", drawn, (a.mixture.experts,))
-        return route(logits, a.mixture)
+        if not a.mixture.sigmoid:
+            return route(logits, a.mixture)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("routes",))
+        correction = self.param("correction", zeros, (a.mixture.experts,))
+        return route(logits, a.mixture, jax.lax.stop_gradient(jnp.asarray(correction, jnp.float32)))
 
 
 def mixture_of_experts(

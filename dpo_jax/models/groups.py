@@ -1,8 +1,9 @@
-"""Unlike layers as a scan over groups of them: three of linear attention and one of attention, say.
+"""Unlike layers as scans over groups of them: three of linear attention and one of attention, say.
 
 A parameter that only some layers have is stacked over these. The program holds one group, the shortest pattern that all
-layers repeat, so that it and its compile time grow with the pattern, not with the number of layers. A pattern that does
-not repeat is one group of all layers.
+layers repeat, so that it and its compile time grow with the pattern, not with the number of layers. Where two patterns
+follow each other, as few dense layers and then many mixtures, it holds a group of each. Layers without any pattern are
+one group.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,20 +15,35 @@ import jax.numpy as jnp
 
 from dpo_jax.records import Array
 
-# The parameters of a layer that only layers of its kind have, by the beginning of their names, or all of it.
-OWN = {"attention": ("q", "k", "v", "o", "q_norm", "k_norm", "q_gate"), "delta": ("delta_",)}
+# The parameters of layers that those of a kind lack, by the beginning of their names, or all of it.
+LACKS = {"attention": ("delta_",), "delta": ("q", "k", "v", "o", "q_norm", "k_norm", "q_gate")}
+LACKS |= {"mixture": ("up", "gate", "down"), "dense": ("router", "expert_", "shared_")}
 
 
 def _has(kind: str, name: str) -> bool:
     """Returns whether layers of a kind have a parameter."""
-    owners = [k for k, own in OWN.items() if any(name == o or (o[-1] == "_" and name.startswith(o)) for o in own)]
-    return not owners or kind in owners
+    return not any(name == lack or (lack[-1] == "_" and name.startswith(lack)) for lack in LACKS[kind])
 
 
 def period(kinds: Sequence[str]) -> int:
     """Returns the layers of a group: the shortest pattern that all layers repeat."""
     count = len(kinds)
     return next(p for p in range(1, count + 1) if count % p == 0 and tuple(kinds) == tuple(kinds[:p]) * (count // p))
+
+
+def sections(kinds: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the first layer and the end of each scan: one, or two if their groups have fewer layers together."""
+
+    def layers(split: int) -> int:
+        return sum(period(part) for part in (kinds[:split], kinds[split:]) if part)
+
+    split = min(range(len(kinds)), key=layers)
+    return [part for part in ((0, split), (split, len(kinds))) if part[0] < part[1]]
+
+
+def _place(kinds: Sequence[str], name: str, layer: int) -> int:
+    """Returns where a parameter of a layer is in its stack: how many layers before have it."""
+    return sum(_has(kind, name) for kind in kinds[:layer])
 
 
 def names_of(kinds: Sequence[str], stacks: Iterable[str], layer: int) -> tuple[str, ...]:
@@ -44,12 +60,24 @@ def layer_of(kinds: Sequence[str], stacks: Mapping[str, Any], layer: int) -> dic
       layer: its number.
     """
     names = names_of(kinds, stacks, layer)
-    places = {name: sum(_has(kind, name) for kind in kinds[:layer]) if kinds else layer for name in names}
+    places = {name: _place(kinds, name, layer) if kinds else layer for name in names}
     return {name: jax.tree.map(lambda x, i=places[name]: x[i], stacks[name]) for name in names}
 
 
 def init_groups(kinds: Sequence[str], init: Callable[[str, Array], Any], key: Array) -> dict[str, Any]:
     """Returns the stacked parameters of layers, with the names of their axes, drawn by `init`: (kind, key) -> layer."""
+
+    def joined(*parts: nn.Partitioned[Any]) -> nn.Partitioned[Any]:
+        return nn.Partitioned(jnp.concatenate([part.value for part in parts]), parts[0].names)
+
+    found = [_init_section(kinds[a:b], init, jax.random.fold_in(key, a) if a else key) for a, b in sections(kinds)]
+    having = {name: [part[name] for part in found if name in part] for part in found for name in part}
+    named = {"is_leaf": lambda x: isinstance(x, nn.Partitioned)}
+    return {name: jax.tree.map(joined, *parts, **named) for name, parts in having.items()}
+
+
+def _init_section(kinds: Sequence[str], init: Callable[[str, Array], Any], key: Array) -> dict[str, Any]:
+    """Returns the parameters of the layers of one scan; arguments as for `init_groups`."""
     size = period(kinds)
 
     def group(key: Array) -> dict[str, Any]:
@@ -80,6 +108,32 @@ def scan_groups(
       x: the residual before the first layer.
       own: a tree of arrays [L] that differ between layers.
     """
+    kept = []
+    for a, b in sections(kinds):
+        inputs = jax.tree.map(lambda y, a=a, b=b: y[a:b], own)
+        x, more = _scan_section(kinds[a:b], layer, _section_of(kinds, stacks, a, b), x, inputs)
+        kept += more
+    return x, kept
+
+
+def _section_of(kinds: Sequence[str], stacks: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
+    """Returns what the layers from `start` to `end` have of stacked parameters."""
+    found = {}
+    for name, stack in stacks.items():
+        a, b = (_place(kinds, name, layer) for layer in (start, end))
+        if a < b:
+            found[name] = jax.tree.map(lambda x, a=a, b=b: x[a:b], stack)
+    return found
+
+
+def _scan_section(
+    kinds: Sequence[str],
+    layer: Mapping[str, Callable[[Any, Array, Any], tuple[Array, Any]]],
+    stacks: Mapping[str, Any],
+    x: Array,
+    own: Any,
+) -> tuple[Array, list[Any]]:
+    """Returns what `scan_groups` does, of the layers of one scan."""
     size = period(kinds)
     count = len(kinds) // size
 

@@ -27,8 +27,7 @@ from dpo_jax.models.families.tensor_map import Tensor, TensorPart, module_axes
 from dpo_jax.models.huggingface.safetensors import read_json, write_json
 from dpo_jax.records import Array
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ALL = "all-linear"
+SETTINGS, WEIGHTS, ALL = "adapter_config.json", "adapter_model.safetensors", "all-linear"
 # Prefix in PEFT of a model's tensors, and of those of a language model in a model that reads images too.
 PLAIN, WITHIN = "base_model.model.model.", "base_model.model.model.language_model."
 # PEFT's settings that are read, or that do not change what adapters compute. Any other setting is an error.
@@ -64,12 +63,13 @@ def projections(architecture: Architecture) -> dict[str, Tensor]:
 
 
 def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns the adapted modules: name, with `{i}` for the layer -> the tensor of its weight; no shared expert's.
+    """Returns the adapted modules: name, with `{i}` for the layer -> its weight's tensor; no MLP beside experts.
 
     Raises:
       UserError: a target matches no projection.
     """
-    known = {name: tensor for name, tensor in projections(architecture).items() if "shared_" not in name}
+    a, every = architecture, projections(architecture)
+    known = {n: t for n, t in every.items() if a.mixture is None or t.parts[0].lead or ".mlp." not in n}
     linear = [name for name, tensor in known.items() if not tensor.parts[0].lead]
     matched = {t: linear if t == ALL else [n for n in known if f".{n}".endswith(f".{t}")] for t in targets}
     for target, names in matched.items():

@@ -14,7 +14,8 @@ from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
-WITHOUT = ("GraniteMoe", "Granite", "Cohere2", "Olmoe", "Qwen3_5Moe")  # transformers has no reward model of them
+# Transformers has no reward model of these.
+WITHOUT = ("GraniteMoe", "Granite", "Cohere2", "Olmoe", "Qwen3_5Moe", "Glm4Moe")
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 

@@ -14,7 +14,7 @@ from dpo_jax.optim.by_name import (
     with_total_steps,
 )
 from dpo_jax.optim.more import OPTAX
-from dpo_jax.optim.optimizers import register_optimizer
+from dpo_jax.optim.optimizers import register_optimizer, without_untrained
 from dpo_jax.optim.schedules import FIXED, Schedule, learning_rates
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "register_optimizer",
     "warmup_note",
     "with_total_steps",
+    "without_untrained",
 ]

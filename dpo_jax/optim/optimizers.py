@@ -13,6 +13,7 @@ from dpo_jax.optim.schedules import Schedule
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {}
 UNDECAYED = ("bias", "scale")  # parameters of norms, and biases
+UNTRAINED = ("correction",)  # of a router, by which experts are chosen
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -93,3 +94,13 @@ def decayed(params: Any) -> Any:
     """Returns which parameters weight decay applies to: all but those of norms, and biases (as in transformers)."""
     name = jax.tree_util.keystr
     return jax.tree_util.tree_map_with_path(lambda path, _: name(path[-1:], simple=True) not in UNDECAYED, params)
+
+
+def without_untrained(updates: Any) -> Any:
+    """Returns updates that are 0 for the parameters in `UNTRAINED`, whatever the optimizer makes of a gradient of 0."""
+    name = jax.tree_util.keystr
+
+    def one(path: Any, update: Any) -> Any:
+        return jnp.zeros_like(update) if name(path[-1:], simple=True) in UNTRAINED else update
+
+    return jax.tree_util.tree_map_with_path(one, updates)

@@ -10,6 +10,7 @@ from dpo_jax.sharding.mesh import AXES, EXPERTS, HEADS, ROWS, SHARDS, row_device
 
 # Logical axis of a parameter -> the mesh axes that shard it together; all others are replicated.
 RULES = {"vocab": HEADS, "heads": HEADS, "kv_heads": HEADS, "mlp": HEADS, "embed": SHARDS, "experts": EXPERTS}
+RULES["latent"] = SHARDS
 
 
 def local_row_blocks(mesh: jax.sharding.Mesh) -> range:

@@ -44,7 +44,7 @@ from dpo_jax.training.roofline import (
     Passes,
     Roofline,
     Work,
-    chosen_width,
+    inner_widths,
     mixed_numbers,
     roofline,
     step_work,
@@ -303,8 +303,8 @@ def least_activations(config: Config, target: Target | None) -> int:
     a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
     shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    inner = (2 if a.gated else 1) * chosen_width(a, token_copies(a, sharding.expert_devices(mesh)))
-    split = mixed_numbers(a) + a.layers * inner
+    inner = (2 if a.gated else 1) * inner_widths(a, token_copies(a, sharding.expert_devices(mesh)))
+    split = mixed_numbers(a) + inner
     tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
     return itemsize * tokens * (a.layers * a.width + split // sharding.head_devices(mesh))
 

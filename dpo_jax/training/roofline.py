@@ -54,20 +54,41 @@ class Roofline(NamedTuple):
 
 def matmul_weights(a: Architecture, experts: int | None = None) -> int:
     """Returns how many weights of the layers multiply a token; of a mixture with so many experts, or its chosen."""
-    router = 0 if a.mixture is None else (a.mixture.experts + bool(a.mixture.shared)) * a.width
-    attention = a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
+    attention = latent_weights(a) or a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
     rates = 2 * a.delta.value_heads if a.delta else 0
     linear = a.width * (delta_channels(a) + rates)
     count = attention_layers(a)
     mixing = count * attention + (a.layers - count) * linear
-    return mixing + a.layers * (router + (3 if a.gated else 2) * a.width * chosen_width(a, experts))
+    return mixing + router_weights(a) + (3 if a.gated else 2) * a.width * inner_widths(a, experts)
 
 
-def chosen_width(a: Architecture, experts: int | None = None) -> int:
-    """Returns the inner width of a token's MLP; of a mixture that of so many experts, or its chosen."""
+def latent_weights(a: Architecture) -> int:
+    """Returns how many weights of a layer's latent attention multiply a token; 0 without it."""
+    if a.latent is None or a.rope is None:
+        return 0
+    rotated, keys, queries = a.rope.dims, a.latent.keys, a.latent.queries
+    of_queries = a.width * queries + queries * a.heads * a.head_dim if queries else a.width * a.heads * a.head_dim
+    of_keys = a.width * (keys + rotated) + keys * a.heads * (a.head_dim - rotated + a.value_dim)
+    return of_queries + of_keys + a.heads * a.value_dim * a.width
+
+
+def router_weights(a: Architecture) -> int:
+    """Returns how many weights of routers, and of the gates of shared experts, multiply a token."""
+    m = a.mixture
+    return 0 if m is None else mixture_layers(a) * (m.experts + (m.shared is not None and m.gated_shared)) * a.width
+
+
+def inner_widths(a: Architecture, experts: int | None = None) -> int:
+    """Returns the inner widths of a token's MLPs in all layers; of a mixture that of so many experts, or its chosen."""
     if a.mixture is None:
-        return a.mlp
-    return a.mlp * (a.mixture.chosen if experts is None else experts) + (a.mixture.shared or 0)
+        return a.layers * a.mlp
+    width = a.mlp * (a.mixture.chosen if experts is None else experts) + (a.mixture.shared or 0)
+    return mixture_layers(a) * width + (a.layers - mixture_layers(a)) * a.dense
+
+
+def mixture_layers(a: Architecture) -> int:
+    """Returns how many layers have a mixture."""
+    return 0 if a.mixture is None else a.layers - a.kinds.count("dense")
 
 
 def token_copies(a: Architecture, devices: int) -> int:
@@ -80,7 +101,7 @@ def token_copies(a: Architecture, devices: int) -> int:
 
 def attention_layers(a: Architecture) -> int:
     """Returns how many layers have attention; the others have linear attention."""
-    return a.kinds.count("attention") if a.kinds else a.layers
+    return a.layers - a.kinds.count("delta")
 
 
 def delta_channels(a: Architecture) -> int:
@@ -132,7 +153,7 @@ def step_work(
     tokens, scored = rows * shape.length, rows * shape.scored
     layers = 2 * matmul_weights(a) * tokens
     pairs = rows * shape.length * (shape.length + 1) / 2
-    attention = 4 * attention_layers(a) * a.heads * a.head_dim * pairs + state_work(a) * tokens
+    attention = 2 * attention_layers(a) * a.heads * (a.head_dim + a.value_dim) * pairs + state_work(a) * tokens
     head = 2 * a.width * (1 if a.score else a.vocab) * scored
     backward = 1 if passes.adapters else 2
     useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
@@ -142,8 +163,8 @@ def step_work(
     own = a.mixture.experts // experts if a.mixture else None
     weights = itemsize * (matmul_weights(a, own) + 2 * a.vocab * a.width) * shape.microbatches * many / split
     copies = token_copies(a, experts)
-    inner = (4 if a.gated else 2) * chosen_width(a, copies) + 4 * a.width * copies
-    activations = itemsize * ((4 * a.width + inner) * a.layers + mixed_numbers(a)) * tokens * many / devices
+    inner = (4 if a.gated else 2) * inner_widths(a, copies) + 4 * a.width * copies * mixture_layers(a)
+    activations = itemsize * (4 * a.width * a.layers + inner + mixed_numbers(a)) * tokens * many / devices
     own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
     return Work(tokens, useful, useful + again, own + weights + activations)
 
@@ -151,8 +172,11 @@ def step_work(
 def mixed_numbers(a: Architecture) -> int:
     """Returns the numbers of a token that go in and out of attention, or of linear attention, in all layers."""
     count = attention_layers(a)
-    heads = (2 + a.gated_attention) * a.heads + 2 * a.kv_heads
-    return count * heads * a.head_dim + (a.layers - count) * delta_channels(a)
+    if a.latent is None or a.rope is None:
+        one = ((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim
+    else:
+        one = 2 * a.heads * (a.head_dim + a.value_dim) - (a.heads - 1) * a.rope.dims
+    return count * one + (a.layers - count) * delta_channels(a)
 
 
 def state_work(a: Architecture) -> float:

@@ -5,7 +5,7 @@ writes. transformers 5 has one for all experts of a layer in memory, gate and up
 all programs read, is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_jax.errors import UserError
@@ -17,20 +17,24 @@ from dpo_jax.models.families.tensor_map import Tensor, TensorPart, linear, same_
 NAMES = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}  # ours -> name in the file
 
 
-def mixture_settings(config: hf.HfConfig, experts: int, renormalized: bool) -> Mixture:
-    """Returns the mixture of a config.json, all of whose layers have one.
+def mixture_settings(
+    config: hf.HfConfig, experts: int, renormalized: bool, names: Sequence[str] = ("num_experts", "num_local_experts")
+) -> Mixture:
+    """Returns the mixture of a config.json.
 
     Args:
       config: the contents of config.json, which may name the number of experts in two ways.
       experts: their number if it does in neither.
       renormalized: see `Mixture`.
+      names: the two ways.
 
     Raises:
       UserError: the two names have different numbers, or more experts are chosen than there are.
     """
-    named = [config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
+    named = [config[key] for key in names if config.get(key) is not None]
     if len(set(named)) > 1:
-        raise UserError(f"config.json: num_experts = {named[0]}, but num_local_experts = {named[1]}; keep one of them")
+        first, second = names
+        raise UserError(f"config.json: {first} = {named[0]}, but {second} = {named[1]}; keep one of them")
     count = named[0] if named else experts
     found = Mixture(count, hf.need_setting(config, "num_experts_per_tok"), renormalized)
     if found.chosen > found.experts:

@@ -114,12 +114,13 @@ def fused_tensors(a: Architecture) -> dict[str, Tensor]:
     return with_delta(with_shared(experts.fused_expert_tensors(a), a), a, _interleaved)
 
 
-def with_shared(table: Mapping[str, Tensor], a: Architecture) -> dict[str, Tensor]:
-    """Returns the table of a mixture with the shared expert."""
+def with_shared(table: Mapping[str, Tensor], a: Architecture, name: str = "shared_expert") -> dict[str, Tensor]:
+    """Returns the table of a mixture with the shared expert, of a name in the file."""
     assert a.mixture is not None
     assert a.mixture.shared is not None
-    where, size = "model.layers.{i}.mlp.shared_expert", a.mixture.shared
+    where, size = f"model.layers.{{i}}.mlp.{name}", a.mixture.shared
     found = {f"{where}_gate.weight": linear(("layers", "shared_weight", "kernel"), (1,), (a.width,))}
+    found = found if a.mixture.gated_shared else {}
     for name in ("gate", "up", "down"):
         outputs, inputs = (a.width, size) if name == "down" else (size, a.width)
         path = ("layers", f"shared_{name}", "kernel")

@@ -41,11 +41,13 @@ class Tensor(NamedTuple):
       split: for each axis in the file, the sizes of our axes that are merged into it.
       parts: the parameters.
       layers: numbers of the layers that have it; None for all.
+      wide: it is written in float32 whatever the dtype of the others, as in transformers.
     """
 
     split: tuple[tuple[int, ...], ...]
     parts: tuple[TensorPart, ...]
     layers: tuple[int, ...] | None = None
+    wide: bool = False
 
     def layers_of(self, architecture: Architecture) -> tuple[int, ...]:
         """Returns the numbers of the layers that have it, in the order of the parameters' stack."""

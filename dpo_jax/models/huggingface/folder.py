@@ -40,6 +40,8 @@ from dpo_jax.paths import expand_home, is_run
 log = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5 * 10**9
+# Keys of the number of heads for further tokens in layers after the model's, of which no export has any.
+FURTHER_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 def model_folder(path: str) -> Path:
@@ -297,7 +299,8 @@ def _write_configs(
 ) -> None:
     """Writes config.json and generation_config.json; generation ends at any EOS that tokenizer or configs name."""
     dropped = ("torch_dtype", "transformers_version", "_name_or_path", WHOLE, OWN)
-    config = with_older_keys({key: value for key, value in hf_config.items() if key not in dropped})
+    without = {key: 0 for key in FURTHER_HEADS if hf_config.get(key)}
+    config = with_older_keys({key: value for key, value in hf_config.items() if key not in dropped} | without)
     if whole is not None:
         config = whole.config_with(hf_config)
         whole.copy_processors(folder)

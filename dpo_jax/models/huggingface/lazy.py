@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -172,6 +172,20 @@ def _headers(files: list[Path], module: ModuleType, within: bool) -> dict[str, _
     return _with_scales({name: header for name, header in found.items() if not buffer.search(header.key)})
 
 
+def _without_further_layers(folder: Path, found: Mapping[str, _Header], layers: int) -> dict[str, _Header]:
+    """Returns headers without those of layers after the model's that predict further tokens: they have an `eh_proj`."""
+    numbered = {name: re.match(r"layers\.(\d+)\.", name) for name in found}
+    numbers = {name: int(match[1]) for name, match in numbered.items() if match}
+    heads = {i for name, i in numbers.items() if name == f"layers.{i}.eh_proj.weight" and i >= layers}
+    if not heads:
+        return dict(found)
+    rest = {name: header for name, header in found.items() if numbers.get(name) not in heads}
+    which = ", ".join(f"layers.{i}" for i in sorted(heads))
+    what = f"tensors of heads for further tokens ({which}) are neither read nor exported"
+    log.info(f"{folder}: {len(found) - len(rest)} {what}")
+    return rest
+
+
 def _with_scales(found: Mapping[str, _Header]) -> dict[str, _Header]:
     """Returns headers in which blocks and scales of MXFP4 are one, by the name of the blocks.
 
@@ -233,6 +247,7 @@ def lazy_params(
         embedding.
     """
     folder, found = files[0].parent, _headers(files, module, within)
+    found = _without_further_layers(folder, found, architecture.layers)
     if architecture.layers > max(1, len(found)):  # before anything is made for each of them
         raise UserError(f"{folder}: config.json has {architecture.layers:,} layers, the files {len(found):,} tensors")
     listed = list(checkpoint_tensors(module, architecture, _tensor_table(module, architecture, found)))
@@ -250,7 +265,8 @@ def lazy_params(
             sources.setdefault(part.path, []).append(_LayerSource(found[name], tensor, part))
     last = {part.path: place for place, tensor in table.values() for part in tensor.parts}  # of a stack, in each axis
     stacks = {path: tuple(i + 1 for i in place) for path, place in last.items()}
-    return _nest({path: LazyArray(of, stacks[path]) for path, of in sources.items()}), _common_dtype(found)
+    common = _common_dtype(header for name, header in found.items() if not table[name][1].wide)
+    return _nest({path: LazyArray(of, stacks[path]) for path, of in sources.items()}), common
 
 
 def _tensor_table(module: ModuleType, architecture: Architecture, found: Mapping[str, _Header]) -> dict[str, Tensor]:
@@ -262,7 +278,8 @@ def _tensor_table(module: ModuleType, architecture: Architecture, found: Mapping
     if architecture.mixture is None:
         return table
     fused = module.fused_tensors(architecture)
-    own = {name.replace("{i}", "0").removeprefix(module.PREFIX) for name in fused.keys() - table.keys()}
+    new = {name: fused[name].layers_of(architecture)[0] for name in fused.keys() - table.keys()}
+    own = {name.replace("{i}", str(i)).removeprefix(module.PREFIX) for name, i in new.items()}
     return fused if own & found.keys() else table
 
 
@@ -275,9 +292,9 @@ def _check_complete(folder: Path, found: Mapping[str, _Header], module: ModuleTy
         raise UserError(f"{folder}: {_tensor_list(missing, 'is missing', 'are missing')}; {why}")
 
 
-def _common_dtype(found: Mapping[str, _Header]) -> str:
+def _common_dtype(headers: Iterable[_Header]) -> str:
     """Returns the dtype of all tensors if it is one that is written, else float32."""
-    kinds = {"BF16" if header.code == CODE else header.code for header in found.values()}
+    kinds = {"BF16" if header.code == CODE else header.code for header in headers}
     return {"BF16": "bfloat16", "F16": "float16"}.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 

@@ -171,10 +171,10 @@ def tensors_of(
     """
     flat = dict(_flatten(params))
     for name, place, tensor in checkpoint_tensors(module, architecture):
-        values = (flat[part.path] for part in tensor.parts)
+        values, kind = (flat[part.path] for part in tensor.parts), DTYPES[_file_dtype_of(tensor, dtype)]
         pieces = (value[place or slice(None)] for value in values)
         with np.errstate(over="ignore"):
-            parts = [fetch(piece.astype(DTYPES[dtype], copy=False)) for piece in pieces]
+            parts = [fetch(piece.astype(kind, copy=False)) for piece in pieces]
         if dtype == "float16" and not all(np.isfinite(part).all() for part in parts):
             raise UserError(f"{name}: has values beyond float16's 65,504; choose bfloat16 or float32")
         yield np.ascontiguousarray(pack_tensor(tensor, parts))
@@ -183,7 +183,11 @@ def tensors_of(
 def entries_of(module: ModuleType, architecture: Architecture, dtype: str) -> dict[str, HeaderEntry]:
     """Returns the tensors of a checkpoint by name, in the order of `checkpoint_tensors`; `dtype` is in `DTYPES`."""
     tensors = checkpoint_tensors(module, architecture)
-    return {name: HeaderEntry(tensor.shape, CODES[dtype]) for name, _, tensor in tensors}
+    return {name: HeaderEntry(tensor.shape, CODES[_file_dtype_of(tensor, dtype)]) for name, _, tensor in tensors}
+
+
+def _file_dtype_of(tensor: Tensor, dtype: str) -> str:
+    return "float32" if tensor.wide else dtype
 
 
 def write_tensors(folder: Path, tensors: Iterator[np.ndarray], entries: Mapping[str, HeaderEntry], limit: int) -> None:
