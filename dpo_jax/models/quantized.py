@@ -4,10 +4,10 @@ import importlib
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dpo_jax.errors import UserError
-from dpo_jax.records import Array
 
 TILE = 64  # inputs that share a scale in nf4 (QLoRA, arXiv 2305.14314)
 
@@ -21,8 +21,8 @@ class Quantized(NamedTuple):
       scale: float32 with as many axes; each size divides that of the kernel.
     """
 
-    values: Array
-    scale: Array
+    values: jax.Array
+    scale: jax.Array
 
     @property
     def ndim(self) -> int:
@@ -42,7 +42,7 @@ def import_qwix() -> Any:
         raise UserError(f"lora.base: needs a package that is missing ({error}): pip install dpo_jax[qlora]") from None
 
 
-def quantize(kernel: Array, inputs: int, kind: str) -> Quantized:
+def quantize(kernel: jax.Array, inputs: int, kind: str) -> Quantized:
     """Returns a quantized kernel, scaled by the largest magnitude among the numbers that share a scale.
 
     Args:
@@ -63,7 +63,7 @@ def quantize(kernel: Array, inputs: int, kind: str) -> Quantized:
     return Quantized(_pack_nibbles(made.qvalue) if kind == "nf4" else made.qvalue, made.scale)
 
 
-def _pack_nibbles(indices: Array) -> Array:
+def _pack_nibbles(indices: jax.Array) -> jax.Array:
     """Returns numbers below 16 as uint8, two neighbors of the last axis per byte."""
     if indices.shape[-1] % 2:
         count = indices.shape[-1]
@@ -72,7 +72,7 @@ def _pack_nibbles(indices: Array) -> Array:
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
-def dequantize(kernel: Array | Quantized, dtype: Any) -> Array:
+def dequantize(kernel: jax.Array | Quantized, dtype: Any) -> jax.Array:
     """Returns a kernel, quantized or not, as floats of a dtype."""
     if not isinstance(kernel, Quantized):
         return kernel.astype(dtype)

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.records import Array
-
 # Outputs of projections; inputs of layers, of projections and of norms; outputs and log-sum-exps of attention.
 PROJECTION, ACTIVATION, ATTENTION = "projection", "activation", "attention"
 
 
-def named(x: Array, name: str) -> Array:
+def named(x: jax.Array, name: str) -> jax.Array:
     """Returns x under a name by which remat policies save it, inside a function that has its own derivative."""
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
@@ -24,7 +22,7 @@ def named(x: Array, name: str) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def saved(x: Array, name: str) -> Array:
+def saved(x: jax.Array, name: str) -> jax.Array:
     """Returns x under a name by which remat policies save it, and with its gradient."""
     return named(x, name)
 

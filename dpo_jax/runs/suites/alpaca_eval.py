@@ -21,7 +21,7 @@ FILE = "alpaca_eval/model_outputs.json"
 )
 def write_alpaca_eval(task: SuiteTask) -> SuiteResult:
     """Answers AlpacaEval's instructions; returns the length of the answers."""
-    found = [example for _, example in suite_examples(task)]
+    found = [example for _, example in suite_examples(task.data)]
     prompts = [column(where, example, "instruction", str) for where, example in found]
     answers = answer(task.subject(), prompts, MAX_NEW_TOKENS)
     name = generator_name(task.path)

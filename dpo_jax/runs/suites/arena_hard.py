@@ -29,7 +29,7 @@ CODE = re.compile("```[^`]*```")
 )
 def write_arena_hard(task: SuiteTask) -> SuiteResult:
     """Answers Arena-Hard's questions; returns the length of the answers."""
-    found = [_question(*example) for _, example in suite_examples(task)]
+    found = [_question(*example) for _, example in suite_examples(task.data)]
     if repeated := len(found) - len({uid for uid, _ in found}):
         raise UserError(f"arena_hard: {repeated} questions repeat a uid; name the data once")
     answers = answer(task.subject(), [prompt for _, prompt in found], MAX_NEW_TOKENS)

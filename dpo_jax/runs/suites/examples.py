@@ -3,49 +3,67 @@
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.data.sources.base import RawExample
 from dpo_jax.data.sources.files import resolve_files, rows
 from dpo_jax.data.sources.formats import examples_in_file
 from dpo_jax.errors import UserError, hub_errors
-from dpo_jax.runs.suites.registry import HARNESS, SuiteTask
 
+HARNESS = "lm_eval"
 KINDS = {str: "a text", list: "a list", int: "a whole number"}
 
 
-def suite_examples(task: SuiteTask) -> list[tuple[str, RawExample]]:
+class SuiteData(NamedTuple):
+    """Where the examples of a suite are.
+
+    Attributes:
+      suite: its name.
+      names: files, folders or a hub id.
+      given: whether the user named them.
+      split: which part of a folder or a hub id.
+      limit: the most examples to use; None for all.
+    """
+
+    suite: str
+    names: tuple[str, ...]
+    given: bool
+    split: str
+    limit: int | None
+
+
+def suite_examples(data: SuiteData) -> list[tuple[str, RawExample]]:
     """Returns (name of the file or hub id, (`file:line`, values by column)) of the examples, `suite_limit` at most.
 
     Raises:
       UserError: the data cannot be read or fetched, an example cannot be read, or there are none.
     """
     try:
-        found = list(islice(_read(task), task.settings.suite_limit))
+        found = list(islice(_read(data), data.limit))
     except UserError as error:
-        where = "" if task.given else "; give its file or folder as --suite_data PATH"
-        raise UserError(f"{task.name}: {str(error).replace('data.path', 'suite_data')}{where}") from error
+        where = "" if data.given else "; give its file or folder as --suite_data PATH"
+        raise UserError(f"{data.suite}: {str(error).replace('data.path', 'suite_data')}{where}") from error
     if not found:
-        raise UserError(f"{task.name}: {' '.join(task.data)}: no examples; set suite_data to a file that has some")
+        raise UserError(f"{data.suite}: {' '.join(data.names)}: no examples; set suite_data to a file that has some")
     return found
 
 
-def check_suite_data(task: SuiteTask) -> None:
+def check_suite_data(data: SuiteData) -> None:
     """Refuses paths of a suite's data where nothing is, and for lm_eval anything but folders of task YAMLs."""
-    if task.name == HARNESS:
-        if absent := next((path for path in task.data if not Path(path).is_dir()), None):
+    if data.suite == HARNESS:
+        if absent := next((path for path in data.names if not Path(path).is_dir()), None):
             raise UserError(f"{HARNESS}: {absent}: no such folder; set suite_data to a folder of task YAMLs")
-    elif task.given:
+    elif data.given:
         try:
-            resolve_files(task.data, task.split)
+            resolve_files(data.names, data.split)
         except UserError as error:
-            raise UserError(f"{task.name}: {str(error).replace('data.path', 'suite_data')}") from error
+            raise UserError(f"{data.suite}: {str(error).replace('data.path', 'suite_data')}") from error
 
 
-def _read(task: SuiteTask) -> Iterator[tuple[str, RawExample]]:
-    names = task.data if task.given else tuple(map(_fetched, task.data))
-    for entry in resolve_files(names, task.split):
-        found = examples_in_file(entry, task.split) if isinstance(entry, Path) else rows([entry], task.split)
+def _read(data: SuiteData) -> Iterator[tuple[str, RawExample]]:
+    names = data.names if data.given else tuple(map(_fetched, data.names))
+    for entry in resolve_files(names, data.split):
+        found = examples_in_file(entry, data.split) if isinstance(entry, Path) else rows([entry], data.split)
         for example in found:
             if isinstance(example, UserError):
                 raise example

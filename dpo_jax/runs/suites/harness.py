@@ -19,7 +19,8 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.evaluation import greedy_per_example
 from dpo_jax.intervals import Z95, wilson
 from dpo_jax.records import Tokens
-from dpo_jax.runs.suites.registry import HARNESS, Subject, SuiteResult, SuiteTask, register_suite
+from dpo_jax.runs.suites.examples import HARNESS
+from dpo_jax.runs.suites.registry import Subject, SuiteResult, SuiteTask, register_suite
 from dpo_jax.sampling import generate
 from dpo_jax.training.tables import decode_texts, template_file_text
 
@@ -68,7 +69,7 @@ def _harness_module(name: str) -> Any:
 
 def _task_manager(task: SuiteTask) -> Any:
     """Returns lm_eval's index of tasks; of the folders in `suite_data` alone if they have all, which is much faster."""
-    make, folders = _harness_module("tasks").TaskManager, list(task.data)
+    make, folders = _harness_module("tasks").TaskManager, list(task.data.names)
     if folders and set(task.tasks) <= set((own := make(include_path=folders, include_defaults=False)).all_tasks):
         return own
     manager = make(include_path=folders or None)

@@ -45,7 +45,7 @@ class Instructions(NamedTuple):
 def measure_ifeval(task: SuiteTask) -> SuiteResult:
     """Returns strict and loose accuracy of prompts and of instructions."""
     package, known = _package(), _checks()
-    found = [_instructions(*example, known) for _, example in suite_examples(task)]
+    found = [_instructions(*example, known) for _, example in suite_examples(task.data)]
     uses = sum(name in SPLITS_SENTENCES for one in found for name in one.ids)
     notes = _find_sentence_splitter(uses) if uses else ()
     answers = answer(task.subject(), [one.prompt for one in found], MAX_NEW_TOKENS)

@@ -16,8 +16,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.evaluation import EvalModel
 from dpo_jax.paths import is_run
 from dpo_jax.runs import suites
-
-HARNESS = "lm_eval"
+from dpo_jax.runs.suites.examples import HARNESS, SuiteData
 
 
 class Subject(NamedTuple):
@@ -48,9 +47,7 @@ class SuiteTask(NamedTuple):
     Attributes:
       name: of the suite.
       tasks: those of lm_eval; () for other suites.
-      data: files, folders or a hub id.
-      given: whether the user named the data.
-      split: which part of a folder or a hub id.
+      data: where its examples are.
       settings: the keys of `dpo-jax eval`.
       path: the run or model folder, as the user named it.
       subject: loads the policy, once for all suites.
@@ -58,9 +55,7 @@ class SuiteTask(NamedTuple):
 
     name: str
     tasks: tuple[str, ...]
-    data: tuple[str, ...]
-    given: bool
-    split: str
+    data: SuiteData
     settings: EvalConfig
     path: str
     subject: Callable[[], Subject]

@@ -61,7 +61,7 @@ SUBSETS = [subset for subsets in SECTIONS.values() for subset in subsets]
 @register_suite("rewardbench", data="allenai/reward-bench", split="filtered", keys=("reward",), meanings=MEANINGS)
 def measure_rewardbench(task: SuiteTask) -> SuiteResult:
     """Returns the share of pairs whose chosen answer has the higher reward, by subset and section, and the score."""
-    found = [_pair(file, *example) for file, example in suite_examples(task)]
+    found = [_pair(file, *example) for file, example in suite_examples(task.data)]
     doubled = [(prompt, text, where) for where, _, prompt, *texts in found for text in texts]
     rewards, notes = score_answers(task, *zip(*doubled, strict=True))
     pairs = rewards.reshape(-1, 2)

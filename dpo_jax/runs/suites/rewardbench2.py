@@ -53,7 +53,7 @@ class TiedPrompt(NamedTuple):
 @register_suite("rewardbench2", data="allenai/reward-bench-2", split="test", keys=("reward",), meanings=MEANINGS)
 def measure_rewardbench2(task: SuiteTask) -> SuiteResult:
     """Returns the share of examples whose correct answer has the highest reward, by subset, and the score."""
-    found = [_example(*example) for _, example in suite_examples(task)]
+    found = [_example(*example) for _, example in suite_examples(task.data)]
     _refuse_repeated(found)
     flat = [(one.prompt, text, one.where) for one in found for text in one.answers]
     flat_rewards, notes = score_answers(task, *zip(*flat, strict=True))

@@ -13,8 +13,8 @@ from dpo_jax.config.commands import EvalConfig
 from dpo_jax.config.schema import SamplesConfig
 from dpo_jax.errors import UserError
 from dpo_jax.paths import is_run, written
-from dpo_jax.runs.suites.examples import check_suite_data
-from dpo_jax.runs.suites.registry import HARNESS, SUITES, Subject, SuiteResult, SuiteTask, named_suites, suite_folder
+from dpo_jax.runs.suites.examples import HARNESS, SuiteData, check_suite_data
+from dpo_jax.runs.suites.registry import SUITES, Subject, SuiteResult, SuiteTask, named_suites, suite_folder
 from dpo_jax.training.restore import asks_in_turns, eval_model, load_initial, restore_state
 from dpo_jax.training.run_folder import run_config
 
@@ -71,9 +71,10 @@ def evaluate_suites(path: str, settings: EvalConfig) -> Iterator[tuple[str, Suit
     for name, tasks in names.items():
         suite = SUITES[name]
         files = data.get(name, (suite.data,) if suite.data else ())
-        todo.append(SuiteTask(name, tasks, files, name in data, suite.split, settings, path, load))
+        examples = SuiteData(name, files, name in data, suite.split, settings.suite_limit)
+        todo.append(SuiteTask(name, tasks, examples, settings, path, load))
     for task in todo:
-        check_suite_data(task)
+        check_suite_data(task.data)
     for task in todo:
         result = SUITES[task.name].measure(task)
         _write(suite_folder(path, settings), task, result)
@@ -124,7 +125,7 @@ def _write(folder: Path, task: SuiteTask, result: SuiteResult) -> None:
     made: dict[str, Any] = {
         "suite": task.name,
         "model": task.path,
-        "data": list(task.data),
+        "data": list(task.data.names),
         "examples": result.examples,
         "checkpoint": settings.checkpoint,
         "reward": settings.reward,
