@@ -75,7 +75,7 @@ def test_what_cannot_be_streamed_is_refused_before_the_first_token(tmp_path):
 
 
 TEXTS = (
-    "Once upon a time, there was a girl.\nShe said: \"It's fine!\"  Then  she left . ",
+    'Once upon a time, there was a girl.\nShe said: "It\'s fine!"  Then  she left . ',
     "\u6f22\u5b57\u4eee\u540d\u4ea4\u3058\u308a\u6587\u3001\u7d75\u6587\u5b57 "
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 caf\u00e9 \u043f\u0440\u0438\u0432\u0435\u0442",
     "\U0001f600\U0001f680 a\u0301 don 't do n't",

@@ -94,9 +94,7 @@ def test_tokens_of_a_large_vocabulary_are_sampled_with_their_probability(vocab):
     p /= p.sum()
     with np.errstate(divide="ignore"):
         logits = jnp.asarray(np.log(p) + 7, jnp.float32)
-    found = np.bincount(
-        choose.sample_tokens(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count))
-    )
+    found = np.bincount(choose.sample_tokens(jnp.tile(logits, (count, 1)), jax.random.split(jax.random.key(1), count)))
     assert len(found) <= vocab
     found = np.pad(found, (0, vocab - len(found)))
     assert (found[p == 0] == 0).all()

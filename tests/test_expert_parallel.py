@@ -26,7 +26,6 @@ from dpo_jax.models import lora
 from dpo_jax.models.experts import mixture_of_experts
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.huggingface.folder import load_folder
-from dpo_jax.models.layers import activate
 from dpo_jax.models.model import build_model
 from dpo_jax.sampling import generate, placement
 from dpo_jax.training.plan import plan_run
@@ -57,7 +56,7 @@ class Branch(nn.Module):
     @nn.compact
     def __call__(self, x):
         architecture = family(self.kind).architecture(SIZES | KINDS[self.kind])
-        return mixture_of_experts(architecture, x, None, activate, self.split)[0]
+        return mixture_of_experts(architecture, x, None, self.split)[0]
 
 
 def value_and_gradients(kind, params, x, parts=1):

@@ -193,4 +193,3 @@ def _field_texts(kind: type) -> dict[str, str]:
 @functools.cache
 def _module_tree(file: str) -> ast.Module:
     return ast.parse(Path(file).read_text(encoding="utf-8"))
-

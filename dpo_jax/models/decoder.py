@@ -136,7 +136,7 @@ def _mixture(
     a: Architecture, x: Array, counted: Array | None, experts: ExpertSplit | None
 ) -> tuple[Array, Array | None]:
     """Returns the branch of a mixture [R, T, D], and what `mixture_of_experts` says."""
-    y, routing = mixture_of_experts(a, x, counted, activate, experts)
+    y, routing = mixture_of_experts(a, x, counted, experts)
     if a.mixture is None or a.mixture.shared is None:
         return y, routing
     shared = _mlp(a, x, a.mixture.shared, "shared_").astype(jnp.float32)
@@ -172,7 +172,7 @@ class Block(nn.Module):
 
         read = norm(x, "attention_norm", a.pre_norm)
         if self.kind == "delta":
-            mixed, kept = delta_attention(a, read, cache, context.paths, Linear)
+            mixed, kept = delta_attention(a, read, cache, context.paths)
         else:
             mixed, kept = _attention(a, self.attend, read, cache, context, own)
         x, before = x + branch(mixed, "attention_post_norm"), x

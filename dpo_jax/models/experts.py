@@ -5,7 +5,6 @@ A token's copies, one for each of its experts, are N * k rows sorted by expert, 
 adjacent and a grouped matmul multiplies each group by its own kernel.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
+from dpo_jax.models.layers import activate
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
@@ -193,7 +193,6 @@ def mixture_of_experts(
     a: Architecture,
     x: Array,
     counted: Array | None,
-    activate: Callable[[Array, Array, str], Array],
     split: ExpertSplit | None = None,
 ) -> tuple[Array, Array | None]:
     """Returns the branch of a mixture [R, T, D], and what `routing_of` says; call it inside a Linen module.
@@ -202,16 +201,15 @@ def mixture_of_experts(
       a: the architecture, with a mixture.
       x: [R, T, D].
       counted: float32[R, T], see `routing_of`; None for no statistics.
-      activate: `layers.activate`.
       split: how devices shard the experts; None if each has all of them.
     """
     assert a.mixture is not None
     tokens = x.reshape(-1, a.width)
     routes = Router(a, name="router")(tokens)
     if split is None:
-        y: Any = _experts(a, a.mixture.experts, tokens, routes, activate).astype(x.dtype)
+        y: Any = _experts(a, a.mixture.experts, tokens, routes).astype(x.dtype)
     else:
-        y = _sharded_experts(a, split, tokens, routes, activate)
+        y = _sharded_experts(a, split, tokens, routes)
     y = saved(y, PROJECTION)
     routing = None if counted is None else routing_of(routes, counted)
     return y.reshape(x.shape), routing
@@ -222,7 +220,6 @@ def _sharded_experts(
     split: ExpertSplit,
     tokens: Array,
     routes: Routes,
-    activate: Callable[[Array, Array, str], Array],
 ) -> Array:
     """Returns the weighted sum of the experts of this device's tokens [N, D], where each device has some experts.
 
@@ -231,12 +228,10 @@ def _sharded_experts(
     assert a.mixture is not None
     count = a.mixture.experts // split.parts
     every = Routes(None, split.gather(routes.weight), split.own(split.gather(routes.expert), count))
-    return split.scatter(_experts(a, count, split.gather(tokens), every, activate), tokens.dtype)
+    return split.scatter(_experts(a, count, split.gather(tokens), every), tokens.dtype)
 
 
-def _experts(
-    a: Architecture, count: int, tokens: Array, routes: Routes, activate: Callable[[Array, Array, str], Array]
-) -> Array:
+def _experts(a: Architecture, count: int, tokens: Array, routes: Routes) -> Array:
     """Returns the weighted sum of each token's experts among the first `count`, float32[N, D]."""
     assert a.mixture is not None
     biased, std = a.mixture.biased, a.initializer_range

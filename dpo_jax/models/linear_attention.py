@@ -3,9 +3,7 @@
 Axis letters: R rows, T tokens, D model width, H value heads, d of keys, e of values, X channels, W taps, B sequences.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 from dpo_jax.models.architecture import Architecture, Delta
 from dpo_jax.models.cache import DeltaCache
 from dpo_jax.models.delta import DeltaInputs, Paths, delta_step, packed_delta
+from dpo_jax.models.layers import Linear
 from dpo_jax.models.remat import ACTIVATION, saved
 from dpo_jax.records import Array
 
@@ -22,7 +21,7 @@ LEAST = 1e-6  # added to the squared length of queries and keys
 
 
 def delta_attention(
-    a: Architecture, x: Array, cache: DeltaCache | None, paths: Paths | None, projection: Callable[..., Any]
+    a: Architecture, x: Array, cache: DeltaCache | None, paths: Paths | None
 ) -> tuple[Array, DeltaCache]:
     """Returns the branch of a layer [R, T, D] and its cache; call it inside a Linen module.
 
@@ -31,14 +30,13 @@ def delta_attention(
       x: [R, T, D]; with a cache [B, 1, D].
       cache: of the tokens before; None for rows.
       paths: of the rows' tokens; None with a cache.
-      projection: `layers.Linear`, not imported here so that the chain of imports stays short.
     """
     delta, std = a.delta, a.initializer_range
     assert delta is not None
     sizes = delta.key_channels, delta.key_channels, delta.value_channels
 
     def linear(name: str, size: int) -> Array:
-        return projection((a.width,), (size,), ("embed", "heads"), False, std, name=f"delta_{name}")(x)
+        return Linear((a.width,), (size,), ("embed", "heads"), False, std, name=f"delta_{name}")(x)
 
     places = None if paths is None else paths.before
     mixed, window = zip(*(
@@ -55,7 +53,7 @@ def delta_attention(
         read = read[:, None]
     gate = linear("gate", sizes[-1]).reshape(read.shape)
     read = _GatedNorm(delta.value_dim, a.eps, name="delta_norm")(read, gate).astype(x.dtype)
-    out = projection((sizes[-1],), (a.width,), ("heads", "embed"), False, std * a.residual_scale, name="delta_o")
+    out = Linear((sizes[-1],), (a.width,), ("heads", "embed"), False, std * a.residual_scale, name="delta_o")
     return out(saved(read.reshape(*x.shape[:2], -1), ACTIVATION)), DeltaCache(window, state)
 
 

@@ -46,9 +46,7 @@ def draw_line(**style: Any) -> "Line2D":
     return Line2D([], [], **style)
 
 
-def add_legend(
-    axes: "Axes", entries: Mapping[str, Any] | None = None, size: int = 9, beside: bool = False
-) -> None:
+def add_legend(axes: "Axes", entries: Mapping[str, Any] | None = None, size: int = 9, beside: bool = False) -> None:
     """Adds a legend to axes.
 
     Args:
