@@ -81,6 +81,24 @@ def test_a_gpu_has_many_blocks_or_large_ones_in_an_iteration():
     assert operands(grouped.outer_groups, shapes[0], shapes[2]) == [("8x512", "512x16")]
 
 
+def test_a_gpu_takes_the_rows_of_its_own_experts_only(monkeypatch):
+    """Of 4,096 rows 131 are those of its experts, in 3 blocks: 2 iterations of 2, each of which reads 3 numbers."""
+    sizes, reads, cut = jnp.array([130, 0, 1]), [], grouped._cut  # noqa: SLF001
+    monkeypatch.setattr(grouped, "_cut", lambda *args: reads.append(args) or cut(*args))
+    monkeypatch.setattr(grouped, "TOGETHER", 2)
+    with jax.disable_jit():
+        y = grouped.multiply_batches(jnp.ones((4096, 3)), jnp.ones((3, 3, 2)), sizes)
+    assert len(reads) == 2 * 3
+    assert y.sum() == 131 * 3 * 2
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 32), (8, 32), (4096, 160)])
+def test_few_rows_have_few_blocks(rows, most):
+    """A group with rows has a block of its own, and each 128 rows: min(128, N) + N / 128, up to a multiple of 32."""
+    blocks = grouped._blocks_of(jnp.zeros(128, jnp.int32).at[3].set(rows), rows, min(grouped.BLOCK, rows))  # noqa: SLF001
+    assert (len(blocks.group), blocks.count) == (most, -(-rows // grouped.BLOCK))
+
+
 def test_a_kernels_gradient_is_not_rounded_to_the_compute_dtype():
     """127 products of 1 sum to 127, which bfloat16 has, plus one of 2^-6, which it would lose: in one block of rows."""
     x = jnp.ones((128, 1), jnp.bfloat16).at[127].set(2.0**-6)

@@ -154,6 +154,7 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False is not supported, only True is"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2 is not supported, only 4 is"),
         ("deepseek_v3", {"head_dim": 128}, "head_dim = 128 is not supported, only 64 is"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid' is"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid' is"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported, only 'noaux_tc' is"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported, only 1 is"),

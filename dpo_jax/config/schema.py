@@ -151,8 +151,8 @@ class LoraConfig:
     """Adapter outputs are scaled by alpha / rank."""
     targets: tuple[str, ...] = ("all-linear",)
     """Modules to adapt, named as in transformers (q_proj, mlp.down_proj), or all-linear. Those of experts are named
-    beside it (experts.gate_up_proj, experts.down_proj). Embedding and head (embed_tokens, lm_head) are trained in
-    full."""
+    beside it (experts.gate_up_proj, experts.down_proj); dense MLPs and shared experts of a mixture are left alone, as
+    PEFT takes their names for the experts'. Embedding and head (embed_tokens, lm_head) are trained in full."""
     path: str = ""
     """Adapters to start from: a PEFT folder, hub id or run folder. Fixes rank, alpha and targets. The reference is the
     model with them, as in TRL; the one without if reference.path names it."""

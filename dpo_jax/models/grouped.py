@@ -59,7 +59,7 @@ class _Blocks(NamedTuple):
     """Blocks of rows in order, each of one group.
 
     Attributes:
-      count: int32[], how many there are: at most N / BLOCK + E.
+      count: int32[], how many there are: at most N / BLOCK + min(E, N).
       group, start, end: int32[most], the group of a block, its first row, and the row after its last, which is not
         after the first where there is no block. `most` is a multiple of TOGETHER.
     """
@@ -73,7 +73,7 @@ class _Blocks(NamedTuple):
 def _blocks_of(sizes: Array, rows: int, size: int) -> _Blocks:
     each, ends = -(-sizes // size), jnp.cumsum(sizes)
     last = jnp.cumsum(each)
-    most = -(-rows // size) + len(sizes)
+    most = -(-rows // size) + min(len(sizes), rows)
     i = jnp.arange(most + -most % TOGETHER)
     group = jnp.minimum(jnp.searchsorted(last, i, side="right"), len(sizes) - 1)
     start = (ends - sizes)[group] + (i - (last - each)[group]) * size
@@ -113,7 +113,7 @@ def multiply_batches(x: Array, kernel: Array, sizes: Array) -> Array:
         return y.at[rows].set(out, mode="drop")
 
     y = jnp.zeros((len(x), kernel.shape[2]), jnp.float32)
-    return jax.lax.fori_loop(0, len(blocks.group) // TOGETHER, body, y)
+    return jax.lax.fori_loop(0, -(-blocks.count // TOGETHER), body, y)
 
 
 def outer_blocks(x: Array, g: Array, sizes: Array, block: int = BLOCK) -> Array:

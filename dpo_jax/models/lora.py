@@ -3,8 +3,7 @@
 A module's weight W becomes W + alpha / rank * A B. Its adapter has leaves `lora_a` [L, *inputs, r] and `lora_b`
 [L, r, *outputs], with outputs in the order of the checkpoint. Projections that a checkpoint fuses into one module share
 A, as in PEFT. All experts of a mixture are one module, each with an A and a B of its own: `lora_a` [L, E, *inputs, r],
-`lora_b` [L, E, r, *outputs]; PEFT's `target_parameters`. The base model is never modified: without adapters it is the
-reference.
+`lora_b` [L, E, r, *outputs]; PEFT's `target_parameters`. The base model is not modified, and is the reference.
 
 Targets that name the embedding or the head are trained in full (PEFT's `modules_to_save`): beside `layers`, the pytree
 has an `embedding` or a `head` that takes the place of the base's.
@@ -46,7 +45,7 @@ class Lora(NamedTuple):
       rank: r.
       alpha: additions are multiplied by alpha / r.
       targets: names of modules in transformers, e.g. `q_proj`, `attn.c_attn`, `experts.down_proj` or `lm_head`; or
-        `all-linear`: all projections but those of experts, which are no linear modules in transformers 5.
+        `all-linear`: all projections but those of experts and of MLPs beside them, whose names PEFT takes for theirs.
     """
 
     rank: int
@@ -75,7 +74,8 @@ def adapted_modules(architecture: Architecture, targets: tuple[str, ...]) -> dic
     for target, names in matched.items():
         if not names and not whole_modules(architecture, (target,)):
             listed = ", ".join(sorted({name.rpartition(".")[2] for name in [*known, *_wholes(architecture)]}))
-            raise UserError(f"lora.targets: {target!r} is no projection of a {architecture.family}; it has {listed}")
+            beside = any(f".{name}".endswith(f".{target}") for name in every) * " with adapters, as MLPs beside experts"
+            raise UserError(f"lora.targets: {target!r} is no projection of a {a.family}{beside}; it has {listed}")
     return {name: tensor for name, tensor in known.items() if any(name in names for names in matched.values())}
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, V3.1 and R1 (671B-A37B), Moonlight (16B-A3B), Kimi K2: GLM-4.5's mixtures and latent attention."""
+"""DeepSeek-V3, V3.1 and R1 in bfloat16 (671B-A37B), Moonlight (16B-A3B): GLM-4.5's mixtures and latent attention."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,7 @@ DEFAULTS |= {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_expert
 DEFAULTS |= {"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
 DEFAULTS |= {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
 DEFAULTS |= {"v_head_dim": 128}
-ONLY = {
-    "mlp_bias": False,
-    "rope_interleave": True,
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-}
+ONLY = {"mlp_bias": False, "rope_interleave": True}
 WHERE = "model.layers.{i}.self_attn."
 
 

@@ -19,6 +19,7 @@ DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_no
 DEFAULTS |= {"intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 128}
 DEFAULTS |= {"num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True}
 DEFAULTS |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+ONLY = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}  # of the mixtures
 
 
 def architecture(config: hf.HfConfig) -> Architecture:
@@ -47,6 +48,8 @@ def mixture_fields(config: hf.HfConfig) -> dict[str, Any]:
     Raises:
       UserError: a setting is missing or not supported.
     """
+    for key, value in ONLY.items():
+        hf.only_setting(config, key, value)
     layers, dense = hf.need_setting(config, "num_hidden_layers"), hf.need_setting(config, "first_k_dense_replace")
     if not 0 <= dense < layers:
         raise UserError(f"config.json: first_k_dense_replace = {dense} of {layers} layers; leave one with experts")
