@@ -3,8 +3,10 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_table import batch_of
@@ -81,6 +83,15 @@ def test_links_by_hand():
         lp = batch_of([[1.0, -1.0], [-1.0, 1.0]])
         found = losses.axes(lp, link=link, beta=1.0, target="constant", scale=0.0)
         np.testing.assert_allclose(found, expected, rtol=2e-6, err_msg=link)
+
+
+@pytest.mark.parametrize("u", [-11.9, -12.1, -300.0, -1e4, -3e4])
+def test_probit_and_its_slope_far_below_0(u):
+    """The slope is minus the density over the distribution."""
+    value, slope = jax.value_and_grad(LINKS["probit"])(jnp.float32(u))
+    np.testing.assert_allclose(value, -scipy.stats.norm.logcdf(u), rtol=1e-6)
+    exact = -np.exp(scipy.stats.norm.logpdf(u) - scipy.stats.norm.logcdf(u))
+    np.testing.assert_allclose(slope, exact, rtol=1e-5)
 
 
 def test_targets_by_hand():

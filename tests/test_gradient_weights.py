@@ -32,6 +32,11 @@ def sigmoid(x):
             [{"name": "dpo", "beta": 0.2, "weight": 3.0}, {"name": "sft"}],
             0.6 * sigmoid(-0.2 * MARGINS) + 0.5,
         ),
+        # Beside the pair, a tenth of M and S, M is 0 and S the deviation of all margins: (m - 0.1 m) / 0.9 S.
+        (
+            {"name": "alpha_dpo", "beta": 2.0, "gamma": 0.5, "alpha": 0.25, "decay": 0.9},
+            0.1 * sigmoid(0.5 + 0.5 * MARGINS / np.std(MARGINS, ddof=1) - 0.1 * MARGINS),
+        ),
         # With a running mean of 0 and one pair in its step, beta is 0.1 (1 + 0.6 * 0.9 m), at least 1e-3.
         (
             {"name": "beta_dpo", "beta": 0.1},

@@ -317,6 +317,7 @@ def test_all_losses_of_policies_enter():
     assert set(every) == {name for name in losses.REGISTRY if name not in ("axes", "bradley_terry")}
     point = "link=savage,scale=2"
     assert entrants([point]) == {point: {"name": "axes", "link": "savage", "scale": 2.0}}
+    assert entrants([smooth := "dpo,label_smoothing=0.1"]) == {smooth: {"name": "dpo", "label_smoothing": 0.1}}
     assert leaderboard.beta_of({"name": "dpo"})
     assert not leaderboard.beta_of({"name": "dpo", "beta": 1.0})
     assert not leaderboard.beta_of({"name": "sft"})
@@ -327,7 +328,7 @@ def test_all_losses_of_policies_enter():
     [
         (["--seeds", "1"], "needs --seeds of at least 2"),
         (["--losses", "dop"], "dpo-jax leaderboard: unknown loss 'dop'"),
-        (["--losses", "dpo,label_smoothing=0.1"], "only a point of the axes, such as .*; give dpo alone"),
+        (["--losses", "dpo,smoothing=0.1"], "unknown key 'smoothing'; did you mean 'label_smoothing'?"),
         (["--losses", "bradley_terry"], "bradley_terry trains a reward model, not a policy; leave it out"),
         (["--losses", "dpo", "--beta", "0"], "beta 0.0 is not a finite number above 0"),
     ],

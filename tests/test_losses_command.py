@@ -120,6 +120,20 @@ def test_curves(curves, name, value, slope):
     assert [curve.value[at], curve.gradient[at]] == pytest.approx([value, slope], rel=1e-5)
 
 
+def test_options_of_every_term_are_in_the_curves():
+    """A rejected response of half the policy and half the reference (BDPO); twice the weight is twice the value."""
+    plain, twice, mixed = (
+        loss_curves([f"dpo{more}"])[f"dpo{more}"] for more in ("", ",weight=2", ",rejected_mixture=0.5")
+    )
+    np.testing.assert_allclose(twice.value, 2 * plain.value, rtol=1e-6)
+    ratio = np.log(0.5 * np.exp(-MARGINS / 2) + 0.5)  # of the mixture with the reference to the reference
+    np.testing.assert_allclose(mixed.value, np.log1p(np.exp(ratio - MARGINS / 2)), rtol=1e-5)
+    assert list(loss_curves(["link=savage,divergence=js", "link=savage"])) == [
+        "link=savage,divergence=js",
+        "link=savage",
+    ]
+
+
 def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
     out = tmp_path / "figures" / "losses.svg"
     assert said(capsys, "--plot", str(out)) == f"wrote {out}\n"

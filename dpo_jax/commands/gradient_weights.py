@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.commands.common import log_line
-from dpo_jax.commands.margins import logps_at
+from dpo_jax.commands.margins import logps_at, settled_running
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss, build
 from dpo_jax.pages import figure
@@ -26,7 +26,7 @@ TITLE_WIDTH = 44  # characters
 CAPTION = (
     "-d loss / d margin at c = -r, with each run's options: how much a pair still moves the policy; below 0 it is "
     f"pushed back. Responses of {TOKENS} tokens, log ref {REF_LOGP:g}, scores 3 and 1, one pair per step, running "
-    "means at 0."
+    "means and deviations those of all these pairs."
 )
 Terms = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # a loss of a parsed config: each term has all options
 
@@ -68,12 +68,14 @@ def gradient_weight_panels(runs: Sequence[Path]) -> list[figure.Panel]:
 
 
 def gradient_weight(loss: Loss, margins: Array = MARGINS) -> Array:
-    """Returns -d loss / d margin, float32[n], of pairs of these margins, each alone in its step."""
+    """Returns -d loss / d margin, float32[n], of pairs of these margins, each alone in a step after steps of all."""
+    every = jnp.asarray(margins, jnp.float32)
+    running = settled_running(loss, logps_at(every, loss, REF_LOGP, TOKENS))
 
     def value(margin: Array) -> Array:
-        return loss.values(logps_at(margin[None], loss, REF_LOGP, TOKENS))[0]
+        return loss.values(logps_at(margin[None], loss, REF_LOGP, TOKENS)._replace(running=running))[0]
 
-    return -np.asarray(jax.vmap(jax.grad(value))(jnp.asarray(margins, jnp.float32)))
+    return -np.asarray(jax.vmap(jax.grad(value))(every))
 
 
 def loss_titles(losses: Sequence[Terms]) -> list[str]:

@@ -70,7 +70,7 @@ def entrants(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     command = "dpo-jax leaderboard"
     refuse_repeated(names, f"{command} --losses")
     every = names or [name for name, entry in losses.REGISTRY.items() if not entry.rewards and name != "axes"]
-    terms = {name: named_term(name, command, points_only=True) for name in every}
+    terms = {name: named_term(name, command) for name in every}
     return {name: {"name": term.loss, **term.given} for name, term in terms.items()}
 
 

@@ -17,7 +17,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dpo_jax import losses
-from dpo_jax.commands.margins import logps_at
+from dpo_jax.commands.margins import logps_at, settled_running
 from dpo_jax.config.yaml import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import OPTIONS, build
@@ -36,8 +36,8 @@ PANEL = 6  # losses in a panel of the plot
 LEGEND_WIDTH = 30  # characters
 DASHES = ("-", "--", "-.")  # for readers who do not see the colors
 AXES = {
-    True: "margin c - r, on which alone these depend\n(beta 1, one token per response, scores 3 and 1)",
-    False: f"margin c - r, at c = -r\n(beta 1, one token per response, log ref {REF_LOGP:g}, one pair per step)",
+    True: "margin c - r, on which alone these depend\n(beta 1 if not given, one token per response, scores 3 and 1)",
+    False: f"margin c - r, at c = -r (beta 1 if not given, a\ntoken per response, log ref {REF_LOGP:g}, a pair a step)",
 }
 
 
@@ -75,13 +75,12 @@ class NamedTerm(NamedTuple):
     given: dict[str, Any]
 
 
-def named_term(name: str, command: str = "dpo-jax losses", *, points_only: bool = False) -> NamedTerm:
+def named_term(name: str, command: str = "dpo-jax losses") -> NamedTerm:
     """Returns the loss of a name such as `dpo`, `ipo,beta=0.2` or, of a point, `link=squared,scale=2`.
 
     Args:
       name: of a registered loss, its options after it, or coordinates.
       command: begins the messages.
-      points_only: whether only a point takes options.
 
     Raises:
       UserError: no such loss or option, or options that do not go together.
@@ -89,21 +88,17 @@ def named_term(name: str, command: str = "dpo-jax losses", *, points_only: bool 
     first, *rest = name.split(",")
     loss, texts = ("axes", [first, *rest]) if "=" in first else (first, rest)
     bare = next((text for text in texts if "=" not in text), "")
-    if points_only and texts and (loss != "axes" or bare):
-        raise UserError(
-            f"{command}: {name!r}: only a point of the axes, such as link=savage,scale=2, takes options here; "
-            f"give {bare or loss} alone"
-        )
     if bare or name.endswith(","):
         raise UserError(f"{command}: {name!r}: {bare!r} is no option; write OPTION=VALUE after the name of a loss")
     entry = find_entry(loss, command)
     given = {text.partition("=")[0]: text.partition("=")[2] for text in texts}
-    every = with_defaults("", options_of(entry.function), given)
-    hyper = {key: value for key, value in every.items() if key in given}
+    own = options_of(entry.function)
+    every = with_defaults("", [*own, *options_of(*OPTIONS)], given)
     if texts:
-        build({"name": loss, **hyper})
-        entry = entry._replace(**entry.of_options(**every)) if entry.of_options else entry
-    return NamedTerm(loss, entry, hyper)
+        build({"name": loss, **{key: every[key] for key in given}})
+        needs = entry.of_options(**{option.name: every[option.name] for option in own}) if entry.of_options else {}
+        entry = entry._replace(**needs)
+    return NamedTerm(loss, entry, {key: every[key] for key in given})
 
 
 def refuse_repeated(names: Sequence[str], command: str) -> None:
@@ -120,9 +115,15 @@ def _points(names: Sequence[str]) -> list[str]:
         f"  {name:<18} loss: {point_text(term.loss, term.given)}"
         + (f"  # {POINTS[term.loss].within}" if POINTS[term.loss].within else "")
         for name, term in terms.items()
-        if term.loss in POINTS and not POINTS[term.loss].outside(describe_loss(term.loss).hyper | term.given)
+        if _is_point(term)
     ]
     return ["", "as points of the axes", *found] if found else []
+
+
+def _is_point(term: NamedTerm) -> bool:
+    """Returns whether a loss is a point of the axes with these options, which are its own."""
+    point, every = POINTS.get(term.loss), describe_loss(term.loss).hyper
+    return point is not None and term.given.keys() <= every.keys() and not point.outside(every | term.given)
 
 
 def _shared_options() -> list[str]:
@@ -142,7 +143,7 @@ def losses_table(names: Sequence[str]) -> Grid:
         found = describe_loss(term.loss, term.entry)
         hyper = "\n".join(f"  {key} {default}" for key, default in (found.hyper | term.given).items())
         formula = "\n".join((found.title, "", *(f"  {line}" for line in found.formula)))
-        place = coordinates(term.loss, term.given)
+        place = coordinates(term.loss, term.given) if term.given.keys() <= found.hyper.keys() else ""
         point = f"\naxes: {place}" if place else ""
         grid.add_row(Text(f"{name}\n{hyper}"), Text(formula), Text(f"{found.paper}\n{found.takes}{point}"))
     return grid
@@ -226,17 +227,19 @@ def loss_curves(names: Sequence[str]) -> dict[str, LossCurve]:
 
 
 def _curve(name: str) -> LossCurve:
-    """Returns the curve of a loss, computed with one pair per step."""
-    _, entry, given = named_term(name)
-    hyper = ({"beta": 1.0} if "beta" in inspect.signature(entry.function).parameters else {}) | given
+    """Returns the curve of a loss, computed with one pair per step where a loss looks across pairs."""
+    term = named_term(name)
+    strength = {"beta": 1.0} if "beta" in inspect.signature(term.entry.function).parameters else {}
+    loss, margins = build({"name": term.loss, **strength, **term.given}), jnp.asarray(MARGINS, jnp.float32)
+    running = settled_running(loss, logps_at(margins, loss, REF_LOGP))
 
     def batched(margins: Array, shift: float = 0.0) -> Array:
-        return entry.function(logps_at(margins, entry, REF_LOGP, shift=shift), **hyper)
+        return loss.values(logps_at(margins, loss, REF_LOGP, shift=shift)._replace(running=running))
 
     def one_by_one(margins: Array, shift: float = 0.0) -> Array:
         return jax.vmap(lambda margin: batched(margin[None], shift)[0])(margins)
 
-    value, margins = one_by_one if entry.whole_batch else batched, jnp.asarray(MARGINS, jnp.float32)
+    value = one_by_one if loss.whole_batch else batched
     values, gradient = value(margins), jax.grad(lambda x: value(x).sum())(margins)
-    margin_only = not entry.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
+    margin_only = not loss.whole_batch and bool(np.allclose(values, value(margins, -3.0), atol=1e-4))
     return LossCurve(np.asarray(values), np.asarray(gradient), margin_only)

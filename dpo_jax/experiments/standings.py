@@ -34,7 +34,7 @@ class Standing(NamedTuple):
       calibration: error of the reward that the loss fits at the last step, as in `LossPaths`; NaN if it fits none.
       chosen: by how much the log-probs of the chosen responses have risen at the last step, nats.
       fell: the share of seeds in which they have fallen.
-      beaten_by: a loss with a higher reward at every budget, or "".
+      beaten_by: a loss with a higher reward at every budget (95%, Bonferroni), or "".
     """
 
     loss: str

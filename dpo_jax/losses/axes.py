@@ -4,6 +4,7 @@ The score of a response, how scores are compared, the loss of a comparison and t
 apart (Tang et al. 2024, arXiv 2402.05749, on links; Gorbatovski et al. 2025, arXiv 2502.01237, on scores and rankings).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -42,10 +43,20 @@ SCORES: dict[str, Callable[[Logps], Array]] = {
 }
 
 
+FAR = 12.0  # standard deviations
+
+
 def _exponential(x: Array) -> Array:
     """Returns e^x, and its tangent beyond `CLAMP`: the gradient there is that at `CLAMP`, not 0."""
     low = jnp.minimum(x, CLAMP)
     return jnp.exp(low) * (1 + x - low)
+
+
+def _probit(u: Array) -> Array:
+    """Returns -log Phi(u); far below 0 by its series, since the derivative is lost to rounding there."""
+    far = jnp.minimum(u, -FAR)
+    series = far**2 / 2 + jnp.log(-far) + math.log(2 * math.pi) / 2 - jnp.log1p(3 / far**4 - 1 / far**2)
+    return jnp.where(u < -FAR, series, -norm.logcdf(jnp.maximum(u, -FAR)))
 
 
 LINKS: dict[str, Callable[[Array], Array]] = {
@@ -57,7 +68,7 @@ LINKS: dict[str, Callable[[Array], Array]] = {
     "exponential": lambda u: _exponential(-u),
     "sigmoid": lambda u: sigmoid(-u),
     "savage": lambda u: sigmoid(-u) ** 2,
-    "probit": lambda u: -norm.logcdf(u),
+    "probit": _probit,
     "linear": lambda u: -u,
 }
 TARGETS: dict[str, Callable[[Logps, Callable[[Logps], Array]], Array | float]] = {
