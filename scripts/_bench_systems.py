@@ -283,6 +283,7 @@ def trl_options(folder: Path, system: System, batch_size: int) -> dict[str, Any]
         "max_length": MAX_LENGTH,
         "precompute_ref_log_probs": system.precomputed,
         "bf16": system.dtype == "bfloat16",
+        "router_aux_loss_coef": 0.0,  # on by default for mixtures, and off in dpo_jax
         "gradient_checkpointing": system.checkpointing,
         "logging_steps": 1,
         "save_strategy": "no",
