@@ -32,6 +32,8 @@ LAYOUTS = [
 def write_config(file, kind):
     config = json.loads((launched.ROOT / "configs/models/synthetic.json").read_text())
     few = {"num_hidden_layers": 2, "initializer_range": 0.05, "vocab_size": config["vocab_size"], "model_type": kind}
+    if kind == "deepseek_v3":  # 16 numbers of a kernel or more share a scale of nf4
+        few |= {"q_lora_rank": 16, "kv_lora_rank": 16}
     file.write_text(json.dumps(_ARGUMENTS[kind] | few))
 
 

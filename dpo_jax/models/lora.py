@@ -162,10 +162,10 @@ def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any
 
 
 def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the axis names of A and B for one projection."""
+    """Returns the axis names of A and B for one projection; latents are whole in B, as in a kernel that makes them."""
     kernel, stack = model_axes["layers"][part.path[1]]["kernel"], 1 + part.lead  # layers, and perhaps experts
     count = stack + len(module_axes(tensor)[0])
-    return (*kernel[:count], "rank"), (*kernel[:stack], "rank", *kernel[count:])
+    return (*kernel[:count], "rank"), (*kernel[:stack], "rank", *(n if n != "latent" else None for n in kernel[count:]))
 
 
 def attached_axes(architecture: Architecture, model_axes: Any, base_axes: Any, lora: Lora) -> Any:
