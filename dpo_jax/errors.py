@@ -20,7 +20,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def similar(value: Any, texts: Iterable[str]) -> str:
-    """Returns the end of a message on a text that is none of a few: the most similar one, or "" if none is."""
+    """Returns the hint at the most similar of the allowed values, which ends a message; "" if none is similar."""
     match = difflib.get_close_matches(str(value), list(texts), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 

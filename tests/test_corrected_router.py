@@ -1,4 +1,4 @@
-"""Dense layers before mixtures whose router has a correction: routes, what is never trained, files, devices.
+"""Dense layers before mixtures whose router has a correction: routes, untrained parameters, files, devices.
 
 Parity with transformers is in test_models.py.
 """

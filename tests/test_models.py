@@ -147,7 +147,7 @@ def torch_logits_and_gradients(folder, architecture, tokens, weights):
     logits = model(torch.tensor(tokens, dtype=torch.long)).logits
     (logits * torch.tensor(weights)).sum().backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    # What is saved but not trained: our gradient is 0.
+    # Buffers are saved and not trained: our gradient is 0.
     grads |= {name: np.zeros(model.get_buffer(name).shape) for name in model.state_dict().keys() - grads.keys() - HEADS}
     return logits.detach().numpy(), torch_gradients(architecture, grads)
 

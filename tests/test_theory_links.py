@@ -103,7 +103,7 @@ def test_nca_of_pairs_of_the_reference_reaches_its_density_ratio():
     assert slope_at(value, best) < 2e-6
 
 
-def excess_is_of_the_policy(policy, excess):
+def assert_excess_is_of_the_policy(policy, excess):
     """On normalised policies a sum over responses is least where its slopes are a multiple of pi (Lagrange)."""
     mass = np.exp(policy)
     mu = (excess * mass).sum(1, keepdims=True) / (mass**2).sum(1, keepdims=True)
@@ -125,14 +125,14 @@ def test_nca_of_lists_reaches_its_shares_less_a_multiple_of_the_policy():
     np.add.at(total, (prompts[:, None], chosen), worth / worth.sum(axis=1, keepdims=True))
     np.add.at(count, (prompts[:, None], chosen), 1.0)
     share = total / count
-    excess_is_of_the_policy(policy, (share + 1 / 3) * expit(0.7 * (policy - REF)) - share)
+    assert_excess_is_of_the_policy(policy, (share + 1 / 3) * expit(0.7 * (policy - REF)) - share)
 
 
 def test_bco_of_pairs_reaches_log_odds_of_win_rates_less_a_multiple_of_the_policy():
     """Each response is classified alone: the slope is sigmoid(z) - w, w its win rate, 0 at the log-odds of w."""
     policy = trained(soft({"name": "bco_pair", "beta": 0.7}))
     wins = (WINS.sum(axis=2) - 0.5) / (len(RESPONSES) - 1)
-    excess_is_of_the_policy(policy, expit(0.7 * (policy - REF)) - wins)
+    assert_excess_is_of_the_policy(policy, expit(0.7 * (policy - REF)) - wins)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.8, 1.0])

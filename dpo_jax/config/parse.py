@@ -140,7 +140,7 @@ def _parse(kind: type[T], pairs: KeyTexts, where: str, prog: str) -> T:
 
 
 def _with_choice(message: str) -> str:
-    """Returns the parser's message on a value that is none of a few, with the most similar one."""
+    """Returns the parser's message; if it refuses a choice, with the most similar of the allowed ones."""
     found = re.fullmatch(r"invalid choice '(.*)' for argument .* Expected one of \((.*)\)\.", message)
     return message + (similar(found[1], re.findall(r"'([^']*)'", found[2])) if found else "")
 

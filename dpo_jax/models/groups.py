@@ -111,7 +111,7 @@ def scan_groups(
     kept = []
     for a, b in sections(kinds):
         inputs = jax.tree.map(lambda y, a=a, b=b: y[a:b], own)
-        x, more = _scan_section(kinds[a:b], layer, _section_of(kinds, stacks, a, b), x, inputs)
+        x, more = _scan_section(kinds[a:b], layer, x, (_section_of(kinds, stacks, a, b), inputs))
         kept += more
     return x, kept
 
@@ -129,11 +129,10 @@ def _section_of(kinds: Sequence[str], stacks: Mapping[str, Any], start: int, end
 def _scan_section(
     kinds: Sequence[str],
     layer: Mapping[str, Callable[[Any, Array, Any], tuple[Array, Any]]],
-    stacks: Mapping[str, Any],
     x: Array,
-    own: Any,
+    given: tuple[dict[str, Any], Any],
 ) -> tuple[Array, list[Any]]:
-    """Returns what `scan_groups` does, of the layers of one scan."""
+    """Returns what `scan_groups` does for the layers of one scan, of which `given` has the stacks and own inputs."""
     size = period(kinds)
     count = len(kinds) // size
 
@@ -144,6 +143,6 @@ def _scan_section(
             kept.append(more)
         return x, kept
 
-    split = jax.tree.map(lambda y: y.reshape(count, -1, *y.shape[1:]), (dict(stacks), own))
+    split = jax.tree.map(lambda y: y.reshape(count, -1, *y.shape[1:]), given)
     x, kept = jax.lax.scan(group, x, split)
     return x, [jax.tree.map(lambda y, i=i: y[i // size], kept[i % size]) for i in range(len(kinds))]

@@ -37,7 +37,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
 
 
 def filled_config(config: hf.HfConfig, defaults: hf.HfConfig) -> dict[str, Any]:
-    """Returns a config.json with defaults for what is missing; the number of experts has two names."""
+    """Returns a config.json with defaults for missing keys; either key of the number of experts is enough."""
     rest = {key: value for key, value in defaults.items() if key != COUNTS[0] or config.get(COUNTS[1]) is None}
     return {**rest, **config}
 
