@@ -161,7 +161,7 @@ def adapter_axes(architecture: Architecture, model_axes: Any, lora: Lora) -> Any
     return {"layers": found, **{key: model_axes[key] for key in _whole_keys(architecture, lora)}}
 
 
-def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _part_axes(tensor: Tensor, part: TensorPart, model_axes: Any) -> tuple[tuple[str | None, ...], ...]:
     """Returns the axis names of A and B for one projection; latents are whole in B, as in a kernel that makes them."""
     kernel, stack = model_axes["layers"][part.path[1]]["kernel"], 1 + part.lead  # layers, and perhaps experts
     count = stack + len(module_axes(tensor)[0])
