@@ -161,6 +161,13 @@ _FALCON |= {"hidden_size": 4544, "layer_norm_epsilon": 1e-05, "multi_query": Tru
 _FALCON |= {"num_attention_heads": 71, "num_hidden_layers": 32, "parallel_attn": True, "vocab_size": 65024}
 _FALCON_40B = _FALCON | {"hidden_size": 8192, "new_decoder_architecture": True, "num_attention_heads": 128}
 _FALCON_40B |= {"num_hidden_layers": 60, "num_kv_heads": 8}
+_FALCON_RW = _FALCON | {"alibi": True, "bias": True, "hidden_size": 2048, "multi_query": False, "parallel_attn": False}
+_FALCON_RW |= {"num_attention_heads": 32, "num_hidden_layers": 24, "vocab_size": 50304}
+_BLOOM = {"model_type": "bloom", "apply_residual_connection_post_layernorm": False, "attention_softmax_in_fp32": True}
+_BLOOM |= {"bias_dropout_fusion": True, "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "n_embed": 1024}
+_BLOOM |= {"n_inner": None, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100, "pretraining_tp": 1}
+_BLOOM |= {"seq_length": 2048, "skip_bias_add": True, "skip_bias_add_qkv": False, "slow_but_exact": False}
+_BLOOM |= {"vocab_size": 250880}
 _GEMMA_3_WHOLE = {"model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000}
 _GEMMA_3_WHOLE |= {"eos_token_id": [1, 106], "image_token_index": 262144, "mm_tokens_per_image": 256}
 _GEMMA_3_WHOLE["vision_config"] = {}
@@ -284,6 +291,8 @@ KNOWN = {
     "internlm3-8b": (_INTERN, 8_804_241_408),
     "falcon-7b": (_FALCON, 6_921_720_704),
     "falcon-40b": (_FALCON_40B, 41_303_293_952),
+    "falcon-rw-1b": (_FALCON_RW, 1_311_625_216),
+    "bloom-560m": (_BLOOM, 559_214_592),
     "phi-2": (_PHI_2, 2_779_683_840),
     "starcoder2-3b": (_STAR, 3_030_371_328),
     "stablelm-2-1.6b": (_STABLE, 1_644_515_328),

@@ -43,6 +43,7 @@ CONFIGS = {
     **{"phi3": LLAMA, "qwen2": {**GROUPED, "num_hidden_layers": 30}, "qwen3": GROUPED, "granite": GROUPED},
     **{"exaone4": FOUR | {"num_hidden_layers": 8}, "glm4": LLAMA, "ministral3": GROUPED, "olmo3": FOUR},
     **{"smollm3": FOUR, "cohere2": FOUR | {"num_hidden_layers": 6}, "phi": LLAMA, "seed_oss": GROUPED},
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4, "n_layer": 2},
     "falcon": {k: v for k, v in LLAMA.items() if k != "intermediate_size"},
     **{"stablelm": FOUR, "starcoder2": LLAMA, "internlm3": LLAMA},
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
@@ -158,7 +159,8 @@ OLMO3 = ["sliding_attention", "full_attention"]
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax' is not supported, only 'sigmoid' is"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy' is not supported, only 'noaux_tc' is"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2 is not supported, only 1 is"),
-        ("falcon", {"alibi": True}, "alibi = True is not supported, only False"),
+        ("falcon", {"alibi": True}, "alibi = True with 1 key-value heads for 4 heads is not supported"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm = True is not supported, only"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2, parallel_attn = True, new_decoder_"),
         ("internlm3", {"qkv_bias": True}, "qkv_bias and bias differ, which is not supported"),
         ("phi3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic' is not supported in"),
@@ -283,6 +285,7 @@ NOTHING |= {"output_router_logits", "router_aux_loss_coef"}  # of training: `mod
 NOTHING |= {"num_nextn_predict_layers"}  # heads for further tokens, which are not read
 # That of dense layers, of which they have none.
 UNUSED = {key: {"intermediate_size"} for key in ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")}
+UNUSED["bloom"] = {"slow_but_exact"}  # the order of a sum
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -108,6 +108,11 @@ CASES = {
         {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True}
         | {"num_kv_heads": None, "tie_word_embeddings": False},
     ),
+    "falcon rw": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True}
+        | {"num_kv_heads": None, "alibi": True},
+    ),
     "falcon 2": ("falcon", {"num_ln_in_parallel_attn": 1}),
     "glm4 without biases": ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     "mixtral with windows, one expert": ("mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}),

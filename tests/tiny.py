@@ -43,6 +43,8 @@ _LATENT["rope_parameters"] |= {"original_max_position_embeddings": 16, "mscale_a
 _MIXED = ["sliding_attention", "full_attention"]
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.5}
 _ARGUMENTS = {
+    # Slopes of four heads and of two between them.
+    "bloom": {"hidden_size": 36, "n_head": 6, "n_layer": 2},
     "cohere2": {**_LLAMA, "sliding_window": WINDOW, "layer_types": _MIXED, "logit_scale": 0.4},
     "deepseek_v3": {**_LLAMA, **_CORRECTED, **_LATENT, "num_hidden_layers": 3, "num_key_value_heads": 4},
     "exaone4": {**_LLAMA, "head_dim": 16, "sliding_window": WINDOW, "layer_types": _MIXED},
@@ -143,10 +145,12 @@ def folders_of(cases, make_folder):
 def load_torch(folder: Path):
     """Returns transformers' float32 model of a folder, and asserts that the file fits it exactly."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    # By its eager attention, transformers adds the biases of a Falcon with ALiBi twice, by its default once.
+    attention = "sdpa" if getattr(AutoConfig.from_pretrained(folder), "alibi", False) else "eager"
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()

@@ -137,7 +137,7 @@ class Architecture:
       eps: added to the variance in norms.
       activation: activation of the MLP; "gelu" is the exact one, "clamped" that of GPT-OSS (`layers.activate`).
       gated: the MLP computes act(gate(x)) * up(x) instead of act(up(x)).
-      rope: rotary positions; None for a learned embedding of `max_positions` positions.
+      rope: rotary positions; None for a learned embedding of `max_positions` positions, or for `alibi`.
       parallel: attention and MLP read the same residual, as in GPT-NeoX.
       qkv_bias: the query, key and value projections have biases; of latent attention those to the short vectors.
       out_bias: the output projection of attention has a bias.
@@ -157,6 +157,8 @@ class Architecture:
       window_rope: rotary positions of layers with a window, if they differ from `rope`.
       nope: which layers have no rotary positions, one entry per layer; empty for none.
       score_scale: multiplies attention scores; None for d ** -0.5.
+      alibi: scores fall with the distance of a key, by a slope for each head (`models.alibi`): "added" to the scaled
+        scores, or "scaled" with them and rounded to bfloat16, as in Falcon; None for neither. `kv_heads` is then H.
       layer_scaled: the scores of layer i, counted from 1, are divided by i.
       sinks: every query of a head sees one more key, with a learned score and a value of 0 (arXiv 2309.17453).
       score_cap: c in c * tanh(score / c); None for no cap.
@@ -165,6 +167,7 @@ class Architecture:
       embedding_scale: multiplies token embeddings.
       scale_rounded: `embedding_scale` is rounded to the compute dtype first: so Gemma was trained.
       residual_multiplier: multiplies the outputs of attention and MLP before they are added to the residual.
+      embedding_norm: embeddings are normalized before the first layer.
       position_offset: row of the learned position embedding that belongs to position 0.
       gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
       kinds: what each layer has, one entry per layer; empty for alike layers. "attention"; "delta", linear attention in
@@ -207,6 +210,7 @@ class Architecture:
     window_rope: Rope | None = None
     nope: tuple[bool, ...] = ()
     score_scale: float | None = None
+    alibi: Literal["added", "scaled"] | None = None
     layer_scaled: bool = False
     sinks: bool = False
     score_cap: float | None = None
@@ -215,6 +219,7 @@ class Architecture:
     embedding_scale: float = 1.0
     scale_rounded: bool = False
     residual_multiplier: float = 1.0
+    embedding_norm: bool = False
     position_offset: int = 0
     gated_attention: bool = False
     kinds: tuple[Literal["attention", "delta", "mixture", "dense"], ...] = ()
@@ -222,6 +227,11 @@ class Architecture:
     latent: Latent | None = None
     mixture: Mixture | None = None
     score: bool = False
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are a learned embedding, beyond which there is none."""
+        return self.rope is None and self.alibi is None
 
     @property
     def value_dim(self) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models.alibi import key_biases, with_biases
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import (
     Attend,
@@ -62,6 +63,7 @@ class Context(NamedTuple):
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
         layers with a window; empty with learned positions.
       growth: what queries are multiplied by, float32[R, T, 1, 1], set by `Decoder`; None for nothing.
+      biases: further dimensions of keys, `key_biases`, set by `Decoder`; None without ALiBi.
       paths: whose state each token continues, set by `Decoder`; None without linear attention, or with a cache.
       counted: float32[R, T], how often a token counts in the statistics of routers; None for no statistics.
     """
@@ -71,6 +73,7 @@ class Context(NamedTuple):
     mask: Array = None
     angles: tuple[Angles, ...] = ()
     growth: Array = None
+    biases: Array | None = None
     paths: Paths | None = None
     counted: Array | None = None
 
@@ -101,6 +104,8 @@ def _attention(
     q, k, v = (_heads(a, x, name, angles) for name in "qkv") if a.latent is None else latent_heads(a, x, angles)
     for factor in (own.factor, context.growth):
         q = q if factor is None else q * factor.astype(q.dtype)
+    if context.biases is not None:
+        q, k, v = with_biases(q, k, v, context.biases)
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     sinks = (Sinks(a.heads, a.initializer_range, name="sinks")(),) if a.sinks else ()
@@ -247,7 +252,7 @@ class Decoder(nn.Module):
         Args:
           tokens: int32[R, T].
           positions: int32[R, T].
-          context: masks; `angles` and `growth` are filled in here.
+          context: masks; the rest is filled in here.
           cache: keys and values so far, to decode one token per sequence (R = B, T = 1). The parameters of the layers
             must then be a list (`Model.unstack`).
 
@@ -262,6 +267,8 @@ class Decoder(nn.Module):
         windows = _windows(a, _length(context.rows, cache))
         rows = _unmeasured(context.rows) if windows is None else context.rows
         context = context._replace(angles=angles, growth=growth_at(a.rope, positions), rows=rows)
+        if a.alibi is not None:
+            context = context._replace(biases=key_biases(a, positions, scoring_of(a).scale, self.compute))
         if a.delta is not None and rows is not None:
             context = context._replace(paths=paths_of(rows.queries.segment_ids, rows.queries.branch_ids, a.delta.taps))
         factors = 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
@@ -289,10 +296,11 @@ class Decoder(nn.Module):
             part = self.get_variable("params", "embedding")  # some columns, which `param` would refuse
             x = self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
         x = _scaled(x, float(np.asarray(a.embedding_scale, x.dtype)) if a.scale_rounded else a.embedding_scale)
-        if a.rope is None:
+        if a.learned_positions:
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))
             x = x + _lookup(table, positions + a.position_offset, self.compute)
+        x = Norm(a, name="embedding_norm")(x) if a.embedding_norm else x
         if self.is_initializing():  # `Model.head` reads them
             self._create_head(named)
         return x

@@ -61,7 +61,7 @@ def check_sampling(
     lengths = [len(p) for p in prompts]
     if 0 in lengths:
         raise UserError(f"prompt {lengths.index(0) + 1} has no tokens; give at least one")
-    longest, end = max(lengths, default=0) + new, a.max_positions if a.rope is None else a.rope.end
+    longest, end = max(lengths, default=0) + new, a.max_positions if a.learned_positions else a.rope and a.rope.end
     if end is not None and longest > end:
         sizes = f"{new} and the longest prompt are {longest} tokens, the model has {end} positions"
         raise UserError(f"max_new_tokens: {sizes}; lower it, or shorten the prompts")

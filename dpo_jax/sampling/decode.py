@@ -17,7 +17,7 @@ from dpo_jax.records import Array
 from dpo_jax.sampling.choose import BLOCK, choose_tokens
 from dpo_jax.sampling.quantize import quantize_layer
 
-TOP = {"embedding", "positions", "final_norm"}  # parameters outside the layers that decoding reads
+TOP = {"embedding", "embedding_norm", "positions", "final_norm"}  # parameters outside the layers that decoding reads
 
 
 class Sampler(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_jax import distributed, sharding
 from dpo_jax.errors import UserError
+from dpo_jax.models.alibi import bias_dims
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.attention import CHUNKS, Attend, RowMask, Scoring, packed_attention
 from dpo_jax.models.decoder import scoring_of
@@ -225,8 +226,9 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
             part.append(list(values))
     segment_ids, branch_ids, positions = (np.array(part, np.int32) for part in parts)
     heads = [kv_heads * a.heads // a.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // a.kv_heads]
-    q, *rest = (rng.standard_normal((*segment_ids.shape, n, a.head_dim), np.float32) for n in heads)
-    q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * a.head_dim**0.5)
+    dim = a.head_dim + bias_dims(a, compute)
+    q, *rest = (rng.standard_normal((*segment_ids.shape, n, dim), np.float32) for n in heads)
+    q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * dim**0.5)
     rows = (
         RowMask.of(segment_ids, branch_ids)
         if window is None

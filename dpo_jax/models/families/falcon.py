@@ -1,4 +1,7 @@
-"""Falcon (7B to 180B, Falcon 2 11B): attention and MLP side by side, few key-value heads in one fused projection."""
+"""Falcon (7B to 180B, RW, Falcon 2 11B): attention and MLP side by side, few key-value heads in one fused projection.
+
+The RW models (1B, 7B) have ALiBi, one after the other, and a key-value head for each head.
+"""
 
 import numpy as np
 
@@ -30,8 +33,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    for key in ("alibi", "apply_residual_connection_post_layernorm"):
-        hf.only_setting(config, key, False)
+    hf.only_setting(config, "apply_residual_connection_post_layernorm", False)
     new = hf.get_setting(config, "new_decoder_architecture", False)
     parallel = hf.get_setting(config, "parallel_attn", True)
     norms = hf.get_setting(config, "num_ln_in_parallel_attn", 2 if new else 1)
@@ -41,17 +43,22 @@ def architecture(config: hf.HfConfig) -> Architecture:
     width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
     dim, bias = hf.head_dim({}, width, heads), hf.get_setting(config, "bias", False)
     grouped = new or not hf.get_setting(config, "multi_query", True)
+    kv_heads = hf.kv_heads({"num_key_value_heads": config.get("num_kv_heads")}, heads) if grouped else 1
+    alibi = hf.get_setting(config, "alibi", False)
+    if alibi and kv_heads != heads:
+        raise UserError(f"config.json: alibi = True with {kv_heads} key-value heads for {heads} heads is not supported")
     return gpt2.gpt_like(
         config,
         "falcon",
         width=width,
         layers=hf.need_setting(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=hf.kv_heads({"num_key_value_heads": config.get("num_kv_heads")}, heads) if grouped else 1,
+        kv_heads=kv_heads,
         head_dim=dim,
         mlp=hf.get_setting(config, "ffn_hidden_size", 4 * width),
         activation=hf.activation(config, "activation", "gelu"),
-        rope=hf.rope_from_config(config, dim),
+        rope=None if alibi else hf.rope_from_config(config, dim),
+        alibi="scaled" if alibi else None,
         parallel=parallel,
         shared_norm=parallel and norms == 1,
         qkv_bias=bias,

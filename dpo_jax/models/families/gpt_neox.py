@@ -75,7 +75,7 @@ def _rope(config: hf.HfConfig, dim: int) -> Rope:
     return rope
 
 
-def _fused(leaf: str, a: Architecture, *inputs: int) -> Tensor:
+def fused_by_head(leaf: str, a: Architecture, *inputs: int) -> Tensor:
     """Returns the entry of queries, keys and values in one tensor, interleaved by head."""
     parts = (TensorPart(("layers", name, leaf), len(inputs), (slice(None), i)) for i, name in enumerate("qkv"))
     return Tensor(((a.heads, 3, a.head_dim), *((size,) for size in inputs)), tuple(parts))
@@ -86,12 +86,12 @@ def tensors(a: Architecture) -> dict[str, Tensor]:
     width = a.width
     table = {
         "gpt_neox.embed_in.weight": same_layout(("embedding",), a.vocab, width),
-        LAYER + "attention.query_key_value.weight": _fused("kernel", a, width),
+        LAYER + "attention.query_key_value.weight": fused_by_head("kernel", a, width),
         LAYER + "attention.dense.weight": linear(("layers", "o", "kernel"), (width,), (a.heads, a.head_dim)),
         **with_bias(LAYER + "mlp.dense_h_to_4h", linear(("layers", "up", "kernel"), (a.mlp,), (width,)), a.mlp),
         **with_bias(LAYER + "mlp.dense_4h_to_h", linear(("layers", "down", "kernel"), (width,), (a.mlp,)), width),
     }
     if a.qkv_bias:
-        table[LAYER + "attention.query_key_value.bias"] = _fused("bias", a)
+        table[LAYER + "attention.query_key_value.bias"] = fused_by_head("bias", a)
         table[LAYER + "attention.dense.bias"] = same_layout(("layers", "o", "bias"), width)
     return {**table, **layer_norms(NORMS, width), **untied_head(HEAD, a)}
