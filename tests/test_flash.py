@@ -78,12 +78,12 @@ def test_equals_dense_attention_and_its_gradient(platform, window, scoring, long
 @pytest.mark.parametrize(
     ("dim", "heads", "kv_heads", "dtype", "tolerance"),
     [
-        (64, 4, 4, "float32", 1e-5),
-        (80, 2, 2, "float32", 1e-5),
+        pytest.param(64, 4, 4, "float32", 1e-5, marks=pytest.mark.milestone),
+        pytest.param(80, 2, 2, "float32", 1e-5, marks=pytest.mark.milestone),
         (96, 6, 2, "float32", 1e-5),
-        (128, 4, 1, "float32", 1e-5),
-        (256, 2, 1, "float32", 1e-5),
-        (80, 12, 1, "bfloat16", 0.02),
+        pytest.param(128, 4, 1, "float32", 1e-5, marks=pytest.mark.milestone),
+        pytest.param(256, 2, 1, "float32", 1e-5, marks=pytest.mark.milestone),
+        pytest.param(80, 12, 1, "bfloat16", 0.02, marks=pytest.mark.milestone),
         (128, 4, 2, "bfloat16", 0.02),
     ],
 )

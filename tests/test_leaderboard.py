@@ -180,7 +180,7 @@ def train(term, batches, steps=1500):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("beta", [pytest.param(0.5, marks=pytest.mark.milestone), 1.0])
 def test_dpo_on_every_clean_comparison_reaches_the_optimum(beta):
     """All pairs at their Bradley-Terry frequencies, of (1, 2, 4): 15 of each pair are whole numbers."""
     batches = every_pair(WORTH, 15)

@@ -11,7 +11,17 @@ import yaml
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from tiny import COMPOSED, FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of, unpacked_rows
+from tiny import (
+    COMPOSED,
+    FAMILIES,
+    REPEATED,
+    folders_of,
+    largest_difference,
+    load_torch,
+    logits_of,
+    tokens_of,
+    unpacked_rows,
+)
 
 from dpo_jax import cli
 from dpo_jax.config.schema import LoraConfig
@@ -25,7 +35,10 @@ from dpo_jax.models.model import build_model
 from dpo_jax.training.load import initial_adapters
 
 WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # layouts of projections: [in, out], fused by head, separate, fused
-LATER = ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3", *COMPOSED)
+LATER = [
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3")
+]
+LATER += [pytest.param(kind, marks=REPEATED) for kind in COMPOSED]
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 
@@ -45,7 +58,7 @@ def random_adapters(architecture, spec=SPEC, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT's use of transformers
-@pytest.mark.parametrize("kind", [*WAYS, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
+@pytest.mark.parametrize("kind", [*WAYS, *LATER])
 def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
     architecture, config, base = load_folder(folders(kind))
     adapters, model, tokens = random_adapters(architecture), build_model(architecture), tokens_of(2, 20)

@@ -9,6 +9,7 @@ import pytest
 from tiny import (
     COMPOSED,
     FAMILIES,
+    REPEATED,
     VOCAB,
     WINDOW,
     folders_of,
@@ -134,8 +135,8 @@ CASES = {
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
 ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
-ALIKE += COMPOSED
-ATTENTION = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES]
+MARKS = {name: [pytest.mark.slow] for name in ALIKE} | dict.fromkeys(COMPOSED, REPEATED)
+ATTENTION = [pytest.param(name, marks=MARKS.get(name, ())) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def run(options, steps, seed, **callbacks):
     return ppo.train_ppo(enumerable.problem(steps, seed), options, **callbacks)
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("beta", [pytest.param(0.5, marks=pytest.mark.milestone), 1.0])
 @pytest.mark.slow
 def test_it_approaches_the_optimal_policy(beta):
     """With a constant coefficient: pi* = ref exp(r / beta) / Z, which is far from the reference."""

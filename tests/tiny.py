@@ -92,9 +92,13 @@ _ARGUMENTS = {
     "starcoder2": {**_LLAMA, "sliding_window": WINDOW},
 }
 FAMILIES = tuple(_ARGUMENTS)
-# Families made of the options of others: what costs most is tested for them in the slow suite only.
+# Families made of the options of others. The default suite compares their logits and gradients with transformers';
+# packing, decoding, sampling and adapters, which have no code of a family, have the marks below for them.
 COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
 COMPOSED += ("granitemoe", "starcoder2", "qwen3_5_moe_text", "qwen3_next", "glm4_moe")
+
+
+REPEATED = (pytest.mark.slow, pytest.mark.milestone)
 
 
 def torch_model(family: str, **settings):
