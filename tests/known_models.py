@@ -262,6 +262,32 @@ _MOONLIGHT |= {"num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora
 _MOONLIGHT |= {"rope_scaling": None, "rope_theta": 50000.0, "routed_scaling_factor": 2.446, "topk_group": 1}
 _MOONLIGHT |= {"aux_loss_alpha": 0.001, "seq_aux": True, "vocab_size": 163840}
 
+_GEMMA_4 = {"model_type": "gemma4_text", "attention_bias": False, "attention_k_eq_v": False, "enable_moe_block": False}
+_GEMMA_4 |= {"final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_size": 1536}
+_GEMMA_4 |= {"hidden_activation": "gelu_pytorch_tanh", "hidden_size_per_layer_input": 256, "intermediate_size": 6144}
+_GEMMA_4 |= {"layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7, "max_position_embeddings": 131072}
+_GEMMA_4 |= {"moe_intermediate_size": None, "num_attention_heads": 8, "num_experts": None, "num_hidden_layers": 35}
+_GEMMA_4 |= {"num_global_key_value_heads": None, "num_key_value_heads": 1, "num_kv_shared_layers": 20}
+_GEMMA_4 |= {"rms_norm_eps": 1e-06, "sliding_window": 512, "tie_word_embeddings": True, "top_k_experts": None}
+_GEMMA_4 |= {"use_bidirectional_attention": None, "use_double_wide_mlp": True, "vocab_size": 262144}
+_GEMMA_4 |= {"vocab_size_per_layer_input": 262144}
+_GEMMA_4["rope_parameters"] = {"sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}}
+_GEMMA_4["rope_parameters"]["full_attention"] = {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0}
+_GEMMA_4["rope_parameters"]["full_attention"] |= {"rope_type": "proportional"}
+_GEMMA_4_E4B = _GEMMA_4 | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42}
+_GEMMA_4_E4B |= {"num_key_value_heads": 2, "num_kv_shared_layers": 18, "use_double_wide_mlp": False}
+_GEMMA_4_E4B |= {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 7}
+_GEMMA_4_31B = _GEMMA_4_E4B | {"attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0}
+_GEMMA_4_31B |= {"intermediate_size": 21504, "max_position_embeddings": 262144, "num_attention_heads": 32}
+_GEMMA_4_31B |= {"num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16}
+_GEMMA_4_31B |= {"num_kv_shared_layers": 0, "sliding_window": 1024, "use_bidirectional_attention": "vision"}
+_GEMMA_4_31B |= {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 10}
+_GEMMA_4_MOE = _GEMMA_4_31B | {"enable_moe_block": True, "hidden_size": 2816, "intermediate_size": 2112}
+_GEMMA_4_MOE |= {"moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128, "num_hidden_layers": 30}
+_GEMMA_4_MOE |= {"num_global_key_value_heads": 2, "num_key_value_heads": 8, "top_k_experts": 8}
+_GEMMA_4_MOE |= {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 5}
+_GEMMA_4_WHOLE = {"model_type": "gemma4", "image_token_id": 258880, "tie_word_embeddings": True, "vision_config": {}}
+
 # A tied head counts once. Qwen3's files also hold the tied head, so that the hub shows more.
 KNOWN = {
     "Llama-2-7b": (_LLAMA_2, 6_738_415_616),
@@ -288,6 +314,10 @@ KNOWN = {
     "gemma-2-27b": (_GEMMA_2_27B, 27_227_128_320),
     "gemma-3-1b": (_GEMMA_3, 999_885_952),
     "gemma-3-4b, its language model": (_GEMMA_3_4B, 3_880_263_168),
+    "gemma-4-E2B, its language model": (_GEMMA_4, 4_628_569_379),
+    "gemma-4-E4B, its language model": (_GEMMA_4_E4B, 7_463_013_418),
+    "gemma-4-31B, its language model": (_GEMMA_4_31B, 30_697_345_340),
+    "gemma-4-26B-A4B, its language model": (_GEMMA_4_MOE, 25_233_141_790),
     "internlm3-8b": (_INTERN, 8_804_241_408),
     "falcon-7b": (_FALCON, 6_921_720_704),
     "falcon-40b": (_FALCON_40B, 41_303_293_952),
@@ -319,6 +349,8 @@ KNOWN = {
 WHOLE = {
     "gemma-3-4b-it": (_GEMMA_3_WHOLE, 3_880_263_168),
     "gemma-3-27b-it": (_GEMMA_3_WHOLE | {"text_config": _GEMMA_3_27B}, 27_009_346_304),
+    "gemma-4-E2B-it": (_GEMMA_4_WHOLE | {"text_config": _GEMMA_4}, 4_628_569_379),
+    "gemma-4-31B-it": (_GEMMA_4_WHOLE | {"text_config": _GEMMA_4_31B}, 30_697_345_340),
     "Mistral-Small-3.1-24B": (
         _MISTRAL_3_WHOLE | {"tie_word_embeddings": False, "text_config": _MISTRAL_SMALL},
         23_572_403_200,

@@ -17,9 +17,11 @@ from dpo_jax.training.abstract import count_parameters
 
 def test_an_unknown_family_is_answered_with_the_closest():
     assert families() == FAMILIES
-    with pytest.raises(UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: cohere2, deepseek_v3"):
+    with pytest.raises(
+        UserError, match=r"'Llama' is not known; did you mean 'llama'\? known: bloom, cohere2, deepseek_v3"
+    ):
         family("Llama")
-    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: cohere2"):
+    with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: bloom, cohere2"):
         family("hf_olmo")
     for other in ("gemma3", "mistral3", "qwen3_vl", "mamba"):
         with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: coh"):
@@ -49,6 +51,7 @@ CONFIGS = {
     **{"mixtral": GROUPED, "olmoe": LLAMA, "qwen3_moe": GROUPED, "gpt_oss": GROUPED, "granitemoe": LLAMA},
     **{"qwen3_5_moe_text": FOUR, "qwen3_5_text": FOUR, "qwen3_next": FOUR, "glm4_moe": FOUR},
     "deepseek_v3": FOUR,
+    "gemma4_text": {**LLAMA, "num_hidden_layers": 8, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB},
 }
 SCALED = {"rope_type": "ntk", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -286,6 +289,7 @@ NOTHING |= {"num_nextn_predict_layers"}  # heads for further tokens, which are n
 # That of dense layers, of which they have none.
 UNUSED = {key: {"intermediate_size"} for key in ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")}
 UNUSED["bloom"] = {"slow_but_exact"}  # the order of a sum
+UNUSED["gemma4_text"] = {"num_experts", "top_k_experts", "moe_intermediate_size"}  # of mixtures
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -225,7 +225,7 @@ def unknown(_, config):
         (add, r"tensor model.layers.0.mlp.experts.weight is not part of a LlamaForCausalLM"),
         (integers, "tensor model.norm.weight is I8; only F32"),
         (quantized, "quantization_config is not supported"),
-        (unknown, r"config.json: model_type 'llama4x' is not known; known: cohere2, "),
+        (unknown, r"config.json: model_type 'llama4x' is not known; known: bloom, cohere2, "),
     ],
 )
 def test_a_mismatch_is_named_in_one_line(folders, tmp_path, damage, message):

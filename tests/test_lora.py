@@ -36,7 +36,8 @@ from dpo_jax.training.load import initial_adapters
 
 WAYS = ("gpt2", "gpt_neox", "olmo2", "phi3")  # layouts of projections: [in, out], fused by head, separate, fused
 LATER = [
-    pytest.param(kind, marks=pytest.mark.slow) for kind in ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3")
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3", "gemma4_text")
 ]
 LATER += [pytest.param(kind, marks=REPEATED) for kind in COMPOSED]
 SPEC = Lora(3, 7.0, ("all-linear",))

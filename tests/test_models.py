@@ -23,7 +23,7 @@ from tiny import (
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.registry import describe_families, family
-from dpo_jax.models.families.tensor_map import unpack_tensor
+from dpo_jax.models.families.tensor_map import in_layer, is_layered, unpack_tensor
 from dpo_jax.models.huggingface.folder import load_folder
 from dpo_jax.models.model import build_model
 
@@ -34,14 +34,8 @@ HEADS = {"lm_head.weight"}  # a tied one is no parameter of its own
 
 # Settings of each case beyond its family's defaults.
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 500.0, "original_max_position_embeddings": 64}
 MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16, "beta_slow": 2, "truncate": False}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 5.0, 8.0]}
@@ -129,6 +123,16 @@ CASES = {
         "deepseek_v3",
         {"q_lora_rank": None, "v_head_dim": 24, "attention_bias": True, "rope_parameters": NEAR, "rms_norm_eps": 1e-3},
     ),
+    "gemma4_text, keys as values": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"hidden_size_per_layer_input": 0, "final_logit_softcapping": None},
+    ),
+    "gemma4_text, a mixture beside the MLP": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+        | {"moe_intermediate_size": 24, "attention_bias": True, "num_hidden_layers": 2, "layer_types": None},
+    ),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 
@@ -164,10 +168,10 @@ def torch_gradients(architecture, grads):
         grads[family(architecture.family).HEAD] = grads["lm_head.weight"]
     ours, module = {}, family(architecture.family)
     for pattern, tensor in getattr(module, "fused_tensors", module.tensors)(architecture).items():
-        layers = tensor.layers_of(architecture) if "{i}" in pattern else (0,)
-        parts = [unpack_tensor(tensor, grads[pattern.replace("{i}", str(i))]) for i in layers]
+        layers = tensor.layers_of(architecture) if is_layered(pattern) else (0,)
+        parts = [unpack_tensor(tensor, grads[in_layer(pattern, i)]) for i in layers]
         for part, *layers in zip(tensor.parts, *parts, strict=True):
-            ours["/".join(part.path)] = np.stack(layers) if "{i}" in pattern else layers[0]
+            ours["/".join(part.path)] = np.stack(layers) if is_layered(pattern) else layers[0]
     return ours
 
 

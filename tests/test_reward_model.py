@@ -309,4 +309,4 @@ def test_class_names_are_those_of_transformers():
         else:
             assert hasattr(transformers, name), name
     # Of which transformers has none.
-    assert refused == {"cohere2", "glm4_moe", "granite", "granitemoe", "olmoe", "qwen3_5_moe_text"}
+    assert refused == {"cohere2", "gemma4_text", "glm4_moe", "granite", "granitemoe", "olmoe", "qwen3_5_moe_text"}

@@ -223,10 +223,11 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
         pytest.param("llama", (1, 4), 1.0, marks=pytest.mark.slow),
         pytest.param("gptj", (1, 4), 1.0, marks=pytest.mark.slow),
         pytest.param("gpt2", (1, 2, 2), 0.0, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", (1, 4), 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_parameters_that_stay_sharded_give_the_same_tokens(models, monkeypatch, kind, sizes, temperature):
-    """Each token gathers every layer: a head tied or not, with a bias, and learned positions."""
+    """Each token gathers every layer: a head tied or not, with a bias, learned positions, embeddings of each layer."""
     _, model, params = models(kind)
     prompts, options = prompts_of(7, 33, 9, 20, 3), {"max_new_tokens": NEW, "eos_id": EOS, "copies": 2}
     alone = jax.device_put(params, sharding.replicated(mesh_of(1)))

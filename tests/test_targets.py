@@ -1,5 +1,6 @@
 """Targets: their names and numbers, meshes over slices, the bound on speed, and what TPUs' compiler makes of a step."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -218,7 +219,7 @@ def test_advice_names_what_makes_a_step_slow():
 
 
 def test_auto_attention_is_what_the_target_would_use():
-    model = SimpleNamespace(architecture=SimpleNamespace(kv_heads=2, sinks=False), hidden=lambda **_: None)
+    model = SimpleNamespace(architecture=dataclasses.replace(TINY, kv_heads=2), hidden=lambda **_: None)
     model._replace = lambda **new: SimpleNamespace(**{**vars(model), **new})
     planned = attention_check.planned_attention
     mesh = sharding.make_mesh(4, 1, 1)

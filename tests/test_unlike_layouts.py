@@ -34,6 +34,9 @@ def write_config(file, kind):
     few = {"num_hidden_layers": 2, "initializer_range": 0.05, "vocab_size": config["vocab_size"], "model_type": kind}
     if kind == "deepseek_v3":  # 16 numbers of a kernel or more share a scale of nf4
         few |= {"q_lora_rank": 16, "kv_lora_rank": 16}
+    if kind == "gemma4_text":
+        few |= {"num_hidden_layers": 4, "layer_types": _ARGUMENTS[kind]["layer_types"][:4]}
+        few |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": config["vocab_size"]}
     file.write_text(json.dumps(_ARGUMENTS[kind] | few))
 
 
@@ -52,7 +55,7 @@ def test_one_trajectory(tmp_path, monkeypatch, kind, base, layout, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gemma4_text"])
 def test_plans_count_what_a_device_holds(kind, tmp_path, monkeypatch):
     """All parameters without a split, about a quarter on 2x2 devices, and half a byte and scales of a 4-bit base."""
     monkeypatch.setattr(lower, "lower_step", lambda planned: planned)

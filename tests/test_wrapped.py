@@ -31,6 +31,9 @@ MODELS["Qwen3_5"] = QWEN35
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 EXPERTS |= {"shared_expert_intermediate_size": 20}
 MODELS["Qwen3_5Moe"] = QWEN35 | {"text_config": QWEN35["text_config"] | EXPERTS}
+GEMMA4 = {"global_head_dim": 24, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+MODELS["Gemma4"] = {"text_config": {**TEXT, **GEMMA4, "sliding_window": 8, "layer_types": KINDS}}
+MODELS["Gemma4"]["vision_config"] = VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
 # Names in released files, which transformers writes too -> those in memory, with which some files are saved.
 NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head"}
 NAMES |= {"vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector."}

@@ -23,6 +23,9 @@ _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 # Head dimensions that are not D / H, and a score scale that is not d ** -0.5.
 _GEMMA = {**_LLAMA, "head_dim": 16}
 _GEMMA2 = {**_GEMMA, "query_pre_attn_scalar": 10, "sliding_window": WINDOW}
+# Unlike heads in full attention, of which a part is rotated.
+_GEMMA4 = {**_GEMMA, "global_head_dim": 24, "sliding_window": WINDOW, "hidden_size_per_layer_input": 8}
+_GEMMA4 |= {"vocab_size_per_layer_input": VOCAB, "use_double_wide_mlp": True, "final_logit_softcapping": 3.0}
 # Ministral 3's, with a context of pretraining that most sequences in the tests exceed.
 _GROWING = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _GROWING |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
@@ -52,6 +55,8 @@ _ARGUMENTS = {
     "gemma": _GEMMA,
     "gemma2": {**_GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**_GEMMA2, "num_hidden_layers": 3, "layer_types": [*["sliding_attention"] * 2, "full_attention"]},
+    # All kinds of layers: the last two read the keys and values of the two before them, and of no others.
+    "gemma4_text": {**_GEMMA4, "num_hidden_layers": 6, "layer_types": _MIXED * 3, "num_kv_shared_layers": 2},
     "glm4": _GEMMA,
     "glm4_moe": {**_GEMMA, **_CORRECTED, "num_hidden_layers": 3, "use_qk_norm": True, "attention_bias": True},
     "gpt2": _GPT2,
@@ -112,18 +117,23 @@ def torch_model(family: str, **settings):
     config._attn_implementation = "eager"  # noqa: SLF001 (the only way before the model is made)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    centered = family.startswith(("gemma", "qwen3_5", "qwen3_next"))  # they store the scale of a norm minus 1
+    # They store the scale of a norm minus 1.
+    centered = family.startswith(("gemma", "qwen3_5", "qwen3_next")) and family != "gemma4_text"
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 or name.endswith("bias"):
                 p.copy_(torch.randn_like(p) * 0.2 + ("bias" not in name and not centered))
             if name.endswith("linear_attn.norm.weight"):
                 p.add_(1)
+            if family == "gemma4_text" and ("q_norm" in name or "post_" in name):
+                p.mul_(0.3)  # scores as if divided by the root of d; larger branches would grow a rounding error
             if name.endswith("A_log"):  # a state that lasts for some tens of tokens
                 p.sub_(3)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
+            if name.endswith("layer_scalar"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2 + 1)
     return model
 
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+GLOBAL = ("global", "global_reader")  # kinds of layers whose keys and values are those of `Architecture.global_heads`
+OWNERS = {"reader": "attention", "global_reader": "global"}  # readers of keys and values -> kind of the layer they read
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -15,6 +18,8 @@ class Mixture:
       biased: the router and the projections of the experts have biases.
       shared: inner width of an MLP that every token uses beside them; None for none.
       gated_shared: that MLP's output is multiplied by the sigmoid of a projection.
+      beside: that MLP and the experts have norms of their own, before the experts and after both; experts and router
+        read the residual. The router normalizes it, and multiplies the weights by one number an expert (Gemma 4).
       sigmoid: probabilities are sigmoids, each of its own logit. Experts are chosen by the probability plus a
         correction, one number an expert, which is not trained and no part of the weights (arXiv 2408.15664).
       groups: G, which divides E, of as many adjacent experts; `sigmoid` only.
@@ -29,6 +34,7 @@ class Mixture:
     biased: bool = False
     shared: int | None = None
     gated_shared: bool = True
+    beside: bool = False
     sigmoid: bool = False
     groups: int = 1
     chosen_groups: int = 1
@@ -83,6 +89,21 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class HeadSizes:
+    """Keys and values of attention.
+
+    Attributes:
+      kv_heads: K.
+      head_dim: d, of a query, a key and a value.
+      keys_as_values: values are the projection of the keys, before their norm and their rotation.
+    """
+
+    kv_heads: int
+    head_dim: int
+    keys_as_values: bool = False
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embeddings.
 
@@ -101,6 +122,7 @@ class Rope:
       short: LongRoPE, YaRN: the stretch of each of the dims / 2 wavelengths.
       amplitude: LongRoPE, YaRN: multiplies the cosine and the sine.
       growth: g; queries at position p are multiplied by 1 + g * log(1 + floor(p / original_positions)).
+      turned: how many of the dims / 2 pairs of dimensions are rotated, the first ones; None for all.
     """
 
     dims: int
@@ -113,6 +135,7 @@ class Rope:
     short: tuple[float, ...] = ()
     amplitude: float = 1.0
     growth: float = 0.0
+    turned: int | None = None
 
     @property
     def end(self) -> int | None:
@@ -160,6 +183,7 @@ class Architecture:
       alibi: scores fall with the distance of a key, by a slope for each head (`models.alibi`): "added" to the scaled
         scores, or "scaled" with them and rounded to bfloat16, as in Falcon; None for neither. `kv_heads` is then H.
       layer_scaled: the scores of layer i, counted from 1, are divided by i.
+      value_norm: values are normalized head by head, without a scale.
       sinks: every query of a head sees one more key, with a learned score and a value of 0 (arXiv 2309.17453).
       score_cap: c in c * tanh(score / c); None for no cap.
       logit_cap: the same for logits.
@@ -171,7 +195,14 @@ class Architecture:
       position_offset: row of the learned position embedding that belongs to position 0.
       gated_attention: the output of attention is multiplied by the sigmoid of a projection of its input.
       kinds: what each layer has, one entry per layer; empty for alike layers. "attention"; "delta", linear attention in
-        its place; "mixture", attention and a mixture; "dense", attention and one MLP in place of the mixture.
+        its place; "mixture", attention and a mixture; "dense", attention and one MLP in place of the mixture;
+        "global", attention with `global_heads`; "reader" and "global_reader", attention to the keys and values of the
+        last layer of the kind "attention" or "global" before it, and an MLP of the inner width `reader_mlp`.
+      global_heads: of layers of the kinds "global" and "global_reader", whose rotary positions are `rope`; those of
+        the others are `window_rope` then. None without such layers.
+      reader_mlp: see `kinds`; None without readers.
+      layer_embedding: P, of an embedding of each token that each layer has for itself (Gemma 3n); None for none.
+      layer_constant: the residual after a layer is multiplied by a number of that layer, which is not trained.
       delta: layers of the kind "delta"; None without one.
       latent: attention is latent attention; None for queries, keys and values that are projections of its input.
       mixture: experts of inner width `mlp` in place of one MLP; None for a dense model.
@@ -206,6 +237,7 @@ class Architecture:
     norm_bias: bool = True
     norm_offset: float = 0.0
     qk_norm: Literal["head", "all"] | None = None
+    value_norm: bool = False
     windows: tuple[int, ...] = ()
     window_rope: Rope | None = None
     nope: tuple[bool, ...] = ()
@@ -222,7 +254,11 @@ class Architecture:
     embedding_norm: bool = False
     position_offset: int = 0
     gated_attention: bool = False
-    kinds: tuple[Literal["attention", "delta", "mixture", "dense"], ...] = ()
+    kinds: tuple[Literal["attention", "delta", "mixture", "dense", "global", "reader", "global_reader"], ...] = ()
+    global_heads: HeadSizes | None = None
+    reader_mlp: int | None = None
+    layer_embedding: int | None = None
+    layer_constant: bool = False
     delta: Delta | None = None
     latent: Latent | None = None
     mixture: Mixture | None = None
@@ -232,6 +268,22 @@ class Architecture:
     def learned_positions(self) -> bool:
         """Whether positions are a learned embedding, beyond which there is none."""
         return self.rope is None and self.alibi is None
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, one entry per layer."""
+        return self.kinds or ("attention",) * self.layers
+
+    def heads_in(self, kind: str) -> HeadSizes:
+        """Returns the keys and values of the layers of a kind."""
+        if kind in GLOBAL and self.global_heads is not None:
+            return self.global_heads
+        return HeadSizes(self.kv_heads, self.head_dim)
+
+    @property
+    def all_heads(self) -> tuple[HeadSizes, ...]:
+        """The keys and values of all layers, each once."""
+        return tuple(dict.fromkeys(self.heads_in(kind) for kind in self.layer_kinds))
 
     @property
     def value_dim(self) -> int:

@@ -142,8 +142,8 @@ class CacheMask(NamedTuple):
 
 def cached_attention(
     q: Queries,
-    k: KeyValues,
-    v: KeyValues,
+    k: KeyValues | None,
+    v: KeyValues | None,
     cache: LayerCache,
     mask: CacheMask,
     scoring: Scoring,
@@ -156,8 +156,8 @@ def cached_attention(
 
     Args:
       q: queries [B, 1, H, d] in the compute dtype; the B / P sequences of a prompt are adjacent.
-      k: keys [B, 1, K, d] of the newest tokens.
-      v: values [B, 1, K, d] of the newest tokens.
+      k: keys [B, 1, K, d] of the newest tokens; None if the cache has them, as that of another layer.
+      v: values [B, 1, K, d] of the newest tokens; None if the cache has them.
       cache: keys and values of the layer.
       mask: which of them the newest token attends to.
       scoring: scale and cap of the scores.
@@ -170,7 +170,8 @@ def cached_attention(
     (prompts, kv_heads, _, dim), (rows, _, capacity, _) = prompt_keys.shape, old[0].shape
     # Written before it is read: nothing else needs the old cache then, so XLA updates it in place.
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=mask.generated, axis=2)
-    own_keys, own_values = (write(a, b.reshape(rows, kv_heads, 1, dim)) for a, b in zip(old, (k, v), strict=True))
+    new = [x if y is None else write(x, y.reshape(rows, kv_heads, 1, dim)) for x, y in zip(old, (k, v), strict=True)]
+    own_keys, own_values = new
     q = q.reshape(rows, kv_heads, -1, dim)
     own = capped(scoring.scale * dot("bkgd,bktd->bkgt", q, own_keys), scoring.cap)
     own = jnp.where(mask.own(capacity), own, MASKED)
@@ -181,9 +182,9 @@ def cached_attention(
     top, of_sinks = _with_sinks(top, sinks)
     shared, own = jnp.exp(shared - _by_prompt(top, prompts)), jnp.exp(own - top)
     total = _by_sequence(shared.sum(-1, keepdims=True), own.shape) + own.sum(-1, keepdims=True) + of_sinks
-    mixed = dot("bkgt,bktd->bkgd", own.astype(v.dtype), own_values)
-    mixed += _by_sequence(dot("pkqt,pktd->pkqd", shared.astype(v.dtype), prompt_values), own.shape)
-    out = (mixed / total).reshape(rows, 1, -1, dim).astype(v.dtype)
+    mixed = dot("bkgt,bktd->bkgd", own.astype(q.dtype), own_values)
+    mixed += _by_sequence(dot("pkqt,pktd->pkqd", shared.astype(q.dtype), prompt_values), own.shape)
+    out = (mixed / total).reshape(rows, 1, -1, dim).astype(q.dtype)
     return out, (prompt_keys, prompt_values, own_keys, own_values)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from dpo_jax.records import Array
 
-# Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice.
+# Keys and values of one layer: of the prompts [P, K, T, d] twice, then of the generated tokens [B, K, C, d] twice. A
+# layer that reads those of another one has none: ().
 LayerCache = tuple[Array, ...]
 
 
@@ -30,13 +31,15 @@ def begin_cache(kept: Any, copies: int, room: int) -> LayerCache | DeltaCache:
     """Returns the cache of a layer in which `copies` sequences continue each prompt.
 
     Args:
-      kept: the keys and values of the prompts, [R, T, K, d] each; of a layer of linear attention their `DeltaCache`,
-        of which each sequence gets a copy.
+      kept: the keys and values of the prompts, [R, T, K, d] each, or (); of a layer of linear attention their
+        `DeltaCache`, of which each sequence gets a copy.
       copies: sequences of a prompt.
       room: generated tokens that there is room for.
     """
     if isinstance(kept, DeltaCache):
         return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), kept)
+    if not kept:
+        return ()
     keys, values = (x.swapaxes(1, 2) for x in kept)
     own = jnp.zeros((len(keys) * copies, keys.shape[1], room, keys.shape[3]), keys.dtype)
     return keys, values, own, own
@@ -46,6 +49,8 @@ def move_cache(cache: LayerCache | DeltaCache, prompts: Array, places: Array, ca
     """Returns the cache of other sequences: those of the former places int32[B], of the prompts int32[P]."""
     if isinstance(cache, DeltaCache):
         return jax.tree.map(lambda x: x[places], cache)
+    if not cache:
+        return ()
 
     def own(x: Array) -> Array:
         return jnp.pad(x[places], ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))

@@ -15,24 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.models.alibi import key_biases, with_biases
-from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.attention import (
-    Attend,
-    CacheMask,
-    RowMask,
-    Scoring,
-    cached_attention,
-    packed_attention,
-)
+from dpo_jax.models.architecture import GLOBAL, OWNERS, Architecture
+from dpo_jax.models.attention import Attend, CacheMask, RowMask, Scoring, cached_attention, packed_attention
 from dpo_jax.models.cache import DeltaCache, LayerCache
 from dpo_jax.models.delta import Paths, paths_of
-from dpo_jax.models.experts import mixture_of_experts
+from dpo_jax.models.experts import mixture, mixture_beside, mlp
 from dpo_jax.models.groups import init_groups, scan_groups
+from dpo_jax.models.heads import head_projection, output_projection, queries_keys_values
 from dpo_jax.models.latent_attention import latent_heads
-from dpo_jax.models.layers import Linear, Norm, Sinks, activate
+from dpo_jax.models.layer_embedding import embedding_branch, layer_embeddings
+from dpo_jax.models.layers import Constant, Norm, Sinks, scaled
 from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
-from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles, rotate
+from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles
 from dpo_jax.records import Array
 from dpo_jax.sharding.expert_split import ExpertSplit
 
@@ -46,11 +41,13 @@ class LayerInputs(NamedTuple):
       window: int32, 0 for none.
       factor: float32, of its queries.
       rotated: bool, False for a layer without rotary positions.
+      embedding: that of the tokens for the layer, [L, R, T, P].
     """
 
     window: Array | None = None
     factor: Array | None = None
     rotated: Array | None = None
+    embedding: Array | None = None
 
 
 class Context(NamedTuple):
@@ -61,7 +58,7 @@ class Context(NamedTuple):
       generated: int32[], tokens in the cache after the prompts; None without a cache.
       mask: bool[P, T], True for real prompt tokens, False for left padding; None without a cache.
       angles: rotary angles, set by `Decoder`: one entry for all layers, or one for layers without a window and one for
-        layers with a window; empty with learned positions.
+        layers with a window, or for global layers and for the others; empty with learned positions.
       growth: what queries are multiplied by, float32[R, T, 1, 1], set by `Decoder`; None for nothing.
       biases: further dimensions of keys, `key_biases`, set by `Decoder`; None without ALiBi.
       paths: whose state each token continues, set by `Decoder`; None without linear attention, or with a cache.
@@ -78,17 +75,11 @@ class Context(NamedTuple):
     counted: Array | None = None
 
 
-def _heads(a: Architecture, x: Array, name: str, angles: Angles | None) -> Array:
-    """Returns the queries ("q"), keys ("k"), values ("v") or gates ("q_gate") of x: [R, T, H or K, d]."""
-    heads, axis = (a.heads, "heads") if name[0] == "q" else (a.kv_heads, "kv_heads")
-    shape, axes = (heads, a.head_dim), (axis, "head_dim")
-    y = Linear((a.width,), shape, ("embed", *axes), a.qkv_bias, a.initializer_range, name=name)(x)
-    if name in ("v", "q_gate"):
-        return y
-    if a.qk_norm:
-        first = 1 if a.qk_norm == "head" else 0
-        y = Norm(a, shape[first:], axes[first:], name=f"{name}_norm")(y)
-    return rotate(y, angles)
+def _angles(a: Architecture, kind: str, context: Context, own: LayerInputs) -> Angles | None:
+    """Returns the angles of a layer."""
+    if a.global_heads is None:
+        return layer_angles(context.angles, own.window, own.rotated)
+    return context.angles[0 if kind in GLOBAL else -1]
 
 
 def scoring_of(a: Architecture) -> Scoring:
@@ -97,11 +88,14 @@ def scoring_of(a: Architecture) -> Scoring:
 
 
 def _attention(
-    a: Architecture, attend: Attend, x: Array, cache: LayerCache | None, context: Context, own: LayerInputs
+    a: Architecture, kind: str, attend: Attend, x: Array, held: Any, context: Context, own: LayerInputs
 ) -> tuple[Array, tuple[Array, ...]]:
-    """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache."""
-    window, angles = own.window, layer_angles(context.angles, own.window, own.rotated)
-    q, k, v = (_heads(a, x, name, angles) for name in "qkv") if a.latent is None else latent_heads(a, x, angles)
+    """Returns the attention branch [R, T, D], and the keys and values of x or, when decoding, the updated cache.
+
+    `held` is the cache when decoding; of a layer that reads another one, what that returned. Such a layer returns ().
+    """
+    window, angles = None if kind in GLOBAL else own.window, _angles(a, kind, context, own)
+    q, k, v = queries_keys_values(a, kind, x, angles) if a.latent is None else latent_heads(a, x, angles)
     for factor in (own.factor, context.growth):
         q = q if factor is None else q * factor.astype(q.dtype)
     if context.biases is not None:
@@ -109,46 +103,17 @@ def _attention(
     scoring = scoring_of(a)
     width = None if window is None else jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window)
     sinks = (Sinks(a.heads, a.initializer_range, name="sinks")(),) if a.sinks else ()
-    if cache is None:
-        assert context.rows is not None
+    if context.rows is not None:
+        k, v = held if k is None else (k, v)
         mixed = attend(q, k, v, context.rows._replace(window=width), scoring, *sinks)
         kept = k, v
     else:
         seen = CacheMask(context.mask, context.generated, width)
-        mixed, kept = cached_attention(q, k, v, cache, seen, scoring, *sinks)
+        mixed, kept = cached_attention(q, k, v, held, seen, scoring, *sinks)
     if a.gated_attention:
-        gate = _heads(a, x, "q_gate", None).astype(jnp.float32)
+        gate = head_projection(a, kind, x, "q_gate").astype(jnp.float32)
         mixed = (mixed.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(mixed.dtype)
-    axes = ("heads", "head_dim", "embed")
-    std = a.initializer_range * a.residual_scale
-    mixed = mixed[..., : a.value_dim]
-    return Linear((a.heads, a.value_dim), (a.width,), axes, a.out_bias, std, name="o")(mixed), kept
-
-
-def _mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
-    """Returns the MLP branch [R, T, D] of an inner width; `before` begins the names of its projections."""
-
-    def linear(name: str) -> Linear:
-        axes = ("embed", "mlp")
-        return Linear((a.width,), (size,), axes, a.mlp_bias, a.initializer_range, name=f"{before}{name}")
-
-    inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
-    std = a.initializer_range * a.residual_scale
-    return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)
-
-
-def _mixture(
-    a: Architecture, x: Array, counted: Array | None, experts: ExpertSplit | None
-) -> tuple[Array, Array | None]:
-    """Returns the branch of a mixture [R, T, D], and what `mixture_of_experts` says."""
-    y, routing = mixture_of_experts(a, x, counted, experts)
-    if a.mixture is None or a.mixture.shared is None:
-        return y, routing
-    shared = _mlp(a, x, a.mixture.shared, "shared_").astype(jnp.float32)
-    if a.mixture.gated_shared:
-        gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
-        shared = jax.nn.sigmoid(gate.astype(jnp.float32)) * shared
-    return (y + shared).astype(x.dtype), routing
+    return output_projection(a, kind, mixed), () if kind in OWNERS else kept
 
 
 class Block(nn.Module):
@@ -164,36 +129,46 @@ class Block(nn.Module):
     experts: ExpertSplit | None = None
 
     @nn.compact
-    def __call__(self, x: Array, cache: Any, own: LayerInputs, context: Context) -> tuple[Array, Any]:
+    def __call__(self, x: Array, held: Any, own: LayerInputs, context: Context) -> tuple[Array, Any]:
         """Returns the residual [R, T, D] after the layer, and its keys and values or its cache if `return_kv`, else
-        what `routing_of` says of a mixture."""
+        what `routing_of` says of a mixture. `held` is that of `_attention`."""
         a, x = self.architecture, saved(x, ACTIVATION)
-
-        def norm(x: Array, name: str, wanted: bool) -> Array:
-            return Norm(a, name=name)(x) if wanted else x
-
-        def branch(x: Array, name: str) -> Array:
-            return _scaled(norm(x, name, a.post_norm), a.residual_multiplier)
-
-        read = norm(x, "attention_norm", a.pre_norm)
+        read = self._norm(x, "attention_norm", a.pre_norm)
         if self.kind == "delta":
-            mixed, kept = delta_attention(a, read, cache, context.paths)
+            mixed, kept = delta_attention(a, read, held, context.paths)
         else:
-            mixed, kept = _attention(a, self.attend, read, cache, context, own)
-        x, before = x + branch(mixed, "attention_post_norm"), x
+            mixed, kept = _attention(a, self.kind, self.attend, read, held, context, own)
+        x, before = x + self._branch(mixed, "attention_post_norm"), x
         if not a.shared_norm:
-            read = norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
+            read = self._norm(before if a.parallel else x, "mlp_norm", a.pre_norm)
+        inner, routing = self._mlp(x, read, context)
+        x = x + self._branch(inner, "mlp_post_norm")
+        if own.embedding is not None:
+            x = x + self._norm(embedding_branch(a, x, own.embedding), "embedding_post_norm", True)
+        x = Constant(name="layer_constant")(x) if a.layer_constant else x
+        return x, kept if self.return_kv else routing
+
+    def _norm(self, x: Array, name: str, wanted: bool) -> Array:
+        return Norm(self.architecture, name=name)(x) if wanted else x
+
+    def _branch(self, x: Array, name: str) -> Array:
+        """Returns what is added to the residual."""
+        a = self.architecture
+        return scaled(self._norm(x, name, a.post_norm), a.residual_multiplier)
+
+    def _mlp(self, x: Array, read: Array, context: Context) -> tuple[Array, Array | None]:
+        """Returns the branch of the MLP or of the mixture, and what `routing_of` says of that.
+
+        x is the residual, and `read` what the branch reads of it: the same, or normalized.
+        """
+        a = self.architecture
+        if a.mixture and a.mixture.beside:
+            return mixture_beside(a, x, read, context.counted, self.experts)
         if a.mixture and self.kind != "dense":
-            mlp, routing = _mixture(a, read, context.counted, self.experts)
-        else:
-            mlp, routing = _mlp(a, read, a.dense), None
-        out = x + branch(mlp, "mlp_post_norm")
-        return out, kept if self.return_kv else routing
-
-
-def _scaled(x: Array, factor: float) -> Array:
-    # A factor that is rounded to bfloat16 would be up to 0.4% off, and the same way in every layer.
-    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+            return mixture(a, read, context.counted, self.experts)
+        if self.kind in OWNERS:
+            return mlp(a, read, a.reader_mlp or a.mlp, "reader_"), None
+        return mlp(a, read, a.dense), None
 
 
 def _lookup(table: Array, index: Array, dtype: Any) -> Array:
@@ -204,7 +179,7 @@ def _lookup(table: Array, index: Array, dtype: Any) -> Array:
 def _length(rows: RowMask | None, cache: Cache | None) -> int:
     """Returns the most keys that a query may see."""
     if cache is not None:
-        return max((c[0].shape[2] + c[2].shape[2] for c in cache if not isinstance(c, DeltaCache)), default=0)
+        return max((c[0].shape[2] + c[2].shape[2] for c in cache if c and not isinstance(c, DeltaCache)), default=0)
     assert rows is not None
     return rows.keys.index.shape[1]
 
@@ -216,8 +191,16 @@ def _unmeasured(rows: RowMask | None) -> RowMask | None:
 
 def _windows(a: Architecture, length: int) -> Array | None:
     """Returns int32[L], the window of each layer (0 for none); None if no layer differs within `length` tokens."""
-    matter = any(0 < window < length for window in a.windows) or a.window_rope is not None
+    by_window = a.window_rope is not None and a.global_heads is None  # else the kind tells which angles are a layer's
+    matter = any(0 < window < length for window in a.windows) or by_window
     return jnp.asarray(a.windows, jnp.int32) if a.windows and matter else None
+
+
+def _no_keys(a: Architecture, kind: str, x: Array) -> tuple[Array, Array]:
+    """Returns zeros like the keys and values of layers of a kind, for the residual [R, T, D]."""
+    of = a.heads_in(kind)
+    zeros = jnp.zeros((*x.shape[:2], of.kv_heads, of.head_dim), x.dtype)
+    return zeros, zeros
 
 
 class Decoder(nn.Module):
@@ -272,14 +255,14 @@ class Decoder(nn.Module):
         if a.delta is not None and rows is not None:
             context = context._replace(paths=paths_of(rows.queries.segment_ids, rows.queries.branch_ids, a.delta.taps))
         factors = 1 / jnp.arange(1.0, a.layers + 1) if a.layer_scaled else None
-        own = LayerInputs(windows, factors, ~jnp.asarray(a.nope) if a.nope else None)
+        own = LayerInputs(windows, factors, ~jnp.asarray(a.nope) if a.nope else None, self._layer_embeddings(tokens, x))
         if cache is not None:
             x, kept = self._unrolled_layers(x, cache, own, context)
         elif a.kinds:
             x, kept = self._scan_groups(x, own, context)
         else:
             x, kept = self._scan_layers()(x, None, own, context)
-        x = _scaled(Norm(a, name="final_norm")(x), a.logit_scale)
+        x = scaled(Norm(a, name="final_norm")(x), a.logit_scale)
         if a.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         return x, kept
@@ -289,13 +272,8 @@ class Decoder(nn.Module):
         a = self.architecture
         normal = nn.initializers.normal(a.initializer_range)
         named = partial(nn.with_logical_partitioning, normal)
-        if self.exchange is None:
-            table = self.param("embedding", named(("vocab", "embed")), (a.vocab, a.width))
-            x = _lookup(table, tokens, self.compute)
-        else:
-            part = self.get_variable("params", "embedding")  # some columns, which `param` would refuse
-            x = self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
-        x = _scaled(x, float(np.asarray(a.embedding_scale, x.dtype)) if a.scale_rounded else a.embedding_scale)
+        x = self._table_rows("embedding", a.width, tokens)
+        x = scaled(x, float(np.asarray(a.embedding_scale, x.dtype)) if a.scale_rounded else a.embedding_scale)
         if a.learned_positions:
             rows = a.max_positions + a.position_offset
             table = self.param("positions", named(("positions", "embed")), (rows, a.width))
@@ -304,6 +282,23 @@ class Decoder(nn.Module):
         if self.is_initializing():  # `Model.head` reads them
             self._create_head(named)
         return x
+
+    def _layer_embeddings(self, tokens: Array, x: Array) -> Array | None:
+        """Returns the embeddings [L, R, T, P] that the layers have for themselves; None if they have none."""
+        a = self.architecture
+        if a.layer_embedding is None:
+            return None
+        return layer_embeddings(a, self._table_rows("layer_embedding", a.layers * a.layer_embedding, tokens), x)
+
+    def _table_rows(self, name: str, size: int, tokens: Array) -> Array:
+        """Returns the rows [R, T, size] of a table [V, size], of which a device may have some columns."""
+        if self.exchange is not None:
+            part = self.get_variable("params", name)  # `param` would refuse some columns
+            if part.shape[1] < size:
+                return self.exchange(lambda every: _lookup(part, every, self.compute), tokens)
+        normal = nn.initializers.normal(self.architecture.initializer_range)
+        drawn = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+        return _lookup(self.param(name, drawn, (self.architecture.vocab, size)), tokens, self.compute)
 
     def _create_head(self, named: Callable[..., Any]) -> None:
         a = self.architecture
@@ -317,34 +312,50 @@ class Decoder(nn.Module):
 
     def _unrolled_layers(self, x: Array, cache: Cache, own: LayerInputs, context: Context) -> tuple[Array, Cache]:
         """Runs the layers unrolled, to decode: a scan would copy each layer's parameters and cache at every token."""
-        kept, kinds = [], self.architecture.kinds or ("attention",) * self.architecture.layers
+        kept, shared, kinds = [], dict[str, Any](), self.architecture.layer_kinds
         for i, (params, old) in enumerate(zip(self.get_variable("params", "layers"), cache, strict=True)):
             if self.gather is not None:  # not before its turn: a loop over tokens would gather all layers first
                 params, x = jax.lax.optimization_barrier((params, x))
                 params = self.gather(params)
             block = Block(self.architecture, self.return_kv, self.attend, kinds[i], parent=None)
-            x, new = block.apply({"params": params}, x, old, jax.tree.map(lambda y, i=i: y[i], own), context)
+            held = shared[OWNERS[kinds[i]]] if kinds[i] in OWNERS else old
+            x, new = block.apply({"params": params}, x, held, jax.tree.map(lambda y, i=i: y[i], own), context)
             kept.append(new)
+            shared[kinds[i]] = new
         return x, tuple(kept)
 
     def _scan_groups(self, x: Array, own: LayerInputs, context: Context) -> tuple[Array, Any]:
-        """Runs unlike layers as one scan over groups of them; else as `_scan_layers`."""
-        kinds = self.architecture.kinds
-        given = self.architecture, self.return_kv, self.attend
-        blocks = {k: Block(*given, k, self.experts, parent=None) for k in set(kinds)}
+        """Runs unlike layers as one scan over groups of them; else as `_scan_layers`.
+
+        Beside the residual a layer hands on the keys and values that layers after it read: those of the newest layer of
+        each kind that has readers.
+        """
+        a, kinds = self.architecture, self.architecture.kinds
+        shared = {OWNERS[kind]: _no_keys(a, OWNERS[kind], x) for kind in kinds if kind in OWNERS}
+        given = {k: (a, self.return_kv or k in shared, self.attend, k, self.experts) for k in set(kinds)}
+        blocks = {k: Block(*arguments, parent=None) for k, arguments in given.items()}
 
         def init(kind: str, key: Array) -> Any:
-            return blocks[kind].init(key, x, None, LayerInputs(), context)["params"]
+            one = LayerInputs(embedding=None if own.embedding is None else own.embedding[0])
+            return blocks[kind].init(key, x, shared.get(OWNERS.get(kind, "")), one, context)["params"]
 
-        def run(kind: str, params: Any, x: Array, own: LayerInputs) -> tuple[Array, Any]:
+        def run(kind: str, params: Any, x: Array, held: Any, own: LayerInputs) -> tuple[Array, Any]:
             params = params if self.gather is None else self.gather(params)
-            return blocks[kind].apply({"params": params}, x, None, own, context)
+            return blocks[kind].apply({"params": params}, x, held, own, context)
+
+        again = {k: jax.checkpoint(partial(run, k), policy=POLICIES[self.remat], prevent_cse=False) for k in blocks}
+
+        def layer(kind: str, params: Any, given: tuple[Array, Any], own: LayerInputs) -> tuple[Any, Any]:
+            x, shared = given
+            x, kept = again[kind](params, x, shared.get(OWNERS.get(kind, "")), own)
+            if kind not in shared:
+                return (x, shared), kept
+            return (x, shared | {kind: kept}), kept if self.return_kv else None
 
         if self.is_initializing():
             self.param("layers", partial(init_groups, kinds, init))
-        policy = POLICIES[self.remat]
-        layer = {k: jax.checkpoint(partial(run, k), policy=policy, prevent_cse=False) for k in blocks}
-        x, kept = scan_groups(kinds, layer, self.get_variable("params", "layers"), x, own)
+        layers = {k: partial(layer, k) for k in blocks}
+        (x, _), kept = scan_groups(kinds, layers, self.get_variable("params", "layers"), (x, shared), own)
         if self.return_kv:
             return x, kept
         routing = [one for one in kept if one is not None]

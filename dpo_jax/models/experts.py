@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
-from dpo_jax.models.layers import activate
+from dpo_jax.models.layers import Linear, Norm, activate, normalize
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
@@ -165,7 +165,8 @@ class ExpertLinear(nn.Module):
 class Router(nn.Module):
     """The router, `weight` [E, D] and perhaps `bias` [E], or `correction` [E], which is not trained.
 
-    It computes in float32 in every dtype, so that all programs route alike.
+    It computes in float32 in every dtype, so that all programs route alike. That of a mixture `beside` an MLP has a
+    `scale` [D] of its normalized input, and an `expert_scale` [E] of weights.
     """
 
     architecture: Architecture
@@ -178,15 +179,26 @@ class Router(nn.Module):
         drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes", "embed"))
         weight = jnp.asarray(self.param("weight", drawn, (a.mixture.experts, a.width)), jnp.float32)
         wide = tokens.astype(jnp.float32)
+        if a.mixture.beside:
+            scale = self._scale("scale", a.width, "embed") * a.width**-0.5
+            wide = normalize(wide, scale, None, "rms", a.eps)
         logits: Any = jnp.einsum("nd,ed->ne", wide, weight, precision=jax.lax.Precision.HIGHEST)
         if a.mixture.biased:
             drawn = nn.with_logical_partitioning(nn.initializers.normal(a.initializer_range), ("routes",))
             logits = logits + self.param("bias", drawn, (a.mixture.experts,))
+        if a.mixture.beside:
+            routes = route(logits, a.mixture)
+            every = self._scale("expert_scale", a.mixture.experts, "routes")
+            return routes._replace(weight=routes.weight * every[routes.expert])
         if not a.mixture.sigmoid:
             return route(logits, a.mixture)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("routes",))
         correction = self.param("correction", zeros, (a.mixture.experts,))
         return route(logits, a.mixture, jax.lax.stop_gradient(jnp.asarray(correction, jnp.float32)))
+
+    def _scale(self, name: str, size: int, axis: str) -> Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+        return jnp.asarray(self.param(name, ones, (size,)), jnp.float32)
 
 
 def mixture_of_experts(
@@ -194,6 +206,7 @@ def mixture_of_experts(
     x: Array,
     counted: Array | None,
     split: ExpertSplit | None = None,
+    routed: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Returns the branch of a mixture [R, T, D], and what `routing_of` says; call it inside a Linen module.
 
@@ -202,10 +215,11 @@ def mixture_of_experts(
       x: [R, T, D].
       counted: float32[R, T], see `routing_of`; None for no statistics.
       split: how devices shard the experts; None if each has all of them.
+      routed: what the router reads, [R, T, D]; None for x.
     """
     assert a.mixture is not None
     tokens = x.reshape(-1, a.width)
-    routes = Router(a, name="router")(tokens)
+    routes = Router(a, name="router")(tokens if routed is None else routed.reshape(tokens.shape))
     if split is None:
         y: Any = _experts(a, a.mixture.experts, tokens, routes).astype(x.dtype)
     else:
@@ -259,3 +273,43 @@ def routing_of(routes: Routes, counted: Array) -> Array:
     chosen = jnp.sum(routes.expert[..., None] == jnp.arange(routes.probs.shape[1]), axis=1, dtype=jnp.float32)
     both: Any = jnp.stack([chosen, routes.probs], axis=1)
     return jnp.einsum("rt,rtce->rce", counted, both.reshape(*counted.shape, 2, -1))
+
+
+def mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
+    """Returns the MLP branch [R, T, D] of an inner width; `before` begins the names of its projections."""
+
+    def linear(name: str) -> Linear:
+        axes = ("embed", "mlp")
+        return Linear((a.width,), (size,), axes, a.mlp_bias, a.initializer_range, name=f"{before}{name}")
+
+    inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
+    std = a.initializer_range * a.residual_scale
+    return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)
+
+
+def mixture(
+    a: Architecture, x: Array, counted: Array | None, experts: ExpertSplit | None
+) -> tuple[Array, Array | None]:
+    """Returns the branch of a mixture [R, T, D], and what `mixture_of_experts` says."""
+    y, routing = mixture_of_experts(a, x, counted, experts)
+    if a.mixture is None or a.mixture.shared is None:
+        return y, routing
+    shared = mlp(a, x, a.mixture.shared, "shared_").astype(jnp.float32)
+    if a.mixture.gated_shared:
+        gate = Linear((a.width,), (1,), ("embed", "gate"), False, a.initializer_range, name="shared_weight")(x)
+        shared = jax.nn.sigmoid(gate.astype(jnp.float32)) * shared
+    return (y + shared).astype(x.dtype), routing
+
+
+def mixture_beside(
+    a: Architecture, x: Array, read: Array, counted: Array | None, experts: ExpertSplit | None
+) -> tuple[Array, Array | None]:
+    """Returns the branch of an MLP and a mixture beside it [R, T, D], and what `mixture_of_experts` says.
+
+    x is the residual, and `read` the normalized one, which the MLP reads.
+    """
+    assert a.mixture is not None
+    assert a.mixture.shared is not None
+    y, routing = mixture_of_experts(a, Norm(a, name="expert_norm")(x), counted, experts, routed=x)
+    shared = Norm(a, name="shared_post_norm")(mlp(a, read, a.mixture.shared, "shared_"))
+    return shared + Norm(a, name="expert_post_norm")(y), routing

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 
 from dpo_jax.records import Array
 
+MLP, HEADS = ("up", "gate", "down"), ("q", "k", "v", "o", "q_norm", "k_norm")
 # The parameters of layers that those of a kind lack, by the beginning of their names, or all of it.
-LACKS = {"attention": ("delta_",), "delta": ("q", "k", "v", "o", "q_norm", "k_norm", "q_gate")}
-LACKS |= {"mixture": ("up", "gate", "down"), "dense": ("router", "expert_", "shared_")}
+LACKS = {"attention": ("delta_", "global_", "reader_"), "delta": (*HEADS, "q_gate")}
+LACKS |= {"mixture": MLP, "dense": ("router", "expert_", "shared_"), "global": (*HEADS, "reader_")}
+LACKS["reader"] = ("k", "v", "k_norm", "global_", *MLP)
+LACKS["global_reader"] = (*HEADS, "global_k", "global_v", "global_k_norm", *MLP)
 
 
 def _has(kind: str, name: str) -> bool:
@@ -94,18 +97,18 @@ def _init_section(kinds: Sequence[str], init: Callable[[str, Array], Any], key: 
 
 def scan_groups(
     kinds: Sequence[str],
-    layer: Mapping[str, Callable[[Any, Array, Any], tuple[Array, Any]]],
+    layer: Mapping[str, Callable[[Any, Any, Any], tuple[Any, Any]]],
     stacks: Mapping[str, Any],
-    x: Array,
+    x: Any,
     own: Any,
-) -> tuple[Array, list[Any]]:
-    """Returns the residual after all layers, and what each of them returns beside it.
+) -> tuple[Any, list[Any]]:
+    """Returns what the last layer hands on, and what each of them returns beside it.
 
     Args:
       kinds: of all layers.
-      layer: kind -> function of a layer's parameters, the residual and its own inputs.
+      layer: kind -> function of a layer's parameters, what the layer before hands on, and its own inputs.
       stacks: see `layer_of`.
-      x: the residual before the first layer.
+      x: what the first layer is given: a tree of arrays, the residual among them.
       own: a tree of arrays [L] that differ between layers.
     """
     kept = []
@@ -128,15 +131,15 @@ def _section_of(kinds: Sequence[str], stacks: Mapping[str, Any], start: int, end
 
 def _scan_section(
     kinds: Sequence[str],
-    layer: Mapping[str, Callable[[Any, Array, Any], tuple[Array, Any]]],
-    x: Array,
+    layer: Mapping[str, Callable[[Any, Any, Any], tuple[Any, Any]]],
+    x: Any,
     given: tuple[dict[str, Any], Any],
-) -> tuple[Array, list[Any]]:
+) -> tuple[Any, list[Any]]:
     """Returns what `scan_groups` does for the layers of one scan, of which `given` has the stacks and own inputs."""
     size = period(kinds)
     count = len(kinds) // size
 
-    def group(x: Array, one: tuple[Any, Any]) -> tuple[Array, Any]:
+    def group(x: Any, one: tuple[Any, Any]) -> tuple[Any, Any]:
         kept = []
         for i, kind in enumerate(kinds[:size]):
             x, more = layer[kind](layer_of(kinds[:size], one[0], i), x, jax.tree.map(lambda y, i=i: y[i], one[1]))

@@ -135,6 +135,12 @@ def activate(up: Array, gate: Array | None, kind: str) -> Array:
     return (act(inner) * wide).astype(up.dtype)
 
 
+def scaled(x: Array, factor: float) -> Array:
+    """Returns x times a number, in the dtype of x."""
+    # A factor that is rounded to bfloat16 would be up to 0.4% off, and the same way in every layer.
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class Linear(nn.Module):
     """A projection with parameters `kernel` [*inputs, *outputs] and, if `bias`, `bias` [*outputs].
 
@@ -204,3 +210,14 @@ class Sinks(nn.Module):
         """Returns float32[H]."""
         drawn = nn.with_logical_partitioning(nn.initializers.normal(self.std), ("heads",))
         return jnp.asarray(self.param("score", drawn, (self.heads,)), jnp.float32)
+
+
+class Constant(nn.Module):
+    """A number that multiplies its input, `constant` [1]. It is not trained."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns x times the number, in the dtype of x."""
+        one = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        factor = jax.lax.stop_gradient(jnp.asarray(self.param("constant", one, (1,)), jnp.float32))
+        return (x.astype(jnp.float32) * factor).astype(x.dtype)

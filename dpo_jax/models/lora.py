@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.registry import family
-from dpo_jax.models.families.tensor_map import Tensor, TensorPart, module_axes
+from dpo_jax.models.families.tensor_map import Tensor, TensorPart, in_layer, is_layered, module_axes, within_layer
 from dpo_jax.models.huggingface.safetensors import read_json, write_json
 from dpo_jax.records import Array
 
@@ -54,10 +54,10 @@ class Lora(NamedTuple):
 
 
 def projections(architecture: Architecture) -> dict[str, Tensor]:
-    """Returns all projections of the layers, by transformers' name, with `{i}` for the layer."""
+    """Returns all projections of the layers, by transformers' name, with `{i}` or `{i:kind}` for the layer."""
     module = family(architecture.family)
     table = (module.fused_tensors if architecture.mixture else module.tensors)(architecture)
-    kernels = {name: t for name, t in table.items() if "{i}" in name and t.parts[0].path[-1] == "kernel"}
+    kernels = {name: t for name, t in table.items() if is_layered(name) and t.parts[0].path[-1] == "kernel"}
     return {name.removesuffix(".weight"): tensor for name, tensor in kernels.items()}
 
 
@@ -229,7 +229,7 @@ def save_adapters(
     tensors, chosen, ranks = {}, adapted_modules(architecture, lora.targets), dict[str, int]()
     for name, tensor in chosen.items():
         a, b = (np.asarray(adapters["layers"][_adapter_name(tensor)][key]) for key in ("lora_a", "lora_b"))
-        rank = ranks[name.rpartition("{i}.")[2]] = a.shape[-1]  # a module of a PEFT folder may have one of its own
+        rank = ranks[within_layer(name)] = a.shape[-1]  # a module of a PEFT folder may have one of its own
         count = math.prod(_lead_sizes(tensor))  # of experts: rows of A are (expert, rank), columns of B (rank, expert)
         for place, i in enumerate(tensor.layers_of(architecture)):
             prefix = _peft_prefix(_peft_module(name, chosen), i)
@@ -241,7 +241,7 @@ def save_adapters(
         tensors[f"base_model.model.{name}.weight"] = np.array(adapters[key])  # tied ones twice: each is a copy in PEFT
     if within:
         tensors = {name.replace(PLAIN, WITHIN, 1): tensor for name, tensor in tensors.items()}
-    modules = sorted({name.rpartition("{i}.")[2] for name, tensor in chosen.items() if not tensor.parts[0].lead})
+    modules = sorted({within_layer(name) for name, tensor in chosen.items() if not tensor.parts[0].lead})
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     settings = {
@@ -250,7 +250,7 @@ def save_adapters(
         "target_modules": _targets_within(modules) if within else modules,
         "fan_in_fan_out": any(not (t.parts[0].inputs or t.parts[0].lead) for t in chosen.values()),
     }
-    if parameters := sorted({n.rpartition("{i}.")[2] for n, tensor in chosen.items() if tensor.parts[0].lead}):
+    if parameters := sorted({within_layer(n) for n, tensor in chosen.items() if tensor.parts[0].lead}):
         settings["target_parameters"] = parameters
     if wholes:
         settings["modules_to_save"] = sorted(name.rpartition(".")[2] for name in wholes)
@@ -337,13 +337,13 @@ def _read_targets(names: Any, tensors: Mapping[str, Any], architecture: Architec
             if f"{_peft_prefix(name, tensor.layers_of(architecture)[0])}A.weight" in tensors
         ]
     # PEFT may name the module of each layer. A module that is not adapted in all layers fails later: missing tensors.
-    every = {re.sub(r"\.\d+\.", ".{i}.", name).rpartition("{i}.")[2] for name in names}
+    every = {within_layer(re.sub(r"\.\d+\.", ".{i}.", name)) for name in names}
     return tuple(sorted(every))
 
 
 def _peft_prefix(name: str, layer: int) -> str:
     """Returns the prefix of a module's tensor names in PEFT."""
-    return f"base_model.model.{name.replace('{i}', str(layer))}.lora_"
+    return f"base_model.model.{in_layer(name, layer)}.lora_"
 
 
 def _targets_within(modules: Sequence[str]) -> str:
@@ -393,7 +393,7 @@ def _read_adapters(
         layers, count, rank = len(a), math.prod(lead), a.shape[1] // math.prod(lead)
         if a.shape[1:] != (count * rank, math.prod(inputs)) or b.shape[1:] != (math.prod(outputs), rank * count):
             raise UserError(f"{folder / WEIGHTS}: {keys[0]}A and B do not fit the {architecture.family}'s {name}")
-        alphas = [_module_alpha(folder / SETTINGS, settings, name.replace("{i}", str(i))) for i in numbers]
+        alphas = [_module_alpha(folder / SETTINGS, settings, in_layer(name, i)) for i in numbers]
         b = b * (np.array(alphas, np.float32) / _divisor(settings, rank) / (lora.alpha / lora.rank))[:, None, None]
         a = a.reshape(layers, count, rank, -1).swapaxes(2, 3).reshape(layers, *lead, *inputs, rank)
         b = b.reshape(layers, -1, rank, count).transpose(0, 3, 2, 1).reshape(layers, *lead, rank, *outputs)

@@ -15,7 +15,7 @@ from dpo_jax.models.families.hf_config import HfConfig
 
 SUFFIX = "ForSequenceClassification"
 # Transformers has no reward model of these.
-WITHOUT = ("GraniteMoe", "Granite", "Cohere2", "Olmoe", "Qwen3_5Moe", "Glm4Moe")
+WITHOUT = ("GraniteMoe", "Granite", "Cohere2", "Olmoe", "Qwen3_5Moe", "Glm4Moe", "Gemma4")
 ENCODING = "dpo_jax_encoding"  # key of config.json: how training texts were tokenized
 
 

@@ -22,6 +22,8 @@ def frequencies(rope: Rope) -> np.ndarray:
     """
     stretch = np.asarray(rope.short or 1.0)
     frequency = (1.0 / (stretch * rope.theta ** (np.arange(0, rope.dims, 2) / rope.dims))).astype(np.float32)
+    if rope.turned is not None:
+        frequency[rope.turned :] = 0
     if rope.scaling == "llama3":
         turns = rope.original_positions * frequency / (2 * math.pi)
         smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.layer_embedding import TABLES
 
 MULTIPLE = 64  # a grown vocabulary is a multiple of it, so that it can be sharded
 # Special tokens of texts; a tokenizer names others too, of images for example, that a model of texts may lack.
@@ -35,8 +36,14 @@ def grow_vocabulary(architecture: Architecture, params: Any, size: int) -> tuple
     grown = dataclasses.replace(architecture, vocab=vocab)
     if params is None:
         return grown, None
-    keys = [key for key in ("embedding", "head", "head_bias") if key in params]
+    keys = [key for key in (*TABLES, "head", "head_bias") if key in params]
     return grown, {**params, **{key: _with_mean_rows(np.asarray(params[key]), vocab) for key in keys}}
+
+
+def size_settings(architecture: Architecture) -> dict[str, int]:
+    """Returns the keys of config.json that say how many tokens a model has."""
+    keys = ("vocab_size", *(("vocab_size_per_layer_input",) if architecture.layer_embedding is not None else ()))
+    return dict.fromkeys(keys, architecture.vocab)
 
 
 def _with_mean_rows(rows: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from dpo_jax.optim.schedules import Schedule
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {}
 UNDECAYED = ("bias", "scale")  # parameters of norms, and biases
-UNTRAINED = ("correction",)  # of a router, by which experts are chosen
+UNTRAINED = ("correction", "constant")  # of a router, by which experts are chosen; of a layer, by which it ends
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from dpo_jax.models.attention import capped
 from dpo_jax.models.cache import move_cache
+from dpo_jax.models.layer_embedding import TABLES
 from dpo_jax.records import Array
 from dpo_jax.sampling.choose import BLOCK, choose_tokens
 from dpo_jax.sampling.quantize import quantize_layer
 
-TOP = {"embedding", "embedding_norm", "positions", "final_norm"}  # parameters outside the layers that decoding reads
+# Parameters outside the layers that decoding reads.
+TOP = {*TABLES, "embedding_norm", "positions", "final_norm", "layer_embedding_projection", "layer_embedding_norm"}
 
 
 class Sampler(NamedTuple):

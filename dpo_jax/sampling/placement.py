@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dpo_jax import distributed, sharding
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.groups import names_of
+from dpo_jax.models.layer_embedding import TABLES
 from dpo_jax.records import Array
 from dpo_jax.sampling.decode import AS_THEY_ARE, TOP, Gathering, Sampler, Weights, decode_weights
 from dpo_jax.sampling.quantize import dequantize_layer
@@ -94,7 +95,7 @@ class Placement(NamedTuple):
         specs = self.specs
         layer = jax.tree.map(lambda spec: PartitionSpec(*spec[1:]), specs["layers"])
         layers = [{name: layer[name] for name in own} for own in self.layers]
-        tree = {key: whole for key in specs if key in TOP} | {"embedding": specs["embedding"]}
+        tree = {key: specs[key] if key in TABLES else whole for key in specs if key in TOP}
         return Weights(tree | {"layers": layers}, specs[self.head] if self.head else whole)
 
 
@@ -135,7 +136,7 @@ def gathering(placement: Placement, sampler: Sampler) -> Gathering:
     use = AS_THEY_ARE._replace(prefill={"gather": layer}, layer=layer, top=top)
     if not placement.by_layer:
         return use
-    looked_up = not where["embedding"].is_fully_replicated
+    looked_up = not all(where[key].is_fully_replicated for key in TABLES if key in where)
     options = {"gather": layer, "exchange": collectives.exchange if looked_up else None}
     head = {} if placement.head is None else {"head": lambda x: top({placement.head: x})[placement.head]}
     use = use._replace(agree=sharding.any_device(placement.mesh), hold=jax.lax.optimization_barrier)
@@ -152,7 +153,7 @@ def shard_weights(placement: Placement, sampler: Sampler, params: Any, temperatu
         whole = {**params, **use.top({key: leaf for key, leaf in params.items() if key != "layers"})}
         made = decode_weights(sampler, whole, params if split_head else whole, temperature)
         if placement.by_layer:
-            return made._replace(tree={**made.tree, "embedding": params["embedding"]})
+            return made._replace(tree={**made.tree, **{key: params[key] for key in TABLES if key in params}})
         return made._replace(tree={**made.tree, "layers": [use.layer(layer) for layer in made.tree["layers"]]})
 
     where, out = (placement.specs, PartitionSpec()), placement.weight_specs

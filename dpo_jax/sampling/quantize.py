@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from dpo_jax.records import Array
 
-INPUTS = {"o": 2}  # input axes of a projection's kernel: heads and their dimensions; all others have one
+INPUTS = {"o": 2, "global_o": 2}  # input axes of a projection's kernel: heads and their dimensions; all others have one
 LARGEST = 127
 
 

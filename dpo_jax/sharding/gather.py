@@ -11,7 +11,7 @@ from dpo_jax.sharding.gather_scatter import all_gather
 from dpo_jax.sharding.mesh import axis_names
 
 # Parameters that are cast to the compute dtype before use; norms, biases and rewards compute in float32.
-CAST = ("kernel", "lora_a", "lora_b", "embedding", "positions", "head")
+CAST = ("kernel", "lora_a", "lora_b", "embedding", "layer_embedding", "positions", "head")
 
 
 def gather_params(

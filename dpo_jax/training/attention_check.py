@@ -1,5 +1,6 @@
 """Selects the attention backend of a run: a kernel only if it matches chunks on this device."""
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 from dpo_jax import distributed, sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models.alibi import bias_dims
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.architecture import Architecture, HeadSizes
 from dpo_jax.models.attention import CHUNKS, Attend, RowMask, Scoring, packed_attention
 from dpo_jax.models.decoder import scoring_of
 from dpo_jax.models.kernels import KERNELS
@@ -152,8 +153,9 @@ def _unsupported(name: str, a: Architecture, compute: str, devices: int, platfor
         return f"needs model.compute {' or '.join(kernel.dtypes)}, got {compute}"
     if a.sinks and not kernel.sinks:
         return "cannot add attention sinks, which this model has"
-    if a.kv_heads % devices:
-        return f"cannot shard {a.kv_heads} key-value heads evenly over {devices} devices (mesh.tensor)"
+    for heads in a.all_heads:
+        if heads.kv_heads % devices:
+            return f"cannot shard {heads.kv_heads} key-value heads evenly over {devices} devices (mesh.tensor)"
     return ""
 
 
@@ -165,8 +167,8 @@ def kernel_refusal(name: str, a: Architecture, compute: str, devices: int = 1) -
 
 def kernel_mismatch(attend: Attend, a: Architecture, compute: str) -> str:
     """Returns why attention does not match chunks on this device for a model's heads; "" if it does."""
-    for window in (None, WINDOW) if any(a.windows) else (None,):
-        case, errors = attention_case(a, compute, window), jax.jit(partial(kernel_errors, attend, scoring_of(a)))
+    for heads, window in itertools.product(a.all_heads, (None, WINDOW) if any(a.windows) else (None,)):
+        case, errors = attention_case(a, compute, window, heads), jax.jit(partial(kernel_errors, attend, scoring_of(a)))
         found, error = attempt(lambda case=case, errors=errors: np.asarray(errors(*case)))
         if error is not None:
             return f"fails on this device ({in_short(error)})"
@@ -211,13 +213,17 @@ def _with_gradients(attend: Attend, scoring: Scoring, inputs: Sequence[Array], r
     return out, *back(cotangent)
 
 
-def attention_case(a: Architecture, compute: str, window: int | None = None) -> tuple[list[Array], RowMask]:
-    """Returns `CASE` for a model: q, k, v, a cotangent and perhaps sinks, with at most two key-value heads; the mask.
+def attention_case(
+    a: Architecture, compute: str, window: int | None = None, of: HeadSizes | None = None
+) -> tuple[list[Array], RowMask]:
+    """Returns `CASE` for heads of a model: q, k, v, a cotangent and perhaps sinks, with at most two key-value heads;
+    the mask. They are by default those of its first layer.
 
     Scores, and those of sinks, have standard deviation 2; scores a fifth of the cap if that is more. Positions of every
     response continue those of the prompt.
     """
-    scoring, rng, kv_heads = scoring_of(a), np.random.default_rng(0), min(2, a.kv_heads)
+    of = of or a.all_heads[0]
+    scoring, rng, kv_heads = scoring_of(a), np.random.default_rng(0), min(2, of.kv_heads)
     parts: tuple[list[list[int]], ...] = ([], [], [])
     for row in CASE:
         prompt = {g: n for g, b, n in row if b == 0}
@@ -225,8 +231,8 @@ def attention_case(a: Architecture, compute: str, window: int | None = None) -> 
         for part, values in zip(parts, zip(*tokens, strict=True), strict=True):
             part.append(list(values))
     segment_ids, branch_ids, positions = (np.array(part, np.int32) for part in parts)
-    heads = [kv_heads * a.heads // a.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // a.kv_heads]
-    dim = a.head_dim + bias_dims(a, compute)
+    heads = [kv_heads * a.heads // of.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // of.kv_heads]
+    dim = of.head_dim + bias_dims(a, compute)
     q, *rest = (rng.standard_normal((*segment_ids.shape, n, dim), np.float32) for n in heads)
     q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * dim**0.5)
     rows = (

@@ -30,7 +30,7 @@ from dpo_jax.models.huggingface.whole import WHOLE, is_part
 from dpo_jax.models.init import init_params, map_layers
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import Model, build_model
-from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed
+from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed, size_settings
 from dpo_jax.paths import is_run
 from dpo_jax.training.router import with_router_loss
 
@@ -184,7 +184,7 @@ def load_policy(
     if grown > architecture.vocab:
         note = _growth_note(tokenizer, architecture.vocab, grown, lora_options)
         architecture, params = grow_vocabulary(architecture, params, grown)
-        hf_config = {**hf_config, "vocab_size": architecture.vocab}
+        hf_config = {**hf_config, **size_settings(architecture)}
     if encoding is None and architecture.score:
         raise UserError(f"{options.path}: a reward model generates no text; name a language model")
     if encoding is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dpo_jax.data.pack import Layout
-from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.architecture import OWNERS, Architecture
 from dpo_jax.training.program import Collective
 from dpo_jax.training.targets import Chip
 
@@ -54,12 +54,26 @@ class Roofline(NamedTuple):
 
 def matmul_weights(a: Architecture, experts: int | None = None) -> int:
     """Returns how many weights of the layers multiply a token; of a mixture with so many experts, or its chosen."""
-    attention = latent_weights(a) or a.width * (((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim)
+    attention = attention_layers(a) * latent_weights(a) or a.width * (heads_numbers(a) - shared_numbers(a))
     rates = 2 * a.delta.value_heads if a.delta else 0
     linear = a.width * (delta_channels(a) + rates)
-    count = attention_layers(a)
-    mixing = count * attention + (a.layers - count) * linear
+    mixing = attention + (a.layers - attention_layers(a)) * linear + 3 * a.width * a.layers * (a.layer_embedding or 0)
     return mixing + router_weights(a) + (3 if a.gated else 2) * a.width * inner_widths(a, experts)
+
+
+def heads_numbers(a: Architecture) -> int:
+    """Returns the numbers of a token that go in and out of attention in all layers, but latent attention: queries,
+    output and gate, and keys and values of the layers that have their own."""
+    kinds = [kind for kind in a.layer_kinds if kind != "delta"]
+    queries = sum((2 + a.gated_attention) * a.heads * a.heads_in(kind).head_dim for kind in kinds)
+    own = [a.heads_in(kind) for kind in kinds if kind not in OWNERS]
+    return queries + sum(2 * heads.kv_heads * heads.head_dim for heads in own)
+
+
+def shared_numbers(a: Architecture) -> int:
+    """Returns how many numbers of values are those of a projection of keys, in all layers."""
+    own = [a.heads_in(kind) for kind in a.layer_kinds if kind not in OWNERS]
+    return sum(heads.kv_heads * heads.head_dim for heads in own if heads.keys_as_values)
 
 
 def latent_weights(a: Architecture) -> int:
@@ -81,7 +95,8 @@ def router_weights(a: Architecture) -> int:
 def inner_widths(a: Architecture, experts: int | None = None) -> int:
     """Returns the inner widths of a token's MLPs in all layers; of a mixture that of so many experts, or its chosen."""
     if a.mixture is None:
-        return a.layers * a.mlp
+        readers = sum(kind in OWNERS for kind in a.kinds)
+        return (a.layers - readers) * a.mlp + readers * (a.reader_mlp or 0)
     width = a.mlp * (a.mixture.chosen if experts is None else experts) + (a.mixture.shared or 0)
     return mixture_layers(a) * width + (a.layers - mixture_layers(a)) * a.dense
 
@@ -153,7 +168,7 @@ def step_work(
     tokens, scored = rows * shape.length, rows * shape.scored
     layers = 2 * matmul_weights(a) * tokens
     pairs = rows * shape.length * (shape.length + 1) / 2
-    attention = 2 * attention_layers(a) * a.heads * (a.head_dim + a.value_dim) * pairs + state_work(a) * tokens
+    attention = 2 * a.heads * sum(score_dims(a)) * pairs + state_work(a) * tokens
     head = 2 * a.width * (1 if a.score else a.vocab) * scored
     backward = 1 if passes.adapters else 2
     useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
@@ -173,10 +188,17 @@ def mixed_numbers(a: Architecture) -> int:
     """Returns the numbers of a token that go in and out of attention, or of linear attention, in all layers."""
     count = attention_layers(a)
     if a.latent is None or a.rope is None:
-        one = ((2 + a.gated_attention) * a.heads + 2 * a.kv_heads) * a.head_dim
+        mixed = heads_numbers(a)
     else:
-        one = 2 * a.heads * (a.head_dim + a.value_dim) - (a.heads - 1) * a.rope.dims
-    return count * one + (a.layers - count) * delta_channels(a)
+        mixed = count * (2 * a.heads * (a.head_dim + a.value_dim) - (a.heads - 1) * a.rope.dims)
+    return mixed + (a.layers - count) * delta_channels(a)
+
+
+def score_dims(a: Architecture) -> list[int]:
+    """Returns the dimensions of a key and a value together, of each layer with attention."""
+    if a.latent is not None:
+        return [a.head_dim + a.value_dim] * attention_layers(a)
+    return [2 * a.heads_in(kind).head_dim for kind in a.layer_kinds if kind != "delta"]
 
 
 def state_work(a: Architecture) -> float:

@@ -9,6 +9,7 @@ from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.layer_embedding import TABLES
 from dpo_jax.models.model import Model
 from dpo_jax.models.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.records import TrainState
@@ -94,14 +95,14 @@ def gather_on_use(model: Model, collectives: Collectives, shardings: Any, block:
     def layer(tree: Any) -> Any:
         return gather(tree, {name: shardings["layers"][name] for name in tree}, model.compute)
 
-    split = exchange is not None and not shardings["embedding"].is_fully_replicated
-    options = {"gather": layer, "exchange": exchange if split else None, "split": collectives.split}
-    kept = ("embedding",) if split else ()
+    sharded = [key for key in TABLES if key in shardings and not shardings[key].is_fully_replicated]
+    kept = tuple(sharded) if exchange is not None else ()
+    options = {"gather": layer, "exchange": exchange if kept else None, "split": collectives.split}
     return model._replace(
         hidden=lambda tree, *fields, **more: model.hidden(top(tree, *kept), *fields, **options, **more),
         head=lambda tree: model.head(top(tree)),
         split=collectives.split,
-        split_head=_split_head(model, gather, shardings, block) if split else None,
+        split_head=_split_head(model, gather, shardings, block) if "embedding" in kept else None,
     )
 
 

@@ -7,8 +7,9 @@ A family module is named after the `model_type` of config.json and defines:
   BUFFERS: endings of names of tensors that are not parameters.
   READS: which settings of `foreign.NEUTRAL` it reads, or refuses by itself.
   architecture(config) -> Architecture: raises UserError for unsupported settings.
-  tensors(architecture) -> dict[str, Tensor]: name in the file, with `{i}` for the layer, and `{e}` for the expert of a
-    mixture -> `tensor_map.Tensor`.
+  tensors(architecture) -> dict[str, Tensor]: name in the file, with `{i}` or `{i:kind}` for the layer, and `{e}` for
+    the expert of a mixture -> `tensor_map.Tensor`.
+  unread_tensors(architecture): only if files have tensors that no layer uses; their names.
   fused_tensors(architecture): for mixtures of experts only; the same by transformers' names in memory, which files may
     have too.
 """

@@ -18,15 +18,18 @@ CHANGING |= {"no_rope_layer_interval", "parallel_attn", "parallel_residual", "q_
 CHANGING |= {"query_pre_attn_scalar", "rope_interleaved", "rope_local_base_freq", "rope_parameters", "rope_scaling"}
 CHANGING |= {"rope_theta", "rotary_dim", "rotary_emb_base", "rotary_pct", "scale_attn_by_inverse_layer_idx"}
 CHANGING |= {"sliding_window_pattern", "use_bidirectional_attention", "use_parallel_residual", "use_qk_norm"}
-CHANGING |= {"use_qkv_bias", "window_size"}
+CHANGING |= {"use_qkv_bias", "window_size", "attention_k_eq_v", "enable_moe_block", "per_layer_config"}
 # Multipliers: 1 changes nothing.
 FACTORS = {"attention_multiplier", "embedding_multiplier", "lm_head_multiplier", "logit_scale", "logits_scaling"}
 FACTORS |= {"partial_rotary_factor", "residual_multiplier", "scale_depth", "scale_emb"}
+# 0 changes nothing.
+COUNTS = {"hidden_size_per_layer_input", "num_kv_shared_layers"}
 # Numbers of experts: 0 and 1 change nothing.
 EXPERTS = {"n_routed_experts", "num_experts", "num_local_experts"}
 NEUTRAL: dict[str, Callable[[Any, HfConfig], bool]] = {
     **dict.fromkeys(CHANGING, lambda value, config: False),
     **dict.fromkeys(FACTORS, lambda value, config: value == 1),
+    **dict.fromkeys(COUNTS, lambda value, config: value == 0),
     **dict.fromkeys(EXPERTS, lambda value, config: value in (0, 1)),
     "layer_types": lambda value, config: isinstance(value, list) and set(value) <= {"full_attention"},
     "no_rope_layers": lambda value, config: isinstance(value, list) and set(value) <= {1},

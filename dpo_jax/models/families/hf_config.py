@@ -23,6 +23,7 @@ ACTIVATIONS = {
 }
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")  # kinds of rotary scaling that every family can have
+PROPORTIONAL = "proportional"  # a part of the pairs of dimensions of a whole head are rotated, at that head's angles
 
 
 def need_setting(config: HfConfig, key: str) -> Any:
@@ -186,6 +187,19 @@ def rope_from_settings(settings: HfConfig, dim: int, theta: float = 10000.0, fra
         return _yarn(Rope(dims, theta, kind, factor, original_positions=original), settings)
     low, high = (float(need_setting(settings, key)) for key in ("low_freq_factor", "high_freq_factor"))
     return Rope(dims, theta, kind, factor, low, high, original)
+
+
+def proportional_rope(settings: HfConfig, dim: int) -> Rope:
+    """Returns the rotary embedding of `rope_parameters` of the type `PROPORTIONAL`.
+
+    Raises:
+      UserError: no pair is rotated, or more than there are.
+    """
+    part, theta = (get_setting(settings, *key) for key in (("partial_rotary_factor", 1.0), ("rope_theta", 10000.0)))
+    turned = int(part * dim // 2)
+    if dim % 2 or not 1 <= turned <= dim // 2:
+        raise UserError(f"config.json: partial_rotary_factor = {part}: {turned} of {dim // 2} pairs would be rotated")
+    return Rope(dim, float(theta), factor=float(get_setting(settings, "factor", 1.0)), turned=turned)
 
 
 def _yarn(rope: Rope, settings: HfConfig) -> Rope:

@@ -51,7 +51,8 @@ def check_sizes(architecture: Architecture) -> None:
     Raises:
       UserError: the message names the field of the architecture.
     """
-    for part in filter(None, (architecture, architecture.mixture, architecture.delta, architecture.latent)):
+    a = architecture
+    for part in filter(None, (a, a.mixture, a.delta, a.latent, a.global_heads)):
         for field in dataclasses.fields(part):
             value, kind = getattr(part, field.name), field.type
             what = f"config.json: {field.name} of the model is {value!r}, which is no"

@@ -1,9 +1,11 @@
 """The table that maps a checkpoint's tensors to our parameters, and the conversion of their layouts.
 
-A family's `tensors(architecture)` is such a table: name in the file -> `Tensor`.
+A family's `tensors(architecture)` is such a table: name in the file -> `Tensor`. In a name, `{i}` is the number of a
+layer; where layers of several kinds have a tensor of one name, of other sizes, it is `{i:kind}` for all but one kind.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import numpy as np
 
 from dpo_jax.models.architecture import Architecture, Rope
 
+LAYER = re.compile(r"\{i(?::\w+)?\}")
 TreePath = tuple[str, ...]  # keys that lead to a parameter in the pytree
 Index = tuple[slice, ...]
 
@@ -116,10 +119,25 @@ def renamed(table: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, 
     return {new(name): tensor for name, tensor in table.items()}
 
 
-def of_kind(table: Mapping[str, Tensor], a: Architecture, kind: str) -> dict[str, Tensor]:
-    """Returns a table whose tensors only the layers of a kind have."""
-    numbers = tuple(i for i, own in enumerate(a.kinds) if own == kind) if a.kinds else None
+def of_kind(table: Mapping[str, Tensor], a: Architecture, *kinds: str) -> dict[str, Tensor]:
+    """Returns a table whose tensors only the layers of some kinds have."""
+    numbers = tuple(i for i, own in enumerate(a.kinds) if own in kinds) if a.kinds else None
     return {name: tensor._replace(layers=numbers) for name, tensor in table.items()}
+
+
+def in_layer(pattern: str, layer: int) -> str:
+    """Returns the name in the file of a layer's tensor, or of its module."""
+    return LAYER.sub(str(layer), pattern)
+
+
+def is_layered(pattern: str) -> bool:
+    """Returns whether layers have a tensor of that name each."""
+    return LAYER.search(pattern) is not None
+
+
+def within_layer(pattern: str) -> str:
+    """Returns what follows the number of the layer and a dot in the name of a tensor, or of a module."""
+    return LAYER.split(pattern)[-1].removeprefix(".")
 
 
 def untied_head(name: str, a: Architecture) -> dict[str, Tensor]:

@@ -33,8 +33,11 @@ _MISTRAL3 |= {"intermediate_size": 32768, "sliding_window": None}
 _QWEN3_5 = {"vocab_size": 248320, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 16}
 _QWEN3_5 |= {"intermediate_size": 12288}
 _QWEN3_5_MOE = {"vocab_size": 248320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16}
+_GEMMA4 = {"vocab_size": 262144, "hidden_size": 2304, "num_hidden_layers": 30, "num_attention_heads": 8}
+_GEMMA4 |= {"intermediate_size": 9216, "tie_word_embeddings": True}
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), _GEMMA3),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), _GEMMA4),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), _MISTRAL3),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), _QWEN3_5),
     "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", ("qwen3_5_moe_text",), _QWEN3_5_MOE),
@@ -44,7 +47,7 @@ WRAPPERS = {
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")
 FURTHER = ("mtp.",)  # heads that predict further tokens, which transformers does not read
 ELSEWHERE = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-ELSEWHERE += ("model.visual.", *FURTHER)
+ELSEWHERE += ("model.visual.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.", *FURTHER)
 # Keys of the whole model that its language model needs, too.
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config", "auto_map")
 

@@ -16,7 +16,15 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.families.tensor_map import Index, Tensor, TensorPart, TreePath, param_shape, read_block
+from dpo_jax.models.families.tensor_map import (
+    Index,
+    Tensor,
+    TensorPart,
+    TreePath,
+    in_layer,
+    param_shape,
+    read_block,
+)
 from dpo_jax.models.families.wrappers import ELSEWHERE, FURTHER, language_model_name
 from dpo_jax.models.huggingface.mxfp4 import BLOCKS, CODE, SCALES, Unpacked, unpacked_shape
 from dpo_jax.models.huggingface.safetensors import checkpoint_tensors
@@ -186,6 +194,17 @@ def _without_further_layers(folder: Path, found: Mapping[str, _Header], layers: 
     return rest
 
 
+def _without_unread(
+    folder: Path, found: Mapping[str, _Header], module: ModuleType, architecture: Architecture
+) -> dict[str, _Header]:
+    """Returns headers without those of the family's `unread_tensors`."""
+    names = module.unread_tensors(architecture) if hasattr(module, "unread_tensors") else set()
+    rest = {name: header for name, header in found.items() if f"{module.PREFIX}{name}" not in names}
+    if len(rest) < len(found):
+        log.info(f"{folder}: {len(found) - len(rest)} tensors that no layer uses are neither read nor exported")
+    return rest
+
+
 def _with_scales(found: Mapping[str, _Header]) -> dict[str, _Header]:
     """Returns headers in which blocks and scales of MXFP4 are one, by the name of the blocks.
 
@@ -248,6 +267,7 @@ def lazy_params(
     """
     folder, found = files[0].parent, _headers(files, module, within)
     found = _without_further_layers(folder, found, architecture.layers)
+    found = _without_unread(folder, found, module, architecture)
     if architecture.layers > max(1, len(found)):  # before anything is made for each of them
         raise UserError(f"{folder}: config.json has {architecture.layers:,} layers, the files {len(found):,} tensors")
     listed = list(checkpoint_tensors(module, architecture, _tensor_table(module, architecture, found)))
@@ -279,7 +299,7 @@ def _tensor_table(module: ModuleType, architecture: Architecture, found: Mapping
         return table
     fused = module.fused_tensors(architecture)
     new = {name: fused[name].layers_of(architecture)[0] for name in fused.keys() - table.keys()}
-    own = {name.replace("{i}", str(i)).removeprefix(module.PREFIX) for name, i in new.items()}
+    own = {in_layer(name, i).removeprefix(module.PREFIX) for name, i in new.items()}
     return fused if own & found.keys() else table
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from dpo_jax.models.families.hf_config import HfConfig
 
 PARTS = ("full_attention", "sliding_attention")  # of rope_parameters in families with two rotary embeddings
+NEWER = ("gemma4", "gemma4_text")  # version 4 has none of these, and version 5 would read older keys of them
 KEYS = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}  # of the base and the rotated fraction, where not the usual ones
 
 
@@ -15,6 +16,8 @@ def with_older_keys(config: HfConfig) -> dict[str, Any]:
     the config has already are kept.
     """
     older: dict[str, Any] = {"torch_dtype": config["dtype"]}
+    if config["model_type"] in NEWER:
+        return {**older, **config}
     rope = config.get("rope_parameters") or {}
     full, sliding = (rope.get(part, {}) for part in PARTS) if PARTS[0] in rope else (rope, {})
     theta, part = KEYS.get(config["model_type"], ("rope_theta", "partial_rotary_factor"))

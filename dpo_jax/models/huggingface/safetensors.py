@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture
-from dpo_jax.models.families.tensor_map import Tensor, TreePath, pack_tensor, same_layout
+from dpo_jax.models.families.tensor_map import Tensor, TreePath, in_layer, is_layered, pack_tensor, same_layout
 from dpo_jax.records import Array
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -117,15 +117,16 @@ def checkpoint_tensors(
     Args:
       module: the family.
       architecture: the architecture of the parameters.
-      table: name -> tensor, with `{i}` for the layer and `{e}` for the expert; by default the family's `tensors`.
+      table: name -> tensor, with `{i}` or `{i:kind}` for the layer and `{e}` for the expert; by default the family's
+        `tensors`.
     """
     experts = architecture.mixture.experts if architecture.mixture else 0
     for pattern, tensor in (table or module.tensors(architecture)).items():
-        if "{i}" not in pattern:
+        if not is_layered(pattern):
             yield pattern, (), tensor
             continue
         for place, i in enumerate(tensor.layers_of(architecture)):
-            name = pattern.replace("{i}", str(i))
+            name = in_layer(pattern, i)
             if "{e}" not in pattern:
                 yield name, (place,), tensor
             for e in range(experts if "{e}" in pattern else 0):

@@ -60,7 +60,8 @@ class Whole(NamedTuple):
 
     def config_with(self, language: HfConfig) -> dict[str, Any]:
         """Returns the whole model's config.json, given the new one of its language model."""
-        new = {key: language[key] for key in ("vocab_size", "dtype", "model_type")}
+        keys = ("vocab_size", "vocab_size_per_layer_input", "dtype", "model_type")
+        new = {key: language[key] for key in keys if key in language}
         text = with_older_keys({**_plain(self.config["text_config"]), **new})
         return {**with_older_keys({**_plain(self.config), "dtype": language["dtype"]}), "text_config": text}
 
