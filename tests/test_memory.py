@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh
+from tiny import _ARGUMENTS as ARGUMENTS
 
 from dpo_jax import losses, sharding
 from dpo_jax.data import pack
@@ -37,22 +38,25 @@ KEPT = optax.GradientTransformation(ZEROS, LAST)
 
 
 class Step:
-    """The train step of a small Llama: microbatches of `size` rows, a head in blocks of `block` numbers."""
+    """The train step of a small model: microbatches of `size` rows, a head in blocks of `block` numbers."""
 
     def __init__(
         self, sizes, devices, compute="float32", block=700, reduce_dtype="float32", remat="none", size=12, wpo=False,
-        **config,
+        kind="llama", nudge=0.0, **config,
     ):  # fmt: skip
         rng = np.random.default_rng(0)
         draw = partial(rng.integers, 1, 128, dtype=np.int32)
         table = Table.of(Tokens(draw(rng.integers(2, 12)), (draw(20), draw(15))) for _ in range(32))
-        architecture = family("llama").architecture({**CONFIG, "vocab_size": VOCAB, **config})
+        given = CONFIG if kind == "llama" else {"initializer_range": 0.05, **ARGUMENTS[kind]}
+        architecture = family(kind).architecture({**given, "vocab_size": VOCAB, **config})
         model = build_model(architecture, compute=compute, remat=remat)
         loss, tx = losses.build({"name": "dpo", "beta": 0.5, "wpo": wpo}), KEPT
         data, fsdp, tensor, *sequence = sizes
         devices = np.array(devices).reshape(data, fsdp, 1, *(sequence or [1]), tensor)
         mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
-        self.start = lambda: init_state(model.init(jax.random.key(0)), tx, loss)
+        signs = lambda x: jax.random.rademacher(jax.random.key(1), x.shape, x.dtype)  # noqa: E731
+        nudged = lambda params: jax.tree.map(lambda x: x * (1 + nudge * signs(x)), params) if nudge else params  # noqa: E731
+        self.start = lambda: init_state(nudged(model.init(jax.random.key(0))), tx, loss)
         shapes = jax.eval_shape(self.start)
         params = sharding.param_shardings(mesh, model.axes, shapes.params)
         self.where = sharding.state_shardings_like(mesh, params, shapes)
@@ -107,6 +111,35 @@ def test_parts_give_the_gradient_of_one_device(gradient, case):
     sizes, options = CASES[case]
     of_model = [option for option in options if option[0] in ("vocab_size", "tie_word_embeddings", "wpo")]
     assert relative(gradient(sizes, *options), gradient((1, 1, 1), *of_model)) < 2e-5
+
+
+# Larger weights and fewer layers than elsewhere: a norm after a short vector multiplies its rounding.
+GEMMA_4 = (("kind", "gemma4_text"), ("vocab_size_per_layer_input", VOCAB), ("initializer_range", 0.2))
+GEMMA_4 += (("num_hidden_layers", 4), ("layer_types", ("sliding_attention", "full_attention") * 2))
+OTHERS = {
+    "heads of two sizes, shared keys": ((1, 2, 2), GEMMA_4),
+    "shared keys, rows split over devices": ((1, 2, 1, 2), GEMMA_4),
+    "slopes of heads": ((1, 1, 2, 2), (("kind", "bloom"),)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_parts_give_the_gradient_of_one_device_for_other_models(gradient, case):
+    """To twice what the last bit of every parameter changes on one device."""
+    sizes, options = OTHERS[case]
+    exact, nudged = (gradient((1, 1, 1), *options, ("nudge", nudge)) for nudge in (0.0, 2.0**-23))
+    largest = max(np.abs(y).max() for y in jax.tree.leaves(exact))
+    # A bias of keys changes no softmax, and the constant of a layer is not trained.
+    trained = jax.tree.map(lambda y: np.abs(y).max() > 1e-6 * largest, exact)
+    assert sum(not one for one in jax.tree.leaves(trained)) == 1
+
+    def off(found):
+        pairs = jax.tree.map(lambda x, y, one: (x, y) if one else (x + largest, y + largest), found, exact, trained)
+        return relative(*zip(*jax.tree.leaves(pairs, is_leaf=lambda pair: isinstance(pair, tuple)), strict=True))
+
+    assert off(nudged) < 5e-5
+    assert off(gradient(sizes, *options)) < max(2e-5, 2 * off(nudged))
 
 
 @pytest.mark.slow
