@@ -24,7 +24,7 @@ def test_an_unknown_family_is_answered_with_the_closest():
     with pytest.raises(UserError, match=r"'hf_olmo' is not known; known: bloom, cohere2"):
         family("hf_olmo")
     for other in ("gemma3", "mistral3", "qwen3_vl", "mamba"):
-        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: coh"):
+        with pytest.raises(UserError, match=f"model_type '{other}' is a family that is not supported; known: bloom"):
             family(other)
     with pytest.raises(UserError, match=r"'zebra' is not known; known: .*; for one of your own set model.family"):
         family("zebra")

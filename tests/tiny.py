@@ -126,7 +126,7 @@ def torch_model(family: str, **settings):
             if name.endswith("linear_attn.norm.weight"):
                 p.add_(1)
             if family == "gemma4_text" and ("q_norm" in name or "post_" in name):
-                p.mul_(0.3)  # scores as if divided by the root of d; larger branches would grow a rounding error
+                p.mul_(0.1)  # scores are not divided by the root of d; large branches would grow a rounding error
             if name.endswith("A_log"):  # a state that lasts for some tens of tokens
                 p.sub_(3)
         for name, buffer in model.named_buffers():
