@@ -11,17 +11,7 @@ import yaml
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from tiny import (
-    COMPOSED,
-    FAMILIES,
-    REPEATED,
-    folders_of,
-    largest_difference,
-    load_torch,
-    logits_of,
-    tokens_of,
-    unpacked_rows,
-)
+from tiny import COMPOSED, FAMILIES, folders_of, largest_difference, load_torch, logits_of, tokens_of, unpacked_rows
 
 from dpo_jax import cli
 from dpo_jax.config.schema import LoraConfig
@@ -39,7 +29,7 @@ LATER = [
     pytest.param(kind, marks=pytest.mark.slow)
     for kind in ("gptj", "llama", "ministral3", "exaone4", "deepseek_v3", "gemma4_text")
 ]
-LATER += [pytest.param(kind, marks=REPEATED) for kind in COMPOSED]
+LATER += [pytest.param(kind, marks=marks) for kind, marks in COMPOSED.items()]
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 

@@ -9,7 +9,6 @@ import pytest
 from tiny import (
     COMPOSED,
     FAMILIES,
-    REPEATED,
     VOCAB,
     WINDOW,
     folders_of,
@@ -139,7 +138,7 @@ CASES = {
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
 ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
-MARKS = {name: [pytest.mark.slow] for name in ALIKE} | dict.fromkeys(COMPOSED, REPEATED)
+MARKS = dict.fromkeys(ALIKE, (pytest.mark.slow,)) | COMPOSED
 ATTENTION = [pytest.param(name, marks=MARKS.get(name, ())) for name in FAMILIES]
 
 

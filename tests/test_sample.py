@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import COMPOSED, EOS, FAMILIES, REPEATED, folder_of, load_torch, shared_model, tokens_of
+from tiny import COMPOSED, EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
@@ -50,7 +50,7 @@ def torch_greedy(folder, prompt, new, eos):
     return out[0, len(prompt) :].numpy()
 
 
-LATER = [pytest.param(kind, marks=REPEATED if kind in COMPOSED else ()) for kind in FAMILIES]
+LATER = [pytest.param(kind, marks=COMPOSED.get(kind, ())) for kind in FAMILIES]
 
 
 @pytest.mark.parametrize("kind", LATER)

@@ -15,7 +15,7 @@ from dpo_jax.models.model import build_model
 
 PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
 # Families that came with version 5, or have never been part of transformers.
-NEWER = {"internlm3", "ministral3", "qwen3_5_moe_text", "qwen3_5_text"}
+NEWER = {"gemma4_text", "internlm3", "ministral3", "qwen3_5_moe_text", "qwen3_5_text"}
 READ = """
 import json, sys
 import torch, transformers

@@ -98,12 +98,10 @@ _ARGUMENTS = {
 }
 FAMILIES = tuple(_ARGUMENTS)
 # Families made of the options of others. The default suite compares their logits and gradients with transformers';
-# packing, decoding, sampling and adapters, which have no code of a family, have the marks below for them.
-COMPOSED = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
-COMPOSED += ("granitemoe", "starcoder2", "qwen3_5_moe_text", "qwen3_next", "glm4_moe")
-
-
-REPEATED = (pytest.mark.slow, pytest.mark.milestone)
+# packing, decoding, sampling and adapters have these marks for them.
+PLAIN = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")
+COMPOSED = dict.fromkeys((*PLAIN, "starcoder2"), (pytest.mark.slow, pytest.mark.milestone))
+COMPOSED |= dict.fromkeys(("granitemoe", "qwen3_5_moe_text", "qwen3_next", "glm4_moe"), (pytest.mark.slow,))
 
 
 def torch_model(family: str, **settings):

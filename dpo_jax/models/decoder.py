@@ -19,12 +19,12 @@ from dpo_jax.models.architecture import GLOBAL, OWNERS, Architecture
 from dpo_jax.models.attention import Attend, CacheMask, RowMask, Scoring, cached_attention, packed_attention
 from dpo_jax.models.cache import DeltaCache, LayerCache
 from dpo_jax.models.delta import Paths, paths_of
-from dpo_jax.models.experts import mixture, mixture_beside, mlp
+from dpo_jax.models.experts import mixture, mixture_beside
 from dpo_jax.models.groups import init_groups, scan_groups
 from dpo_jax.models.heads import head_projection, output_projection, queries_keys_values
 from dpo_jax.models.latent_attention import latent_heads
 from dpo_jax.models.layer_embedding import embedding_branch, layer_embeddings
-from dpo_jax.models.layers import Constant, Norm, Sinks, scaled
+from dpo_jax.models.layers import Constant, Norm, Sinks, mlp, scaled
 from dpo_jax.models.linear_attention import delta_attention
 from dpo_jax.models.remat import ACTIVATION, POLICIES, saved
 from dpo_jax.models.rotary import Angles, angles_at, growth_at, layer_angles
@@ -152,7 +152,7 @@ class Block(nn.Module):
         return Norm(self.architecture, name=name)(x) if wanted else x
 
     def _branch(self, x: Array, name: str) -> Array:
-        """Returns what is added to the residual."""
+        """Returns a branch [R, T, D] as it is added to the residual: perhaps normalized, and scaled."""
         a = self.architecture
         return scaled(self._norm(x, name, a.post_norm), a.residual_multiplier)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.models.grouped import group_of_rows, multiply_groups, outer_groups
-from dpo_jax.models.layers import Linear, Norm, activate, normalize
+from dpo_jax.models.layers import Linear, Norm, activate, mlp, normalize
 from dpo_jax.models.quantized import Quantized, dequantize
 from dpo_jax.models.remat import ACTIVATION, PROJECTION, named, saved
 from dpo_jax.records import Array
@@ -273,18 +273,6 @@ def routing_of(routes: Routes, counted: Array) -> Array:
     chosen = jnp.sum(routes.expert[..., None] == jnp.arange(routes.probs.shape[1]), axis=1, dtype=jnp.float32)
     both: Any = jnp.stack([chosen, routes.probs], axis=1)
     return jnp.einsum("rt,rtce->rce", counted, both.reshape(*counted.shape, 2, -1))
-
-
-def mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
-    """Returns the MLP branch [R, T, D] of an inner width; `before` begins the names of its projections."""
-
-    def linear(name: str) -> Linear:
-        axes = ("embed", "mlp")
-        return Linear((a.width,), (size,), axes, a.mlp_bias, a.initializer_range, name=f"{before}{name}")
-
-    inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
-    std = a.initializer_range * a.residual_scale
-    return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)
 
 
 def mixture(

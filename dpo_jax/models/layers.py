@@ -221,3 +221,18 @@ class Constant(nn.Module):
         one = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         factor = jax.lax.stop_gradient(jnp.asarray(self.param("constant", one, (1,)), jnp.float32))
         return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def mlp(a: Architecture, x: Array, size: int, before: str = "") -> Array:
+    """Returns the MLP branch [R, T, D] of an inner width; call it inside a Linen module.
+
+    `before` begins the names of its projections.
+    """
+
+    def linear(name: str) -> Linear:
+        axes = ("embed", "mlp")
+        return Linear((a.width,), (size,), axes, a.mlp_bias, a.initializer_range, name=f"{before}{name}")
+
+    inner = saved(activate(linear("up")(x), linear("gate")(x) if a.gated else None, a.activation), ACTIVATION)
+    std = a.initializer_range * a.residual_scale
+    return Linear((size,), (a.width,), ("mlp", "embed"), a.mlp_bias, std, name=f"{before}down")(inner)

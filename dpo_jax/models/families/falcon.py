@@ -1,6 +1,6 @@
 """Falcon (7B to 180B, RW, Falcon 2 11B): attention and MLP side by side, few key-value heads in one fused projection.
 
-The RW models (1B, 7B) have ALiBi, one after the other, and a key-value head for each head.
+The RW models (1B, 7B) have ALiBi, the MLP after attention, and as many key-value heads as heads.
 """
 
 import numpy as np
