@@ -172,6 +172,13 @@ def test_unsupported_settings_are_refused_by_key(change, message):
         family("gemma4_text").architecture({**CONFIG, **change})
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "rope_scaling", "partial_rotary_factor", "mlp_bias"])
+def test_keys_of_other_models_are_refused(key):
+    architecture_of({**CONFIG, "model_type": "gemma4_text"})
+    with pytest.raises(UserError, match=f"{key} = .* is no setting of a gemma4_text"):
+        architecture_of({**CONFIG, "model_type": "gemma4_text", key: 0.5})
+
+
 def test_the_keys_of_released_gemma_4_files_and_those_of_transformers_mean_the_same():
     """Heads of full attention by `global_head_dim`, or layer by layer; fewer keys only where they are values."""
     architecture, config = family("gemma4_text").architecture, CONFIG
@@ -183,6 +190,9 @@ def test_the_keys_of_released_gemma_4_files_and_those_of_transformers_mean_the_s
     assert equal.global_heads == HeadSizes(2, 64, keys_as_values=True)
     assert architecture({**config, **given}).global_heads == HeadSizes(4, 64)
     assert architecture(config).global_heads == HeadSizes(4, 512)
+    assert architecture({**config, **given, "per_layer_config": None}).global_heads == HeadSizes(4, 256)
+    every = {str(i): {"head_dim": 256, "num_key_value_heads": 4} for i in range(8)}
+    assert architecture({**layers, **config, "per_layer_config": every | layers["per_layer_config"]}) == equal
     assert equal.kinds == ("attention",) * 5 + ("global", "reader", "global_reader")
     assert equal.windows == (512,) * 5 + (0, 512, 0)
     assert (equal.rope, equal.window_rope) == (Rope(64, 1e6, turned=8), Rope(256, 1e4))

@@ -94,6 +94,15 @@ def test_rank_and_alpha_patterns_mean_what_they_mean_in_peft(folders, tmp_path):
         lora.load_adapters(tmp_path, architecture)
 
 
+def test_kinds_of_layers_with_other_ranks_are_refused(folders, tmp_path):
+    """One module of PEFT is two stacks of adapters, of layers with other heads."""
+    full = {"rank_pattern": {f"layers.{i}.self_attn.q_proj": 2 for i in (1, 3, 5)}}
+    adapted(folders("gemma4_text"), r=3, target_modules=["q_proj"], **full).save_pretrained(tmp_path)
+    architecture, _, _ = open_folder(folders("gemma4_text"))
+    with pytest.raises(UserError, match=r"layers of model.layers.{i:global}.self_attn.q_proj have several ranks"):
+        lora.load_adapters(tmp_path, architecture)
+
+
 def test_rslora_divides_by_the_root_of_the_rank(folders, tmp_path):
     patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3}}
     theirs = adapted(

@@ -12,7 +12,9 @@ import numpy as np
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.records import Array
 
-PARTS = 3  # numbers of bfloat16 whose sum is one of float32
+# Numbers of bfloat16 whose sum is one of float32. TPUs and newer GPUs round the operands of a float32 matmul, to
+# bfloat16 or little more, which would move the bias of a far key by more than the slope.
+PARTS = 3
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -25,25 +27,23 @@ def slopes(heads: int) -> np.ndarray:
     return np.exp2(-8 * np.concatenate([first, more])).astype(np.float32)
 
 
-def bias_dims(a: Architecture, compute: str) -> int:
+def bias_dims(a: Architecture) -> int:
     """Returns how many further dimensions queries, keys and values have; 0 without ALiBi."""
-    return 0 if a.alibi is None else 1 if compute == "float32" else PARTS
+    return 0 if a.alibi is None else PARTS
 
 
 def key_biases(a: Architecture, positions: Array, scale: float, compute: str) -> Array:
-    """Returns the further dimensions of keys [R, T, H, 1], or [R, T, H, 3] in bfloat16, for positions [R, T].
+    """Returns the further dimensions of keys [R, T, H, 3] for positions [R, T]: each bias as a sum of three numbers.
 
     Args:
       a: the model; `a.alibi` says whether the biases are multiplied by the scale of scores.
       positions: int32[R, T].
       scale: of scores, which multiplies whatever a key holds.
-      compute: dtype of the keys. In bfloat16 a bias is the sum of three numbers, so that it keeps float32's precision.
+      compute: dtype of the keys.
     """
     found = jnp.asarray(slopes(a.heads))
     place = positions.astype(jnp.float32)[..., None]
     bias = _rounded(_rounded(found) * _rounded(place)) if a.alibi == "scaled" else found * place / scale
-    if compute == "float32":
-        return bias[..., None]
     parts = []
     for _ in range(PARTS):
         parts.append(_rounded(bias))

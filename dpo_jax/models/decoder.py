@@ -167,7 +167,8 @@ class Block(nn.Module):
         if a.mixture and self.kind != "dense":
             return mixture(a, read, context.counted, self.experts)
         if self.kind in OWNERS:
-            return mlp(a, read, a.reader_mlp or a.mlp, "reader_"), None
+            assert a.reader_mlp is not None
+            return mlp(a, read, a.reader_mlp, "reader_"), None
         return mlp(a, read, a.dense), None
 
 

@@ -45,7 +45,7 @@ class Lora(NamedTuple):
       rank: r.
       alpha: additions are multiplied by alpha / r.
       targets: names of modules in transformers, e.g. `q_proj`, `attn.c_attn`, `experts.down_proj` or `lm_head`; or
-        `all-linear`: all projections but those of experts and of MLPs beside them, whose names PEFT takes for theirs.
+        `all-linear`: all projections of layers, but those of experts and of MLPs beside them, which PEFT confuses.
     """
 
     rank: int
@@ -252,8 +252,7 @@ def save_adapters(
     }
     if parameters := sorted({within_layer(n) for n, tensor in chosen.items() if tensor.parts[0].lead}):
         settings["target_parameters"] = parameters
-    if wholes:
-        settings["modules_to_save"] = sorted(name.rpartition(".")[2] for name in wholes)
+    settings |= {"modules_to_save": sorted(name.rpartition(".")[2] for name in wholes)} if wholes else {}
     if own := {module: rank for module, rank in ranks.items() if rank != lora.rank}:
         alphas = {module: lora.alpha * rank / lora.rank for module, rank in own.items()}
         settings |= {"rank_pattern": own, "alpha_pattern": alphas}
@@ -278,8 +277,7 @@ def load_adapters(folder: Path, architecture: Architecture) -> tuple[dict[str, A
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); only safetensors are supported") from None
     targets = _read_targets(settings.get("target_modules") or (), tensors, architecture)
     targets += tuple(settings.get("target_parameters") or ())
-    wholes = tuple(settings.get("modules_to_save") or ())
-    rank = int(settings["r"])
+    rank, wholes = int(settings["r"]), tuple(settings.get("modules_to_save") or ())
     lora = Lora(rank, float(settings["lora_alpha"]) * rank / _divisor(settings, rank), targets + wholes)
     adapters: dict[str, Any] = dict(_read_wholes(folder, tensors, wholes, architecture))
     adapters["layers"] = dict(_read_adapters(folder, tensors, settings, lora, architecture))
@@ -378,13 +376,15 @@ def _read_adapters(
 
     A module's own alpha and rank are folded into B, so that one `Lora` holds for all modules.
     """
-    chosen = adapted_modules(architecture, lora.targets)
+    chosen, ranks = adapted_modules(architecture, lora.targets), dict[str, int]()
     for name, tensor in chosen.items():
         numbers = tensor.layers_of(architecture)
         keys = [_peft_prefix(_peft_module(name, chosen), i) for i in numbers]
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
             a, b = (np.stack(layers).astype(np.float32) for layers in found)
+            if ranks.setdefault(within_layer(name), a.shape[1]) != a.shape[1]:  # of layers of another kind
+                raise ValueError
         except KeyError as error:
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:

@@ -12,7 +12,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.optim.schedules import Schedule
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {}
-UNDECAYED = ("bias", "scale")  # parameters of norms, and biases
+UNDECAYED = ("bias", "scale", "expert_scale")  # parameters of norms, biases, and factors that begin at 1
 UNTRAINED = ("correction", "constant")  # of a router, by which experts are chosen; of a layer, by which it ends
 
 

@@ -232,7 +232,7 @@ def attention_case(
             part.append(list(values))
     segment_ids, branch_ids, positions = (np.array(part, np.int32) for part in parts)
     heads = [kv_heads * a.heads // of.kv_heads, kv_heads, kv_heads, kv_heads * a.heads // of.kv_heads]
-    dim = of.head_dim + bias_dims(a, compute)
+    dim = of.head_dim + bias_dims(a)
     q, *rest = (rng.standard_normal((*segment_ids.shape, n, dim), np.float32) for n in heads)
     q *= max(2.0, (scoring.cap or 0.0) / 5) / (scoring.scale * dim**0.5)
     rows = (

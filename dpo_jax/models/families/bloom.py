@@ -24,14 +24,15 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    hf.only_setting(config, "apply_residual_connection_post_layernorm", False)
-    width = hf.need_setting(config, "hidden_size" if config.get("n_embed") is None else "n_embed")
+    for key in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
+        hf.only_setting(config, key, False)
+    width = hf.either_setting(config, "n_embed", "hidden_size")
     return gpt2.gpt_like(
         config,
         "bloom",
         width=width,
-        layers=hf.need_setting(config, "n_layer" if "n_layer" in config else "num_hidden_layers"),
-        heads=hf.need_setting(config, "n_head" if "n_head" in config else "num_attention_heads"),
+        layers=hf.either_setting(config, "n_layer", "num_hidden_layers"),
+        heads=hf.either_setting(config, "n_head", "num_attention_heads"),
         mlp=4 * width,
         activation="gelu_tanh",
         alibi="added",

@@ -5,7 +5,7 @@ writes. transformers 5 has one for all experts of a layer in memory, gate and up
 all programs read, is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.errors import UserError
@@ -18,7 +18,7 @@ NAMES = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "dow
 
 
 def mixture_settings(
-    config: hf.HfConfig, experts: int, renormalized: bool, names: Sequence[str] = ("num_experts", "num_local_experts")
+    config: hf.HfConfig, experts: int, renormalized: bool, names: tuple[str, str] = ("num_experts", "num_local_experts")
 ) -> Mixture:
     """Returns the mixture of a config.json.
 
@@ -31,11 +31,7 @@ def mixture_settings(
     Raises:
       UserError: the two names have different numbers, or more experts are chosen than there are.
     """
-    named = [config[key] for key in names if config.get(key) is not None]
-    if len(set(named)) > 1:
-        first, second = names
-        raise UserError(f"config.json: {first} = {named[0]}, but {second} = {named[1]}; keep one of them")
-    count = named[0] if named else experts
+    count = hf.either_setting(config, *names, default=experts)
     found = Mixture(count, hf.need_setting(config, "num_experts_per_tok"), renormalized)
     if found.chosen > found.experts:
         raise UserError(f"config.json: num_experts_per_tok = {found.chosen} of {found.experts} experts; correct one")

@@ -40,7 +40,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     if norms not in ((1, 2) if new else (1,)) or (new and not parallel):
         why = f"num_ln_in_parallel_attn = {norms}, parallel_attn = {parallel}, new_decoder_architecture = {new}"
         raise UserError(f"config.json: {why} is no Falcon that was released, and is not supported")
-    width, heads = hf.need_setting(config, "hidden_size"), hf.need_setting(config, "num_attention_heads")
+    width, heads = hf.either_setting(config, "hidden_size", "n_embed"), hf.need_setting(config, "num_attention_heads")
     dim, bias = hf.head_dim({}, width, heads), hf.get_setting(config, "bias", False)
     grouped = new or not hf.get_setting(config, "multi_query", True)
     kv_heads = hf.kv_heads({"num_key_value_heads": config.get("num_kv_heads")}, heads) if grouped else 1

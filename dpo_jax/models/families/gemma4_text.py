@@ -13,7 +13,14 @@ from dpo_jax.models.families.tensor_map import Tensor, TensorPart, in_layer, lin
 
 CLASS = "Gemma4ForCausalLM"
 PREFIX, HEAD, BUFFERS = llama.PREFIX, llama.HEAD, llama.BUFFERS
-READS = llama.READS | {"layer_types", "sliding_window", "final_logit_softcapping", "use_bidirectional_attention"}
+READS = {
+    "rope_parameters",
+    "attention_bias",
+    "layer_types",
+    "sliding_window",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+}
 READS |= {"attention_k_eq_v", "enable_moe_block", "hidden_size_per_layer_input", "num_experts", "num_kv_shared_layers"}
 READS |= {"per_layer_config"}
 DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072, "sliding_window": 512}
@@ -32,7 +39,10 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    config = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    given = {key: value for key, value in config.items() if value is not None}
+    if "per_layer_config" in config:  # null: no layer has its own, nor has one by other keys
+        given.setdefault("per_layer_config", {})
+    config = {**DEFAULTS, **given}
     if hf.get_setting(config, "use_bidirectional_attention", "vision") != "vision":
         why = f"use_bidirectional_attention = {config['use_bidirectional_attention']!r} is not supported"
         raise UserError(f"config.json: {why}, only 'vision' and null are")
@@ -118,18 +128,22 @@ def global_heads(config: hf.HfConfig, types: list[str]) -> HeadSizes:
     if equal and config.get("num_global_key_value_heads") is not None:
         found["num_key_value_heads"] = config["num_global_key_value_heads"]
     if "per_layer_config" in config:
-        found = uniform_settings(config["per_layer_config"], types)
+        found = uniform_settings(config, types)
     sizes = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"], **found}
     return HeadSizes(hf.kv_heads(sizes, heads), sizes["head_dim"], equal)
 
 
-def uniform_settings(by_layer: Mapping[str, Any], types: list[str]) -> dict[str, Any]:
-    """Returns the settings of the layers with full attention, from those of each layer.
+def uniform_settings(config: hf.HfConfig, types: list[str]) -> dict[str, Any]:
+    """Returns the settings of the layers with full attention, from those of each layer that are not the model's.
 
     Raises:
       UserError: they differ, are of other things than heads, or are those of other layers.
     """
-    given = {int(layer): settings for layer, settings in by_layer.items() if settings}
+    own = {
+        int(layer): {key: value for key, value in (settings or {}).items() if value != config.get(key)}
+        for layer, settings in config["per_layer_config"].items()
+    }
+    given = {layer: settings for layer, settings in own.items() if settings}
     found = given.get(len(types) - 1, {})
     wanted = {i: found for i, kind in enumerate(types) if kind == FULL and found}
     if given != wanted or found.keys() - {"head_dim", "num_key_value_heads"}:

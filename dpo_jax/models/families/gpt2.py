@@ -14,6 +14,7 @@ PREFIX = "transformer."
 HEAD = "lm_head.weight"
 BUFFERS = ("attn.bias", "attn.masked_bias")
 READS = {"scale_attn_by_inverse_layer_idx"}
+SIZES = (("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"))
 LAYER = "transformer.h.{i}."
 NORMS = {
     "transformer.ln_f.": ("final_norm",),
@@ -30,7 +31,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     """
     hf.only_setting(config, "scale_attn_weights", True)
     hf.only_setting(config, "add_cross_attention", False)
-    width, heads, layers = (hf.need_setting(config, key) for key in ("n_embd", "n_head", "n_layer"))
+    width, heads, layers = (hf.either_setting(config, *names) for names in SIZES)
     return gpt_like(
         config,
         "gpt2",

@@ -18,7 +18,8 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads, layers = (hf.need_setting(config, key) for key in ("hidden_size", "num_heads", "num_layers"))
+    width, heads = hf.need_setting(config, "hidden_size"), hf.either_setting(config, "num_heads", "num_attention_heads")
+    layers = hf.either_setting(config, "num_layers", "num_hidden_layers")
     return gpt2.gpt_like(
         config,
         "gpt_neo",

@@ -27,7 +27,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    width, heads = hf.need_setting(config, "n_embd"), hf.need_setting(config, "n_head")
+    width, heads, layers = (hf.either_setting(config, *names) for names in gpt2.SIZES)
     dim = hf.head_dim({}, width, heads)
     rotated = hf.need_setting({"rotary_dim": 64, **config}, "rotary_dim")
     if rotated > dim:
@@ -36,7 +36,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
         config,
         "gptj",
         width=width,
-        layers=hf.need_setting(config, "n_layer"),
+        layers=layers,
         heads=heads,
         mlp=hf.get_setting(config, "n_inner", 4 * width),
         rope=hf.rope_from_settings({}, dim, fraction=rotated / dim),

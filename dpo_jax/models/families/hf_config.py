@@ -43,6 +43,18 @@ def get_setting(config: HfConfig, key: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def either_setting(config: HfConfig, first: str, second: str, default: Any = None) -> Any:
+    """Returns the value of a key that has two names; the default if both are missing or null.
+
+    Raises:
+      UserError: both have values, which differ; or neither has one, and there is no default.
+    """
+    found = [config[key] for key in (first, second) if config.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1]:
+        raise UserError(f"config.json: {first} = {found[0]}, but {second} = {found[1]}; keep one of them")
+    return found[0] if found else need_setting({**config, first: default}, first)
+
+
 def only_setting(config: HfConfig, key: str, value: Any) -> None:
     """Raises UserError unless a key is missing or has its only supported value."""
     if get_setting(config, key, value) != value:
