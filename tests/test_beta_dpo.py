@@ -58,6 +58,7 @@ def test_the_drawn_filter_of_beta_dpo_draws_by_the_normal_density():
         assert (kept == wanted).all(1).mean() == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n) + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_drawn_filter_of_beta_dpo_is_the_same_in_any_layout():
     """In another order, and among absent comparisons."""
     order = [3, 0, 4, 2, 1]

@@ -41,6 +41,7 @@ def trained(folder, name, rows, callbacks=(), **keys):
     return dpo_jax.train(config | keys, data=rows, callbacks=[*callbacks], run=str(folder / name)).folder
 
 
+@pytest.mark.slow
 def test_another_run_of_the_same_shapes_compiles_nothing(tmp_path, compiled):
     """Beta, learning rate, seed, folder and the words of the data are no part of a program, nor is the process."""
     pairs = list(islice(synthetic.read((), "train", 2), 60))

@@ -54,6 +54,7 @@ def far():
     return ratios, enumerable.kl(*exact), enumerable.kl(*exact[::-1])
 
 
+@pytest.mark.slow
 def test_kl_of_samples_is_unbiased(far):
     ratios, exact, reverse = far
     error = ratios.std(ddof=1) / math.sqrt(len(ratios))

@@ -51,6 +51,7 @@ def test_the_weight_is_the_gradient_of_the_formula(loss, expected):
     np.testing.assert_allclose(found[at], expected[at], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_loss_has_a_finite_weight_near_a_margin_of_0():
     for name in losses.REGISTRY:
         found = gradient_weight(losses.build(name), np.array([-1.0, 0.0, 1.0]))

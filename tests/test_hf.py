@@ -58,13 +58,12 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_trip_gives_the_same_file_and_the_same_logits(folders, case, tmp_path):
     source, out, tokens = folders(case), tmp_path / "out", tokens_of(2, 12)
-    architecture, config, params = load_folder(source)
+    _, config, params = load_folder(source)
     save_folder(out, jax.tree.map(jax.numpy.asarray, params), config)
     before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    logits = jax.jit(lambda p: logits_of(build_model(architecture), p, tokens))(params)
-    np.testing.assert_allclose(torch_logits(out, tokens), logits, atol=1e-5)
+    np.testing.assert_array_equal(torch_logits(out, tokens), torch_logits(source, tokens))  # ours: test_models.py
     assert_same(load_folder(out)[2], params)
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == EOS
     written = json.loads((out / "config.json").read_text())

@@ -30,11 +30,8 @@ MODEL = {
 }  # fmt: skip
 
 
-QUICK = "rows with a label"
-EACH = [pytest.param(what, marks=[pytest.mark.slow] * (what != QUICK)) for what in DATA]
-
-
-@pytest.mark.parametrize("what", EACH)
+@pytest.mark.parametrize("what", DATA)
+@pytest.mark.slow
 def test_it_trains(what, shared, tmp_path, monkeypatch):
     name, place, loss, count = DATA[what]
     monkeypatch.chdir(tmp_path)

@@ -138,7 +138,7 @@ LAYOUTS = {
     "tensor and expert": {"sizes": (1, 1, 2, 1, 2), "rows": 2},
     "sequence and expert": {"sizes": (1, 1, 1, 2, 2), "rows": 2},
 }
-FAST = ("four microbatches", "a comparison in a row", "fsdp")
+FAST = ("fsdp",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])

@@ -50,7 +50,10 @@ def torch_greedy(folder, prompt, new, eos):
     return out[0, len(prompt) :].numpy()
 
 
-LATER = [pytest.param(kind, marks=COMPOSED.get(kind, ())) for kind in FAMILIES]
+# Families whose decoding is that of another in the list: their options are read the same way.
+LIKE = ("gemma", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
+MARKS = dict.fromkeys(LIKE, (pytest.mark.slow, pytest.mark.milestone)) | COMPOSED
+LATER = [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in FAMILIES]
 
 
 @pytest.mark.parametrize("kind", LATER)
@@ -111,7 +114,7 @@ def test_samples_depend_on_the_seed_and_the_index_only(models):
     assert same[0].tolist() != same[1].tolist() != same[2].tolist()
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(3, marks=pytest.mark.slow), 6, 40])
+@pytest.mark.parametrize("batch_size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (3, 40)), 6])
 def test_copies_are_the_same_prompt_again(models, batch_size):
     """Batches that hold all copies of a prompt, some of them, or those of several prompts."""
     _, model, params = models("gpt2")

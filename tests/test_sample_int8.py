@@ -27,7 +27,8 @@ def greedy(model, layers, params, prompts):
     return add(weights, begun, (draw, 40, (0, 1))).out.tolist()
 
 
-@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_kernels_in_8_bits_sample_from_almost_the_same_distribution(compute):
     """A trained model: the texts are those of the rounded kernels, whose KL is 0.0003 where the entropy is 2.6."""
     folder = shared_model("tinystories-656k")

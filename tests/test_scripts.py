@@ -33,6 +33,7 @@ def test_the_device_check_passes_with_tiny_models(tmp_path, shared):
     assert "GiB" in page
 
 
+@pytest.mark.slow
 def test_the_part_that_fails_is_named_and_the_others_run(tmp_path):
     """Without data the bench cannot start."""
     environment = os.environ | {"DPO_JAX_SHARED": str(tmp_path / "none"), "PYTHONPATH": str(SCRIPTS.parent)}

@@ -95,7 +95,7 @@ def test_dpo_reaches_the_optimal_policy(beta):
     assert np.abs(jax.grad(value)(jnp.asarray(REF, jnp.float32))).max() > 1e-3 * min(beta, 1)
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 4))])
 def test_plackett_luce_reaches_the_optimal_policy(k):
     prompts, chosen, weights = rankings(k)
     loss = losses.build({"name": "plackett_luce", "beta": 0.5})

@@ -289,6 +289,7 @@ def by_token(model, tokens, p):
     return each[len(tokens.prompt) - 1 : -1][np.arange(len(tokens.responses[p])), tokens.responses[p]]
 
 
+@pytest.mark.slow
 def test_packed_log_probs_are_weighted_sums_of_those_alone(model):
     table = table_of(
         {**ROW, "token_weights": [[2, 0, 0.5], [1, 3]]},

@@ -313,7 +313,9 @@ def test_a_tracker_that_fails_is_told_once_and_left(tmp_path, monkeypatch, caplo
     assert caplog.messages == [f"track: wandb: {why}, or set WANDB_MODE=offline"]
 
 
-@pytest.mark.parametrize("method", ["log", "table", "final", "close"])
+@pytest.mark.parametrize(
+    "method", ["log", *(pytest.param(name, marks=pytest.mark.slow) for name in ("table", "final", "close"))]
+)
 def test_a_tracker_that_fails_later_is_told_once_too(tmp_path, monkeypatch, caplog, method):
     calls = []
 

@@ -94,6 +94,7 @@ with interrupts.hang_watchdog(0.5) as alive:
     assert time.monotonic() - start < 50
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_and_continued_does_not_hang():
     """As a suspended job of Slurm: three times as long as `hang_seconds`, and it goes on."""
     code = """
