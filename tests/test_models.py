@@ -9,6 +9,7 @@ import pytest
 from tiny import (
     COMPOSED,
     FAMILIES,
+    GEMMA4_MIXTURE,
     VOCAB,
     WINDOW,
     folders_of,
@@ -127,11 +128,7 @@ CASES = {
         {"num_kv_shared_layers": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
         | {"hidden_size_per_layer_input": 0, "final_logit_softcapping": None},
     ),
-    "gemma4_text, a mixture beside the MLP": (
-        "gemma4_text",
-        {"num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
-        | {"moe_intermediate_size": 24, "attention_bias": True, "num_hidden_layers": 2, "layer_types": None},
-    ),
+    "gemma4_text, a mixture beside the MLP": ("gemma4_text", GEMMA4_MIXTURE | {"attention_bias": True}),
     "olmo2 tied, with biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

@@ -79,6 +79,9 @@ def test_optima_with_few_effective_samples_are_left_out():
     assert [o.beta for o in found] == [math.inf, 4.0, 1.0]
     assert all(o.effective >= optimum.MIN_EFFECTIVE for o in found)
     assert all(o.effective < optimum.MIN_EFFECTIVE for o in left_out)
+    few, _ = optimum.optimum_from_samples(samples(16), [4.0])
+    assert [o.beta for o in few] == [math.inf]  # the mean of the reference needs no weights
+    assert optimum.reward_limit(few, 1.0).reward == math.inf
     # With equal rewards every sample counts.
     same, _ = optimum.optimum_from_samples(np.ones((3, 64)), [1.0])
     assert (same[1].effective, same[1].kl, same[1].reward) == pytest.approx((64, 0, 1))

@@ -97,6 +97,9 @@ _ARGUMENTS = {
     "starcoder2": {**_LLAMA, "sliding_window": WINDOW},
 }
 FAMILIES = tuple(_ARGUMENTS)
+# Settings of a gemma4_text whose layers have a mixture beside the MLP.
+GEMMA4_MIXTURE = {"num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+GEMMA4_MIXTURE |= {"moe_intermediate_size": 24, "num_hidden_layers": 2, "layer_types": None}
 # Families made of the options of others. The default suite compares their logits and gradients with transformers';
 # packing, decoding, sampling and adapters have these marks for them.
 PLAIN = ("cohere2", "falcon", "glm4", "granite", "internlm3", "olmo3", "phi", "seed_oss", "smollm3", "stablelm")

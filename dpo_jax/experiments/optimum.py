@@ -93,7 +93,7 @@ def optimum_from_samples(rewards: Array, betas: Sequence[float], seed: int = 0) 
     for beta, (reward_half, kl_half) in zip(betas, halves, strict=True):
         reward, kl, squares = (float(part.mean()) for part in tilted_weights(rewards, base, beta))
         curve.append(Optimum(beta, reward, float(reward_half), kl, float(kl_half), 1 / squares))
-    few = [o.effective < MIN_EFFECTIVE for o in curve]
+    few = [o.effective < MIN_EFFECTIVE and math.isfinite(o.beta) for o in curve]  # the reference has no weights
     return [o for o, f in zip(curve, few, strict=True) if not f], [o for o, f in zip(curve, few, strict=True) if f]
 
 
