@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from test_attention import PLAIN
 from test_kernels import BY_XLA, INTERPRETED, LLAMA, PLAIN_MODEL
+from tiny import for_milestones
 
 from dpo_jax import cli, reference, sharding
 from dpo_jax.config.commands import FrontierConfig
@@ -280,7 +281,10 @@ def trained(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "name", "attend"),
-    [("tensor", "splash", INTERPRETED), ("fsdp", "splash", INTERPRETED), ("tensor", "flash", FLASH)],
+    for_milestones(
+        [("tensor", "splash", INTERPRETED), ("fsdp", "splash", INTERPRETED), ("tensor", "flash", FLASH)],
+        ("tensor", "flash", FLASH),
+    ),
 )
 def test_a_run_over_devices_is_the_same_by_a_kernel(axis, name, attend, tmp_path, monkeypatch, trained, capsys):
     """Through the command line: the TPU's kernels, run on four emulated devices."""

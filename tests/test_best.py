@@ -159,7 +159,9 @@ def test_a_run_that_was_interrupted_ends_at_the_same_step_with_the_same_model(in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [("--mesh.fsdp", "2"), ("--mesh.data", "2")])
+@pytest.mark.parametrize(
+    "mesh", [("--mesh.fsdp", "2"), pytest.param(("--mesh.data", "2"), marks=pytest.mark.milestone)]
+)
 def test_processes_that_share_a_run_agree_on_its_best_step_and_end(tmp_path, mesh):
     folder = launched.make_world(tmp_path)
     options = ["--keep_best", METRIC, "--patience", "2", "--eval_every", "2 steps", "--keep", "2"]

@@ -86,6 +86,7 @@ def test_every_example_is_run_below():
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_run_dpo_in_one_page(tmp_path):
     out = run("dpo_in_one_page", tmp_path)
     (first,) = numbers(rf"step  0  loss {NUMBER}", out)
@@ -95,6 +96,7 @@ def test_run_dpo_in_one_page(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_run_ablate_a_loss(tmp_path):
     """With gamma 0 the own loss is DPO; a larger beta keeps the margin in nats smaller; the figure is written."""
     out = run("ablate_a_loss", tmp_path, "figures")
@@ -131,6 +133,7 @@ def test_run_devices(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_run_evaluate_a_run(tmp_path):
     """The intervals of the true reward lie apart: the policy is better than its reference."""
     out = run("evaluate_a_run", tmp_path, "runs")

@@ -278,9 +278,9 @@ def world(tmp_path_factory):
     ("model", "trained", "mesh"),
     [
         ("qwen3_moe", "all", "expert 2"),
-        ("mixtral", "all", "fsdp 2 x expert 2"),
-        ("gpt_oss", "all", "tensor 2 x expert 2"),
-        ("gpt_oss", "lora", "expert 4"),
+        pytest.param("mixtral", "all", "fsdp 2 x expert 2", marks=pytest.mark.milestone),
+        pytest.param("gpt_oss", "all", "tensor 2 x expert 2", marks=pytest.mark.milestone),
+        pytest.param("gpt_oss", "lora", "expert 4", marks=pytest.mark.milestone),
         ("qwen3_moe", "qlora", "fsdp 2 x expert 2"),
     ],
 )
@@ -333,6 +333,7 @@ def test_two_processes_that_shard_the_experts_train_as_one(world):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_a_checkpoint_resumes_on_any_other_layout(world, monkeypatch):
     """Ten steps with sharded experts, five with fsdp too, the rest on two devices with all experts."""
     folder, options = world("qwen3_moe")

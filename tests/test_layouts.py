@@ -8,6 +8,7 @@ import jax
 import launched
 import numpy as np
 import pytest
+from tiny import for_milestones
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
@@ -172,7 +173,9 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", for_milestones(LAYOUTS, "four devices, pmap", "2x2x2", "1x2x2x2", "rows of a microbatch: 1")
+)
 def test_one_trajectory(world, layout):
     devices, options = LAYOUTS[layout]
     name = "".join(c for c in layout if c.isalnum())
@@ -181,6 +184,7 @@ def test_one_trajectory(world, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_adapters_and_the_divergence_are_the_same_with_split_rows(world):
     """LoRA's reference is its base, of other parameters than the policy; `eval_kl` reads completions of the policy."""
     options = ["--lora.rank", "4", "--samples.kl_prompts", "8", "--max_steps", "6"]
@@ -217,6 +221,7 @@ def test_two_processes_train_as_one(world):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_four_processes_train_as_one(world):
     launched.finish(launched.start(world, "four", "--mesh.fsdp", "4", launch=launched.launch_local(4, 2)))
     launched.assert_one_trajectory(world, "four")

@@ -17,6 +17,7 @@ from dpo_jax.models.huggingface.folder import load_folder, save_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.training.metrics_file import read_metrics
 
+MORE = (pytest.mark.slow, pytest.mark.milestone)
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 
@@ -57,8 +58,8 @@ def trained(start, tmp_path, **keys):
     "more",
     [
         {},
-        pytest.param({"reference": {"mode": "online"}}, marks=pytest.mark.slow),
-        pytest.param({"mesh": {"fsdp": 2}}, marks=pytest.mark.slow),
+        pytest.param({"reference": {"mode": "online"}}, marks=MORE),
+        pytest.param({"mesh": {"fsdp": 2}}, marks=MORE),
         pytest.param({"lora": {"base": "int8"}}, marks=pytest.mark.slow),
     ],
     ids=["cache", "online", "fsdp", "qlora"],

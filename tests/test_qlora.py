@@ -169,11 +169,12 @@ def adapters(llama):
     return made
 
 
+MORE = (pytest.mark.slow, pytest.mark.milestone)
 LAYOUTS = [
     pytest.param("nf4", ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.remat", "full"], marks=pytest.mark.slow),
     pytest.param("int8", ["--mesh.fsdp", "4", "--model.remat", "dots"], marks=pytest.mark.slow),
-    pytest.param("nf4", ["--mesh.mode", "pmap"], marks=pytest.mark.slow),
-    pytest.param("nf4", ["--mesh.data", "1", "--mesh.tensor", "4"], marks=pytest.mark.slow),
+    pytest.param("nf4", ["--mesh.mode", "pmap"], marks=MORE),
+    pytest.param("nf4", ["--mesh.data", "1", "--mesh.tensor", "4"], marks=MORE),
     pytest.param("nf4", ["--mesh.fsdp", "2", "--mesh.sequence", "2", "--model.remat", "full"], marks=pytest.mark.slow),
 ]
 

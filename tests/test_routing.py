@@ -138,10 +138,11 @@ LAYOUTS = {
     "tensor and expert": {"sizes": (1, 1, 2, 1, 2), "rows": 2},
     "sequence and expert": {"sizes": (1, 1, 1, 2, 2), "rows": 2},
 }
-FAST = ("fsdp",)
+MARKS = dict.fromkeys(LAYOUTS, (pytest.mark.slow, pytest.mark.milestone)) | {"fsdp": ()}
+MARKS |= dict.fromkeys(("four microbatches", "tensor and expert", "sequence and expert"), (pytest.mark.slow,))
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in LAYOUTS])
 def test_the_step_is_the_same_however_it_is_laid_out(folder, expected, name):
     metrics, grads, count = one_step(folder, **LAYOUTS[name])
     assert count > 1 or "four" not in name

@@ -246,10 +246,10 @@ def two_steps(name, sizes, remat="none"):
     ("name", "sizes", "remat"),
     [
         ("llama", (1, 1, 1, 4), "none"),
-        ("llama", (2, 1, 1, 2), "dots"),
+        pytest.param("llama", (2, 1, 1, 2), "dots", marks=pytest.mark.milestone),
         ("gemma2", (1, 2, 1, 2), "full"),
-        ("gemma2", (1, 1, 2, 2), "none"),
-        ("reward", (1, 1, 1, 4), "none"),
+        pytest.param("gemma2", (1, 1, 2, 2), "none", marks=pytest.mark.milestone),
+        pytest.param("reward", (1, 1, 1, 4), "none", marks=pytest.mark.milestone),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ import math
 import jax
 import launched
 import pytest
-from tiny import _ARGUMENTS
+from tiny import _ARGUMENTS, for_milestones
 
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config
@@ -42,7 +42,7 @@ def write_config(file, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "layout", "devices"), LAYOUTS, ids=["fsdp 2 x tensor 2", "fsdp 2 nf4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", for_milestones(KINDS, "deepseek_v3"))
 def test_one_trajectory(tmp_path, monkeypatch, kind, base, layout, devices):
     """Losses, gradients' norms and the exported model are those of one device."""
     folder, options = launched.make_world(tmp_path), BASES[base]

@@ -107,6 +107,12 @@ COMPOSED = dict.fromkeys((*PLAIN, "starcoder2"), (pytest.mark.slow, pytest.mark.
 COMPOSED |= dict.fromkeys(("granitemoe", "qwen3_5_moe_text", "qwen3_next", "glm4_moe"), (pytest.mark.slow,))
 
 
+def for_milestones(cases, *kept):
+    """Returns the cases of a slow test, of which `.ci/run` leaves out all but those kept."""
+    values = [(case, case if isinstance(case, tuple) else (case,)) for case in cases]
+    return [case if case in kept else pytest.param(*value, marks=pytest.mark.milestone) for case, value in values]
+
+
 def torch_model(family: str, **settings):
     """Returns a random torch model whose norms and biases are random too; dropout is off."""
     import torch
