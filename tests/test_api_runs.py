@@ -299,6 +299,7 @@ def test_tokenize_leaves_the_examples_of_a_run_where_they_are(world):
     assert set(memory.KEPT) == before  # its own are forgotten
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_that_a_loss_changed(world, monkeypatch, caplog):
     (world / "moving.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(world))

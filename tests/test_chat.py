@@ -252,6 +252,7 @@ def test_bos_is_put_where_the_tokenizer_puts_it_and_never_in_a_response(shared):
     assert table[0].prompt.tolist() == gpt2("Once")["input_ids"]
 
 
+@pytest.mark.slow
 def test_real_conversations_in_two_languages(shared, tokenizers):
     for name in NAMES[2:]:
         tokenizer = tokenizers[name]

@@ -79,6 +79,7 @@ def rewards(folder, prompt, answers):
     return found
 
 
+@pytest.mark.slow
 def test_pairs_are_scored_as_the_conversations_of_training(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reward = ["--reward", f"model:{chats / 'rm'}", "--label", "ranked", "--data.path", str(chats / "d.jsonl")]

@@ -47,7 +47,11 @@ def settings_of(folder, *argv):
     return parse_config(SampleConfig, None, ["--model.path", str(folder), *argv])
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param({"temperature": 0}, marks=pytest.mark.slow), {"temperature": 0.8, "top_k": 40, "top_p": 0.9}],
+    ids=str,
+)
 def test_a_stream_has_the_tokens_of_the_batch(tmp_path, how):
     """A length of its own for each prompt, an end within, and none: of a family with a capped head, too."""
     architecture, _, params = load_folder(folder_of("gemma2", tmp_path / "gemma2"))

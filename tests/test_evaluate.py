@@ -63,6 +63,7 @@ def test_kl_of_samples_is_unbiased(far):
     assert abs(exact - reverse) > 10 * error  # and the KL in the other direction
 
 
+@pytest.mark.slow
 def test_the_interval_of_kl_covers_it_as_often_as_it_says(far):
     """Of 100 intervals, each of 40 prompts, 95 are expected to; fewer than 88 have a probability of 0.002."""
     ratios, exact, _ = far

@@ -68,6 +68,7 @@ def test_an_untied_head_and_its_bias_grow_too(tmp_path):
     assert initial.params["embedding"].shape[0] == loaded.model.architecture.vocab
 
 
+@pytest.mark.slow
 def test_a_run_on_added_tokens_exports_them(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with_token(True).save_pretrained(tmp_path / "tokenizer")

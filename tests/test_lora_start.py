@@ -57,7 +57,7 @@ def trained(start, tmp_path, **keys):
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"reference": {"mode": "online"}}, marks=MORE),
         pytest.param({"mesh": {"fsdp": 2}}, marks=MORE),
         pytest.param({"lora": {"base": "int8"}}, marks=pytest.mark.slow),

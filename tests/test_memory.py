@@ -153,7 +153,8 @@ def test_bfloat16_sums_are_for_fsdp_alone():
         sharding.mesh_collectives(sharding.make_mesh(1, 2, 2), {}, "bfloat16")
 
 
-@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_neither_embedding_nor_head_is_ever_whole(compute):
     """Of 160 words a device has whole rows of 20 at a time; in one block the head would be an array of 160 x 32."""
     found = Step((1, 4, 1), jax.devices(), compute, wpo=True).text()

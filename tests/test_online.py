@@ -28,12 +28,9 @@ def run(options, steps, seed, **callbacks):
 
 @pytest.mark.parametrize(
     ("beta", "label", "near"),
-    [
-        pytest.param(0.5, "soft", 0.03, marks=pytest.mark.slow),
-        (1.0, "soft", 0.03),
-        pytest.param(1.0, "bradley_terry", 0.12, marks=pytest.mark.slow),
-    ],
+    [(0.5, "soft", 0.03), (1.0, "soft", 0.03), (1.0, "bradley_terry", 0.12)],
 )
+@pytest.mark.slow
 def test_it_approaches_the_optimal_policy(beta, label, near):
     """pi* = ref exp(r / beta) / Z, which is far from the reference; sampled labels are noisier than probabilities."""
     _, reference = enumerable.world()

@@ -168,6 +168,7 @@ def test_the_command_plans_emulated_devices_as_accelerators(config_of, tmp_path,
     assert "model.compute: float32, model.remat: none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))

@@ -55,6 +55,7 @@ def test_a_schedule_ends_with_its_run_and_stays_when_the_run_goes_on(world):
         train("runs/parts", 5)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on(world):
     """Its config lacks the newer keys, and has the earlier defaults where the YAML says nothing."""
     before = {"name": "rmsprop", "learning_rate": 1e-3, "warmup_steps": 150}
