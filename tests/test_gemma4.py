@@ -1,5 +1,6 @@
 """Gemma 4: what only some layers have, how long its program is, and the files of its released models."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,7 @@ from known_models import KNOWN
 from safetensors.numpy import load_file, save_file
 from tiny import _ARGUMENTS, VOCAB, folder_of
 
+from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models import groups
 from dpo_jax.models.architecture import HeadSizes, Rope
@@ -19,7 +21,7 @@ from dpo_jax.models.huggingface.folder import load_folder, save_folder
 from dpo_jax.models.model import build_model
 from dpo_jax.models.vocabulary import grow_vocabulary, size_settings
 from dpo_jax.training.attention_check import kernel_mismatch
-from dpo_jax.training.roofline import matmul_weights, mixed_numbers, score_dims
+from dpo_jax.training.roofline import Passes, embedding_numbers, matmul_weights, mixed_numbers, score_dims, step_work
 
 # With transformers' defaults for all other settings.
 CONFIG = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 8}
@@ -46,6 +48,20 @@ def test_the_numbers_of_attention_are_those_of_each_kind_of_layer():
     a = architecture_of(TINY)
     assert mixed_numbers(a) == 3 * 2 * 4 * (16 + 24) + 2 * 2 * 2 * (16 + 24)
     assert score_dims(a) == [32, 48] * 3
+
+
+def test_the_traffic_of_a_step_has_the_matmuls_of_embeddings_of_layers():
+    """In each of 6 layers a gate from 32 numbers to 8, its way back, and 8 numbers of what is projected."""
+    a = architecture_of(TINY)
+    assert embedding_numbers(a) == 6 * ((32 + 8) + (8 + 32) + 8)
+    assert embedding_numbers(dataclasses.replace(a, layer_embedding=None)) == 0
+    sizes = {"state": 0, "gradients": 0, "itemsize": 2, "devices": 1, "split": 1}
+    found = [
+        step_work(dataclasses.replace(a, layer_embedding=p), Layout(1, 2, 64, 0, 2), Passes(True, "none", 0), **sizes)
+        for p in (8, 16)
+    ]
+    weights = 2 * 2 * 3 * 6 * 32 * 8  # two passes read those of three matmuls
+    assert found[1].traffic - found[0].traffic == weights + 2 * 2 * 128 * 6 * 3 * 8
 
 
 def test_layers_that_read_others_keep_nothing_in_the_cache():

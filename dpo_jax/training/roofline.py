@@ -179,7 +179,8 @@ def step_work(
     weights = itemsize * (matmul_weights(a, own) + 2 * a.vocab * a.width) * shape.microbatches * many / split
     copies = token_copies(a, experts)
     inner = (4 if a.gated else 2) * inner_widths(a, copies) + 4 * a.width * copies * mixture_layers(a)
-    activations = itemsize * (4 * a.width * a.layers + inner + mixed_numbers(a)) * tokens * many / devices
+    numbers = 4 * a.width * a.layers + inner + mixed_numbers(a) + embedding_numbers(a)
+    activations = itemsize * numbers * tokens * many / devices
     own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
     return Work(tokens, useful, useful + again, own + weights + activations)
 
@@ -192,6 +193,14 @@ def mixed_numbers(a: Architecture) -> int:
     else:
         mixed = count * (2 * a.heads * (a.head_dim + a.value_dim) - (a.heads - 1) * a.rope.dims)
     return mixed + (a.layers - count) * delta_channels(a)
+
+
+def embedding_numbers(a: Architecture) -> int:
+    """Returns the numbers of a token that the matmuls of layers' embeddings read and write.
+
+    What is projected is read once for all layers, and not counted.
+    """
+    return a.layers * (2 * a.width + 3 * a.layer_embedding) if a.layer_embedding else 0
 
 
 def score_dims(a: Architecture) -> list[int]:
