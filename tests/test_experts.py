@@ -18,6 +18,7 @@ from dpo_jax.models import grouped, lora, qlora
 from dpo_jax.models.architecture import Mixture
 from dpo_jax.models.experts import project_groups, route
 from dpo_jax.models.families.registry import architecture_of
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
 from dpo_jax.models.init import map_layers
 from dpo_jax.models.model import build_model
@@ -202,7 +203,7 @@ def test_adapters_of_experts_are_pefts_in_both_directions(folders, kind, targets
     run = jax.jit(lambda p: logits_of(model, p, tokens))
     ours = run(lora.attach_adapters(architecture, base, adapters, spec))
     assert np.abs(ours - run(base)).max() > 0.01
-    lora.save_adapters(tmp_path / "adapter", adapters, spec, architecture, "base")
+    peft_folder.save_adapters(tmp_path / "adapter", adapters, spec, architecture, "base")
     theirs = PeftModel.from_pretrained(load_torch(folders(kind)), tmp_path / "adapter").eval()
     np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
     merged = lora.merge_adapters(architecture, open_folder(folders(kind))[2], adapters, spec)
@@ -218,7 +219,7 @@ def test_adapters_of_experts_are_pefts_in_both_directions(folders, kind, targets
             if "lora_B" in name:
                 p.copy_(torch.randn_like(p) * 0.1)
     theirs.eval().save_pretrained(tmp_path / "theirs")
-    read, spec = lora.load_adapters(tmp_path / "theirs", architecture)
+    read, spec = peft_folder.load_adapters(tmp_path / "theirs", architecture)
     ours = run(lora.attach_adapters(architecture, base, read, spec))
     np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
 

@@ -11,6 +11,7 @@ from test_sample import prompts_of, torch_greedy
 from tiny import EOS, GEMMA4_MIXTURE, folder_of, largest_difference, load_torch, logits_of, tokens_of, unpacked_rows
 
 from dpo_jax.models import lora
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, save_folder
 from dpo_jax.models.model import build_model
 from dpo_jax.sampling import generate
@@ -44,13 +45,13 @@ def test_adapters_of_experts_are_those_of_peft(folder, tmp_path):
     run = jax.jit(lambda p: logits_of(model, p, tokens))
     ours = run(lora.attach_adapters(architecture, base, adapters, spec))
     assert np.abs(ours - run(base)).max() > 0.01
-    lora.save_adapters(tmp_path / "adapter", adapters, spec, architecture, "base")
+    peft_folder.save_adapters(tmp_path / "adapter", adapters, spec, architecture, "base")
     theirs = PeftModel.from_pretrained(load_torch(folder), tmp_path / "adapter").eval()
     with torch.no_grad():
         np.testing.assert_allclose(ours, theirs(torch.tensor(tokens).long()).logits, atol=1e-4)
     save_folder(tmp_path / "merged", lora.merge_adapters(architecture, open_folder(folder)[2], adapters, spec), config)
     np.testing.assert_allclose(run(load_folder(tmp_path / "merged")[2]), ours, atol=1e-4)
-    read, found = lora.load_adapters(tmp_path / "adapter", architecture)
+    read, found = peft_folder.load_adapters(tmp_path / "adapter", architecture)
     np.testing.assert_allclose(run(lora.attach_adapters(architecture, base, read, found)), ours, atol=1e-6)
 
 

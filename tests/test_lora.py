@@ -19,6 +19,7 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora
 from dpo_jax.models.families.registry import family
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, open_folder, read_config, save_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.models.model import build_model
@@ -56,7 +57,7 @@ def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
     run = jax.jit(lambda p: logits_of(model, p, tokens))
     ours = run(lora.attach_adapters(architecture, base, adapters, SPEC))
     assert np.abs(ours - run(base)).max() > 0.01
-    lora.save_adapters(tmp_path / "adapter", adapters, SPEC, architecture, "base")
+    peft_folder.save_adapters(tmp_path / "adapter", adapters, SPEC, architecture, "base")
     theirs = PeftModel.from_pretrained(load_torch(folders(kind)), tmp_path / "adapter").eval()
     with torch.no_grad():
         theirs = theirs(torch.tensor(tokens).long()).logits
@@ -65,7 +66,7 @@ def test_adapted_merged_and_peft_give_the_same_logits(folders, kind, tmp_path):
         tmp_path / "merged", lora.merge_adapters(architecture, open_folder(folders(kind))[2], adapters, SPEC), config
     )
     np.testing.assert_allclose(run(load_folder(tmp_path / "merged")[2]), ours, atol=1e-4)
-    again, spec = lora.load_adapters(tmp_path / "adapter", architecture)
+    again, spec = peft_folder.load_adapters(tmp_path / "adapter", architecture)
     assert spec[:2] == SPEC[:2]
     assert largest_difference(again, adapters) < 1e-6
     one, two = (lora.adapted_modules(architecture, targets).keys() for targets in (spec.targets, SPEC.targets))
@@ -115,9 +116,9 @@ def written(folders, tmp_path):
     """An adapter folder, its architecture, settings and tensors, to be damaged."""
     architecture = family("llama").architecture(read_config(folders("llama")))
     spec = Lora(2, 4.0, ("q_proj",))
-    lora.save_adapters(tmp_path, random_adapters(architecture, spec), spec, architecture, "base")
-    settings = json.loads((tmp_path / lora.SETTINGS).read_text())
-    return tmp_path, architecture, settings, load_file(tmp_path / lora.WEIGHTS)
+    peft_folder.save_adapters(tmp_path, random_adapters(architecture, spec), spec, architecture, "base")
+    settings = json.loads((tmp_path / peft_folder.SETTINGS).read_text())
+    return tmp_path, architecture, settings, load_file(tmp_path / peft_folder.WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def written(folders, tmp_path):
 )
 def test_adapters_that_do_not_fit_are_refused(written, settings, tensors, message):
     folder, architecture, old, values = written
-    (folder / lora.SETTINGS).write_text(json.dumps(old | settings))
-    save_file(values | tensors, folder / lora.WEIGHTS)
+    (folder / peft_folder.SETTINGS).write_text(json.dumps(old | settings))
+    save_file(values | tensors, folder / peft_folder.WEIGHTS)
     with pytest.raises(UserError, match=message):
-        lora.load_adapters(folder, architecture)
+        peft_folder.load_adapters(folder, architecture)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of PEFT's use of transformers
@@ -217,7 +218,7 @@ def test_a_run_trains_and_saves_adapters_only(folders, tmp_path, monkeypatch, ca
     assert losses[-1] != losses[0]
     architecture, _, before = load_folder(base)
     _, _, after = load_folder(run / "model")
-    adapters, _ = lora.load_adapters(run / "adapter", architecture)
+    adapters, _ = peft_folder.load_adapters(run / "adapter", architecture)
     assert set(adapters["layers"]) == {"q", "down"}
     changed = {
         name

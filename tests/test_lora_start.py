@@ -13,6 +13,7 @@ import dpo_jax
 from dpo_jax.data.sources import memory, synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, save_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.training.metrics_file import read_metrics
@@ -29,7 +30,7 @@ def start(tmp_path_factory):
     tokenizer.save_pretrained(base)
     architecture, config, params = load_folder(base)
     adapters = random_adapters(architecture, SPEC)
-    lora.save_adapters(folder / "adapter", adapters, SPEC, architecture, str(base))
+    peft_folder.save_adapters(folder / "adapter", adapters, SPEC, architecture, str(base))
     merged = lora.merge_adapters(architecture, params, adapters, SPEC)
     save_folder(folder / "merged", merged, config, tokenizer)
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(24), strict=False)]

@@ -17,6 +17,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs import as_ref_logps, batch_logps
 from dpo_jax.models import lora
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, open_folder
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
@@ -60,7 +61,7 @@ def torch_logits(model, tokens):
 def assert_loads_as(folder, adapter, theirs):
     """Asserts that our logits with an adapter folder equal PEFT's, and differ from the base's."""
     architecture, _, base = load_folder(folder)
-    adapters, spec = lora.load_adapters(adapter, architecture)
+    adapters, spec = peft_folder.load_adapters(adapter, architecture)
     model, tokens = build_model(architecture), tokens_of(2, 20)
     ours = jax.jit(lambda p: logits_of(model, p, tokens))(lora.attach_adapters(architecture, base, adapters, spec))
     np.testing.assert_allclose(ours, torch_logits(theirs, tokens), atol=1e-4)
@@ -82,16 +83,16 @@ def test_rank_and_alpha_patterns_mean_what_they_mean_in_peft(folders, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert_loads_as(folders("llama"), tmp_path, theirs)
     architecture, _, _ = open_folder(folders("llama"))
-    settings = json.loads((tmp_path / lora.SETTINGS).read_text())
-    (tmp_path / lora.SETTINGS).write_text(json.dumps(settings | {"alpha_pattern": {"q_proj|v_proj": 1}}))
+    settings = json.loads((tmp_path / peft_folder.SETTINGS).read_text())
+    (tmp_path / peft_folder.SETTINGS).write_text(json.dumps(settings | {"alpha_pattern": {"q_proj|v_proj": 1}}))
     with pytest.raises(UserError, match=r"alpha_pattern has 'q_proj\|v_proj'; only names of modules"):
-        lora.load_adapters(tmp_path, architecture)
+        peft_folder.load_adapters(tmp_path, architecture)
     uneven = adapted(folders("llama"), r=3, target_modules=["q_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2})
     uneven.save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"layers of model.layers.{i}.self_attn.q_proj have several ranks; give them one"
     ):
-        lora.load_adapters(tmp_path, architecture)
+        peft_folder.load_adapters(tmp_path, architecture)
 
 
 def test_kinds_of_layers_with_other_ranks_are_refused(folders, tmp_path):
@@ -100,7 +101,7 @@ def test_kinds_of_layers_with_other_ranks_are_refused(folders, tmp_path):
     adapted(folders("gemma4_text"), r=3, target_modules=["q_proj"], **full).save_pretrained(tmp_path)
     architecture, _, _ = open_folder(folders("gemma4_text"))
     with pytest.raises(UserError, match=r"layers of model.layers.{i:global}.self_attn.q_proj have several ranks"):
-        lora.load_adapters(tmp_path, architecture)
+        peft_folder.load_adapters(tmp_path, architecture)
 
 
 def test_rslora_divides_by_the_root_of_the_rank(folders, tmp_path):
@@ -111,8 +112,8 @@ def test_rslora_divides_by_the_root_of_the_rank(folders, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert_loads_as(folders("llama"), tmp_path, theirs)
     architecture, _, _ = open_folder(folders("llama"))
-    adapters, spec = lora.load_adapters(tmp_path, architecture)
-    lora.save_adapters(tmp_path / "out", adapters, spec, architecture, "base")  # in the plain form
+    adapters, spec = peft_folder.load_adapters(tmp_path, architecture)
+    peft_folder.save_adapters(tmp_path / "out", adapters, spec, architecture, "base")  # in the plain form
     assert_loads_as(folders("llama"), tmp_path / "out", theirs)
 
 
@@ -138,10 +139,10 @@ def test_modules_saved_in_full_are_read_and_written(kind, tied, saved, tmp_path)
     theirs.save_pretrained(tmp_path / "adapter")
     assert_loads_as(folder, tmp_path / "adapter", theirs)
     architecture, _, _ = open_folder(folder)
-    adapters, spec = lora.load_adapters(tmp_path / "adapter", architecture)
+    adapters, spec = peft_folder.load_adapters(tmp_path / "adapter", architecture)
     keys = {"embedding" if tied or name != "lm_head" else "head" for name in saved}
     assert set(adapters) == {"layers"} | keys
-    lora.save_adapters(tmp_path / "out", adapters, spec, architecture, str(folder))
+    peft_folder.save_adapters(tmp_path / "out", adapters, spec, architecture, str(folder))
     again = PeftModel.from_pretrained(load_torch(folder), tmp_path / "out").eval()
     tokens = tokens_of(2, 20)
     np.testing.assert_allclose(torch_logits(again, tokens), torch_logits(theirs, tokens), atol=1e-5)
@@ -154,13 +155,13 @@ def test_saved_modules_that_do_not_fit_are_refused(tmp_path):
     theirs = adapted(folder, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     theirs.save_pretrained(tmp_path / "one")
     with pytest.raises(UserError, match=r"embed_tokens\.weight is missing; the model ties embedding and head, so that"):
-        lora.load_adapters(tmp_path / "one", architecture)
+        peft_folder.load_adapters(tmp_path / "one", architecture)
     both = adapted(folder, r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
     with torch.no_grad():
         next(p for n, p in both.named_parameters() if "lm_head.modules_to_save" in n).add_(1.0)
     both.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"embedding and head differ, but config\.json ties them; untie them there"):
-        lora.load_adapters(tmp_path / "two", architecture)
+        peft_folder.load_adapters(tmp_path / "two", architecture)
 
 
 def test_new_adapters_with_whole_modules_begin_as_the_base(folders):
@@ -207,7 +208,7 @@ def test_unsupported_settings_of_peft_are_refused_by_name(folders, settings, tmp
     with pytest.raises(
         UserError, match=rf"adapter_config.json: {key} (= .* is not|has .*; only embed_tokens, lm_head are) supported"
     ):
-        lora.load_adapters(tmp_path, open_folder(folders("llama"))[0])
+        peft_folder.load_adapters(tmp_path, open_folder(folders("llama"))[0])
 
 
 STEPS, BATCH, RATE = 10, 4, 2e-2
@@ -231,7 +232,7 @@ def rows_of(step):
 def our_losses(folder, adapter, table):
     """Ten steps of the train step over an adapter's folder; the reference is the base."""
     architecture, _, base = load_folder(folder)
-    adapters, spec = lora.load_adapters(adapter, architecture)
+    adapters, spec = peft_folder.load_adapters(adapter, architecture)
     model, tx = build_model(architecture), optim.build("adamw", learning_rate=RATE, warmup_steps=0)
     logps, loss = partial(batch_logps, model), losses.build({"name": "dpo", "beta": 0.5})
 

@@ -20,6 +20,7 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, open_folder
 from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
 from dpo_jax.models.huggingface.safetensors import weights_hash
@@ -259,7 +260,7 @@ def test_a_run_over_a_quantized_base_trains_and_exports_the_trained_policy(llama
     assert losses[0] == pytest.approx(np.log(2), abs=1e-3)  # the reference is the quantized base
     assert losses[-1] < losses[0]
     architecture, few, floats = quantized_model(llama, "nf4")
-    trained, spec = lora.load_adapters(tmp_path / "runs/run/adapter", architecture)
+    trained, spec = peft_folder.load_adapters(tmp_path / "runs/run/adapter", architecture)
     expected = lora.merge_adapters(architecture, floats, trained, spec)["layers"]["down"]["kernel"][1,]
     _, hf_config, after = load_folder(tmp_path / "runs/run/model")
     assert hf_config["dtype"] == "bfloat16"

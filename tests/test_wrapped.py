@@ -10,6 +10,7 @@ from tiny import load_torch, logits_of, tokens_of
 
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import load_folder, read_config, save_folder
 from dpo_jax.models.huggingface.whole import WHOLE, whole_model
 from dpo_jax.models.model import build_model
@@ -136,12 +137,12 @@ def test_adapters_of_a_language_model_within_a_model_are_peft_s(tmp_path):
     architecture, _, params = load_folder(tmp_path / "in")
     kind = lora.Lora(2, 4.0, ("all-linear",))
     adapters = jax.tree.map(lambda x: x + 0.1, lora.init_adapters(architecture, kind, 0))
-    lora.save_adapters(tmp_path / "adapter", adapters, kind, architecture, str(tmp_path / "in"), within=True)
+    peft_folder.save_adapters(tmp_path / "adapter", adapters, kind, architecture, str(tmp_path / "in"), within=True)
     peft = PeftModel.from_pretrained(model, tmp_path / "adapter")
     assert not [name for name, _ in peft.named_parameters() if "lora_" in name and "language_model" not in name]
     ours = logits_of(build_model(architecture), lora.attach_adapters(architecture, params, adapters, kind), tokens)
     np.testing.assert_allclose(torch_logits(peft, tokens), ours, atol=1e-4)
-    read, _ = lora.load_adapters(tmp_path / "adapter", architecture)
+    read, _ = peft_folder.load_adapters(tmp_path / "adapter", architecture)
     jax.tree.map(np.testing.assert_array_equal, read, adapters)
 
 

@@ -14,6 +14,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora, reward_head
 from dpo_jax.models.architecture import Architecture
 from dpo_jax.models.families.registry import architecture_of, family_of
+from dpo_jax.models.huggingface import peft_folder
 from dpo_jax.models.huggingface.folder import (
     adapter_folder,
     end_ids,
@@ -114,7 +115,7 @@ class LoadedModel(NamedTuple):
             base = str(model_folder(self.name).resolve()) if Path(self.name).exists() else self.name
             within = is_part(self.hf_config)
             folder = out.with_name("adapter")
-            lora.save_adapters(folder, adapters, self.lora, self.model.architecture, base, within)
+            peft_folder.save_adapters(folder, adapters, self.lora, self.model.architecture, base, within)
             for name, text in files.items():
                 (folder / name).write_text(text, encoding="utf-8")
 
@@ -271,7 +272,7 @@ def initial_adapters(
     if options.path:
         if given:
             raise UserError(f"lora.{given[0]}: fixed by the adapters at lora.path; remove it")
-        return lora.load_adapters(adapter_folder(options.path), architecture)
+        return peft_folder.load_adapters(adapter_folder(options.path), architecture)
     if options.rank:
         kind = Lora(options.rank, options.alpha, options.targets)
         return lora.init_adapters(architecture, kind, seed, base), kind
@@ -288,7 +289,7 @@ def check_unmerged(adapters: str, model: str) -> None:
         return
     folder, merged = adapter_folder(adapters), model_folder(model)
     if is_run(str(merged.parent)) and merged.with_name("adapter").resolve() == folder.resolve():
-        base = read_json(folder / lora.SETTINGS).get("base_model_name_or_path")
+        base = read_json(folder / peft_folder.SETTINGS).get("base_model_name_or_path")
         raise UserError(
             f"model.path {model} has the adapters of lora.path {adapters} merged already; set model.path to their base "
             f"{base}, or remove lora.path"
