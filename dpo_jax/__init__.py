@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dpo_jax.logprobs import sequence_logps
     from dpo_jax.losses.objective import Loss
     from dpo_jax.models.huggingface.load import init_model, load_model, save_model
-    from dpo_jax.models.model import Model
+    from dpo_jax.models.interface import Model
     from dpo_jax.records import Batch, Logps, TrainState
     from dpo_jax.reference import with_reference
     from dpo_jax.runs.evaluate import evaluate
@@ -47,7 +47,7 @@ _HOME = {
     "logprobs": ("sequence_logps",),
     "losses": ("Logps", "Loss"),  # which lets jit and grad pass missing fields
     "models.huggingface.load": ("init_model", "load_model", "save_model"),
-    "models.model": ("Model",),
+    "models.interface": ("Model",),
     "records": ("Batch", "TrainState"),
     "reference": ("with_reference",),
     "runs.evaluate": ("evaluate",),

@@ -16,7 +16,7 @@ from dpo_jax.intervals import fisher, mean_interval, measured, wilson
 from dpo_jax.logprobs import CHUNK, batch_logps, token_logps_of_batch, token_states_of_batch
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.microbatches import map_microbatches
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array, Batch, Tokens
 from dpo_jax.sampling import generate
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives

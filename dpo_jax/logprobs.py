@@ -12,7 +12,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.losses.objective import Loss, checked_objective
 from dpo_jax.microbatches import concat_microbatches, map_microbatches
 from dpo_jax.models.attention import capped, capped_slope
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.models.routing import token_counts
 from dpo_jax.models.split_head import split_log_collisions, split_token_logps
 from dpo_jax.records import FLOAT32_ROUNDING, Array, Batch, Logps

@@ -17,7 +17,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.logprobs import LogpsFn, as_ref_logps, batch_logps
 from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.attention import CHUNKS
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.paths import read_checked, write_checked
 from dpo_jax.records import Array, Batch
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives

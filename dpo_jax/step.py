@@ -12,7 +12,7 @@ from dpo_jax.logprobs import LogpsFn, logps_fn
 from dpo_jax.losses import Loss, weighted_means
 from dpo_jax.losses.objective import checked_objective
 from dpo_jax.microbatches import concat_microbatches, map_microbatches, sum_over_microbatches
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.models.routing import load_balance
 from dpo_jax.optim import checked_transformation, without_untrained
 from dpo_jax.records import Array, Batch, Logps, Sync, TrainState

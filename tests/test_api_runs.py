@@ -326,8 +326,7 @@ def test_sweep_gives_what_the_runs_give_one_by_one(world):
 # One's own code by name, from the command line.
 
 OWN_OPTIONS = ("--loss.name", "own:squared", "--loss.target", "2", "--optim.name", "own:lion")
-OWN_OPTIONS += ("--max-steps", "2", "--samples.prompts", "0", "--eval-every", "0")
-OWN_OPTIONS += ("--data.eval_fraction", "0.2")
+OWN_OPTIONS += ("--max-steps", "2", "--samples.prompts", "0", "--eval-every", "0", "--data.eval_fraction", "0.2")
 
 
 def run(world, *argv, code=0):

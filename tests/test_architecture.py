@@ -40,6 +40,7 @@ CORE += tuple(f"losses/{name}.py" for name in ("objective", "term_options", "met
 CORE += ("optim/optimizers.py", "optim/schedules.py")
 CORE += tuple(f"data/{name}.py" for name in ("encode", "chat", "truncate", "table", "order", "pack", "collate"))
 CORE += tuple(f"models/{name}.py" for name in ("model", "architecture", "decoder", "layers", "attention"))
+CORE += ("models/interface.py", "models/decoder_layer.py")
 LONGEST_CHAIN = 14
 ONLY_IN = {
     "flax": {"models"},

@@ -9,7 +9,8 @@ import torch
 from tiny import folder_of, load_torch, logits_of, tokens_of, unpacked_rows
 
 from dpo_jax.models.attention import RowMask
-from dpo_jax.models.decoder import Context, Decoder
+from dpo_jax.models.decoder import Decoder
+from dpo_jax.models.decoder_layer import Context
 from dpo_jax.models.huggingface.folder import load_folder
 from dpo_jax.models.model import build_model
 

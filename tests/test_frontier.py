@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.experiments import frontier, ppo
 from dpo_jax.experiments.frontier import BestOf, FrontierJob, FrontierResult
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.world import Point
+from dpo_jax.experiments.points import Point
 from dpo_jax.models.huggingface.folder import save_folder
 from dpo_jax.pages import figure
 from dpo_jax.pages.frontier import (

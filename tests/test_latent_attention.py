@@ -8,7 +8,7 @@ from tiny import _ARGUMENTS, VOCAB
 
 from dpo_jax import sharding
 from dpo_jax.models import lora
-from dpo_jax.models.decoder import scoring_of
+from dpo_jax.models.decoder_layer import scoring_of
 from dpo_jax.models.families.registry import architecture_of, family
 from dpo_jax.models.model import build_model
 from dpo_jax.training.roofline import latent_weights, matmul_weights, mixed_numbers

@@ -16,7 +16,7 @@ from dpo_jax.data.shortcuts import Shortcut
 from dpo_jax.errors import UserError
 from dpo_jax.experiments.frontier import FrontierResult
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.world import Point
+from dpo_jax.experiments.points import Point
 from dpo_jax.pages import figure
 from dpo_jax.pages.curves import PLOTS, polyline_points
 from dpo_jax.pages.data import DataPage, render_data

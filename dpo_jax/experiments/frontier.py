@@ -25,11 +25,11 @@ from dpo_jax.config.yaml import difference, dump
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import offline, online, optimum, ppo, setup
-from dpo_jax.experiments.points import BestOf, FrontierResult, frontier_points
+from dpo_jax.experiments.points import BestOf, FrontierResult, Point, frontier_points
 from dpo_jax.experiments.reward_model import centered, train_reward_model
 from dpo_jax.experiments.rollouts import Problem
 from dpo_jax.experiments.setup import SharedSetup
-from dpo_jax.experiments.world import Point, enumerate_rewards, sample_rewards, score_completions
+from dpo_jax.experiments.world import enumerate_rewards, sample_rewards, score_completions
 from dpo_jax.intervals import mean_interval
 from dpo_jax.paths import is_run, written
 from dpo_jax.records import Array

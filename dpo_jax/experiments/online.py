@@ -20,7 +20,7 @@ from dpo_jax.errors import UserError, closest
 from dpo_jax.experiments.rollouts import OnMetrics, OnStep, Problem, on_devices, sample_rollouts
 from dpo_jax.logprobs import as_ref_logps, batch_logps
 from dpo_jax.microbatches import map_microbatches
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array, Batch, Tokens, TrainState
 from dpo_jax.rewards.labels import LABELLERS
 from dpo_jax.step import init_state, make_train_step

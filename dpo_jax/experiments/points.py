@@ -8,9 +8,38 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.experiments.optimum import Optimum
-from dpo_jax.experiments.world import Point
 from dpo_jax.intervals import MeanInterval, mean_t_interval
 from dpo_jax.training.metrics_file import read_metrics
+
+
+class Point(NamedTuple):
+    """Measurement of a policy at one step of one run.
+
+    Attributes:
+      method: sft, dpo, ...
+      strength: strength of the constraint to the reference: beta, alpha or a target KL; the seed of Preferred-FT; 0 of
+        the reference itself (sft).
+      step: updates done.
+      reward: mean true reward; `reward_half` is half its 95% interval.
+      kl: mean of log pi - log pi_ref over whole completions, nats; `kl_half` likewise.
+      chosen: mean log-prob of the chosen responses of held-out pairs; `rejected` likewise.
+      tokens: mean length of a completion.
+      cut: share of completions that reach `max_new_tokens` without EOS.
+      seed: of the run's pairs, samples and order, and of the completions measured.
+    """
+
+    method: str
+    strength: float
+    step: int
+    reward: float
+    reward_half: float
+    kl: float
+    kl_half: float
+    chosen: float
+    rejected: float
+    tokens: float
+    cut: float
+    seed: int = 0
 
 
 class BestOf(NamedTuple):

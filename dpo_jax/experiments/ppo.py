@@ -19,7 +19,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.experiments import ppo_parts as parts
 from dpo_jax.experiments.rollouts import OnMetrics, OnStep, Problem, on_devices, sample_rollouts
 from dpo_jax.logprobs import token_logps_of_batch, token_states_of_batch
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array, Batch, Tokens
 
 

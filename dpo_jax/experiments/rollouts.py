@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array
 from dpo_jax.sampling import generate
 

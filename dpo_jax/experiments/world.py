@@ -15,9 +15,10 @@ from dpo_jax.data import pack
 from dpo_jax.data.sources.base import prompt_key
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
+from dpo_jax.experiments.points import Point
 from dpo_jax.intervals import mean_interval
 from dpo_jax.logprobs import batch_logps
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.paths import written
 from dpo_jax.records import Array, Tokens
 from dpo_jax.rewards.labels import label_pairs
@@ -59,36 +60,6 @@ class World(NamedTuple):
     sample_batch: int
     seed: int
     ends: tuple[int, ...]
-
-
-class Point(NamedTuple):
-    """Measurement of a policy at one step of one run.
-
-    Attributes:
-      method: sft, dpo, ...
-      strength: strength of the constraint to the reference: beta, alpha or a target KL; the seed of Preferred-FT; 0 of
-        the reference itself (sft).
-      step: updates done.
-      reward: mean true reward; `reward_half` is half its 95% interval.
-      kl: mean of log pi - log pi_ref over whole completions, nats; `kl_half` likewise.
-      chosen: mean log-prob of the chosen responses of held-out pairs; `rejected` likewise.
-      tokens: mean length of a completion.
-      cut: share of completions that reach `max_new_tokens` without EOS.
-      seed: of the run's pairs, samples and order, and of the completions measured.
-    """
-
-    method: str
-    strength: float
-    step: int
-    reward: float
-    reward_half: float
-    kl: float
-    kl_half: float
-    chosen: float
-    rejected: float
-    tokens: float
-    cut: float
-    seed: int = 0
 
 
 TableLogps = Callable[[Any, Table, pack.Layout], Array]

@@ -27,6 +27,9 @@ class DeltaCache(NamedTuple):
     state: Array
 
 
+Cache = tuple[LayerCache | DeltaCache, ...]  # one entry per layer
+
+
 def begin_cache(kept: Any, copies: int, room: int) -> LayerCache | DeltaCache:
     """Returns the cache of a layer in which `copies` sequences continue each prompt.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 
 
 def init_params(model: Model, seed: int) -> Any:

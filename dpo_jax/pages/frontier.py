@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.experiments.optimum import reward_limit
-from dpo_jax.experiments.points import FrontierResult, over_seeds, point_seeds
-from dpo_jax.experiments.world import Point
+from dpo_jax.experiments.points import FrontierResult, Point, over_seeds, point_seeds
 from dpo_jax.pages import figure
 from dpo_jax.pages.frontier_tables import (
     BUDGETS,

@@ -8,12 +8,12 @@ from dpo_jax.experiments.optimum import RewardLimit, reward_limit
 from dpo_jax.experiments.points import (
     BestOf,
     FrontierResult,
+    Point,
     best_of_seeds,
     difference_of_seeds,
     over_seeds,
     point_seeds,
 )
-from dpo_jax.experiments.world import Point
 from dpo_jax.rewards.winrate import kl_bound
 
 NAMES = {

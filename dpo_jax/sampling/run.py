@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax import distributed, sharding
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array
 from dpo_jax.sampling.checks import check_sampling, ids_of_ends, takes_int8
 from dpo_jax.sampling.decode import Draw, Rows, Sampler, SamplingState, Weights, add_tokens, first_token, move_rows

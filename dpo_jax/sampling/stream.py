@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax import distributed
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.records import Array
 from dpo_jax.sampling.checks import check_sampling
 from dpo_jax.sampling.decode import (

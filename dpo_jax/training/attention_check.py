@@ -15,9 +15,9 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.alibi import bias_dims
 from dpo_jax.models.architecture import Architecture, HeadSizes
 from dpo_jax.models.attention import CHUNKS, Attend, RowMask, Scoring, packed_attention
-from dpo_jax.models.decoder import scoring_of
+from dpo_jax.models.decoder_layer import scoring_of
+from dpo_jax.models.interface import Model
 from dpo_jax.models.kernels import KERNELS
-from dpo_jax.models.model import Model
 from dpo_jax.records import Array
 
 log = logging.getLogger(__name__)

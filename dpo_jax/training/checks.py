@@ -10,7 +10,7 @@ import jax
 from dpo_jax.config.schema import Config, ReferenceConfig
 from dpo_jax.errors import UserError, closest
 from dpo_jax.losses import Loss, term_options
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.paths import is_run
 from dpo_jax.records import Sync
 from dpo_jax.training.load import compute_dtype

@@ -29,8 +29,9 @@ from dpo_jax.models.huggingface.lazy import load_into_memory, narrow_dtypes
 from dpo_jax.models.huggingface.safetensors import read_json, weights_hash
 from dpo_jax.models.huggingface.whole import WHOLE, is_part
 from dpo_jax.models.init import init_params, map_layers
+from dpo_jax.models.interface import Model
 from dpo_jax.models.lora import Lora
-from dpo_jax.models.model import Model, build_model
+from dpo_jax.models.model import build_model
 from dpo_jax.models.vocabulary import grow_vocabulary, ids_to_embed, size_settings
 from dpo_jax.paths import is_run
 from dpo_jax.training.router import with_router_loss

@@ -4,7 +4,7 @@ import math
 
 from dpo_jax.errors import UserError
 from dpo_jax.models.families.hf_config import HfConfig
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 
 DEFAULT = 0.001  # router_aux_loss_coef of a config.json that has none, as in transformers
 

@@ -11,8 +11,8 @@ from dpo_jax.data import order
 from dpo_jax.data.table import Table
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
+from dpo_jax.models.interface import Model
 from dpo_jax.models.lora import Lora
-from dpo_jax.models.model import Model
 from dpo_jax.records import Array, Sync
 from dpo_jax.sharding import Collectives
 

@@ -9,8 +9,8 @@ from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.models import lora, qlora
 from dpo_jax.models.architecture import Architecture
+from dpo_jax.models.interface import Model
 from dpo_jax.models.layer_embedding import TABLES
-from dpo_jax.models.model import Model
 from dpo_jax.models.split_head import BLOCK, SplitHead, words_per_block
 from dpo_jax.records import TrainState
 from dpo_jax.sharding import Collectives

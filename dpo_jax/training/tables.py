@@ -24,7 +24,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.data.template import chat_template
 from dpo_jax.errors import UserError
 from dpo_jax.losses import Loss
-from dpo_jax.models.model import Model
+from dpo_jax.models.interface import Model
 from dpo_jax.paths import cache_folder
 from dpo_jax.records import Chat, Comparison
 from dpo_jax.training.load import pad_token_id

@@ -21,7 +21,8 @@ from dpo_jax.models.huggingface.folder import (
 from dpo_jax.models.huggingface.hub import is_hub_name
 from dpo_jax.models.huggingface.lazy import load_into_memory
 from dpo_jax.models.init import init_params
-from dpo_jax.models.model import Model, build_model
+from dpo_jax.models.interface import Model
+from dpo_jax.models.model import build_model
 
 
 def load_model(
