@@ -60,6 +60,8 @@ def test_the_statistic_of_a_running_mean_of_margins():
     np.testing.assert_allclose(margins.statistics(first(LP, 2)), [expected], rtol=1e-5)
     z = 0.5 * (ratios[:, 0] - ratios[:, 1]) - expected
     np.testing.assert_allclose(margins.values(first(LP, 2)), np.log1p(np.exp(-z)), rtol=1e-5)
+    slope = jax.grad(lambda x: margins.values(first(LP, 2)._replace(policy=x)).sum())(np.asarray(LP.policy)[:, :2])
+    np.testing.assert_allclose(slope, np.outer(0.5 / (1 + np.exp(z)), [-1, 1]), rtol=1e-5)  # the mean is a constant
 
 
 LINKS_BY_HAND = {

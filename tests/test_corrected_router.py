@@ -92,8 +92,9 @@ SMALL |= {"first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_to
 SMALL |= {"intermediate_size": 24, "num_hidden_layers": 3}
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
-@pytest.mark.parametrize("name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in ("muon", "added"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["adamw", "muon", "added"])
 def test_no_optimizer_moves_the_correction(folders, kind, name):
     """Not by weight decay either, nor by an update that does not depend on the gradient."""
     architecture, _, start = load_folder(folders(kind))

@@ -84,7 +84,7 @@ def value_and_gradients(kind, params, x, parts=1):
 
 @pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("routed", ["as it comes", "all to two experts"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_the_exchange_is_exact(kind, routed, parts):
     """Value and gradients, also where one device has the experts of all tokens: none is dropped."""
     x = jax.random.normal(jax.random.key(0), (4, 9, 16))

@@ -33,7 +33,8 @@ def test_yarn_scales_scores_and_leaves_angles_as_long():
     assert scoring_of(near).scale == 20**-0.5
 
 
-@pytest.mark.parametrize(("values", "wide"), [(16, 20), pytest.param(24, 24, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("values", "wide"), [(16, 20), (24, 24)])
+@pytest.mark.slow
 def test_the_cache_has_keys_and_values_of_all_heads(values, wide):
     """Of a head dimension of 20 and values of 16 or 24: the shorter ones end in zeros."""
     a = family("deepseek_v3").architecture(TINY | {"v_head_dim": values})

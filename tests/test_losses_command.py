@@ -135,6 +135,7 @@ def test_options_of_every_term_are_in_the_curves():
     ]
 
 
+@pytest.mark.slow
 def test_the_plot_is_one_figure_with_both(capsys, tmp_path):
     out = tmp_path / "figures" / "losses.svg"
     assert said(capsys, "--plot", str(out)) == f"wrote {out}\n"

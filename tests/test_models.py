@@ -135,7 +135,9 @@ CASES = {
 
 # Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
 ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
-MARKS = dict.fromkeys(ALIKE, (pytest.mark.slow, pytest.mark.milestone)) | COMPOSED
+MARKS = (
+    dict.fromkeys(ALIKE, (pytest.mark.slow, pytest.mark.milestone)) | COMPOSED | {"deepseek_v3": (pytest.mark.slow,)}
+)
 ATTENTION = [pytest.param(name, marks=MARKS.get(name, ())) for name in FAMILIES]
 
 

@@ -40,6 +40,7 @@ def test_it_approaches_the_optimal_policy(beta, label, near):
     assert distance(found, best) < near
 
 
+@pytest.mark.slow
 def test_callbacks_see_every_round_and_a_seed_gives_the_same_policy():
     seen, metrics = [], []
     callbacks = {

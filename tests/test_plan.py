@@ -155,6 +155,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_dtype(config_of, tmp_path):
     assert with_compute(config_of("--run", str(tmp_path / "new")), "tpu").model.compute == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_command_plans_emulated_devices_as_accelerators(config_of, tmp_path, monkeypatch, capsys):
     tried = []
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # these tests emulate four devices already

@@ -121,6 +121,7 @@ def test_the_controller_finds_its_target():
     assert metrics[-1][1]["score"] > metrics[0][1]["score"] + 0.3
 
 
+@pytest.mark.slow
 def test_every_step_samples_anew():
     """The policy stays as it is, and the mean reward of its samples does not."""
     scores = []

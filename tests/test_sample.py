@@ -223,7 +223,7 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
 @pytest.mark.parametrize(
     ("kind", "sizes", "temperature"),
     [
-        ("llama", (2, 2), 0.0),
+        pytest.param("llama", (2, 2), 0.0, marks=pytest.mark.slow),
         pytest.param("llama", (1, 4), 1.0, marks=LEFT_OUT),
         pytest.param("gptj", (1, 4), 1.0, marks=LEFT_OUT),
         pytest.param("gpt2", (1, 2, 2), 0.0, marks=pytest.mark.slow),

@@ -89,6 +89,7 @@ def test_runs_of_a_sweep_with_other_schedules_have_programs_of_their_own(world):
         np.testing.assert_array_equal(value, load_file(found[1].folder / "model/model.safetensors")[name])
 
 
+@pytest.mark.slow
 def test_a_warm_up_longer_than_the_run_is_told(world, caplog):
     with caplog.at_level(logging.WARNING, logger="dpo_jax"):
         train("runs/short", 1, {"learning_rate": 1e-3, "warmup_steps": 150})
