@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 from tiny import _ARGUMENTS as ARGUMENTS
+from tiny import for_milestones
 
 from dpo_jax import losses, sharding
 from dpo_jax.data import pack
@@ -126,7 +127,7 @@ OTHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", for_milestones(OTHERS, "shared keys, rows split over devices"))
 def test_parts_give_the_gradient_of_one_device_for_other_models(gradient, case):
     """To twice what the last bit of every parameter changes on one device."""
     sizes, options = OTHERS[case]

@@ -49,6 +49,7 @@ def test_the_part_that_fails_is_named_and_the_others_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.milestone
 def test_the_profile_adds_up_to_the_step(shared):
     environment = os.environ | {"XLA_FLAGS": "", "DPO_JAX_SHARED": str(shared), "PYTHONPATH": str(SCRIPTS.parent)}
     command = [sys.executable, SCRIPTS / "bench", "--tiny", "--profile"]
