@@ -53,6 +53,8 @@ def frontier_curve(found: FrontierResult) -> str:
         style: dict[str, Any] = {"color": figure.COLOURS[7], "label": "Best of N (KL: bound)"} | ERROR_BARS
         axes.errorbar(x, y, [b.reward_half for b in found.best_of], fmt="^--", lw=1, **style)
         figure.label_points(axes, x, y, [str(b.n) for b in found.best_of], figure.COLOURS[7], 2)
+    nearest, farthest = min((0.0, *(p.kl for p in found.points))), max((1.0, *(p.kl for p in found.points)))
+    axes.set_xlim(nearest - 0.005 * farthest, 1.2 * farthest)  # intervals over few seeds may go much further
     return _finish_reward(fig, axes)
 
 
@@ -68,7 +70,8 @@ def _draw_method(axes: "figure.Axes", found: FrontierResult, method: str, i: int
     axes.plot([p.kl for p in small], [p.reward for p in small], ".", color=color, ms=3, alpha=0.5)
     x, y = [p.kl for p in last], [p.reward for p in last]
     kind, joined = _strength_name(method), method not in UNORDERED
-    errors = {"xerr": [p.kl_half for p in last], "yerr": [p.reward_half for p in last]}
+    below = [min(p.kl_half, max(p.kl, 0.0)) for p in last]  # no KL is below 0
+    errors = {"xerr": [below, [p.kl_half for p in last]], "yerr": [p.reward_half for p in last]}
     label = NAMES[method] + (f", by {kind}" if joined else f", each {kind}" if kind else "")
     marker = "o-" if joined else "s" if method == "sft" else "o"
     axes.errorbar(x, y, **errors, fmt=marker, lw=1.2, color=color, label=label, **ERROR_BARS)
