@@ -74,12 +74,7 @@ def two_steps(table, sizes, mapped=False):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [
-        (2, 1, 2),
-        pytest.param((1, 2, 1), marks=pytest.mark.milestone),
-        pytest.param((4, 1, 1), marks=pytest.mark.milestone),
-        "pmap",
-    ],
+    [(2, 1, 2), *(pytest.param(sizes, marks=pytest.mark.milestone) for sizes in ((1, 2, 1), (4, 1, 1))), "pmap"],
     ids=str,
 )
 def test_a_loss_across_comparisons_sees_those_of_all_devices(table, layout):

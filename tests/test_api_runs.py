@@ -96,8 +96,8 @@ def test_train_on_rows_with_an_own_loss_and_callbacks(world):
         seen.append((step, "loss" in metrics, "eval_loss" in metrics, int(state.step)))
         return np.bool_(step == 2 and "loss" in metrics)  # as a comparison of arrays is
 
-    config = RUN | {"max_steps": 5, "run": "runs/rows"}
-    result = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared, callbacks=[stop])
+    config, answers = RUN | {"max_steps": 5, "run": "runs/rows"}, [stop, lambda step, *_: jax.random.key(step)]
+    result = dpo_jax.train(config, data=rows(world), eval_data=rows(world, 20), loss=squared, callbacks=answers)
     assert seen == [(1, True, False, 1), (2, True, False, 2), (2, False, True, 2)]
     assert [r["step"] for r in read_metrics(result.folder / "metrics.jsonl") if "loss" in r] == [1, 2]
     assert result.metrics["eval_loss"] == read_metrics(result.folder / "metrics.jsonl")[-1]["eval_loss"]

@@ -93,7 +93,6 @@ def test_pairs_are_scored_as_the_conversations_of_training(chats, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_eval_and_winrate_score_them_so_too(chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"path": ["absent.jsonl"], "eval_path": [str(chats / "d.jsonl")], "max_length": 96, "max_prompt_length": 64}

@@ -94,7 +94,7 @@ SMALL |= {"intermediate_size": 24, "num_hidden_layers": 3}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", for_milestones(["adamw", "muon", "added"], "muon"))
+@pytest.mark.parametrize("name", for_milestones(["adamw", "muon", "added"], "muon", "added"))
 def test_no_optimizer_moves_the_correction(folders, kind, name):
     """Not by weight decay either, nor by an update that does not depend on the gradient."""
     architecture, _, start = load_folder(folders(kind))

@@ -86,7 +86,6 @@ def test_every_example_is_run_below():
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_run_dpo_in_one_page(tmp_path):
     out = run("dpo_in_one_page", tmp_path)
     (first,) = numbers(rf"step  0  loss {NUMBER}", out)

@@ -277,7 +277,7 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize(
     ("model", "trained", "mesh"),
     [
-        ("qwen3_moe", "all", "expert 2"),
+        pytest.param("qwen3_moe", "all", "expert 2", marks=pytest.mark.milestone),
         pytest.param("mixtral", "all", "fsdp 2 x expert 2", marks=pytest.mark.milestone),
         pytest.param("gpt_oss", "all", "tensor 2 x expert 2", marks=pytest.mark.milestone),
         pytest.param("gpt_oss", "lora", "expert 4", marks=pytest.mark.milestone),
@@ -333,7 +333,6 @@ def test_two_processes_that_shard_the_experts_train_as_one(world):
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_a_checkpoint_resumes_on_any_other_layout(world, monkeypatch):
     """Ten steps with sharded experts, five with fsdp too, the rest on two devices with all experts."""
     folder, options = world("qwen3_moe")

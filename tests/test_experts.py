@@ -11,7 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from tiny import folders_of, largest_difference, load_torch, logits_of, tokens_of, torch_model, unpacked_rows
+from tiny import (
+    GEMMA4_MIXTURE,
+    folders_of,
+    largest_difference,
+    load_torch,
+    logits_of,
+    tokens_of,
+    torch_model,
+    unpacked_rows,
+)
 
 from dpo_jax.errors import UserError
 from dpo_jax.models import grouped, lora, qlora
@@ -30,8 +39,8 @@ KINDS = ("mixtral", "olmoe", "qwen3_moe")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Model folders by family, made when first asked for."""
-    kinds = (*KINDS, "gpt_oss", "granitemoe", "qwen3_next")
-    return folders_of({kind: (kind, {}) for kind in kinds}, tmp_path_factory.mktemp)
+    kinds = {kind: (kind, {}) for kind in (*KINDS, "gpt_oss", "granitemoe", "qwen3_next")}
+    return folders_of(kinds | {"gemma4_text": ("gemma4_text", GEMMA4_MIXTURE)}, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize(("renormalized", "weights"), [(False, (0.5, 0.3)), (True, (0.625, 0.375))])
@@ -187,6 +196,7 @@ def torch_logits(model, tokens):
     [
         ("qwen3_moe", (lora.ALL, GATE_UP, DOWN)),
         ("gpt_oss", (lora.ALL, GATE_UP, DOWN)),
+        pytest.param("gemma4_text", (lora.ALL, GATE_UP, DOWN), marks=pytest.mark.slow),
         pytest.param("granitemoe", (lora.ALL, GATE_UP), marks=pytest.mark.slow),
         pytest.param("mixtral", ("q_proj", GATE_UP), marks=pytest.mark.slow),
         pytest.param("olmoe", (DOWN,), marks=pytest.mark.slow),

@@ -51,7 +51,7 @@ def test_the_numbers_of_attention_are_those_of_each_kind_of_layer():
 
 
 def test_the_traffic_of_a_step_has_the_matmuls_of_embeddings_of_layers():
-    """In each of 6 layers a gate from 32 numbers to 8, its way back, and 8 numbers of what is projected."""
+    """In each of 6 layers a matmul of 32 numbers to 8, one of 8 to 32, and 8 numbers of a projection of all layers."""
     a = architecture_of(TINY)
     assert embedding_numbers(a) == 6 * ((32 + 8) + (8 + 32) + 8)
     assert embedding_numbers(dataclasses.replace(a, layer_embedding=None)) == 0

@@ -171,7 +171,6 @@ def test_shares_have_wilsons_interval_and_other_metrics_the_normal_one(value, er
     ("name", "wanted"),
     [("arc_esy", "did you mean 'arc_easy'"), ("arc_easy", "arc_easy: .*give tasks whose data are at hand")],
 )
-@pytest.mark.milestone
 def test_tasks_that_cannot_run_are_named(folder, name, wanted):
     with pytest.raises(UserError, match=wanted):
         dpo_jax.evaluate(folder, suite=f"lm_eval:{name}")

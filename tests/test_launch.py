@@ -69,7 +69,6 @@ SLURM = ("bash", str(SCRIPTS / "launch_slurm"))
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_slurm_starts_again_after_a_crash(world, stand_ins):
     process = launched.start(world, "crashed", launch=SLURM)
     launched.wait_for(world, "crashed", 12)  # the save at 10 has waited until that at 5 was whole

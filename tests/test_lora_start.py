@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from test_lora import random_adapters
-from tiny import folder_of
+from tiny import MILESTONE, folder_of
 
 import dpo_jax
 from dpo_jax.data.sources import memory, synthetic
@@ -18,7 +18,6 @@ from dpo_jax.models.huggingface.folder import load_folder, save_folder
 from dpo_jax.models.lora import Lora
 from dpo_jax.training.metrics_file import read_metrics
 
-MORE = (pytest.mark.slow, pytest.mark.milestone)
 SPEC = Lora(3, 7.0, ("all-linear",))
 
 
@@ -59,8 +58,8 @@ def trained(start, tmp_path, **keys):
     "more",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"reference": {"mode": "online"}}, marks=MORE),
-        pytest.param({"mesh": {"fsdp": 2}}, marks=MORE),
+        pytest.param({"reference": {"mode": "online"}}, marks=MILESTONE),
+        pytest.param({"mesh": {"fsdp": 2}}, marks=MILESTONE),
         pytest.param({"lora": {"base": "int8"}}, marks=pytest.mark.slow),
     ],
     ids=["cache", "online", "fsdp", "qlora"],

@@ -10,6 +10,7 @@ from tiny import (
     COMPOSED,
     FAMILIES,
     GEMMA4_MIXTURE,
+    MILESTONE,
     VOCAB,
     WINDOW,
     folders_of,
@@ -133,11 +134,9 @@ CASES = {
 }
 
 
-# Families whose attention is that of another one; packing and the cache are tested for them in the slow suite only.
+# Families whose attention is that of another one; packing and the cache are tested for them at milestones only.
 ALIKE = ("gemma", "gemma3_text", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
-MARKS = (
-    dict.fromkeys(ALIKE, (pytest.mark.slow, pytest.mark.milestone)) | COMPOSED | {"deepseek_v3": (pytest.mark.slow,)}
-)
+MARKS = dict.fromkeys(ALIKE, MILESTONE) | COMPOSED | {"deepseek_v3": (pytest.mark.slow,)}
 ATTENTION = [pytest.param(name, marks=MARKS.get(name, ())) for name in FAMILIES]
 
 

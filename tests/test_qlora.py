@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from scipy.stats import norm
-from tiny import largest_difference, logits_of, tokens_of, torch_model
+from tiny import MILESTONE, largest_difference, logits_of, tokens_of, torch_model
 
 from dpo_jax import cli, optim, sharding
 from dpo_jax.config.parse import parse_config
@@ -170,12 +170,11 @@ def adapters(llama):
     return made
 
 
-MORE = (pytest.mark.slow, pytest.mark.milestone)
 LAYOUTS = [
     pytest.param("nf4", ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--model.remat", "full"], marks=pytest.mark.slow),
     pytest.param("int8", ["--mesh.fsdp", "4", "--model.remat", "dots"], marks=pytest.mark.slow),
-    pytest.param("nf4", ["--mesh.mode", "pmap"], marks=MORE),
-    pytest.param("nf4", ["--mesh.data", "1", "--mesh.tensor", "4"], marks=MORE),
+    pytest.param("nf4", ["--mesh.mode", "pmap"], marks=MILESTONE),
+    pytest.param("nf4", ["--mesh.data", "1", "--mesh.tensor", "4"], marks=MILESTONE),
     pytest.param("nf4", ["--mesh.fsdp", "2", "--mesh.sequence", "2", "--model.remat", "full"], marks=pytest.mark.slow),
 ]
 

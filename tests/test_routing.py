@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from test_models import by_name, torch_gradients
-from tiny import folder_of, largest_difference, load_torch
+from tiny import MILESTONE, folder_of, largest_difference, load_torch
 
 from dpo_jax import losses, reference, sharding
 from dpo_jax.data import pack
@@ -138,8 +138,8 @@ LAYOUTS = {
     "tensor and expert": {"sizes": (1, 1, 2, 1, 2), "rows": 2},
     "sequence and expert": {"sizes": (1, 1, 1, 2, 2), "rows": 2},
 }
-MARKS = dict.fromkeys(LAYOUTS, (pytest.mark.slow, pytest.mark.milestone)) | {"fsdp": ()}
-MARKS |= dict.fromkeys(("four microbatches", "tensor and expert", "sequence and expert"), (pytest.mark.slow,))
+MARKS = dict.fromkeys(LAYOUTS, MILESTONE) | {"fsdp": ()}
+MARKS |= dict.fromkeys(("four microbatches", "tensor and expert"), (pytest.mark.slow,))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in LAYOUTS])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import COMPOSED, EOS, FAMILIES, folder_of, load_torch, shared_model, tokens_of
+from tiny import COMPOSED, EOS, FAMILIES, MILESTONE, folder_of, load_torch, shared_model, tokens_of
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
@@ -50,10 +50,9 @@ def torch_greedy(folder, prompt, new, eos):
     return out[0, len(prompt) :].numpy()
 
 
-# Families whose decoding is that of another in the list: their options are read the same way.
+# Families that decode by code which another family of the list runs.
 LIKE = ("gemma", "gpt_neox", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3")
-LEFT_OUT = (pytest.mark.slow, pytest.mark.milestone)
-MARKS = dict.fromkeys(LIKE, LEFT_OUT) | COMPOSED
+MARKS = dict.fromkeys(LIKE, MILESTONE) | COMPOSED
 LATER = [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in FAMILIES]
 
 
@@ -224,8 +223,8 @@ def test_samples_are_the_same_on_any_devices(models, made, sizes):
     ("kind", "sizes", "temperature"),
     [
         pytest.param("llama", (2, 2), 0.0, marks=pytest.mark.slow),
-        pytest.param("llama", (1, 4), 1.0, marks=LEFT_OUT),
-        pytest.param("gptj", (1, 4), 1.0, marks=LEFT_OUT),
+        pytest.param("llama", (1, 4), 1.0, marks=MILESTONE),
+        pytest.param("gptj", (1, 4), 1.0, marks=MILESTONE),
         pytest.param("gpt2", (1, 2, 2), 0.0, marks=pytest.mark.slow),
         pytest.param("gemma4_text", (1, 4), 0.0, marks=pytest.mark.slow),
     ],

@@ -13,7 +13,7 @@ from dpo_jax.commands.frontier import summary_lines
 from dpo_jax.config.commands import FrontierConfig, OnlineConfig
 from dpo_jax.config.yaml import difference, dump
 from dpo_jax.errors import UserError
-from dpo_jax.experiments.points import best_of_seeds, difference_of_seeds, frontier_points, over_seeds
+from dpo_jax.experiments.points import BestOf, best_of_seeds, difference_of_seeds, frontier_points, over_seeds
 from dpo_jax.experiments.reward_model import reward_config
 from dpo_jax.intervals import mean_t_interval
 from dpo_jax.models.huggingface.folder import save_folder
@@ -93,6 +93,16 @@ def test_the_figure_has_the_means_and_each_seed(drawn):  # noqa: F811
     color = bars["DPO, by beta"].get_color()
     (small,) = [one for one in axes.lines if one.get_marker() == "." and one.get_color() == color]
     assert small.get_xydata().tolist() == [[3.0, 3.0], [3.5, 5.0]]  # last steps only
+
+
+def test_an_interval_of_a_kl_begins_at_0_at_the_least_and_does_not_widen_the_figure(drawn):  # noqa: F811
+    points = [p._replace(kl_half=9.0 if p.method == "dpo" else 0.5) for p in TWO if p.seed == 4]
+    axes, _ = drawn(FOUND._replace(points=points, best_of=[]))
+    (bars,) = [c for c in axes.containers if c.get_label() == "DPO, by beta"]
+    assert bars.lines[2][0].get_segments()[0][:, 0].tolist() == [0.0, 12.5]  # of 3.5 nats
+    assert axes.get_xlim() == pytest.approx((-0.005 * 3.5, 1.2 * 3.5))
+    axes, _ = drawn(FOUND._replace(points=points, best_of=[BestOf(128, 1.6, 0.1)]))
+    assert axes.get_xlim()[1] == pytest.approx(1.2 * (math.log(128) - 127 / 128))
 
 
 def test_the_summary_states_how_many_completions_each_method_samples():

@@ -41,7 +41,9 @@ def write_config(file, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("base", "layout", "devices"), LAYOUTS, ids=["fsdp 2 x tensor 2", "fsdp 2 nf4"])
+@pytest.mark.parametrize(
+    ("base", "layout", "devices"), for_milestones(LAYOUTS, LAYOUTS[0]), ids=["fsdp 2 x tensor 2", "fsdp 2 nf4"]
+)
 @pytest.mark.parametrize("kind", for_milestones(KINDS, "deepseek_v3"))
 def test_one_trajectory(tmp_path, monkeypatch, kind, base, layout, devices):
     """Losses, gradients' norms and the exported model are those of one device."""

@@ -195,7 +195,6 @@ def test_a_notice_to_one_process_ends_all_with_everything_saved(world):
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_a_lost_process_ends_all_and_the_launcher_starts_them_again(world):
     """Process 0, to which the others connect."""
     name = "lost"
@@ -217,7 +216,6 @@ def test_a_failure_of_one_process_is_reported_and_ends_all(world):
 
 
 @pytest.mark.slow
-@pytest.mark.milestone
 def test_a_step_that_hangs_ends_all(world):
     """One of two processes is stopped; the other waits for it in a step, and prints its stack."""
     process = launched.start(world, "stopped", "--hang-seconds", "30", launch=launched.launch_local(2, 1))

@@ -53,8 +53,9 @@ def frontier_curve(found: FrontierResult) -> str:
         style: dict[str, Any] = {"color": figure.COLOURS[7], "label": "Best of N (KL: bound)"} | ERROR_BARS
         axes.errorbar(x, y, [b.reward_half for b in found.best_of], fmt="^--", lw=1, **style)
         figure.label_points(axes, x, y, [str(b.n) for b in found.best_of], figure.COLOURS[7], 2)
-    nearest, farthest = min((0.0, *(p.kl for p in found.points))), max((1.0, *(p.kl for p in found.points)))
-    axes.set_xlim(nearest - 0.005 * farthest, 1.2 * farthest)  # intervals over few seeds may go much further
+    drawn = [*(p.kl for p in found.points), *(kl_bound(b.n) for b in found.best_of)]
+    farthest = max(1.0, *drawn)
+    axes.set_xlim(min(0.0, *drawn) - 0.005 * farthest, 1.2 * farthest)  # intervals over few seeds may go much further
     return _finish_reward(fig, axes)
 
 

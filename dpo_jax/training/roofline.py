@@ -198,7 +198,7 @@ def mixed_numbers(a: Architecture) -> int:
 def embedding_numbers(a: Architecture) -> int:
     """Returns the numbers of a token that the matmuls of layers' embeddings read and write.
 
-    What is projected is read once for all layers, and not counted.
+    The input of the projection of all layers, read once, is not counted.
     """
     return a.layers * (2 * a.width + 3 * a.layer_embedding) if a.layer_embedding else 0
 

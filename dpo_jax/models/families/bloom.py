@@ -24,8 +24,9 @@ def architecture(config: hf.HfConfig) -> Architecture:
     Raises:
       UserError: a setting is missing or not supported.
     """
-    for key in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
-        hf.only_setting(config, key, False)
+    hf.only_setting(config, "apply_residual_connection_post_layernorm", False)
+    if hf.get_setting(config, "pretraining_tp", 1) > 1:  # which then leaves out biases
+        hf.only_setting(config, "slow_but_exact", False)
     width = hf.either_setting(config, "n_embed", "hidden_size")
     return gpt2.gpt_like(
         config,

@@ -14,6 +14,7 @@ PREFIX = "transformer."
 HEAD = "lm_head.weight"
 BUFFERS = ("attn.bias", "attn.masked_bias")
 READS = {"scale_attn_by_inverse_layer_idx"}
+POSITIONS = ("n_positions", "max_position_embeddings")
 SIZES = (("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers"))
 LAYER = "transformer.h.{i}."
 NORMS = {
@@ -41,7 +42,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
         mlp=hf.get_setting(config, "n_inner", 4 * width),
         qkv_bias=True,
         out_bias=True,
-        max_positions=hf.get_setting(config, "n_positions", 1024),
+        max_positions=hf.either_setting(config, *POSITIONS, default=1024),
         residual_scale=(2 * layers) ** -0.5,
         layer_scaled=hf.get_setting(config, "scale_attn_by_inverse_layer_idx", False),
     )

@@ -46,7 +46,7 @@ def architecture(config: hf.HfConfig) -> Architecture:
         out_bias=False,
         tied=hf.get_setting(config, "tie_word_embeddings", False),
         head_bias=True,
-        max_positions=hf.get_setting(config, "n_positions", 2048),
+        max_positions=hf.either_setting(config, *gpt2.POSITIONS, default=2048),
     )
 
 

@@ -196,15 +196,16 @@ def _read_adapters(
     for name, tensor in chosen.items():
         numbers = tensor.layers_of(architecture)
         keys = [_peft_prefix(_peft_module(name, chosen), i) for i in numbers]
+        several = UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one")
         try:
             found = ([tensors.pop(f"{key}{side}.weight") for key in keys] for side in "AB")
             a, b = (np.stack(layers).astype(np.float32) for layers in found)
-            if ranks.setdefault(within_layer(name), a.shape[1]) != a.shape[1]:  # of layers of another kind
-                raise ValueError
         except KeyError as error:
             raise UserError(f"{folder / WEIGHTS}: tensor {error.args[0]} is missing") from None
         except ValueError:
-            raise UserError(f"{folder / WEIGHTS}: the layers of {name} have several ranks; give them one") from None
+            raise several from None
+        if ranks.setdefault(within_layer(name), a.shape[1]) != a.shape[1]:  # of layers of another kind
+            raise several
         lead, (inputs, outputs) = lead_sizes(tensor), module_axes(tensor)
         layers, count, rank = len(a), math.prod(lead), a.shape[1] // math.prod(lead)
         if a.shape[1:] != (count * rank, math.prod(inputs)) or b.shape[1:] != (math.prod(outputs), rank * count):
