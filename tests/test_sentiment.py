@@ -58,6 +58,27 @@ def test_what_is_written_is_a_reward(reviews, shared, tmp_path):
     assert "of 2,000 texts" in done.stdout
 
 
+def test_the_responses_of_a_run_are_told_apart_on_its_held_out_pairs(tmp_path):
+    """Chosen responses of the training pairs say "good"; of four held-out pairs one has it the other way round."""
+    good, bad = "a good answer", "a bad answer"
+    rows = [{"prompt": f"{i}", "chosen": good, "rejected": bad} for i in range(30)]
+    held = [{"prompt": f"h{i}", "chosen": good, "rejected": bad} for i in range(3)]
+    held.append({"prompt": "h3", "chosen": bad, "rejected": good})
+    for name, part in (("train", rows), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    (config := tmp_path / "run.yaml").write_text("data: {path: [train.jsonl], eval_path: [held.jsonl]}\n")
+    out = tmp_path / "out.json.gz"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(out), "--config", str(config)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "right on 0.7500 (" in done.stdout
+    assert "of 4 pairs" in done.stdout
+    weights = json.loads(gzip.decompress(out.read_bytes()))["weights"]
+    assert weights["good"] > 0 > weights["bad"]
+    assert "a" not in weights  # as often in both
+
+
 def test_rows_without_a_label_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": "neg"}\n')
