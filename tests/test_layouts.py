@@ -15,7 +15,6 @@ from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 compiled_step = runpy.run_path(str(ROOT / "scripts" / "_collectives.py"))["compiled_step"]
-scaling = runpy.run_path(str(ROOT / "scripts" / "scaling"))
 ROWS = 12  # no parameter has an axis of 12
 SEGMENTS = 21  # comparisons of a row, for each of which 20 numbers are sent
 
@@ -127,20 +126,6 @@ def test_what_a_step_sends_is_what_the_page_says(compiled, sizes):
             counted[c.kind] += c.bytes * c.times
     # The backward pass needs the scales of two norms in a layer no second time.
     assert counted == pytest.approx(wanted, rel=0.004, abs=300)
-
-
-def test_a_plan_by_hand():
-    """7B on 8 H100 with 4,096 tokens each: times and memory as on paper."""
-    net, chip = scaling["NETS"][0], scaling["chips"]()[0]
-    plan = scaling["plan"](net, chip, 8, 4096)
-    assert plan.compute == pytest.approx(8 * 6.74e9 * 4096 / 494.7e12)
-    if plan.fsdp == 8:
-        assert plan.gather == pytest.approx(8 * 6.74e9 * 7 / 8 / 450e9)
-        assert plan.reduce == 0
-    # 10.1 of state, 1.6 of two whole layers, 1.1 kept, 1.1 inside of a layer, 0.2 of logits
-    assert scaling["memory"](net, 8, 4096, 3) == pytest.approx(14.1e9, rel=0.02)
-    assert scaling["plan"](scaling["NETS"][1], chip, 8, 4096) is None
-    assert scaling["enough"](chip, chip.fast) == pytest.approx(8 * 494.7e12 / 8 / 450e9, abs=1)
 
 
 def test_pmap_is_for_whole_parameters():
