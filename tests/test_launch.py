@@ -97,6 +97,46 @@ def test_slurm_does_not_retry_user_errors(world, stand_ins):
     assert "starting again" not in err
 
 
+# A run whose first task dies, up to the fourth start, after a save into the folder $WHERE if that is set.
+DYING = """#!/bin/sh
+if [ "$SLURM_PROCID" != 0 ]; then exit 0; fi
+echo started >>"$CALLS"
+if [ -n "$WHERE" ]; then mkdir -p "$WHERE/checkpoints/5" && date >"$WHERE/checkpoints/5/manifest.json"; fi
+if [ "$(wc -l <"$CALLS")" -ge 4 ]; then exit 0; fi
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "run_key", "where", "starts", "ends"),
+    [
+        ([], "", "", 2, 1),  # RESTARTS is 1
+        ([], "", "runs/x", 4, 0),
+        (["--run", "else where"], "", "else where", 4, 0),
+        (["--run=~/my run"], "", "home/my run", 4, 0),
+        ([], "run: 'else where' # of the config", "else where", 4, 0),
+        (["--run", "mine"], "run: other", "other", 2, 1),  # another run's checkpoints are none of its own
+        (["--run", "linked"], "", "else where", 4, 0),
+    ],
+)
+def test_slurm_counts_restarts_from_the_newest_checkpoint_of_the_run(
+    stand_ins, tmp_path, options, run_key, where, starts, ends
+):
+    """Each start that saves into the run's folder sets the count of restarts back, so that the fourth is reached."""
+    (tmp_path / "python").write_text(DYING)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "x.yaml").write_text(f"seed: 0\n{run_key}\n")
+    (tmp_path / "else where").mkdir()
+    (tmp_path / "linked").symlink_to("else where")
+    done = subprocess.run(
+        [*SLURM, "train", "x.yaml", *options], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHON": str(tmp_path / "python"), "RESTARTS": "1", "WHERE": where, "HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert done.returncode == ends, done.stderr
+    assert stand_ins.read_text() == "started\n" * starts
+    assert ("without a newer checkpoint" in done.stderr) == (ends == 1)
+
+
 @pytest.mark.parametrize(
     ("codes", "tries", "ends"),
     [([0], 1, 0), ([1, 255, 0], 3, 0), ([2, 0], 1, 2), ([interrupts.EXIT_AGAIN, 0], 2, 0), ([1, 1, 1, 1, 0], 3, 1)],
