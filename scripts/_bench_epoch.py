@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _bench_systems import BETA, CLIP, LEARNING_RATE, MAX_LENGTH, System, trl_options
+from _bench_list import BETA, CLIP, LEARNING_RATE, MAX_LENGTH, System
+from _bench_systems import trl_options
 
 HERE = Path(__file__).resolve().parent
 

@@ -101,7 +101,8 @@ def profile(folder: Path, dtype: str, batch_size: int) -> None:
     """Prints where the time of one step goes."""
     import jax
     import numpy as np
-    from _bench_systems import System, build_ours
+    from _bench_list import System
+    from _bench_systems import build_ours
 
     ours = build_ours(folder, System("dpo_jax", dtype), 4, batch_size)
     batch, count = ours.batch_of(ours.batches[0])

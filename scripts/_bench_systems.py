@@ -3,6 +3,7 @@
 Run by scripts/bench as `_bench_systems.py INDEX FOLDER STEPS BATCH_SIZE`; the folder holds `model/` and a token table.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -14,74 +15,9 @@ from typing import Any, NamedTuple
 
 import _bench_levers as levers
 import numpy as np
+from _bench_list import BETA, CLIP, LEARNING_RATE, LEVERED, MAX_LENGTH, SYSTEMS, Step, System, order
 
 from dpo_jax.data.table import Table
-
-BETA, LEARNING_RATE, CLIP, MAX_LENGTH = 0.1, 1e-6, 1.0, 512
-
-
-class System(NamedTuple):
-    """One way to train: a row of the table.
-
-    Attributes:
-      name: dpo_jax, TRL or the original; with what is set apart from its defaults or left out.
-      dtype: of activations and products.
-      checkpointing: TRL: recompute activations, its default.
-      precomputed: the reference's log-probs come from a pass before training.
-      grouped: batches of comparisons of like length, which are other batches than everybody else's.
-      without: the lever of `_bench_levers` that is taken away.
-    """
-
-    name: str
-    dtype: str
-    checkpointing: bool = False
-    precomputed: bool = False
-    grouped: bool = False
-    without: str = ""
-
-    @property
-    def family(self) -> str:
-        """Whose it is."""
-        return self.name.split()[0]
-
-
-IN_FLOAT32 = (
-    System("dpo_jax", "float32"),
-    System("dpo_jax cached", "float32", precomputed=True),
-    System("TRL", "float32"),
-    System("TRL defaults", "float32", checkpointing=True),
-    System("TRL cached", "float32", precomputed=True),
-    System("TRL best", "float32", precomputed=True, grouped=True),
-    System("original", "float32"),
-)
-SYSTEMS = tuple(
-    system._replace(dtype=dtype)
-    for dtype in ("float32", "bfloat16")
-    for system in IN_FLOAT32
-    # TRL's defaults are bfloat16, the original has float32 only.
-    if (dtype, system.name) not in (("float32", "TRL defaults"), ("bfloat16", "original"))
-)
-LEVERED = tuple(System(f"dpo_jax without {name}", "float32", without=name) for name in levers.LEVERS)
-
-
-class Step(NamedTuple):
-    """One measured step: its loss, wall and CPU seconds, peak memory in MB so far, cores that others used."""
-
-    loss: float
-    seconds: float
-    cpu: float
-    peak_mb: float
-    foreign: float = 0.0
-
-
-def order(table: Table, steps: int, batch_size: int, grouped: bool = False) -> np.ndarray:
-    """Returns the rows of every step, int[steps, batch_size]: the same ones for all, or those sorted by length."""
-    rows = np.random.default_rng(0).permutation(len(table))[: steps * batch_size]
-    if grouped:
-        longest = (table.prompt_lengths + table.response_lengths.max(axis=1))[rows]
-        batches = rows[np.argsort(-longest, kind="stable")].reshape(steps, batch_size)
-        return np.random.default_rng(1).permutation(batches)
-    return rows.reshape(steps, batch_size)
 
 
 class Pace:
@@ -92,6 +28,7 @@ class Pace:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._start: tuple[float, float] | None = None
+        self.attention = ""  # the backend of attention, as steps report it
 
     def wait(self) -> None:
         """Waits for the word to go; at the end of the conversation the process ends."""
@@ -103,7 +40,7 @@ class Pace:
         """Reports the step, if one was under way."""
         if self._start is not None:
             spent = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-            print(json.dumps(Step(loss, *spent, peak_mb)), file=self._answers, flush=True)
+            print(json.dumps(Step(loss, *spent, peak_mb, self.attention)), file=self._answers, flush=True)
 
 
 def peak_rss_mb() -> float:
@@ -116,7 +53,7 @@ def peak_rss_mb() -> float:
 
 class Ours(NamedTuple):
     """dpo_jax's pieces of a step: the jitted step, its state, the jitted reference log-probs, the reference's params,
-    rows -> their batch and its number of microbatches, and the rows of every step.
+    rows -> their batch and its number of microbatches, the rows of every step, and the backend of attention.
     """
 
     step: Any
@@ -125,6 +62,7 @@ class Ours(NamedTuple):
     frozen: Any
     batch_of: Callable[[np.ndarray], tuple[Any, int]]
     batches: np.ndarray
+    attention: str
 
 
 def build_ours(folder: Path, system: System, steps: int, batch_size: int) -> Ours:
@@ -153,7 +91,7 @@ def build_ours(folder: Path, system: System, steps: int, batch_size: int) -> Our
         batch, count = levers.build(system.without, table, rows, shape)
         return jax.device_put(batch), count
 
-    return Ours(step, own(frozen), column, frozen, batch_of, order(table, steps, batch_size))
+    return Ours(step, own(frozen), column, frozen, batch_of, order(table, steps, batch_size), model.attention)
 
 
 def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace: Pace) -> None:
@@ -161,10 +99,12 @@ def measure_ours(folder: Path, system: System, steps: int, batch_size: int, pace
     import jax
 
     ours = build_ours(folder, system, steps, batch_size)
+    pace.attention = ours.attention
     state, frozen, known = ours.state, ours.frozen, []
-    ours = ours._replace(state=None)  # the first step donates it
+    ours = ours._replace(state=None, frozen=None)  # the first step donates the state
     if system.precomputed:
         known = [np.asarray(ours.column(frozen, *ours.batch_of(rows))) for rows in ours.batches]
+        frozen = None  # as in a run, which keeps the reference no longer than it is needed
     for index, rows in enumerate(ours.batches):
         pace.wait()
         batch, count = ours.batch_of(rows)
@@ -219,7 +159,9 @@ def measure_trl(folder: Path, system: System, steps: int, batch_size: int, pace:
             report()
 
     config = DPOConfig(**trl_options(folder, system, batch_size), use_cpu=not torch.cuda.is_available())
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    attention = trl_attention(system, torch.cuda.is_available())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation=attention)
+    pace.attention = model.config._attn_implementation or ""  # noqa: SLF001 - transformers tells it nowhere else
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     trainer = Trainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     trainer.add_callback(Pacing())
@@ -270,8 +212,22 @@ def padded(comparisons: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, (place < lengths).astype(np.int64), (place < lengths) & (place >= prompts)
 
 
+def trl_attention(system: System, cuda: bool) -> str | None:
+    """Returns the attention of TRL's model; None for the default of transformers.
+
+    TRL at its best has flash attention on a GPU if the package is installed. That takes 16-bit activations only.
+    """
+    if not cuda or system.name != "TRL best":
+        return None
+    flash = system.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
 def trl_options(folder: Path, system: System, batch_size: int) -> dict[str, Any]:
-    """Returns the settings of TRL that make its work ours; all others keep their defaults."""
+    """Returns the settings of TRL that make its work ours; all others keep their defaults.
+
+    `padding_free` is not among them: TRL 1.16 turns it off with a warning.
+    """
     return {
         "output_dir": str(folder / "trl"),
         "beta": BETA,

@@ -1,6 +1,10 @@
 """What a step has to compute, and how fast the machine multiplies: the yardsticks of scripts/bench."""
 
+import json
+import re
 import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -8,6 +12,8 @@ import numpy as np
 
 # The step's forward passes: the backward pass costs two, and the reference is one more.
 POLICY_PASSES, REFERENCE_PASSES = 3, 1
+# JAX's names of the TPUs that have a data sheet in dpo_jax/training/targets.py. That of a v5p has no letter.
+TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 
 
 def matmul_parameters(config: dict[str, Any]) -> int:
@@ -67,3 +73,34 @@ def matmul_peak(dtype: str, seconds: float = 4.0) -> dict[str, float]:
             product(a, b).block_until_ready()
             rates.append(2.0 * m * k * n / (time.perf_counter() - start))
     return {"best": max(rates), "median": statistics.median(rates)}
+
+
+def device_rates(dtype: str) -> dict[str, Any]:
+    """Returns `matmul_peak`, the device's name, and the peak of its data sheet or None, as best, median, device, sheet.
+
+    They come from a process of its own, so that this one holds no memory of the device, nor a TPU, which is for one.
+    """
+    command = [sys.executable, __file__, dtype]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+def sheet_peak(device: str, dtype: str) -> float | None:
+    """Returns the floating-point operations a second of a device's data sheet, for dense bfloat16; else None.
+
+    Args:
+      device: JAX's name of its kind.
+      dtype: of the matmuls.
+    """
+    from dpo_jax.training.targets import CHIPS
+
+    # The data sheets are of cards with NVLink (SXM): PCIe and NVL have other rates.
+    gpu = re.match(r"NVIDIA (A100|H100|H200|B200)\b(?!.*(?:PCIE|NVL))", device, re.IGNORECASE)
+    name = gpu[1].lower() if gpu else TPUS.get(device)
+    return CHIPS[name].device().peak if name and dtype == "bfloat16" else None
+
+
+if __name__ == "__main__":
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    print(json.dumps({**matmul_peak(sys.argv[1]), "device": kind, "sheet": sheet_peak(kind, sys.argv[1])}))

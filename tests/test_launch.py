@@ -1,5 +1,6 @@
 """Launchers for clusters; stand-ins for the commands of the clusters run everything on this machine."""
 
+import json
 import math
 import os
 import re
@@ -11,7 +12,10 @@ import launched
 import pytest
 import yaml
 
+from dpo_jax.config.parse import parse_config
+from dpo_jax.config.schema import Config
 from dpo_jax.training import interrupts
+from dpo_jax.training.targets import parse_target
 
 SCRIPTS = launched.ROOT / "scripts"
 # Two tasks, each told who it is as Slurm does; ends with the highest exit code, having ended all if one fails.
@@ -97,6 +101,46 @@ def test_slurm_does_not_retry_user_errors(world, stand_ins):
     assert "starting again" not in err
 
 
+# A run whose first task dies, up to the fourth start, after a save into the folder $WHERE if that is set.
+DYING = """#!/bin/sh
+if [ "$SLURM_PROCID" != 0 ]; then exit 0; fi
+echo started >>"$CALLS"
+if [ -n "$WHERE" ]; then mkdir -p "$WHERE/checkpoints/5" && date >"$WHERE/checkpoints/5/manifest.json"; fi
+if [ "$(wc -l <"$CALLS")" -ge 4 ]; then exit 0; fi
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "run_key", "where", "starts", "ends"),
+    [
+        ([], "", "", 2, 1),  # RESTARTS is 1
+        ([], "", "runs/x", 4, 0),
+        (["--run", "else where"], "", "else where", 4, 0),
+        (["--run=~/my run"], "", "home/my run", 4, 0),
+        ([], "run: 'else where' # of the config", "else where", 4, 0),
+        (["--run", "mine"], "run: other", "other", 2, 1),  # another run's checkpoints are none of its own
+        (["--run", "linked"], "", "else where", 4, 0),
+    ],
+)
+def test_slurm_counts_restarts_from_the_newest_checkpoint_of_the_run(
+    stand_ins, tmp_path, options, run_key, where, starts, ends
+):
+    """Each start that saves into the run's folder sets the count of restarts back, so that the fourth is reached."""
+    (tmp_path / "python").write_text(DYING)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "x.yaml").write_text(f"seed: 0\n{run_key}\n")
+    (tmp_path / "else where").mkdir()
+    (tmp_path / "linked").symlink_to("else where")
+    done = subprocess.run(
+        [*SLURM, "train", "x.yaml", *options], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHON": f"{tmp_path}/python", "RESTARTS": "1", "WHERE": where, "HOME": f"{tmp_path}/home"},
+    )  # fmt: skip
+    assert done.returncode == ends, done.stderr
+    assert stand_ins.read_text() == "started\n" * starts
+    assert ("without a newer checkpoint" in done.stderr) == (ends == 1)
+
+
 @pytest.mark.parametrize(
     ("codes", "tries", "ends"),
     [([0], 1, 0), ([1, 255, 0], 3, 0), ([2, 0], 1, 2), ([interrupts.EXIT_AGAIN, 0], 2, 0), ([1, 1, 1, 1, 0], 3, 1)],
@@ -120,9 +164,10 @@ def test_a_tpu_pod_without_arguments_prints_its_usage():
     assert "scripts/launch_tpu_pod NAME ZONE DIRECTORY train x.yaml" in done.stderr
 
 
-def test_the_jobset_trains_on_all_hosts_and_stops_on_errors_of_the_user():
+@pytest.mark.parametrize(("file", "kind", "devices"), [("gke.yaml", "tpu", 16), ("gke_gpu.yaml", "gpu", 16)])
+def test_the_jobset_trains_on_all_hosts_and_stops_on_errors_of_the_user(file, kind, devices):
     """A rule of Kubernetes: what a failed job of the set does follows from the reason that its policy gives."""
-    found = yaml.safe_load((SCRIPTS / "launching/gke.yaml").read_text())
+    found = yaml.safe_load((LAUNCHING / file).read_text())
     (rule,), (slices,) = found["spec"]["failurePolicy"]["rules"], found["spec"]["replicatedJobs"]
     assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     job, pod = slices["template"]["spec"], slices["template"]["spec"]["template"]["spec"]
@@ -130,11 +175,51 @@ def test_the_jobset_trains_on_all_hosts_and_stops_on_errors_of_the_user():
     exits = on["onExitCodes"]
     assert (on["action"], exits["operator"], exits["values"]) == ("FailJob", "In", [2])
     assert (exits["containerName"], pod["restartPolicy"], job["backoffLimit"]) == (container["name"], "Never", 0)
-    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
-    assert job["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
+    (limit,) = container["resources"]["limits"].values()
+    assert job["parallelism"] * limit == devices
+    if kind == "tpu":
+        topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        assert math.prod(map(int, topology.split("x"))) == devices
+        assert container["command"][-2:] == ["--distributed", "auto"]
+    else:
+        first = f"{found['metadata']['name']}-{slices['name']}-0-0.{found['metadata']['name']}"
+        text = f'--distributed "{first}:8476,{job["parallelism"]},$JOB_COMPLETION_INDEX"'
+        assert (container["command"][-1].endswith(text), job["completionMode"]) == (True, "Indexed")
     assert job["completions"] == job["parallelism"]
-    assert container["command"][-2:] == ["--distributed", "auto"]
     assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+    planned = [(target, mesh) for page, target, mesh in PLANS if page == "gke.md" and target.platform == kind]
+    assert [(math.prod((target.slices, *target.shape)), mesh) for target, mesh in planned] == [
+        (devices, re.search(r"--mesh.fsdp (\d+)", " ".join(container["command"]))[1])
+    ]
+
+
+LAUNCHING = SCRIPTS / "launching"
+PLAN = re.compile(r"^dpo-jax plan (\S+) --mesh.fsdp (\d+) --target (\S+)", re.MULTILINE)
+PLANS = [
+    (page.name, parse_target(target), fsdp)
+    for page in sorted(LAUNCHING.glob("*.md"))
+    for _, fsdp, target in PLAN.findall(page.read_text())
+]
+
+
+def test_every_page_plans_the_mesh_that_it_launches():
+    """The JobSets of gke.md are files of their own, compared above."""
+    assert {page for page, *_ in PLANS} == {page.name for page in LAUNCHING.glob("*.md")}
+    for page, target, fsdp in PLANS:
+        text = (LAUNCHING / page).read_text()
+        assert page == "gke.md" or re.findall(r"train my\.yaml.*--mesh\.fsdp (\d+)", text) == [fsdp]
+        assert target.shape[-1] % int(fsdp) == 0 or target.platform == "tpu"  # within a machine
+        assert {file for file, _, _ in PLAN.findall(text)} == {"scripts/launching/llama_7b.yaml"}
+
+
+def test_the_example_of_the_pages_is_a_run(monkeypatch):
+    monkeypatch.chdir(launched.ROOT)
+    config = parse_config(Config, "scripts/launching/llama_7b.yaml", [], prog="x")
+    sizes = json.loads((launched.ROOT / config.model.config).read_text())
+    assert (config.batch_size, config.data.row_length, config.model.remat) == (256, 2048, "full")
+    # Two matrices of the vocabulary, and of each layer 4 D^2, 3 D M and two norms; one norm at the end.
+    width, layer = sizes["hidden_size"], 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert 2 * sizes["vocab_size"] * width + sizes["num_hidden_layers"] * layer + width == 6_738_415_616
 
 
 WHO = """
