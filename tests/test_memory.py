@@ -203,8 +203,8 @@ def test_a_tpu_sends_parameters_in_the_compute_dtype(v5e):
     """Matrices go as bfloat16, each layer's once forward and once backward; gradients are summed in float32."""
     text = Step((1, 8, 1), v5e, "bfloat16", remat="full", size=16, num_hidden_layers=2).text()
     assert not [name for name in TOP if name in text]
-    sent = {s for c in collectives(text) if c.kind == "all-gather" and c.loops for s in c.shapes}
+    sent = {s for c in collectives(text, 8) if c.kind == "all-gather" and c.loops for s in c.shapes}
     assert {dtype for dtype, sizes in sent if len([n for n in sizes if n > 1]) > 1 and dtype != "s32"} == {"bf16"}
-    summed = {s for c in collectives(text) if c.kind in ("all-reduce", "reduce-scatter") for s in c.shapes}
+    summed = {s for c in collectives(text, 8) if c.kind in ("all-reduce", "reduce-scatter") for s in c.shapes}
     assert ("f32", (32, 48)) in summed
     assert {dtype for dtype, _ in summed} == {"f32"}

@@ -265,7 +265,7 @@ def _compiled(target: Target, planned: Planned, program: Any, memory: Memory) ->
     # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
     trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
     slices = target.slices if target.platform == "tpu" else 1  # a program for GPUs is that of all of them
-    found = collectives(text, trips, slices, mesh.size) if text else []
+    found = collectives(text, mesh.size, trips, slices) if text else []
     bound = roofline(work, found, target.chip, planned.groups) if text else None
     kernel = planned.run.model.attention
     return Compiled(target, dict(mesh.shape), planned.groups, planned.note, kernel, 0.0, text, found, work, bound)
