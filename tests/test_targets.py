@@ -361,6 +361,7 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     assert found["fits"] is True
     assert found["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
     assert found["memory"]["device"] == 16 * 2**30
+    assert found["memory"]["usable"] == int(0.9 * 16 * 2**30)
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
     programs = {"step": found["memory"]} | found["passes"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.sharding import RULES
+from dpo_jax.training.fit import Room
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Compiled, Pass, Plan
 from dpo_jax.training.program import axes_of, custom_calls
@@ -28,7 +29,7 @@ def collective_rows(compiled: Compiled) -> list[dict[str, Any]]:
     return sorted(({**row, "dtypes": sorted(row["dtypes"])} for row in named), key=lambda row: -row["sent"])
 
 
-def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
+def plan_record(plan: Plan, room: Room, advice: list[str]) -> dict[str, Any]:
     """Returns the plan of a target as what JSON can hold. Bytes are on each device, times are in seconds."""
     compiled = plan.compiled
     assert compiled is not None
@@ -43,7 +44,8 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
         "remat": recomputed(plan.config.model),
         "attention": compiled.attention,
         "compile_seconds": round(compiled.seconds, 1),
-        "memory": plan.memory._asdict() | {"total": plan.memory.total, "device": int(memory)},
+        "memory": plan.memory._asdict()
+        | {"total": plan.memory.total, "device": int(room.memory), "usable": int(room.usable)},
         "passes": {
             one.name: one.memory._asdict() | {"total": one.memory.total, "compile_seconds": round(one.seconds, 1)}
             for one in plan.passes
