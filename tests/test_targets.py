@@ -1,14 +1,13 @@
 """Targets: their names and numbers, meshes over slices, times by data sheets, what TPUs' compiler makes of a step."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from compilers import tpu_compiler
 
 from dpo_jax import cli, sharding
 from dpo_jax.commands.target import collective_rows, speed_advice
@@ -275,12 +274,6 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
 # What TPUs' compiler makes of a step of two layers.
 
 
-installed = pytest.mark.skipif(
-    not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")),
-    reason="TPUs' compiler is not installed (dpo_jax[aot-tpu], or TPU_LIBRARY_PATH)",
-)
-
-
 def config_of(folder, *options):
     (folder / "config.json").write_text(json.dumps(LLAMA))
     fixed = ["--model.config", str(folder / "config.json"), "--model.compute", "bfloat16", "--model.remat", "full"]
@@ -300,7 +293,7 @@ LAYER = {(256, 2, 128), (2, 128, 256), (256, 384), (384, 256), (256,)}  # one la
 GATHERED_IN = {"bf16"}
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_in_a_layer_parameters_are_gathered_and_gradients_scattered(eight):
     inside = [c for c in eight.compiled.collectives if c.loops == 2]
@@ -320,7 +313,7 @@ def test_in_a_layer_parameters_are_gathered_and_gradients_scattered(eight):
     assert sum(c.kind == "all-gather" and c.shapes[0][1] != (1, 256) for c in inside) == 2 * 7  # forward, backward
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_gradients_cross_data_once_a_step(eight):
     crossing = [c for c in eight.compiled.collectives if "data" in axes_of(c, eight.compiled.mesh)]
@@ -331,7 +324,7 @@ def test_gradients_cross_data_once_a_step(eight):
     assert sum(c.bytes for c in crossing if c is not gradient) < 0.05 * gradient.bytes
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_memory_is_what_the_compiler_says(eight):
     memory = eight.memory
@@ -344,7 +337,7 @@ def test_memory_is_what_the_compiler_says(eight):
     assert eight.compiled.roofline.mfu < 1
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_between_slices_only_the_gradients_are_sent(tmp_path):
     """Two slices of four v5e: what goes over the network happens once a step."""
@@ -360,7 +353,7 @@ def test_between_slices_only_the_gradients_are_sent(tmp_path):
     assert gradients <= sums < 1.15 * gradients  # padded
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     config_of(tmp_path)
