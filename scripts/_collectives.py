@@ -68,4 +68,4 @@ def compiled_step(
     step = make_train_step(gather_on_use(model, shared, params), loss, tx, collectives=shared)
     out = (where, sharding.replicated(mesh))
     program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch, np.int32(1)).compile()
-    return collectives(program.as_text() or "", (shape.microbatches,)), shapes.params, program
+    return collectives(program.as_text() or "", mesh.size, (shape.microbatches,)), shapes.params, program

@@ -2,14 +2,13 @@
 
 import itertools
 import math
-import os
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import by_cuda, shapes_in, tpu_compiler
 from test_attention import PLAIN, dense, inputs, layout, visible, with_gradient
 from test_kernels import gradient_of, long_case
 
@@ -17,12 +16,12 @@ from dpo_jax import sharding
 from dpo_jax.data import pack
 from dpo_jax.data.encode import encode
 from dpo_jax.data.sources import hh
-from dpo_jax.libtpu import WITHOUT_TPU
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
 from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
 from dpo_jax.models.model import _attend_all as attend_all
+from dpo_jax.training.targets import parse_target, target_devices
 
 PLATFORMS = ("tpu", "gpu")
 REAL = (
@@ -291,48 +290,31 @@ def test_the_share_of_scores_that_are_computed_on_real_rows(shared):
 # Programs compiled for devices that are not here.
 
 LENGTH = 1408  # a number that nothing else in the programs has
-H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-runtime_version: { major: 13 minor: 0 patch: 0 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
-def topology(target, monkeypatch):
-    """Returns a device of the target, which its compiler describes; skips without that compiler."""
-    from jax.experimental import topologies
-
-    for name, value in WITHOUT_TPU.items():
-        if name not in os.environ:
-            monkeypatch.setenv(name, value)
-    try:
-        if target == "v5e":
-            described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-        else:
-            described = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1")
-    except RuntimeError as error:
-        package = "libtpu" if target == "v5e" else "jax-cuda13-plugin[with-cuda]"
-        pytest.skip(f"{target}: its compiler, {package}, cannot be loaded here ({type(error).__name__})")
-    return described.devices[0]
-
-
-def arrays_in(text):
-    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)}
+def compiled_gradient(target):
+    """Returns the text of the gradient of a model of two layers, one with a window, for one device of a target."""
+    devices = target_devices(parse_target(target))
+    place = jax.sharding.SingleDeviceSharding(devices[0])
+    function, given = gradient_of(flash_attention, "dots", length=LENGTH)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given)
+    return function.lower(*shapes).compile().as_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "call"), [("v5e", 'custom_call_target="tpu_custom_call"'), ("h100", "__gpu$xla.gpu.triton")]
+    ("target", "call"),
+    [
+        pytest.param("tpu:v5e:2x2", 'custom_call_target="tpu_custom_call"', marks=tpu_compiler),
+        ("gpu:h100:1x1", "__gpu$xla.gpu.triton"),
+    ],
 )
-def test_no_compiled_program_has_an_array_of_length_by_length(target, call, real_blocks, monkeypatch):
-    """The gradient of a model of two layers, one with a window."""
-    device = jax.sharding.SingleDeviceSharding(topology(target, monkeypatch))
-    function, (params, *rows) = gradient_of(flash_attention, "dots", length=LENGTH)
-    place = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device))
-    text = function.lower(*place((params, *rows))).compile().as_text()
-    shapes = arrays_in(text)
+def test_no_compiled_program_has_an_array_of_length_by_length(target, call, real_blocks):
+    if target.startswith("tpu"):
+        text = compiled_gradient(target)
+    else:
+        text = by_cuda(f"import test_flash\nprint(test_flash.compiled_gradient({target!r}))")
+    shapes = shapes_in(text)
     assert max(math.prod(shape) for shape in shapes) < LENGTH**2
     assert not [shape for shape in shapes if sum(n == LENGTH for n in shape) > 1]
     assert text.count(call) == 3

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilers import by_cuda
 from jax.sharding import AxisType, Mesh
 from tiny import _ARGUMENTS as ARGUMENTS
 from tiny import for_milestones
@@ -198,13 +199,29 @@ def v5e():
     return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 
 
+def narrow_text(devices):
+    """Returns the step of two layers that compute in bfloat16, for eight devices along fsdp."""
+    return Step((1, 8, 1), devices, "bfloat16", remat="full", size=16, num_hidden_layers=2).text()
+
+
+def check_dtypes(text, gradient):
+    """Matrices go as bfloat16, each layer's once forward and once backward; gradients are summed in float32."""
+    assert not [name for name in TOP if name in text]
+    sent = {s for c in collectives(text, 8) if c.kind == "all-gather" and c.loops for s in c.shapes}
+    assert {dtype for dtype, sizes in sent if len([n for n in sizes if n > 1]) > 1 and dtype != "s32"} == {"bf16"}
+    summed = {s for c in collectives(text, 8) if c.kind in ("all-reduce", "reduce-scatter") for s in c.shapes}
+    assert ("f32", gradient) in summed
+    assert {dtype for dtype, _ in summed} == {"f32"}
+
+
 @pytest.mark.slow
 def test_a_tpu_sends_parameters_in_the_compute_dtype(v5e):
-    """Matrices go as bfloat16, each layer's once forward and once backward; gradients are summed in float32."""
-    text = Step((1, 8, 1), v5e, "bfloat16", remat="full", size=16, num_hidden_layers=2).text()
-    assert not [name for name in TOP if name in text]
-    sent = {s for c in collectives(text) if c.kind == "all-gather" and c.loops for s in c.shapes}
-    assert {dtype for dtype, sizes in sent if len([n for n in sizes if n > 1]) > 1 and dtype != "s32"} == {"bf16"}
-    summed = {s for c in collectives(text) if c.kind in ("all-reduce", "reduce-scatter") for s in c.shapes}
-    assert ("f32", (32, 48)) in summed
-    assert {dtype for dtype, _ in summed} == {"f32"}
+    check_dtypes(narrow_text(v5e), (32, 48))
+
+
+@pytest.mark.slow
+def test_a_gpu_sends_parameters_in_the_compute_dtype():
+    """It scatters gradients: an eighth of 32 x 48."""
+    code = "import test_memory as t\nfrom dpo_jax.training.targets import parse_target, target_devices\n"
+    text = by_cuda(code + "print(t.narrow_text(target_devices(parse_target('gpu:h100:1x8'))))")
+    check_dtypes(text, (4, 48))

@@ -6,18 +6,20 @@ import jax
 import pytest
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import plan_advice, warmup_needs
+from dpo_jax.commands.plan import plan_advice, verdict, warmup_needs
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import dump
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
-from dpo_jax.training import plan, run_folder, setup
+from dpo_jax.training import fit, lower, plan, run_folder, setup
 from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
+from dpo_jax.training.fit import Room, device_room, jax_fraction
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Memory, Plan, plan_run, with_remat
 from dpo_jax.training.shard import policy_shardings, state_shardings
+from dpo_jax.training.targets import parse_target
 from dpo_jax.training.train_step import compiled_step, hparams
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -102,7 +104,7 @@ def test_activations_that_must_be_kept_are_those_of_a_devices_tokens(config_of):
     whole = config_of("--mesh.data", "4", "--data.row_length", "2048", "--data.rows", "4")
     split = config_of("--mesh.data", "1", "--mesh.sequence", "4", "--data.row_length", "2048", "--data.rows", "4")
     one = config_of("--mesh.data", "1", "--mesh.sequence", "4", "--data.row_length", "2048", "--data.rows", "1")
-    kept = [plan.least_activations(config, None) for config in (whole, split, one)]
+    kept = [fit.least_activations(config, None) for config in (whole, split, one)]
     assert kept == [kept[0], kept[0], kept[0] // 4]
 
 
@@ -113,7 +115,7 @@ def test_room_for_the_tokens_of_other_devices_is_for_those_of_experts(config_of,
     (tmp_path / "config.json").write_text(json.dumps(mixture))
     one, two = (config_of("--mesh.data", str(4 // n), "--mesh.expert", str(n), "--data.rows", "8") for n in (1, 2))
     tokens = 2 * 128
-    more = plan.least_activations(two, None) - plan.least_activations(one, None)
+    more = fit.least_activations(two, None) - fit.least_activations(one, None)
     assert more == 4 * 2 * tokens * 2 * 2 * 24  # of 4 bytes, in 2 layers
 
 
@@ -139,6 +141,46 @@ def test_an_accelerator_takes_bfloat16_and_the_fastest_remat_that_fits(config_of
     assert (chosen.compute, chosen.remat) == ("bfloat16", remat)
     fixed = with_remat(config_of("--model.compute", "float32", "--model.remat", "none"), "tpu", 1).model
     assert (fixed.compute, fixed.remat) == ("float32", "none")
+
+
+def test_a_plan_of_gpus_may_take_nine_tenths_of_what_jax_takes(config_of, monkeypatch):
+    """Of 80 GB 54 by default. A run is told 60 by JAX and takes the same."""
+    for name in fit.FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    gpu, tpu = parse_target("gpu:a100:1x8"), parse_target("tpu:v5e:2x4")
+    room = device_room(gpu)
+    assert room.usable == pytest.approx(54 * 2**30)
+    assert str(room) == "54 GB, which is 90% of the 75% that JAX takes (XLA_CLIENT_MEM_FRACTION) of 80 GB"
+    assert room.usable == pytest.approx(Room(60 * 2**30).usable)
+    assert device_room(tpu).usable == pytest.approx(14.4 * 2**30)
+    assert device_room(tpu, 100).usable == device_room(None, 100, emulated=True).usable == 90
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert device_room(gpu, 100).usable == 45
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75%")
+    with pytest.raises(UserError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=75% is not a fraction .* above 0, at most 1"):
+        jax_fraction("gpu")
+    found = Plan(config_of(), 1, 1, pack.Layout(1, 8, 128, 2, 128), Memory(9 * 2**30, *[0] * 6), MESH)
+    assert verdict(found, Room(100 * 2**30, 0.5)).startswith("20% of 45 GB, which is 90% of the 50%")
+
+
+def test_a_device_that_is_here_says_what_jax_takes(monkeypatch):
+    for name in fit.FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    assert device_room(None).usable == pytest.approx(72 * 2**30)  # a CPU stands for a device of 80 GB
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fit, "device_memory", lambda: 1000)
+    assert device_room(None).usable == 900
+    assert device_room(None, 1000).usable == 675  # which is that of the whole device
+
+
+def test_devices_along_sequence_have_equal_parts_of_the_chunks_of_the_head():
+    """A chunk has 512 tokens: of two rows 256 each, 16 of them in 4,096 tokens and four in a quarter of these."""
+    mesh, shape = sharding.make_mesh, pack.Layout(3, 2, 4096, 8, 4096)
+    assert lower.head_chunks(shape._replace(rows=8), mesh(4, 1, 1, 1)) == (2, 256, 16)
+    assert lower.head_chunks(shape, mesh(1, 1, 1, 4)) == (2, 256, 4)
+    assert lower.head_chunks(shape, mesh(1, 1, 2, 2)) == (2, 256, 8)
+    assert lower.head_chunks(shape, mesh(2, 1, 2, 1)) == (1, 512, 8)
+    assert lower.head_chunks(shape._replace(scored=100), mesh(1, 1, 4, 1)) == (2, 100, 1)
 
 
 def test_a_cpu_takes_float32_and_recomputes_nothing(config_of):
@@ -181,7 +223,7 @@ def test_the_command_plans_a_run_that_starts_from_another(tmp_path, monkeypatch,
     assert ": does not fit; set one or more of:" in out
     assert "  mesh.fsdp" in out
     cli.run_command(["plan", "dpo.yaml", "--lora.rank", "2"])
-    assert "of 80 GB: fits" in capsys.readouterr().out
+    assert "of 72 GB, which is 90% of 80 GB: fits" in capsys.readouterr().out
     (tmp_path / "b.yaml").write_text("model: {path: runs/sft}\nbatch_size: 4\ndata: {max_length: 32}\n")
     cli.run_command(["plan", "b.yaml", "--lora.rank", "2"])  # a run that has not begun
     assert "runs/sft does not exist yet; planned with the model of sft.yaml\n" in capsys.readouterr().out

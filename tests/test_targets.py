@@ -1,14 +1,13 @@
-"""Targets: their names and numbers, meshes over slices, the bound on speed, and what TPUs' compiler makes of a step."""
+"""Targets: their names and numbers, meshes over slices, times by data sheets, what TPUs' compiler makes of a step."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from compilers import tpu_compiler
 
 from dpo_jax import cli, sharding
 from dpo_jax.commands.target import collective_rows, speed_advice
@@ -19,7 +18,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture, Mixture
 from dpo_jax.training import attention_check, plan, targets
 from dpo_jax.training.program import Collective, axes_of
-from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, step_work
+from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, score_work, step_work
 from dpo_jax.training.targets import CHIPS, Chip, Target, gpu_text, parse_target
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -156,10 +155,20 @@ def test_work_in_closed_form():
     assert one.executed == 3 * forward + head + attention / 2
     assert work(remat="full").executed == one.executed + layers + attention
     assert work(adapters=True).useful == 2 * (layers + head) + 3 * attention
-    assert work(extra=1).useful == 4 * forward
+    assert work(extra=1).useful == one.useful  # a pass of the reference trains nothing
+    assert work(extra=1).executed == one.executed + forward
     own = 2 * 1100 + 2 * 100 * 2
     through = 4 * 8 + (2 * 2 + 2) * 4 + 4 * 16
     assert one.traffic == own + 2 * (weights + 1600) * 2 * 3 / 2 + 2 * through * 3 * 80 * 3 / 4
+
+
+def test_a_window_bounds_the_keys_of_a_query():
+    """Of 10 tokens and a window of 4: 1, 2 and 3 keys, then seven times 4, so 34 pairs in place of 55."""
+    windows = replace(TINY, windows=(4, 0, 10))
+    assert score_work(TINY, 10) == 2 * 2 * 8 * 3 * 55
+    assert score_work(windows, 10) == 2 * 2 * 8 * (34 + 55 + 55)
+    # Of 8 rows, forward and backward.
+    assert work().useful - work(model=windows).useful == 3 * 8 * 2 * 2 * 8 * (55 - 34)
 
 
 def test_a_device_reads_the_experts_that_it_has():
@@ -180,7 +189,7 @@ def collective(kind, elements, groups, times, overlapped):
     return Collective(kind, (("f32", (elements,)),), groups, times, 0, overlapped, "")
 
 
-def test_the_bound_is_the_longest_of_what_runs_at_once():
+def test_a_step_takes_the_longest_of_what_runs_at_once():
     chip = Chip("gpu", peak=1e6, memory=0, bandwidth=1e9, link=1000, network=100, source="")
     within, across = ((0, 1), (2, 3)), ((0, 2), (1, 3))
     groups = [0, 0, 1, 1]
@@ -264,11 +273,6 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
 
 # What TPUs' compiler makes of a step of two layers.
 
-installed = pytest.mark.skipif(
-    not (os.environ.get("TPU_LIBRARY_PATH") or importlib.util.find_spec("libtpu")),
-    reason="TPUs' compiler is not installed (dpo_jax[aot-tpu], or TPU_LIBRARY_PATH)",
-)
-
 
 def config_of(folder, *options):
     (folder / "config.json").write_text(json.dumps(LLAMA))
@@ -289,7 +293,7 @@ LAYER = {(256, 2, 128), (2, 128, 256), (256, 384), (384, 256), (256,)}  # one la
 GATHERED_IN = {"bf16"}
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_in_a_layer_parameters_are_gathered_and_gradients_scattered(eight):
     inside = [c for c in eight.compiled.collectives if c.loops == 2]
@@ -309,7 +313,7 @@ def test_in_a_layer_parameters_are_gathered_and_gradients_scattered(eight):
     assert sum(c.kind == "all-gather" and c.shapes[0][1] != (1, 256) for c in inside) == 2 * 7  # forward, backward
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_gradients_cross_data_once_a_step(eight):
     crossing = [c for c in eight.compiled.collectives if "data" in axes_of(c, eight.compiled.mesh)]
@@ -320,7 +324,7 @@ def test_gradients_cross_data_once_a_step(eight):
     assert sum(c.bytes for c in crossing if c is not gradient) < 0.05 * gradient.bytes
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_memory_is_what_the_compiler_says(eight):
     memory = eight.memory
@@ -333,7 +337,7 @@ def test_memory_is_what_the_compiler_says(eight):
     assert eight.compiled.roofline.mfu < 1
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_between_slices_only_the_gradients_are_sent(tmp_path):
     """Two slices of four v5e: what goes over the network happens once a step."""
@@ -349,7 +353,7 @@ def test_between_slices_only_the_gradients_are_sent(tmp_path):
     assert gradients <= sums < 1.15 * gradients  # padded
 
 
-@installed
+@tpu_compiler
 @pytest.mark.slow
 def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     config_of(tmp_path)
@@ -361,6 +365,7 @@ def test_the_command_prints_json(tmp_path, monkeypatch, capsys):
     assert found["fits"] is True
     assert found["mesh"] == {"data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 1}
     assert found["memory"]["device"] == 16 * 2**30
+    assert found["memory"]["usable"] == int(0.9 * 16 * 2**30)
     assert found["attention"] == "attention: chunks"
     assert {row["axis"] for row in found["collectives"]} == {"fsdp"}
     programs = {"step": found["memory"]} | found["passes"]

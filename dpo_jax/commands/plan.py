@@ -17,8 +17,9 @@ from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import CHUNKS
 from dpo_jax.paths import expand_home
+from dpo_jax.training.fit import GB, Room, device_room
 from dpo_jax.training.load import compute_dtype, recomputed
-from dpo_jax.training.plan import GB, Plan, fitting_plan, plan_run, with_passes
+from dpo_jax.training.plan import Plan, fitting_plan, plan_run, with_passes
 from dpo_jax.training.targets import Target, check_compiler, parse_target
 
 log = logging.getLogger(__name__)
@@ -115,16 +116,15 @@ def plan_command(argv: list[str]) -> None:
     if settings.devices:
         jax.config.update("jax_num_cpu_devices", settings.devices)
     config = resolve_base_model(settings, file)
-    device = target.chip.memory if target else 80 * GB
-    memory = device if settings.memory is None else settings.memory * GB
+    room = device_room(target, (settings.memory or 0) * GB, emulated=settings.devices > 0)
     accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"
     if accelerator:  # emulated devices stand for accelerators
         compute = compute_dtype(config.model, "gpu")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
-    plan = _planned(config, memory, target, settings) if accelerator else plan_run(config)
-    lines = plan_advice(plan, int(memory))
+    plan = _planned(config, room.usable, target, settings) if accelerator else plan_run(config)
+    lines = plan_advice(plan, int(room.usable))
     if settings.json:
-        log_line(json.dumps(plan_record(plan, memory, lines)))
+        log_line(json.dumps(plan_record(plan, room, lines)))
         return
     _print_memory(plan)
     if note := warmup_needs(plan.config, settings.max_steps):
@@ -134,13 +134,17 @@ def plan_command(argv: list[str]) -> None:
     elif settings.model.attention not in ("auto", CHUNKS):
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     log_line(f"model.compute: {compute_dtype(plan.config.model)}, model.remat: {recomputed(plan.config.model)}")
-    name, need = plan.largest
-    part = need.total / memory
-    share = f"{part:.0%}" if part >= 0.01 else f"{100 * part:.1g}%"
-    share += f" of {memory / GB:.3g} GB" + (f", in {NAMES[name]}" if plan.passes else "")
-    log_line(share + (": does not fit; set one or more of:" if lines else ": fits"))
+    log_line(verdict(plan, room) + (": does not fit; set one or more of:" if lines else ": fits"))
     for line in lines or ([] if plan.compiled is None else speed_advice(plan.compiled)):
         log_line(f"  {line}")
+
+
+def verdict(plan: Plan, room: Room) -> str:
+    """Returns which part of the memory that it may take a plan takes, and in which program."""
+    name, need = plan.largest
+    part = need.total / room.usable
+    share = f"{part:.0%}" if part >= 0.01 else f"{100 * part:.1g}%"
+    return f"{share} of {room}" + (f", in {NAMES[name]}" if plan.passes else "")
 
 
 def _planned(config: Config, memory: float, target: Target | None, settings: PlanConfig) -> Plan:

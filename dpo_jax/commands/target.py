@@ -1,16 +1,17 @@
-"""What `dpo-jax plan --target` prints beside memory: collectives, work, the bound on speed, advice."""
+"""What `dpo-jax plan --target` prints beside memory: collectives, work, times by data sheets, advice."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.sharding import RULES
+from dpo_jax.training.fit import Room
 from dpo_jax.training.load import recomputed
 from dpo_jax.training.plan import Compiled, Pass, Plan
 from dpo_jax.training.program import axes_of, custom_calls
 from dpo_jax.training.roofline import leaves
 
-NOTE = "bounds at the rates of data sheets, not measurements"
+NOTE = "at the rates of data sheets, for full rows; not measured"
 
 
 def collective_rows(compiled: Compiled) -> list[dict[str, Any]]:
@@ -28,11 +29,11 @@ def collective_rows(compiled: Compiled) -> list[dict[str, Any]]:
     return sorted(({**row, "dtypes": sorted(row["dtypes"])} for row in named), key=lambda row: -row["sent"])
 
 
-def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
+def plan_record(plan: Plan, room: Room, advice: list[str]) -> dict[str, Any]:
     """Returns the plan of a target as what JSON can hold. Bytes are on each device, times are in seconds."""
     compiled = plan.compiled
     assert compiled is not None
-    bound = compiled.roofline
+    speed = compiled.roofline
     return {
         "target": compiled.target._asdict() | {"devices": len(compiled.groups)},
         "mesh": compiled.mesh,
@@ -43,7 +44,8 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
         "remat": recomputed(plan.config.model),
         "attention": compiled.attention,
         "compile_seconds": round(compiled.seconds, 1),
-        "memory": plan.memory._asdict() | {"total": plan.memory.total, "device": int(memory)},
+        "memory": plan.memory._asdict()
+        | {"total": plan.memory.total, "device": int(room.memory), "usable": int(room.usable)},
         "passes": {
             one.name: one.memory._asdict() | {"total": one.memory.total, "compile_seconds": round(one.seconds, 1)}
             for one in plan.passes
@@ -54,18 +56,18 @@ def plan_record(plan: Plan, memory: float, advice: list[str]) -> dict[str, Any]:
         "collectives": collective_rows(compiled),
         "custom_calls": custom_calls(compiled.text),
         "work": compiled.work._asdict(),
-        "roofline": None if bound is None else bound._asdict() | {"seconds": bound.seconds},
+        "roofline": None if speed is None else speed._asdict() | {"seconds": speed.seconds},
     }
 
 
 def print_compiled(compiled: Compiled, passes: Sequence[Pass] = ()) -> None:
-    """Prints the collectives, the work and the bound on the speed of a step."""
-    chip, bound = compiled.target.chip, compiled.roofline
+    """Prints the collectives, the work and the time of a step at the rates of data sheets."""
+    chip, speed = compiled.target.chip, compiled.roofline
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
     seconds = "".join(f", {one.name} in {one.seconds:.0f} s" for one in passes)
     log_line(f"{len(compiled.groups)} devices ({mesh}), compiled in {compiled.seconds:.0f} s{seconds}")
     log_line(compiled.attention)
-    if bound is None:
+    if speed is None:
         log_line("the compiler refuses a program of that size, so that its collectives and its speed are not known")
         return
     rows = [
@@ -80,25 +82,25 @@ def print_compiled(compiled: Compiled, passes: Sequence[Pass] = ()) -> None:
         print_table(("axis", "collective", "a step", "dtypes", "GB sent", "asynchronous", "links"), rows)
     work, devices = compiled.work, len(compiled.groups)
     log_line(
-        f"a step of {work.tokens:,} tokens needs {work.useful:.3g} FLOPs (matmuls and causal attention of full rows, "
-        f"the head on each scored token, forward and backward), {work.executed:.3g} with recomputation"
+        f"a step of {work.tokens:,} tokens needs {work.useful:.3g} FLOPs for its gradient if rows are full, each token "
+        f"is scored and sees all before it in its window; {work.executed:.3g} with recomputation and other passes"
     )
     log_line(
-        f"each device: matmuls {bound.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {bound.memory:.3g} s "
-        f"at {chip.bandwidth / 1e12:.2f} TB/s, links {bound.overlapped:.3g} s beside, {bound.exposed:.3g} s alone"
+        f"each device: matmuls {speed.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {speed.memory:.3g} s "
+        f"at {chip.bandwidth / 1e12:.2f} TB/s, links {speed.overlapped:.3g} s beside, {speed.exposed:.3g} s alone"
     )
     log_line(
-        f"at most {bound.tokens_per_second:,.0f} tokens/s ({bound.tokens_per_second / devices:,.0f} a device), MFU "
-        f"{bound.mfu:.0%}: {NOTE}"
+        f"{speed.tokens_per_second:,.0f} tokens/s ({speed.tokens_per_second / devices:,.0f} a device), MFU "
+        f"{speed.mfu:.0%}, {NOTE}"
     )
 
 
 def speed_advice(compiled: Compiled) -> list[str]:
-    """Returns what would make a step faster, by its bound; [] if its matmuls are what takes longest."""
-    bound, lines = compiled.roofline, []
-    if bound is None:
+    """Returns what would make a step faster, by its roofline; [] if its matmuls are what takes longest."""
+    speed, lines = compiled.roofline, []
+    if speed is None:
         return []
-    if bound.exposed + max(bound.overlapped - bound.matmul, 0) > 0.2 * bound.seconds:
+    if speed.exposed + max(speed.overlapped - speed.matmul, 0) > 0.2 * speed.seconds:
         chip = compiled.target.chip
         rows = collective_rows(compiled)
         worst = max(rows, key=lambda row: row["sent"] / (chip.network if row["network"] else chip.link))
@@ -112,6 +114,6 @@ def speed_advice(compiled: Compiled) -> list[str]:
             f"the compiler sums whole arrays over {' x '.join(sharded)} in place of gathering and scattering parts; a "
             f"smaller mesh.{sharded[0]} may avoid that"
         )
-    if bound.memory > bound.matmul:
+    if speed.memory > speed.matmul:
         lines.append("memory takes longer than matmuls: more tokens a microbatch (data.rows) spread the weights")
     return lines

@@ -92,7 +92,8 @@ class PlanConfig(Config):
     devices: int = 0
     """Number of devices (0: the devices of this machine), emulated on the CPU; a target says more."""
     memory: float | None = None
-    """Memory of each device, in GB (None: that of the target, else 80)."""
+    """Memory of each device, in GB (None: that of the target, what JAX may take of this machine's, else 80). A plan may
+    take 90% of it, on GPUs 90% of the part that JAX takes: 75%, or XLA_CLIENT_MEM_FRACTION."""
     json: bool = False
     """Print the plan of a target as JSON."""
     step_only: bool = False

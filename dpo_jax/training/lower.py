@@ -1,6 +1,7 @@
 """The programs of a run, lowered for shapes and compiled: its step, the reference's pass, and sampling."""
 
 import dataclasses
+import math
 import re
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,8 +13,9 @@ from dpo_jax import losses, optim, reference, sharding
 from dpo_jax.config.schema import Config
 from dpo_jax.data import pack
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs import batch_logps
+from dpo_jax.logprobs import CHUNK, batch_logps
 from dpo_jax.models.attention import CHUNKS
+from dpo_jax.models.split_head import words_per_block
 from dpo_jax.records import Sync
 from dpo_jax.sampling import PLAIN, lower_generate
 from dpo_jax.training.abstract import (
@@ -214,3 +216,22 @@ def lower_sampling(planned: Planned, target: Target | None = None) -> Any:
     params = policy_shapes(planned.run, planned.shardings)
     memory = None if target is None else target.chip.memory
     return lower_generate(planned.run.model, params, [length] * max(shown, kl), memory=memory, **options)
+
+
+def logits_bytes(planned: Planned) -> int:
+    """Returns the bytes of a chunk of logits on a device, and of its gradient: of a block of words if it is split."""
+    a, mesh = planned.run.model.architecture, planned.mesh
+    split = planned.shardings.model.split_head is not None
+    words = words_per_block(a.vocab, a.width) if split else a.vocab // math.gcd(a.vocab, sharding.head_devices(mesh))
+    rows, columns, _ = head_chunks(planned.shape, mesh)
+    return 2 * 4 * rows * columns * (1 if planned.loss.rewards else words)
+
+
+def head_chunks(shape: pack.Layout, mesh: jax.sharding.Mesh) -> tuple[int, int, int]:
+    """Returns the rows of a microbatch on a device, the columns of a chunk of logits, and the chunks that it computes.
+
+    A row has the most of them if each of its tokens is scored; devices along `sequence` have an equal part of those.
+    """
+    rows, scored = shape.rows // sharding.row_devices(mesh), shape.scored // sharding.token_devices(mesh)
+    columns = max(1, min(CHUNK // rows, scored))
+    return rows, columns, math.ceil(scored / columns)

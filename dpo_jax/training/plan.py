@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,25 +12,24 @@ import jax.numpy as jnp
 from dpo_jax import losses, optim, sharding
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.data import pack
-from dpo_jax.logprobs import CHUNK
-from dpo_jax.models.split_head import words_per_block
 from dpo_jax.paths import is_run
 from dpo_jax.training.abstract import (
     abstract_run,
     bytes_per_device,
     count_parameters,
-    plan_layout,
-    planned_mesh,
     sharded_shapes,
 )
 from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
+from dpo_jax.training.fit import GB, Room, device_memory, least_activations
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.lower import (
     Planned,
     TooLarge,
     compile_program,
     compiled_run,
+    head_chunks,
     keeps_reference,
+    logits_bytes,
     lower_reference,
     lower_sampling,
     planned_platform,
@@ -44,18 +42,13 @@ from dpo_jax.training.roofline import (
     Passes,
     Roofline,
     Work,
-    inner_widths,
-    mixed_numbers,
     roofline,
     step_work,
-    token_copies,
 )
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.shard import policy_shapes
 from dpo_jax.training.targets import Target
 
-GB = 2**30
-SHARE = 0.9  # of a device's memory that a plan may take: the batches of a run differ from the plan's
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +94,7 @@ class Compiled(NamedTuple):
       text: of the program; "" if the compiler refused it because it does not fit.
       collectives: of the program.
       work: of a step.
-      roofline: the bound of a step; None without a program.
+      roofline: the times of a step; None without a program.
     """
 
     target: Target
@@ -178,7 +171,7 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
     known = Memory(
         *map(bytes_per_device, (state.params, frozen, state.opt_state)),
         gradients=bytes_per_device(sharded_shapes(run.params, planned.shardings.trained)),
-        logits=_logits_bytes(planned), activations=0, batch=bytes_per_device(planned.batch),
+        logits=logits_bytes(planned), activations=0, batch=bytes_per_device(planned.batch),
     )  # fmt: skip
     arguments = known.trained + known.optimizer + known.batch + (0 if base is None else known.frozen)
     memory = _with_temporary(known, *_needs(program, arguments, planned_platform(target)))
@@ -186,15 +179,6 @@ def plan_run(config: Config, target: Target | None = None) -> Plan:
     full = jax.eval_shape(run.model.init, jax.eval_shape(jax.random.key, 0))
     counts, mesh = (count_parameters(full), count_parameters(run.params)), MeshConfig(**planned.mesh.shape)
     return Plan(config, *counts, planned.shape, memory, mesh, compiled)
-
-
-def _logits_bytes(planned: Planned) -> int:
-    """Returns the bytes of a chunk of logits on a device, and of its gradient: of a block of words if it is split."""
-    a, mesh, shape = planned.run.model.architecture, planned.mesh, planned.shape
-    rows, scored = shape.rows // sharding.row_devices(mesh), shape.scored // sharding.token_devices(mesh)
-    split = planned.shardings.model.split_head is not None
-    words = words_per_block(a.vocab, a.width) if split else a.vocab // math.gcd(a.vocab, sharding.head_devices(mesh))
-    return 2 * 4 * rows * max(1, min(CHUNK // rows, scored)) * (1 if planned.loss.rewards else words)
 
 
 def _needs(program: Any, arguments: int, platform: str) -> tuple[int, int]:
@@ -260,15 +244,14 @@ def _compiled(target: Target, planned: Planned, program: Any, memory: Memory) ->
         experts=sharding.expert_devices(mesh),
     )  # fmt: skip
     text = "" if isinstance(program, TooLarge) else program.as_text()
-    rows = shape.rows // sharding.row_devices(mesh)
-    chunks = math.ceil(shape.scored / max(1, min(CHUNK // max(1, rows), shape.scored)))
+    chunks = head_chunks(shape, mesh)[2]
     # A step of one microbatch has no loop over them; that over chunks of the head is as long as the row that has most.
     trips = (shape.microbatches, chunks) if shape.microbatches > 1 else (chunks,)
     slices = target.slices if target.platform == "tpu" else 1  # a program for GPUs is that of all of them
-    found = collectives(text, trips, slices, mesh.size) if text else []
-    bound = roofline(work, found, target.chip, planned.groups) if text else None
+    found = collectives(text, mesh.size, trips, slices) if text else []
+    speed = roofline(work, found, target.chip, planned.groups) if text else None
     kernel = planned.run.model.attention
-    return Compiled(target, dict(mesh.shape), planned.groups, planned.note, kernel, 0.0, text, found, work, bound)
+    return Compiled(target, dict(mesh.shape), planned.groups, planned.note, kernel, 0.0, text, found, work, speed)
 
 
 def fitting_plan(config: Config, memory: float, target: Target | None = None) -> Plan:
@@ -294,21 +277,6 @@ def fitting_plan(config: Config, memory: float, target: Target | None = None) ->
     return plan_run(_with_model(config, remat=last), target)
 
 
-def least_activations(config: Config, target: Target | None) -> int:
-    """Returns bytes on each device that the backward pass needs from the forward pass unless remat is full.
-
-    They are the inputs and outputs of attention, and what goes into the MLP and its activation, of each layer. Where
-    devices shard experts, each has room for the tokens of all of them; the MLP beside the experts has its own tokens'.
-    """
-    a, (mesh, _) = abstract_run(config).model.architecture, planned_mesh(config, target)
-    shape = plan_layout(config, sharding.row_devices(mesh), sharding.token_devices(mesh))
-    itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
-    inner = (2 if a.gated else 1) * inner_widths(a, token_copies(a, sharding.expert_devices(mesh)))
-    split = mixed_numbers(a) + inner
-    tokens = shape.rows * shape.length // (sharding.row_devices(mesh) * sharding.token_devices(mesh))
-    return itemsize * tokens * (a.layers * a.width + split // sharding.head_devices(mesh))
-
-
 def _with_model(config: Config, **values: Any) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
 
@@ -328,19 +296,14 @@ def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:
     folder = Path(config.run)
     if is_run(folder) and (begun := run_config(folder).model.remat) != "auto":
         return _with_model(config, remat=begun)
-    memory = memory or _device_memory()
+    memory = memory or device_memory()
     if not memory:
         if (platform or jax.default_backend()) != "cpu":
             log.info("model.remat: none; the device does not say how much memory it has, so set dots or full if needed")
         return config
-    plan = fitting_plan(with_compute(config, platform), SHARE * memory)
+    plan = fitting_plan(with_compute(config, platform), Room(memory).usable)
     log.info(
         f"model.remat: {plan.config.model.remat}, whose plan takes {plan.memory.total / GB:.3g} of "
-        f"{memory / GB:.3g} GB on a device"
+        f"{Room(memory)}, on a device"
     )
     return dataclasses.replace(config, model=plan.config.model)
-
-
-def _device_memory() -> int:
-    """Returns the bytes that JAX may take on each device of this process, 0 if it does not say (on a CPU)."""
-    return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())

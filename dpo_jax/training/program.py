@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-NETWORK = ((-1, -1),)  # in place of the groups of what goes between slices
-_SENT = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_RECEIVED = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # from other slices
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x')
+_SLICE_GROUPS = re.compile(r"_xla_megascale_target=\{\{([\d,{}>-]+)\}\}")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -38,7 +39,7 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       shapes: of its results on one device, as (dtype, sizes).
-      groups: of devices that take part together, by their position in the program; () for all devices.
+      groups: of devices that take part together, by their position in the program.
       times: how often it runs in a step.
       loops: loops around it: 0 if it happens once, 1 in every microbatch, 2 in every layer or chunk of one.
       overlapped: it starts and ends in two operations, so that others may run between them.
@@ -55,42 +56,63 @@ class Collective(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Devices of a group; 0 for all."""
-        return len(self.groups[0]) if self.groups else 0
+        """Devices of a group."""
+        return len(self.groups[0])
 
     @property
     def bytes(self) -> int:
         """The size of its results on a device."""
-        return sum(BYTES[dtype] * math.prod(sizes) for dtype, sizes in self.shapes)
+        return sum(math.ceil(_bits(dtype) * math.prod(sizes) / 8) for dtype, sizes in self.shapes)
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends each time, by the algorithm that sends the least (a ring)."""
-        n = self.devices or 1
+        n = self.devices
         share = {"all-reduce": 2 * (n - 1) / n, "all-gather": (n - 1) / n, "reduce-scatter": n - 1.0}
         return self.bytes * share.get(self.kind, 1.0 if self.kind == "collective-permute" else (n - 1) / n)
 
 
-def collectives(text: str, trips: Sequence[int] = (), slices: int = 1, devices: int = 0) -> list[Collective]:
+def _bits(dtype: str) -> int:
+    """Returns the bits of a number: the first number in the name of its dtype, as in s4, bf16 and f8e4m3fn."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8 * (dtype == "pred")  # tokens and other handles have none
+
+
+class _Program(NamedTuple):
+    """Attributes: the lines of each computation, devices of a slice, slices, and the split collectives met so far."""
+
+    bodies: dict[str, list[Instruction]]
+    devices: int
+    slices: int
+    seen: set[str]
+
+
+class _Place(NamedTuple):
+    """Where a computation is called: trips of the loops in it that are not known, and as for `Collective`."""
+
+    trips: tuple[int, ...]
+    times: int = 1
+    loops: int = 0
+    overlapped: bool = False
+
+
+def collectives(text: str, devices: int, trips: Sequence[int] = (), slices: int = 1) -> list[Collective]:
     """Returns the collectives of a program in which more than one device takes part, in the order in which they run.
+
+    Of a conditional they are those of the branch that sends the most.
 
     Args:
       text: `compiled.as_text()`.
+      devices: of all slices, in the order of the slices.
       trips: of loops whose number of passes is a run-time value: of one in no such loop, of one in one of them, ...;
         1 where it is not given.
-      slices: of TPUs. The program is that of one of them; what it sends to the others is a collective too.
-      devices: of all slices, in the order of the slices; needed only for several.
+      slices: of TPUs. The program is that of one of them; what it gets from the others is a collective too.
     """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     bodies = {name: lines for name, (_, lines) in computations.items()}
-    found = _walk(bodies, entry, tuple(trips), times=1, loops=0, overlapped=False, seen=set())
-    if slices == 1:
-        return [c for c in found if c.devices != 1]
-    own, each = range(devices // slices), devices // slices
-    across = tuple(tuple(i + each * n for n in range(slices)) for i in own)
-    groups = {NETWORK: across, (): (tuple(own),)}
-    return [c for c in (c._replace(groups=groups.get(c.groups, c.groups)) for c in found) if c.devices != 1]
+    program = _Program(bodies, devices // slices, slices, set())
+    return [c for c in _walk(program, bodies[entry], _Place(tuple(trips))) if c.devices > 1]
 
 
 def custom_calls(text: str) -> dict[str, int]:
@@ -111,43 +133,49 @@ def _computations(text: str) -> dict[str, tuple[bool, list[Instruction]]]:
     return found
 
 
-def _walk(
-    bodies: dict[str, list[Instruction]],
-    name: str,
-    trips: tuple[int, ...],
-    *,
-    times: int,
-    loops: int,
-    overlapped: bool,
-    seen: set[str],
-) -> Iterator[Collective]:
-    """Yields the collectives of a computation and of those that it calls; `seen` has the split ones so far."""
-    for one in bodies.get(name, ()):
-        kind = one.operation.removesuffix("-start")
-        if kind in KINDS:
-            # A TPU splits one collective over several fusions with the same chain_id; it counts once.
-            chain = re.search(r'chain_id="(\d+)"', one.rest)
-            if chain is None or chain[1] not in seen:
-                seen |= {chain[1]} if chain else set()
-                starts = one.operation.endswith("-start") and '"is_sync":true' not in one.rest
-                yield _collective(one, kind, times, loops, overlapped or starts or chain is not None)
-        elif one.operation == "send" and (sent := _SENT.search(one.rest)):
-            found = _collective(
-                one._replace(type=_parts(one.type)[0]), sent[1].lower().replace("_", "-"), times, loops, True
-            )
-            yield found._replace(groups=NETWORK)
+def _walk(program: _Program, lines: Iterable[Instruction], place: _Place) -> Iterator[Collective]:
+    """Yields the collectives of a computation and of those that it calls."""
+    for one in lines:
+        called = [program.bodies.get(name, []) for name in _called(one)]
+        if one.operation.removesuffix("-start") in KINDS or (one.operation == "recv" and _RECEIVED.search(one.rest)):
+            yield from _once(program, one, place)
         elif one.operation == "while":
-            passes, left = _passes(bodies, one), trips
-            if passes is None:
-                passes, left = (trips or (1,))[0], trips[1:]
-            body = one.rest.partition("body=")[2].lstrip("%").split(",")[0]
-            yield from _walk(
-                bodies, body, left, times=times * passes, loops=loops + 1, overlapped=overlapped, seen=seen
-            )
+            yield from _walk(program, *_loop(program, one, place))
+        elif one.operation == "conditional":
+            branches = [list(_walk(program, branch, place)) for branch in called]
+            yield from max(branches, key=lambda found: sum(c.sent * c.times for c in found), default=[])
         else:
-            hidden = overlapped or one.operation == "async-start"
-            for called in _called(one):
-                yield from _walk(bodies, called, trips, times=times, loops=loops, overlapped=hidden, seen=seen)
+            inner = place._replace(overlapped=place.overlapped or one.operation == "async-start")
+            for body in called:
+                fused = [_scattered(line, body) for line in body] if one.operation == "fusion" else body
+                yield from _walk(program, fused, inner)
+
+
+def _loop(program: _Program, one: Instruction, place: _Place) -> tuple[list[Instruction], _Place]:
+    """Returns the body of a loop, and its place."""
+    passes, left = _passes(program.bodies, one), place.trips
+    if passes is None:
+        passes, left = (left or (1,))[0], left[1:]
+    body = one.rest.partition("body=")[2].lstrip("%").split(",")[0]
+    return program.bodies.get(body, []), _Place(left, place.times * passes, place.loops + 1, place.overlapped)
+
+
+def _scattered(one: Instruction, lines: list[Instruction]) -> Instruction:
+    """Returns a line of a fusion: a reduce-scatter in place of a sum of which the fusion uses slices only.
+
+    A TPU's compiler writes many reduce-scatters so. In such a fusion no device ever has the whole sum.
+    """
+    names, slices = {one.name}, []
+    for user in lines if one.operation == "all-reduce" else ():
+        if not names & set(_OPERAND.findall(user.rest.partition(")")[0])):
+            continue
+        if user.operation == "dynamic-slice":
+            slices.append(user.type)
+        elif user.operation in ("get-tuple-element", "bitcast"):
+            names.add(user.name)
+        else:
+            return one
+    return one._replace(operation="reduce-scatter", type=" ".join(slices)) if slices else one
 
 
 def _called(one: Instruction) -> Iterable[str]:
@@ -170,14 +198,48 @@ def _passes(bodies: dict[str, list[Instruction]], loop: Instruction) -> int | No
     return None
 
 
-def _collective(one: Instruction, kind: str, times: int, loops: int, overlapped: bool) -> Collective:
-    result = one.type
+def _once(program: _Program, one: Instruction, place: _Place) -> Iterator[Collective]:
+    """Yields the collective of a line, unless it is a part of one that was met before."""
+    # A TPU splits one collective over several fusions with the same chain_id; it counts once.
+    chain = re.search(r'chain_id="(\d+)"', one.rest)
+    if chain and chain[1] in program.seen:
+        return
+    program.seen.update([chain[1]] if chain else [])
+    starts = one.operation.endswith("-start") and '"is_sync":true' not in one.rest
+    overlapped = place.overlapped or starts or chain is not None or one.operation == "recv"
+    path = re.search(r'op_name="([^"]*)"', one.rest)
+    kind, result, groups = _received(program, one) if one.operation == "recv" else _result(program, one)
+    shapes = tuple((dtype, _numbers(sizes)) for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", result)))
+    yield Collective(kind, shapes, groups, place.times, place.loops, overlapped, path[1] if path else "")
+
+
+def _result(program: _Program, one: Instruction) -> tuple[str, str, tuple[tuple[int, ...], ...]]:
+    """Returns the kind, the type of the results and the groups of a collective within a slice."""
+    kind, result = one.operation.removesuffix("-start"), one.type
     if one.operation.endswith("-start") and kind != "all-reduce":
         result = _parts(result)[1]  # the first part repeats the operands
-    shapes = tuple((dtype, _numbers(sizes)) for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", result)))
-    path = re.search(r'op_name="([^"]*)"', one.rest)
     groups = tuple(tuple(map(int, group)) for group in _groups(one.rest))
-    return Collective(kind, shapes, groups, times, loops, overlapped, path[1] if path else "")
+    return kind, result, groups or (tuple(range(program.devices)),)
+
+
+def _received(program: _Program, one: Instruction) -> tuple[str, str, tuple[tuple[int, ...], ...]]:
+    """Returns the kind, the type of the results and the groups of a collective between slices, from its `recv`.
+
+    Its `send` has the operands, which are smaller (all-gather) or larger (reduce-scatter). Slices count from 1, and
+    their devices' ids from 100,000 times that; devices in the same place of each slice take part together.
+    """
+    name = re.search(_RECEIVED, one.rest)
+    kind = name[1].lower().replace("_", "-") if name else ""
+    kind = "collective-permute" if kind == "one-to-one" else kind
+    together = {tuple(range(program.slices))}
+    if listed := _SLICES.search(one.rest):
+        together = {tuple(n - 1 for n in _numbers(listed[1]))}
+    elif listed := _SLICE_GROUPS.search(one.rest):
+        ids = (re.split(r",|->", group) for group in listed[1].split("},{"))
+        together = {tuple(int(n) // 100_000 - 1 for n in group) for group in ids}
+    n = program.devices
+    groups = tuple(tuple(i + n * place for place in group) for group in sorted(together) for i in range(n))
+    return kind, _parts(one.type)[0], groups
 
 
 def _parts(type_: str) -> list[str]:
@@ -226,6 +288,5 @@ def axes_of(collective: Collective, sizes: dict[str, int]) -> str:
       sizes: the mesh's axes, in order.
     """
     shape = tuple(sizes.values())
-    groups = collective.groups or (tuple(range(math.prod(shape))),)
-    places = [np.unravel_index(group, shape) for group in groups]
+    places = [np.unravel_index(group, shape) for group in collective.groups]
     return " x ".join(name for i, name in enumerate(sizes) if any(len(set(p[i].tolist())) > 1 for p in places))

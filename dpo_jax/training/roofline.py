@@ -1,4 +1,9 @@
-"""A bound on the speed of a step: its matmuls, its memory traffic and its links, at the rates of data sheets."""
+"""The time of a step at the rates of data sheets: its matmuls, its memory traffic and its links.
+
+The step is one of full rows: each token is scored, and attends to all before it in its row and window. A step of packed
+comparisons has less attention and a shorter head, of which a plan knows nothing; its kernels reach less than the peak.
+So these times are neither the least nor the most that a run takes.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -15,10 +20,10 @@ class Work(NamedTuple):
     Attributes:
       tokens: of its packed rows.
       useful: floating-point operations that the gradient needs, over all devices: two for each weight of a matmul and
-        token, causal attention over full rows, the head on every scored token; the backward pass costs two forward.
-      executed: the useful ones, and those of what the backward pass computes again.
-      traffic: bytes that pass between memory and chip on each device, at the least: state, gradients and weights, and
-        each matmul's input and output.
+        token, attention, and the head; the backward pass costs two forward.
+      executed: the useful ones, those of what the backward pass computes again, and of other forward passes.
+      traffic: bytes that pass between memory and chip on each device: state, gradients and weights, and each matmul's
+        input and output.
     """
 
     tokens: int
@@ -28,15 +33,15 @@ class Work(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step on each device, at the least.
+    """Seconds of a step of full rows on each device.
 
     Attributes:
       matmul: of the executed operations at the peak of bfloat16.
       memory: of the traffic.
       overlapped: of links, by collectives that run beside computation.
       exposed: of links, by collectives that the computation waits for.
-      tokens_per_second: of all devices, if these bounds were reached.
-      mfu: useful operations over what the devices could do in that time.
+      tokens_per_second: of all devices.
+      mfu: useful operations over what the devices could do in that time. A pass of the reference is not useful in it.
     """
 
     matmul: float
@@ -167,22 +172,22 @@ def step_work(
     rows = shape.microbatches * shape.rows
     tokens, scored = rows * shape.length, rows * shape.scored
     layers = 2 * matmul_weights(a) * tokens
-    pairs = rows * shape.length * (shape.length + 1) / 2
-    attention = 2 * a.heads * sum(score_dims(a)) * pairs + state_work(a) * tokens
+    attention = rows * score_work(a, shape.length) + state_work(a) * tokens
     head = 2 * a.width * (1 if a.score else a.vocab) * scored
     backward = 1 if passes.adapters else 2
-    useful = (1 + backward) * (layers + head) + 3 * attention + passes.extra * (layers + attention + head)
+    useful = (1 + backward) * (layers + head) + 3 * attention
     full = passes.remat == "full"
     again = head + attention / 2 + full * (layers + attention)  # logits by chunks, scores, the layers
+    other = passes.extra * (layers + attention + head)
     many = 1 + backward + passes.extra + full
-    own = a.mixture.experts // experts if a.mixture else None
-    weights = itemsize * (matmul_weights(a, own) + 2 * a.vocab * a.width) * shape.microbatches * many / split
+    held = a.mixture.experts // experts if a.mixture else None
+    weights = itemsize * (matmul_weights(a, held) + 2 * a.vocab * a.width) * shape.microbatches * many / split
     copies = token_copies(a, experts)
     inner = (4 if a.gated else 2) * inner_widths(a, copies) + 4 * a.width * copies * mixture_layers(a)
     numbers = 4 * a.width * a.layers + inner + mixed_numbers(a) + embedding_numbers(a)
     activations = itemsize * numbers * tokens * many / devices
-    own = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written in the update; summed
-    return Work(tokens, useful, useful + again, own + weights + activations)
+    update = 2 * (state + gradients) + 2 * gradients * shape.microbatches  # read and written; summed
+    return Work(tokens, useful, useful + again + other, update + weights + activations)
 
 
 def mixed_numbers(a: Architecture) -> int:
@@ -203,6 +208,14 @@ def embedding_numbers(a: Architecture) -> int:
     return a.layers * (2 * a.width + 3 * a.layer_embedding) if a.layer_embedding else 0
 
 
+def score_work(a: Architecture, length: int) -> int:
+    """Returns the operations of attention on a row, in all layers: each query with the keys before it in its window."""
+    windows = a.windows or (0,) * a.layers
+    seen = [min(w or length, length) for w, kind in zip(windows, a.layer_kinds, strict=True) if kind != "delta"]
+    pairs = [n * (n + 1) // 2 + (length - n) * n for n in seen]
+    return 2 * a.heads * sum(dim * count for dim, count in zip(score_dims(a), pairs, strict=True))
+
+
 def score_dims(a: Architecture) -> list[int]:
     """Returns the dimensions of a key and a value together, of each layer with attention."""
     if a.latent is not None:
@@ -217,7 +230,7 @@ def state_work(a: Architecture) -> float:
 
 
 def roofline(work: Work, found: Iterable[Collective], chip: Chip, groups: Sequence[int]) -> Roofline:
-    """Returns the bound of a step.
+    """Returns the times of a step.
 
     Args:
       work: of the step.
@@ -236,5 +249,4 @@ def roofline(work: Work, found: Iterable[Collective], chip: Chip, groups: Sequen
 
 def leaves(collective: Collective, groups: Sequence[int]) -> bool:
     """Returns whether a collective goes over the network, that is between groups of fast links."""
-    members = collective.groups or (tuple(range(len(groups))),)
-    return any(len({groups[device] for device in group}) > 1 for group in members)
+    return any(len({groups[device] for device in group}) > 1 for group in collective.groups)
