@@ -218,7 +218,8 @@ def test_the_example_of_the_pages_is_a_run(monkeypatch):
     sizes = json.loads((launched.ROOT / config.model.config).read_text())
     assert (config.batch_size, config.data.row_length, config.model.remat) == (256, 2048, "full")
     # Two matrices of the vocabulary, and of each layer 4 D^2, 3 D M and two norms; one norm at the end.
-    width, layer = sizes["hidden_size"], 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    layer = 4 * width**2 + 3 * width * inner + 2 * width
     assert 2 * sizes["vocab_size"] * width + sizes["num_hidden_layers"] * layer + width == 6_738_415_616
 
 

@@ -79,6 +79,12 @@ def test_the_responses_of_a_run_are_told_apart_on_its_held_out_pairs(tmp_path):
     assert "a" not in weights  # as often in both
 
 
+def test_a_run_brings_its_own_data(tmp_path):
+    done = run(tmp_path / "out.json.gz", "--config", "run.yaml", "--test", "rows.jsonl")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "sentiment: --config: names the data of a run; remove --train and --test\n"
+
+
 def test_rows_without_a_label_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "good", "label": 1}\n{"text": "bad", "label": "neg"}\n')

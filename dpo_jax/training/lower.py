@@ -232,6 +232,6 @@ def head_chunks(shape: pack.Layout, mesh: jax.sharding.Mesh) -> tuple[int, int, 
 
     A row has the most of them if each of its tokens is scored; devices along `sequence` have an equal part of those.
     """
-    rows, scored = shape.rows // sharding.row_devices(mesh), shape.scored // sharding.token_devices(mesh)
+    rows, scored = shape.rows // sharding.row_devices(mesh), max(1, shape.scored // sharding.token_devices(mesh))
     columns = max(1, min(CHUNK // rows, scored))
     return rows, columns, math.ceil(scored / columns)
