@@ -12,8 +12,9 @@ import numpy as np
 
 # The step's forward passes: the backward pass costs two, and the reference is one more.
 POLICY_PASSES, REFERENCE_PASSES = 3, 1
-# JAX's names of the TPUs that have a data sheet in dpo_jax/training/targets.py. That of a v5p has no letter.
-TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# JAX's names of the TPUs that have a data sheet in dpo_jax/training/targets.py; some have two.
+TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+TPUS |= {"TPU7x": "tpu7x"}
 
 
 def matmul_parameters(config: dict[str, Any]) -> int:
@@ -93,8 +94,8 @@ def sheet_peak(device: str, dtype: str) -> float | None:
     """
     from dpo_jax.training.targets import CHIPS
 
-    # The data sheets are of cards with NVLink (SXM): PCIe and NVL have other rates.
-    gpu = re.match(r"NVIDIA (A100|H100|H200|B200)\b(?!.*(?:PCIE|NVL))", device, re.IGNORECASE)
+    # The data sheets are of whole cards with NVLink (SXM): PCIe, NVL and the parts of MIG have other rates.
+    gpu = re.match(r"NVIDIA (A100|H100|H200|B200)\b(?!.*(?:PCIE|NVL|MIG))", device, re.IGNORECASE)
     name = gpu[1].lower() if gpu else TPUS.get(device)
     return CHIPS[name].device().peak if name and dtype == "bfloat16" else None
 

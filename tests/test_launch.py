@@ -116,6 +116,9 @@ exit 1
     [
         ([], "", "", 2, 1),  # RESTARTS is 1
         ([], "", "runs/x", 4, 0),
+        ([], "", "runs/x-sweep/one", 4, 0),
+        ([], "run: null", "runs/x", 4, 0),
+        ([], "", "runs/y", 2, 1),  # another run's checkpoints are none of its own
         (["--run", "else where"], "", "else where", 4, 0),
         (["--run=~/my run"], "", "home/my run", 4, 0),
         ([], "run: 'else where' # of the config", "else where", 4, 0),

@@ -16,6 +16,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
 from dpo_jax.sampling import run
 from dpo_jax.training import attention_check, lower, plan
+from dpo_jax.training.fit import Room
+from dpo_jax.training.targets import parse_target
 
 LLAMA = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA |= {"intermediate_size": 96, "max_position_embeddings": 512, "tie_word_embeddings": False}
@@ -144,6 +146,18 @@ def test_a_program_too_large_for_the_memory_is_no_fault_of_its_kernel(tmp_path, 
     with pytest.raises(jax.errors.JaxRuntimeError):
         lower.compiled_run(config_of(tmp_path), None)
     assert not lower.lacks_memory(RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem"))
+
+
+def test_sampling_is_planned_for_the_memory_that_jax_takes(tmp_path, monkeypatch):
+    """It decides whether a device gathers all parameters at once, in the run by the same number."""
+    asked = []
+    monkeypatch.setattr(plan, "planned_run", lambda config, *_: lower.planned_run(config, None))
+    monkeypatch.setattr(plan, "lower_sampling", lambda planned, memory: asked.append(memory))
+    config = config_of(tmp_path, "--loss.name", "simpo")
+    step, compiled = plan.Memory(10, 0, 10, 10, 0, 10, 0), SimpleNamespace(kernel="chunks")
+    found = plan.Plan(config, 1, 1, Layout(1, 8, 256, 2, 128), step, MeshConfig(4, 1), compiled)
+    assert plan.with_passes(found, parse_target("gpu:h100:1x4"), Room(80, 0.75)).passes == ()
+    assert asked == [60]
 
 
 def test_the_verdict_is_that_of_the_largest_program():

@@ -153,11 +153,17 @@ def test_a_plan_of_gpus_may_take_nine_tenths_of_what_jax_takes(config_of, monkey
     assert str(room) == "54 GB, which is 90% of the 75% that JAX takes (XLA_CLIENT_MEM_FRACTION) of 80 GB"
     assert room.usable == pytest.approx(Room(60 * 2**30).usable)
     assert device_room(tpu).usable == pytest.approx(14.4 * 2**30)
-    assert device_room(tpu, 100).usable == device_room(None, 100, emulated=True).usable == 90
+    assert device_room(tpu, 100).usable == 90
+    assert device_room(None, 100, emulated=True).usable == 67.5  # emulated devices stand for GPUs
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert device_room(gpu, 100).usable == 45
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75%")
     with pytest.raises(UserError, match=r"XLA_PYTHON_CLIENT_MEM_FRACTION=75% is not a fraction .* above 0, at most 1"):
+        jax_fraction("gpu")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    with pytest.raises(
+        UserError, match=r"^XLA_CLIENT_MEM_FRACTION and XLA_PYTHON_CLIENT_MEM_FRACTION are both set; unset"
+    ):
         jax_fraction("gpu")
     found = Plan(config_of(), 1, 1, pack.Layout(1, 8, 128, 2, 128), Memory(9 * 2**30, *[0] * 6), MESH)
     assert verdict(found, Room(100 * 2**30, 0.5)).startswith("20% of 45 GB, which is 90% of the 50%")

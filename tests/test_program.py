@@ -162,6 +162,13 @@ def test_a_step_takes_the_branch_that_sends_the_most():
     assert [(c.bytes, c.sent) for c in collectives(BRANCHES, 2)] == [(32, 32.0), (16, 16.0), (32, 32.0)]
 
 
+def test_branches_may_have_parts_of_one_collective_each():
+    """With one chain_id in all lines, the third is part of the second, but none of the second is part of the first."""
+    chained = BRANCHES.replace("to_apply=%add", 'to_apply=%add, frontend_attributes={chain_id="0"}')
+    chained = chained.replace("%all-reduce.2 = f32[8]", "%all-reduce.2 = f32[16]")
+    assert [c.bytes for c in collectives(chained, 2)] == [64, 32]
+
+
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [("pred", 8), ("s4", 4), ("u4", 4), ("u8", 8), ("f8e4m3fn", 8), ("f8e5m2", 8), ("bf16", 16), ("s16", 16),

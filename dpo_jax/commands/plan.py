@@ -116,12 +116,13 @@ def plan_command(argv: list[str]) -> None:
     if settings.devices:
         jax.config.update("jax_num_cpu_devices", settings.devices)
     config = resolve_base_model(settings, file)
-    room = device_room(target, (settings.memory or 0) * GB, emulated=settings.devices > 0)
+    memory = settings.memory and settings.memory * GB
+    room = device_room(target, memory, emulated=settings.devices > 0)
     accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"
     if accelerator:  # emulated devices stand for accelerators
         compute = compute_dtype(config.model, "gpu")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
-    plan = _planned(config, room.usable, target, settings) if accelerator else plan_run(config)
+    plan = _planned(config, room, target, settings) if accelerator else plan_run(config)
     lines = plan_advice(plan, int(room.usable))
     if settings.json:
         log_line(json.dumps(plan_record(plan, room, lines)))
@@ -147,11 +148,11 @@ def verdict(plan: Plan, room: Room) -> str:
     return f"{share} of {room}" + (f", in {NAMES[name]}" if plan.passes else "")
 
 
-def _planned(config: Config, memory: float, target: Target | None, settings: PlanConfig) -> Plan:
+def _planned(config: Config, room: Room, target: Target | None, settings: PlanConfig) -> Plan:
     """Returns the plan of an accelerator; of a target with all programs of the run, or the step alone."""
     try:
-        plan = fitting_plan(config, memory, target)
-        return plan if target is None or settings.step_only else with_passes(plan, target)
+        plan = fitting_plan(config, room.usable, target)
+        return plan if target is None or settings.step_only else with_passes(plan, target, room)
     except jax.errors.JaxRuntimeError as e:
         where = settings.target or "this device"
         raise UserError(f"the compiler for {where} refuses the program: {str(e).splitlines()[0]}") from e

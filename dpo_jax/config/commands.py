@@ -90,7 +90,7 @@ class PlanConfig(Config):
     """Accelerators to compile for, which need not exist: tpu:v5p:4x4x4, tpu:2xv5p:4x4x4 (two slices), gpu:h100:1x8
     (hosts x GPUs); v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200. Needs dpo_jax[aot-tpu] or dpo_jax[aot-gpu]."""
     devices: int = 0
-    """Number of devices (0: the devices of this machine), emulated on the CPU; a target says more."""
+    """Number of devices (0: the devices of this machine), emulated on the CPU in place of GPUs; a target says more."""
     memory: float | None = None
     """Memory of each device, in GB (None: that of the target, what JAX may take of this machine's, else 80). A plan may
     take 90% of it, on GPUs 90% of the part that JAX takes: 75%, or XLA_CLIENT_MEM_FRACTION."""

@@ -32,9 +32,14 @@ class Room(NamedTuple):
     fraction: float = 1.0
 
     @property
+    def taken(self) -> float:
+        """Bytes that JAX takes."""
+        return self.fraction * self.memory
+
+    @property
     def usable(self) -> float:
         """Bytes that a plan may take."""
-        return SHARE * self.fraction * self.memory
+        return SHARE * self.taken
 
     def __str__(self) -> str:
         whole = f"{self.memory / GB:.3g} GB"
@@ -43,16 +48,18 @@ class Room(NamedTuple):
 
 
 def device_room(target: Target | None, memory: float | None = None, emulated: bool = False) -> Room:
-    """Returns the memory of a target's device, or of this machine's.
+    """Returns the memory of a target's device, or of a device of this machine.
 
     Args:
       target: None for the devices of this machine.
       memory: bytes of a device; None for what the target's data sheet, or the device, says, else 80 GB.
-      emulated: the devices stand for others, of which only `memory` is known.
+      emulated: the devices stand for GPUs.
     """
     if target is not None:
         return Room(memory or target.chip.memory, jax_fraction(target.platform))
-    if emulated or jax.default_backend() == "cpu":
+    if emulated:
+        return Room(memory or 80 * GB, jax_fraction("gpu"))
+    if jax.default_backend() == "cpu":
         return Room(memory or 80 * GB)
     if memory:
         return Room(memory, jax_fraction(jax.default_backend()))
@@ -63,11 +70,14 @@ def jax_fraction(platform: str) -> float:
     """Returns the fraction of a device's memory that JAX takes on a platform.
 
     Raises:
-      UserError: the variable that sets it is no positive number.
+      UserError: the variable that sets it is no positive number, or both are set, which JAX refuses.
     """
     if platform != "gpu":
         return 1.0
-    name = next((name for name in FRACTIONS if os.environ.get(name)), "")
+    names = [name for name in FRACTIONS if os.environ.get(name)]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} are both set; unset one")
+    name = "".join(names)
     text = os.environ.get(name, str(GPU_SHARE))
     try:
         fraction = float(text)

@@ -200,10 +200,11 @@ def lower_reference(planned: Planned) -> Any:
     return ref_logps.lower(params, planned.batch, COUNT)
 
 
-def lower_sampling(planned: Planned, target: Target | None = None) -> Any:
+def lower_sampling(planned: Planned, memory: float | None = None) -> Any:
     """Returns the lowered program that samples completions at an evaluation; None for a run without samples.
 
-    Prompts have the most tokens that `data.max_prompt_length` allows. `target` names devices that are not here.
+    Prompts have the most tokens that `data.max_prompt_length` allows. `memory` is what JAX takes of a device that is
+    not here, in bytes.
     """
     config, loss = planned.run.config, planned.loss
     shown, kl = 0 if loss.rewards else config.samples.prompts, kl_prompt_count(config, loss)
@@ -214,7 +215,6 @@ def lower_sampling(planned: Planned, target: Target | None = None) -> Any:
     length = max(1, min(prompt_length(config.data), architecture.max_positions - new))
     options = PLAIN | chosen | {"max_new_tokens": new, "eos_id": 0}
     params = policy_shapes(planned.run, planned.shardings)
-    memory = None if target is None else target.chip.memory
     return lower_generate(planned.run.model, params, [length] * max(shown, kl), memory=memory, **options)
 
 

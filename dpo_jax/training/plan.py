@@ -204,10 +204,11 @@ def _with_temporary(known: Memory, temporary: int, other: int) -> Memory:
     return known._replace(gradients=gradients, logits=logits, activations=activations, other=other)
 
 
-def with_passes(plan: Plan, target: Target) -> Plan:
+def with_passes(plan: Plan, target: Target, room: Room) -> Plan:
     """Returns a target's plan with the programs that the run has beside its step: the reference's pass, and sampling.
 
-    The reference's log-probs of the data are computed before there is a training state, unless they are online.
+    Whether sampling gathers all parameters at once depends on the memory of a device, `room`. The reference's log-probs
+    of the data are computed before there is a training state, unless they are online.
     """
     assert plan.compiled is not None
     config, step = _with_model(plan.config, attention=plan.compiled.kernel), plan.memory
@@ -225,7 +226,7 @@ def with_passes(plan: Plan, target: Target) -> Plan:
         frozen = bytes_per_device(reference_shapes(planned))
         first = training if keeps_reference(config, planned.loss) else Memory(0, frozen, 0, 0, 0, 0, 0)
         add("reference", lower_reference(planned), first._replace(batch=step.batch), frozen + step.batch)
-    if (sampling := lower_sampling(planned, target)) is not None:
+    if (sampling := lower_sampling(planned, room.taken)) is not None:
         # Its other arguments are the parameters as decoding reads them, which are made for it.
         add("sampling", sampling, training, bytes_per_device(policy_shapes(planned.run, planned.shardings)["layers"]))
     return plan._replace(passes=tuple(found))

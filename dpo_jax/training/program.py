@@ -142,7 +142,8 @@ def _walk(program: _Program, lines: Iterable[Instruction], place: _Place) -> Ite
         elif one.operation == "while":
             yield from _walk(program, *_loop(program, one, place))
         elif one.operation == "conditional":
-            branches = [list(_walk(program, branch, place)) for branch in called]
+            parts = [program._replace(seen=set(program.seen)) for _ in called]
+            branches = [list(_walk(part, branch, place)) for part, branch in zip(parts, called, strict=True)]
             yield from max(branches, key=lambda found: sum(c.sent * c.times for c in found), default=[])
         else:
             inner = place._replace(overlapped=place.overlapped or one.operation == "async-start")
@@ -228,9 +229,8 @@ def _received(program: _Program, one: Instruction) -> tuple[str, str, tuple[tupl
     Its `send` has the operands, which are smaller (all-gather) or larger (reduce-scatter). Slices count from 1, and
     their devices' ids from 100,000 times that; devices in the same place of each slice take part together.
     """
-    name = re.search(_RECEIVED, one.rest)
-    kind = name[1].lower().replace("_", "-") if name else ""
-    kind = "collective-permute" if kind == "one-to-one" else kind
+    (name,) = _RECEIVED.findall(one.rest)
+    kind = "collective-permute" if name == "ONE_TO_ONE" else name.lower().replace("_", "-")
     together = {tuple(range(program.slices))}
     if listed := _SLICES.search(one.rest):
         together = {tuple(n - 1 for n in _numbers(listed[1]))}
