@@ -15,7 +15,7 @@ from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models import kernels
 from dpo_jax.sampling import run
-from dpo_jax.training import attention_check, lower, plan
+from dpo_jax.training import attention_check, lower, plan, plan_records
 from dpo_jax.training.fit import Room
 from dpo_jax.training.targets import parse_target
 
@@ -39,7 +39,7 @@ def test_a_program_that_is_refused_says_what_it_needs():
 
     need = lower.compile_program(refused("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded"))
     assert need.bytes == int(20.5 * 2**30)
-    known = plan.Memory(100, 0, 50, gradients=10, logits=20, activations=0, batch=5)
+    known = plan_records.Memory(100, 0, 50, gradients=10, logits=20, activations=0, batch=5)
     memory = plan._with_temporary(known, *plan._needs(need, 155, "tpu"))  # noqa: SLF001
     assert memory.total == need.bytes
     assert memory.trained + memory.optimizer + memory.batch == 155
@@ -59,7 +59,7 @@ def test_what_a_program_needs_beside_its_arguments():
     program = SimpleNamespace(memory_analysis=lambda: found)
     assert plan._needs(program, 100, "tpu") == (33, 7 + 10 + 3)  # noqa: SLF001 - padding, results, the program
     assert plan._needs(program, 110, "gpu") == (50, 13)  # noqa: SLF001
-    known = plan.Memory(1, 2, 3, gradients=10, logits=20, activations=0, batch=5)
+    known = plan_records.Memory(1, 2, 3, gradients=10, logits=20, activations=0, batch=5)
     for temporary, parts in ((50, (10, 20, 20)), (15, (10, 5, 0)), (4, (4, 0, 0))):
         assert plan._with_temporary(known, temporary, 7)[3:6] == parts  # noqa: SLF001
 
@@ -154,18 +154,18 @@ def test_sampling_is_planned_for_the_memory_that_jax_takes(tmp_path, monkeypatch
     monkeypatch.setattr(plan, "planned_run", lambda config, *_: lower.planned_run(config, None))
     monkeypatch.setattr(plan, "lower_sampling", lambda planned, memory: asked.append(memory))
     config = config_of(tmp_path, "--loss.name", "simpo")
-    step, compiled = plan.Memory(10, 0, 10, 10, 0, 10, 0), SimpleNamespace(kernel="chunks")
-    found = plan.Plan(config, 1, 1, Layout(1, 8, 256, 2, 128), step, MeshConfig(4, 1), compiled)
+    step, compiled = plan_records.Memory(10, 0, 10, 10, 0, 10, 0), SimpleNamespace(kernel="chunks")
+    found = plan_records.Plan(config, 1, 1, Layout(1, 8, 256, 2, 128), step, MeshConfig(4, 1), compiled)
     assert plan.with_passes(found, parse_target("gpu:h100:1x4"), Room(80, 0.75)).passes == ()
     assert asked == [60]
 
 
 def test_the_verdict_is_that_of_the_largest_program():
-    step = plan.Memory(10, 10, 10, 10, 0, 10, 0)
+    step = plan_records.Memory(10, 10, 10, 10, 0, 10, 0)
     large = step._replace(activations=99)
-    both = plan.Pass("reference", step._replace(trained=0), 1.0), plan.Pass("sampling", large, 2.0)
+    both = plan_records.Pass("reference", step._replace(trained=0), 1.0), plan.Pass("sampling", large, 2.0)
     config = parse_config(Config, None, ["--model.config", "x"], prog="x")
-    found = plan.Plan(config, 1, 1, Layout(1, 4, 8, 2, 8), step, MeshConfig(1, 4), passes=both)
+    found = plan_records.Plan(config, 1, 1, Layout(1, 4, 8, 2, 8), step, MeshConfig(1, 4), passes=both)
     assert found.largest == ("sampling", both[1].memory)
     assert found._replace(passes=both[:1]).largest == ("step", step)
     assert plan_advice(found, 200) == []

@@ -17,7 +17,8 @@ from dpo_jax.training.abstract import abstract_batch, abstract_run, plan_layout
 from dpo_jax.training.checks import with_compute
 from dpo_jax.training.fit import Room, device_room, jax_fraction
 from dpo_jax.training.load import recomputed
-from dpo_jax.training.plan import Memory, Plan, plan_run, with_remat
+from dpo_jax.training.plan import plan_run, with_remat
+from dpo_jax.training.plan_records import Memory, Plan
 from dpo_jax.training.shard import policy_shardings, state_shardings
 from dpo_jax.training.targets import parse_target
 from dpo_jax.training.train_step import compiled_step, hparams

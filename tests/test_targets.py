@@ -16,7 +16,7 @@ from dpo_jax.config.schema import Config
 from dpo_jax.data.pack import Layout
 from dpo_jax.errors import UserError
 from dpo_jax.models.architecture import Architecture, Mixture
-from dpo_jax.training import attention_check, plan, targets
+from dpo_jax.training import attention_check, plan, plan_records, targets
 from dpo_jax.training.program import Collective, axes_of
 from dpo_jax.training.roofline import Passes, leaves, matmul_weights, roofline, score_work, step_work
 from dpo_jax.training.targets import CHIPS, Chip, Target, gpu_text, parse_target
@@ -214,7 +214,7 @@ def test_advice_names_what_makes_a_step_slow():
 
     def advice(*found):
         bound = roofline(work(), found, target.chip, target.groups)
-        made = plan.Compiled(target, mesh, target.groups, "", "chunks", 0.0, "", list(found), work(), bound)
+        made = plan_records.Compiled(target, mesh, target.groups, "", "chunks", 0.0, "", list(found), work(), bound)
         return speed_advice(made), collective_rows(made)
 
     lines, rows = advice(gather, across)

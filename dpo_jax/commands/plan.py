@@ -1,9 +1,9 @@
 """`dpo-jax plan`: the memory that a run needs on each device, and what a target's compiler makes of it."""
 
-import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,9 +17,11 @@ from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import CHUNKS
 from dpo_jax.paths import expand_home
+from dpo_jax.training.checks import with_model
 from dpo_jax.training.fit import GB, Room, device_room
 from dpo_jax.training.load import compute_dtype, recomputed
-from dpo_jax.training.plan import Plan, fitting_plan, plan_run, with_passes
+from dpo_jax.training.plan import fitting_plan, plan_run, with_passes
+from dpo_jax.training.plan_records import Plan
 from dpo_jax.training.targets import Target, check_compiler, parse_target
 
 log = logging.getLogger(__name__)
@@ -93,21 +95,14 @@ def resolve_base_model(config: Config, file: str = "") -> Config:
     base = parse_config(Config, path, [], prog="dpo-jax plan")
     if not base.model.path and not base.model.config:
         raise UserError(f"{path}: names no model; set model.path or model.config")
-    model = dataclasses.replace(config.model, path=base.model.path, config=base.model.config)
-    return resolve_base_model(dataclasses.replace(config, model=model), path)
+    return resolve_base_model(with_model(config, path=base.model.path, config=base.model.config), path)
 
 
 def plan_command(argv: list[str]) -> None:
     """Runs `dpo-jax plan CONFIG.yaml [--target T | --devices N] [--memory GB] [--json] [--key.path value ...]`."""
     (file,), rest = leading_arguments(argv, "plan", "CONFIG.yaml")
     settings = parse_config(PlanConfig, file or None, rest, prog="dpo-jax plan CONFIG.yaml")
-    if not 0 < (settings.memory or 80.0) < math.inf or settings.memory == 0 or settings.devices < 0:
-        raise UserError("--memory must be a finite number of GB above 0, --devices at least 0; change them")
-    if settings.target and settings.devices:
-        raise UserError("--devices: the target says how many there are; remove it")
-    if (settings.json or settings.step_only) and not settings.target:
-        key = "--json" if settings.json else "--step_only"
-        raise UserError(f"{key}: is for a plan with --target; set that too")
+    _check_options(settings)
     target = parse_target(settings.target) if settings.target else None
     if target is not None:
         check_compiler(target)
@@ -118,15 +113,31 @@ def plan_command(argv: list[str]) -> None:
     config = resolve_base_model(settings, file)
     memory = settings.memory and settings.memory * GB
     room = device_room(target, memory, emulated=settings.devices > 0)
-    accelerator = bool(settings.devices or target) or jax.default_backend() != "cpu"
-    if accelerator:  # emulated devices stand for accelerators
-        compute = compute_dtype(config.model, "gpu")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
-    plan = _planned(config, room, target, settings) if accelerator else plan_run(config)
-    lines = plan_advice(plan, int(room.usable))
+    if settings.devices or target or jax.default_backend() != "cpu":  # emulated devices stand for accelerators
+        config = with_model(config, compute=compute_dtype(config.model, "gpu"))
+        plan = _planned(config, room, target, settings)
+    else:
+        plan = plan_run(config)
+    advice = plan_advice(plan, int(room.usable))
     if settings.json:
-        log_line(json.dumps(plan_record(plan, room, lines)))
-        return
+        log_line(json.dumps(plan_record(plan, room, advice)))
+    else:
+        _print_plan(plan, settings, room, advice)
+
+
+def _check_options(settings: PlanConfig) -> None:
+    """Refuses options of `dpo-jax plan` that make no sense, or not together."""
+    if not 0 < (settings.memory or 80.0) < math.inf or settings.memory == 0 or settings.devices < 0:
+        raise UserError("--memory must be a finite number of GB above 0, --devices at least 0; change them")
+    if settings.target and settings.devices:
+        raise UserError("--devices: the target says how many there are; remove it")
+    if (settings.json or settings.step_only) and not settings.target:
+        key = "--json" if settings.json else "--step_only"
+        raise UserError(f"{key}: is for a plan with --target; set that too")
+
+
+def _print_plan(plan: Plan, settings: PlanConfig, room: Room, advice: Sequence[str]) -> None:
+    """Prints memory, what a target's compiler made of the step, the verdict and advice."""
     _print_memory(plan)
     if note := warmup_needs(plan.config, settings.max_steps):
         log_line(note)
@@ -135,8 +146,8 @@ def plan_command(argv: list[str]) -> None:
     elif settings.model.attention not in ("auto", CHUNKS):
         log_line(f"model.attention: {settings.model.attention} is not planned for; the memory is that of {CHUNKS}")
     log_line(f"model.compute: {compute_dtype(plan.config.model)}, model.remat: {recomputed(plan.config.model)}")
-    log_line(verdict(plan, room) + (": does not fit; set one or more of:" if lines else ": fits"))
-    for line in lines or ([] if plan.compiled is None else speed_advice(plan.compiled)):
+    log_line(verdict(plan, room) + (": does not fit; set one or more of:" if advice else ": fits"))
+    for line in advice or ([] if plan.compiled is None else speed_advice(plan.compiled)):
         log_line(f"  {line}")
 
 

@@ -7,9 +7,9 @@ from dpo_jax.commands.common import log_line, print_table
 from dpo_jax.sharding import RULES
 from dpo_jax.training.fit import Room
 from dpo_jax.training.load import recomputed
-from dpo_jax.training.plan import Compiled, Pass, Plan
+from dpo_jax.training.plan_records import Compiled, Pass, Plan
 from dpo_jax.training.program import axes_of, custom_calls
-from dpo_jax.training.roofline import leaves
+from dpo_jax.training.roofline import Roofline, leaves
 
 NOTE = "at the rates of data sheets, for full rows; not measured"
 
@@ -62,25 +62,28 @@ def plan_record(plan: Plan, room: Room, advice: list[str]) -> dict[str, Any]:
 
 def print_compiled(compiled: Compiled, passes: Sequence[Pass] = ()) -> None:
     """Prints the collectives, the work and the time of a step at the rates of data sheets."""
-    chip, speed = compiled.target.chip, compiled.roofline
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
     seconds = "".join(f", {one.name} in {one.seconds:.0f} s" for one in passes)
     log_line(f"{len(compiled.groups)} devices ({mesh}), compiled in {compiled.seconds:.0f} s{seconds}")
     log_line(compiled.attention)
-    if speed is None:
+    if compiled.roofline is None:
         log_line("the compiler refuses a program of that size, so that its collectives and its speed are not known")
         return
-    rows = [
-        (
-            row["axis"], row["kind"], f"{row['count']:,}", " ".join(row["dtypes"]), f"{row['sent'] / 1e9:.3g}",
-            "yes" if row["asynchronous"] else "no", "network" if row["network"] else "fast",
-        )
-        for row in collective_rows(compiled)
-        if row["sent"] >= 1e6
-    ]  # fmt: skip
+    rows = [_collective_cells(row) for row in collective_rows(compiled) if row["sent"] >= 1e6]
     if rows:
         print_table(("axis", "collective", "a step", "dtypes", "GB sent", "asynchronous", "links"), rows)
-    work, devices = compiled.work, len(compiled.groups)
+    _print_speed(compiled, compiled.roofline)
+
+
+def _collective_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Returns a row of `collective_rows` as texts."""
+    asynchronous, links = "yes" if row["asynchronous"] else "no", "network" if row["network"] else "fast"
+    sent = row["axis"], row["kind"], f"{row['count']:,}", " ".join(row["dtypes"]), f"{row['sent'] / 1e9:.3g}"
+    return *sent, asynchronous, links
+
+
+def _print_speed(compiled: Compiled, speed: Roofline) -> None:
+    work, chip = compiled.work, compiled.target.chip
     log_line(
         f"a step of {work.tokens:,} tokens needs {work.useful:.3g} FLOPs for its gradient if rows are full, each token "
         f"is scored and sees all before it in its window; {work.executed:.3g} with recomputation and other passes"
@@ -89,10 +92,8 @@ def print_compiled(compiled: Compiled, passes: Sequence[Pass] = ()) -> None:
         f"each device: matmuls {speed.matmul:.3g} s at {chip.peak / 1e12:.0f} TFLOP/s, memory {speed.memory:.3g} s "
         f"at {chip.bandwidth / 1e12:.2f} TB/s, links {speed.overlapped:.3g} s beside, {speed.exposed:.3g} s alone"
     )
-    log_line(
-        f"{speed.tokens_per_second:,.0f} tokens/s ({speed.tokens_per_second / devices:,.0f} a device), MFU "
-        f"{speed.mfu:.0%}, {NOTE}"
-    )
+    each = speed.tokens_per_second / len(compiled.groups)
+    log_line(f"{speed.tokens_per_second:,.0f} tokens/s ({each:,.0f} a device), MFU {speed.mfu:.0%}, {NOTE}")
 
 
 def speed_advice(compiled: Compiled) -> list[str]:

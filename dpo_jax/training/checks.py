@@ -80,4 +80,9 @@ def with_compute(config: Config, platform: str = "") -> Config:
     compute: Any = run_config(Path(config.run)).model.compute if begun else compute_dtype(config.model, platform)
     if platform != "cpu":
         log.info(f"model.compute: {compute}, " + ("as this run began" if begun else f"the default on a {platform}"))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute=compute))
+    return with_model(config, compute=compute)
+
+
+def with_model(config: Config, **values: Any) -> Config:
+    """Returns the config with values of its section `model` replaced."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))

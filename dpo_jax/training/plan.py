@@ -4,14 +4,13 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import losses, optim, sharding
 from dpo_jax.config.schema import Config, MeshConfig
-from dpo_jax.data import pack
 from dpo_jax.paths import is_run
 from dpo_jax.training.abstract import (
     abstract_run,
@@ -19,7 +18,7 @@ from dpo_jax.training.abstract import (
     count_parameters,
     sharded_shapes,
 )
-from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute
+from dpo_jax.training.checks import LONG_RUN, check_length, make_sync, with_compute, with_model
 from dpo_jax.training.fit import GB, Room, device_memory, least_activations
 from dpo_jax.training.load import compute_dtype, recomputed
 from dpo_jax.training.lower import (
@@ -37,120 +36,14 @@ from dpo_jax.training.lower import (
     reference_shapes,
     temporary_bytes,
 )
-from dpo_jax.training.program import Collective, collectives
-from dpo_jax.training.roofline import (
-    Passes,
-    Roofline,
-    Work,
-    roofline,
-    step_work,
-)
+from dpo_jax.training.plan_records import Compiled, Memory, Pass, Plan
+from dpo_jax.training.program import collectives
+from dpo_jax.training.roofline import Passes, roofline, step_work
 from dpo_jax.training.run_folder import run_config
 from dpo_jax.training.shard import policy_shapes
 from dpo_jax.training.targets import Target
 
 log = logging.getLogger(__name__)
-
-
-class Memory(NamedTuple):
-    """Bytes on each device during a step or another program.
-
-    Attributes:
-      trained: the trained parameters, float32.
-      frozen: the base of adapters, or a reference that stays on the devices: an online one, or one for KL of samples.
-      optimizer: the optimizer's state.
-      gradients: float32 gradients, summed over microbatches.
-      logits: one chunk of logits, and its gradient.
-      activations: all other temporary memory of the compiled program: activations, casts, workspace.
-      batch: the batch of a step.
-      other: the program itself, results that replace no argument, and padding of arguments.
-    """
-
-    trained: int
-    frozen: int
-    optimizer: int
-    gradients: int
-    logits: int
-    activations: int
-    batch: int
-    other: int = 0
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return sum(self)
-
-
-class Compiled(NamedTuple):
-    """A step as a target's compiler compiled it.
-
-    Attributes:
-      target: the devices.
-      mesh: their axes.
-      groups: of fast links, for each device in the order of the program.
-      attention: a message about the attention backend.
-      kernel: its name.
-      seconds: that compiling took.
-      text: of the program; "" if the compiler refused it because it does not fit.
-      collectives: of the program.
-      work: of a step.
-      roofline: the times of a step; None without a program.
-    """
-
-    target: Target
-    mesh: dict[str, int]
-    groups: list[int]
-    attention: str
-    kernel: str
-    seconds: float
-    text: str
-    collectives: list[Collective]
-    work: Work
-    roofline: Roofline | None
-
-
-class Pass(NamedTuple):
-    """A program that a run has beside its step.
-
-    Attributes:
-      name: what it is for, "reference" or "sampling".
-      memory: bytes on each device while it runs.
-      seconds: that compiling took.
-    """
-
-    name: str
-    memory: Memory
-    seconds: float
-
-
-class Plan(NamedTuple):
-    """The plan of a run.
-
-    Attributes:
-      config: the run's config.
-      parameters: number of parameters of the model.
-      trained: number of trained parameters: of the model, or of its adapters.
-      shape: layout of a batch.
-      memory: bytes on each device.
-      mesh: the size of each axis.
-      compiled: by a target's compiler; None for a plan on JAX's own devices.
-      passes: the programs that the run has beside its step.
-    """
-
-    config: Config
-    parameters: int
-    trained: int
-    shape: pack.Layout
-    memory: Memory
-    mesh: MeshConfig
-    compiled: Compiled | None = None
-    passes: tuple[Pass, ...] = ()
-
-    @property
-    def largest(self) -> tuple[str, Memory]:
-        """The program that needs the most memory: "step", or the name of a pass; and that memory."""
-        programs = [("step", self.memory), *((one.name, one.memory) for one in self.passes)]
-        return max(programs, key=lambda one: one[1].total)
 
 
 def plan_run(config: Config, target: Target | None = None) -> Plan:
@@ -211,7 +104,7 @@ def with_passes(plan: Plan, target: Target, room: Room) -> Plan:
     of the data are computed before there is a training state, unless they are online.
     """
     assert plan.compiled is not None
-    config, step = _with_model(plan.config, attention=plan.compiled.kernel), plan.memory
+    config, step = with_model(plan.config, attention=plan.compiled.kernel), plan.memory
     planned = planned_run(config, target, make_sync(config, losses.build(config.loss)))
     training = Memory(step.trained, step.frozen, step.optimizer, 0, 0, 0, 0, bytes_per_device(planned.state.reference))
     found = []
@@ -268,18 +161,14 @@ def fitting_plan(config: Config, memory: float, target: Target | None = None) ->
         if target is not None and least_activations(config, target) > memory:
             continue  # compiling takes minutes
         try:
-            plan = plan_run(_with_model(config, remat=remat), target)
+            plan = plan_run(with_model(config, remat=remat), target)
         except jax.errors.JaxRuntimeError as e:  # a TPU's compiler refuses what does not fit
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             continue
         if plan.memory.total <= memory:
             return plan
-    return plan_run(_with_model(config, remat=last), target)
-
-
-def _with_model(config: Config, **values: Any) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
+    return plan_run(with_model(config, remat=last), target)
 
 
 def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:
@@ -296,7 +185,7 @@ def with_remat(config: Config, platform: str = "", memory: float = 0) -> Config:
         return config
     folder = Path(config.run)
     if is_run(folder) and (begun := run_config(folder).model.remat) != "auto":
-        return _with_model(config, remat=begun)
+        return with_model(config, remat=begun)
     memory = memory or device_memory()
     if not memory:
         if (platform or jax.default_backend()) != "cpu":
