@@ -184,9 +184,10 @@ def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
 
 
 def test_blocks_are_equal():
-    assert words_per_block(160, 32, 700) == 20
-    assert words_per_block(163, 32, 700) == 21  # eight, with five words of padding
+    assert words_per_block(160, 32, 1500) == 48  # four, with 32 words of padding
+    assert words_per_block(256, 32, 1500) == 48  # six, with 32 words of padding
     assert words_per_block(32_000, 4096) == 2000
+    assert words_per_block(128_256, 2048) == 4016  # 4,008 are no multiple of a tile
     assert words_per_block(128, 32) == 128
 
 

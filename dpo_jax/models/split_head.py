@@ -14,6 +14,7 @@ from dpo_jax.models.attention import MASKED, capped, capped_slope
 from dpo_jax.records import Array
 
 BLOCK = 2**23  # numbers in a block: 32 MiB of float32, matmuls of 2,048 words at a width of 4,096
+TILE = 16  # words in a tile of bfloat16: TPUs sum a gradient whole if its blocks are no multiple of it
 
 
 class SplitHead(NamedTuple):
@@ -33,8 +34,9 @@ class SplitHead(NamedTuple):
 
 
 def words_per_block(vocab: int, width: int, block: int = BLOCK) -> int:
-    """Returns W: blocks are equal but for padding in the last one. V if one block holds the whole head."""
-    return -(-vocab // -(-vocab * width // block))
+    """Returns W, a multiple of `TILE`: blocks are equal but for padding in the last one. V for a head of one block."""
+    blocks = -(-vocab * width // block)
+    return vocab if blocks == 1 else -(-vocab // (blocks * TILE)) * TILE
 
 
 def split_token_logps(
