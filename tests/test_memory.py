@@ -184,10 +184,10 @@ def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
 
 
 def test_blocks_are_equal():
-    assert words_per_block(160, 32, 1500) == 48  # four, with 32 words of padding
-    assert words_per_block(256, 32, 1500) == 48  # six, with 32 words of padding
-    assert words_per_block(32_000, 4096) == 2000
-    assert words_per_block(128_256, 2048) == 4016  # 4,008 are no multiple of a tile
+    assert words_per_block(256, 32, 2048) == 64
+    assert words_per_block(300, 32, 2048) == 64  # five, with 20 words of padding
+    assert words_per_block(32_000, 4096) == 2048
+    assert words_per_block(128_256, 2048) == 4032  # 32 blocks of 4,008 words, which are summed whole on TPUs
     assert words_per_block(128, 32) == 128
 
 

@@ -14,7 +14,9 @@ from dpo_jax.models.attention import MASKED, capped, capped_slope
 from dpo_jax.records import Array
 
 BLOCK = 2**23  # numbers in a block: 32 MiB of float32, matmuls of 2,048 words at a width of 4,096
-TILE = 16  # words in a tile of bfloat16: TPUs sum a gradient whole if its blocks are no multiple of it
+# Words of a block are a multiple of it: a TPU's compiler sums the gradient of a block whole, in place of scattering it,
+# if their number has a large prime factor (seen with 167 and 251, not with 127).
+TILE = 64
 
 
 class SplitHead(NamedTuple):
