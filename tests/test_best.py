@@ -217,6 +217,33 @@ def test_eval_writes_the_step_and_whose_data(inside, capsys):
     assert {r.metric_name: r.metric_value for r in card.data.eval_results}[METRIC] == evaluations("runs/a")[best]
 
 
+def test_eval_stores_other_data_under_their_name(inside, capsys):
+    """The run's own evaluation stays; its report shows how far the policy is from the reference on the other data."""
+    shutil.copytree("runs/a", "runs/named")
+    own = Path("runs/named/eval.json").read_bytes()
+    options = ["--prompts", "3", "--samples.max_new_tokens", "4", "--data.eval_path", "pairs.jsonl", "--name", "other"]
+    cli.run_command(["eval", "runs/named", *options])
+    assert Path("runs/named/eval.json").read_bytes() == own
+    found = json.loads(Path("runs/named/eval_other.json").read_text())
+    assert found["data"] == ["pairs.jsonl"]
+    shown = Path("runs/named/report.html").read_text()
+    value = found["metrics"]["eval_logratios/chosen"]["mean"]
+    assert "KL from the reference, other" in shown
+    assert "other/eval_logratios/chosen" in shown
+    assert f"{value:.4g}" in shown
+    refused = {
+        ("runs/named", "--name", "../x"): "give letters, digits, _ and -",
+        ("runs/named", "--name", "ifeval"): "not the name of a suite",
+        ("runs/named", "--name", "x", "--suite", "ifeval"): "name: has no effect with suite; remove it",
+        ("runs/named/model", "--name", "x"): "runs/named/model is no run folder, so nothing is stored; remove it",
+    }
+    for argv, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            cli.run_command(["eval", *argv])
+    with pytest.raises(UserError, match="name='x': this function stores nothing; remove it"):
+        dpo_jax.evaluate("runs/named", name="x")
+
+
 def test_sample_pairs_and_winrate_take_the_checkpoint(inside):
     """They answer as the exported model of that checkpoint does, which differs from the one in model/."""
     for checkpoint in ("best", "last"):

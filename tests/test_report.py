@@ -65,7 +65,7 @@ def test_results_of_suites_in_the_folder_are_shown(tmp_path):
     assert ["lm_eval/arc/acc", "0.25"] in shown.rows
     assert ["ifeval/prompt", "0.75  [0.5, 0.875]  n 12", "–"] in page(tmp_path, first, second).rows
     assert f"Share {HOSTILE}" in page(tmp_path, second, first).text
-    assert "Standard evaluations" not in page(tmp_path, second).text
+    assert "Other evaluations" not in page(tmp_path, second).text
     (first / "eval_ifeval.json").write_text(json.dumps({**made, "meanings": ["Share"]}))
     with pytest.raises(UserError, match="meanings must be an object of texts"):
         page(tmp_path, first)

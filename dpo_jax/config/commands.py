@@ -31,6 +31,9 @@ class EvalConfig(Config, CheckpointConfig):
     """Held-out prompts to sample from both models, for KL and reward (0: none)."""
     show: int = 3
     """Prompts to print with the completions of both models."""
+    name: str = ""
+    """Store the metrics as eval_NAME.json beside the run's own eval.json; for data other than the run's, of which the
+    report then shows KL and log-ratio."""
     per_token: str = ""
     """A .jsonl file to write: log-probs of every token of the held-out responses, by position."""
     suite: str = ""

@@ -33,17 +33,24 @@ class Headline(NamedTuple):
     cards: list[Card]
 
 
-def headlines(finals: Sequence[Mapping[str, Measured]]) -> list[Headline]:
-    """Returns the headline of each run from its last metrics, by name; see `metrics.read_intervals`.
+def headlines(
+    finals: Sequence[Mapping[str, Measured]], others: Sequence[Mapping[str, Measured]] = ()
+) -> list[Headline]:
+    """Returns the headline of each run.
 
     The log-ratio has a card only if a run has no sampled KL.
+
+    Args:
+      finals: the last metrics of each run, by name; see `metrics.read_intervals`.
+      others: NAME/METRIC -> those of each run's evaluations on other data.
     """
     sampled = all(metrics.HELD_OUT + metrics.SAMPLED_KL in final for final in finals)
     divergence = [metrics.SAMPLED_KL] if sampled else [metrics.SAMPLED_KL, metrics.LOGRATIO]
     found = []
-    for final in finals:
+    for final, other in zip(finals, others or [{}] * len(finals), strict=True):
         verdicts = (preference_verdict(final), reward_verdict(final))
-        found.append(Headline([verdict for verdict in verdicts if verdict], _cards(final, divergence)))
+        cards = _cards(final, divergence) + _other_cards(other)
+        found.append(Headline([verdict for verdict in verdicts if verdict], cards))
     return found
 
 
@@ -52,6 +59,17 @@ def _cards(final: Mapping[str, Measured], divergence: Sequence[str]) -> list[Car
     first = [metrics.ACCURACY, metrics.MARGIN] if held_out(final, metrics.MARGIN) else ["loss", "nll"]
     wanted = [*first, *divergence, metrics.TRUE_REWARD["policy"]]
     return [_card(name, value) for name in wanted if (value := held_out(final, name))]
+
+
+def _other_cards(other: Mapping[str, Measured]) -> list[Card]:
+    """Returns how far a policy is from its reference on other data: KL, and the log-ratio of chosen responses."""
+    found = []
+    for key, value in other.items():
+        data, _, name = key.partition("/")
+        if name.removeprefix(metrics.HELD_OUT) in metrics.ON_OTHER_DATA:
+            card = _card(name, value)
+            found.append(card._replace(name=f"{card.name}, {data}", meaning=f"{card.meaning} On the data {data}."))
+    return found
 
 
 def held_out(final: Mapping[str, Measured], name: str) -> Measured | None:

@@ -17,6 +17,7 @@ ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 LOGP, LOGRATIO, SAMPLED_KL = "logps/chosen", "logratio", "kl"
 LARGEST = 1e100  # a larger number of a damaged file is not shown: axes overflow
 HALF = "/half"  # ends the name of half the 95% interval of a metric in metrics.jsonl
+ON_OTHER_DATA = (SAMPLED_KL, "logratios/chosen")  # what tells of forgetting
 TRUE_REWARD = {who: f"true reward of the {who}" for who in ("policy", "reference")}
 
 # name -> (name in words, unit, meaning).

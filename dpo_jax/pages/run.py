@@ -21,6 +21,7 @@ from dpo_jax.pages.metrics import (
     with_minutes,
 )
 from dpo_jax.pages.output import render_page
+from dpo_jax.pages.tradeoff import tradeoff_panels
 from dpo_jax.paths import load_json, written
 from dpo_jax.training.metrics_file import read_metrics, with_current_names
 
@@ -140,7 +141,7 @@ def render_runs(runs: Sequence[ReportedRun], losses: Sequence[Panel] = ()) -> st
         _aligned([{name: _measured_text(value) for name, value in found.items()} for found in columns])
         for columns in ([run.final for run in runs], [run.suites for run in runs])
     )
-    tops = headlines([run.final for run in runs])
+    tops = headlines([run.final for run in runs], [run.suites for run in runs])
     sample_head, sample_rows = sample_table(runs)
     return render_page(
         "run.html",
@@ -160,6 +161,7 @@ def render_runs(runs: Sequence[ReportedRun], losses: Sequence[Panel] = ()) -> st
         config=config if len(runs) == 1 else [row for row in config if len(set(row[1:])) > 1],
         panels=curve_panels([run.lines for run in runs]),
         losses=losses,
+        tradeoffs=tradeoff_panels([(run.config, run.final) for run in runs]),
         compared=any(LOGRATIO in line for run in runs for line in run.lines),
         data=_data(runs),
         sample_head=sample_head,

@@ -85,6 +85,8 @@ def evaluate(
         given["data"] = data_section(data, default=run_config(path).data.name if is_run(path) else "files")
         given["data"].setdefault("eval_path", given["data"].get("path", []))
     settings = config_of_path(str(path), given, EvalConfig, "dpo_jax.evaluate")
+    if settings.name:
+        raise UserError(f"evaluate: name={settings.name!r}: this function stores nothing; remove it")
     if settings.suite:
         return merged_metrics(dict(evaluate_suites(str(path), settings)))
     return evaluate_path(str(path), settings).metrics

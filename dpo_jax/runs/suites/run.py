@@ -19,7 +19,7 @@ from dpo_jax.training.restore import asks_in_turns, eval_model, load_initial, re
 from dpo_jax.training.run_folder import run_config
 
 log = logging.getLogger(__name__)
-HELD_OUT_KEYS = ("prompts", "show", "per_token")  # of `dpo-jax eval`, which suites do not read
+HELD_OUT_KEYS = ("prompts", "show", "name", "per_token")  # of `dpo-jax eval`, which suites do not read
 OWN_KEYS = ("suite_data", "suite_limit", "suite_max_new_tokens", "suite_num_fewshot", "suite_out", "raw")
 
 
