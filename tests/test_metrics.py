@@ -165,6 +165,13 @@ def test_wilson(successes, n, low, high):
     assert wilson(successes, n) == pytest.approx((low, high), abs=5e-6)
 
 
+@pytest.mark.parametrize("n", [3, 48, 2000])  # where rounding leaves 1e-16 and less of the formula's 0
+def test_wilson_is_exact_at_its_ends(n):
+    """A figure draws mean - low, which must not be negative."""
+    assert wilson(0, n)[0] == 0
+    assert wilson(n, n)[1] == 1
+
+
 def test_wilson_bounds_solve_its_equation():
     for p in wilson(7.5, 20):
         assert abs(7.5 / 20 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 20), rel=1e-6)

@@ -165,9 +165,21 @@ def test_choose_layout_fits_the_data_and_no_more_than_the_batch_needs():
     many = pack.choose_layout(table, max_length=512, batch_size=256)
     assert many.rows * many.length <= 4096
     assert many.microbatches == -(-256 // many.rows)
+    few = pack.choose_layout(table, max_length=512, batch_size=256, most_tokens=1024)
+    assert 1024 // 2 < few.rows * few.length <= 1024
     assert pack.choose_layout(table, max_length=512, batch_size=256, length=100).length == 100
     with pytest.raises(UserError, match=r"data\.row_length 79 is shorter than the longest comparison, 80 tokens"):
         pack.choose_layout(table, max_length=512, batch_size=4, length=79)
+
+
+def test_microbatches_of_a_run_on_a_cpu_are_small():
+    from dpo_jax import sharding
+    from dpo_jax.config.schema import Config
+    from dpo_jax.training.compile import _layout
+
+    mesh = sharding.make_mesh(1, 1, 1)
+    layout = _layout(Config(batch_size=256), mesh, table_of((40, 11, 11), (50, 11, 21)))
+    assert 1024 // 2 < layout.rows * layout.length <= 1024
 
 
 def test_choose_layout_takes_no_rows_longer_than_a_pair_may_need():

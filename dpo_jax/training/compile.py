@@ -127,6 +127,7 @@ def _layout(config: Config, mesh: Any, table: Table, own_sizes: bool = True) -> 
         rows=config.data.rows if own_sizes else None,
         multiple_of=sharding.row_devices(mesh),
         parts=sharding.token_devices(mesh),
+        most_tokens=pack.CPU_MICROBATCH_TOKENS if jax.default_backend() == "cpu" else pack.MICROBATCH_TOKENS,
     )
     blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
     return layout._replace(own=(blocks.start * size, blocks.stop * size))
