@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax.data.spelling import HIDDEN, replaces_encoding, token_ids
+from dpo_jax.data.spelling import replaces_encoding, token_ids
 from dpo_jax.data.truncate import Ids
 
 BORDER = re.compile(r"(?<=\S)(?= )")
@@ -37,7 +37,7 @@ class WordIds:
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Returns the ids of each text."""
-        parts = [_parts(text) if self._by_words else [text] for text in texts]
+        parts = [BORDER.split(text) if self._by_words else [text] for text in texts]
         if self._size > MEMORY:
             self._known, self._size = {}, 0
         new = list(set().union(*parts) - self._known.keys())
@@ -45,11 +45,6 @@ class WordIds:
         for part, ids in zip(new, token_ids(new, self._tokenizer), strict=True):
             self._known[part] = array("i", ids).tobytes()
         return [array("i", b"".join(map(self._known.__getitem__, some))) for some in parts]
-
-
-def _parts(text: str) -> list[str]:
-    """Returns a text cut at each border. A text with hidden tokens stays whole, as `token_ids` takes it."""
-    return [text] if not text.isascii() and HIDDEN.search(text) else BORDER.split(text)
 
 
 def finds_words(tokenizer: Any) -> bool:
