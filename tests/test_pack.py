@@ -177,9 +177,9 @@ def test_microbatches_of_a_run_on_a_cpu_are_small():
     from dpo_jax.config.schema import Config
     from dpo_jax.training.compile import _layout
 
-    mesh = sharding.make_mesh(1, 1, 1)
-    layout = _layout(Config(batch_size=256), mesh, table_of((40, 11, 11), (50, 11, 21)))
-    assert 1024 // 2 < layout.rows * layout.length <= 1024
+    mesh = sharding.make_mesh(-1, 1, 1)
+    layout = _layout(Config(batch_size=1024), mesh, table_of((40, 11, 11), (50, 11, 21)))
+    assert 1024 // 2 < layout.rows // sharding.row_devices(mesh) * layout.length <= 1024
 
 
 def test_choose_layout_takes_no_rows_longer_than_a_pair_may_need():

@@ -144,9 +144,10 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _key(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> str:
     """Returns a blake2b hash of all that the table depends on: items (without `where`), tokenizer and options."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calling a tokenizer writes its padding and truncation into this JSON; encode() sets both itself.
-    model.update(padding=None, truncation=None)
+    # Calling a tokenizer writes its padding and truncation into its JSON; encode() sets both itself.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    model = tokenizer.backend_tokenizer.to_str()
     special = (tokenizer.eos_token_id, tokenizer.bos_token_id, bool(getattr(tokenizer, "split_special_tokens", False)))
     template = tokenizer.chat_template
     head = json.dumps([CACHE_FORMAT, model, special, template, sorted(options._asdict().items())])
@@ -162,10 +163,9 @@ def _hashed_parts(items: Iterable[Item]) -> Iterator[bytes]:
         if isinstance(item, UserError | Note):
             yield repr(item).encode("utf-8", "surrogatepass")
             continue
-        texts = [as_bytes(part) for part in (item.prompt, *item.responses)]
+        texts = [*map(as_bytes, (item.prompt, *item.responses))]
         numbers = (float(item.weight), float(item.preference), item.misplaced, *map(float, item.scores))
-        yield f"{[*map(len, texts)]}{numbers!r}{item.token_weights!r}".encode()
-        yield from texts
+        yield b"".join([f"{[*map(len, texts)]}{numbers!r}{item.token_weights!r}".encode(), *texts])
 
 
 def _write_entry(entry: Path, items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> None:

@@ -86,7 +86,8 @@ def _emptied(response: Any, text: str, apply: Callable[..., str]) -> bool:
 def _rendered_text(prompt: str, responses: tuple[str | None, ...], eos: str) -> Rendered:
     """Returns texts as they are; the EOS of a response is dropped where a chat template was applied already."""
     if not is_prerendered(prompt):
-        again = prompt.strip() and any(text and text.lstrip().startswith(prompt.strip()) for text in responses)
+        bare = prompt.strip()
+        again = bare and any(text and bare in text and text.lstrip().startswith(bare) for text in responses)
         repeated = ("comparisons with a response that begins with the prompt; remove it from the response",)
         return Rendered(prompt, responses, templated=False, notes=repeated if again else ())
     note = "texts to which a chat template was applied already; they stay as they are, with one EOS at the end"

@@ -3,10 +3,11 @@
 Memory stays that of one chunk: every stage is a generator over the one before it.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,12 +16,13 @@ from dpo_jax.data.chat import Rendered, plain_text, render_comparison
 from dpo_jax.data.report import EncodeReport, EncodeTally, NothingLeftError
 from dpo_jax.data.sources.base import Item, Note, or_error, prompt_key, unknown_choice
 from dpo_jax.data.special_tokens import SpecialTokens, check_special_ids
-from dpo_jax.data.spelling import token_ids, token_offsets
+from dpo_jax.data.spelling import token_offsets
 from dpo_jax.data.table import Table
 from dpo_jax.data.template import Template
 from dpo_jax.data.token_weights import aligned, as_given, truncated_weights
 from dpo_jax.data.truncate import TRUNCATIONS, Ids, Limits
 from dpo_jax.data.turns import as_turns, common_size, scored_tokens
+from dpo_jax.data.word_ids import WordIds
 from dpo_jax.errors import UserError
 from dpo_jax.records import Chat, Comparison, Tokens
 
@@ -88,10 +90,12 @@ def encode_stream(
       UserError: as `encode`, while iterating.
     """
     check_encode_options(tokenizer, options)
+    word_ids = WordIds(tokenizer)
     finish = partial(_finish, SpecialTokens.of(tokenizer), tokenizer, options, tally)
     rendered = _rendered(_screened(items, options, tally), tokenizer, options, tally)
     for chunk in _batched(_without_faults(rendered, options, tally), CHUNK):
-        for (comparison, texts), ids in zip(chunk, _tokenized(chunk, tokenizer, options.boundary), strict=True):
+        tokenized = _tokenized(chunk, word_ids, tokenizer, options.boundary)
+        for (comparison, texts), ids in zip(chunk, tokenized, strict=True):
             result = or_error(finish, comparison, texts, *ids)
             if isinstance(result, UserError):
                 tally.bad(result, options.skip_bad_rows)
@@ -198,7 +202,7 @@ def _batched(values: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 def _tokenized(
-    chunk: list[tuple[Comparison, Rendered]], tokenizer: Any, boundary: str
+    chunk: list[tuple[Comparison, Rendered]], word_ids: WordIds, tokenizer: Any, boundary: str
 ) -> Iterator[tuple[Ids, list[Ids], list[list[bool]], int, int]]:
     """Yields prompt ids, ids of each response, which of them are scored, prompt tokens moved to the responses, and
     whether the responses were tokenized behind the prompt (1) or alone (0).
@@ -209,10 +213,10 @@ def _tokenized(
     texts = [r.prompt for _, r in chunk]
     for j, (_, rendered) in zip(joint, chunk, strict=True):
         texts += [rendered.prompt * j + text for text in rendered.responses if text is not None]
-    ids = token_ids(texts, tokenizer)
+    ids = word_ids(texts)
     following = iter(ids[len(chunk) :])
     for (_, rendered), j, prompt in zip(chunk, joint, ids, strict=False):
-        responses = [[] if text is None else next(following) for text in rendered.responses]
+        responses = [array("i") if text is None else next(following) for text in rendered.responses]
         size = len(prompt)
         if j:
             # All responses share one prompt, so it ends where the first of them departs from the prompt's own tokens.
@@ -246,17 +250,16 @@ def _finish(
 ) -> Tokens | None:
     """Checks ids, adds BOS and EOS, truncates and counts; None if no room or no weight is left for a response."""
     where, bos = comparison.where, special.bos_before(comparison.prompt, options.add_bos)
-    if bos and prompt[:1] == [special.bos]:
+    if bos and special.bos in prompt[:1]:
         bos = False
         tally.notes["prompts that begin with BOS already; no second one was added"] += 1
-    weights = _weights(comparison, rendered, joint, prompt, responses, tokenizer)
-    check_special_ids(where, prompt, responses, special, bos, rendered.templated, any(scored))
-    head = [special.bos] if bos and special.bos is not None else []
-    ended = [
-        [*ids, special.eos] if text is not None else [] for ids, text in zip(responses, rendered.responses, strict=True)
-    ]
-    limits = Limits(options.max_length, options.max_prompt_length, int((head + prompt)[:1] == [special.bos]))
-    result = TRUNCATIONS[options.truncation](head + prompt, ended, limits, where)
+    weights, some_scored = _weights(comparison, rendered, joint, prompt, responses, tokenizer), any(scored)
+    check_special_ids(where, prompt, responses, special, bos, rendered.templated, some_scored)
+    begun = array("i", [special.bos]) + prompt if bos and special.bos is not None else prompt
+    end = array("i", [special.eos])
+    ended = [ids + end if text is not None else ids for ids, text in zip(responses, rendered.responses, strict=True)]
+    limits = Limits(options.max_length, options.max_prompt_length, int(special.bos in begun[:1]))
+    result = TRUNCATIONS[options.truncation](begun, ended, limits, where)
     if result is None:
         tally.counts["prompt_too_long_dropped"] += 1
         return None
@@ -268,14 +271,13 @@ def _finish(
     if special.unk is not None:
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
-    _count_truncated(tally.counts, (head + prompt, ended), result)
-    ids, *truncated = (np.array(part, np.int32) for part in chain([result[0]], result[1]))
-    masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if any(scored) else ()
+    _count_truncated(tally.counts, (begun, ended), result)
+    ids, *truncated = [np.array(part, np.int32) for part in (result[0], *result[1])]
+    masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if some_scored else ()
     if any((one == 0).any() for one in token_weights):
         masks = tuple(one > 0 for one in token_weights)
     tally.keep(*result, unscored=sum(int((~mask).sum()) for mask in masks), token_weights=token_weights)
-    key = prompt_key(comparison.prompt)
-    fields = comparison.weight, key, comparison.preference, comparison.scores
+    fields = comparison.weight, prompt_key(comparison.prompt), comparison.preference, comparison.scores
     return Tokens(ids, tuple(truncated), *fields, masks, token_weights)
 
 
@@ -309,9 +311,12 @@ def _mask(scored: list[bool], size: int) -> np.ndarray:
 
 
 def _count_truncated(counts: Counter[str], before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
+    if after[0] is not before[0]:
+        counts["prompts_truncated"] += len(after[0]) < len(before[0])
+    if after[1] is before[1]:
+        return
     shorter = [len(now) < len(then) for then, now in zip(before[1], after[1], strict=True)]
-    counts["prompts_truncated"] += len(after[0]) < len(before[0])
     if any(shorter):
         counts["responses_truncated"] += sum(shorter)
-        present = [tuple(response) for response in after[1] if response]
+        present = [response.tobytes() for response in after[1] if response]
         counts["identical_after_truncation"] += len(set(present)) < len(present)

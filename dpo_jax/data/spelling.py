@@ -48,7 +48,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     # Some tokenizer.json files switch padding and truncation on, so both are switched off by name.
     options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
     distinct, found = list(dict.fromkeys(texts)), list[Any]()
-    if _replaces_encoding(type(tokenizer)):
+    if replaces_encoding(type(tokenizer)):
         found = tokenizer(distinct, return_attention_mask=False, **options)["input_ids"]
     else:
         tokenizer("", **options)  # sets them in the Rust tokenizer, whose own call computes ids alone
@@ -62,7 +62,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 @functools.cache
-def _replaces_encoding(kind: type) -> bool:
+def replaces_encoding(kind: type) -> bool:
     """Returns whether a class of tokenizers has its own way to encode texts, as that of CodeLlama has."""
     from transformers import PreTrainedTokenizerFast
 

@@ -123,5 +123,7 @@ def truncated_weights(weights: Sequence[list[float]], sizes: Sequence[int]) -> t
       weights: of each response before truncation, as `aligned` gives them; [] for all 1.
       sizes: tokens of each response, EOS included if it was not cut.
     """
+    if not any(weights):
+        return ()
     full = tuple(np.array([*one, *[1.0] * size][:size], np.float32) for one, size in zip(weights, sizes, strict=True))
     return full if any((one != 1).any() for one in full) else ()

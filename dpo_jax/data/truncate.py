@@ -4,12 +4,13 @@ Each takes (prompt ids, ids of each response with EOS, limits, where) and return
 comparison is to be dropped.
 """
 
+from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
 from dpo_jax.errors import UserError
 
-Ids = list[int]
+Ids = array  # of kind i, int32
 
 
 class Limits(NamedTuple):

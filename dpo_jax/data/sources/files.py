@@ -93,6 +93,8 @@ def has_turns(examples: Iterable[RawExample | UserError], columns: Mapping[str, 
     """
     usual, conversations = _converter(columns), 0
     for item in examples:
+        if not isinstance(item, UserError) and _plain_pair(*item):
+            continue
         row = item if isinstance(item, UserError) else or_error(usual, *item)
         if isinstance(row, dict) and is_turn(row):
             return True
@@ -119,10 +121,12 @@ def _plain_pair(where: str, example: dict[str, Any]) -> Comparison | None:
     """Returns what `usual_columns` and `comparisons_from_columns` make of three texts and nothing else, or None."""
     if example.keys() != PAIR:
         return None
-    texts = example["prompt"], example["chosen"], example["rejected"]
-    if not all(type(text) is str and (text.isascii() or not SURROGATE.search(text)) for text in texts):
+    prompt, chosen, rejected = texts = example["prompt"], example["chosen"], example["rejected"]
+    if not type(prompt) is type(chosen) is type(rejected) is str:
         return None
-    return Comparison(texts[0], texts[1:], where=where)
+    if not (prompt.isascii() and chosen.isascii() and rejected.isascii()) and any(map(SURROGATE.search, texts)):
+        return None
+    return Comparison(prompt, texts[1:], 1.0, where)
 
 
 def _converter(columns: Mapping[str, str]) -> Callable[[str, dict[str, Any]], dict[str, Any] | Note]:

@@ -5,6 +5,7 @@ A .json file holds what `datasets` reads from one: a list of objects, JSON lines
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -66,7 +67,7 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
                     raise _LongLineError(
                         f"{file}:{number}: a line of more than {LINE_LIMIT >> 20} MiB; is this JSON lines?"
                     )
-                blank = 0 if line.strip() else blank + 1 + (len(line) >> 6)
+                blank = 0 if not line.isspace() else blank + 1 + (len(line) >> 6)
                 if blank > BLANK_LIMIT:
                     raise UserError(f"{file}:{number}: more than {BLANK_LIMIT:,} blank lines; remove them")
                 yield f"{file}:{number}", line
@@ -87,7 +88,7 @@ def _open(file: Path) -> io.BufferedIOBase:
 
 def _parse(where: str, raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -104,7 +105,10 @@ def _object(where: str, example: Any) -> RawExample:
 def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
     for where, line in _lines(file):
         if line.strip():
-            yield or_error(lambda where, line: _object(where, _parse(where, line)), where, line)
+            try:
+                yield _object(where, _parse(where, line))
+            except UserError as error:
+                yield error
 
 
 def _holds_lines(file: Path) -> bool:
