@@ -17,10 +17,12 @@ from dpo_jax.logprobs import CHUNK, batch_logps, token_logps_of_batch, token_sta
 from dpo_jax.losses import Loss, length_bias
 from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.interface import Model
-from dpo_jax.records import Array, Batch, Tokens
+from dpo_jax.records import Array, Batch, Logps, Tokens
 from dpo_jax.sampling import generate
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
-from dpo_jax.step import make_eval_step, only_trained
+from dpo_jax.step import eval_metrics, make_logps_step, only_trained
+
+LogpsStep = Callable[[tuple[Any, Any], Batch, Any], Logps]
 
 
 class Evaluator(NamedTuple):
@@ -45,26 +47,49 @@ class Evaluator(NamedTuple):
     hparams: Any = ()
 
 
-def jit_eval_step(
-    model: Model,
-    loss_of: Callable[[Any], Loss],
-    collectives: Collectives = NO_COLLECTIVES,
-    policy: Callable = only_trained,
-) -> Callable:
+def jit_logps(
+    model: Model, loss: Loss, collectives: Collectives = NO_COLLECTIVES, policy: Callable = only_trained
+) -> LogpsStep:
+    """Returns the compiled `((trained, base), batch, count) -> Logps [M, B, ...]`; arguments as of `make_eval_step`."""
+    pure = make_logps_step(model, loss, collectives=collectives, policy=policy)
+
+    def logps(pair: tuple[Any, Any], batch: Batch, count: Any) -> Logps:  # the name of the program
+        return pure(pair, batch, count)
+
+    return jax.jit(logps)
+
+
+def jit_eval_step(logps: LogpsStep, loss_of: Callable[[Any], Loss]) -> Callable:
     """Returns the compiled `((trained, base), running, batch, count, hparams) -> metrics [M, R, G]`.
 
+    It is two programs, the log-probs and their metrics, so that a reference can share the first and larger one.
+
     Args:
-      model: pure functions of the policy.
+      logps: from `jit_logps`.
       loss_of: traced hyper-parameters -> the loss, so that other values do not compile again.
-      collectives: how devices share rows.
-      policy: (trained, base) -> the policy's parameters.
     """
 
-    def step(pair: tuple, running: Array, batch: Batch, count: Array, hparams: Any) -> dict[str, Array]:
-        pure = make_eval_step(model, loss_of(hparams), collectives=collectives, policy=policy)
-        return pure(pair[0], batch, count, running, pair[1])
+    def metrics(found: Logps, running: Array, weights: Array, hparams: Any) -> dict[str, Array]:
+        return eval_metrics(loss_of(hparams), found, running, weights)
 
-    return jax.jit(step)
+    compiled = jax.jit(metrics)
+    return lambda pair, running, batch, count, hparams: compiled(
+        logps(pair, batch, count), running, batch.weights, hparams
+    )
+
+
+def reference_by(logps: LogpsStep) -> Callable[[Any, Batch, Any], np.ndarray]:
+    """Returns `(params, batch, count) -> ref_logps`, float32[M, R, G, P, 2] on the host, by the policy's program.
+
+    For a reference with the parameters of a whole policy: none below adapters.
+    """
+
+    def ref_logps(params: Any, batch: Batch, count: Any) -> np.ndarray:
+        found = logps((params, None), batch, count)
+        both = [distributed.fetch(x) for x in (found.policy, found.policy_shared)]
+        return np.stack(both, axis=-1).reshape(batch.ref_logps.shape)
+
+    return ref_logps
 
 
 def evaluate_table(evaluator: Evaluator, params: tuple[Any, Any], running: Any) -> dict[str, np.ndarray]:
@@ -204,7 +229,7 @@ def evaluate_model(models: EvalModel, table: Table) -> dict[str, np.ndarray]:
     """Returns the metrics of the loss on a table: name -> float32[N]."""
     ref_logps = table_logps(models, "reference", table) if "reference" in models.params else None
     layout = pack.choose_layout(table, max_length=models.max_length, batch_size=models.batch_size)
-    step = jit_eval_step(models.model, lambda _: models.loss)
+    step = jit_eval_step(jit_logps(models.model, models.loss), lambda _: models.loss)
     evaluator = Evaluator(step, table, ref_logps, layout, models.batch_size, jax.device_put)
     return evaluate_table(evaluator, (jax.device_put(models.params["policy"]), None), models.running)
 

@@ -198,12 +198,26 @@ def make_eval_step(
       running: `TrainState.running`; 0 unless given.
       base: parameters that are not trained, for adapters.
     """
-    logps = _of_pair(logps_fn(model, loss), policy)
+    logps = make_logps_step(model, loss, collectives=collectives, policy=policy)
 
     def step(params: Any, batch: Batch, count: Array, running: Any = None, base: Any = None) -> Metrics:
-        found = collectives.gather_rows(_stacked(logps))((params, base), batch, count)
         running = jnp.zeros(loss.carried) if running is None else running
-        metrics = loss.metrics(concat_microbatches(found)._replace(running=running))
-        return {name: value.reshape(batch.weights.shape) for name, value in metrics.items()}
+        return eval_metrics(loss, logps((params, base), batch, count), running, batch.weights)
 
     return step
+
+
+def make_logps_step(
+    model: Model, loss: Loss, *, collectives: Collectives = NO_COLLECTIVES, policy: PolicyFn = only_trained
+) -> Callable[[tuple[Any, Any], Batch, Any], Logps]:
+    """Returns `((trained, base), batch, count) -> Logps [M, B, ...]` of all rows, pure and not compiled.
+
+    They are the fields of Logps that the loss reads; other arguments as for `make_eval_step`.
+    """
+    return collectives.gather_rows(_stacked(_of_pair(logps_fn(model, loss), policy)))
+
+
+def eval_metrics(loss: Loss, found: Logps, running: Array, weights: Array) -> Metrics:
+    """Returns the metrics of a batch by comparison, like its `weights`, from its log-probs [M, B, ...]."""
+    metrics = loss.metrics(concat_microbatches(found)._replace(running=running))
+    return {name: value.reshape(weights.shape) for name, value in metrics.items()}

@@ -94,11 +94,11 @@ def prepare_run(run: Run) -> PreparedRun:
     trained, abstract = state_shardings(run, tx, mesh)
     shardings = policy_shardings(run, mesh, trained)
     base = None if shardings.base is None else sharding.put_params(run.base, shardings.base)
+    policy_logps = evaluation.jit_logps(shardings.model, run.loss, shardings.collectives, shardings.policy)
     frozen = FrozenReference()
     if run.load_reference is not None:
-        frozen = _reference(run, shardings, base, (layout, eval_layout), put)
-    loss_of = partial(loss_with, config)
-    eval_step = evaluation.jit_eval_step(shardings.model, loss_of, shardings.collectives, shardings.policy)
+        frozen = _reference(run, shardings, base, (layout, eval_layout), put, policy_logps)
+    eval_step = evaluation.jit_eval_step(policy_logps, partial(loss_with, config))
     evaluator = Evaluator(
         eval_step, run.eval_table, frozen.eval_ref_logps, eval_layout, config.batch_size, put, own
     )  # fmt: skip
@@ -139,9 +139,13 @@ def _fits(table: Table, layout: pack.Layout) -> bool:
 
 
 def _reference(
-    run: Run, shardings: PolicyShardings, base: Any, layouts: tuple[pack.Layout, pack.Layout], put: Callable
-) -> FrozenReference:
-    """Returns the reference on the devices; the base of adapters is there already."""
+    run: Run, shardings: PolicyShardings, base: Any, layouts: tuple[pack.Layout, pack.Layout], put: Callable,
+    policy_logps: Callable,
+) -> FrozenReference:  # fmt: skip
+    """Returns the reference on the devices; the base of adapters is there already.
+
+    Of a whole policy it is computed by `policy_logps`, which the evaluation compiles too, where only sums are needed.
+    """
     assert run.load_reference is not None
     weights, name = run.load_reference()
     if run.lora is not None and weights is run.params:  # the base with the adapters that training starts from
@@ -153,8 +157,12 @@ def _reference(
         weights = params = base if weights is run.base else sharding.put_params(weights, where)
         collectives = sharding.mesh_collectives(shardings.mesh, where)
         logps = partial(batch_logps, gather_on_use(run.model, collectives, where))
-    ref_logps = reference.make_ref_logps_fn(logps, collectives)
-    cached, cache = run.config.reference.mode == "cache", partial(_cached_ref_logps, run, ref_logps, weights, name, put)
+    cached = run.config.reference.mode == "cache"
+    if cached and run.lora is None and not run.loss.confidence:
+        ref_logps = evaluation.reference_by(policy_logps)
+    else:
+        ref_logps = reference.make_ref_logps_fn(logps, collectives)
+    cache = partial(_cached_ref_logps, run, ref_logps, weights, name, put)
 
     def fill(state: TrainState, batch: Batch, count: int) -> Batch:
         return batch._replace(ref_logps=ref_logps(state.reference or weights, batch, count))
