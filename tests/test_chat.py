@@ -103,6 +103,14 @@ def test_unusable_templates_and_messages_are_refused(tokenizers, template, compa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("texts", [("\U000f0001", "a", "b"), ("p", "a", "b\U000ffffd")])
+def test_a_plain_text_has_no_character_for_private_use(tokenizers, texts):
+    """It would stand for a special token, or for none that there is."""
+    prompt, *responses = texts
+    with pytest.raises(UserError, match=r"^f:1: a character for private use \(U\+F0000 to U\+FFFFD\); remove it$"):
+        render_comparison(Comparison(prompt, tuple(responses), where="f:1"), tokenizers["gpt2"], Template())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_special_token_that_a_message_spells_is_text(tokenizers, name):
     """HTML's <s>, a forged end of turn: the ids hold the template's special tokens alone, and decode to the text."""

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,11 +13,15 @@ from dpo_jax import evaluation, losses
 from dpo_jax.data.table import Table
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
+from dpo_jax.pages import figure
+from dpo_jax.pages.winrate import WinrateRow, winrate_figure
 from dpo_jax.records import Tokens
 from dpo_jax.rewards.judge import Match, Verdict, by_reward
-from dpo_jax.rewards.winrate import kl_bound, pick_best, tally_wins, win_share
+from dpo_jax.rewards.winrate import WinTally, kl_bound, pick_best, tally_wins, win_share
 from dpo_jax.sampling import generate
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+PICTURES = runpy.run_path(str(CONFIGS.parent / "scripts" / "pictures"))
 VOCAB, EOS = 5, 4
 PROMPT = np.array([1, 2], np.int32)
 RESPONSES = [(EOS,)] + [r for r in itertools.product(range(VOCAB), repeat=2) if r[0] != EOS]
@@ -142,3 +148,30 @@ def test_the_interval_is_wilsons():
     """Wilson 1927: 3 of 10 gives 0.1078 to 0.6032."""
     found = win_share(3, 10)
     assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)
+
+
+def test_win_rates_and_rewards_are_drawn_against_the_temperature(monkeypatch):
+    """None of 48 and all of 48 have intervals of their own, and a row without a reward leaves the second figure out."""
+    monkeypatch.setattr(figure, "figure_svg", lambda _, axes, *labels: (axes, labels))
+    tallies = [WinTally(win_share(wins, 48), 0, 0, win_share(0, 0), win_share(0, 0)) for wins in (0, 48)]
+    rows = [WinrateRow("a", t, 1, tally, (t + 2.0, 0.5), 5.0) for t, tally in zip((1.0, 0.25), tallies, strict=True)]
+    low = 48 / (48 + 1.959964**2)  # Wilson's bound at n of n
+    shares = [[0.25, 1.0], [1.0, 0.0]], [[low, 1.0], [0.0, 1 - low]]
+    rewards = [[0.25, 2.25], [1.0, 3.0]], [[1.75, 2.75], [2.5, 3.5]]
+    for reward, label, (points, ends) in ((False, "win rate", shares), (True, "reward", rewards)):
+        axes, labels = winrate_figure(rows, "temperature", reward)
+        assert labels == ("temperature", label)
+        (bars,) = axes.containers
+        assert bars.lines[0].get_xydata().tolist() == points
+        assert [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()] == [
+            pytest.approx(end, abs=1e-6) for end in ends
+        ]
+    assert winrate_figure([*rows, rows[0]._replace(reward=None)], "temperature", True) == ""
+
+
+def test_the_stored_summaries_are_those_of_the_published_table():
+    rows = PICTURES["read_winrates"](CONFIGS / "summaries.json")
+    published = (CONFIGS / "README.md").read_text()
+    assert len(rows) == 17
+    for row in rows:
+        assert f"{row.reward[0]:.2f} +- {row.reward[1]:.2f}" in published

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.prerendered import is_prerendered, without_eos
 from dpo_jax.data.sources.base import or_error
-from dpo_jax.data.spelling import check_hidden, hide_special_tokens
+from dpo_jax.data.spelling import check_hidden, hide_special_tokens, refuse_private
 from dpo_jax.data.template import PYTHON_ERRORS, Template, template_source
 from dpo_jax.data.turns import Spans, as_turns, as_written, assistant_spans, occurs_in, unused_arguments, unwritten
 from dpo_jax.errors import UserError
@@ -47,6 +47,8 @@ def render_comparison(comparison: Comparison, tokenizer: Any, template: Template
         than blanks after EOS; a message spells a special token and the tokenizer cannot take it as text.
     """
     if not isinstance(comparison.prompt, Chat):
+        for text in (comparison.prompt, *comparison.responses):
+            refuse_private(comparison.where, text)
         return _rendered_text(comparison.prompt, comparison.responses, tokenizer.eos_token)
     if comparison.prompt.messages[-1].get("tool_calls"):
         raise UserError(f"{comparison.where}: the prompt ends in a tool call; add the tool's answer to it")

@@ -24,8 +24,7 @@ def hide_special_tokens(comparison: Comparison, tokenizer: Any) -> Comparison:
 
     def hidden(value: Any) -> Any:
         if isinstance(value, str):
-            if HIDDEN.search(value):
-                raise UserError(f"{comparison.where}: a character for private use (U+F0000 to U+FFFFD); remove it")
+            refuse_private(comparison.where, value)
             return pattern.sub(lambda match: chr(FIRST + places[match.group()]), value)
         if isinstance(value, dict):
             return {name: hidden(part) for name, part in value.items()}
@@ -34,6 +33,12 @@ def hide_special_tokens(comparison: Comparison, tokenizer: Any) -> Comparison:
     chat: Any = comparison.prompt
     chat = chat._replace(messages=tuple(hidden(chat.messages)), tools=tuple(hidden(chat.tools)))
     return comparison._replace(prompt=chat, responses=tuple(hidden(comparison.responses)))
+
+
+def refuse_private(where: str, text: Any) -> None:
+    """Refuses a text of the data with a character that would stand for a special token."""
+    if isinstance(text, str) and not text.isascii() and HIDDEN.search(text):
+        raise UserError(f"{where}: a character for private use (U+F0000 to U+FFFFD); remove it")
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -76,7 +76,7 @@ def render_winrate(rows: Sequence[WinrateRow], lines: Sequence[str], judged: Seq
       judged: all judgements; the page shows `SHOWN` of them, evenly spaced.
     """
     head, *body = winrate_table(rows)
-    drawn = (winrate_figure(rows, axis) for axis in SETTINGS)
+    drawn = (winrate_figure(rows, axis, reward) for axis in SETTINGS for reward in (False, True))
     return render_page(
         "winrate.html",
         title="Win rates: " + ", ".join(dict.fromkeys(row.policy for row in rows)),
@@ -94,27 +94,37 @@ def _judgement_cells(row: Mapping[str, Any]) -> list[str]:
     return [row["prompt"], row["response"], row["other"], "\n".join([str(row["outcome"]), *verdicts])]
 
 
-def winrate_figure(rows: Sequence[WinrateRow], axis: str) -> str:
-    """Returns win rates against `axis` ("temperature" or "best_of") as SVG; "" if the axis has fewer than two values.
+def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False) -> str:
+    """Returns win rates, or mean rewards, against `axis` ("temperature" or "best_of") as SVG.
 
-    Each policy has a curve for each value of the other setting.
+    Each policy has a curve for each value of the other setting. "" if the axis has fewer than two values, or rows have
+    no reward.
     """
-    if len({getattr(row, axis) for row in rows}) < 2:
+    if len({getattr(row, axis) for row in rows}) < 2 or (reward and any(row.reward is None for row in rows)):
         return ""
     fig = figure.new_figure(5.2, 3.4)
     axes = fig.add_subplot()
     entries = {}
     for i, (label, group) in enumerate(_curves(rows, axis)):
-        shares = [row.tally.wins for row in group]
-        errors = [[s.mean - s.low for s in shares], [s.high - s.mean for s in shares]]
-        x, y = [getattr(row, axis) for row in group], [s.mean for s in shares]
+        places = [_place(row, reward) for row in group]
+        errors = [[mean - low for mean, low, _ in places], [high - mean for mean, _, high in places]]
+        x, y = [getattr(row, axis) for row in group], [mean for mean, *_ in places]
         style = {"color": figure.COLOURS[i % len(figure.COLOURS)], "marker": "o", "ms": 4, "lw": 1.6, "capsize": 2}
         entries[label] = axes.errorbar(x, y, errors, **style)
-    axes.axhline(0.5, color=figure.INK, alpha=0.4, lw=0.8, ls="--")
+    if not reward:
+        axes.axhline(0.5, color=figure.INK, alpha=0.4, lw=0.8, ls="--")
     figure.add_legend(axes, entries)
     if axis == "best_of":
         axes.set_xscale("log", base=2)
-    return figure.figure_svg(fig, axes, axis.replace("_", " "), "win rate")
+    return figure.figure_svg(fig, axes, axis.replace("_", " "), "reward" if reward else "win rate")
+
+
+def _place(row: WinrateRow, reward: bool) -> tuple[float, float, float]:
+    """Returns the win rate of a row, or its mean reward, with the ends of the 95% interval."""
+    if reward and row.reward:
+        mean, half = row.reward
+        return mean, mean - half, mean + half
+    return row.tally.wins[:3]
 
 
 def _curves(rows: Sequence[WinrateRow], axis: str) -> Iterator[tuple[str, list[WinrateRow]]]:
