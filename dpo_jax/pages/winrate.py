@@ -102,7 +102,7 @@ def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False) 
     """
     if len({getattr(row, axis) for row in rows}) < 2 or (reward and any(row.reward is None for row in rows)):
         return ""
-    fig = figure.new_figure(5.2, 3.4)
+    fig = figure.new_figure(6.6, 3.4)
     axes = fig.add_subplot()
     entries = {}
     for i, (label, group) in enumerate(_curves(rows, axis)):
@@ -113,7 +113,7 @@ def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False) 
         entries[label] = axes.errorbar(x, y, errors, **style)
     if not reward:
         axes.axhline(0.5, color=figure.INK, alpha=0.4, lw=0.8, ls="--")
-    figure.add_legend(axes, entries)
+    figure.add_legend(axes, entries, beside=True)
     if axis == "best_of":
         axes.set_xscale("log", base=2)
     return figure.figure_svg(fig, axes, axis.replace("_", " "), "reward" if reward else "win rate")
