@@ -60,9 +60,9 @@ def jit_logps(
 
 
 def jit_eval_step(logps: LogpsStep, loss_of: Callable[[Any], Loss]) -> Callable:
-    """Returns the compiled `((trained, base), running, batch, count, hparams) -> metrics [M, R, G]`.
+    """Returns `((trained, base), running, batch, count, hparams) -> metrics [M, R, G]`, as two compiled programs.
 
-    It is two programs, the log-probs and their metrics, so that a reference can share the first and larger one.
+    They are the log-probs and their metrics, so that a reference can share the first and larger one.
 
     Args:
       logps: from `jit_logps`.

@@ -78,7 +78,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return (centre - half if p > 0 else 0.0), (centre + half if p < 1 else 1.0)  # exact at the ends
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return (low if p > 0 else 0.0), (high if p < 1 else 1.0)  # rounding leaves 1e-16 of them
 
 
 def fisher(correlation: float, n: float) -> tuple[float, float]:

@@ -91,6 +91,13 @@ def test_an_evaluation_needs_no_training_data_of_ones_own_source(tmp_path, monke
     assert next(iter(held_out_comparisons(options, 2))).prompt == "p"
 
 
+def test_mapped_columns_may_have_a_system_message():
+    """Three texts under the usual names are no pair if a mapping names them otherwise."""
+    columns = {"system": "prompt", "prompt": "chosen", "completion": "rejected"}
+    rows = [{"prompt": "", "chosen": "U", "rejected": "A"}, {"prompt": "S", "chosen": "U2", "rejected": "A2"}]
+    assert has_turns([(f"f:{i}", row) for i, row in enumerate(rows)], columns) is True
+
+
 def test_text_prompts_are_what_the_config_says(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXT, TEXT | {"system": "be brief"})
     read_as = {kind: list(open_source("files", (path,), "train", 2, text_prompts=kind)) for kind in ("texts", "turns")}

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 from words import BOS, BOTH_LONG, EOS, OPTIONS, ids, lists, make_tokenizer, pair, words
 
-from dpo_jax.data import cache, word_ids
+from dpo_jax.data import cache
 from dpo_jax.data.encode import encode
 from dpo_jax.data.report import LengthQuantiles
 from dpo_jax.data.sources.base import Note, load_comparisons, prompt_key
 from dpo_jax.data.special_tokens import SpecialTokens
 from dpo_jax.data.spelling import token_ids
 from dpo_jax.data.table import KINDS, Table
-from dpo_jax.data.word_ids import WordIds, finds_words
 from dpo_jax.errors import UserError
 from dpo_jax.models.huggingface.folder import load_tokenizer
 from dpo_jax.records import Comparison, Tokens
@@ -341,53 +340,3 @@ def test_texts_have_the_ids_of_a_call_of_the_tokenizer(shared):
 
     gpt2.split_special_tokens, gpt2.__class__ = False, Reversing
     assert token_ids(texts, gpt2) == [ids[::-1] for ids in expected]
-
-
-SCRAPS = [" ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", " \n", "\xa0", "\x1c", "\x85", "\u3000", "\u0301", "\0"]
-SCRAPS += ["'S", "12345", ".", "!!", "(", "\u4e16\u754c", "\xe9", "\U0001f600", "cat", "<|endoftext|>", " " * 24]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "pythia", "qwen2.5", "smollm2_sorachio", "minimind_6400"])
-def test_words_have_the_ids_that_they_have_in_their_texts(shared, name):
-    tokenizer = load_tokenizer(shared / "tokenizers" / name)
-    draw = np.random.default_rng(0)
-    texts = ["".join(draw.choice(SCRAPS, draw.integers(30))) for _ in range(2000)]
-    assert finds_words(tokenizer)
-    given = WordIds(tokenizer)
-    found = given(texts[:1500]) + given(texts[1000:])
-    expected = token_ids(texts, tokenizer)
-    assert list(map(list, found)) == expected[:1500] + expected[1000:]
-
-
-def test_words_are_remembered_within_bounds(shared, monkeypatch):
-    """Each is tokenized once until they take too much memory."""
-    calls, original = [], word_ids.token_ids
-    monkeypatch.setattr(word_ids, "token_ids", lambda new, its: calls.append(sorted(new)) or original(new, its))
-    monkeypatch.setattr(word_ids, "MEMORY", 2 * word_ids.SIZE + 9)
-    given = WordIds(load_tokenizer(shared / "tokenizers" / "gpt2"))
-    for texts in (["a b"], ["b b", "a"], ["a c"], ["c"]):
-        given(texts)
-    assert calls == [[" b", "a"], ["b"], [" c", "a"], ["c"]]
-
-
-def test_tokenizers_whose_words_may_cross_a_space_get_whole_texts(shared, tokenizer):
-    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-
-    def changed(change):
-        gpt2 = load_tokenizer(shared / "tokenizers" / "gpt2")
-        change(gpt2.backend_tokenizer, gpt2)
-        return finds_words(gpt2)
-
-    def cut(pattern, behavior="isolated"):
-        steps = [pre_tokenizers.Split(Regex(pattern), behavior), pre_tokenizers.ByteLevel(False, use_regex=False)]
-        return changed(lambda rust, _: setattr(rust, "pre_tokenizer", pre_tokenizers.Sequence(steps)))
-
-    known = sorted(word_ids.WORDS)
-    assert [cut(known[0]), cut(known[1]), cut(known[0], "removed"), cut("x")] == [True, True, False, False]
-    others = [pre_tokenizers.ByteLevel(True), pre_tokenizers.ByteLevel(False, use_regex=False), None]
-    assert not any(changed(lambda rust, _, one=one: setattr(rust, "pre_tokenizer", one)) for one in others)
-    assert not changed(lambda rust, _: setattr(rust, "normalizer", normalizers.Strip()))
-    assert not changed(lambda rust, _: setattr(rust.model, "dropout", 0.5))
-    for token in (AddedToken("one two"), AddedToken("<t>", lstrip=True), AddedToken("<t>", rstrip=True)):
-        assert not changed(lambda _, own, token=token: own.add_tokens([token]))
-    assert not finds_words(tokenizer)

@@ -163,7 +163,7 @@ def test_sampling_is_planned_for_the_memory_that_jax_takes(tmp_path, monkeypatch
 def test_the_verdict_is_that_of_the_largest_program():
     step = plan_records.Memory(10, 10, 10, 10, 0, 10, 0)
     large = step._replace(activations=99)
-    both = plan_records.Pass("reference", step._replace(trained=0), 1.0), plan.Pass("sampling", large, 2.0)
+    both = plan_records.Pass("reference", step._replace(trained=0), 1.0), plan_records.Pass("sampling", large, 2.0)
     config = parse_config(Config, None, ["--model.config", "x"], prog="x")
     found = plan_records.Plan(config, 1, 1, Layout(1, 4, 8, 2, 8), step, MeshConfig(1, 4), passes=both)
     assert found.largest == ("sampling", both[1].memory)

@@ -170,6 +170,7 @@ def test_wilson_is_exact_at_its_ends(n):
     """A figure draws mean - low, which must not be negative."""
     assert wilson(0, n)[0] == 0
     assert wilson(n, n)[1] == 1
+    assert wilson(n * (1 - 2**-53), n)[1] <= 1
 
 
 def test_wilson_bounds_solve_its_equation():

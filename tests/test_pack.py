@@ -172,14 +172,18 @@ def test_choose_layout_fits_the_data_and_no_more_than_the_batch_needs():
         pack.choose_layout(table, max_length=512, batch_size=4, length=79)
 
 
-def test_microbatches_of_a_run_on_a_cpu_are_small():
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 1024), ("gpu", 4096)])
+def test_microbatches_of_a_run_on_a_cpu_are_small(monkeypatch, platform, most):
+    import jax
+
     from dpo_jax import sharding
     from dpo_jax.config.schema import Config
     from dpo_jax.training.compile import _layout
 
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     mesh = sharding.make_mesh(-1, 1, 1)
-    layout = _layout(Config(batch_size=1024), mesh, table_of((40, 11, 11), (50, 11, 21)))
-    assert 1024 // 2 < layout.rows // sharding.row_devices(mesh) * layout.length <= 1024
+    layout = _layout(Config(batch_size=4096), mesh, table_of((40, 11, 11), (50, 11, 21)))
+    assert most // 2 < layout.rows // sharding.row_devices(mesh) * layout.length <= most
 
 
 def test_choose_layout_takes_no_rows_longer_than_a_pair_may_need():

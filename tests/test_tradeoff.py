@@ -23,6 +23,12 @@ def test_runs_of_a_loss_are_joined_by_rising_beta():
     assert [(p.beta, p.kl.mean, p.value.mean) for p in found["ipo"]] == [("0.3", 4.0, 1.0)]
 
 
+def test_a_beta_that_is_no_number_comes_last():
+    """An option of one's own loss may be anything."""
+    found = places_by_loss([of("own", beta, 1.0, 1.0) for beta in ("cosine", "1e-2", "None", "0.5")], REWARD)
+    assert [place.beta for place in found["own"]] == ["1e-2", "0.5", "None", "cosine"]
+
+
 def test_terms_of_a_loss_are_named_together():
     config = {"loss.0.name": "dpo", "loss.0.beta": "0.1", "loss.1.name": "sft", "loss.1.weight": "0.5"}
     assert [*places_by_loss([(config, of("", "", 1.0, 1.0)[1])], REWARD)] == ["dpo sft"]

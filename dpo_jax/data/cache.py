@@ -143,7 +143,10 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _key(items: Iterable[Item], tokenizer: Any, options: EncodeOptions) -> str:
-    """Returns a blake2b hash of all that the table depends on: items (without `where`), tokenizer and options."""
+    """Returns a blake2b hash of all that the table depends on: items (without `where`), tokenizer and options.
+
+    Switches padding and truncation of the tokenizer off.
+    """
     # Calling a tokenizer writes its padding and truncation into its JSON; encode() sets both itself.
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()

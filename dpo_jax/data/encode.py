@@ -4,7 +4,6 @@ Memory stays that of one chunk: every stage is a generator over the one before i
 """
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -271,7 +270,7 @@ def _finish(
     if special.unk is not None:
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
-    _count_truncated(tally.counts, (begun, ended), result)
+    tally.truncated((begun, ended), result)
     ids, *truncated = [np.array(part, np.int32) for part in (result[0], *result[1])]
     masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if some_scored else ()
     if any((one == 0).any() for one in token_weights):
@@ -308,15 +307,3 @@ def _weights(
 def _mask(scored: list[bool], size: int) -> np.ndarray:
     """Returns which tokens of a truncated response are scored; EOS is, and all are where nothing says otherwise."""
     return np.array([*scored, *[True] * size][:size], bool)
-
-
-def _count_truncated(counts: Counter[str], before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
-    if after[0] is not before[0]:
-        counts["prompts_truncated"] += len(after[0]) < len(before[0])
-    if after[1] is before[1]:
-        return
-    shorter = [len(now) < len(then) for then, now in zip(before[1], after[1], strict=True)]
-    if any(shorter):
-        counts["responses_truncated"] += sum(shorter)
-        present = [response.tobytes() for response in after[1] if response]
-        counts["identical_after_truncation"] += len(set(present)) < len(present)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.data.truncate import Ids
 from dpo_jax.errors import UserError
 
 
@@ -140,6 +141,18 @@ class EncodeTally:
             self.errors.append(error)
         if self.counts["bad_skipped"] > most:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
+
+    def truncated(self, before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
+        """Counts what truncation has cut off a prompt and its responses."""
+        if after[0] is not before[0]:
+            self.counts["prompts_truncated"] += len(after[0]) < len(before[0])
+        if after[1] is before[1]:
+            return
+        shorter = [len(now) < len(then) for then, now in zip(before[1], after[1], strict=True)]
+        if any(shorter):
+            self.counts["responses_truncated"] += sum(shorter)
+            present = [response.tobytes() for response in after[1] if response]
+            self.counts["identical_after_truncation"] += len(set(present)) < len(present)
 
     def keep(
         self,

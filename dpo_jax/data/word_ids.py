@@ -37,7 +37,9 @@ class WordIds:
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
         """Returns the ids of each text."""
-        parts = [BORDER.split(text) if self._by_words else [text] for text in texts]
+        if not self._by_words:
+            return [array("i", ids) for ids in token_ids(texts, self._tokenizer)]
+        parts = [BORDER.split(text) for text in texts]
         if self._size > MEMORY:
             self._known, self._size = {}, 0
         new = list(set().union(*parts) - self._known.keys())
@@ -53,26 +55,29 @@ def finds_words(tokenizer: Any) -> bool:
     if replaces_encoding(type(tokenizer)) or type(backend.model).__name__ != "BPE" or backend.model.dropout:
         return False
     tokens = backend.get_added_tokens_decoder().values()
-    if any(token.lstrip or token.rstrip or INNER.search(token.content) for token in tokens):
+    if any(token.lstrip or token.rstrip or token.single_word or INNER.search(token.content) for token in tokens):
         return False
-    steps = [step for one in (backend.normalizer, backend.pre_tokenizer) for step in _steps(one)]
-    kinds = [_kind(step) for step in steps]
-    return "words" in kinds and "" not in kinds
+    kinds = [_kind(step) for one in (backend.normalizer, backend.pre_tokenizer) for step in _steps(one)]
+    if "words" not in kinds or "" in kinds:
+        return False
+    return "bytes" not in kinds[: kinds.index("words")]  # which would no longer have the spaces of the text
 
 
 def _steps(stage: Any) -> list[dict[str, Any]]:
     """Returns the settings of each step of a stage of a Rust tokenizer."""
     if stage is None:
         return []
+    if stage.__class__.__module__ == "tokenizers.pre_tokenizers" and stage.__class__.__name__ == "PreTokenizer":
+        return [{"type": "Custom"}]  # written in Python; it has no settings
     found = json.loads(stage.__getstate__())
     return found.get("pretokenizers", found.get("normalizers", [found]))
 
 
 def _kind(step: dict[str, Any]) -> str:
-    """Returns "words" for a step that finds words, "other" for one that does not cross borders, "" for unknown ones."""
+    """Returns "words" for a step that finds words, "bytes" or "other" if it crosses no border, "" for unknown."""
     kind = step["type"]
     if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return "words" if step["use_regex"] else "other"
+        return "words" if step["use_regex"] else "bytes"
     if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         return "words" if step["pattern"].get("Regex") in WORDS else ""
     return "other" if kind in ("NFC", "Digits") else ""

@@ -239,7 +239,8 @@ class Decoder(nn.Module):
             in_axes=axes,
             length=self.architecture.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # One more trace of a layer, for results that layers share: there are none. Without it, others are drawn.
+            # One more trace of a layer, for results that layers share: there are none. At initialization it stays,
+            # because other random numbers are drawn without it.
             check_constancy_invariants=self.is_initializing(),
         )
         return scan(self.architecture, self.return_kv, self.attend, experts=self.experts, name="layers")

@@ -1,5 +1,6 @@
 """What runs have gained for their distance from the reference: true reward and accuracy against KL, by loss."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def tradeoff_panels(runs: Sequence[Run]) -> list[figure.Panel]:
 
 
 def places_by_loss(runs: Iterable[Run], name: str) -> dict[str, list[Place]]:
-    """Returns the runs of each loss by rising beta, without those whose metric or KL has no interval.
+    """Returns the runs of each loss by rising beta (texts last), without those whose metric or KL has no interval.
 
     Args:
       runs: config and last metrics of each.
@@ -45,7 +46,13 @@ def places_by_loss(runs: Iterable[Run], name: str) -> dict[str, list[Place]]:
         kl, value = held_out(final, metrics.SAMPLED_KL), held_out(final, name)
         if kl and value and kl.interval and value.interval:
             places.setdefault(_loss_key(config, "name"), []).append(Place(_loss_key(config, "beta"), kl, value))
-    return {loss: sorted(some, key=lambda place: [*map(float, place.beta.split())]) for loss, some in places.items()}
+    return {loss: sorted(some, key=_by_beta) for loss, some in places.items()}
+
+
+def _by_beta(place: Place) -> list[tuple[bool, float, str]]:
+    """Returns what places are sorted by: beta as a number; an option of one's own loss may be any text."""
+    numbers = [(part, re.fullmatch(r"[\d.]+(e-?\d+)?", part)) for part in place.beta.split()]
+    return [(not number, float(part) if number else 0.0, part) for part, number in numbers]
 
 
 def _loss_key(config: Mapping[str, str], key: str) -> str:

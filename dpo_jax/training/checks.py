@@ -83,6 +83,6 @@ def with_compute(config: Config, platform: str = "") -> Config:
     return with_model(config, compute=compute)
 
 
-def with_model(config: Config, **values: Any) -> Config:
-    """Returns the config with values of its section `model` replaced."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
+def with_model(settings: Config, /, **values: Any) -> Config:
+    """Returns a config with values of its section `model` replaced."""
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **values))

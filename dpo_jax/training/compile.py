@@ -138,6 +138,19 @@ def _fits(table: Table, layout: pack.Layout) -> bool:
     return int(table.lengths().max()) <= layout.length and int(table.scored_lengths.max()) <= layout.scored
 
 
+def _placed_reference(run: Run, shardings: PolicyShardings, weights: Any, base: Any) -> tuple[Any, Any, Callable]:
+    """Returns the weights of a reference on the devices, its parameters, and the function of its log-probs."""
+    if run.lora is not None and weights is run.params:  # the base with the adapters that training starts from
+        placed = sharding.put_params(weights, shardings.trained), base
+        adapted = partial(_adapted_logps, shardings)
+        return placed, shardings.policy(*placed), reference.make_ref_logps_fn(adapted, shardings.collectives)
+    where = shardings.trained if shardings.base is None else shardings.base
+    placed = base if weights is run.base else sharding.put_params(weights, where)
+    collectives = sharding.mesh_collectives(shardings.mesh, where)
+    logps = partial(batch_logps, gather_on_use(run.model, collectives, where))
+    return placed, placed, reference.make_ref_logps_fn(logps, collectives)
+
+
 def _reference(
     run: Run, shardings: PolicyShardings, base: Any, layouts: tuple[pack.Layout, pack.Layout], put: Callable,
     policy_logps: Callable,
@@ -148,20 +161,10 @@ def _reference(
     """
     assert run.load_reference is not None
     weights, name = run.load_reference()
-    if run.lora is not None and weights is run.params:  # the base with the adapters that training starts from
-        weights = sharding.put_params(weights, shardings.trained), base
-        params, collectives = shardings.policy(*weights), shardings.collectives
-        logps = partial(_adapted_logps, shardings)
-    else:
-        where = shardings.trained if shardings.base is None else shardings.base
-        weights = params = base if weights is run.base else sharding.put_params(weights, where)
-        collectives = sharding.mesh_collectives(shardings.mesh, where)
-        logps = partial(batch_logps, gather_on_use(run.model, collectives, where))
+    weights, params, ref_logps = _placed_reference(run, shardings, weights, base)
     cached = run.config.reference.mode == "cache"
     if cached and run.lora is None and not run.loss.confidence:
         ref_logps = evaluation.reference_by(policy_logps)
-    else:
-        ref_logps = reference.make_ref_logps_fn(logps, collectives)
     cache = partial(_cached_ref_logps, run, ref_logps, weights, name, put)
 
     def fill(state: TrainState, batch: Batch, count: int) -> Batch:

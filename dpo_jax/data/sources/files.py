@@ -93,7 +93,7 @@ def has_turns(examples: Iterable[RawExample | UserError], columns: Mapping[str, 
     """
     usual, conversations = _converter(columns), 0
     for item in examples:
-        if not isinstance(item, UserError) and _plain_pair(*item):
+        if not columns and not isinstance(item, UserError) and _plain_pair(*item):
             continue
         row = item if isinstance(item, UserError) else or_error(usual, *item)
         if isinstance(row, dict) and is_turn(row):

@@ -106,9 +106,10 @@ def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
     for where, line in _lines(file):
         if line.strip():
             try:
-                yield _object(where, _parse(where, line))
+                found = _object(where, _parse(where, line))
             except UserError as error:
-                yield error
+                found = error
+            yield found
 
 
 def _holds_lines(file: Path) -> bool:
