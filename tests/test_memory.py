@@ -24,7 +24,7 @@ from dpo_jax.logprobs import log_collisions
 from dpo_jax.models.attention import capped
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
-from dpo_jax.models.split_head import SplitHead, split_log_collisions, words_per_block
+from dpo_jax.models.split_head import SplitHead, split_log_collisions, split_token_logps, words_per_block
 from dpo_jax.records import Tokens
 from dpo_jax.step import init_state, make_train_step
 from dpo_jax.training.shard import gather_on_use
@@ -158,10 +158,10 @@ def test_bfloat16_sums_are_for_fsdp_alone():
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.slow
 def test_neither_embedding_nor_head_is_ever_whole(compute):
-    """Of 160 words a device has whole rows of 20 at a time; in one block the head would be an array of 160 x 32."""
+    """Of 160 words a device has whole rows of 64 at a time; in one block the head would be an array of 160 x 32."""
     found = Step((1, 4, 1), jax.devices(), compute, wpo=True).text()
     assert not [name for name in TOP if name in found]
-    assert "[20,32]" in found
+    assert "[64,32]" in found
     whole = Step((1, 4, 1), jax.devices(), compute, block=2**20).text()
     assert [name for name in TOP if name in whole]
 
@@ -181,6 +181,24 @@ def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
     p = jax.nn.softmax(capped(hidden @ whole.T, cap), axis=-1)
     np.testing.assert_allclose(found[:, :9], jnp.log(jnp.square(p).sum(-1))[:, :9], atol=3e-6)
     assert not found[:, 9:].any()
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_padded_block_leaves_value_and_gradient_alone(cap):
+    """Of 40 words in blocks of 21 the last two are padding, whose capped logits have no finite slope."""
+    weight, hidden = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((0, (40, 8)), (1, (2, 12, 8))))
+    target = jax.random.randint(jax.random.key(2), (2, 12), 0, 40)
+
+    def split(weight, hidden):
+        head = SplitHead(weight, None, lambda part: part, 21)
+        return jnp.sin(split_token_logps(hidden, head, target, jnp.int32(4), 3, cap)).sum()
+
+    def whole(weight, hidden):
+        logps = jax.nn.log_softmax(capped(hidden @ weight.T, cap), axis=-1)
+        return jnp.sin(jnp.take_along_axis(logps, target[..., None], axis=-1)).sum()
+
+    found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(weight, hidden) for f in (split, whole))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
 def test_blocks_are_equal():

@@ -17,9 +17,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.records import Batch, Tokens
 
 MICROBATCH_TOKENS = 4096  # most tokens in a microbatch on one device, unless a single row has more
-# The same in training on a CPU. A step of SmolLM2-135M with LoRA, rows of 512, 2 cores with AVX2: 28.9 CPU seconds and
-# 2.4 GB with 1,024 tokens, 30.3 and 3.2 with 2,048, 36.5 and 4.7 with 4,096.
-CPU_MICROBATCH_TOKENS = 1024
+CPU_MICROBATCH_TOKENS = 1024  # in training on a CPU; more took time and memory (scripts/README.md)
 LENGTH_UNIT = 128  # row lengths are multiples of it
 SHORT_LENGTH = 512  # rows up to this long are tried even if 2 * max_length is shorter
 SCORED_UNIT = 64  # the scored tokens of a row are a multiple of it
