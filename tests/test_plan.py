@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dpo_jax import cli, optim, sharding
-from dpo_jax.commands.plan import plan_advice, verdict, warmup_needs
+from dpo_jax.commands.plan import plan_advice, resolve_base_model, verdict, warmup_needs
 from dpo_jax.config.parse import parse_config
 from dpo_jax.config.schema import Config, MeshConfig
 from dpo_jax.config.yaml import dump
@@ -263,3 +263,15 @@ def test_a_plan_says_what_the_warm_up_asks_of_the_run(config_of):
     assert warmup_needs(set_, None) == needed
     assert "the warm-up takes 150 updates (optim.warmup_steps) and the run has 100" in warmup_needs(set_, 100)
     assert [warmup_needs(set_, 151), warmup_needs(config_of(), None)] == ["", ""]
+
+
+def test_the_model_of_an_earlier_stage_is_planned(tmp_path):
+    """That of the first YAML in the chain, with the other keys of the config itself."""
+    (tmp_path / "first.yaml").write_text("model: {config: tiny.json}\nbatch_size: 4\n")
+    (tmp_path / "second.yaml").write_text(f"model: {{path: {tmp_path / 'first.yaml'}, remat: full}}\n")
+    config = parse_config(Config, None, ["--model.path", str(tmp_path / "second.yaml"), "--batch_size", "9"], prog="x")
+    found = resolve_base_model(config)
+    assert (found.model.path, found.model.config, found.model.remat, found.batch_size) == ("", "tiny.json", "auto", 9)
+    (tmp_path / "first.yaml").write_text("batch_size: 4\n")
+    with pytest.raises(UserError, match=r"first\.yaml: names no model; set model\.path or model\.config"):
+        resolve_base_model(config)
