@@ -54,6 +54,11 @@ def test_each_metric_with_enough_runs_has_a_figure():
     )
 
 
+def test_a_long_name_leaves_room_for_the_figure():
+    panels = tradeoff_panels([of("x" * 300, str(beta), 1.0, 1.0) for beta in (1, 2, 3)])
+    assert f">{'x' * 31}…</text>" in panels[0].svg
+
+
 def test_a_page_of_runs_shows_them_and_escapes_their_losses(tmp_path):
     runs = [run(tmp_path / str(i), beta=i, eval_json=metrics_json({KL: 0.5, REWARD: 0.5})) for i in (1, 2, 3)]
     for folder in runs:

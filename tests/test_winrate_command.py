@@ -87,7 +87,7 @@ def test_a_reward_judges_the_best_of_several_against_the_data(winrate, tmp_path,
     out = capsys.readouterr().out
     assert "12 prompts, against the data's responses" in out
     page = (tmp_path / "out" / "winrate.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # win rate and reward, by temperature and by N
     assert "best of 8" in page
     assert "<script" not in page
 

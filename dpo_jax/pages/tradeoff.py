@@ -12,6 +12,7 @@ Run = tuple[Mapping[str, str], Mapping[str, Measured]]  # config by dotted key, 
 BARS: dict[str, Any] = {"ms": 4, "elinewidth": 0.7, "capsize": 2, "alpha": 0.9, "lw": 1.1}
 MARKERS = "os^Dv"  # losses that share a color differ by their marker
 FEWEST = 3  # runs in a figure
+LONGEST = 32  # characters of a loss in the legend
 
 
 class Place(NamedTuple):
@@ -68,7 +69,8 @@ def _tradeoff_svg(losses: Mapping[str, Sequence[Place]], label: str) -> str:
         x, y = [place.kl.mean for place in places], [place.value.mean for place in places]
         errors = {"xerr": _halves([place.kl for place in places]), "yerr": _halves([place.value for place in places])}
         style: dict[str, Any] = {"color": figure.COLOURS[i % 10], "fmt": MARKERS[i // 10 % 5] + "-"}
-        legend[loss] = axes.errorbar(x, y, **errors, **style, **BARS)
+        name = loss if len(loss) <= LONGEST else f"{loss[: LONGEST - 1]}…"
+        legend[name] = axes.errorbar(x, y, **errors, **style, **BARS)
         figure.label_points(axes, x, y, [place.beta for place in places], style["color"], i)
     figure.add_legend(axes, legend, beside=True)
     return figure.figure_svg(fig, axes, "KL from the reference, nats", label)

@@ -94,15 +94,15 @@ def _judgement_cells(row: Mapping[str, Any]) -> list[str]:
     return [row["prompt"], row["response"], row["other"], "\n".join([str(row["outcome"]), *verdicts])]
 
 
-def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False) -> str:
+def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False, beside: bool = False) -> str:
     """Returns win rates, or mean rewards, against `axis` ("temperature" or "best_of") as SVG.
 
     Each policy has a curve for each value of the other setting. "" if the axis has fewer than two values, or rows have
-    no reward.
+    no reward. The legend may stand beside the figure, where names of policies are short.
     """
     if len({getattr(row, axis) for row in rows}) < 2 or (reward and any(row.reward is None for row in rows)):
         return ""
-    fig = figure.new_figure(6.6, 3.4)
+    fig = figure.new_figure(6.6 if beside else 5.2, 3.4)
     axes = fig.add_subplot()
     entries = {}
     for i, (label, group) in enumerate(_curves(rows, axis)):
@@ -113,7 +113,7 @@ def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False) 
         entries[label] = axes.errorbar(x, y, errors, **style)
     if not reward:
         axes.axhline(0.5, color=figure.INK, alpha=0.4, lw=0.8, ls="--")
-    figure.add_legend(axes, entries, beside=True)
+    figure.add_legend(axes, entries, beside=beside)
     if axis == "best_of":
         axes.set_xscale("log", base=2)
     return figure.figure_svg(fig, axes, axis.replace("_", " "), "reward" if reward else "win rate")
