@@ -35,7 +35,8 @@ MODEL = dataclasses.replace(PLAIN_MODEL, windows=(0, 16), score_cap=5.0)
 
 def has(monkeypatch, attend, name="splash"):
     """Makes the kernel available on this device."""
-    monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platforms=(jax.default_backend(),), attend=attend))
+    here = (jax.default_backend(),)
+    monkeypatch.setitem(KERNELS, name, KERNELS[name]._replace(platforms=here, auto=here, attend=attend))
 
 
 # Attention that is wrong in one way each.
@@ -196,13 +197,15 @@ def test_auto_logs_each_refusal_and_a_named_kernel_is_an_error(monkeypatch, capl
         choose("splash")
 
 
-def test_auto_tries_our_own_kernel_first_then_the_librarys(monkeypatch, caplog):
-    for name in ("flash", "splash", "cudnn"):
+def test_auto_tries_our_kernel_first_then_blocks_and_no_mask_of_pairs(monkeypatch, caplog):
+    tried = {name: kernel.auto for name, kernel in KERNELS.items()}
+    assert tried == {"flash": ("tpu", "gpu"), "blocks": ("tpu", "gpu"), "splash": (), "cudnn": ()}
+    for name in ("flash", "blocks"):
         has(monkeypatch, packed_attention, name)
     assert choose("auto")[0].attention == "flash"
     has(monkeypatch, _nan, "flash")
     with caplog.at_level(logging.INFO):
-        assert choose("auto")[0].attention == "splash"
+        assert choose("auto")[0].attention == "blocks"
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.startswith("attention: flash differs from chunks on this device (relative error of the output inf, ")
 

@@ -116,16 +116,16 @@ def no_kernel(*_):
 
 
 def test_kernels_that_do_not_compile_are_named_and_the_next_one_is_planned(tmp_path, monkeypatch):
-    """The compiler refuses flash and cuDNN, so that chunks are planned; a kernel that the config names is an error."""
+    """The compiler refuses flash and blocks, so that chunks are planned; a kernel that the config names is an error."""
     compiled = []
     monkeypatch.setattr(lower, "planned_platform", lambda target: "gpu")
     monkeypatch.setattr(lower, "compile_program", lambda lowered: compiled.append(lowered) or 7)
-    for name in ("flash", "cudnn"):
+    for name in ("flash", "blocks"):
         monkeypatch.setitem(kernels.KERNELS, name, kernels.KERNELS[name]._replace(attend=no_kernel))
     planned, program = lower.compiled_run(config_of(tmp_path), None)
     assert (planned.run.model.attention, program, len(compiled)) == ("chunks", 7, 1)
     why = "does not compile for the gpu (NotImplementedError: no such instruction)"
-    assert planned.note == f"attention: chunks; flash {why}; cudnn {why}"
+    assert planned.note == f"attention: chunks; flash {why}; blocks {why}"
     with pytest.raises(UserError, match=r"model\.attention: flash does not compile .* such instruction\); set chunks"):
         lower.compiled_run(config_of(tmp_path, "--model.attention", "flash"), None)
 

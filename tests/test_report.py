@@ -172,7 +172,7 @@ def hostile_data(_):
 
 def hostile_winrate(_):
     tally = WinTally(win_share(7.5, 12), 3, 1, win_share(4, 9), win_share(0, 0))
-    rows = [WinrateRow(QUOTED, temperature, 1, tally, None, 5.5) for temperature in (0.5, 1.0)]
+    rows = [WinrateRow(QUOTED, temperature, 1, tally, tally.wins, None, 5.5) for temperature in (0.5, 1.0)]
     verdicts = [{"score": 1.0, "said": QUOTED}]
     judged = {"prompt": QUOTED, "response": QUOTED, "other": QUOTED, "outcome": 1.0, "verdicts": verdicts}
     return render_winrate(rows, [QUOTED], [judged])

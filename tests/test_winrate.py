@@ -17,7 +17,7 @@ from dpo_jax.pages import figure
 from dpo_jax.pages.winrate import WinrateRow, winrate_figure
 from dpo_jax.records import Tokens
 from dpo_jax.rewards.judge import Match, Verdict, by_reward
-from dpo_jax.rewards.winrate import WinTally, kl_bound, pick_best, tally_wins, win_share
+from dpo_jax.rewards.winrate import WinTally, controlled_share, kl_bound, pick_best, tally_wins, win_share
 from dpo_jax.sampling import generate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -150,11 +150,38 @@ def test_the_interval_is_wilsons():
     assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)
 
 
+def test_the_share_at_equal_length_by_closed_forms():
+    """Length alone decides: one half. It decides nothing: the plain share. A curve that is known: its value at 0."""
+    longer = np.array([8.0, 3.0, -8.0, -3.0])
+    assert controlled_share([1, 1, 0, 0], longer).mean == pytest.approx(0.5, abs=1e-6)
+    plain = controlled_share([1.0] * 300 + [0.5] * 100, np.zeros(400))
+    assert (plain.mean, plain.n) == (pytest.approx(0.875, abs=1e-3), 400)
+    half = 1.959964 / math.sqrt(400 * 0.875 * 0.125)  # of the log-odds, for many matches
+    ends = [1 / (1 + math.exp(-(math.log(7) + side * half))) for side in (-1, 1)]
+    assert plain[1:3] == pytest.approx(ends, abs=5e-3)
+    rng = np.random.default_rng(0)
+    more = rng.normal(5.0, 10.0, 100_000)
+    chance = 1 / (1 + np.exp(-(0.4 + 1.5 * np.tanh(more / more.std()))))
+    found = controlled_share(list((rng.random(len(more)) < chance).astype(float)), more)
+    assert found.low < 1 / (1 + math.exp(-0.4)) < found.high
+    assert found.high - found.low < 0.01
+    # All 48 won: the likelihood (1 + e^-a)^-48 is e^-1.92 where the share is 0.9608; the prior lowers it a little.
+    all_won = controlled_share([1.0] * 48, np.zeros(48))
+    assert all_won.low == pytest.approx(math.exp(-1.920729 / 48), abs=6e-3)
+    assert all_won.mean > 0.99
+    # All won, all longer: what equal length would give is not known.
+    assert controlled_share([1.0] * 48, np.arange(1.0, 49.0)).low < 0.5
+    assert controlled_share([], np.zeros(0)).n == 0
+
+
 def test_win_rates_and_rewards_are_drawn_against_the_temperature(monkeypatch):
     """None of 48 and all of 48 have intervals of their own, and a row without a reward leaves the second figure out."""
     monkeypatch.setattr(figure, "figure_svg", lambda _, axes, *labels: (axes, labels))
     tallies = [WinTally(win_share(wins, 48), 0, 0, win_share(0, 0), win_share(0, 0)) for wins in (0, 48)]
-    rows = [WinrateRow("a", t, 1, tally, (t + 2.0, 0.5), 5.0) for t, tally in zip((1.0, 0.25), tallies, strict=True)]
+    rows = [
+        WinrateRow("a", t, 1, tally, tally.wins, (t + 2.0, 0.5), 5.0)
+        for t, tally in zip((1.0, 0.25), tallies, strict=True)
+    ]
     low = 48 / (48 + 1.959964**2)  # Wilson's bound at n of n
     shares = [[0.25, 1.0], [1.0, 0.0]], [[low, 1.0], [0.0, 1 - low]]
     rewards = [[0.25, 2.25], [1.0, 3.0]], [[1.75, 2.75], [2.5, 3.5]]

@@ -24,7 +24,7 @@ from dpo_jax.records import Array
 from dpo_jax.rewards.endpoint import EndpointClient
 from dpo_jax.rewards.judge import Judge, Match, Verdict, by_asking, by_reward
 from dpo_jax.rewards.registry import REWARDS, get_reward
-from dpo_jax.rewards.winrate import WinShare, match_outcome, pick_best, tally_wins
+from dpo_jax.rewards.winrate import WinShare, controlled_share, match_outcome, pick_best, tally_wins
 from dpo_jax.rewards.words import Reward
 from dpo_jax.runs.settings import config_of_path
 from dpo_jax.sampling import generate
@@ -180,7 +180,17 @@ def _measure(
                 found = mean_interval(kept)
                 reward = (found.mean, found.half) if best else None
                 words = float(np.mean([len(text.split()) for text in responses]))
-                yield WinrateRow(policy.name, temperature, n, tally_wins(verdicts), reward, words), matches, verdicts
+                tally = tally_wins(verdicts), _at_equal_length(matches, verdicts)
+                yield WinrateRow(policy.name, temperature, n, *tally, reward, words), matches, verdicts
+
+
+def _at_equal_length(matches: Sequence[Match], verdicts: Sequence[Sequence[Verdict]]) -> WinShare:
+    """Returns the share of wins between responses with as many words, over the matches with a readable verdict."""
+    outcomes = map(match_outcome, verdicts)
+    read = [
+        (won, len(m.a.split()) - len(m.b.split())) for won, m in zip(outcomes, matches, strict=True) if won is not None
+    ]
+    return controlled_share([won for won, _ in read], np.array([more for _, more in read]))
 
 
 def _scores(prompts: list[str], drawn: list[list[str]], best: Reward | None) -> Array:

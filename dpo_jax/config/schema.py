@@ -132,10 +132,11 @@ class ModelConfig:
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """Activations to recompute in the backward pass: none, all except projections and attention (dots), all (full).
     auto is none on a CPU, and on a GPU or TPU the first of them whose plan (`dpo-jax plan`) fits in its memory."""
-    attention: Literal["auto", "chunks", "flash", "cudnn", "splash"] = "auto"
-    """Attention backend of packed rows: chunks of queries (on any device), or a kernel: flash (TPU and GPU, memory
-    linear in the row's length), splash (TPU) or cudnn (GPU). A kernel is used only if it matches chunks in a test on
-    this device; auto takes the first of them that does, else chunks."""
+    attention: Literal["auto", "chunks", "flash", "blocks", "cudnn", "splash"] = "auto"
+    """Attention backend of packed rows: chunks of queries; blocks of queries and keys (memory linear in the row's
+    length); or a kernel: flash (TPU and GPU, linear too), splash (TPU) or cudnn (GPU), whose masks have an entry for
+    each pair of a row's tokens. All but chunks are used only if they match chunks in a test on this device; auto takes
+    flash if it does, else blocks, and chunks on a CPU."""
     router_loss: float | None = None
     """Weight of the router loss of a mixture of experts, over all tokens of a step; 0 for none. By default
     router_aux_loss_coef of its config.json if that sets output_router_logits, else 0."""

@@ -1,7 +1,7 @@
-"""Attention over packed rows by kernels, for devices that have one: our own (`flash`), and those of libraries.
+"""What a run may take in place of `packed_attention`: our own (`flash`, `blocks`), and kernels of libraries.
 
-Each kernel takes and returns what `packed_attention` does. Those of libraries get `visible_keys` as an explicit mask,
-an entry for each pair of tokens; `flash` needs none.
+Each takes and returns what `packed_attention` does. Those of libraries get `visible_keys` as an explicit mask, an entry
+for each pair of tokens; ours need none.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import Attend, RowMask, Scoring, visible_keys
+from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.flash import PLATFORMS, flash_attention
 from dpo_jax.models.remat import ATTENTION, keeps_attention
 from dpo_jax.records import Array
@@ -20,22 +21,25 @@ BLOCK = 128  # queries and keys per block: splash attention's default
 
 
 class Kernel(NamedTuple):
-    """An attention kernel.
+    """Another implementation of attention.
 
     Attributes:
       platforms: JAX's names of the devices that run it.
       attend: the kernel, with the signature of `packed_attention`.
+      auto: those on which `model.attention: auto` tries it.
       dtypes: supported compute dtypes.
       note: a remark for users, logged when the kernel is used; may be empty.
-      whole_rows: whether it needs all tokens of a row on one device (`mesh.sequence` 1).
+      pair_mask: whether it needs a mask with an entry for each pair of tokens, and so all tokens of a row on one device
+        (`mesh.sequence` 1).
       sinks: whether it takes attention sinks. Splash's have one gradient for all heads.
     """
 
     platforms: tuple[str, ...]
     attend: Attend
+    auto: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     note: str = ""
-    whole_rows: bool = True
+    pair_mask: bool = True
     sinks: bool = False
 
 
@@ -84,9 +88,10 @@ def cudnn(q: Array, k: Array, v: Array, mask: RowMask, scoring: Scoring, *, impl
 _ORDER = "its gradients differ in the last bits each time, but with XLA_FLAGS=--xla_gpu_deterministic_ops=true"
 # In the order in which `model.attention: auto` tries them.
 KERNELS = {
-    "flash": Kernel(PLATFORMS, flash_attention, whole_rows=False, sinks=True),
+    "flash": Kernel(PLATFORMS, flash_attention, PLATFORMS, pair_mask=False, sinks=True),
+    "blocks": Kernel((*PLATFORMS, "cpu"), block_attention, PLATFORMS, pair_mask=False, sinks=True),
     "splash": Kernel(("tpu",), splash),
-    "cudnn": Kernel(("gpu",), cudnn, ("bfloat16",), _ORDER),
+    "cudnn": Kernel(("gpu",), cudnn, dtypes=("bfloat16",), note=_ORDER),
 }
 
 

@@ -20,6 +20,7 @@ class WinrateRow(NamedTuple):
       temperature: sampling temperature.
       best_of: number of samples of which the best one is judged.
       tally: counts of the judge's verdicts.
+      controlled: share of wins between responses of equal length, in words.
       reward: mean of the reward that chose the best sample, and half its 95% interval; None without such a reward.
       words: mean number of words in a response.
     """
@@ -28,6 +29,7 @@ class WinrateRow(NamedTuple):
     temperature: float
     best_of: int
     tally: WinTally
+    controlled: WinShare
     reward: tuple[float, float] | None
     words: float
 
@@ -47,6 +49,7 @@ def _cells(row: WinrateRow) -> dict[str, str]:
         "T": f"{row.temperature:g}",
         "best of": str(row.best_of),
         "win rate": _share_text(tally.wins),
+        "at equal length": _share_text(row.controlled),
         "n": str(tally.wins.n),
         "ties": str(tally.ties),
         "unread": str(tally.unread or ""),

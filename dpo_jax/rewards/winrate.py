@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.intervals import wilson
+from dpo_jax.intervals import Z95, wilson
 from dpo_jax.records import Array
 from dpo_jax.rewards.judge import Verdict
+
+PRIOR = 10.0  # standard deviation of the coefficients of `controlled_share`, in log-odds
+FAR = 100.0  # log-odds from the best coefficient at which none is in its interval
 
 
 class WinShare(NamedTuple):
@@ -66,6 +69,35 @@ def tally_wins(matches: Sequence[Sequence[Verdict]]) -> WinTally:
         win_share(sum(v.a_first == (v.score == 1.0) for v in preferring), len(preferring)),
         win_share(sum(one == two for one, two in read), len(read)),
     )
+
+
+def controlled_share(outcomes: Sequence[float], differences: Array) -> WinShare:
+    """Returns the share of wins between responses of equal length (Dubois et al. 2024, arXiv 2404.04475).
+
+    P(win) = sigmoid(a + b tanh(d / s)) is fitted to the matches, with s the standard deviation of d. The share is
+    sigmoid(a); its interval holds every a whose best fit has a log-likelihood at most 1.92 below the maximum. A wide
+    normal prior on a and b keeps them finite where all matches are won.
+
+    Args:
+      outcomes: 1 for a win, 0 for a loss, 0.5 for a tie.
+      differences: d of each match, the length of the response less that of the other.
+    """
+    from scipy.optimize import brentq, minimize_scalar  # here, because commands without it start faster
+
+    if not len(outcomes):
+        return win_share(0, 0)
+    won, longer = np.asarray(outcomes, float), np.tanh(np.asarray(differences) / (np.std(differences) or 1.0))
+
+    def loss(a: float, b: float) -> float:
+        z = a + b * longer
+        return float(np.sum(np.logaddexp(0.0, z) - won * z)) + (a * a + b * b) / (2 * PRIOR**2)
+
+    def least(a: float) -> float:
+        return minimize_scalar(lambda b: loss(a, b)).fun
+
+    best = minimize_scalar(least)
+    ends = [brentq(lambda a: least(a) - best.fun - Z95**2 / 2, best.x, best.x + far) for far in (-FAR, FAR)]
+    return WinShare(*(1 / (1 + math.exp(-a)) for a in (best.x, *ends)), len(won))
 
 
 def pick_best(scores: Array, n: int) -> Array:

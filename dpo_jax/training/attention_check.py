@@ -40,8 +40,8 @@ def with_attention(
 ) -> tuple[Model, str]:
     """Returns the model with the configured attention backend, and a log message ('' if none).
 
-    `auto` tries the kernels of this device in the order of `KERNELS` and logs each refusal. Call it from all processes;
-    they get the same model.
+    `auto` tries those of this device whose memory is linear in a row's tokens, in the order of `KERNELS`, and logs each
+    refusal. Call it from all processes; they get the same model.
 
     Args:
       model: from `build_model`.
@@ -114,7 +114,7 @@ def in_short(error: Exception) -> str:
 def _candidates(attention: str, platform: str) -> list[str]:
     """Returns the kernels to try, in order: the named one, or with auto those of the platform; none for chunks."""
     if attention == "auto":
-        return [name for name, kernel in KERNELS.items() if platform in kernel.platforms]
+        return [name for name, kernel in KERNELS.items() if platform in kernel.auto]
     return [] if attention == CHUNKS else [attention]
 
 
@@ -141,7 +141,7 @@ def refuse_split(a: Architecture, mesh: jax.sharding.Mesh | None) -> None:
 def _split_refusal(name: str, mesh: jax.sharding.Mesh | None) -> str:
     """Returns why a kernel cannot be used on a mesh that splits rows; "" if it can."""
     split = mesh is not None and sharding.token_devices(mesh) > 1
-    return "needs whole rows (mesh.sequence 1)" if split and KERNELS[name].whole_rows else ""
+    return "needs whole rows (mesh.sequence 1)" if split and KERNELS[name].pair_mask else ""
 
 
 def _unsupported(name: str, a: Architecture, compute: str, devices: int, platform: str) -> str:
