@@ -18,6 +18,7 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.sources import hh
 from dpo_jax.models import flash_gpu, flash_tpu
 from dpo_jax.models.attention import RowMask, Scoring, packed_attention, visible_keys
+from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.flash_blocks import LARGEST, Blocks, lists_of, padded_ids, visible_blocks
 from dpo_jax.models.model import _attend_all as attend_all
@@ -292,11 +293,11 @@ def test_the_share_of_scores_that_are_computed_on_real_rows(shared):
 LENGTH = 1408  # a number that nothing else in the programs has
 
 
-def compiled_gradient(target):
+def compiled_gradient(target, attend=flash_attention):
     """Returns the text of the gradient of a model of two layers, one with a window, for one device of a target."""
     devices = target_devices(parse_target(target))
     place = jax.sharding.SingleDeviceSharding(devices[0])
-    function, given = gradient_of(flash_attention, "dots", length=LENGTH)
+    function, given = gradient_of(attend, "dots", length=LENGTH)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given)
     return function.lower(*shapes).compile().as_text()
 
@@ -320,3 +321,11 @@ def test_no_compiled_program_has_an_array_of_length_by_length(target, call, real
     assert text.count(call) == 3
     for kernel in ("flash_forward", "flash_query_gradient", "flash_key_gradient"):
         assert kernel in text
+
+
+@pytest.mark.slow
+@tpu_compiler
+def test_nor_has_one_of_blocks_to_which_auto_falls_back():
+    shapes = shapes_in(compiled_gradient("tpu:v5e:2x2", block_attention))
+    assert max(math.prod(shape) for shape in shapes) < LENGTH**2
+    assert not [shape for shape in shapes if sum(n == LENGTH for n in shape) > 1]
