@@ -185,7 +185,7 @@ def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_a_padded_block_leaves_value_and_gradient_alone(cap):
-    """Of 40 words in blocks of 21 the last two are padding, whose capped logits have no finite slope."""
+    """Of 40 words in blocks of 21 the last two are padding, whose logits are masked and no values of `capped`."""
     weight, hidden = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((0, (40, 8)), (1, (2, 12, 8))))
     target = jax.random.randint(jax.random.key(2), (2, 12), 0, 40)
 

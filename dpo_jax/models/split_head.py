@@ -184,9 +184,7 @@ def _logps_bwd(plan, residuals, g):
             h, logits, words = _chunk(plan, hidden, weight, first, vocab, j)
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=j * plan.size, slice_size=plan.size, axis=1)
             p = jnp.exp(logits - cut(lse)[..., None])
-            # The slope at a word of padding would be infinite, and its product with p = 0 not a number.
-            slope = capped_slope(jnp.where(words < vocab, logits, 0.0), plan.cap)
-            d = cut(g)[..., None] * ((cut(target)[..., None] == words) - p) * slope
+            d = cut(g)[..., None] * ((cut(target)[..., None] == words) - p) * capped_slope(logits, plan.cap)
             d = d.astype(hidden.dtype)
             d_h = cut(d_hidden) + jnp.einsum("rsv,vd->rsd", d, weight, preferred_element_type=jnp.float32)
             d_block += jnp.einsum("rsv,rsd->vd", d, h, preferred_element_type=jnp.float32)
