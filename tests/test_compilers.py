@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilers import by_cuda, planned_texts, shapes_in, tpu_compiler
+from compilers import LLAMA, by_cuda, planned_texts, shapes_in, tpu_compiler
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.training.program import collectives
@@ -71,6 +71,17 @@ def test_slices_of_tpus_send_each_other_what_the_operation_needs(kind, function,
     pairs = ((0, 4), (1, 5), (2, 6), (3, 7))
     assert (found.kind, found.sent) == (kind, sent * MIB)
     assert found.groups[:4] == pairs
+
+
+@tpu_compiler
+@pytest.mark.slow
+def test_the_gradient_of_a_block_of_a_head_is_scattered(tmp_path):
+    """Two blocks of 4,008 = 24 x 167 words are rounded up to 4,032: of 4,008 each device would get the whole sum."""
+    wide = LLAMA | {"vocab_size": 8016, "hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 1}
+    rows = ("--data.max_length", "128", "--data.row_length", "256", "--data.rows", "8", "--batch_size", "8")
+    step, _ = planned_texts(tmp_path, "tpu:v5e:2x4", *rows, "--mesh.fsdp", "8", "--mesh.data", "1", model=wide)
+    found = [c for c in collectives(step, 8) if any(4032 in sizes for _, sizes in c.shapes)]
+    assert {c.kind for c in found} == {"all-gather", "reduce-scatter"}
 
 
 LENGTH = 1792  # of a row; neither it nor its half is another size of the model, whose largest is 512

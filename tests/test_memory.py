@@ -158,10 +158,10 @@ def test_bfloat16_sums_are_for_fsdp_alone():
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.slow
 def test_neither_embedding_nor_head_is_ever_whole(compute):
-    """Of 160 words a device has whole rows of 64 at a time; in one block the head would be an array of 160 x 32."""
+    """Of 160 words a device has whole rows of 20 at a time; in one block the head would be an array of 160 x 32."""
     found = Step((1, 4, 1), jax.devices(), compute, wpo=True).text()
     assert not [name for name in TOP if name in found]
-    assert "[64,32]" in found
+    assert "[20,32]" in found
     whole = Step((1, 4, 1), jax.devices(), compute, block=2**20).text()
     assert [name for name in TOP if name in whole]
 
@@ -185,7 +185,7 @@ def test_collisions_by_blocks_are_those_of_the_whole_head(cap, bias):
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_a_padded_block_leaves_value_and_gradient_alone(cap):
-    """Of 40 words in blocks of 21 the last two are padding, whose capped logits have no finite slope."""
+    """Of 40 words in blocks of 21 the last two are padding, whose logits are masked and no values of `capped`."""
     weight, hidden = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((0, (40, 8)), (1, (2, 12, 8))))
     target = jax.random.randint(jax.random.key(2), (2, 12), 0, 40)
 
@@ -202,11 +202,19 @@ def test_a_padded_block_leaves_value_and_gradient_alone(cap):
 
 
 def test_blocks_are_equal():
-    assert words_per_block(256, 32, 2048) == 64
-    assert words_per_block(300, 32, 2048) == 64  # five, with 20 words of padding
-    assert words_per_block(32_000, 4096) == 2048
-    assert words_per_block(128_256, 2048) == 4032  # 32 blocks of 4,008 words, which are summed whole on TPUs
+    assert words_per_block(160, 32, 700) == 20
+    assert words_per_block(163, 32, 700) == 21  # eight, with five words of padding
     assert words_per_block(128, 32) == 128
+    assert words_per_block(131, 32) == 131  # one block, whatever its factors
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "words"),
+    [(32_000, 4096, 2000), (128_256, 2048, 4032), (128_256, 4096, 2048), (151_936, 2048, 3999)],
+)
+def test_blocks_have_no_large_prime_factor(vocab, width, words):
+    """7B and 30B-A3B keep 2^4 x 5^3 and 3 x 31 x 43 words; 24 x 167 of 1B and 4 x 509 of 8B are rounded up."""
+    assert words_per_block(vocab, width) == words
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,24 @@ def test_devices_along_sequence_have_equal_parts_of_the_chunks_of_the_head():
     assert lower.head_chunks(shape._replace(scored=100), mesh(1, 1, 4, 1)) == (2, 100, 1)
 
 
+def test_a_plan_on_cpus_has_the_microbatches_of_a_run_there(tmp_path, monkeypatch, config_of):
+    """At most 1,024 tokens on each of four: 8 rows of 128. Emulated accelerators have 4,096; rows that are set stay."""
+    rows = []
+
+    def planned(config, *_):
+        rows.append(plan_layout(config, 4).rows)
+        raise UserError("planned")
+
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # these tests emulate four devices already
+    monkeypatch.setattr("dpo_jax.commands.plan.plan_run", planned)
+    monkeypatch.setattr(plan, "plan_run", planned)
+    (tmp_path / "my.yaml").write_text(dump(config_of()))
+    for options in ([], ["--devices", "4"], ["--data.rows", "64"], ["--data.row_length", "2048"]):
+        with pytest.raises(UserError, match="planned"):
+            cli.run_command(["plan", str(tmp_path / "my.yaml"), *options])
+    assert rows == [4 * 8, 4 * 32, 64, 4]
+
+
 def test_a_cpu_takes_float32_and_recomputes_nothing(config_of):
     assert with_compute(config_of()).model.compute == "float32"
     assert recomputed(with_remat(config_of()).model) == "none"  # a CPU does not say how much memory it has

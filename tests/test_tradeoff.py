@@ -25,8 +25,9 @@ def test_runs_of_a_loss_are_joined_by_rising_beta():
 
 def test_a_beta_that_is_no_number_comes_last():
     """An option of one's own loss may be anything."""
-    found = places_by_loss([of("own", beta, 1.0, 1.0) for beta in ("cosine", "1e-2", "None", "0.5")], REWARD)
-    assert [place.beta for place in found["own"]] == ["1e-2", "0.5", "None", "cosine"]
+    given = ("cosine", "1e+03", "1e-2", "None", "1.2.3", ".5", "nan", "-1")
+    found = places_by_loss([of("own", beta, 1.0, 1.0) for beta in given], REWARD)
+    assert [place.beta for place in found["own"]] == ["-1", "1e-2", ".5", "1e+03", "1.2.3", "None", "cosine", "nan"]
 
 
 def test_terms_of_a_loss_are_named_together():
@@ -55,8 +56,9 @@ def test_each_metric_with_enough_runs_has_a_figure():
 
 
 def test_a_long_name_leaves_room_for_the_figure():
-    panels = tradeoff_panels([of("x" * 300, str(beta), 1.0, 1.0) for beta in (1, 2, 3)])
-    assert f">{'x' * 31}…</text>" in panels[0].svg
+    """Its end stays, by which the terms of a loss differ."""
+    panels = tradeoff_panels([of("x" * 300 + " sft", str(beta), 1.0, 1.0) for beta in (1, 2, 3)])
+    assert f">…{'x' * 27} sft</text>" in panels[0].svg
 
 
 def test_a_page_of_runs_shows_them_and_escapes_their_losses(tmp_path):

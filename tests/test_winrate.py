@@ -186,14 +186,14 @@ def test_win_rates_and_rewards_are_drawn_against_the_temperature(monkeypatch):
     shares = [[0.25, 1.0], [1.0, 0.0]], [[low, 1.0], [0.0, 1 - low]]
     rewards = [[0.25, 2.25], [1.0, 3.0]], [[1.75, 2.75], [2.5, 3.5]]
     for reward, label, (points, ends) in ((False, "win rate", shares), (True, "reward", rewards)):
-        axes, labels = winrate_figure(rows, "temperature", reward)
+        axes, labels = winrate_figure(rows, "temperature", reward=reward)
         assert labels == ("temperature", label)
         (bars,) = axes.containers
         assert bars.lines[0].get_xydata().tolist() == points
         assert [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()] == [
             pytest.approx(end, abs=1e-6) for end in ends
         ]
-    assert winrate_figure([*rows, rows[0]._replace(reward=None)], "temperature", True) == ""
+    assert winrate_figure([*rows, rows[0]._replace(reward=None)], "temperature", reward=True) == ""
 
 
 def test_the_stored_summaries_are_those_of_the_published_table():

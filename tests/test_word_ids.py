@@ -52,7 +52,9 @@ def test_tokenizers_whose_words_may_cross_a_space_get_whole_texts(shared):
     assert [cut(known[0]), cut(known[1]), cut(known[0], "removed"), cut("x")] == [True, True, False, False]
     others = [pre_tokenizers.ByteLevel(True), pre_tokenizers.ByteLevel(False, use_regex=False), None]
     assert not any(changed(lambda rust, _, one=one: setattr(rust, "pre_tokenizer", one)) for one in others)
-    assert not changed(lambda rust, _: setattr(rust, "normalizer", normalizers.Strip()))
+    for one in (normalizers.Strip(), normalizers.ByteLevel(), normalizers.Sequence([normalizers.NFC()] * 2)):
+        known_steps = type(one) is normalizers.Sequence
+        assert changed(lambda rust, _, one=one: setattr(rust, "normalizer", one)) == known_steps
     assert not changed(lambda rust, _: setattr(rust.model, "dropout", 0.5))
     late = [pre_tokenizers.ByteLevel(False, use_regex=False), pre_tokenizers.Split(Regex(known[0]), "isolated")]
     assert not changed(lambda rust, _: setattr(rust, "pre_tokenizer", pre_tokenizers.Sequence(late)))
@@ -62,14 +64,23 @@ def test_tokenizers_whose_words_may_cross_a_space_get_whole_texts(shared):
     assert not finds_words(make_tokenizer(eos_token="<eos>"))
 
 
-def test_a_pre_tokenizer_in_python_gets_whole_texts(shared):
-    from tokenizers import pre_tokenizers
+def test_steps_in_python_get_whole_texts(shared):
+    from tokenizers import normalizers, pre_tokenizers
 
     class Letters:
+        def normalize(self, text):
+            pass
+
         def pre_tokenize(self, text):
             text.split(lambda i, word: [word[j : j + 1] for j in range(len(str(word)))])
 
     gpt2 = load_tokenizer(shared / "tokenizers" / "gpt2")
-    gpt2.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Letters())
-    assert not finds_words(gpt2)
+    rust, usual, changed = gpt2.backend_tokenizer, gpt2.backend_tokenizer.pre_tokenizer, normalizers.Normalizer
+    for normalizer in (changed.custom(Letters()), normalizers.Sequence([changed.custom(Letters())]), None):
+        rust.normalizer = normalizer
+        assert finds_words(gpt2) == (normalizer is None)
+    letters = pre_tokenizers.PreTokenizer.custom(Letters())
+    for pre_tokenizer in (pre_tokenizers.Sequence([letters, usual]), letters):
+        rust.pre_tokenizer = pre_tokenizer
+        assert not finds_words(gpt2)
     assert [list(ids) for ids in WordIds(gpt2)(["cat"])] == token_ids(["cat"], gpt2) == [[66, 64, 83]]

@@ -17,6 +17,7 @@ from dpo_jax.config.schema import Config
 from dpo_jax.errors import UserError
 from dpo_jax.models.attention import CHUNKS
 from dpo_jax.paths import expand_home
+from dpo_jax.training.abstract import with_cpu_rows
 from dpo_jax.training.checks import with_model
 from dpo_jax.training.fit import GB, Room, device_room
 from dpo_jax.training.load import compute_dtype, recomputed
@@ -117,7 +118,7 @@ def plan_command(argv: list[str]) -> None:
         config = with_model(config, compute=compute_dtype(config.model, "gpu"))
         plan = _planned(config, room, target, settings)
     else:
-        plan = plan_run(config)
+        plan = plan_run(with_cpu_rows(config))
     advice = plan_advice(plan, int(room.usable))
     if settings.json:
         log_line(json.dumps(plan_record(plan, room, advice)))

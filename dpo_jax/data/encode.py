@@ -270,7 +270,7 @@ def _finish(
     if special.unk is not None:
         tally.counts["unknown_tokens"] += sum(ids.count(special.unk) for ids in (prompt, *responses))
     tally.counts["eos_added"] += not rendered.ends
-    tally.truncated((begun, ended), result)
+    tally.count_truncated((begun, ended), result)
     ids, *truncated = [np.array(part, np.int32) for part in (result[0], *result[1])]
     masks = tuple(_mask(mask, len(part)) for mask, part in zip(scored, truncated, strict=True)) if some_scored else ()
     if any((one == 0).any() for one in token_weights):

@@ -17,7 +17,6 @@ from dpo_jax.errors import UserError
 from dpo_jax.records import Batch, Tokens
 
 MICROBATCH_TOKENS = 4096  # most tokens in a microbatch on one device, unless a single row has more
-CPU_MICROBATCH_TOKENS = 1024  # in training on a CPU; more took time and memory (scripts/README.md)
 LENGTH_UNIT = 128  # row lengths are multiples of it
 SHORT_LENGTH = 512  # rows up to this long are tried even if 2 * max_length is shorter
 SCORED_UNIT = 64  # the scored tokens of a row are a multiple of it

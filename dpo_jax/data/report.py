@@ -142,7 +142,7 @@ class EncodeTally:
         if self.counts["bad_skipped"] > most:
             raise UserError(f"{error} (bad example {most + 1}; data.skip_bad_rows is {most})") if most else error
 
-    def truncated(self, before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
+    def count_truncated(self, before: tuple[Ids, list[Ids]], after: tuple[Ids, list[Ids]]) -> None:
         """Counts what truncation has cut off a prompt and its responses."""
         if after[0] is not before[0]:
             self.counts["prompts_truncated"] += len(after[0]) < len(before[0])

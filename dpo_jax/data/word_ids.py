@@ -57,27 +57,33 @@ def finds_words(tokenizer: Any) -> bool:
     tokens = backend.get_added_tokens_decoder().values()
     if any(token.lstrip or token.rstrip or token.single_word or INNER.search(token.content) for token in tokens):
         return False
-    kinds = [_kind(step) for one in (backend.normalizer, backend.pre_tokenizer) for step in _steps(one)]
+    kinds = [_kind(step) for stage in (backend.normalizer, backend.pre_tokenizer) for step in _steps(stage)]
     if "words" not in kinds or "" in kinds:
         return False
     return "bytes" not in kinds[: kinds.index("words")]  # which would no longer have the spaces of the text
 
 
-def _steps(stage: Any) -> list[dict[str, Any]]:
-    """Returns the settings of each step of a stage of a Rust tokenizer."""
+def _steps(stage: Any) -> list[Any]:
+    """Returns the steps of a stage of a Rust tokenizer, in order: none, the stage itself, or those of a sequence."""
     if stage is None:
         return []
-    if stage.__class__.__module__ == "tokenizers.pre_tokenizers" and stage.__class__.__name__ == "PreTokenizer":
-        return [{"type": "Custom"}]  # written in Python; it has no settings
-    found = json.loads(stage.__getstate__())
-    return found.get("pretokenizers", found.get("normalizers", [found]))
+    return [one for step in stage for one in _steps(step)] if type(stage).__name__ == "Sequence" else [stage]
 
 
-def _kind(step: dict[str, Any]) -> str:
-    """Returns "words" for a step that finds words, "bytes" or "other" if it crosses no border, "" for unknown."""
-    kind = step["type"]
-    if kind == "ByteLevel" and not step["add_prefix_space"]:
-        return "words" if step["use_regex"] else "bytes"
-    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-        return "words" if step["pattern"].get("Regex") in WORDS else ""
-    return "other" if kind in ("NFC", "Digits") else ""
+def _kind(step: Any) -> str:
+    """Returns "words" for a step that finds words, "bytes" or "other" if it crosses no border, "" for unknown.
+
+    A step written in Python is unknown; it has no settings.
+    """
+    stage, kind = type(step).__module__.rpartition(".")[2], type(step).__name__
+    if (stage, kind) in (("normalizers", "NFC"), ("pre_tokenizers", "Digits")):
+        return "other"
+    if (stage, kind) == ("normalizers", "ByteLevel"):
+        return "bytes"
+    if stage != "pre_tokenizers" or kind not in ("ByteLevel", "Split"):
+        return ""
+    settings = json.loads(step.__getstate__())
+    if kind == "Split":
+        known = settings["behavior"] == "Isolated" and not settings["invert"]
+        return "words" if known and settings["pattern"].get("Regex") in WORDS else ""
+    return "" if settings["add_prefix_space"] else "words" if settings["use_regex"] else "bytes"

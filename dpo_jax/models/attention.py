@@ -80,8 +80,8 @@ def capped(x: Array, cap: float | None) -> Array:
 
 
 def capped_slope(y: Array, cap: float | None) -> Array | float:
-    """Returns the derivative of `capped` at the point where its value is y."""
-    return 1.0 if cap is None else 1.0 - jnp.square(y / cap)
+    """Returns the derivative of `capped` at the point where its value is y; 0, not -inf, where y is `MASKED`."""
+    return 1.0 if cap is None else jnp.maximum(1.0 - jnp.square(y / cap), 0.0)
 
 
 def packed_attention(

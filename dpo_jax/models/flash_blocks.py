@@ -194,6 +194,4 @@ def normalized(found: Softmax) -> tuple[Array, Array]:
 
 def score_gradient(scores: Array, p: Array, dp: Array, delta: Array, scoring: Scoring) -> Array:
     """Returns the gradient of the products of queries and keys, from masked scores; see `attention._attend_bwd`."""
-    # The slope at MASKED overflows to -inf, and -inf * 0 is NaN.
-    slope = capped_slope(jnp.maximum(scores, -scoring.cap) if scoring.cap else scores, scoring.cap)
-    return p * (dp - delta) * (scoring.scale * slope)
+    return p * (dp - delta) * (scoring.scale * capped_slope(scores, scoring.cap))

@@ -14,9 +14,10 @@ from dpo_jax.models.attention import MASKED, capped, capped_slope
 from dpo_jax.records import Array
 
 BLOCK = 2**23  # numbers in a block: 32 MiB of float32, matmuls of 2,048 words at a width of 4,096
-# Words of a block are a multiple of it: a TPU's compiler sums the gradient of a block whole, in place of scattering it,
-# if their number has a large prime factor (seen with 167 and 251, not with 127). From a width of 1,024 on none has.
-TILE = 64
+# A TPU's compiler sums the gradient of a block whole, in place of scattering it, if the number of its words has a prime
+# factor of at least `LARGE` (seen with 167 and 251, not with 127). It is then rounded up to a multiple of `TILE`, which
+# has none from a width of 1,024 on.
+LARGE, TILE = 128, 64
 
 
 class SplitHead(NamedTuple):
@@ -36,9 +37,21 @@ class SplitHead(NamedTuple):
 
 
 def words_per_block(vocab: int, width: int, block: int = BLOCK) -> int:
-    """Returns W, a multiple of `TILE`: blocks are equal but for padding in the last one. V for a head of one block."""
+    """Returns W: blocks are equal but for padding in the last one. V if one block holds the whole head."""
     blocks = -(-vocab * width // block)
-    return vocab if blocks == 1 else -(-vocab // (blocks * TILE)) * TILE
+    words = -(-vocab // blocks)
+    return words if blocks == 1 or _largest_factor(words) < LARGE else -(-words // TILE) * TILE
+
+
+def _largest_factor(number: int) -> int:
+    """Returns the largest prime factor of a number above 1."""
+    factor = 2
+    while factor * factor <= number:
+        if number % factor:
+            factor += 1
+        else:
+            number //= factor
+    return number
 
 
 def split_token_logps(
@@ -171,9 +184,7 @@ def _logps_bwd(plan, residuals, g):
             h, logits, words = _chunk(plan, hidden, weight, first, vocab, j)
             cut = partial(jax.lax.dynamic_slice_in_dim, start_index=j * plan.size, slice_size=plan.size, axis=1)
             p = jnp.exp(logits - cut(lse)[..., None])
-            # The slope at a word of padding would be infinite, and its product with p = 0 not a number.
-            slope = capped_slope(jnp.where(words < vocab, logits, 0.0), plan.cap)
-            d = cut(g)[..., None] * ((cut(target)[..., None] == words) - p) * slope
+            d = cut(g)[..., None] * ((cut(target)[..., None] == words) - p) * capped_slope(logits, plan.cap)
             d = d.astype(hidden.dtype)
             d_h = cut(d_hidden) + jnp.einsum("rsv,vd->rsd", d, weight, preferred_element_type=jnp.float32)
             d_block += jnp.einsum("rsv,rsd->vd", d, h, preferred_element_type=jnp.float32)

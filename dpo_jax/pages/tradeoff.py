@@ -13,6 +13,7 @@ BARS: dict[str, Any] = {"ms": 4, "elinewidth": 0.7, "capsize": 2, "alpha": 0.9, 
 MARKERS = "os^Dv"  # losses that share a color differ by their marker
 FEWEST = 3  # runs in a figure
 LONGEST = 32  # characters of a loss in the legend
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class Place(NamedTuple):
@@ -52,7 +53,7 @@ def places_by_loss(runs: Iterable[Run], name: str) -> dict[str, list[Place]]:
 
 def _by_beta(place: Place) -> list[tuple[bool, float, str]]:
     """Returns what places are sorted by: beta as a number; an option of one's own loss may be any text."""
-    numbers = [(part, re.fullmatch(r"[\d.]+(e-?\d+)?", part)) for part in place.beta.split()]
+    numbers = [(part, NUMBER.fullmatch(part)) for part in place.beta.split()]
     return [(not number, float(part) if number else 0.0, part) for part, number in numbers]
 
 
@@ -69,7 +70,7 @@ def _tradeoff_svg(losses: Mapping[str, Sequence[Place]], label: str) -> str:
         x, y = [place.kl.mean for place in places], [place.value.mean for place in places]
         errors = {"xerr": _halves([place.kl for place in places]), "yerr": _halves([place.value for place in places])}
         style: dict[str, Any] = {"color": figure.COLOURS[i % 10], "fmt": MARKERS[i // 10 % 5] + "-"}
-        name = loss if len(loss) <= LONGEST else f"{loss[: LONGEST - 1]}…"
+        name = loss if len(loss) <= LONGEST else f"…{loss[1 - LONGEST :]}"
         legend[name] = axes.errorbar(x, y, **errors, **style, **BARS)
         figure.label_points(axes, x, y, [place.beta for place in places], style["color"], i)
     figure.add_legend(axes, legend, beside=True)

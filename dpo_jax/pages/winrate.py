@@ -79,7 +79,7 @@ def render_winrate(rows: Sequence[WinrateRow], lines: Sequence[str], judged: Seq
       judged: all judgements; the page shows `SHOWN` of them, evenly spaced.
     """
     head, *body = winrate_table(rows)
-    drawn = (winrate_figure(rows, axis, reward) for axis in SETTINGS for reward in (False, True))
+    drawn = (winrate_figure(rows, axis, reward=reward) for axis in SETTINGS for reward in (False, True))
     return render_page(
         "winrate.html",
         title="Win rates: " + ", ".join(dict.fromkeys(row.policy for row in rows)),
@@ -97,7 +97,7 @@ def _judgement_cells(row: Mapping[str, Any]) -> list[str]:
     return [row["prompt"], row["response"], row["other"], "\n".join([str(row["outcome"]), *verdicts])]
 
 
-def winrate_figure(rows: Sequence[WinrateRow], axis: str, reward: bool = False, beside: bool = False) -> str:
+def winrate_figure(rows: Sequence[WinrateRow], axis: str, *, reward: bool = False, beside: bool = False) -> str:
     """Returns win rates, or mean rewards, against `axis` ("temperature" or "best_of") as SVG.
 
     Each policy has a curve for each value of the other setting. "" if the axis has fewer than two values, or rows have

@@ -1,5 +1,6 @@
 """A run with shapes in place of arrays: its parameters, its batch and its mesh, to be compiled and not run."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from dpo_jax.training.router import with_router_loss
 from dpo_jax.training.run import Run
 from dpo_jax.training.targets import Target, target_devices
 
-TOKENS = 4096  # per device and microbatch, if data.rows is not set
+CPU_TOKENS = 1024  # in a microbatch of training on a CPU; more took time and memory (scripts/README.md)
 
 
 def planned_mesh(config: Config, target: Target | None) -> tuple[jax.sharding.Mesh, list[int]]:
@@ -65,19 +66,33 @@ def abstract_run(config: Config, narrow: bool = True, sync: Sync | None = None) 
     )  # fmt: skip
 
 
-def plan_layout(config: Config, devices: int, parts: int = 1) -> pack.Layout:
-    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens, `TOKENS` per device.
+def microbatch_tokens(platform: str) -> int:
+    """Returns the most tokens in a microbatch on one device of a platform ("cpu", "gpu" or "tpu")."""
+    return CPU_TOKENS if platform == "cpu" else pack.MICROBATCH_TOKENS
+
+
+def with_cpu_rows(config: Config) -> Config:
+    """Returns the config with `data.rows` set, if it was not, to the most that a run on JAX's CPUs has."""
+    mesh, _ = planned_mesh(config, None)
+    devices = sharding.row_devices(mesh), sharding.token_devices(mesh)
+    rows = plan_layout(config, *devices, most_tokens=microbatch_tokens("cpu")).rows
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, rows=rows))
+
+
+def plan_layout(config: Config, devices: int, parts: int = 1, most_tokens: int = pack.MICROBATCH_TOKENS) -> pack.Layout:
+    """Returns the layout of a batch of full rows; by default rows of 2 * max_length tokens.
 
     Args:
       config: the run's config.
       devices: that share the rows of a microbatch.
       parts: devices that share the tokens of a row.
+      most_tokens: in a microbatch on one device, unless a single row has more or the config sets `data.rows`.
     """
     pack.check_rows(config.data.rows, devices)
     pack.check_parts(config.data.row_length, parts)
     unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
     length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit
-    rows = config.data.rows or devices * max(1, TOKENS * parts // length)
+    rows = config.data.rows or devices * max(1, most_tokens * parts // length)
     segments = min(config.batch_size, max(1, length // 64))
     return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
 

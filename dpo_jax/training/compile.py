@@ -17,6 +17,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.evaluation import Evaluator
 from dpo_jax.logprobs import batch_logps
 from dpo_jax.records import Batch, Tokens, TrainState
+from dpo_jax.training.abstract import microbatch_tokens
 from dpo_jax.training.run import PolicyShardings, Run, total_steps
 from dpo_jax.training.shard import gather_on_use, policy_shardings, state_shardings
 from dpo_jax.training.train_step import compiled_step, hparams, loss_with
@@ -127,7 +128,7 @@ def _layout(config: Config, mesh: Any, table: Table, own_sizes: bool = True) -> 
         rows=config.data.rows if own_sizes else None,
         multiple_of=sharding.row_devices(mesh),
         parts=sharding.token_devices(mesh),
-        most_tokens=pack.CPU_MICROBATCH_TOKENS if jax.default_backend() == "cpu" else pack.MICROBATCH_TOKENS,
+        most_tokens=microbatch_tokens(jax.default_backend()),
     )
     blocks, size = sharding.local_row_blocks(mesh), layout.rows // sharding.row_devices(mesh)
     return layout._replace(own=(blocks.start * size, blocks.stop * size))

@@ -102,22 +102,22 @@ def _object(where: str, example: Any) -> RawExample:
     return where, example
 
 
+def _parsed_object(where: str, raw: bytes) -> RawExample:
+    return _object(where, _parse(where, raw))
+
+
 def _jsonl(file: Path) -> Iterator[RawExample | UserError]:
     for where, line in _lines(file):
         if line.strip():
-            try:
-                found = _object(where, _parse(where, line))
-            except UserError as error:
-                found = error
-            yield found
+            yield or_error(_parsed_object, where, line)
 
 
 def _holds_lines(file: Path) -> bool:
     """Returns whether a .json file holds JSON lines: an object on its first line, and further lines."""
     found = (line for _, line in _lines(file) if line.strip())
     try:
-        first = next(found, b"")
-        return isinstance(or_error(_parse, "", first), dict) and bool(next(found, b""))
+        first = or_error(_parsed_object, "", next(found, b""))
+        return not isinstance(first, UserError) and bool(next(found, b""))
     except _LongLineError:
         return False
 
