@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,11 +93,16 @@ def controlled_share(outcomes: Sequence[float], differences: Array) -> WinShare:
         return float(np.sum(np.logaddexp(0.0, z) - won * z)) + (a * a + b * b) / (2 * PRIOR**2)
 
     def least(a: float) -> float:
-        return minimize_scalar(lambda b: loss(a, b)).fun
+        found: Any = minimize_scalar(lambda b: loss(a, b))
+        return found.fun
 
-    best = minimize_scalar(least)
-    ends = [brentq(lambda a: least(a) - best.fun - Z95**2 / 2, best.x, best.x + far) for far in (-FAR, FAR)]
-    return WinShare(*(1 / (1 + math.exp(-a)) for a in (best.x, *ends)), len(won))
+    best: Any = minimize_scalar(least)
+    low, high = (brentq(lambda a: least(a) - best.fun - Z95**2 / 2, best.x, best.x + far) for far in (-FAR, FAR))
+    return WinShare(_sigmoid(best.x), _sigmoid(low), _sigmoid(high), len(won))
+
+
+def _sigmoid(x: Any) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def pick_best(scores: Array, n: int) -> Array:
