@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import evaluation, losses
+from dpo_jax.commands.winrate import wins_at_equal_length
 from dpo_jax.data.table import Table
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
@@ -172,6 +173,14 @@ def test_the_share_at_equal_length_by_closed_forms():
     # All won, all longer: what equal length would give is not known.
     assert controlled_share([1.0] * 48, np.arange(1.0, 49.0)).low < 0.5
     assert controlled_share([], np.zeros(0)).n == 0
+
+
+def test_lengths_are_those_in_words_of_matches_with_a_verdict():
+    """The winner has more letters, but all have two words, so that the share is the plain one, 6 of 8."""
+    win, loss, unread = (Verdict(score, None, "") for score in (1.0, 0.0, None))
+    matches = [*[Match("?", "aaaaaaaa b", "c d")] * 6, *[Match("?", "a b", "cccccccc d")] * 2, Match("?", "a b c", "d")]
+    found = wins_at_equal_length(matches, [*[[win]] * 6, *[[loss]] * 2, [unread]])
+    assert (found.mean, found.n) == (pytest.approx(0.75, abs=5e-3), 8)
 
 
 def test_win_rates_and_rewards_are_drawn_against_the_temperature(monkeypatch):

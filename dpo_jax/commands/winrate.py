@@ -180,11 +180,11 @@ def _measure(
                 found = mean_interval(kept)
                 reward = (found.mean, found.half) if best else None
                 words = float(np.mean([len(text.split()) for text in responses]))
-                tally = tally_wins(verdicts), _at_equal_length(matches, verdicts)
+                tally = tally_wins(verdicts), wins_at_equal_length(matches, verdicts)
                 yield WinrateRow(policy.name, temperature, n, *tally, reward, words), matches, verdicts
 
 
-def _at_equal_length(matches: Sequence[Match], verdicts: Sequence[Sequence[Verdict]]) -> WinShare:
+def wins_at_equal_length(matches: Sequence[Match], verdicts: Sequence[Sequence[Verdict]]) -> WinShare:
     """Returns the share of wins between responses with as many words, over the matches with a readable verdict."""
     outcomes = map(match_outcome, verdicts)
     read = [
