@@ -1,12 +1,15 @@
 """Signals, hangs, out of memory, a second writer, lost processes."""
 
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import launched
@@ -15,6 +18,7 @@ import pytest
 from dpo_jax import distributed
 from dpo_jax.config.schema import Config, DataConfig, ModelConfig
 from dpo_jax.errors import UserError
+from dpo_jax.runs import sweep, train
 from dpo_jax.training import checkpoint, interrupts
 
 LOOP = """
@@ -67,6 +71,41 @@ def test_signal_handlers_are_restored():
     with interrupts.stop_requests() as asked:
         assert not asked()
     assert {s: signal.getsignal(s) for s in interrupts.SIGNALS} == before
+
+
+def ended_when_asked(name):
+    """A run that is asked to stop after its last step, when it only evaluates and exports: it ends as usual."""
+    with interrupts.stop_requests() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        late = time.monotonic() + 20
+        while not asked() and time.monotonic() < late:
+            time.sleep(0.01)
+    return name
+
+
+def test_a_request_while_a_run_of_a_sweep_ends_is_not_lost(monkeypatch, caplog):
+    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: SimpleNamespace(config=one, folder=Path(one.run)))
+    monkeypatch.setattr(sweep, "with_remat", lambda one: one)
+    monkeypatch.setattr(sweep, "prepare_run", lambda run: "prepared")
+    monkeypatch.setattr(sweep, "train_run", lambda run, *_: ended_when_asked(run.folder.name))
+    monkeypatch.setattr(sweep, "finish_run", lambda folder, params: trained.append(params))
+    trained, configs = [], [Config(run=f"runs/{name}", batch_size=8 * (i + 1)) for i, name in enumerate("abc")]
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stop:
+        sweep.train_all(configs, "c.yaml")
+    assert (stop.value.code, trained) == (interrupts.EXIT_AGAIN, ["a"])
+    said = "asked to end (SIGTERM): 1 of 3 runs are done; the same command goes on from there"
+    assert caplog.records[-1].getMessage() == said
+
+
+def test_a_request_while_an_earlier_stage_ends_is_not_lost(monkeypatch, tmp_path, caplog):
+    (tmp_path / "first.yaml").write_text("{}")
+    monkeypatch.setattr(train.setup, "check_config", lambda _: None)
+    monkeypatch.setattr(train, "train_settings", lambda settings: SimpleNamespace(folder=ended_when_asked("a")))
+    later = Config(model=ModelConfig(path=str(tmp_path / "first.yaml")))
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stop:
+        train.with_base_model(later, "second.yaml")
+    assert stop.value.code == interrupts.EXIT_AGAIN
+    assert caplog.records[-1].getMessage().startswith(f"asked to end (SIGTERM): {tmp_path}/first.yaml is done; ")
 
 
 def test_a_hang_prints_stacks_and_ends_the_process():

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dpo_jax.config.yaml import dump
 from dpo_jax.errors import UserError
 from dpo_jax.runs.settings import call_settings, plain_config
 from dpo_jax.runs.train import Result, checked_callbacks, finish_run, with_base_model
-from dpo_jax.training import setup
+from dpo_jax.training import interrupts, setup
 from dpo_jax.training.compile import prepare_run, with_hparams
 from dpo_jax.training.loop import Callback, train_run
 from dpo_jax.training.plan import with_remat
@@ -99,22 +99,35 @@ def train_all(
     """
     bases = {one.model.path: with_base_model(one, name).model.path for one in configs}
     configs = [replace(one, model=replace(one.model, path=bases[one.model.path])) for one in configs]
-    results: dict[str, Result] = {}
-    failed: list[str] = []
-    for group in group_runs(configs):
-        run = prepared = None
-        program = ""
-        for one in group:
-            log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
-            try:
-                run = setup.setup_run(with_remat(one)) if run is None else setup.sweep_member(run, one)
-                # A run that goes on has the schedule of its start, and so may need a program of its own.
-                same = program == (program := dump(_without_floats(run.config)))
-                prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)
-                results[one.run] = finish_run(run.folder, train_run(run, prepared, callbacks))
-            except UserError as e:  # the other runs need not wait for it
-                failed.append(f"{Path(one.run).name}: {e}")
-    return [results[one.run] for one in configs if one.run in results], failed
+    found: dict[str, Result | UserError] = {}
+    with interrupts.stop_requests() as asked:
+        for group in group_runs(configs):
+            for one, result in _trained_group(group, configs, callbacks):
+                found[one.run] = result
+                if len(found) < len(configs):
+                    interrupts.end_if_asked(asked, f"{len(found)} of {len(configs)} runs are done")
+    failed = [f"{Path(run).name}: {result}" for run, result in found.items() if isinstance(result, UserError)]
+    results = [found[one.run] for one in configs]
+    return [result for result in results if not isinstance(result, UserError)], failed
+
+
+def _trained_group(
+    group: Sequence[Config], configs: Sequence[Config], callbacks: Sequence[Callback]
+) -> Iterator[tuple[Config, Result | UserError]]:
+    """Yields the result of each run of a group, all of which share what can be shared, or why it failed."""
+    run = prepared = None
+    program = ""
+    for one in group:
+        log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
+        try:
+            run = setup.setup_run(with_remat(one)) if run is None else setup.sweep_member(run, one)
+            # A run that goes on has the schedule of its start, and so may need a program of its own.
+            same = program == (program := dump(_without_floats(run.config)))
+            prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)
+            result = finish_run(run.folder, train_run(run, prepared, callbacks))
+        except UserError as e:  # the other runs need not wait for it
+            result = UserError(str(e))  # without its traceback, which holds the run's arrays
+        yield one, result
 
 
 def group_runs(configs: Iterable[Config]) -> list[list[Config]]:

@@ -13,7 +13,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.pages.run import write_report
 from dpo_jax.paths import load_json
 from dpo_jax.runs.settings import call_settings
-from dpo_jax.training import setup
+from dpo_jax.training import interrupts, setup
 from dpo_jax.training.loop import Callback, train_run
 from dpo_jax.training.metrics_file import with_current_names
 from dpo_jax.training.plan import with_remat
@@ -118,6 +118,8 @@ def with_base_model(settings: C, name: str, later: tuple[str, ...] = ()) -> C:
         raise UserError(f"{path}: starts from itself; model.path must lead to a model or a config.json")
     base = setup.with_run_folder(parse_config(Config, path, prog="dpo-jax train CONFIG.yaml"), path)
     setup.check_config(base)
-    folder = train_settings(with_base_model(base, path, (name, *later))).folder
+    with interrupts.stop_requests() as asked:
+        folder = train_settings(with_base_model(base, path, (name, *later))).folder
+        interrupts.end_if_asked(asked, f"{path} is done")
     log.info(f"now {name}")
     return replace(settings, model=replace(settings.model, path=str(folder)))

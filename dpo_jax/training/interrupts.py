@@ -5,6 +5,7 @@ import datetime
 import faulthandler
 import fcntl
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ EXIT_AGAIN = 75  # exit code: stopped early, everything saved; the same command 
 EXIT_INTERRUPTED = 130  # exit code: stopped immediately by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _sync_points = itertools.count(1)
+_outer: list[Callable[[], str]] = []  # what `stop_requests` has yielded, while it is open
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -33,10 +36,14 @@ def stop_requests() -> Iterator[Callable[[], str]]:
     """Yields a function to call after every step. It returns the reason to stop ("" for none), equal in all processes.
 
     Reasons are SIGTERM, the first Ctrl-C and, with several processes, a preemption notice to any of them. The second
-    Ctrl-C stops the process immediately, even during a long compilation.
+    Ctrl-C stops the process immediately, even during a long compilation. Inside of another one, as the runs of a sweep
+    are, the outer one's function is yielded: it remembers a request that came while a run was ending.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: ""
+        return
+    if _outer:
+        yield _outer[0]
         return
     several, received = distributed.is_distributed(), list[str]()
     read, write = os.pipe()
@@ -45,13 +52,26 @@ def stop_requests() -> Iterator[Callable[[], str]]:
     before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if not (several and s == signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read, received, several), daemon=True).start()
+    _outer.append(_preemption if several else lambda: "".join(received[:1]))
     try:
-        yield _preemption if several else lambda: "".join(received[:1])
+        yield _outer[0]
     finally:
+        _outer.clear()
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(write)
+
+
+def end_if_asked(asked: Callable[[], str], done: str) -> None:
+    """Ends the process between two runs if `asked`, of `stop_requests`, has a reason; `done` says what is complete.
+
+    Raises:
+      SystemExit: with `EXIT_AGAIN`.
+    """
+    if why := asked():
+        log.info(f"asked to end ({why}): {done}; the same command goes on from there")
+        raise SystemExit(EXIT_AGAIN)
 
 
 def _preemption() -> str:

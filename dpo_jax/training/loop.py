@@ -165,7 +165,7 @@ class _Loop:
                 return state
             if why and step < total:
                 self.checkpoints.wait()
-                _exit_again(why, step)
+                interrupts.end_if_asked(lambda why=why: why, f"saved at step {step}")
         return state
 
     def finish(self, step: int) -> None:
@@ -257,12 +257,6 @@ def _first_state(run: Run, prepared: PreparedRun) -> TrainState:
         return init_state(params, tx, run.loss, moving)
 
     return jax.jit(own, out_shardings=where)(params, prepared.reference.moving)
-
-
-def _exit_again(why: str, step: int) -> None:
-    """Ends the process of a run that was asked to stop."""
-    log.info(f"asked to end ({why}): saved at step {step}; the same command goes on from there")
-    raise SystemExit(interrupts.EXIT_AGAIN)
 
 
 def _is_true(answer: Any) -> bool:
