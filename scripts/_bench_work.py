@@ -1,6 +1,7 @@
 """What a step has to compute, and how fast the machine multiplies: the yardsticks of scripts/bench."""
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -15,6 +16,12 @@ POLICY_PASSES, REFERENCE_PASSES = 3, 1
 # JAX's names of the TPUs that have a data sheet in dpo_jax/training/targets.py; some have two.
 TPUS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
 TPUS |= {"TPU7x": "tpu7x"}
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def model_path(name: str) -> str:
+    """Returns a model's folder or hub id: of `smollm2` the folder that $SMOLLM2 names, or the hub's."""
+    return os.environ.get("SMOLLM2", SMOLLM2) if name == "smollm2" else name
 
 
 def matmul_parameters(config: dict[str, Any]) -> int:

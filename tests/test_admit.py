@@ -21,6 +21,7 @@ from dpo_jax.data.sources import synthetic
 from dpo_jax.errors import UserError
 from dpo_jax.experiments import setup
 from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.flash import flash_attention
 from dpo_jax.models.kernels import KERNELS
 from dpo_jax.models.model import build_model
@@ -287,6 +288,7 @@ def trained(tmp_path):
         ("tensor", "splash", INTERPRETED),
         pytest.param("fsdp", "splash", INTERPRETED, marks=pytest.mark.milestone),
         ("tensor", "flash", FLASH),
+        ("tensor", "blocks", block_attention),
     ],
 )
 def test_a_run_over_devices_is_the_same_by_a_kernel(axis, name, attend, tmp_path, monkeypatch, trained, capsys):

@@ -1,14 +1,17 @@
 """Dialogues in two halves: every pair is in one of them, and no first question in both."""
 
 import json
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from dpo_jax.data.encode import encode
 from dpo_jax.data.sources.functions import open_source
 from dpo_jax.errors import UserError
 from dpo_jax.experiments.helpful import dialogues
+from dpo_jax.models.huggingface.folder import load_tokenizer
 
+OPTIONS = {"max_length": 256, "max_prompt_length": 128, "truncation": "refuse", "degenerate": "drop", "add_bos": False}
 HERE = "dpo_jax.experiments.helpful:dialogues"
 
 
@@ -37,12 +40,23 @@ def test_each_pair_is_in_one_half_and_each_question_too(transcripts):
     assert row == {"prompt": turns, "chosen": " Yes 301.", "rejected": " No 301."}
 
 
-def test_an_answer_to_another_question_is_dropped_and_counted(transcripts):
-    said = Counter()
+def test_an_answer_to_another_question_is_dropped_and_counted(transcripts, shared):
+    gpt2 = load_tokenizer(str(shared / "tokenizers" / "gpt2"))
+    sizes, dropped = [], []
     for half in ("policy", "judge"):
         stream = open_source(HERE, (transcripts,), "test", 2, (f"half={half}",))
-        said[half] = sum(getattr(item, "responses", ("", "x"))[1] == "" for item in stream)
-    assert sum(said.values()) == 1
+        table, report = encode(stream, gpt2, **OPTIONS)
+        sizes.append(len(table))
+        dropped.append(report.empty_dropped)
+    assert (sum(sizes), sorted(dropped)) == (399, [0, 1])
+
+
+def test_a_bad_line_is_one_bad_example(transcripts):
+    with Path(transcripts).open("a") as file:
+        file.write("{}\n")
+    stream = open_source(HERE, (transcripts,), "test", 2)
+    (bad,) = [item for item in stream if isinstance(item, UserError)]
+    assert "test.jsonl:401" in str(bad)
 
 
 def test_another_half_is_refused(transcripts):

@@ -13,6 +13,7 @@ from dpo_jax import losses, optim, reference
 from dpo_jax.data.table import Table
 from dpo_jax.logprobs import CHUNK, batch_logps
 from dpo_jax.models.attention import packed_attention
+from dpo_jax.models.blocks import block_attention
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.kernels import splash
 from dpo_jax.models.model import build_model
@@ -77,9 +78,10 @@ def test_a_lever_changes_no_trajectory(trajectory, whole, lever, monkeypatch):
     assert_same(trajectory(lever), whole)
 
 
-def test_nor_does_a_kernel_of_attention(trajectory, whole):
-    """The TPU's, run on this processor."""
-    assert_same(trajectory("", partial(splash, interpret=True)), whole)
+@pytest.mark.parametrize("attend", [partial(splash, interpret=True), block_attention], ids=["splash", "blocks"])
+def test_nor_does_other_attention(trajectory, whole, attend):
+    """A TPU's kernel, run on this processor, and that of rows in blocks."""
+    assert_same(trajectory("", attend), whole)
 
 
 def assert_same(found, whole):

@@ -191,7 +191,10 @@ def test_devices_along_sequence_have_equal_parts_of_the_chunks_of_the_head():
 
 
 def test_a_plan_on_cpus_has_the_microbatches_of_a_run_there(tmp_path, monkeypatch, config_of):
-    """At most 1,024 tokens on each of four: 8 rows of 128. Emulated accelerators have 4,096; rows that are set stay."""
+    """At most 1,024 tokens on each of four: 8 rows of 128. Emulated accelerators have 4,096; rows that are set stay.
+
+    As in a run, there are no more rows than comparisons: 2 of 8 on each of four.
+    """
     rows = []
 
     def planned(config, *_):
@@ -202,10 +205,16 @@ def test_a_plan_on_cpus_has_the_microbatches_of_a_run_there(tmp_path, monkeypatc
     monkeypatch.setattr("dpo_jax.commands.plan.plan_run", planned)
     monkeypatch.setattr(plan, "plan_run", planned)
     (tmp_path / "my.yaml").write_text(dump(config_of()))
-    for options in ([], ["--devices", "4"], ["--data.rows", "64"], ["--data.row_length", "2048"]):
+    for options in (
+        [],
+        ["--devices", "4"],
+        ["--data.rows", "64"],
+        ["--data.row_length", "2048"],
+        ["--batch_size", "8"],
+    ):
         with pytest.raises(UserError, match="planned"):
-            cli.run_command(["plan", str(tmp_path / "my.yaml"), *options])
-    assert rows == [4 * 8, 4 * 32, 64, 4]
+            cli.run_command(["plan", str(tmp_path / "my.yaml"), "--batch_size", "256", *options])
+    assert rows == [4 * 8, 4 * 32, 64, 4, 4 * 2]
 
 
 def test_a_cpu_takes_float32_and_recomputes_nothing(config_of):

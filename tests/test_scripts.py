@@ -137,6 +137,19 @@ def test_useful_is_of_the_matmuls_here_and_mfu_of_the_data_sheet(bench):
     assert bench_script.summary(cached, steps, 1, 8, work, rates | {"sheet": None})["mfu"] is None
 
 
+def test_smollm2_is_a_name_and_other_names_must_be_known(bench, monkeypatch, tmp_path):
+    monkeypatch.setenv("SMOLLM2", str(tmp_path))
+    assert bench("_bench_work").model_path("smollm2") == str(tmp_path)
+    local_folder = runpy.run_path(str(SCRIPTS / "bench"))["local_folder"]
+    assert local_folder("smollm2") == tmp_path
+    with pytest.raises(
+        SystemExit, match=r"^bench: --model llama: give one of llama_25m, .*, smollm2, a folder or a hub"
+    ):
+        local_folder("llama")
+    monkeypatch.delenv("SMOLLM2")
+    assert bench("_bench_work").model_path("smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_systems_alone_end_before_the_next_one_starts(bench, monkeypatch):
     match, events = bench("_bench_match"), []
 

@@ -93,8 +93,41 @@ def test_a_request_while_a_run_of_a_sweep_ends_is_not_lost(monkeypatch, caplog):
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stop:
         sweep.train_all(configs, "c.yaml")
     assert (stop.value.code, trained) == (interrupts.EXIT_AGAIN, ["a"])
-    said = "asked to end (SIGTERM): 1 of 3 runs are done; the same command goes on from there"
+    said = "asked to end (SIGTERM): 1 of 3 runs have ended; the same command goes on from there"
     assert caplog.records[-1].getMessage() == said
+
+
+def test_a_run_of_a_sweep_that_fails_is_named_before_the_sweep_is_asked_to_end(monkeypatch, caplog):
+    def failed(one):
+        ended_when_asked(one)
+        raise UserError("the loss is not finite")
+
+    monkeypatch.setattr(sweep, "with_remat", failed)
+    configs = [Config(run=f"runs/{name}") for name in "ab"]
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        sweep.train_all(configs, "c.yaml")
+    assert [record.getMessage() for record in caplog.records[1:]] == [
+        "a has failed: the loss is not finite",
+        "asked to end (SIGTERM): 1 of 2 runs have ended; the same command goes on from there",
+    ]
+
+
+def test_a_request_while_a_run_of_a_sweep_is_set_up_ends_it_before_it_compiles(monkeypatch):
+    monkeypatch.setattr(sweep, "with_remat", ended_when_asked)
+    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: one)
+    monkeypatch.setattr(sweep, "prepare_run", lambda run: pytest.fail("compiles"))
+    with pytest.raises(SystemExit) as stop:
+        sweep.train_all([Config(run="runs/a")], "c.yaml")
+    assert stop.value.code == interrupts.EXIT_AGAIN
+
+
+def test_a_preemption_notice_which_is_given_once_is_remembered(monkeypatch):
+    given = iter(["", "a notice", "", ""])
+    monkeypatch.setattr(interrupts.distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(interrupts, "_preemption", lambda: next(given))
+    with interrupts.stop_requests() as asked, interrupts.stop_requests() as again:
+        assert [asked(), again(), asked(), again()] == ["", "a notice", "a notice", "a notice"]
+    assert list(given) == ["", ""]  # nobody asks after the notice
 
 
 def test_a_request_while_an_earlier_stage_ends_is_not_lost(monkeypatch, tmp_path, caplog):

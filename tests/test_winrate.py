@@ -1,6 +1,7 @@
 """Win rates and best of N against sums over all possible responses, and tallies by hand."""
 
 import itertools
+import json
 import math
 import runpy
 from pathlib import Path
@@ -15,7 +16,7 @@ from dpo_jax.data.table import Table
 from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.pages import figure
-from dpo_jax.pages.winrate import WinrateRow, winrate_figure
+from dpo_jax.pages.winrate import WinrateRow, winrate_figure, winrate_json
 from dpo_jax.records import Tokens
 from dpo_jax.rewards.judge import Match, Verdict, by_reward
 from dpo_jax.rewards.winrate import WinTally, controlled_share, kl_bound, pick_best, tally_wins, win_share
@@ -205,9 +206,47 @@ def test_win_rates_and_rewards_are_drawn_against_the_temperature(monkeypatch):
     assert winrate_figure([*rows, rows[0]._replace(reward=None)], "temperature", reward=True) == ""
 
 
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+NAMES = {"DPO": ("DPO", 1), "Preferred-FT": ("Preferred-FT", 1)}
+MODEL = "smollm2-135m-instruct"
+NAMES |= {"the model itself": (MODEL, 1), "the best of 16 of the model": (MODEL, 16)}
+
+
 def test_the_stored_summaries_are_those_of_the_published_table():
+    """Each cell of the table, and the win rates and words that the text names."""
     rows = PICTURES["read_winrates"](CONFIGS / "summaries.json")
-    published = (CONFIGS / "README.md").read_text()
-    assert len(rows) == 19
-    for row in rows:
-        assert f"{row.reward[0]:.2f} +- {row.reward[1]:.2f}" in published
+    found = {(row.policy, row.best_of, row.temperature): row for row in rows}
+    section = (CONFIGS / "README.md").read_text().partition("#### Summaries in small")[2].partition("\n###")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and " +- " in line]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [cells[0] for cells in table] == list(NAMES)
+    cells = {(*NAMES[name], t): text for name, *texts in table for t, text in zip(TEMPERATURES, texts, strict=True)}
+    assert {key: text for key, text in cells.items() if text} == {
+        key: f"{row.reward[0]:.2f} +- {row.reward[1]:.2f}" for key, row in found.items()
+    }
+    flat = " ".join(section.split())
+    best = {
+        key: max((r.tally.wins for k, r in found.items() if k[:2] == key), key=lambda w: w.mean)
+        for key in NAMES.values()
+    }
+    dpo, preferred, model, best_of = ("{:.2f} ({:.2f} .. {:.2f})".format(*best[key][:3]) for key in NAMES.values())
+    assert f"DPO wins {dpo}" in flat
+    assert f"Preferred-FT {preferred[:4]}, the model {model[:4]}, and the best of 16 {best_of}" in flat
+    words = [found[(name, 1, 0.0)].words for name in ("DPO", MODEL)]
+    assert "greedy answers have {:.1f} words, the model's {:.1f}".format(*words) in flat
+
+
+def test_stored_win_rates_are_joined_and_drawn(tmp_path):
+    """An unread share, which is NaN, comes back from null."""
+    tally = WinTally(win_share(3, 4), 0, 0, win_share(0, 0), win_share(0, 0))
+    rows = [WinrateRow("a", t, 1, tally, tally.wins, (t, 0.5), 5.0) for t in (0.0, 1.0)]
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps([winrate_json(row)]))
+    PICTURES["join_winrates"](files, tmp_path / "all.json")
+    found = PICTURES["read_winrates"](tmp_path / "all.json")
+    assert [row.temperature for row in found] == [0.0, 1.0]
+    assert (found[1].tally.wins, found[1].controlled) == (tally.wins, tally.wins)
+    assert math.isnan(found[0].tally.first.mean)
+    PICTURES["draw_winrates"](tmp_path / "all.json", tmp_path / "all.svg", reward=False)
+    assert "win rate" in (tmp_path / "all.svg").read_text()

@@ -214,6 +214,7 @@ def _summary(settings: WinrateConfig, question: WinrateQuestion, client: Endpoin
     """Returns lines on the prompts, the judge and its cost."""
     words = np.mean([len(text.split()) for text in question.others])
     lines = [f"{len(question.prompts):,} prompts, against {question.other} ({words:.1f} words), judge {settings.judge}"]
+    lines.append("at equal length: by a logistic regression of the wins on the difference in words, where that is 0")
     if client:
         cost = f", which cost {client.cost:.4g}" if settings.endpoint.price_in is not None else ""
         lines.append(

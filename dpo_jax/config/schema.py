@@ -136,7 +136,7 @@ class ModelConfig:
     """Attention backend of packed rows: chunks of queries; blocks of queries and keys (memory linear in the row's
     length); or a kernel: flash (TPU and GPU, linear too), splash (TPU) or cudnn (GPU), whose masks have an entry for
     each pair of a row's tokens. All but chunks are used only if they match chunks in a test on this device; auto takes
-    flash if it does, else blocks, and chunks on a CPU."""
+    flash if it can be used, else blocks, else chunks, and chunks on a CPU."""
     router_loss: float | None = None
     """Weight of the router loss of a mixture of experts, over all tokens of a step; 0 for none. By default
     router_aux_loss_coef of its config.json if that sets output_router_logits, else 0."""

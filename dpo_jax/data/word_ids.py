@@ -78,8 +78,6 @@ def _kind(step: Any) -> str:
     stage, kind = type(step).__module__.rpartition(".")[2], type(step).__name__
     if (stage, kind) in (("normalizers", "NFC"), ("pre_tokenizers", "Digits")):
         return "other"
-    if (stage, kind) == ("normalizers", "ByteLevel"):
-        return "bytes"
     if stage != "pre_tokenizers" or kind not in ("ByteLevel", "Split"):
         return ""
     settings = json.loads(step.__getstate__())

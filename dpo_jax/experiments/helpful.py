@@ -11,8 +11,8 @@ from dpo_jax.errors import UserError
 HALVES = ("policy", "judge")
 
 
-def dialogues(path: tuple[str, ...], split: str, *, half: str = "policy") -> Iterator[dict[str, Any]]:
-    """Yields the pairs of one half. All dialogues that begin with the same question are in the same half.
+def dialogues(path: tuple[str, ...], split: str, *, half: str = "policy") -> Iterator[dict[str, Any] | UserError]:
+    """Yields the pairs of one half, and an error for a bad line. Dialogues with the same first question share a half.
 
     Args:
       path: as for the source `hh`.
@@ -20,15 +20,14 @@ def dialogues(path: tuple[str, ...], split: str, *, half: str = "policy") -> Ite
       half: "policy" or "judge".
 
     Raises:
-      UserError: another half, or data that cannot be read.
+      UserError: another half, or files that cannot be read.
     """
     if half not in HALVES:
         raise unknown_choice("half (data.options)", half, HALVES)
     for pair in hh_pairs(path, split):
         if isinstance(pair, UserError):
-            raise pair
-        question = pair.prompt.partition(TURN)[0]
-        if half_of(question) == half:
+            yield pair
+        elif half_of(pair.prompt.partition(TURN)[0]) == half:
             # A response that continues another dialogue is left empty here, so that data.degenerate counts it.
             rejected = pair.rejected if pair.same_prompt else ""
             yield {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": rejected}

@@ -72,11 +72,13 @@ def tally_wins(matches: Sequence[Sequence[Verdict]]) -> WinTally:
 
 
 def controlled_share(outcomes: Sequence[float], differences: Array) -> WinShare:
-    """Returns the share of wins between responses of equal length (Dubois et al. 2024, arXiv 2404.04475).
+    """Returns the share of wins between responses of equal length.
 
-    P(win) = sigmoid(a + b tanh(d / s)) is fitted to the matches, with s the standard deviation of d. The share is
-    sigmoid(a); its interval holds every a whose best fit has a log-likelihood at most 1.92 below the maximum. A wide
-    normal prior on a and b keeps them finite where all matches are won.
+    After Dubois et al. 2024 (arXiv 2404.04475), without their term for a prompt's difficulty: P(win) =
+    sigmoid(a + b tanh(d / s)) is fitted to the matches, with s the standard deviation of d. The share is sigmoid(a).
+    Its interval holds every a whose best fit has a penalized log-likelihood at most 1.92 below the maximum. The
+    penalty, a wide normal prior on a and b, keeps them finite where all matches are won. Where all lengths differ
+    alike, it alone decides, and the interval is wide.
 
     Args:
       outcomes: 1 for a win, 0 for a loss, 0.5 for a tie.

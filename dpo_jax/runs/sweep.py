@@ -100,12 +100,14 @@ def train_all(
     bases = {one.model.path: with_base_model(one, name).model.path for one in configs}
     configs = [replace(one, model=replace(one.model, path=bases[one.model.path])) for one in configs]
     found: dict[str, Result | UserError] = {}
-    with interrupts.stop_requests() as asked:
+    with interrupts.stop_requests():
         for group in group_runs(configs):
             for one, result in _trained_group(group, configs, callbacks):
                 found[one.run] = result
+                if isinstance(result, UserError):
+                    log.warning(f"{Path(one.run).name} has failed: {result}")
                 if len(found) < len(configs):
-                    interrupts.end_if_asked(asked, f"{len(found)} of {len(configs)} runs are done")
+                    interrupts.end_if_asked(f"{len(found)} of {len(configs)} runs have ended")
     failed = [f"{Path(run).name}: {result}" for run, result in found.items() if isinstance(result, UserError)]
     results = [found[one.run] for one in configs]
     return [result for result in results if not isinstance(result, UserError)], failed
@@ -121,6 +123,7 @@ def _trained_group(
         log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
         try:
             run = setup.setup_run(with_remat(one)) if run is None else setup.sweep_member(run, one)
+            interrupts.end_if_asked(f"{Path(one.run).name} is set up")
             # A run that goes on has the schedule of its start, and so may need a program of its own.
             same = program == (program := dump(_without_floats(run.config)))
             prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)

@@ -88,6 +88,7 @@ def checked_callbacks(callbacks: Any) -> list[Callback]:
 def train_settings(settings: Config, callbacks: Sequence[Callback] = ()) -> Result:
     """Trains a run from its config; `settings.model.path` must be a model, not a YAML."""
     run = setup.setup_run(with_remat(settings))
+    interrupts.end_if_asked(f"{run.folder.name} is set up")
     return finish_run(run.folder, train_run(run, callbacks=callbacks))
 
 
@@ -118,8 +119,8 @@ def with_base_model(settings: C, name: str, later: tuple[str, ...] = ()) -> C:
         raise UserError(f"{path}: starts from itself; model.path must lead to a model or a config.json")
     base = setup.with_run_folder(parse_config(Config, path, prog="dpo-jax train CONFIG.yaml"), path)
     setup.check_config(base)
-    with interrupts.stop_requests() as asked:
+    with interrupts.stop_requests():
         folder = train_settings(with_base_model(base, path, (name, *later))).folder
-        interrupts.end_if_asked(asked, f"{path} is done")
+        interrupts.end_if_asked(f"{path} is done")
     log.info(f"now {name}")
     return replace(settings, model=replace(settings.model, path=str(folder)))

@@ -92,7 +92,8 @@ def plan_layout(config: Config, devices: int, parts: int = 1, most_tokens: int =
     pack.check_parts(config.data.row_length, parts)
     unit = pack.LENGTH_UNIT * parts if parts > 1 else 1
     length = config.data.row_length or -(-2 * config.data.max_length // unit) * unit
-    rows = config.data.rows or devices * max(1, most_tokens * parts // length)
+    most_rows = math.ceil(config.batch_size / devices)  # as in `pack`: a row holds a comparison or more
+    rows = config.data.rows or devices * min(most_rows, max(1, most_tokens * parts // length))
     segments = min(config.batch_size, max(1, length // 64))
     return pack.Layout(math.ceil(config.batch_size / rows), rows, length, segments, length)
 

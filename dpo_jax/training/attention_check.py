@@ -64,7 +64,7 @@ def with_attention(
         if attention != "auto":
             raise UserError(f"model.attention: {name} {problem}; set {CHUNKS} or auto")
         log.info(f"attention: {name} {problem}")
-    return model, f"attention: {CHUNKS}, because no kernel matches them on this device" if names else ""
+    return model, f"attention: {CHUNKS}, because nothing else can be used here" if names else ""
 
 
 def planned_attention(

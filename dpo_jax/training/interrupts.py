@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -25,6 +25,7 @@ from dpo_jax.paths import LOCK_FILE
 
 EXIT_AGAIN = 75  # exit code: stopped early, everything saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # exit code: stopped immediately by Ctrl-C
+STOPPING = "stopping at the next step, or before the next run, with everything saved"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _sync_points = itertools.count(1)
 _outer: list[Callable[[], str]] = []  # what `stop_requests` has yielded, while it is open
@@ -52,7 +53,7 @@ def stop_requests() -> Iterator[Callable[[], str]]:
     before = {s: signal.signal(s, lambda *_: None) for s in SIGNALS if not (several and s == signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(read, received, several), daemon=True).start()
-    _outer.append(_preemption if several else lambda: "".join(received[:1]))
+    _outer.append(_remembered(_preemption if several else lambda: "".join(received[:1])))
     try:
         yield _outer[0]
     finally:
@@ -63,15 +64,32 @@ def stop_requests() -> Iterator[Callable[[], str]]:
         os.close(write)
 
 
-def end_if_asked(asked: Callable[[], str], done: str) -> None:
-    """Ends the process between two runs if `asked`, of `stop_requests`, has a reason; `done` says what is complete.
+def end_run(why: str, done: str) -> NoReturn:
+    """Ends the process for a reason of `stop_requests`; `done` says what is complete.
 
     Raises:
       SystemExit: with `EXIT_AGAIN`.
     """
-    if why := asked():
-        log.info(f"asked to end ({why}): {done}; the same command goes on from there")
-        raise SystemExit(EXIT_AGAIN)
+    log.info(f"asked to end ({why}): {done}; the same command goes on from there")
+    raise SystemExit(EXIT_AGAIN)
+
+
+def end_if_asked(done: str) -> None:
+    """Ends the process outside of steps if several runs share `stop_requests` and it has a reason; see `end_run`."""
+    if _outer and (why := _outer[0]()):
+        end_run(why, done)
+
+
+def _remembered(source: Callable[[], str]) -> Callable[[], str]:
+    """Returns a function that keeps the first reason of `source`, which tells a preemption notice only once."""
+    kept: list[str] = []
+
+    def asked() -> str:
+        if not kept and (why := source()):
+            kept.append(why)
+        return "".join(kept)
+
+    return asked
 
 
 def _preemption() -> str:
@@ -90,7 +108,7 @@ def _listen(read: int, received: list[str], several: bool) -> None:
                 print("dpo-jax: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
                 distributed.exit_now(EXIT_INTERRUPTED)
             if name == "SIGINT":
-                print("dpo-jax: saving after this step, then stopping; press Ctrl-C again to stop now", file=sys.stderr)
+                print(f"dpo-jax: {STOPPING}; press Ctrl-C again to stop now", file=sys.stderr)
             if several:
                 os.kill(os.getpid(), signal.SIGTERM)
             received.append(name)

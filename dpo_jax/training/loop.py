@@ -165,7 +165,7 @@ class _Loop:
                 return state
             if why and step < total:
                 self.checkpoints.wait()
-                interrupts.end_if_asked(lambda why=why: why, f"saved at step {step}")
+                interrupts.end_run(why, f"saved at step {step}")
         return state
 
     def finish(self, step: int) -> None:

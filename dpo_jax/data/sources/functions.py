@@ -137,9 +137,11 @@ def _pairs(options: Sequence[str]) -> Mapping[str, str]:
 
 
 def _own_rows(name: str, read: Callable[..., Any], path: Sequence[str], split: str) -> Iterator[RawExample | UserError]:
-    """Yields the dicts of one's own source."""
+    """Yields the dicts of one's own source; a bad row may be a UserError."""
     for index, row in enumerate(read(path, split)):
-        if not isinstance(row, Mapping):
+        if isinstance(row, UserError):
+            yield row
+        elif not isinstance(row, Mapping):
             yield UserError(f"{name}[{index}]: a {type(row).__name__}; yield dicts of columns, or Comparisons only")
         else:
             yield f"{name}[{index}]", dict(row)
