@@ -143,7 +143,7 @@ def test_smollm2_is_a_name_and_other_names_must_be_known(bench, monkeypatch, tmp
     local_folder = runpy.run_path(str(SCRIPTS / "bench"))["local_folder"]
     assert local_folder("smollm2") == tmp_path
     with pytest.raises(
-        SystemExit, match=r"^bench: --model llama: give one of llama_25m, .*, smollm2, a folder or a hub"
+        SystemExit, match=r"^bench: --model llama: give one of tiny, llama_25m, .*, smollm2, a folder or a hub"
     ):
         local_folder("llama")
     monkeypatch.delenv("SMOLLM2")
