@@ -192,7 +192,7 @@ def test_auto_logs_each_refusal_and_a_named_kernel_is_an_error(monkeypatch, capl
     why = "splash fails on this device (MosaicError: no layout)"
     with caplog.at_level(logging.INFO):
         model, said = choose("auto")
-    assert (model.attention, said) == ("chunks", "attention: chunks, because no kernel matches them on this device")
+    assert (model.attention, said) == ("chunks", "attention: chunks, because nothing else can be used here")
     assert [record.getMessage() for record in caplog.records] == [f"attention: {why}"]
     with pytest.raises(UserError, match=f"^{re.escape(f'model.attention: {why}; set chunks or auto')}$"):
         choose("splash")
