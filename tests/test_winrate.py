@@ -250,3 +250,23 @@ def test_stored_win_rates_are_joined_and_drawn(tmp_path):
     assert math.isnan(found[0].tally.first.mean)
     PICTURES["draw_winrates"](tmp_path / "all.json", tmp_path / "all.svg", reward=False)
     assert "win rate" in (tmp_path / "all.svg").read_text()
+
+
+def test_the_stored_win_rates_of_helpful_dialogue_are_those_of_the_published_table():
+    rows = {(row.policy, row.temperature): row for row in PICTURES["read_winrates"](CONFIGS / "helpful.json")}
+    section = (
+        (CONFIGS / "README.md").read_text().partition("### Helpful dialogue on a real model")[2].partition("\n###")[0]
+    )
+    lines = [line for line in section.splitlines() if line.startswith("| ") and ".. " in line]
+    table = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+    shares = {
+        "DPO": [rows["smollm2_hh_dpo", t].tally.wins for t in TEMPERATURES],
+        "DPO at equal length": [rows["smollm2_hh_dpo", t].controlled for t in TEMPERATURES],
+        "SFT": [rows["smollm2_hh_sft", t].tally.wins for t in TEMPERATURES],
+    }
+    assert table == {
+        name: ["{:.2f} ({:.2f} .. {:.2f})".format(*share[:3]) for share in some] for name, some in shares.items()
+    }
+    words = {who: [round(rows[f"smollm2_hh_{who}", t].words) for t in TEMPERATURES] for who in ("dpo", "sft")}
+    assert f"{min(words['dpo'])} to {max(words['dpo'])} words" in section
+    assert (min(words["sft"]), max(words["sft"])) == (24, 26)
