@@ -50,8 +50,8 @@ def test_bytes_that_can_be_counted_are_exact(config_of):
     assert one.memory.trained == one.memory.gradients == 4 * COUNT
     assert one.memory.optimizer == 4 * COUNT + 4  # RMSprop has one number each, the warm-up its count
     assert one.memory.frozen == 4 * COUNT  # the reference, by which the KL of samples is estimated
-    assert one.shape == pack.Layout(1, 128, 128, 2, 128)
-    batch = 32 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
+    assert one.shape == pack.Layout(1, 8, 128, 2, 128)  # no more rows than comparisons
+    batch = 2 * (4 * 128 + 3 * 128 + 2 * 2 + 2 * 2 * 3) * 4  # a quarter of the rows, int32 or float32
     assert one.memory.batch == batch
     adamw = plan_run(config_of("--optim.name", "adamw", "--mesh.fsdp", "4"))
     whole = 2 * 4  # the counts of Adam and of the schedule
