@@ -155,7 +155,9 @@ def assert_one_trajectory(
         for key in {"loss", "eval_loss"} & b.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
         for key in {"logps/chosen", "eval_logps/chosen", "rewards/margins", "grad_norm"} & b.keys():
-            assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
+            # The norm of gradients moves most: 3.2e-4 after 20 steps on one kind of AVX-512 processor.
+            rel = 1e-3 if key == "grad_norm" else 3e-4
+            assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-4), (a["step"], key)
     # It has learned, so the comparison says something.
     assert left is None or theirs[-2]["loss"] < left * theirs[1]["loss"]
 
