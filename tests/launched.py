@@ -26,8 +26,11 @@ STEPS = 20
 TIMES = ("examples_per_second", "save_seconds", "save_stall_seconds")  # all that may differ between equal runs
 
 
-def make_world(folder: Path) -> Path:
-    """Writes pairs, the config of a small random model and `dpo.yaml`, a run of 20 steps; returns the folder."""
+def make_world(folder: Path, warmup_steps: int = 2) -> Path:
+    """Writes pairs, the config of a small random model and `dpo.yaml`, a run of 20 steps; returns the folder.
+
+    RMSprop's first updates are large. With a short warm-up they amplify rounding a thousandfold within 20 steps.
+    """
     rows = [r for r, _ in zip(synthetic.read((), "train", 2), range(220), strict=False)]
     with (folder / "pairs.jsonl").open("w") as f:
         for r in rows:
@@ -38,7 +41,7 @@ def make_world(folder: Path) -> Path:
         "data": {"path": ["pairs.jsonl"], "max_length": 96, "max_prompt_length": 32, "eval_fraction": 0.2},
         "samples": {"prompts": 2, "max_new_tokens": 8, "kl_prompts": 0},
         "model": {"config": "tiny.json", "tokenizer": "synthetic"},
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "optim": {"learning_rate": 1e-3, "warmup_steps": warmup_steps},
         **{"batch_size": 16, "max_steps": STEPS, "epochs": 3, "save_every": 5, "eval_every": 80},
     }
     (folder / "dpo.yaml").write_text(yaml.safe_dump(dpo))
@@ -155,9 +158,7 @@ def assert_one_trajectory(
         for key in {"loss", "eval_loss"} & b.keys():
             assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
         for key in {"logps/chosen", "eval_logps/chosen", "rewards/margins", "grad_norm"} & b.keys():
-            # The norm of gradients moves most: 3.2e-4 after 20 steps on one kind of AVX-512 processor.
-            rel = 1e-3 if key == "grad_norm" else 3e-4
-            assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-4), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], rel=3e-4, abs=1e-4), (a["step"], key)
     # It has learned, so the comparison says something.
     assert left is None or theirs[-2]["loss"] < left * theirs[1]["loss"]
 

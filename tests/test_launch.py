@@ -150,13 +150,15 @@ def test_slurm_counts_restarts_from_the_newest_checkpoint_of_the_run(
 )
 def test_a_tpu_pod_is_started_again(stand_ins, tmp_path, codes, tries, ends):
     (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
+    handed = {"DPO_JAX_CACHE": "/the cache", "JAX_PLATFORMS": "tpu"}
     done = subprocess.run(
         [SCRIPTS / "launch_tpu_pod", "pod", "zone", "/a folder", "train", "x.yaml", "--run", "it's"],
-        env=os.environ | {"CODES": str(tmp_path / "codes"), "RESTARTS": "2", "WAIT": "0"}, capture_output=True,
+        env=os.environ | {"CODES": str(tmp_path / "codes"), "RESTARTS": "2", "WAIT": "0"} | handed, capture_output=True,
     )  # fmt: skip
     assert done.returncode == ends
     calls = stand_ins.read_text().splitlines()
-    command = r"cd /a\ folder && .venv/bin/python -m dpo_jax train x.yaml --run it\'s --distributed auto"
+    command = r".venv/bin/python -m dpo_jax train x.yaml --run it\'s --distributed auto"
+    command = rf"cd /a\ folder && DPO_JAX_CACHE=/the\ cache JAX_PLATFORMS=tpu {command}"
     expected = f"compute tpus tpu-vm ssh pod --zone zone --worker=all --command {command}"
     assert [call.strip() for call in calls] == [expected] * tries
 

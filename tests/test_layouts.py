@@ -152,7 +152,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The folder of a small run, done on one device."""
-    folder = launched.make_world(tmp_path_factory.mktemp("layouts"))
+    folder = launched.make_world(tmp_path_factory.mktemp("layouts"), warmup_steps=10)
     launched.finish(launched.start(folder, "one"))
     return folder
 

@@ -1,5 +1,6 @@
 """Signals, hangs, out of memory, a second writer, lost processes."""
 
+import io
 import json
 import logging
 import os
@@ -83,8 +84,12 @@ def ended_when_asked(name):
     return name
 
 
+def made_run(config):
+    return SimpleNamespace(config=config, folder=Path(config.run or "runs/a"), lock=io.StringIO())
+
+
 def test_a_request_while_a_run_of_a_sweep_ends_is_not_lost(monkeypatch, caplog):
-    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: SimpleNamespace(config=one, folder=Path(one.run)))
+    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: made_run(one))
     monkeypatch.setattr(sweep, "with_remat", lambda one: one)
     monkeypatch.setattr(sweep, "prepare_run", lambda run: "prepared")
     monkeypatch.setattr(sweep, "train_run", lambda run, *_: ended_when_asked(run.folder.name))
@@ -114,11 +119,46 @@ def test_a_run_of_a_sweep_that_fails_is_named_before_the_sweep_is_asked_to_end(m
 
 def test_a_request_while_a_run_of_a_sweep_is_set_up_ends_it_before_it_compiles(monkeypatch):
     monkeypatch.setattr(sweep, "with_remat", ended_when_asked)
-    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: one)
+    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: made.append(made_run(one)) or made[-1])
     monkeypatch.setattr(sweep, "prepare_run", lambda run: pytest.fail("compiles"))
+    made = []
     with pytest.raises(SystemExit) as stop:
         sweep.train_all([Config(run="runs/a")], "c.yaml")
     assert stop.value.code == interrupts.EXIT_AGAIN
+    assert made[0].lock.closed
+
+
+def test_a_request_while_an_earlier_stage_is_set_up_ends_it_before_it_compiles(monkeypatch, tmp_path):
+    (tmp_path / "first.yaml").write_text("{}")
+    monkeypatch.setattr(train.setup, "check_config", lambda _: None)
+    monkeypatch.setattr(train, "with_remat", ended_when_asked)
+    monkeypatch.setattr(train.setup, "setup_run", lambda one: made.append(made_run(one)) or made[-1])
+    monkeypatch.setattr(train, "train_run", lambda *_, **__: pytest.fail("compiles"))
+    made = []
+    with pytest.raises(SystemExit) as stop:
+        train.with_base_model(Config(model=ModelConfig(path=str(tmp_path / "first.yaml"))), "second.yaml")
+    assert (stop.value.code, made[0].lock.closed) == (interrupts.EXIT_AGAIN, True)
+
+
+def test_a_program_that_cannot_be_prepared_is_not_taken_for_another(monkeypatch):
+    """The second run has a program of its own, which fails; the third has the same, and must try again."""
+    prepared = iter(["first", UserError("no room"), "third"])
+
+    def prepare(run):
+        if isinstance(found := next(prepared), UserError):
+            raise found
+        return found
+
+    runs = [Config(run=f"runs/{name}", max_steps=steps) for name, steps in (("a", 1), ("b", 2), ("c", 2))]
+    monkeypatch.setattr(sweep.setup, "setup_run", lambda one: made_run(one))
+    monkeypatch.setattr(sweep.setup, "sweep_member", lambda _, one: made_run(one))
+    monkeypatch.setattr(sweep, "group_runs", lambda configs: [configs])
+    monkeypatch.setattr(sweep, "with_remat", lambda one: one)
+    monkeypatch.setattr(sweep, "prepare_run", prepare)
+    monkeypatch.setattr(sweep, "with_hparams", lambda *_: "the wrong one")
+    monkeypatch.setattr(sweep, "train_run", lambda run, program, _: program)
+    monkeypatch.setattr(sweep, "finish_run", lambda folder, params: params)
+    assert sweep.train_all(runs, "c.yaml") == (["first", "third"], ["b: no room"])
 
 
 def test_a_preemption_notice_which_is_given_once_is_remembered(monkeypatch):

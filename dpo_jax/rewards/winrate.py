@@ -85,6 +85,7 @@ def controlled_share(outcomes: Sequence[float], differences: Array) -> WinShare:
       differences: d of each match, the length of the response less that of the other.
     """
     from scipy.optimize import brentq, minimize_scalar  # here, because commands without it start faster
+    from scipy.special import expit
 
     if not len(outcomes):
         return win_share(0, 0)
@@ -100,11 +101,7 @@ def controlled_share(outcomes: Sequence[float], differences: Array) -> WinShare:
 
     best: Any = minimize_scalar(least)
     low, high = (brentq(lambda a: least(a) - best.fun - Z95**2 / 2, best.x, best.x + far) for far in (-FAR, FAR))
-    return WinShare(_sigmoid(best.x), _sigmoid(low), _sigmoid(high), len(won))
-
-
-def _sigmoid(x: Any) -> float:
-    return 1 / (1 + math.exp(-x))
+    return WinShare(float(expit(best.x)), float(expit(low)), float(expit(high)), len(won))
 
 
 def pick_best(scores: Array, n: int) -> Array:

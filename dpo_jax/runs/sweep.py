@@ -123,11 +123,15 @@ def _trained_group(
         log.info(f"run {configs.index(one) + 1} of {len(configs)}: {Path(one.run).name}")
         try:
             run = setup.setup_run(with_remat(one)) if run is None else setup.sweep_member(run, one)
-            interrupts.end_if_asked(f"{Path(one.run).name} is set up")
-            # A run that goes on has the schedule of its start, and so may need a program of its own.
-            same = program == (program := dump(_without_floats(run.config)))
-            prepared = with_hparams(prepared, run.config) if prepared and same else prepare_run(run)
-            result = finish_run(run.folder, train_run(run, prepared, callbacks))
+            with run.lock:  # free again whatever ends the run
+                interrupts.end_if_asked(f"{Path(one.run).name} is set up")
+                # A run that goes on has the schedule of its start, and so may need a program of its own.
+                wanted = dump(_without_floats(run.config))
+                if prepared is None or wanted != program:
+                    prepared, program = prepare_run(run), wanted  # together: neither if it fails
+                else:
+                    prepared = with_hparams(prepared, run.config)
+                result = finish_run(run.folder, train_run(run, prepared, callbacks))
         except UserError as e:  # the other runs need not wait for it
             result = UserError(str(e))  # without its traceback, which holds the run's arrays
         yield one, result

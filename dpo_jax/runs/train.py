@@ -88,8 +88,9 @@ def checked_callbacks(callbacks: Any) -> list[Callback]:
 def train_settings(settings: Config, callbacks: Sequence[Callback] = ()) -> Result:
     """Trains a run from its config; `settings.model.path` must be a model, not a YAML."""
     run = setup.setup_run(with_remat(settings))
-    interrupts.end_if_asked(f"{run.folder.name} is set up")
-    return finish_run(run.folder, train_run(run, callbacks=callbacks))
+    with run.lock:  # free again whatever ends the run
+        interrupts.end_if_asked(f"{run.folder.name} is set up")
+        return finish_run(run.folder, train_run(run, callbacks=callbacks))
 
 
 def finish_run(folder: Path, params: Any) -> Result:
