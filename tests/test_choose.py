@@ -72,6 +72,15 @@ def test_filters_keep_what_a_sort_keeps(settings, shift):
     assert np.array_equal(found[kept], logits[kept])
 
 
+@pytest.mark.parametrize("vocab", [5, choose.BLOCK, 3 * choose.BLOCK, 3 * choose.BLOCK + 40])
+def test_the_most_likely_token_is_the_first_of_equals(vocab):
+    """As `argmax` has it, among logits of which many are equal and some are -inf."""
+    logits = np.random.default_rng(0).integers(-3, 3, (200, vocab)).astype(np.float32)
+    logits[logits == -3] = -np.inf
+    logits[0], logits[1], logits[2] = -7, -np.inf, np.arange(vocab)
+    assert np.array_equal(choose.most_likely_tokens(jnp.asarray(logits)), logits.argmax(-1))
+
+
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
 def test_tokens_are_sampled_with_their_probability(temperature, top_k):
     count = 20_000

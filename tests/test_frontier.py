@@ -51,10 +51,11 @@ def test_the_runs_of_the_paper():
 
 
 def test_ppo_has_the_options_of_the_config():
-    settings = FrontierConfig("synthetic", max_new_tokens=7, online=OnlineConfig(1e-3, 64, 8, horizon=99.0))
+    sizes = OnlineConfig(1e-3, 64, 8, horizon=99.0, ppo_epochs=2)
+    settings = FrontierConfig("synthetic", max_new_tokens=7, online=sizes)
     method, options = frontier._online_method(settings, FrontierJob("ppo_gt", 6.0, (8,)))  # noqa: SLF001
     assert method is ppo.train_ppo
-    assert options == ppo.PpoOptions(6.0, 1e-3, 64, max_new_tokens=7, init_kl_coef=0.2, horizon=99.0)
+    assert options == ppo.PpoOptions(6.0, 1e-3, 64, 2, max_new_tokens=7, init_kl_coef=0.2, horizon=99.0)
 
 
 def test_the_learned_reward_of_ppo_is_centered_on_the_training_prompts(monkeypatch):

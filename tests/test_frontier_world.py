@@ -26,6 +26,7 @@ from dpo_jax.models.families.registry import family
 from dpo_jax.models.model import build_model
 from dpo_jax.records import Tokens
 from dpo_jax.rewards.registry import get_reward
+from dpo_jax.training.abstract import microbatch_tokens
 from dpo_jax.training.metrics_file import read_metrics
 
 TOKENIZER = synthetic.synthetic_tokenizer()
@@ -149,6 +150,14 @@ def test_all_strengths_of_a_method_are_one_program(world, method, tmp_path):
     other = jax.tree.map(np.array_equal, ends[0], ends[1])
     assert all(jax.tree.leaves(same))
     assert not all(jax.tree.leaves(other))
+
+
+def test_a_microbatch_has_as_many_tokens_as_one_of_a_run(world):
+    """1,024 on a CPU, as in `dpo-jax train`; a step of many tokens then keeps its arrays in the cores' caches."""
+    response = np.full(60, 3, np.int32)
+    layout = table_layout(world, Table.of(Tokens(PROMPTS[i % 9], (response, response)) for i in range(900)), 512)
+    most = microbatch_tokens(jax.default_backend())
+    assert layout.rows * layout.length <= most * sharding.row_devices(world.mesh)
 
 
 @pytest.mark.slow

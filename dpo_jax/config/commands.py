@@ -214,6 +214,8 @@ class OnlineConfig:
     """Initial coefficient of PPO's KL penalty, in reward per nat; it is then adapted to the target KL."""
     horizon: float = 10_000.0
     """Time constant of that adaptation, in completions."""
+    ppo_epochs: int = 4
+    """Passes of PPO over the completions of a step."""
 
 
 @dataclass(frozen=True)

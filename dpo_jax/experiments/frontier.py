@@ -230,8 +230,8 @@ def _online_method(settings: FrontierConfig, job: FrontierJob) -> tuple[Callable
         )  # fmt: skip
         return online.train_online, options
     options = ppo.PpoOptions(
-        job.strength, sizes.learning_rate, sizes.rollouts, max_new_tokens=new, init_kl_coef=sizes.init_kl_coef,
-        horizon=sizes.horizon,
+        job.strength, sizes.learning_rate, sizes.rollouts, inner_epochs=sizes.ppo_epochs, max_new_tokens=new,
+        init_kl_coef=sizes.init_kl_coef, horizon=sizes.horizon,
     )  # fmt: skip
     return ppo.train_ppo, options
 

@@ -92,7 +92,8 @@ def _check_ranges(settings: FrontierConfig) -> None:
     """Rejects numbers out of range."""
     sizes = {key: getattr(settings, key) for key in ("batch_size", "max_steps", "eval_every", "eval_prompts", "seeds")}
     sizes |= {"max_new_tokens": settings.max_new_tokens, "optimum.completions": settings.optimum.completions}
-    sizes |= {f"online.{key}": getattr(settings.online, key) for key in ("rollouts", "max_steps", "eval_every")}
+    online = ("rollouts", "max_steps", "eval_every", "ppo_epochs")
+    sizes |= {f"online.{key}": getattr(settings.online, key) for key in online}
     for key, value in sizes.items():
         if value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")

@@ -24,6 +24,7 @@ from dpo_jax.records import Array, Tokens
 from dpo_jax.rewards.labels import label_pairs
 from dpo_jax.rewards.words import Reward
 from dpo_jax.sampling import generate
+from dpo_jax.training.abstract import microbatch_tokens
 from dpo_jax.training.metrics_file import read_metrics
 from dpo_jax.training.shard import gather_on_use
 from dpo_jax.training.tables import decode_texts
@@ -96,8 +97,9 @@ def table_layout(world: World, table: Table, batch_size: int = LOGPS_BATCH) -> p
     """Returns the layout of a table's batches, with the rows that this process builds."""
     longest = int(table.lengths().max())
     devices = sharding.row_devices(world.mesh)
+    parts, most_tokens = sharding.token_devices(world.mesh), microbatch_tokens(jax.default_backend())
     layout = pack.choose_layout(
-        table, max_length=longest, batch_size=batch_size, multiple_of=devices, parts=sharding.token_devices(world.mesh)
+        table, max_length=longest, batch_size=batch_size, multiple_of=devices, parts=parts, most_tokens=most_tokens
     )
     blocks, size = sharding.local_row_blocks(world.mesh), layout.rows // devices
     return layout._replace(own=(blocks.start * size, blocks.stop * size))
