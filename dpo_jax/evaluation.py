@@ -19,6 +19,7 @@ from dpo_jax.microbatches import map_microbatches
 from dpo_jax.models.interface import Model
 from dpo_jax.records import Array, Batch, Logps, Tokens
 from dpo_jax.sampling import generate
+from dpo_jax.sampling.choose import most_likely_tokens
 from dpo_jax.sharding import NO_COLLECTIVES, Collectives
 from dpo_jax.step import eval_metrics, make_logps_step, only_trained
 
@@ -220,9 +221,9 @@ def most_likely(hidden: Array, head: Array, chunk: int = CHUNK) -> Array:
     parts = jnp.pad(hidden, ((0, 0), (0, -scored % size), (0, 0))).reshape(rows, -1, size, width)
 
     def best(part: Array) -> Array:
-        return jnp.argmax(jnp.einsum("rsd,vd->rsv", part, weight, preferred_element_type=jnp.float32), axis=-1)
+        return most_likely_tokens(jnp.einsum("rsd,vd->rsv", part, weight, preferred_element_type=jnp.float32))
 
-    return jax.lax.map(best, parts.swapaxes(0, 1)).swapaxes(0, 1).reshape(rows, -1)[:, :scored].astype(jnp.int32)
+    return jax.lax.map(best, parts.swapaxes(0, 1)).swapaxes(0, 1).reshape(rows, -1)[:, :scored]
 
 
 def evaluate_model(models: EvalModel, table: Table) -> dict[str, np.ndarray]:

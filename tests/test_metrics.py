@@ -56,10 +56,12 @@ def test_metrics_of_older_runs_have_todays_names():
     """Their `kl` is minus the log-ratio; the interval of a negative is turned round."""
     old = {"step": 3, "loss": 0.5, "kl": 2.5, "logratios/chosen": -1.0}
     assert with_current_names(old) == {"step": 3, "loss": 0.5, "logratio": -2.5, "logratios/chosen": -1.0}
-    margins = {"eval_rewards/margins": 1.0}
-    assert with_current_names({"eval_kl": None} | margins) == {"eval_logratio": None} | margins
-    # A loss without a reference has no rewards: an evaluation against a reference that the user names has the KL alone.
-    assert with_current_names({"eval_kl": 2.0, "eval_loss": 1.0}) == {"eval_kl": 2.0, "eval_loss": 1.0}
+    ratios = {"eval_logratios/rejected": 1.0}
+    assert with_current_names({"eval_kl": None} | ratios) == {"eval_logratio": None} | ratios
+    # A loss without a reference has no log-ratios, but may have rewards (SimPO): evaluated against a reference that the
+    # user names, it has the KL alone.
+    for free in ({"eval_kl": 2.0, "eval_loss": 1.0}, {"eval_kl": 2.0, "eval_rewards/margins": 1.0}):
+        assert with_current_names(free) == free
     of_eval = {"eval_kl": {"mean": 1.0, "low": 0.5, "high": 2.0, "n": 9}, "kl(policy || reference)": {"mean": 5.0}}
     assert with_current_names(of_eval) == {
         "eval_logratio": {"mean": -1.0, "low": -2.0, "high": -0.5, "n": 9}, "eval_kl": {"mean": 5.0},

@@ -1,12 +1,18 @@
 """Figures of runs against their KL: which runs are drawn, in which order, and how their losses are told apart."""
 
+import json
 import re
+import runpy
+from pathlib import Path
 
+import pytest
 from test_report import HOSTILE, metrics_json, page, run
 
 from dpo_jax.pages.metrics import Measured
 from dpo_jax.pages.tradeoff import places_by_loss, tradeoff_panels
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+PICTURES = runpy.run_path(str(CONFIGS.parent / "scripts" / "pictures"))
 KL, REWARD, ACCURACY = "eval_kl", "true reward of the policy", "eval_rewards/accuracies"
 
 
@@ -70,3 +76,27 @@ def test_a_page_of_runs_shows_them_and_escapes_their_losses(tmp_path):
     assert "True reward against KL" in shown.titles
     assert "script" not in shown.tags
     assert "True reward against KL" not in page(tmp_path, *runs[:2]).titles
+
+
+def test_runs_of_an_ablation_are_stored_and_drawn(tmp_path):
+    """Three runs, of which each needs both evaluations."""
+    runs = [run(tmp_path / f"{i}", beta=beta) for i, beta in enumerate((0.1, 0.3, 1.0))]
+    for folder in runs:
+        (folder / "eval.json").write_text(metrics_json({ACCURACY: 0.7, REWARD: 0.6, KL: 0.5}))
+    with pytest.raises(SystemExit, match="0 has no other/eval_kl"):
+        PICTURES["store_ablation"](runs, tmp_path / "all.json")
+    for folder in runs:
+        (folder / "eval_other.json").write_text(metrics_json({KL: 0.3, "eval_logps/chosen": -0.2}))
+    PICTURES["store_ablation"](runs, tmp_path / "all.json")
+    lines = PICTURES["draw_ablation"](tmp_path / "all.json", tmp_path / "all.svg")
+    values = "0.70 +- 0.25 | 0.60 +- 0.25 | 0.50 +- 0.25 | 0.30 +- 0.25 | -0.20 +- 0.25"
+    assert lines == [f"| `dpo` {beta} | {values} |" for beta in ("0.1", "0.3", "1")]
+    assert "True reward" in (tmp_path / "all.svg").read_text()
+
+
+def test_the_stored_ablation_is_the_published_table(tmp_path):
+    lines = PICTURES["draw_ablation"](CONFIGS / "ablation.json", tmp_path / "all.svg")
+    assert len(lines) == 30
+    assert len({row["loss.name"] for row in json.loads((CONFIGS / "ablation.json").read_text())}) == 10
+    text = (CONFIGS / "README.md").read_text()
+    assert [line for line in lines if line not in text] == []

@@ -69,8 +69,8 @@ def with_current_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns metrics under the names of this version; those of older runs differ in two.
 
     `kl` was the mean of log ref - log pi over the data's responses, now `logratio` with the other sign, and is the KL
-    of samples now, which was `kl(policy || reference)`. An old `kl` has no `logratio` beside it, but rewards, which a
-    loss without a reference has not.
+    of samples now, which was `kl(policy || reference)`. An old `kl` has no `logratio` beside it, but the log-ratios
+    of a response, which a loss without a reference has not.
 
     Args:
       metrics: name -> number, of a line of `metrics.jsonl`; or mean, low, high and n, of `eval.json`.
@@ -78,7 +78,7 @@ def with_current_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in metrics.items():
         split = "eval_" if name.startswith("eval_") else ""
-        old = {SAMPLED_KL, f"{split}rewards/margins", f"{split}logratios/chosen"} & set(metrics)
+        old = {SAMPLED_KL, f"{split}logratios/chosen", f"{split}logratios/rejected"} & set(metrics)
         if name == f"{split}kl" and old and f"{split}logratio" not in metrics:
             name, value = f"{split}logratio", _negative(value)
         found["eval_kl" if name == SAMPLED_KL else name] = value
