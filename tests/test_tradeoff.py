@@ -79,17 +79,22 @@ def test_a_page_of_runs_shows_them_and_escapes_their_losses(tmp_path):
 
 
 def test_runs_of_an_ablation_are_stored_and_drawn(tmp_path):
-    """Three runs, of which each needs both evaluations."""
-    runs = [run(tmp_path / f"{i}", beta=beta) for i, beta in enumerate((0.1, 0.3, 1.0))]
-    for folder in runs:
-        (folder / "eval.json").write_text(metrics_json({ACCURACY: 0.7, REWARD: 0.6, KL: 0.5}))
-    with pytest.raises(SystemExit, match="0 has no other/eval_kl"):
-        PICTURES["store_ablation"](runs, tmp_path / "all.json")
-    for folder in runs:
-        (folder / "eval_other.json").write_text(metrics_json({KL: 0.3, "eval_logps/chosen": -0.2}))
+    """Three runs, of which each needs both evaluations: the metrics of training do not do."""
+    runs = [run(tmp_path / f"{i}", (ACCURACY, REWARD, KL), beta=beta) for i, beta in enumerate((0.1, 0.3, 1.0))]
+    other = json.loads(metrics_json({KL: 0.3, "eval_logps/chosen": -0.2}))
+    other["metrics"]["eval_logps/chosen"] |= {"low": -0.3, "high": -0.1}
+    for name, text, missing in (
+        ("eval_other.json", json.dumps(other), KL.removeprefix("eval_")),
+        ("eval.json", metrics_json({ACCURACY: 0.7, REWARD: 0.6, KL: 0.5}), ""),
+    ):
+        for folder in runs:
+            (folder / name).write_text(text)
+        if missing:
+            with pytest.raises(SystemExit, match=f"0 has no {missing} with an interval"):
+                PICTURES["store_ablation"](runs, tmp_path / "all.json")
     PICTURES["store_ablation"](runs, tmp_path / "all.json")
     lines = PICTURES["draw_ablation"](tmp_path / "all.json", tmp_path / "all.svg")
-    values = "0.70 +- 0.25 | 0.60 +- 0.25 | 0.50 +- 0.25 | 0.30 +- 0.25 | -0.20 +- 0.25"
+    values = "0.70 +- 0.25 | 0.60 +- 0.25 | 0.50 +- 0.25 | 0.30 +- 0.25 | -0.20 +- 0.10"
     assert lines == [f"| `dpo` {beta} | {values} |" for beta in ("0.1", "0.3", "1")]
     assert "True reward" in (tmp_path / "all.svg").read_text()
 
