@@ -79,6 +79,8 @@ def test_the_most_likely_token_is_the_first_of_equals(vocab):
     logits[logits == -3] = -np.inf
     logits[0], logits[1], logits[2] = -7, -np.inf, np.arange(vocab)
     assert np.array_equal(choose.most_likely_tokens(jnp.asarray(logits)), logits.argmax(-1))
+    logits[::2, vocab // 2], logits[3] = np.nan, np.nan  # of a broken model: some token of the vocabulary
+    assert (choose.most_likely_tokens(jnp.asarray(logits)) < vocab).all()
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])

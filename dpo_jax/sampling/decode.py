@@ -190,9 +190,9 @@ def _pick_token(
     logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
     cap = sampler.cap / draw.temperature if sampler.cap and sampler.random else sampler.cap
     logits = capped(logits, cap)
-    if padding := logits.shape[1] - sampler.vocab:  # alone: a pass over all logits is slow on a CPU
-        nothing = jnp.full((len(logits), padding), -jnp.inf)
-        logits = jax.lax.dynamic_update_slice_in_dim(logits, nothing, sampler.vocab, axis=1)
+    if padding := logits.shape[1] - sampler.vocab:  # written in place: `where` would read and write all logits
+        impossible = jnp.full((len(logits), padding), -jnp.inf)
+        logits = jax.lax.dynamic_update_slice_in_dim(logits, impossible, sampler.vocab, axis=1)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, state.made[0])
     token = choose_tokens(logits, keys, sampler.random, draw.top_k, draw.top_p)
     ended = (token[:, None] == jnp.asarray(sampler.ends, jnp.int32)).any(-1)
